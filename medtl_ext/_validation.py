@@ -1,0 +1,30 @@
+"""What every room needs to refuse bad input in one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message says what was found, what was expected and what to do.
+
+    The bundles print it as one line on the command line, without the traceback.
+    """
+
+
+def require_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``choices``, else raise an `InputError` that names the nearest one.
+
+    >>> require_choice("direction", "hardness", ["hardness", "literal"])
+    'hardness'
+    >>> require_choice("direction", "hardnes", ["hardness", "literal"])
+    Traceback (most recent call last):
+    medtl_ext._validation.InputError: direction 'hardnes' is unknown; did you mean 'hardness'? Known: hardness, literal.
+    """
+    choices = list(choices)
+    if value in choices:
+        return value
+    near = get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    raise InputError(f"{name} '{value}' is unknown{hint} Known: {', '.join(choices)}.")

@@ -1,0 +1,292 @@
+"""What the bundles' configs call: where they are, whether the command line makes sense, and many runs of one config.
+
+MONAI evaluates a config lazily and knows neither its own folder nor a misspelled option: the functions here find the
+`monai.bundle.ConfigWorkflow` that is evaluating them by walking up the call stack.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from joblib import Parallel, cpu_count, delayed
+from monai.bundle import ConfigWorkflow
+from tqdm import tqdm
+
+from medtl_ext._io import write_json
+from medtl_ext._validation import InputError
+
+__all__ = ["Job", "bundle_root", "claim_output", "current_config", "kept_model", "run_jobs", "start"]
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ between two runs of the same work.
+HOW_NOT_WHAT = frozenset(
+    [
+        "bundle_root",
+        "output_dir",
+        "source_dir",
+        "audit",
+        "figures",
+        "progress",
+        "check_data",
+        "n_jobs",
+        "num_workers",
+        "device",
+        "rank",
+        "imports",
+        "initialize",
+        "run",
+        "finalize",
+    ]
+)
+DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def current_workflow() -> ConfigWorkflow | None:
+    """The `ConfigWorkflow` that is evaluating the calling expression, or None outside of one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigWorkflow):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def bundle_root() -> str:
+    """Absolute path of the bundle whose config is being evaluated: the parent of its ``configs`` folder.
+
+    Makes ``"bundle_root": "$bundle.bundle_root()"`` right from the repository root, from inside the bundle and in a
+    copy elsewhere. Outside of a `ConfigWorkflow` (a bare `ConfigParser`) it is the current folder.
+    """
+    workflow = current_workflow()
+    if workflow is None:
+        return str(Path.cwd())
+    folder = Path(workflow.config_root_path).resolve()
+    return str(folder.parent if folder.name == "configs" else folder)
+
+
+def start() -> None:
+    """First line of every ``initialize``: refuse misspelled options, and prepare short error messages.
+
+    Raises:
+        InputError: a top-level key is neither declared nor used by any config of the bundle, which is what a misspelled
+            ``--option`` becomes.
+    """
+    _show_input_errors_as_one_line()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"monai\.")
+    workflow = current_workflow()
+    if workflow is None:
+        return
+    config = workflow.parser.get()
+    used = {name for text in _strings(config) for name in re.findall(r"[@%]([A-Za-z_]\w*)", text)}
+    known = used | _declared_options(Path(workflow.config_root_path))
+    unknown = [key for key in config if key not in known and not key.startswith("_")]
+    if unknown:
+        near = get_close_matches(unknown[0], sorted(known), n=1)
+        hint = f"did you mean --{near[0]}?" if near else "see the bundle's docs/README.md for the options it has."
+        raise InputError(f"option --{unknown[0]} is not used by this bundle; {hint}")
+
+
+def _declared_options(folder: Path) -> set[str]:
+    """Top-level keys of all configs of a bundle: a key that an overlay sets to nothing is still an option."""
+    contents = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
+    return {key.split("#")[0] for content in contents for key in content}
+
+
+def _strings(config: Any) -> Iterator[str]:
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, Mapping):
+        for value in config.values():
+            yield from _strings(value)
+    elif isinstance(config, Sequence):
+        for value in config:
+            yield from _strings(value)
+
+
+def _show_input_errors_as_one_line() -> None:
+    """On the command line, print an `InputError` without the traceback of the config machinery around it."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    if program is None or program.name != "monai.bundle.__main__":
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is None:
+            sys.__excepthook__(kind, error, traceback)
+        else:
+            print(f"\nerror: {cause}", file=sys.stderr)
+
+    sys.excepthook = hook
+
+
+def current_config() -> dict[str, Any]:
+    """The config being evaluated as plain JSON content, with every override in it and ``bundle_root`` made absolute.
+
+    Raises:
+        InputError: called outside of a `ConfigWorkflow`, or an override is not a JSON value.
+    """
+    workflow = current_workflow()
+    if workflow is None:
+        raise InputError("a run inside a run needs a ConfigWorkflow: start it with `python -m monai.bundle run`.")
+    root = Path(workflow.config_root_path).resolve()
+    content = {key: value for key, value in workflow.parser.get().items() if key != "_meta_"}
+    content["bundle_root"] = workflow.parser.get_parsed_content("bundle_root")
+    content.setdefault("bundle_root", str(root.parent))
+    try:
+        return json.loads(json.dumps(content))
+    except TypeError as error:
+        raise InputError(
+            f"the config holds a value that is no JSON ({error}); pass overrides as JSON values."
+        ) from error
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain settings of a config that decide what a run computes: its options, without how and where it runs."""
+    plain = (str, int, float, bool, list, type(None))
+    return {k: v for k, v in sorted(config.items()) if isinstance(v, plain) and k not in HOW_NOT_WHAT}
+
+
+def claim_output(output_dir: str | os.PathLike[str]) -> Path:
+    """Make ``output_dir`` ready for this run and no other, and leave the run's config in it as ``config.json``.
+
+    An interrupted or finished run with the same settings is continued; one with other settings is never overwritten.
+
+    Raises:
+        InputError: the folder cannot be written to, or holds a run with other settings.
+    """
+    folder = Path(output_dir)
+    config = current_config()
+    record = folder / "config.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
+        ) from error
+    if record.is_file():
+        before, now = settings_of(json.loads(record.read_text())), settings_of(config)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise InputError(
+                    f"output folder {folder} holds a run with {name}={before.get(name)!r}, this one has "
+                    f"{now.get(name)!r}; give another folder with --output_dir, or delete that one."
+                )
+    elif int(os.environ.get("RANK", 0)) == 0:
+        write_json(record, config)
+    return folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a config in its own folder.
+
+    Args:
+        config: content of the config to run, e.g. of `current_config`.
+        output_dir: the run's own folder.
+        overlays: config files laid over it, in order.
+        overrides: options that win over everything, as on the command line.
+        result: the file in ``output_dir`` that the run writes last; where it exists, the job is done.
+    """
+
+    config: Mapping[str, Any]
+    output_dir: Path
+    overlays: Sequence[Path] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    result: str = "metrics.csv"
+
+    @property
+    def done(self) -> bool:
+        return (self.output_dir / self.result).is_file()
+
+    def run(self, threads: int | None = None) -> None:
+        """Run the config in this process."""
+        for name in DISTRIBUTED:  # a job of a distributed run is a run of its own
+            os.environ.pop(name, None)
+        if threads:
+            torch.set_num_threads(threads)
+        configs = Path(self.config["bundle_root"]) / "configs"
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / "config.json"
+            base.write_text(json.dumps(dict(self.config)))
+            workflow = ConfigWorkflow(
+                config_file=[str(base), *map(str, self.overlays)],
+                meta_file=str(configs / "metadata.json"),
+                logging_file=str(configs / "logging.conf"),
+                workflow_type="train",
+                **{"output_dir": str(self.output_dir), "progress": False, "figures": False, **self.overrides},
+            )
+            workflow.initialize()
+            workflow.run()
+            workflow.finalize()
+
+
+def run_jobs(
+    jobs: Sequence[Job], *, n_jobs: int | None = None, backend: str | None = None, description: str = "runs"
+) -> None:
+    """Run the jobs that are not done yet, several at a time, with a progress bar.
+
+    Args:
+        jobs: each writes its own folder, so that an interrupted series continues where it stopped.
+        n_jobs: how many at a time; by default one per core. The cores are shared between them.
+        backend: joblib's: None for processes on this machine (``loky``), or the name of a registered backend such as
+            ``"dask"`` or ``"ray"`` for many machines.
+        description: what the progress bar says.
+
+    Raises:
+        RuntimeError: some jobs failed; the others were finished first, and are kept.
+    """
+    waiting = [job for job in jobs if not job.done]
+    n_jobs = max(1, min(n_jobs or cpu_count(), len(waiting)))
+    threads = max(1, cpu_count() // n_jobs)
+    # Never 1: joblib would then run the job in this process, which may be a rank of a distributed run.
+    pool = Parallel(max(n_jobs, 2), backend=backend or "loky", return_as="generator_unordered", pre_dispatch=n_jobs)
+    outcomes = pool(delayed(_attempt)(job, threads) for job in waiting) if waiting else ()
+    failures = [
+        outcome
+        for outcome in tqdm(outcomes, desc=description, total=len(jobs), initial=len(jobs) - len(waiting), unit="run")
+        if outcome
+    ]
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed; the first: {failures[0]}")
+
+
+def _attempt(job: Job, threads: int) -> str | None:
+    """Run a job; a failure is returned, so that one bad run costs itself only."""
+    try:
+        job.run(threads)
+    except Exception as error:  # whatever a user's config raises
+        causes = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        return f"{job.output_dir}: {causes[-1]}"
+    return None
+
+
+def kept_model(job: Job, *, result: str = "model.pt") -> str:
+    """The model a job trains, trained once and kept: other processes that ask meanwhile wait for it."""
+    job.output_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(job.output_dir / ".lock"):
+        if not job.done:
+            logger.info("training %s, once; it is kept in %s", job.output_dir.name, job.output_dir)
+            run_jobs([job], n_jobs=1, description="pre-training")
+    return str(job.output_dir / result)

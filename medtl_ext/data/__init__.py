@@ -1,0 +1,32 @@
+"""Collections of subjects, the tasks they pose, their integrity check, slices of volumes, and the brain phantom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medtl_ext.data.collection import Collection, Subject, Task, load_collection, write_collection
+from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
+from medtl_ext.data.slices import SliceDataset
+
+__all__ = [
+    "Collection",
+    "IntegrityReport",
+    "Issue",
+    "SliceDataset",
+    "Subject",
+    "Task",
+    "cached_phantom",
+    "check_collection",
+    "generate_phantom",
+    "load_collection",
+    "write_collection",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the phantom when it is first asked for: it brings nilearn, which work on real data does not need."""
+    if name in ("cached_phantom", "generate_phantom"):
+        from medtl_ext.data import phantom
+
+        return getattr(phantom, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

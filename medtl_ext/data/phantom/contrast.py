@@ -1,0 +1,82 @@
+"""How bright each tissue is in each modality, before any scanner touches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from medtl_ext.data.phantom.anatomy import Anatomy
+from medtl_ext.data.phantom.fields import smooth_noise
+
+CLASSES = ("CSF", "GM", "WM", "ventricle", "ED", "NCR", "ET", "WMH")
+MODALITIES = ("T1", "T1CE", "T2", "FLAIR")
+
+# Mean signal; white matter on T1 is about 0.9. What shows a lesion: FLAIR oedema and WMH, T1CE the rim and its core.
+SIGNAL = {
+    #        CSF   GM    WM    vent. ED    NCR   ET    WMH
+    "T1": (0.28, 0.64, 0.88, 0.24, 0.54, 0.38, 0.56, 0.76),
+    "T1CE": (0.32, 0.64, 0.86, 0.24, 0.55, 0.36, 1.22, 0.76),
+    "T2": (1.10, 0.66, 0.48, 1.20, 0.98, 1.10, 0.84, 0.70),
+    "FLAIR": (0.22, 0.62, 0.50, 0.10, 0.95, 0.56, 0.78, 0.92),
+}
+# Standard deviation of that mean between subjects: lesions vary much more than healthy tissue.
+SUBJECT_SPREAD = {
+    "T1": (0.03, 0.02, 0.02, 0.02, 0.05, 0.07, 0.06, 0.04),
+    "T1CE": (0.03, 0.02, 0.02, 0.02, 0.05, 0.07, 0.15, 0.04),
+    "T2": (0.06, 0.03, 0.02, 0.06, 0.08, 0.10, 0.08, 0.06),
+    "FLAIR": (0.03, 0.02, 0.02, 0.02, 0.08, 0.16, 0.10, 0.08),
+}
+# Standard deviation of the smooth texture within one subject's tissue, all modalities.
+TEXTURE = (0.05, 0.03, 0.02, 0.01, 0.06, 0.07, 0.09, 0.05)
+# How each modality shows the two texture fields of a subject: related between modalities, never the same.
+TEXTURE_MIX = {"T1": (0.7, 0.7), "T1CE": (-0.7, 0.7), "T2": (0.7, -0.7), "FLAIR": (-0.7, -0.7)}
+ISOINTENSE = 0.55  # share of the grey-white contrast that is left at about six months of age
+
+
+def draw_textures(anatomy: Anatomy, stream: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The two texture fields (fine, coarse) that all modalities of a subject share."""
+    return smooth_noise(stream, anatomy.grid, 4), smooth_noise(stream, anatomy.grid, 7)
+
+
+def render(
+    anatomy: Anatomy,
+    textures: tuple[np.ndarray, np.ndarray],
+    modality: str,
+    stream: np.random.Generator,
+    *,
+    protocol_shift: Mapping[str, float],
+    isointense: bool,
+) -> np.ndarray:
+    """The ideal image of ``anatomy`` in ``modality``: no blur, noise or bias yet; 0 outside the brain.
+
+    ``protocol_shift`` is added to each class's mean signal (the site's sequence parameters); ``isointense`` brings
+    grey and white matter together, as in the first year of life.
+    """
+    means = class_means(modality, stream, isointense=isointense)
+    fine, coarse = TEXTURE_MIX[modality]
+    texture = fine * textures[0] + coarse * textures[1]
+    image = np.zeros(anatomy.grid.shape, np.float32)
+    for name, spread in zip(CLASSES, TEXTURE, strict=True):
+        if name in anatomy.fractions:
+            mean = np.float32(means[name] + protocol_shift[name])
+            image += anatomy.fractions[name] * (mean + np.float32(spread) * texture)
+    if modality == "T1CE":
+        image += _vessels(anatomy, stream)
+    return np.clip(image, 0, None) * anatomy.brain
+
+
+def class_means(modality: str, stream: np.random.Generator, *, isointense: bool) -> dict[str, float]:
+    """One subject's mean signal of every class."""
+    drawn = stream.normal(SIGNAL[modality], SUBJECT_SPREAD[modality])
+    means = dict(zip(CLASSES, drawn.tolist(), strict=True))
+    if isointense:
+        middle = (means["GM"] + means["WM"]) / 2
+        means |= {name: middle + ISOINTENSE * (means[name] - middle) for name in ("GM", "WM")}
+    return means
+
+
+def _vessels(anatomy: Anatomy, stream: np.random.Generator) -> np.ndarray:
+    """Vessels in the sulci take up contrast agent."""
+    threads = smooth_noise(stream, anatomy.grid, 5)
+    return 0.55 * np.clip(1.5 * threads - 2.2, 0, 1.2) * (anatomy.fractions["CSF"] > 0.35)

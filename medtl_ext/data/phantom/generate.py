@@ -1,0 +1,255 @@
+"""Phantom collections on disk: a folder per subject and a ``collection.json``, like any real dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import nibabel
+import numpy as np
+from filelock import FileLock
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
+
+from medtl_ext._io import atomic_path, write_json
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.data.phantom.anatomy import TISSUE_LABELS
+from medtl_ext.data.phantom.atlas import Atlas, load_atlas
+from medtl_ext.data.phantom.contrast import MODALITIES
+from medtl_ext.data.phantom.fields import Grid
+from medtl_ext.data.phantom.lesions import TUMOUR_LABELS, WMH_LABELS
+from medtl_ext.data.phantom.scanner import INSTITUTIONS, get_institution
+from medtl_ext.data.phantom.subject import make_subject
+
+GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no stale cache is read
+
+LABELS = {"tumour": TUMOUR_LABELS, "tissue": TISSUE_LABELS, "wmh": WMH_LABELS}
+OBJECTIVES = {
+    "ED": {"label": "tumour", "values": [1]},
+    "ET": {"label": "tumour", "values": [2]},
+    "NCR": {"label": "tumour", "values": [3]},
+    "FeTS": {"label": "tumour", "values": [1, 2, 3]},
+    "CSF": {"label": "tissue", "values": [1]},
+    "GM": {"label": "tissue", "values": [2]},
+    "WM": {"label": "tissue", "values": [3]},
+    "WMH": {"label": "wmh", "values": [1]},
+}
+# 40 % train, 25 % val, 35 % test, in an order that spreads each evenly: three subjects already have all of them.
+SPLIT_CYCLE = ("train", "test", "val", "train", "test", "val", "train", "test", "train", "val",
+               "test", "train", "test", "train", "val", "test", "train", "val", "test", "train")  # fmt: skip
+
+DESCRIPTION = (
+    "SYNTHETIC brain MRI: no patient was scanned. Deformed from the MNI152 atlas, with simulated lesions, contrasts "
+    "and scanners; the institutions do not exist. Nothing measured on it says how a method does on patients."
+)
+LICENSE = (
+    "Derived from the ICBM 2009 (MNI152) nonlinear symmetric template and tissue maps as shipped by nilearn: "
+    "Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill "
+    "University. Permission to use, copy, modify, and distribute for any purpose and without fee, provided that this "
+    "copyright notice appears in all copies; provided as is, without warranty."
+)
+
+
+def generate_phantom(
+    out: str | os.PathLike[str],
+    *,
+    institutions: Sequence[str],
+    subjects: int,
+    seed: int = 0,
+    modalities: Sequence[str] | None = None,
+    n_jobs: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a synthetic collection of brain MRI and return the path of its ``collection.json``.
+
+    Images are skull-stripped, 96 x 96 x 28 voxels of 2 x 2 x 4 mm in RAS orientation and MNI position, int16 in raw
+    scanner units (0 outside the brain, up to about 1000); labels are uint8. A subject depends on the seed, its
+    institution and its number alone: the same whatever else is generated with it, and in however many modalities.
+
+    =========================================  ===============================================  ======================
+    institutions                               who                                              label files
+    =========================================  ===============================================  ======================
+    01, 04, 06, 13, 14, 17, 18, 20             adults with a tumour                             tumour, tissue, wmh
+    S, U                                       older adults with white-matter hyperintensities  tissue, wmh
+    I1, I2                                     infants of six months: little grey-white         tissue
+                                               contrast
+    =========================================  ===============================================  ======================
+
+    Label values: tumour 1 oedema (ED), 2 enhancing (ET), 3 necrosis (NCR); tissue 1 CSF, 2 GM, 3 WM; wmh 1. Inside a
+    tumour, tissue and wmh are 0. Every institution has its own contrast, blur, noise, bias field and annotators.
+
+    Args:
+        out: folder to create. The same settings again return it as it is; a folder with other content is refused.
+        institutions: names from the table.
+        subjects: how many of each institution. About 40 % are for training, 25 % validation and 35 % testing.
+        seed: draws other subjects; the institutions keep their character.
+        modalities: of T1, T1CE, T2 and FLAIR; all by default.
+        n_jobs: subjects made at a time (threads); by default as many as there are cores.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: an institution or modality is unknown, nothing is asked for, or ``out`` holds something else.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> path = generate_phantom(folder, institutions=["I1"], subjects=1, modalities=["T1"], progress=False)
+    >>> sorted(file.name for file in (path.parent / "I1-000").iterdir())
+    ['T1.nii.gz', 'tissue.nii.gz']
+    """
+    settings = _settings(institutions, subjects, seed, modalities)
+    out = Path(out)
+    if _already_made(out, settings):
+        return out / "collection.json"
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        _write_subjects(folder, settings, n_jobs=n_jobs, progress=progress)
+        write_json(folder / "collection.json", _collection(settings))
+    return out / "collection.json"
+
+
+def cached_phantom(
+    *,
+    institutions: Sequence[str],
+    subjects: int,
+    seed: int = 0,
+    modalities: Sequence[str] | None = None,
+    n_jobs: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """`generate_phantom` into a cache shared by all runs: made once, then only looked up. Same arguments, but ``out``.
+
+    The cache is the folder ``phantom`` of ``$MONAI_DATA_DIRECTORY``, else ``$XDG_CACHE_HOME/medtl`` or
+    ``~/.cache/medtl``. Processes that ask for the same phantom at once wait for the first of them to make it.
+    """
+    settings = _settings(institutions, subjects, seed, modalities)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{'+'.join(settings['institutions'])}_{subjects}-subjects_seed-{seed}_{digest}"
+    folder = _cache_root() / "phantom"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):
+        return generate_phantom(
+            folder / name,
+            institutions=institutions,
+            subjects=subjects,
+            seed=seed,
+            modalities=modalities,
+            n_jobs=n_jobs,
+            progress=progress,
+        )
+
+
+def _cache_root() -> Path:
+    if data := os.environ.get("MONAI_DATA_DIRECTORY"):
+        return Path(data)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medtl"
+
+
+def _settings(
+    institutions: Sequence[str], subjects: int, seed: int, modalities: Sequence[str] | None
+) -> dict[str, Any]:
+    """The checked request, in the phantom's own order: what a collection is recognised by."""
+    for name in institutions:
+        require_choice("institution", name, INSTITUTIONS)
+    for name in modalities or ():
+        require_choice("modality", name, MODALITIES)
+    if not institutions:
+        raise InputError(f"No institution was asked for; name at least one of {', '.join(INSTITUTIONS)}.")
+    if subjects < 1:
+        raise InputError(f"subjects is {subjects}; ask for at least one subject per institution.")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; it must not be negative.")
+    return {
+        "version": GENERATOR_VERSION,
+        "institutions": [name for name in INSTITUTIONS if name in institutions],
+        "subjects": int(subjects),
+        "seed": int(seed),
+        "modalities": [name for name in MODALITIES if name in (modalities or MODALITIES)],
+    }
+
+
+def _already_made(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether ``out`` is this very phantom; an InputError if it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / "collection.json").read_text(encoding="utf-8"))["generator"]
+        there = {key: found[key] for key in settings}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{out} exists and is not a phantom; give a new folder, nothing is overwritten.") from None
+    if there == settings:
+        return True
+    differences = [
+        f"{key} {there[key]} there, {settings[key]} asked" for key in settings if there[key] != settings[key]
+    ]
+    raise InputError(f"{out} holds another phantom ({'; '.join(differences)}); give a new folder or delete that one.")
+
+
+def _write_subjects(folder: Path, settings: dict[str, Any], *, n_jobs: int | None, progress: bool) -> None:
+    """Make all subjects, several at a time.
+
+    Threads, because nearly all the time is spent in NumPy, SciPy and zlib, which run side by side: they share the
+    atlas and start at once, where fresh processes would first import everything.
+    """
+    atlas = load_atlas()
+    jobs = [(name, index) for name in settings["institutions"] for index in range(settings["subjects"])]
+    # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.
+    with threadpool_limits(1), tqdm(total=len(jobs), desc="phantom", unit="subject", disable=not progress) as bar:
+        parallel = joblib.Parallel(n_jobs=n_jobs or -1, prefer="threads", return_as="generator_unordered")
+        for _ in parallel(joblib.delayed(_write_subject)(folder, atlas, *job, settings) for job in jobs):
+            bar.update()
+
+
+def _write_subject(folder: Path, atlas: Atlas, institution: str, index: int, settings: dict[str, Any]) -> None:
+    subject = make_subject(
+        atlas, get_institution(institution), index, seed=settings["seed"], modalities=settings["modalities"]
+    )
+    target = folder / _subject_id(institution, index)
+    target.mkdir()
+    for name, values in {**subject.images, **subject.labels}.items():
+        _write_nifti(target / f"{name}.nii.gz", values, subject.grid)
+
+
+def _write_nifti(path: Path, values: np.ndarray, grid: Grid) -> None:
+    image = nibabel.Nifti1Image(values, grid.affine)
+    image.set_sform(grid.affine, code="mni")
+    image.set_qform(grid.affine, code="mni")
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, path)
+
+
+def _collection(settings: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``collection.json``, with the labels and objectives that some subject has."""
+    label_files = {name: get_institution(name).cohort.labels for name in settings["institutions"]}
+    present = [label for label in LABELS if any(label in files for files in label_files.values())]
+    subjects = []
+    for institution, labels in label_files.items():
+        for index in range(settings["subjects"]):
+            subject = _subject_id(institution, index)
+            subjects.append(
+                {
+                    "id": subject,
+                    "institution": institution,
+                    "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
+                    "images": {name: f"{subject}/{name}.nii.gz" for name in settings["modalities"]},
+                    "labels": {name: f"{subject}/{name}.nii.gz" for name in labels},
+                }
+            )
+    return {
+        "name": "phantom",
+        "description": DESCRIPTION,
+        "license": LICENSE,
+        "synthetic": True,
+        "generator": settings,
+        "labels": {label: LABELS[label] for label in present},
+        "objectives": {name: objective for name, objective in OBJECTIVES.items() if objective["label"] in present},
+        "subjects": subjects,
+    }
+
+
+def _subject_id(institution: str, index: int) -> str:
+    return f"{institution}-{index:03d}"

@@ -1,0 +1,212 @@
+"""Slices of volumes as a dataset: volumes are prepared once, and the chosen slices stay in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from typing import Any, Literal
+
+import joblib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, RandomizableTrait, Transform
+from monai.utils import convert_to_tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from medtl_ext._validation import InputError, require_choice
+
+__all__ = ["SliceDataset"]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The chosen slices of one volume; every array is k x channels x X x Y, one storage each."""
+
+    subject: str
+    slices: list[int]
+    arrays: dict[str, torch.Tensor]
+
+    def keep(self, count: int) -> _Stack:
+        """The first ``count`` slices, in the order of the volume."""
+        order = np.argsort(self.slices[:count])
+        return _Stack(
+            self.subject,
+            [self.slices[place] for place in order],
+            {key: array[order] for key, array in self.arrays.items()},
+        )
+
+
+class SliceDataset(Dataset):
+    """2D slices of volumes, for training and evaluating slice by slice.
+
+    Works like MONAI's `CacheDataset`: the transforms before the first random one run once on each volume, in threads.
+    The volume is then cut along its last axis, and the chosen slices are kept in memory as plain tensors (4 bytes for
+    each pixel of the image and one for each of the label: 40 MB for 1,000 slices of 96 x 80). The random transforms
+    that remain run on a slice whenever it is asked for, so they see 2D data.
+
+    Args:
+        data: a datalist; every entry has ``image``, usually ``label``, and ``subject``.
+        transform: a MONAI `Compose` or a sequence of transforms; those before the first random one must load ``image``
+            as C x X x Y x Z and ``label`` as 1 x X x Y x Z. Every other array of the same spatial shape is cut as well.
+        slices: ``"foreground"`` keeps the slices in which the label is above 0 anywhere, ``"all"`` keeps all.
+        max_slices: draw at most this many slices, spread over the volumes as evenly as they allow: no volume gives a
+            second slice before every volume gave its first. A larger draw with the same seed contains the smaller one.
+        seed: of that draw.
+        num_workers: threads that prepare volumes; each holds one volume in memory.
+        progress: show a progress bar on a terminal.
+
+    An item is a new dictionary: ``image`` (C x X x Y), ``label`` (1 x X x Y), ``subject`` (str), ``slice`` (int, the
+    index along the volume's last axis) and the maps given to `set_map`. Items are in the order of ``data``, then of
+    the slice. Seed the random transforms with `monai.utils.set_determinism`, and use `monai.data.DataLoader`, which
+    seeds them in its workers.
+
+    Raises:
+        InputError: no volume has foreground, or an image is not C x X x Y x Z after the volume transforms.
+
+    >>> volume = torch.zeros(1, 4, 4, 3)
+    >>> volume[..., 1] = 1  # the middle slice has foreground
+    >>> dataset = SliceDataset([{"image": volume, "label": volume, "subject": "a"}], [])
+    >>> len(dataset), dataset[0]["slice"], dataset[0]["image"].shape
+    (1, 1, torch.Size([1, 4, 4]))
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Compose | Sequence[Callable],
+        *,
+        slices: Literal["foreground", "all"] = "foreground",
+        max_slices: int | None = None,
+        seed: int = 0,
+        num_workers: int = 4,
+        progress: bool = True,
+    ) -> None:
+        require_choice("slices", slices, ["foreground", "all"])
+        if max_slices is not None and max_slices < 1:
+            raise InputError(f"max_slices must be at least 1, or None for all slices; got {max_slices}.")
+        self.data = list(data)
+        self.transform = transform if isinstance(transform, Compose) else Compose(transform)
+        self._random_start = self.transform.get_index_of_first(
+            lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
+        )
+        stacks = self._load_stacks(slices, max_slices, seed, num_workers, progress)
+        quotas = dict(
+            zip(stacks, _take_turns([len(stack.slices) for stack in stacks.values()], max_slices), strict=True)
+        )
+        self._stacks = [stacks.pop(position).keep(quotas[position]) for position in sorted(stacks)]
+        self._index = [(stack, place) for stack in self._stacks for place in range(len(stack.slices))]
+
+    def _load_stacks(
+        self, slices: str, most: int | None, seed: int, num_workers: int, progress: bool
+    ) -> dict[int, _Stack]:
+        """The volumes that have slices, by their position in the datalist, in the order in which they take turns."""
+        order = np.random.default_rng(seed).permutation(len(self.data)).tolist()
+        stacks: dict[int, _Stack] = {}
+        needed = takewhile(lambda _: len(stacks) != most, order)  # one slice each is enough: spare a large collection
+        load = joblib.delayed(self._load_stack)
+        threads = joblib.Parallel(num_workers, require="sharedmem", return_as="generator")
+        jobs = threads(load(position, slices, most, seed) for position in needed)
+        bar = tqdm(jobs, "loading volumes", total=len(order), unit="volume", disable=None if progress else True)
+        for position, stack in zip(order, bar, strict=False):
+            if stack.slices and len(stacks) != most:
+                stacks[position] = stack
+        if not stacks:
+            raise InputError(
+                f"none of the {len(order)} volumes has foreground (label > 0); check the objective's values, "
+                "and the files with python -m medtl_ext.data check."
+            )
+        return stacks
+
+    def _load_stack(self, position: int, slices: str, most: int | None, seed: int) -> _Stack:
+        """Prepare one volume and keep the slices that may be drawn, in the order in which they would be."""
+        subject = str(self.data[position].get("subject", position))
+        volume = self.transform(dict(self.data[position]), end=self._random_start, threading=True)
+        arrays = {
+            key: convert_to_tensor(value, track_meta=False)
+            for key, value in volume.items()
+            if isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 4
+        }
+        needed = ["image", "label"] if slices == "foreground" else ["image"]
+        shapes = {key: tuple(array.shape) for key, array in arrays.items()}
+        if not arrays.keys() >= set(needed) or len({shape[1:] for shape in shapes.values()}) > 1:
+            raise InputError(
+                f"subject '{subject}': {' and '.join(needed)} must be arrays of channels x X x Y x Z on one grid "
+                f"before the first random transform; found {shapes or 'none'}. Load them with "
+                "LoadImaged(ensure_channel_first=True)."
+            )
+        if slices == "foreground":
+            candidates = torch.nonzero((arrays["label"] > 0).flatten(0, 2).any(0)).flatten().numpy()
+        else:
+            candidates = np.arange(arrays["image"].shape[-1])
+        if most is not None:
+            candidates = np.random.default_rng((seed, position)).permutation(candidates)[:most]
+        cut = {key: array[..., candidates].movedim(-1, 0).contiguous() for key, array in arrays.items()}
+        return _Stack(subject, candidates.tolist(), cut)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        stack, place = self._index[index]
+        # A transform may write in place, so it gets copies; it may also return MetaTensors, which are slow to batch.
+        item = {key: array[place].clone() for key, array in stack.arrays.items()}
+        item |= {"subject": stack.subject, "slice": stack.slices[place]}
+        if self._random_start is not None:
+            item = self.transform(item, start=self._random_start)
+        return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in item.items()}
+
+    def plain(self) -> SliceDataset:
+        """The same slices in the same order without the random transforms, for evaluation; no memory is copied."""
+        view = copy.copy(self)
+        view._random_start = None
+        return view
+
+    def set_map(self, key: str, maps: Sequence[np.ndarray | torch.Tensor]) -> None:
+        """Add one array a slice to the items, such as a weight map; it goes through the random transforms as well.
+
+        List ``key`` in the spatial transforms with ``allow_missing_keys=True`` so that it follows the image. A map set
+        again replaces the first, and a `plain` view has it too; `DataLoader` workers already running do not see it.
+
+        Args:
+            key: the key in the items.
+            maps: one array for every item in order, X x Y or 1 x X x Y.
+
+        Raises:
+            InputError: a reserved key, another number of maps than slices, or a map of another shape than its slice.
+
+        >>> dataset = SliceDataset([{"image": torch.zeros(1, 2, 2, 1)}], [], slices="all")
+        >>> dataset.set_map("weight", [np.ones((2, 2))])
+        >>> dataset[0]["weight"].shape
+        torch.Size([1, 2, 2])
+        """
+        if key in ("image", "label", "subject", "slice"):
+            raise InputError(f"map key '{key}' is taken by the slices themselves; choose another.")
+        if len(maps) != len(self):
+            raise InputError(
+                f"set_map got {len(maps)} maps for {len(self)} slices; give one for every slice, in order."
+            )
+        tensors = [torch.as_tensor(one_map, dtype=torch.float32) for one_map in maps]
+        tensors = [one_map if one_map.ndim == 3 else one_map[None] for one_map in tensors]
+        for number, (one_map, (stack, _)) in enumerate(zip(tensors, self._index, strict=True)):
+            expected = (1, *stack.arrays["image"].shape[2:])
+            if tuple(one_map.shape) != expected:
+                raise InputError(f"map {number} has shape {tuple(one_map.shape)}; its slice needs {expected}.")
+        remaining = iter(tensors)
+        for stack in self._stacks:
+            stack.arrays[key] = torch.stack(list(islice(remaining, len(stack.slices))))
+
+
+def _take_turns(counts: Sequence[int], most: int | None) -> list[int]:
+    """How many slices each volume gives when they take turns, one slice a turn, until there are enough.
+
+    >>> _take_turns([9, 1, 9], 6)
+    [3, 1, 2]
+    """
+    turns = sorted((turn, volume) for volume, count in enumerate(counts) for turn in range(count))
+    given = Counter(volume for _, volume in turns[:most])
+    return [given[volume] for volume in range(len(counts))]

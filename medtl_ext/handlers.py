@@ -1,0 +1,275 @@
+"""Ignite handlers of the bundles: the weight map before training, resumable checkpoints, scores per patient."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ignite.distributed as idist
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from ignite.engine import Events
+from monai.engines import Evaluator
+from monai.utils import string_list_all_gather
+from torch import Tensor
+
+from medtl_ext._io import atomic_path
+from medtl_ext._validation import InputError
+from medtl_ext.losses import RiskWeightedLoss
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+    from monai.engines import Trainer
+
+__all__ = ["ResumableCheckpoint", "SubjectTable", "WeightMap"]
+
+logger = logging.getLogger(__name__)
+
+
+class WeightMap:
+    """Weigh the loss by a map that is computed when training starts, from the frozen source or from the labels.
+
+    At `Events.STARTED` an evaluator passes once over the target's training images with the frozen source network, its
+    metric (such as `medtl_ext.metrics.LEEPMap`) gives the transferability of each pixel, and ``to_weight`` turns that
+    into weights (such as `medtl_ext.losses.risk_map`). One map for all images becomes a buffer of the loss; one map per
+    image becomes the key ``weight`` of the dataset, so that it follows its image through flips and rotations.
+    At `Events.COMPLETED` the same pass with the fine-tuned network shows what training changed (RiskMap, Fig. 2).
+
+    In a distributed run every process makes the whole pass, and so holds the same map without sending it around.
+
+    Args:
+        dataset: the training set, a `medtl_ext.data.SliceDataset` for maps per image.
+        loss: gets the map if there is one for all images.
+        to_weight: from the metric's value (or from the labels, N x *spatial) to weights of the same spatial shape.
+        evaluator: a MONAI evaluator over the training images without random transforms. None: the weights come from
+            the labels alone, as in the controls that never see the source.
+        metric: name of the metric in ``evaluator.state.metrics``.
+        output_dir: gets ``leep_before.nii.gz``, ``weight.nii.gz`` and ``leep_after.nii.gz`` of a map for all images,
+            ``weight_<subject>.nii.gz`` of maps per image. None writes nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: Any,
+        loss: RiskWeightedLoss,
+        to_weight: Callable[[Tensor], Tensor],
+        evaluator: Evaluator | None = None,
+        metric: str = "leep_map",
+        output_dir: str | Path | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.loss = loss
+        self.to_weight = to_weight
+        self.evaluator = evaluator
+        self.metric = metric
+        self.output_dir = None if output_dir is None else Path(output_dir)
+
+    def attach(self, engine: Trainer) -> None:
+        engine.add_event_handler(Events.STARTED, self.before)
+        if self.evaluator is not None and self.output_dir is not None:
+            engine.add_event_handler(Events.COMPLETED, self.after)
+
+    def before(self, engine: Trainer) -> None:
+        """Compute the map and hand it to the loss or to the dataset."""
+        labels = torch.stack([torch.as_tensor(item["label"])[0] for item in self.dataset.plain()])
+        value = labels if self.evaluator is None else self._transferability()
+        weight = self.to_weight(value)
+        if isinstance(weight, Tensor) and weight.ndim == labels.ndim - 1:
+            self.loss.set_weight(weight.to(engine.state.device))
+            self._save("weight.nii.gz", weight)
+            if self.evaluator is not None:
+                self._save("leep_before.nii.gz", value)
+        else:
+            self.dataset.set_map("weight", weight)
+            self._save_per_subject(weight)
+        flat = torch.stack(list(weight)).flatten()
+        logger.info("weights: mean %.2f, from %.2f to %.2f", flat.mean(), flat.min(), flat.max())
+
+    def after(self, engine: Trainer) -> None:
+        """The same pass with the network as it is after training."""
+        source, self.evaluator.network = self.evaluator.network, engine.network
+        try:
+            value = self._transferability()
+        finally:
+            self.evaluator.network = source
+        if isinstance(value, Tensor) and value.ndim == self.dataset[0]["label"].ndim - 1:
+            self._save("leep_after.nii.gz", value)
+
+    def _transferability(self) -> Tensor:
+        self.evaluator.run()
+        return self.evaluator.state.metrics[self.metric]
+
+    def _save(self, name: str, values: Tensor) -> None:
+        """Write a map as NIfTI on the grid of the first training volume; a 2D map is repeated along its slices."""
+        if self.output_dir is None or idist.get_rank() != 0:
+            return
+        affine, shape = self.dataset.geometry[self.dataset[0]["subject"]]
+        array = values.detach().cpu().numpy().astype(np.float32)
+        if array.ndim == 2:
+            array = np.repeat(array[..., None], shape[-1], axis=-1)
+        with atomic_path(self.output_dir / name) as temporary:
+            nib.save(nib.Nifti1Image(array, affine), temporary)
+
+    def _save_per_subject(self, weights: Tensor) -> None:
+        """Write each patient's weights as a volume on the patient's grid, 1 where no slice was trained on."""
+        if self.output_dir is None or idist.get_rank() != 0:
+            return
+        volumes: dict[str, np.ndarray] = {}
+        for item, weight in zip(self.dataset.plain(), weights, strict=True):
+            shape = self.dataset.geometry[item["subject"]][1]
+            volume = volumes.setdefault(item["subject"], np.ones(shape, np.float32))
+            volume[..., item["slice"]] = torch.as_tensor(weight).detach().cpu().numpy()
+        for subject, volume in volumes.items():
+            with atomic_path(self.output_dir / f"weight_{subject}.nii.gz") as temporary:
+                nib.save(nib.Nifti1Image(volume, self.dataset.geometry[subject][0]), temporary)
+
+
+class ResumableCheckpoint:
+    """Keep the best network as ``model.pt`` and everything needed to go on as ``last.pt``; go on from it when there.
+
+    ``model.pt`` is a plain ``state_dict``. It is replaced only by a network with a better key metric, and the best
+    value so far is kept in ``last.pt`` too: a resumed run knows it. Files are written whole or not at all, so a run may
+    be killed at any time. List it after the validation handler in ``train#handlers``.
+
+    Args:
+        save_dir: where the two files are.
+        evaluator: the validation engine whose key metric decides. None: every epoch's network replaces the last.
+        save_dict: what to go on with beside the engine's own epoch, by name: network, optimizer, schedule.
+    """
+
+    def __init__(
+        self, *, save_dir: str | Path, save_dict: Mapping[str, Any], evaluator: Evaluator | None = None
+    ) -> None:
+        self.folder = Path(save_dir)
+        self.evaluator = evaluator
+        self.save_dict = dict(save_dict)
+        self.best = float("-inf")
+        self.best_epoch = -1
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+    def attach(self, engine: Trainer) -> None:
+        engine.add_event_handler(Events.STARTED, self.resume)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self.keep_untrained)
+
+    def keep_untrained(self, engine: Trainer) -> None:
+        """A run of no epochs, which scores the source as it is, leaves its network like any other."""
+        if engine.state.epoch == 0 and idist.get_rank() == 0:
+            self._save_network()
+
+    def resume(self, engine: Trainer) -> None:
+        """Continue from ``last.pt`` if there is one."""
+        if not self.last.is_file():
+            return
+        state = torch.load(self.last, map_location=engine.state.device, weights_only=True)
+        try:
+            for name, item in self.save_dict.items():
+                _unwrapped(item).load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{self.last} is of another run ({str(error).splitlines()[0]}); give another --output_dir."
+            ) from error
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        if engine.state.epoch < engine.state.max_epochs:
+            logger.info("resuming after epoch %d of %d", engine.state.epoch, engine.state.max_epochs)
+
+    def save(self, engine: Trainer) -> None:
+        """Save the state after an epoch, and the network if it is the best yet."""
+        epoch = engine.state.epoch
+        validated = self.evaluator is None or self.evaluator.state.epoch == epoch
+        value = 0.0 if self.evaluator is None else _key_metric(self.evaluator)
+        better = validated and (self.evaluator is None or value > self.best)
+        if better:
+            self.best, self.best_epoch = value, epoch
+        if idist.get_rank() != 0:
+            return
+        if better:
+            _save(
+                {k: v.cpu() for k, v in _unwrapped(self.save_dict["network"]).state_dict().items()},
+                self.folder / "model.pt",
+            )
+        state = {name: _unwrapped(item).state_dict() for name, item in self.save_dict.items()}
+        _save(state | {"epoch": epoch, "best": self.best, "best_epoch": self.best_epoch}, self.last)
+
+    def _save_network(self) -> None:
+        state = _unwrapped(self.save_dict["network"]).state_dict()
+        _save({name: value.cpu() for name, value in state.items()}, self.folder / "model.pt")
+
+
+def _key_metric(evaluator: Engine) -> float:
+    """Key metric of the last validation; a NaN (no case could be scored) is worse than any number."""
+    value = float(evaluator.state.metrics[evaluator.state.key_metric_name])
+    return float("-inf") if np.isnan(value) else value
+
+
+def _unwrapped(item: Any) -> Any:
+    return item.module if isinstance(item, torch.nn.parallel.DistributedDataParallel) else item
+
+
+def _save(content: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+class SubjectTable:
+    """Scores per patient and class of an evaluator's last pass, as the table ``evaluator.state.subject_table``.
+
+    Columns: subject, class, one per metric, and ``empty``: the class is neither in the truth nor in the prediction of
+    this patient, where Dice and IoU are 1 by the convention of MONAI's ``ignore_empty=False``.
+
+    Args:
+        class_names: names of the foreground classes, in order.
+        metrics: names under which the evaluator's metrics keep their details per case.
+    """
+
+    def __init__(self, *, class_names: list[str], metrics: tuple[str, ...] = ("dice", "iou")) -> None:
+        self.class_names = list(class_names)
+        self.metrics = tuple(metrics)
+        self._subjects: list[str] = []
+        self._empty: list[Tensor] = []
+
+    def attach(self, engine: Evaluator) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.tabulate)
+
+    def reset(self, engine: Evaluator) -> None:
+        self._subjects, self._empty = [], []
+
+    def collect(self, engine: Evaluator) -> None:
+        """Note who is in the batch, and which classes are nowhere in truth and prediction (both one-hot)."""
+        self._subjects += engine.state.batch["subject"]
+        for item in engine.state.output:
+            present = torch.stack([item[key].flatten(1).any(1) for key in ("label", "pred")]).any(0)
+            self._empty.append(~present[1:])
+
+    def tabulate(self, engine: Evaluator) -> None:
+        """Join subjects and scores; with several processes the metrics' details come gathered in rank order."""
+        subjects, empty = self._subjects, torch.stack(self._empty).int()
+        if idist.get_world_size() > 1:
+            subjects = string_list_all_gather(subjects)
+            counts = idist.all_gather(len(self._subjects))
+            padded = torch.zeros(max(counts), empty.shape[1], dtype=torch.int32, device=idist.device())
+            padded[: len(empty)] = empty.to(padded.device)
+            gathered = idist.all_gather(padded).reshape(len(counts), -1, empty.shape[1])
+            empty = torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)])
+        scores = {name: engine.state.metric_details[name].cpu().numpy() for name in self.metrics}
+        engine.state.subject_table = pd.DataFrame(
+            [
+                {"subject": subject, "class": name}
+                | {metric: float(values[row, column]) for metric, values in scores.items()}
+                | {"empty": bool(empty[row, column])}
+                for row, subject in enumerate(subjects)
+                for column, name in enumerate(self.class_names)
+            ]
+        ).drop_duplicates(["subject", "class"], ignore_index=True)

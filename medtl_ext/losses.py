@@ -1,0 +1,284 @@
+"""Risk-weighted fine-tuning: from a LEEP map to pixel weights, the baselines' weights, and the loss that applies them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.metrics._checks import IGNORED, as_plain_tensor, check_labels
+
+DIRECTIONS = ("hardness", "literal")
+NORMALIZATIONS = ("foreground", "mean", "weights")
+
+
+def risk_map(
+    leep_map: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    base: float = 10.0,
+    direction: str = "hardness",
+    clip: tuple[float, float] | None = None,
+    size: Sequence[int] | None = None,
+) -> torch.Tensor | list[torch.Tensor]:
+    """Pixel weights that grow, from 1 to ``base``, with how hard the transfer is at a pixel.
+
+    With t the LEEP map, h = (max t - t) / (max t - min t) and the weight is ``base ** h``. The range of t is taken over
+    everything that is given: maps per image (N x *spatial, or a list) are scaled together, so that a hard image weighs
+    more than an easy one.
+
+    Args:
+        leep_map: LEEP values of any shape (see `medtl_ext.metrics.LEEPMap` and `LEEPImageMaps`), or a list of maps.
+        base: the largest weight, 1 or more.
+        direction: "hardness" gives the pixels of lowest LEEP the weight ``base``, which is what the paper's text and
+            figures say. "literal" is its eq. 5 as printed, (t - min t) in the numerator, which weights the *easy* pixels.
+        clip: percentiles (low, high) of the LEEP values to clip at before scaling, e.g. (1, 99). Without it a single
+            outlier sets the scale and can flatten the rest of the map to weights near 1.
+        size: spatial size to repeat the cells of a strided map to, e.g. the images' (240, 240).
+
+    Returns:
+        Weights in [1, base], float64, of the map's shape (or ``size``). NaN cells, where the metric saw no valid pixel,
+        get 1; a constant map gives ones.
+
+    Raises:
+        InputError: a ValueError; Inf in the map, an empty map, a setting out of range.
+
+    Example:
+        >>> risk_map(torch.tensor([0.0, -0.5, -1.0, float("nan")]))
+        tensor([ 1.0000,  3.1623, 10.0000,  1.0000], dtype=torch.float64)
+
+    Reference: Duan et al., *Transfer Risk Map*, eq. 5.
+    """
+    require_choice("direction", direction, DIRECTIONS)
+    if not 1 <= base < math.inf:
+        raise InputError(f"base is {base!r}; expected the largest weight, a number of 1 or more.")
+    one_tensor = not isinstance(leep_map, (list, tuple))
+    maps = [_checked_map(one_map) for one_map in ([leep_map] if one_tensor else leep_map)]
+    low, high = _range(maps, clip)
+    weights = []
+    for one_map in maps:
+        hardness = (high - one_map.clamp(low, high)) / (high - low) if high > low else torch.zeros_like(one_map)
+        if direction == "literal":
+            hardness = 1 - hardness if high > low else hardness
+        weight = (base**hardness).nan_to_num(nan=1.0)
+        weights.append(weight if size is None else _repeat_cells(weight, size))
+    return weights[0] if one_tensor else weights
+
+
+def trs_map(leep_map: torch.Tensor, *, size: Sequence[int] | None = None) -> torch.Tensor:
+    """Pixel weights ``exp(-LEEP)``, the "Trs map" baseline.
+
+    Args:
+        leep_map: LEEP values of any shape; the paper takes `LEEPMap` with ``stride=4``.
+        size: spatial size to repeat the cells of a strided map to, e.g. the images' (240, 240).
+
+    Returns:
+        Weights of 1 or more, float64, of the map's shape (or ``size``); NaN cells get 1.
+
+    Raises:
+        InputError: a ValueError; Inf in the map, an empty map, a size that no whole stride leads to.
+
+    Example:
+        >>> trs_map(torch.tensor([[0.0, -0.5]]), size=(2, 4))
+        tensor([[1.0000, 1.0000, 1.6487, 1.6487],
+                [1.0000, 1.0000, 1.6487, 1.6487]], dtype=torch.float64)
+
+    Reference: Tan et al., *Efficient prediction of model transferability in semantic segmentation tasks*, ICIP 2023.
+    """
+    weight = (-_checked_map(leep_map)).exp().nan_to_num(nan=1.0)
+    return weight if size is None else _repeat_cells(weight, size)
+
+
+def frequency_map(target_labels: Any, *, base: float = 10.0, ignore_index: int | None = None) -> torch.Tensor:
+    """Pixel weights ``base ** f``, f the share of images that are foreground at the pixel: a control without a source.
+
+    A risk map correlates with f above 0.9. Only what it gains over this map can be credited to the source model.
+
+    Args:
+        target_labels: N x *spatial or N x 1 x *spatial class indices (0 is background), or an iterable of N label maps.
+        base: the weight of a pixel that is foreground in every image, 1 or more.
+        ignore_index: pixels with this label are left out; a pixel ignored in every image gets weight 1.
+
+    Returns:
+        Weights in [1, base], float64, *spatial.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> frequency_map(torch.tensor([[[0, 1, 2]], [[0, 0, 1]]]))
+        tensor([[ 1.0000,  3.1623, 10.0000]], dtype=torch.float64)
+    """
+    if not 1 <= base < math.inf:
+        raise InputError(f"base is {base!r}; expected the largest weight, a number of 1 or more.")
+    foreground = valid = torch.zeros((), dtype=torch.float64)
+    for labels in _label_maps(target_labels, ignore_index):
+        if foreground.ndim and labels.shape != foreground.shape:
+            raise InputError(
+                f"target_labels holds maps of shape {tuple(foreground.shape)} and {tuple(labels.shape)}; "
+                "expected one grid for all images."
+            )
+        foreground = foreground.to(labels.device) + (labels > 0)
+        valid = valid.to(labels.device) + (labels != IGNORED)
+    return base ** (foreground / valid.clamp(min=1))
+
+
+def class_weights(
+    target_labels: Any, *, n_classes: int, power: float = 1.0, ignore_index: int | None = None
+) -> torch.Tensor:
+    """Class weights proportional to ``frequency ** -power``, scaled so that their mean over all pixels is 1.
+
+    ``power=1`` is the inverse class frequency (scikit-learn's "balanced"), ``power=0.5`` its square root, which is often
+    the better choice for rare structures. In a bundle's JSON::
+
+        "loss": {
+            "_target_": "CrossEntropyLoss",
+            "weight": "$medtl_ext.losses.class_weights([x['label'] for x in @train#dataset], n_classes=4, power=0.5)"
+        }
+
+    Args:
+        target_labels: integer tensor of any shape, or an iterable of them (one pass, nothing is kept).
+        n_classes: number of classes including the background.
+        power: 0 gives ones.
+        ignore_index: pixels with this label are left out.
+
+    Returns:
+        n_classes weights, float32 as losses need it. A class that does not occur gets the neutral weight 1: it never
+        meets these labels, and must not break the loss on others.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> class_weights(torch.tensor([0, 0, 0, 1]), n_classes=3)
+        tensor([0.6667, 2.0000, 1.0000])
+    """
+    if not 0 <= power < math.inf:
+        raise InputError(f"power is {power!r}; expected 0 or more (1 for inverse frequency, 0.5 for its square root).")
+    counts = _class_counts(target_labels, n_classes, ignore_index)
+    frequency = counts / counts.sum()
+    present = counts > 0
+    weights = torch.where(present, frequency**-power, 0)
+    return torch.where(present, weights / (weights * frequency).sum(), 1).float()
+
+
+def log_prior(target_labels: Any, *, n_classes: int, ignore_index: int | None = None) -> torch.Tensor:
+    """Natural logarithm of the class frequencies, for the control that shifts a network's output bias.
+
+    Subtracting it from the logits of a network trained by plain cross-entropy undoes the preference for common classes,
+    without any map or weight.
+
+    Args:
+        target_labels: integer tensor of any shape, or an iterable of them.
+        n_classes: number of classes including the background.
+        ignore_index: pixels with this label are left out.
+
+    Returns:
+        n_classes values <= 0, float32. A class that does not occur counts as one pixel, so that the value is finite.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> log_prior(torch.tensor([0, 0, 0, 1]), n_classes=2)
+        tensor([-0.2877, -1.3863])
+    """
+    counts = _class_counts(target_labels, n_classes, ignore_index)
+    return (counts.clamp(min=1) / counts.sum()).log().float()
+
+
+class RiskWeightedLoss(nn.Module):
+    """A weighted sum of an elementwise loss over all pixels, divided by the number of foreground pixels in the batch.
+
+    ``sum_i w_i l_i / max(number of foreground pixels, 1)``, with w a map shared by all images or one map per sample. In a
+    bundle's JSON::
+
+        "loss": {
+            "_target_": "medtl_ext.losses.RiskWeightedLoss",
+            "base_loss": {"_target_": "CrossEntropyLoss", "reduction": "none"}
+        }
+
+    followed by ``loss.set_weight(risk_map(leep_map))`` once the map is known, and ``loss.to(device)``.
+
+    The divisor sets the scale of the loss, here several times that of a mean. Adam divides the scale out again and hardly
+    notices it; with SGD it is a larger learning rate.
+
+    The shared map is a buffer, so it follows ``.to(device)``, but not a part of the state dict: it is recomputed from the
+    frozen source when a run starts, and a checkpoint fits a loss with any map or none.
+
+    Under torch.distributed the divisor is that of the whole batch over all processes, scaled so that
+    DistributedDataParallel's averaged gradient is the one a single process would compute on the whole batch.
+
+    Args:
+        base_loss: elementwise loss (``reduction="none"``) of logits N x C x *spatial that returns N x *spatial or
+            N x K x *spatial, which is summed over K. `CrossEntropyLoss` and `NLLLoss` are called with targets
+            N x *spatial (int64), any other with N x 1 x *spatial in the dtype of the logits, as MONAI's ``to_onehot_y``
+            losses and `BCEWithLogitsLoss` expect. Pixels with the label of its ``ignore_index`` count nowhere.
+        weight: pixel weights *spatial, shared by all images; None weighs all pixels alike until `set_weight`.
+        normalization: the divisor: "foreground" (the number of pixels with a label above 0, at least 1: paper), "mean"
+            (the number of pixels), or "weights" (the sum of the weights).
+        region_loss: a loss that is no sum over pixels, such as MONAI's ``DiceLoss(to_onehot_y=True, softmax=True)``,
+            added unweighted. It is called with the logits and N x 1 x *spatial targets.
+
+    Raises:
+        InputError: a ValueError; a base loss that reduces, weights that are negative or not finite, shapes that do not fit.
+
+    Example:
+        >>> loss = RiskWeightedLoss(nn.CrossEntropyLoss(reduction="none"), torch.tensor([[1.0, 3.0]]))
+        >>> loss(torch.zeros(1, 2, 1, 2), torch.tensor([[[[0, 1]]]]))  # ln 2 * (1 + 3) / 1 foreground pixel
+        tensor(2.7726)
+
+    Reference: Duan et al., *Transfer Risk Map*, eq. 7.
+    """
+
+    weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        base_loss: nn.Module,
+        weight: Any | None = None,
+        *,
+        normalization: str = "foreground",
+        region_loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        reduction = getattr(base_loss, "reduction", "none")
+        if reduction != "none":
+            raise InputError(f"base_loss has reduction='{reduction}'; expected 'none', since every pixel is weighted.")
+        self.base_loss = base_loss
+        self.region_loss = region_loss
+        self.normalization = require_choice("normalization", normalization, NORMALIZATIONS)
+        self.register_buffer("weight", None, persistent=False)
+        if weight is not None:
+            self.set_weight(weight)
+
+    def set_weight(self, weight: Any) -> None:
+        """Share these pixel weights (*spatial, finite, 0 or more) among all images from now on."""
+        weight = as_plain_tensor("weight", weight).float()
+        if weight.numel() == 0 or not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+            raise InputError("weight is empty, negative or not finite; expected pixel weights of 0 or more.")
+        self.weight = weight.clone() if self.weight is None else weight.to(self.weight.device, copy=True)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the weighted loss, a scalar in float32 (float64 for float64 logits).
+
+        Args:
+            input: logits, N x C x *spatial.
+            target: class indices of any dtype, N x *spatial or N x 1 x *spatial.
+            weight: weights of this batch's own pixels, N x *spatial or N x 1 x *spatial, in place of the shared map.
+        """
+        logits = input if input.dtype == torch.float64 else input.float()
+        labels = _without_channel("target", target, logits)
+        weight = self._weight_of(labels, weight, logits)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = self._pixel_loss(logits, labels)
+            weighted = loss.sum() if weight is None else (loss * weight).sum()
+            weighted = weighted / self._divisor(labels, weight)
+            if self.region_loss is not None:
+                weighted = weighted + self.region_loss(logits, labels.unsqueeze(1))
+        return weighted

@@ -1,0 +1,79 @@
+"""Batches of tensors put aside for a second look: in memory while they are few, on disk once they are many."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+#: Bytes one spool may hold in memory before it moves to a temporary file.
+MEMORY_LIMIT = 256 * 2**20
+
+
+class PredictionSpool:
+    """A queue of tensor batches that can be read any number of times and keeps each tensor's dtype and shape.
+
+    The file is temporary and anonymous: it disappears with the spool, or with the process. Spools can be pickled,
+    which is how a metric travels back from a worker process.
+
+    Args:
+        memory_limit: bytes kept in memory; beyond that everything moves to a file in the system's temporary folder
+            (`TMPDIR` chooses another).
+
+    >>> spool = PredictionSpool()
+    >>> spool.append(torch.tensor([0.5, 0.5]), torch.tensor([1]))
+    >>> [[tensor.tolist() for tensor in batch] for batch in spool]
+    [[[0.5, 0.5], [1]]]
+    """
+
+    def __init__(self, memory_limit: int = MEMORY_LIMIT) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_size=memory_limit)  # noqa: SIM115 - closed by close()
+        self._batches: list[list[tuple[int, torch.dtype, torch.Size]]] = []
+        self._memory_limit = memory_limit
+
+    def append(self, *tensors: torch.Tensor) -> None:
+        """Add one batch of tensors from any device."""
+        batch = []
+        offset = self._file.seek(0, 2)
+        for tensor in tensors:
+            # Bytes, because numpy has no bfloat16.
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            self._file.write(data)
+            batch.append((offset, tensor.dtype, tensor.shape))
+            offset += data.nbytes
+        self._batches.append(batch)
+
+    def extend(self, other: PredictionSpool) -> None:
+        """Add all batches of another spool, one batch in memory at a time."""
+        for batch in other:
+            self.append(*batch)
+
+    def close(self) -> None:
+        """Forget everything and free the memory or the file."""
+        self._file.close()
+        self._batches = []
+
+    __del__ = close
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        for batch in list(self._batches):  # a copy, so that a spool can be extended by itself
+            yield [self._read(*entry) for entry in batch]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def _read(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        self._file.seek(offset)
+        self._file.readinto(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"memory_limit": self._memory_limit, "batches": list(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["memory_limit"])
+        for batch in state["batches"]:
+            self.append(*batch)

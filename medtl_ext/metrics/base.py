@@ -1,0 +1,236 @@
+"""The class all transferability metrics share: sums that add up over batches, processes and machines."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine
+from ignite.metrics import Metric
+from monai.utils import CommonKeys, convert_to_tensor
+
+from medtl_ext._validation import InputError
+
+
+class TransferMetric(Metric):
+    """Base of the transferability metrics: streams over batches, merges, and adds up over all processes.
+
+    A metric is used in one of three ways, which all give the value of its one-shot ``compute_*`` function:
+
+    - by hand: ``metric.update(source_probs, target_labels)`` for every batch, then ``metric.compute()``;
+    - split over workers: each fills its own metric, then ``metric.merge(other)`` in any order (metrics can be pickled);
+    - attached to an Ignite engine, which a MONAI evaluator is. In a bundle's JSON the class name is enough::
+
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "key_val_metric": {"leep": {"_target_": "medtl_ext.metrics.LEEP"}}
+        }
+
+    Attached, it reads the network's raw logits and the labels from ``engine.state.output`` (see
+    `probabilities_and_labels`), so the evaluator needs no postprocessing. Where `pred` holds probabilities already, say
+    so by ``"output_transform": "$monai.handlers.from_engine(['pred', 'label'])"``, which hands them over as they are.
+
+    Under torch.distributed every process sees its share of the data and ``compute()``, called on all of them, gives all
+    of them the value of the whole; processes without data take part. Let each sample be seen once: MONAI's
+    ``DistributedSampler(even_divisible=False)``.
+
+    A new metric declares what it sums and what it makes of the sums:
+
+    >>> class MeanConfidence(TransferMetric):
+    ...     '''Mean over the samples of the highest probability.'''
+    ...     def update(self, source_probs, target_labels):
+    ...         self._add(confidence=source_probs.amax(1).sum(), count=torch.tensor(len(source_probs)))
+    ...     def _evaluate(self, sums):
+    ...         return sums["confidence"] / sums["count"]
+    >>> metric = MeanConfidence()
+    >>> metric.update(torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([0, 1]))
+    >>> metric.compute()
+    tensor(0.6250, dtype=torch.float64)
+
+    Args:
+        output_transform: turns ``engine.state.output`` into the arguments of `update`, as a tuple or as a mapping from
+            argument name to value; lists of tensors are stacked into a batch. None: the class's own default.
+
+    Attributes:
+        higher_is_better: True when a higher value predicts better transfer.
+        inputs: names of the arguments of `update`.
+        growing_axes: how many leading axes of the sums may differ between batches (a class that is not seen yet makes
+            them shorter); the others must agree.
+    """
+
+    higher_is_better: bool = True
+    inputs: tuple[str, ...] = ("source_probs", "target_labels")
+    growing_axes: int = 1
+
+    def __init__(self, *, output_transform: Callable[[Any], Any] | None = None) -> None:
+        super().__init__(self.default_output_transform if output_transform is None else output_transform)
+
+    @staticmethod
+    def default_output_transform(output: Any) -> tuple[Any, Any]:
+        """What is read from an engine when nothing else is said: `probabilities_and_labels`."""
+        return probabilities_and_labels(output)
+
+    @abstractmethod
+    def update(self, source_probs: torch.Tensor, target_labels: torch.Tensor) -> None:
+        """Add one batch. A batch that is refused with an `InputError` leaves the metric as it was."""
+
+    @abstractmethod
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
+        """Return the value that belongs to the sums over all batches of all processes, leaving the sums unchanged."""
+
+    def compute(self) -> Any:
+        """Return the value over everything seen by all processes; updates may go on afterwards.
+
+        Raises:
+            InputError: nothing was seen, by any process.
+        """
+        sums = all_reduce_sums(self._sums, growing_axes=self.growing_axes)
+        if not sums:
+            raise InputError(
+                f"{type(self).__name__} has seen no sample; call update() before compute(), or look for an empty "
+                "data loader."
+            )
+        return self._evaluate(sums)
+
+    def reset(self) -> None:
+        """Forget everything; an engine does this when an epoch starts."""
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def merge(self, other: TransferMetric) -> None:
+        """Add everything another metric of the same class has seen; the other one stays as it is."""
+        if type(other) is not type(self):
+            raise InputError(f"other is {type(other).__name__}; expected {type(self).__name__} to merge with.")
+        self._add(**other._sums)
+
+    def _add(self, **sums: torch.Tensor) -> None:
+        """Add to the named sums (kept in float64 on the device of the first), which grow to hold new classes."""
+        shapes = {
+            name: _common_shape(self.inputs[0], [held.shape, sums[name].shape], self.growing_axes)
+            for name, held in self._sums.items()
+            if name in sums
+        }
+        for name, value in sums.items():
+            if name not in self._sums:
+                self._sums[name] = value.to(torch.float64, copy=True)
+                continue
+            held = self._sums[name] = _grown(self._sums[name], shapes[name])
+            held[_corner(value.shape)] += value.to(held.device)
+
+    @torch.no_grad()
+    def iteration_completed(self, engine: Engine) -> None:
+        """Update from the engine's current output; attached to the engine by Ignite."""
+        output = self._output_transform(engine.state.output)
+        values = [output[name] for name in self.inputs] if isinstance(output, Mapping) else output
+        for batch in _batches(values):
+            self.update(*batch)
+
+
+def probabilities_and_labels(output: Any) -> tuple[Any, Any]:
+    """Read source probabilities and target labels from the output of a MONAI engine.
+
+    Args:
+        output: a dictionary of batches, or the list of dictionaries that MONAI's decollation makes of it, with `pred`
+            (the network's raw logits, Z x *spatial per sample) and `label`.
+
+    Returns:
+        Probabilities and labels, each a batch or a list of samples. The logits go through a softmax over the channels,
+        or through a sigmoid when there is one channel.
+
+    Raises:
+        InputError: `pred` or `label` is missing, or `pred` is not logits any more.
+    """
+    items = [output] if isinstance(output, Mapping) else output
+    if not (isinstance(items, Sequence) and all(isinstance(item, Mapping) for item in items)):
+        raise InputError(
+            f"engine.state.output is {type(output).__name__}; expected MONAI's dictionaries with '{CommonKeys.PRED}' "
+            f"and '{CommonKeys.LABEL}': give an output_transform."
+        )
+    for key in (CommonKeys.PRED, CommonKeys.LABEL):
+        missing = [item for item in items if item.get(key) is None]
+        if missing:
+            raise InputError(
+                f"engine.state.output has no '{key}', only {', '.join(sorted(map(str, missing[0])))}; "
+                "name the right keys by an output_transform."
+            )
+    channel = 1 if isinstance(output, Mapping) else 0
+    probs = [_probabilities(convert_to_tensor(item[CommonKeys.PRED]), channel) for item in items]
+    labels = [convert_to_tensor(item[CommonKeys.LABEL]) for item in items]
+    return (probs[0], labels[0]) if isinstance(output, Mapping) else (probs, labels)
+
+
+def _probabilities(logits: torch.Tensor, channel: int) -> torch.Tensor:
+    # A few pixels tell: logits that sum to exactly one everywhere, or are all 0 and 1, have been processed already.
+    pixels = (logits[0] if channel else logits).reshape(logits.shape[channel], -1)[:, :64]
+    if len(pixels) > 1:
+        processed = bool(((pixels >= 0) & ((pixels.sum(0) - 1).abs() < 1e-4)).all())
+    else:
+        processed = bool(((pixels == 0) | (pixels == 1)).all())
+    if processed or not logits.is_floating_point():
+        raise InputError(
+            "engine.state.output['pred'] holds probabilities or classes; expected the network's raw logits: take the "
+            "activation out of the evaluator's postprocessing, or give output_transform="
+            "monai.handlers.from_engine(['pred', 'label']) where they are probabilities."
+        )
+    logits = logits.float() if logits.element_size() < 4 else logits
+    return logits.sigmoid() if len(pixels) == 1 else logits.softmax(channel)
+
+
+def _batches(values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
+    """Stack lists of samples into one batch, or into batches of one where the samples' shapes differ."""
+    values = list(values)
+    if not all(isinstance(value, (list, tuple)) for value in values):
+        return [tuple(values)]
+    columns = [[convert_to_tensor(item) for item in value] for value in values]
+    if all(len({item.shape for item in column}) == 1 for column in columns):
+        return [tuple(torch.stack(column) for column in columns)]
+    return zip(*([item.unsqueeze(0) for item in column] for column in columns), strict=True)
+
+
+def all_reduce_sums(sums: Mapping[str, torch.Tensor], *, growing_axes: int = 1) -> dict[str, torch.Tensor]:
+    """Return the named sums added up over all processes of torch.distributed, or as they are without it.
+
+    Processes may hold different names and shapes (fewer classes, no data at all): the result has all names, in the
+    largest shape. ``sums`` is left unchanged.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return dict(sums)
+    shapes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, {name: tuple(value.shape) for name, value in sums.items()})
+    # NCCL only moves GPU memory, and a process without data has no device of its own to go by.
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    reduced = {}
+    for name in sorted(set().union(*shapes)):
+        shape = _common_shape(name, [held[name] for held in shapes if name in held], growing_axes)
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        own = sums.get(name)
+        if own is not None:
+            total[_corner(own.shape)] = own.to(device)
+        dist.all_reduce(total)
+        reduced[name] = total if own is None else total.to(own.device)
+    return reduced
+
+
+def _common_shape(name: str, shapes: Sequence[Sequence[int]], growing_axes: int) -> tuple[int, ...]:
+    fixed = {tuple(shape[growing_axes:]) for shape in shapes}
+    if len(fixed) > 1 or len({len(shape) for shape in shapes}) > 1:
+        listed = " and ".join(sorted(map(str, fixed)))
+        raise InputError(
+            f"{name} differs between batches: {listed} where channels and grid should be the same for all; "
+            "resample the images to one grid, or use one metric per group."
+        )
+    return tuple(map(max, zip(*shapes, strict=True)))
+
+
+def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(length) for length in shape)
+
+
+def _grown(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tuple(tensor.shape) == shape:
+        return tensor
+    grown = tensor.new_zeros(shape)
+    grown[_corner(tensor.shape)] = tensor
+    return grown

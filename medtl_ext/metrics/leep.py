@@ -1,0 +1,461 @@
+r"""LEEP, the log expected empirical prediction, as one number, as a map over a common grid, and as a map per image.
+
+LEEP (Nguyen et al., *LEEP: A new measure to evaluate transferability of learned representations*, ICML 2020) asks how
+well the labels y of the target can be told from the source network's class probabilities p(z), if all one may do is
+rename source classes to target classes:
+
+.. math::
+    J(y, z) = \sum_i 1[y_i = y]\, p_i(z), \qquad
+    P(y | z) = J(y, z) / \textstyle\sum_y J(y, z), \qquad
+    \mathrm{LEEP} = \tfrac1n \sum_i \ln \textstyle\sum_z P(y_i | z)\, p_i(z)
+
+Each sample's prediction is needed twice, for J and then under P(y|z). The streaming classes ask the network only once:
+they keep J in memory, and the predictions, in their own dtype, in a `PredictionSpool` that moves to disk when it grows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.metrics._checks import as_plain_tensor, check_predictions
+from medtl_ext.metrics._spool import PredictionSpool
+from medtl_ext.metrics.base import TransferMetric, all_reduce_sums
+
+ESTIMATORS = ("local", "global")
+
+
+def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
+    """LEEP of a source network's predictions on target samples; in segmentation every pixel is a sample.
+
+    Args:
+        source_probs: N x Z, or N x Z x *spatial, the source's class probabilities (not logits). With Z = 1 they are a
+            sigmoid head's s, which counts as [1 - s, s].
+        target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        The score in nats, a float64 scalar <= 0; higher predicts better transfer. One label only gives 0 with a
+        `UserWarning`: it says nothing about transfer.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> source_probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75], [0.25, 0.75]])
+        >>> compute_leep(source_probs, torch.tensor([0, 0, 1, 1]))
+        tensor(-0.4700, dtype=torch.float64)
+
+    Reference: Nguyen et al., ICML 2020, eq. 2. A source class that no sample is given any probability of is left out
+    (0/0 in the usual implementation); probabilities are rescaled to sum to exactly one.
+    """
+    probs, labels = check_predictions(source_probs, target_labels, ignore_index=ignore_index)
+    table = _conditional(_joint(probs, labels))
+    return _mean(_log_sums(probs, labels, table).view(2, -1).sum(1))
+
+
+def compute_leep_map(
+    source_probs: Any,
+    target_labels: Any,
+    *,
+    stride: int = 1,
+    estimator: str = "local",
+    smoothing: float = 0.0,
+    ignore_index: int | None = None,
+) -> torch.Tensor:
+    """LEEP at every pixel coordinate, over N images that share a grid (in 2D or 3D).
+
+    Args:
+        source_probs: N x Z x *spatial, the source's class probabilities (not logits); Z = 1 is a sigmoid head.
+        target_labels: N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
+        stride: pools the pixels of stride x stride patches (x stride in 3D) into one map cell; patches at the far edges
+            are smaller where the grid is not divisible.
+        estimator: "local" estimates P(y|z) in each cell from its own pixels, as the paper does; "global" estimates it
+            once from all pixels.
+        smoothing: pseudo-counts of the global table added to each local one. With few images a local table fits its own
+            few pixels and the map is too optimistic; some 5 to 20 pull it back.
+        ignore_index: pixels with this label are left out.
+
+    Returns:
+        The map, float64, spatial size divided by the stride and rounded up; values <= 0, higher is easier to transfer
+        to, NaN where no pixel is valid. One label only gives zeros with a `UserWarning`.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> source_probs = torch.tensor([[[0.75, 0.5]], [[0.25, 0.5]]])  # 2 images of 1 x 2 pixels, a sigmoid head
+        >>> compute_leep_map(source_probs[:, None], torch.tensor([[[1, 1]], [[0, 0]]]))
+        tensor([[-0.4700, -0.6931]], dtype=torch.float64)
+
+    Reference: Duan et al., *Transfer Risk Map*, eq. 4; stride 4 is Tan et al., ICIP 2023.
+    """
+    settings = _MapSettings.checked(stride, estimator, smoothing)
+    probs, labels = check_predictions(source_probs, target_labels, ignore_index=ignore_index)
+    joint = settings.joint(probs, labels)
+    table = settings.table(joint, labels.shape[1:])
+    return _mean(settings.pool(_log_sums(probs, labels, table), leading=1))
+
+
+def compute_leep_image_maps(
+    source_probs: Any, target_labels: Any, *, ignore_index: int | None = None
+) -> torch.Tensor | list[torch.Tensor]:
+    """One map per image, ``ln sum_z P(y|z) p(z)`` at each of its pixels, with P(y|z) from all pixels of all images.
+
+    The mean of all maps over all pixels is `compute_leep`. Other than a `compute_leep_map` this needs no common grid.
+
+    Args:
+        source_probs: N x Z x *spatial, the source's class probabilities (not logits); Z = 1 is a sigmoid head. A list
+            of N tensors Z x *spatial where the images differ in size.
+        target_labels: N x *spatial (a channel axis of length one is dropped), or a list of N tensors *spatial.
+        ignore_index: pixels with this label are left out.
+
+    Returns:
+        N x *spatial, float64, when all images have one size, else a list of N maps; values <= 0, higher is easier to
+        transfer to, NaN at ignored pixels. One label only gives zeros with a `UserWarning`.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> source_probs = torch.tensor([[[0.75, 0.25]], [[0.75, 0.75]]])
+        >>> compute_leep_image_maps(source_probs[:, None], torch.tensor([[[1, 0]], [[1, 0]]])).squeeze(1)
+        tensor([[-0.6286, -0.5108],
+                [-0.6286, -0.7621]], dtype=torch.float64)
+    """
+    if not isinstance(source_probs, (list, tuple)):
+        batches = [check_predictions(source_probs, target_labels, ignore_index=ignore_index)]
+    elif len(source_probs) != len(target_labels):
+        raise InputError(f"target_labels lists {len(target_labels)} images, source_probs {len(source_probs)}.")
+    else:
+        batches = [
+            check_predictions(
+                as_plain_tensor("source_probs", probs)[None],
+                as_plain_tensor("target_labels", labels)[None],
+                ignore_index=ignore_index,
+            )
+            for probs, labels in zip(source_probs, target_labels, strict=True)
+        ]
+    n_classes = max(int(labels.max()) for _, labels in batches) + 1
+    joint = sum(_joint(probs, labels, n_classes=n_classes) for probs, labels in batches)
+    return _image_maps(batches, _conditional(joint))
+
+
+class _StreamingLEEP(TransferMetric):
+    """What the three streaming classes share: J in memory, the predictions in a spool until P(y|z) is known."""
+
+    def __init__(
+        self, *, ignore_index: int | None = None, output_transform: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.ignore_index = ignore_index
+        self._spool = PredictionSpool()
+        super().__init__(output_transform=output_transform)
+
+    def reset(self) -> None:
+        super().reset()
+        self._spool.close()
+        self._spool = PredictionSpool()
+
+    def update(self, source_probs: Any, target_labels: Any) -> None:
+        """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
+        probs, labels = check_predictions(source_probs, target_labels, ignore_index=self.ignore_index)
+        self._add(joint=self._joint(probs, labels))
+        self._spool.append(probs, labels.to(torch.int16))
+
+    def merge(self, other: TransferMetric) -> None:
+        super().merge(other)
+        self._spool.extend(other._spool)
+
+    def _joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return _joint(probs, labels)
+
+    def _batches(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((probs.to(device), labels.to(device)) for probs, labels in self._spool)
+
+
+class LEEP(_StreamingLEEP):
+    """`compute_leep` over batches: ``compute()`` returns a float64 scalar <= 0, higher is better.
+
+    Memory: the C x Z sums, and 256 MiB of predictions before they go to disk. See `TransferMetric` for how to attach,
+    merge and distribute it.
+
+    Args:
+        ignore_index: samples with this label are left out.
+        output_transform: see `TransferMetric`.
+
+    >>> metric = LEEP()
+    >>> metric.update(torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 1]))
+    >>> metric.update(torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 1]))
+    >>> metric.compute()
+    tensor(-0.4700, dtype=torch.float64)
+    """
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        table = _conditional(sums["joint"])
+        return _mean(_reduced(_log_sums(*batch, table).view(2, -1).sum(1) for batch in self._batches(table.device)))
+
+
+class LEEPMap(_StreamingLEEP):
+    """`compute_leep_map` over batches of images on one grid: ``compute()`` returns the float64 map.
+
+    Memory: C x Z numbers a map cell, and 256 MiB of predictions before they go to disk.
+
+    A map is no scalar, so it cannot be an evaluator's key metric (MONAI warns and skips the comparison). Attach it
+    beside one, in a bundle's JSON::
+
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "key_val_metric": {"leep": {"_target_": "medtl_ext.metrics.LEEP"}},
+            "additional_metrics": {"leep_map": {"_target_": "medtl_ext.metrics.LEEPMap", "stride": 4}}
+        }
+
+    after which the map is ``evaluator.state.metrics["leep_map"]``. MONAI takes additional metrics only beside a key
+    metric; without one, ``LEEPMap().attach(evaluator, "leep_map")`` does it.
+
+    Args:
+        stride, estimator, smoothing, ignore_index: as in `compute_leep_map`.
+        output_transform: see `TransferMetric`.
+
+    >>> metric = LEEPMap()
+    >>> metric.update(torch.tensor([[[[0.75, 0.5]]]]), torch.tensor([[[1, 1]]]))
+    >>> metric.update(torch.tensor([[[[0.25, 0.5]]]]), torch.tensor([[[0, 0]]]))
+    >>> metric.compute()
+    tensor([[-0.4700, -0.6931]], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        *,
+        stride: int = 1,
+        estimator: str = "local",
+        smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        output_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._settings = _MapSettings.checked(stride, estimator, smoothing)
+        super().__init__(ignore_index=ignore_index, output_transform=output_transform)
+
+    def reset(self) -> None:
+        super().reset()
+        self._grid: tuple[int, ...] | None = None
+
+    def merge(self, other: TransferMetric) -> None:
+        if isinstance(other, LEEPMap) and other._grid is not None:
+            self._require_grid(other._grid)
+        super().merge(other)
+
+    def _joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self._require_grid(tuple(labels.shape[1:]))
+        return self._settings.joint(probs, labels)
+
+    def _require_grid(self, grid: tuple[int, ...]) -> None:
+        if self._grid is None:
+            self._grid = grid
+        elif self._grid != grid:
+            raise InputError(
+                f"source_probs is on a grid of {grid}, the earlier images on {self._grid}; a map per coordinate "
+                "needs one grid: resample the images, or use LEEPImageMaps."
+            )
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        joint = sums["joint"]
+        # A process without data has no grid of its own, but has nothing to look up either.
+        table = self._settings.table(joint, joint.shape[2:] if self._grid is None else self._grid)
+        batches = self._batches(joint.device)
+        return _mean(_reduced(self._settings.pool(_log_sums(*batch, table), leading=1) for batch in batches))
+
+
+class LEEPImageMaps(_StreamingLEEP):
+    """`compute_leep_image_maps` over batches: ``compute()`` returns one map per image, in the order they were seen.
+
+    N x *spatial, float64, when all images have one size, else a list. Under torch.distributed P(y|z) comes from all
+    processes, and each gets the maps of its own images. Memory: as `LEEP`, and the maps.
+
+    Args:
+        ignore_index: pixels with this label are left out.
+        output_transform: see `TransferMetric`.
+
+    >>> metric = LEEPImageMaps()
+    >>> metric.update(torch.tensor([[[0.75, 0.25]]]), torch.tensor([[1, 0]]))
+    >>> metric.update(torch.tensor([[[0.75, 0.75]]]), torch.tensor([[1, 0]]))
+    >>> metric.compute()
+    tensor([[-0.6286, -0.5108],
+            [-0.6286, -0.7621]], dtype=torch.float64)
+    """
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        table = _conditional(sums["joint"])
+        return _image_maps(self._batches(table.device), table)
+
+
+class _MapSettings(NamedTuple):
+    """How a map pools pixels into cells and estimates P(y|z) in them."""
+
+    stride: int
+    estimator: str
+    smoothing: float
+
+    @classmethod
+    def checked(cls, stride: int, estimator: str, smoothing: float) -> _MapSettings:
+        if not isinstance(stride, int) or stride < 1:
+            raise InputError(f"stride is {stride!r}; expected a whole number of pixels, 1 or more.")
+        require_choice("estimator", estimator, ESTIMATORS)
+        if not 0 <= smoothing < float("inf"):
+            raise InputError(f"smoothing is {smoothing!r}; expected a number of pseudo-counts, 0 or more.")
+        if smoothing and estimator == "global":
+            raise InputError("smoothing pulls local tables towards the global one; with estimator='global' leave it 0.")
+        return cls(stride, estimator, smoothing)
+
+    def joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """J summed over the batch: C x Z x *cells, or C x Z for the global estimator."""
+        if labels.ndim < 2:
+            raise InputError(f"source_probs has shape {tuple(probs.shape)}; a map needs N x Z x *spatial.")
+        if self.estimator == "global":
+            return _joint(probs, labels)
+        return self.pool(_joint(probs, labels, located=True), leading=2)
+
+    def table(self, joint: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """P(y|z), C x Z x *grid, or C x Z for the global estimator."""
+        if self.estimator == "global":
+            return _conditional(joint)
+        if self.smoothing:
+            pooled = joint.flatten(2).sum(2)
+            joint = joint + self.smoothing * (pooled / pooled.sum()).view(*pooled.shape, *(1 for _ in grid))
+        table = _conditional(joint)
+        if self.stride > 1:
+            for axis, length in enumerate(grid, start=2):
+                table = table.index_select(axis, torch.arange(length, device=table.device) // self.stride)
+        return table
+
+    def pool(self, sums: torch.Tensor, *, leading: int) -> torch.Tensor:
+        """Add up the pixels of each cell; the axes after the ``leading`` ones are spatial."""
+        if self.stride == 1:
+            return sums
+        for axis in range(leading, sums.ndim):
+            cell = torch.arange(sums.shape[axis], device=sums.device) // self.stride
+            shape = [*sums.shape[:axis], int(cell[-1]) + 1, *sums.shape[axis + 1 :]]
+            sums = sums.new_zeros(shape).index_add_(axis, cell, sums)
+        return sums
+
+
+class _Block(NamedTuple):
+    """A part of a batch, small enough to stay in the processor's cache while it is worked on."""
+
+    images: slice
+    pixels: slice
+    weights: torch.Tensor  # Z x samples, the probabilities in float64
+    cells: torch.Tensor  # samples, where in a flattened C x *cells table each one looks
+    valid: torch.Tensor | None  # images x pixels, False where the label is ignored; None: nowhere
+
+
+def _blocks(probs: torch.Tensor, labels: torch.Tensor, *, located: bool) -> Iterator[_Block]:
+    probs = probs.reshape(*probs.shape[:2], -1)
+    labels = labels.reshape(len(labels), -1)
+    n_images, n_source, n_pixels = probs.shape
+    n_samples = max(1, (2**24 if probs.is_cuda else 2**18) // n_source)
+    columns = min(n_pixels, n_samples)
+    rows = max(1, n_samples // columns)
+    location = torch.arange(n_pixels, device=probs.device)
+    masked = bool((labels < 0).any())
+    for row in range(0, n_images, rows):
+        for column in range(0, n_pixels, columns):
+            images, pixels = slice(row, row + rows), slice(column, column + columns)
+            part = probs[images, :, pixels].movedim(1, 0)
+            weights = torch.empty(part.shape, dtype=torch.float64, device=probs.device).copy_(part)
+            cells = labels[images, pixels].long()
+            valid = cells >= 0 if masked else None
+            if masked:
+                cells = cells.clamp(min=0)
+            if located:
+                cells = torch.add(location[pixels], cells, alpha=n_pixels)
+            yield _Block(images, pixels, weights.flatten(1), cells.flatten(), valid)
+
+
+def _joint(
+    probs: torch.Tensor, labels: torch.Tensor, *, located: bool = False, n_classes: int | None = None
+) -> torch.Tensor:
+    """Sum J(y, z) over the samples: C x Z, or C x Z x *spatial with one table for every pixel location."""
+    grid = labels.shape[1:] if located else torch.Size()
+    n_source = probs.shape[1]
+    n_classes = max(int(labels.max()), 0) + 1 if n_classes is None else n_classes
+    joint = torch.zeros(n_source, n_classes * grid.numel(), dtype=torch.float64, device=probs.device)
+    for block in _blocks(probs, labels, located=located):
+        weights, cells = block.weights, block.cells
+        if block.valid is not None:
+            keep = block.valid.flatten()
+            weights, cells = weights[:, keep], cells[keep]
+        for row, weight in zip(joint, weights, strict=True):
+            row.scatter_add_(0, cells, weight)
+    return joint.view(n_source, n_classes, *grid).transpose(0, 1)
+
+
+def _conditional(joint: torch.Tensor) -> torch.Tensor:
+    """P(y|z) from J, zero for a source class without mass (no sample that looks it up gives it any weight)."""
+    samples = joint.flatten(1).sum(1)
+    if not bool(samples.sum() > 0):
+        raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
+    if int((samples > 0).sum()) == 1:
+        warnings.warn(
+            "target_labels holds one class only, so LEEP is 0, its best value, and says nothing about transfer.",
+            UserWarning,
+            stacklevel=2,
+        )
+    mass = joint.sum(0)
+    return joint / torch.where(mass > 0, mass, 1)
+
+
+def _log_likelihoods(
+    probs: torch.Tensor, labels: torch.Tensor, table: torch.Tensor
+) -> Iterator[tuple[_Block, torch.Tensor]]:
+    """Yield ln sum_z P(y|z) p(z) block by block, images x pixels; meaningless where a pixel is ignored."""
+    located = table.ndim > 2
+    rows = table.transpose(0, 1).flatten(1)
+    for block in _blocks(probs, labels, located=located):
+        expected = rows[0].index_select(0, block.cells).mul_(block.weights[0])
+        for row, weight in zip(rows[1:], block.weights[1:], strict=True):
+            expected.addcmul_(row.index_select(0, block.cells), weight)
+        expected /= block.weights.sum(0)
+        yield block, expected.log_().view(len(labels[block.images]), -1)
+
+
+def _log_sums(probs: torch.Tensor, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Over the images of a batch, at each pixel: the sum of the log-likelihoods, and their number; 2 x *spatial."""
+    sums = torch.zeros(2, labels[0].numel(), dtype=torch.float64, device=probs.device)
+    for block, log_likelihood in _log_likelihoods(probs, labels, table):
+        if block.valid is None:
+            sums[1, block.pixels] += len(log_likelihood)
+        else:
+            log_likelihood = torch.where(block.valid, log_likelihood, 0)
+            sums[1, block.pixels] += block.valid.sum(0)
+        sums[0, block.pixels] += log_likelihood.sum(0)
+    return sums.view(2, *labels.shape[1:])
+
+
+def _image_maps(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], table: torch.Tensor
+) -> torch.Tensor | list[torch.Tensor]:
+    """The log-likelihoods themselves, NaN where a pixel is ignored."""
+    maps: list[torch.Tensor] = []
+    for probs, labels in batches:
+        batch = torch.empty(len(labels), labels[0].numel(), dtype=torch.float64, device=probs.device)
+        for block, log_likelihood in _log_likelihoods(probs, labels, table):
+            if block.valid is not None:
+                log_likelihood = torch.where(block.valid, log_likelihood, torch.nan)
+            batch[block.images, block.pixels] = log_likelihood.clamp_(max=0)
+        maps.extend(batch.view(labels.shape))
+    return torch.stack(maps) if len({image.shape for image in maps}) == 1 else maps
+
+
+def _reduced(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Add up the log sums of the batches of this process, and those of all processes."""
+    total = sum(parts)
+    return all_reduce_sums({"log_sums": total} if isinstance(total, torch.Tensor) else {})["log_sums"]
+
+
+def _mean(log_sums: torch.Tensor) -> torch.Tensor:
+    # Rounding may leave a perfect prediction a hair above 0; 0/0 is the NaN of a cell without valid pixels.
+    return (log_sums[0] / log_sums[1]).clamp(max=0)

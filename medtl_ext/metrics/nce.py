@@ -1,0 +1,115 @@
+"""NCE, the negative conditional entropy of target labels given source labels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from medtl_ext._validation import InputError
+from medtl_ext.metrics._checks import IGNORED, check_labels
+from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
+
+
+def compute_nce(source_labels: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
+    """Negative conditional entropy ``-H(Y|Z)`` of the target labels given the source's predicted labels.
+
+    Args:
+        source_labels: integer tensor of any shape, the class the source network predicts for each sample (or pixel).
+        target_labels: integer tensor of the same shape, the target's class.
+        ignore_index: samples with this target label are left out.
+
+    Returns:
+        The score in nats, a float64 scalar in [-H(Y), 0]; higher predicts better transfer. One target label only gives
+        0 with a `UserWarning`.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> compute_nce(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 2]))
+        tensor(-0.3466, dtype=torch.float64)
+
+    Reference: Tran et al., *Transferability and hardness of supervised classification tasks*, ICCV 2019.
+    """
+    return _negative_conditional_entropy(_counts(source_labels, target_labels, ignore_index))
+
+
+class NCE(TransferMetric):
+    """`compute_nce` over batches: ``compute()`` returns a float64 scalar <= 0, higher is better.
+
+    Attached to an engine it takes the most probable class of the network's logits (see `TransferMetric`).
+
+    Args:
+        ignore_index: samples with this target label are left out.
+        output_transform: see `TransferMetric`.
+
+    >>> metric = NCE()
+    >>> metric.update(torch.tensor([0, 0]), torch.tensor([0, 1]))
+    >>> metric.update(torch.tensor([1, 1]), torch.tensor([2, 2]))
+    >>> metric.compute()
+    tensor(-0.3466, dtype=torch.float64)
+    """
+
+    inputs = ("source_labels", "target_labels")
+    growing_axes = 2
+
+    def __init__(
+        self, *, ignore_index: int | None = None, output_transform: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.ignore_index = ignore_index
+        super().__init__(output_transform=output_transform)
+
+    @staticmethod
+    def default_output_transform(output: Any) -> tuple[Any, Any]:
+        """The most probable class of `pred`, and `label`, both with a channel axis of length one."""
+        probs, labels = probabilities_and_labels(output)
+        if isinstance(probs, list):
+            return [_most_probable(item, channel=0) for item in probs], labels
+        return _most_probable(probs, channel=1), labels
+
+    def update(self, source_labels: Any, target_labels: Any) -> None:
+        """Add a batch of predicted source classes and target classes, two integer tensors of the same shape."""
+        self._add(counts=_counts(source_labels, target_labels, self.ignore_index))
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        return _negative_conditional_entropy(sums["counts"])
+
+
+def _most_probable(probs: torch.Tensor, *, channel: int) -> torch.Tensor:
+    if probs.shape[channel] == 1:
+        return (probs > 0.5).long()
+    return probs.argmax(channel, keepdim=True)
+
+
+def _counts(source_labels: Any, target_labels: Any, ignore_index: int | None) -> torch.Tensor:
+    """Number of samples of each target class (row) with each predicted source class (column)."""
+    source = check_labels("source_labels", source_labels)
+    target = check_labels("target_labels", target_labels, ignore_index=ignore_index).to(source.device)
+    # One of the two may carry a channel axis of length one.
+    if [n for n in source.shape if n != 1] != [n for n in target.shape if n != 1]:
+        raise InputError(
+            f"target_labels has shape {tuple(target.shape)}, source_labels {tuple(source.shape)}; expected the same."
+        )
+    source, target = source.flatten(), target.flatten()
+    if ignore_index is not None:
+        source, target = source[target != IGNORED], target[target != IGNORED]
+    shape = (int(target.max()) + 1, int(source.max()) + 1) if len(target) else (1, 1)
+    cells = torch.bincount(target * shape[1] + source, minlength=shape[0] * shape[1])
+    return cells.double().view(shape)
+
+
+def _negative_conditional_entropy(counts: torch.Tensor) -> torch.Tensor:
+    if not bool(counts.sum() > 0):
+        raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
+    if int((counts.sum(1) > 0).sum()) == 1:
+        warnings.warn(
+            "target_labels holds one class only, so NCE is 0, its best value, and says nothing about transfer.",
+            UserWarning,
+            stacklevel=2,
+        )
+    joint = counts / counts.sum()
+    # sum_yz P(y, z) ln P(y|z), as a difference of two sums of p ln p so that empty cells need no care.
+    return (torch.xlogy(joint, joint).sum() - torch.xlogy(joint.sum(0), joint.sum(0)).sum()).clamp(max=0)

@@ -1,0 +1,135 @@
+"""Dictionary transforms: label values to the classes of a task, and intensities to a scale that networks share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.data import get_track_meta
+from monai.transforms import MapTransform
+from monai.utils import TransformBackends, convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
+from scipy.ndimage import binary_fill_holes
+
+from medtl_ext._validation import InputError
+
+__all__ = ["NormalizeBodyd", "SelectLabelsd", "body_mask"]
+
+# Measured on eight brain-extracted clinical MRI volumes, where resampling left values of either sign around the brain.
+# 2 % and 5 % select the same brain to within 3 % of its voxels, while 10 % loses up to 7 %, mostly cerebrospinal fluid.
+_BODY_SHARE, _BODY_PERCENTILE = 0.05, 99.0
+
+
+def body_mask(image: NdarrayOrTensor) -> np.ndarray:
+    """Where the body is: every voxel whose magnitude exceeds 5 % of the image's 99th percentile, and enclosed holes.
+
+    Suits images whose background is zero or nearly so: brain-extracted MRI (small values of either sign remain around
+    the brain after resampling) and the phantom. The percentile is taken over the magnitudes of non-zero voxels, so it
+    does not depend on how much background surrounds the body. Filling brings back dark ventricles. Separate parts are
+    all kept, as a low slice of a brain has several. Of an image that was standardised before, the tissue near zero can
+    be missed (up to 15 % of the brain was): standardise once.
+
+    Args:
+        image: one channel, X x Y (x Z).
+
+    Returns:
+        Boolean array of the same shape, all False for an image of zeros.
+
+    >>> image = np.zeros((5, 5))
+    >>> image[1:4, 1:4] = 100  # a body ...
+    >>> image[2, 2] = 0  # with a dark ventricle
+    >>> image[0, 0] = -1  # and a trace of resampling
+    >>> int(body_mask(image).sum())
+    9
+    """
+    magnitude = np.abs(convert_to_numpy(image))
+    signal = magnitude[magnitude > 0]
+    if signal.size == 0:
+        return np.zeros(magnitude.shape, dtype=bool)
+    return binary_fill_holes(magnitude > _BODY_SHARE * np.percentile(signal, _BODY_PERCENTILE))
+
+
+class NormalizeBodyd(MapTransform):
+    """Standardise intensities inside the body: mean 0 and standard deviation 1 there, exactly 0 outside.
+
+    Every channel has its own `body_mask`, mean and deviation. A channel that is constant inside the body becomes zeros.
+
+    Args:
+        keys: images, C x *spatial.
+        clip: lowest and highest standard score kept, so that a few bright vessels do not set the range; None keeps all.
+        allow_missing_keys: do not raise when a key is missing.
+
+    >>> image = torch.zeros(1, 4, 4)
+    >>> image[0, 1:3, 1:3] = torch.tensor([[90.0, 110.0], [90.0, 110.0]])
+    >>> NormalizeBodyd("image")({"image": image})["image"][0, 1]
+    tensor([ 0., -1.,  1.,  0.])
+    """
+
+    backend = (TransformBackends.NUMPY,)
+
+    def __init__(
+        self, keys: KeysCollection, clip: tuple[float, float] | None = (-4.0, 6.0), allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+            raise InputError(f"clip must be (lowest, highest) with lowest < highest, or None; got {clip}.")
+        self.clip = clip
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            channels = np.stack([self._normalize(channel) for channel in convert_to_numpy(data[key])])
+            data[key], *_ = convert_to_dst_type(channels, data[key], dtype=np.float32)
+        return data
+
+    def _normalize(self, channel: np.ndarray) -> np.ndarray:
+        scores = np.zeros(channel.shape, dtype=np.float32)
+        mask = body_mask(channel)
+        body = channel[mask].astype(np.float64)
+        if body.size and body.max() > body.min():
+            body = (body - body.mean()) / body.std()
+            scores[mask] = body if self.clip is None else body.clip(*self.clip)
+        return scores
+
+
+class SelectLabelsd(MapTransform):
+    """Turn the values of a label file into the classes of an objective: 1 to k, and 0 for every other value.
+
+    Args:
+        keys: labels of integer value, 1 x *spatial, of any dtype.
+        values: the values of each class in the label file, in order, as `Collection.label_values` gives them:
+            ``[[1], [2, 3]]`` makes value 1 class 1, and values 2 and 3 class 2. A class of one value may be given
+            bare: ``[1, [2, 3]]``.
+        allow_missing_keys: do not raise when a key is missing.
+
+    The result is an unsigned 8-bit tensor, a `MetaTensor` with the label's own metadata while MONAI tracks it.
+
+    Raises:
+        InputError: ``values`` is empty, or a value belongs to two classes.
+
+    >>> SelectLabelsd("label", [[1], [2, 3]])({"label": torch.tensor([[0, 1, 2, 3, 4]])})["label"]
+    metatensor([[0, 1, 2, 2, 0]], dtype=torch.uint8)
+    """
+
+    backend = (TransformBackends.TORCH,)
+
+    def __init__(
+        self, keys: KeysCollection, values: Sequence[int | Sequence[int]], allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.values = [ensure_tuple(group) for group in values]
+        flat = [value for group in self.values for value in group]
+        if not flat or len(set(flat)) < len(flat):
+            raise InputError(f"values must name every label value once, such as [[1], [2, 3]]; got {values}.")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            label: torch.Tensor = convert_to_tensor(data[key], track_meta=get_track_meta())
+            classes = torch.zeros_like(label, dtype=torch.uint8)
+            for number, group in enumerate(self.values, start=1):
+                classes[torch.isin(label, torch.as_tensor(group, device=label.device))] = number
+            data[key] = classes
+        return data

@@ -1,0 +1,125 @@
+"""Finding the bundle, refusing misspelled options, claiming output folders, and running many jobs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from monai.bundle import ConfigWorkflow
+
+from medtl_ext import InputError, bundle
+from medtl_ext.bundle import Job, run_jobs
+
+
+def write_bundle(root: Path, **extra) -> Path:
+    """A bundle that squares a number into result.txt."""
+    configs = root / "configs"
+    configs.mkdir(parents=True)
+    config = {
+        "imports": ["$from medtl_ext import bundle", "$from pathlib import Path"],
+        "bundle_root": "$bundle.bundle_root()",
+        "number": 3,
+        "progress": True,
+        "figures": True,
+        "output_dir": "$@bundle_root + '/eval'",
+        "initialize": ["$bundle.start()"],
+        "run": [
+            "$bundle.claim_output(@output_dir)",
+            "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
+        ],
+    } | extra
+    (configs / "train.json").write_text(json.dumps(config))
+    (configs / "metadata.json").write_text("{}")
+    (configs / "logging.conf").write_text(
+        "[loggers]\nkeys=root\n[handlers]\nkeys=\n[formatters]\nkeys=\n[logger_root]\nlevel=INFO\nhandlers=\n"
+    )
+    return configs / "train.json"
+
+
+def run(config: Path, **overrides):
+    workflow = ConfigWorkflow(config_file=str(config), workflow_type="train", **overrides)
+    workflow.initialize()
+    workflow.run()
+    return workflow
+
+
+def test_the_root_is_found_from_anywhere(tmp_path, monkeypatch):
+    config = write_bundle(tmp_path / "a bundle")
+    for folder, path in [
+        (tmp_path, Path("a bundle/configs/train.json")),
+        (tmp_path / "a bundle", Path("configs/train.json")),
+        (tmp_path / "a bundle" / "configs", Path("train.json")),
+    ]:
+        monkeypatch.chdir(folder)
+        run(path)
+        assert (config.parent.parent / "eval" / "result.txt").read_text() == "9"
+        (config.parent.parent / "eval" / "result.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("numbr", r"option --numbr is not used by this bundle; did you mean --number\?"),
+        ("zzz", "see the bundle's docs"),
+    ],
+)
+def test_a_misspelled_option_names_the_nearest(tmp_path, option, message):
+    with pytest.raises(RuntimeError) as caught:
+        run(write_bundle(tmp_path), **{option: 4})
+    with pytest.raises(InputError, match=message):
+        raise caught.value.__cause__
+
+
+def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):
+    config = write_bundle(tmp_path)
+    run(config)
+    run(config)
+    with pytest.raises(RuntimeError) as caught:
+        run(config, number=4)
+    assert isinstance(caught.value.__cause__, InputError)
+    assert "holds a run with number=3, this one has 4" in str(caught.value.__cause__)
+    assert (tmp_path / "eval" / "result.txt").read_text() == "9"
+    run(config, number=4, output_dir=str(tmp_path / "other"))
+    assert (tmp_path / "other" / "result.txt").read_text() == "16"
+
+
+def test_an_output_folder_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError) as caught:
+        run(write_bundle(tmp_path), output_dir=str(tmp_path / "file" / "eval"))
+    assert isinstance(caught.value.__cause__, InputError)
+    assert "cannot be written to" in str(caught.value.__cause__)
+
+
+def test_the_config_left_behind_can_be_run_again(tmp_path):
+    run(write_bundle(tmp_path), number=5)
+    left = json.loads((tmp_path / "eval" / "config.json").read_text())
+    Job(left, tmp_path / "again", result="result.txt").run()
+    assert (tmp_path / "again" / "result.txt").read_text() == "25"
+
+
+def test_jobs_run_once_and_a_bad_one_costs_itself_only(tmp_path):
+    config = json.loads(write_bundle(tmp_path).read_text()) | {"bundle_root": str(tmp_path)}
+    jobs = [Job(config, tmp_path / name, overrides={"number": number}, result="result.txt") for name, number in
+            [("one", 1), ("bad", "x"), ("two", 2)]]  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"1 of 3 runs failed; the first: .*bad"):
+        run_jobs(jobs, n_jobs=2)
+    assert [job.done for job in jobs] == [True, False, True]
+    before = (tmp_path / "one" / "result.txt").stat().st_mtime_ns
+    run_jobs([jobs[0], jobs[2]])
+    assert (tmp_path / "one" / "result.txt").stat().st_mtime_ns == before
+
+
+def test_a_kept_model_is_trained_once(tmp_path):
+    config = json.loads(write_bundle(tmp_path).read_text()) | {"bundle_root": str(tmp_path)}
+    job = Job(config, tmp_path / "models" / "source", result="result.txt")
+    path = Path(bundle.kept_model(job, result="result.txt"))
+    before = path.stat().st_mtime_ns
+    assert bundle.kept_model(job, result="result.txt") == str(path)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_outside_of_a_workflow_the_root_is_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bundle.bundle_root() == str(tmp_path)

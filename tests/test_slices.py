@@ -1,0 +1,273 @@
+"""Slices: which ones are chosen, what an item holds, and when the random transforms run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import runpy
+import sys
+from collections import Counter
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader, MetaTensor
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    Lambdad,
+    LoadImaged,
+    Orientationd,
+    RandAffined,
+    RandFlipd,
+    RandomizableTransform,
+    ScaleIntensityd,
+)
+from monai.utils import set_determinism
+
+from medtl_ext import InputError
+from medtl_ext.data import SliceDataset, check_collection, load_collection
+from medtl_ext.transforms import NormalizeBodyd, SelectLabelsd
+
+KEYS = ["image", "label"]
+LOAD = (LoadImaged(KEYS, ensure_channel_first=True), Orientationd(KEYS, axcodes="RAS", labels=None))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three patients of 8 x 6 x 10 with 5, 1 and 3 foreground slices; a voxel's value tells where it is."""
+    entries = []
+    for number, foreground in enumerate((5, 1, 3)):
+        grid = np.arange(8 * 6 * 10, dtype=np.float32).reshape(8, 6, 10) + 1000 * number
+        label = np.zeros_like(grid, dtype=np.uint8)
+        label[2, 3, 4 : 4 + foreground] = 1
+        files = {key: str(tmp_path / f"{number}-{key}.nii.gz") for key in KEYS}
+        nibabel.save(nibabel.Nifti1Image(grid, np.eye(4)), files["image"])
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), files["label"])
+        entries.append(files | {"subject": f"p{number}"})
+    return entries
+
+
+@pytest.fixture
+def deterministic():
+    set_determinism(0)
+    yield
+    set_determinism(None)
+
+
+def places(dataset):
+    return [(item["subject"], item["slice"]) for item in dataset]
+
+
+def items(dataset):
+    return [dataset[position] for position in range(len(dataset))]
+
+
+def build(data, transform=LOAD, **options):
+    return SliceDataset(data, transform, progress=False, **options)
+
+
+class TestChoice:
+    def test_foreground(self, data):
+        expected = [("p0", z) for z in range(4, 9)] + [("p1", 4)] + [("p2", z) for z in range(4, 7)]
+        assert places(items(build(data))) == expected
+
+    def test_all(self, data):
+        assert places(items(build(data, slices="all"))) == [(f"p{p}", z) for p in range(3) for z in range(10)]
+
+    def test_slices_are_cut_along_the_last_axis(self, data):
+        item = build(data)[1]
+        grid = np.arange(8 * 6 * 10, dtype=np.float32).reshape(8, 6, 10)
+        assert item["image"].shape == (1, 8, 6)
+        np.testing.assert_array_equal(item["image"][0], grid[:, :, 5])
+
+    @pytest.mark.parametrize(("n", "per_patient"), [(3, (1, 1, 1)), (5, (2, 1, 2)), (7, (3, 1, 3)), (99, (5, 1, 3))])
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_draw_is_spread_over_patients(self, data, n, per_patient, seed):
+        counts = Counter(subject for subject, _ in places(items(build(data, max_slices=n, seed=seed))))
+        assert tuple(counts[f"p{p}"] for p in range(3)) == per_patient
+
+    def test_draw_is_seeded_and_nested(self, data):
+        def draw(n, seed):
+            return places(items(build(data, slices="all", max_slices=n, seed=seed)))
+
+        assert draw(7, 0) == draw(7, 0) == sorted(draw(7, 0))
+        assert len({tuple(draw(7, seed)) for seed in range(4)}) > 1
+        assert set(draw(2, 0)) < set(draw(7, 0)) < set(draw(12, 0))
+        assert len({draw(1, seed)[0][0] for seed in range(10)}) == 3, "no patient is always first"
+
+    def test_small_draw_spares_volumes(self, data):
+        loaded = []
+        transform = [*LOAD, Lambdad("subject", lambda subject: loaded.append(subject) or subject)]
+        build(data * 20, transform, max_slices=2, num_workers=1)
+        assert 2 <= len(loaded) < 20
+
+    def test_workers_do_not_matter(self, data):
+        one, four = (build(data, max_slices=4, num_workers=n) for n in (1, 4))
+        assert places(items(one)) == places(items(four))
+
+    def test_a_volume_without_foreground_is_left_out(self, data):
+        data[1]["label"] = data[1]["image"]
+        keep_low = Lambdad("label", lambda label: label * (label < 10))  # voxel values of patients 1 and 2 are larger
+        data[2]["label"] = data[2]["image"]
+        assert {subject for subject, _ in places(items(build(data, [*LOAD, keep_low])))} == {"p0"}
+
+    def test_no_foreground_anywhere(self, data):
+        with pytest.raises(InputError, match="none of the 3 volumes has foreground"):
+            build(data, [*LOAD, SelectLabelsd("label", [[7]])])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"slices": "forground"}, "did you mean 'foreground'"), ({"max_slices": 0}, "at least 1")],
+    )
+    def test_bad_options(self, data, options, message):
+        with pytest.raises(InputError, match=message):
+            build(data, **options)
+
+    def test_volume_that_was_not_loaded(self, data):
+        with pytest.raises(InputError, match=r"subject 'p\d': image and label must be arrays .* found none"):
+            build(data, [RandFlipd(KEYS), *LOAD])
+
+
+class Tag(RandomizableTransform):
+    """Adds a fresh random number to the image in place, which must not reach the stored slices."""
+
+    def __call__(self, data):
+        data["image"] += float(self.R.uniform(1, 2))
+        return data
+
+
+class TestItems:
+    def test_are_plain_tensors(self, data):
+        transform = [*LOAD, ScaleIntensityd("image"), RandAffined(KEYS, prob=1, rotate_range=0.3)]
+        dataset = build(data, transform)
+        for item in (dataset[0], dataset.plain()[0]):
+            assert set(item) == {"image", "label", "subject", "slice"}
+            assert type(item["image"]) is type(item["label"]) is torch.Tensor
+            assert item["image"].is_contiguous()
+            assert not isinstance(item["image"], MetaTensor)
+
+    def test_only_chosen_slices_stay_in_memory(self, data):
+        dataset = build(data, max_slices=3)
+        stored = {
+            a.untyped_storage().data_ptr(): a.untyped_storage() for s in dataset._stacks for a in s.arrays.values()
+        }
+        assert (
+            sum(storage.nbytes() for storage in stored.values()) == 3 * 8 * 6 * 2 * 4
+        )  # three slices, two float32 keys
+
+    def test_random_part_runs_on_access_and_leaves_the_store_alone(self, data):
+        calls = []
+        count = Lambdad("image", lambda image: calls.append(image.shape) or image)
+        dataset = build(data, Compose([*LOAD, count, Tag()]))
+        assert calls == [(1, 8, 6, 10)] * 3
+        plain = dataset.plain()
+        before = plain[0]["image"]
+        first, second = dataset[0]["image"], dataset[0]["image"]
+        assert not torch.equal(first, second)
+        assert torch.equal(plain[0]["image"], before)
+        assert len(calls) == 3
+
+    def test_plain_shares_memory_but_gives_copies(self, data):
+        dataset = build(data, [*LOAD, RandFlipd(KEYS, prob=1, spatial_axis=0)])
+        plain = dataset.plain()
+        assert len(plain) == len(dataset)
+        assert places(items(plain)) == places(items(dataset))
+        assert torch.equal(plain[0]["image"].flip(1), dataset[0]["image"])
+        assert plain._stacks is dataset._stacks
+        plain[0]["image"].zero_()
+        assert plain[0]["image"].any()
+
+    def test_other_arrays_on_the_grid_are_cut_too(self, data):
+        def add_body(entry):
+            return entry | {"body": entry["image"] > 5}
+
+        dataset = build(data, [*LOAD, EnsureTyped(KEYS)])
+        assert "body" not in dataset[0]
+        volume = torch.zeros(1, 4, 4, 3)
+        dataset = build([add_body({"image": volume, "affine": np.eye(4)})], [], slices="all")
+        assert dataset[0]["body"].dtype == torch.bool
+        assert "affine" not in dataset[0]
+
+    def test_volumes_on_different_grids(self):
+        entries = [{"image": torch.ones(1, n, 4, 3), "label": torch.ones(1, n, 4, 3)} for n in (4, 6)]
+        assert [item["image"].shape[1] for item in items(build(entries, []))] == [4, 4, 4, 6, 6, 6]
+        entries[1]["label"] = torch.ones(1, 5, 4, 3)
+        with pytest.raises(InputError, match=r"on one grid .*'label': \(1, 5, 4, 3\)"):
+            build(entries, [])
+
+    def test_set_determinism_repeats_the_augmentation(self, data):
+        def augmented():
+            set_determinism(7)
+            dataset = build(data, [*LOAD, RandAffined(KEYS, prob=1, rotate_range=0.5, mode=["bilinear", "nearest"])])
+            set_determinism(None)
+            return torch.stack([item["image"] for item in items(dataset)])
+
+        assert torch.equal(augmented(), augmented())
+
+    @pytest.mark.usefixtures("deterministic")
+    def test_workers_have_their_own_seeds(self, data):
+        dataset = build([data[0]] * 2, [*LOAD, Tag()])
+        context = multiprocessing.get_context("fork")
+        loader = DataLoader(dataset, batch_size=5, num_workers=2, multiprocessing_context=context)
+        first, second = (batch["image"] for batch in loader)  # the same five slices, one batch from each worker
+        assert not torch.equal(first, second)
+
+
+class TestMaps:
+    def maps(self, dataset):
+        return [item["image"][0].numpy() * 2 for item in dataset.plain()]
+
+    def test_follow_the_image_through_the_random_transforms(self, data):
+        flip = RandFlipd([*KEYS, "weight"], prob=0.5, spatial_axis=0, allow_missing_keys=True)
+        dataset = build(data, [*LOAD, flip])
+        flip.set_random_state(0)
+        assert "weight" not in dataset[0]
+        dataset.set_map("weight", self.maps(dataset))
+        flipped = 0
+        for item, plain in zip(items(dataset), items(dataset.plain()), strict=True):
+            assert torch.equal(item["weight"], 2 * item["image"])
+            flipped += not torch.equal(item["image"], plain["image"])
+        assert 0 < flipped < len(dataset)
+
+    def test_accept_a_channel_axis_and_replace(self, data):
+        dataset = build(data)
+        dataset.set_map("weight", self.maps(dataset))
+        dataset.set_map("weight", [torch.ones(1, 8, 6)] * len(dataset))
+        assert dataset[3]["weight"].shape == (1, 8, 6)
+        assert dataset[3]["weight"].unique().tolist() == [1]
+
+    @pytest.mark.parametrize(
+        ("key", "n", "shape", "message"),
+        [
+            ("image", 9, (8, 6), "'image' is taken"),
+            ("weight", 8, (8, 6), "8 maps for 9 slices"),
+            ("weight", 9, (6, 8), r"map 0 has shape \(1, 6, 8\); its slice needs \(1, 8, 6\)"),
+            ("weight", 9, (2, 8, 6), r"its slice needs \(1, 8, 6\)"),
+        ],
+    )
+    def test_bad_maps(self, data, key, n, shape, message):
+        with pytest.raises(InputError, match=message):
+            build(data).set_map(key, [np.ones(shape)] * n)
+
+
+def test_real_patients_from_files_to_slices(shared_data, tmp_path, monkeypatch, request):
+    """The example script, the check and the slices on two patients with multiple sclerosis (Lesjak et al. 2017)."""
+    script = request.config.rootpath / "docs/examples/open_ms_collection.py"
+    out = tmp_path / "open_ms.json"
+    arguments = [str(shared_data / "open_ms"), "--out", str(out), "--train", "patient19", "--test", "patient07"]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+    collection = load_collection(out)
+    task = "MS-FLAIR-WMH"
+    assert [str(task) for task in collection.tasks()] == [f"MS-{m}-WMH" for m in ("T1", "T1CE", "T2", "FLAIR")]
+    assert check_collection(collection, [task], progress=False).issues == []
+    transform = [*LOAD, SelectLabelsd("label", collection.label_values(task)), NormalizeBodyd("image")]
+    dataset = build(collection.datalist(task, "train"), transform, max_slices=5)
+    assert len(dataset) == 5
+    for item in dataset:
+        body = item["image"] != 0
+        assert item["image"].shape == (1, 182, 218)
+        assert item["label"].unique().tolist() == [0, 1]
+        assert body[item["label"] > 0].float().mean() > 0.99
+        assert item["image"][item["label"] > 0].mean() > 0.5, "lesions are bright on FLAIR"

@@ -52,6 +52,8 @@ HOW_NOT_WHAT = frozenset(
         "finalize",
     ]
 )
+# What the command line leaves as text, where a config would have a value.
+JSON_WORDS = {"true": True, "false": False, "null": None}
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -80,7 +82,10 @@ def bundle_root() -> str:
 
 
 def start() -> None:
-    """First line of every ``initialize``: refuse misspelled options, and prepare short error messages.
+    """First line of every ``initialize``: read ``--audit false`` as JSON would, and refuse misspelled options.
+
+    Also lets an `InputError` end the program with one line instead of a traceback, and silences MONAI's own warnings of
+    deprecation.
 
     Raises:
         InputError: a top-level key is neither declared nor used by any config of the bundle, which is what a misspelled
@@ -92,6 +97,9 @@ def start() -> None:
     workflow = current_workflow()
     if workflow is None:
         return
+    for key, value in workflow.parser.get().items():
+        if isinstance(value, str) and value in JSON_WORDS:
+            workflow.parser[key] = JSON_WORDS[value]
     config = workflow.parser.get()
     used = {name for text in _strings(config) for name in re.findall(r"[@%]([A-Za-z_]\w*)", text)}
     known = used | _declared_options(Path(workflow.config_root_path))

@@ -186,11 +186,12 @@ class ResumableCheckpoint:
     def save(self, engine: Trainer) -> None:
         """Save the state after an epoch, and the network if it is the best yet."""
         epoch = engine.state.epoch
-        validated = self.evaluator is None or self.evaluator.state.epoch == epoch
-        value = 0.0 if self.evaluator is None else _key_metric(self.evaluator)
-        better = validated and (self.evaluator is None or value > self.best)
+        better = self.evaluator is None
+        if self.evaluator is not None and self.evaluator.state.epoch == epoch:  # validated in this epoch
+            value = _key_metric(self.evaluator)
+            better = value > self.best or self.best_epoch < 0
         if better:
-            self.best, self.best_epoch = value, epoch
+            self.best, self.best_epoch = (0.0 if self.evaluator is None else value), epoch
         if idist.get_rank() != 0:
             return
         if better:
@@ -248,7 +249,7 @@ class SubjectTable:
 
     def collect(self, engine: Evaluator) -> None:
         """Note who is in the batch, and which classes are nowhere in truth and prediction (both one-hot)."""
-        self._subjects += engine.state.batch["subject"]
+        self._subjects += [item["subject"] for item in engine.state.batch]
         for item in engine.state.output:
             present = torch.stack([item[key].flatten(1).any(1) for key in ("label", "pred")]).any(0)
             self._empty.append(~present[1:])

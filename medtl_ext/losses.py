@@ -1,14 +1,15 @@
-"""Risk-weighted fine-tuning: from a LEEP map to pixel weights, the baselines' weights, and the loss that applies them."""
+"""Risk-weighted fine-tuning: pixel weights from a LEEP map, the baselines' weights, and the loss that applies them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from monai.data import MetaTensor
 from torch import nn
 
 from medtl_ext._validation import InputError, require_choice
@@ -36,7 +37,7 @@ def risk_map(
         leep_map: LEEP values of any shape (see `medtl_ext.metrics.LEEPMap` and `LEEPImageMaps`), or a list of maps.
         base: the largest weight, 1 or more.
         direction: "hardness" gives the pixels of lowest LEEP the weight ``base``, which is what the paper's text and
-            figures say. "literal" is its eq. 5 as printed, (t - min t) in the numerator, which weights the *easy* pixels.
+            figures say. "literal" is its eq. 5 as printed, with (t - min t), which weights the *easy* pixels.
         clip: percentiles (low, high) of the LEEP values to clip at before scaling, e.g. (1, 99). Without it a single
             outlier sets the scale and can flatten the rest of the map to weights near 1.
         size: spatial size to repeat the cells of a strided map to, e.g. the images' (240, 240).
@@ -116,15 +117,19 @@ def frequency_map(target_labels: Any, *, base: float = 10.0, ignore_index: int |
     """
     if not 1 <= base < math.inf:
         raise InputError(f"base is {base!r}; expected the largest weight, a number of 1 or more.")
-    foreground = valid = torch.zeros((), dtype=torch.float64)
+    foreground = valid = None
     for labels in _label_maps(target_labels, ignore_index):
-        if foreground.ndim and labels.shape != foreground.shape:
+        if foreground is None:
+            foreground, valid = torch.zeros(2, *labels.shape, dtype=torch.float64, device=labels.device)
+        if labels.shape != foreground.shape:
             raise InputError(
                 f"target_labels holds maps of shape {tuple(foreground.shape)} and {tuple(labels.shape)}; "
                 "expected one grid for all images."
             )
-        foreground = foreground.to(labels.device) + (labels > 0)
-        valid = valid.to(labels.device) + (labels != IGNORED)
+        foreground += labels > 0
+        valid += labels != IGNORED
+    if foreground is None:
+        raise InputError("target_labels is empty; expected at least one label map.")
     return base ** (foreground / valid.clamp(min=1))
 
 
@@ -133,8 +138,8 @@ def class_weights(
 ) -> torch.Tensor:
     """Class weights proportional to ``frequency ** -power``, scaled so that their mean over all pixels is 1.
 
-    ``power=1`` is the inverse class frequency (scikit-learn's "balanced"), ``power=0.5`` its square root, which is often
-    the better choice for rare structures. In a bundle's JSON::
+    ``power=1`` is the inverse class frequency (scikit-learn's "balanced"), ``power=0.5`` its square root, often the
+    better choice for rare structures. In a bundle's JSON::
 
         "loss": {
             "_target_": "CrossEntropyLoss",
@@ -195,8 +200,8 @@ def log_prior(target_labels: Any, *, n_classes: int, ignore_index: int | None = 
 class RiskWeightedLoss(nn.Module):
     """A weighted sum of an elementwise loss over all pixels, divided by the number of foreground pixels in the batch.
 
-    ``sum_i w_i l_i / max(number of foreground pixels, 1)``, with w a map shared by all images or one map per sample. In a
-    bundle's JSON::
+    ``sum_i w_i l_i / max(number of foreground pixels, 1)``, with w a map shared by all images or one map per sample.
+    In a bundle's JSON::
 
         "loss": {
             "_target_": "medtl_ext.losses.RiskWeightedLoss",
@@ -205,11 +210,11 @@ class RiskWeightedLoss(nn.Module):
 
     followed by ``loss.set_weight(risk_map(leep_map))`` once the map is known, and ``loss.to(device)``.
 
-    The divisor sets the scale of the loss, here several times that of a mean. Adam divides the scale out again and hardly
-    notices it; with SGD it is a larger learning rate.
+    The divisor sets the scale of the loss, here several times that of a mean. Adam divides the scale out again and
+    hardly notices it; with SGD it is a larger learning rate.
 
-    The shared map is a buffer, so it follows ``.to(device)``, but not a part of the state dict: it is recomputed from the
-    frozen source when a run starts, and a checkpoint fits a loss with any map or none.
+    The shared map is a buffer, so it follows ``.to(device)``, but is not part of the state dict: it is recomputed from
+    the frozen source when a run starts, and a checkpoint fits a loss with any map or none.
 
     Under torch.distributed the divisor is that of the whole batch over all processes, scaled so that
     DistributedDataParallel's averaged gradient is the one a single process would compute on the whole batch.
@@ -226,7 +231,7 @@ class RiskWeightedLoss(nn.Module):
             added unweighted. It is called with the logits and N x 1 x *spatial targets.
 
     Raises:
-        InputError: a ValueError; a base loss that reduces, weights that are negative or not finite, shapes that do not fit.
+        InputError: a ValueError; a base loss that reduces, negative or infinite weights, shapes that do not fit.
 
     Example:
         >>> loss = RiskWeightedLoss(nn.CrossEntropyLoss(reduction="none"), torch.tensor([[1.0, 3.0]]))
@@ -272,8 +277,9 @@ class RiskWeightedLoss(nn.Module):
             target: class indices of any dtype, N x *spatial or N x 1 x *spatial.
             weight: weights of this batch's own pixels, N x *spatial or N x 1 x *spatial, in place of the shared map.
         """
-        logits = input if input.dtype == torch.float64 else input.float()
-        labels = _without_channel("target", target, logits)
+        logits = _plain(input)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        labels = _without_channel(_plain(target), logits)
         weight = self._weight_of(labels, weight, logits)
         with torch.autocast(logits.device.type, enabled=False):
             loss = self._pixel_loss(logits, labels)
@@ -282,3 +288,123 @@ class RiskWeightedLoss(nn.Module):
             if self.region_loss is not None:
                 weighted = weighted + self.region_loss(logits, labels.unsqueeze(1))
         return weighted
+
+    def _weight_of(self, labels: torch.Tensor, weight: Any | None, logits: torch.Tensor) -> torch.Tensor | None:
+        """The weights of this batch in the dtype of the loss, shaped to multiply N x *spatial; None for all alike."""
+        if weight is None:
+            if self.weight is None:
+                return None
+            if self.weight.device != logits.device:
+                self.weight = self.weight.to(logits.device)
+            weight = self.weight
+        weight = _plain(weight).to(logits)
+        if weight.ndim == labels.ndim + 1 and weight.shape[1] == 1:
+            weight = weight.squeeze(1)
+        if weight.shape not in (labels.shape, labels.shape[1:]):
+            raise InputError(
+                f"weight has shape {tuple(weight.shape)}, which does not fit the batch; expected "
+                f"{tuple(labels.shape[1:])} for a shared map or {tuple(labels.shape)} for one per sample."
+            )
+        return weight
+
+    def _pixel_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The base loss of every pixel, N x *spatial."""
+        if isinstance(self.base_loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            loss = self.base_loss(logits, labels.long())
+        else:
+            loss = self.base_loss(logits, labels.unsqueeze(1).to(logits.dtype))
+        if loss.ndim == labels.ndim + 1:
+            loss = loss.sum(1)
+        if loss.shape != labels.shape:
+            raise InputError(
+                f"base_loss returned shape {tuple(loss.shape)}; expected one value a pixel, {tuple(labels.shape)}."
+            )
+        return loss
+
+    def _divisor(self, labels: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        ignore_index = getattr(self.base_loss, "ignore_index", None)
+        valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+        if self.normalization == "weights" and weight is not None:
+            total, smallest = (weight * valid).sum(), torch.finfo(weight.dtype).tiny
+        else:
+            counted = valid & (labels > 0) if self.normalization == "foreground" else valid
+            total, smallest = counted.sum().to(torch.float32), 1.0
+        # Only where a backward pass will follow: in an evaluation the processes may run different numbers of batches.
+        if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+            return total.clamp(min=smallest) / dist.get_world_size()
+        return total.clamp(min=smallest)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without MONAI's metadata, which every operation would carry along, still a part of the graph."""
+    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+
+
+def _without_channel(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    labels = target.squeeze(1) if target.ndim == logits.ndim and target.shape[1] == 1 else target
+    if labels.shape != (len(logits), *logits.shape[2:]):
+        raise InputError(
+            f"target has shape {tuple(target.shape)}, which does not fit logits of {tuple(logits.shape)}; expected "
+            f"class indices, {(len(logits), *logits.shape[2:])} or with a channel axis of length one."
+        )
+    return labels
+
+
+def _checked_map(leep_map: Any) -> torch.Tensor:
+    values = as_plain_tensor("leep_map", leep_map).double()
+    if values.numel() == 0:
+        raise InputError(f"leep_map is empty (shape {tuple(values.shape)}); expected LEEP values.")
+    if bool(values.isinf().any()):
+        raise InputError("leep_map holds Inf; expected LEEP values (finite, or NaN where no pixel was valid).")
+    return values
+
+
+def _range(maps: Sequence[torch.Tensor], clip: tuple[float, float] | None) -> tuple[float, float]:
+    """Smallest and largest value of all maps together, or the percentiles ``clip``; NaN cells are left out."""
+    values = np.concatenate([one_map[~one_map.isnan()].cpu().numpy() for one_map in maps])
+    if values.size == 0:
+        return 0.0, 0.0
+    if clip is None:
+        return float(values.min()), float(values.max())
+    if not (len(clip) == 2 and 0 <= clip[0] < clip[1] <= 100):
+        raise InputError(f"clip is {clip!r}; expected two percentiles (low, high) with 0 <= low < high <= 100.")
+    low, high = np.percentile(values, clip)
+    return float(low), float(high)
+
+
+def _repeat_cells(cells: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Undo a map's stride: repeat each cell of the last axes over the pixels it was pooled from."""
+    first_axis = cells.ndim - len(size)
+    for axis, length in enumerate(size, start=first_axis):
+        n_cells = cells.shape[axis] if first_axis >= 0 else 0
+        stride = -(-length // n_cells) if n_cells else 0
+        if stride < 1 or -(-length // stride) != n_cells:
+            raise InputError(
+                f"size {tuple(size)} does not fit a map of shape {tuple(cells.shape)}; expected the images' spatial "
+                "size, which a whole stride divides into the map's."
+            )
+        cells = cells.repeat_interleave(stride, axis).narrow(axis, 0, length)
+    return cells
+
+
+def _label_maps(target_labels: Any, ignore_index: int | None) -> Iterator[torch.Tensor]:
+    """Yield the label map of each image without MONAI's channel axis, `IGNORED` where it is to be left out."""
+    for labels in target_labels:
+        labels = check_labels("target_labels", labels, ignore_index=ignore_index)
+        yield labels.squeeze(0) if labels.ndim > 2 else labels
+
+
+def _class_counts(target_labels: Any, n_classes: int, ignore_index: int | None) -> torch.Tensor:
+    if n_classes < 1:
+        raise InputError(f"n_classes is {n_classes!r}; expected the number of classes including the background.")
+    counts = torch.zeros(n_classes, dtype=torch.float64)
+    for labels in [target_labels] if isinstance(target_labels, (torch.Tensor, np.ndarray)) else target_labels:
+        labels = check_labels("target_labels", labels, ignore_index=ignore_index)
+        found = torch.bincount(labels[labels != IGNORED], minlength=n_classes)
+        if len(found) > n_classes:
+            raise InputError(f"target_labels holds the label {len(found) - 1}, but n_classes is {n_classes}.")
+        counts += found.cpu()
+    if not bool(counts.sum() > 0):
+        raise InputError("target_labels holds no valid pixel: it is empty, or every label equals ignore_index.")
+    return counts

@@ -350,7 +350,7 @@ def plot_comparison(
 
 
 def _finish(figure: Figure, title: str, synthetic: bool, note: str) -> Figure:
-    """Title and small print, wrapped to the figure: an inch holds 10 bold or 19 small characters, a legend takes 1.3."""
+    """Title and small print, wrapped: an inch holds 10 bold or 19 small characters, a legend takes 1.3 inches."""
     width = figure.get_figwidth()
     if title:
         figure.suptitle(

@@ -17,7 +17,7 @@ def write_bundle(root: Path, **extra) -> Path:
     configs = root / "configs"
     configs.mkdir(parents=True)
     config = {
-        "imports": ["$from medtl_ext import bundle", "$from pathlib import Path"],
+        "imports": ["$import medtl_ext.bundle as bundle", "$from pathlib import Path"],
         "bundle_root": "$bundle.bundle_root()",
         "number": 3,
         "progress": True,
@@ -69,6 +69,13 @@ def test_a_misspelled_option_names_the_nearest(tmp_path, option, message):
         run(write_bundle(tmp_path), **{option: 4})
     with pytest.raises(InputError, match=message):
         raise caught.value.__cause__
+
+
+@pytest.mark.parametrize(("text", "value"), [("false", False), ("true", True), ("null", None), ("other", "other")])
+def test_options_are_read_as_json_words(tmp_path, text, value):
+    workflow = run(write_bundle(tmp_path, choice=True, number="$1 if @choice is None else 2"), choice=text)
+    assert workflow.parser.get_parsed_content("choice") == value
+    assert (tmp_path / "eval" / "result.txt").read_text() == ("1" if value is None else "4")
 
 
 def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):

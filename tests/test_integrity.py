@@ -103,17 +103,26 @@ def test_missing_file(collection, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_not_finite(collection, tmp_path, value):
-    voxels = image(0)
+@pytest.mark.parametrize("name", ["T1", "tumour"])
+def test_not_finite(collection, tmp_path, name, value):
+    voxels = np.zeros(SHAPE, dtype=np.float32)
     voxels[0, 0, 0] = value
-    save(tmp_path / "s0/T1.nii.gz", voxels)
+    save(tmp_path / f"s0/{name}.nii.gz", voxels)
     assert "NaN" in only_issue(collection).problem
 
 
-def test_not_3d(collection, tmp_path):
-    save(tmp_path / "s0/T1.nii.gz", np.stack([image(0)] * 2, axis=-1))
-    issues = check_collection(collection, progress=False).errors
-    assert any("(12, 10, 6, 2)" in issue.problem for issue in issues)
+@pytest.mark.parametrize(
+    ("voxels", "message"),
+    [
+        (np.ones((*SHAPE, 2), dtype=np.float32), "(12, 10, 6, 2)"),
+        (np.ones(SHAPE[:2], dtype=np.float32), "(12, 10)"),
+        (np.ones(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]), "'R'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["T1", "tumour"])
+def test_not_a_volume_of_numbers(collection, tmp_path, name, voxels, message):
+    save(tmp_path / f"s0/{name}.nii.gz", voxels)
+    assert message in only_issue(collection).problem
 
 
 def test_shape_mismatch(collection, tmp_path):
@@ -203,9 +212,9 @@ def test_report(collection, tmp_path):
     (tmp_path / "s0/T1.nii.gz").unlink()
     report = check_collection(collection, progress=False)
     first, *lines = str(report).splitlines()
-    assert first.endswith("4 subjects, 12 files read, 2 errors, 0 warnings")
+    assert first.endswith("4 subjects, 12 files read, errors: 2, warnings: 0")
     assert lines[0].startswith("error: s0: s0/T1.nii.gz: the file does not exist; ")
-    with pytest.raises(InputError, match=r"2 data errors, the first: error: s0.*medtl_ext\.data check") as caught:
+    with pytest.raises(InputError, match=r"errors \(2\), the first: error: s0.*medtl_ext\.data check") as caught:
         report.raise_for_errors()
     assert "\n" not in str(caught.value)
     report.to_csv(tmp_path / "issues.csv")
@@ -217,7 +226,7 @@ def test_report(collection, tmp_path):
 class TestCommandLine:
     def test_sound(self, collection, capsys):
         assert main(["check", str(collection.path)]) == 0
-        assert "0 errors" in capsys.readouterr().out
+        assert "errors: 0" in capsys.readouterr().out
 
     def test_errors(self, collection, tmp_path, capsys):
         (tmp_path / "s0/T1.nii.gz").unlink()

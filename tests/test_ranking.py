@@ -131,6 +131,7 @@ class TestAuditVerdict:
         verdict = audit_verdict(arms | {best: scores(self.HIGH)})
         assert verdict.recommendation == verdict.default == best
         assert verdict.tied == (best,)
+        assert best not in verdict.negative_transfer
         assert verdict.text.startswith(words)
         assert "6 validation patients" in verdict.text
         assert "One training run per arm" in verdict.text

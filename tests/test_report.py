@@ -31,14 +31,14 @@ def two_runs():
     first = {("p0", "ED"): 0.8, ("p0", "ET"): 0.6, ("p1", "ED"): 0.4, ("p1", "ET"): 1.0}
     second = {("p0", "ED"): 0.9, ("p0", "ET"): 0.7, ("p1", "ED"): 0.5, ("p1", "ET"): 0.9}
     tables = [make_rows(dice, method="full", seed=seed, split="val") for seed, dice in enumerate([first, second])]
-    return pd.concat(tables, ignore_index=True).assign(empty=[False, False, False, True, False, False, False, False])
+    return pd.concat(tables, ignore_index=True).assign(empty=[False, False, True, True, False, False, False, False])
 
 
 class TestTables:
     def test_classes_are_averaged_within_a_patient(self, two_runs):
         table = patient_table(two_runs)
         assert table["dice"].tolist() == pytest.approx([0.7, 0.7, 0.8, 0.7])
-        assert table["empty"].tolist() == [0, 1, 0, 0]
+        assert table["empty"].tolist() == [0, 2, 0, 0]
         assert list(table.columns) == ["split", "method", "seed", "subject", "dice", "iou", "empty"]
 
     def test_patients_then_runs(self, two_runs):

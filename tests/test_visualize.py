@@ -218,7 +218,8 @@ class TestComparison:
         assert [tick.get_text() for tick in panel.get_yticklabels()] == ["vanilla", "risk_map", "prior_map"]
         dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines if line.get_marker() == "o"]
         assert sorted(x for x, _ in dots) == pytest.approx([0.05, 0.15, 0.2, 0.25, 0.3, 0.4])
-        assert [text.get_text() for text in panel.texts] == ["*", "*"]  # the risk map, at both slice numbers
+        stars = [(text.get_text(), text.xy[0]) for text in panel.texts]  # the risk map, at both slice numbers
+        assert stars == [("*", pytest.approx(0.05 + 0.02)), ("*", pytest.approx(0.2 + 0.02))]
         legend = [text.get_text() for text in figure.legends[0].get_texts()]
         assert legend == ["baseline", "weighting", "control", "50 slices", "200 slices"]
         assert "synthetic phantom" in small_print(figure)

@@ -69,7 +69,7 @@ class IntegrityReport:
     def __str__(self) -> str:
         summary = (
             f"{self.path}: {self.n_subjects} subjects, {self.n_files} files read, "
-            f"{len(self.errors)} errors, {len(self.warnings)} warnings"
+            f"errors: {len(self.errors)}, warnings: {len(self.warnings)}"
         )
         return "\n".join([summary, *map(str, self.errors + self.warnings)])
 
@@ -77,7 +77,7 @@ class IntegrityReport:
         """Raise an `InputError` of one line if there is any error; warnings pass."""
         if self.errors:
             raise InputError(
-                f"{self.path} has {len(self.errors)} data errors, the first: {self.errors[0]}. "
+                f"{self.path}: the data check found errors ({len(self.errors)}), the first: {self.errors[0]}. "
                 f"See all of them: python -m medtl_ext.data check {self.path}"
             )
 
@@ -140,9 +140,9 @@ class _Scan:
 
     file: _File
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # severity, problem, advice
-    shape: tuple[int, ...] | None = None  # None: not readable
+    shape: tuple[int, ...] | None = None  # of a 3D volume that could be read
     affine: np.ndarray | None = None
-    values: frozenset[float] = frozenset()  # of a label
+    values: frozenset[float] | None = None  # of a label
     digest: str | None = None  # of an image, unless it is constant
 
 
@@ -175,9 +175,8 @@ def _issue(collection: Collection, file: _File, severity: str, problem: str, adv
 def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels and affine, every byte of the file read."""
     image = nibabel.load(path)
-    if (
-        path.suffix == ".gz"
-    ):  # nibabel stops at the last voxel; decompressing it all compares the checksum behind it too
+    if path.suffix == ".gz":
+        # nibabel stops at the last voxel; decompressing everything also compares the checksum behind it.
         image = image.from_bytes(gzip.decompress(path.read_bytes()))
     return np.asanyarray(image.dataobj), image.affine
 
@@ -194,10 +193,12 @@ def _scan(file: _File, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         scan.problems.append(("error", f"the file cannot be read ({reason})", "copy or convert it again"))
         return scan
+    if voxels.ndim != 3 or voxels.size == 0 or voxels.dtype.kind not in "biuf":
+        problem = f"the volume has shape {voxels.shape} and voxels of type {voxels.dtype}"
+        scan.problems.append(("error", problem, "store one 3D volume of numbers a file"))
+        return scan
     scan.shape = voxels.shape
-    if voxels.ndim != 3 or voxels.size == 0:
-        scan.problems.append(("error", f"the volume has shape {voxels.shape}", "store one 3D volume a file"))
-    elif not np.isfinite(voxels).all():
+    if not np.isfinite(voxels).all():
         scan.problems.append(("error", "it holds NaN or infinite values", "replace them, or leave the subject out"))
     elif file.kind == "image":
         _scan_image(scan, voxels)
@@ -272,8 +273,8 @@ def _foreground_issues(collection: Collection, tasks: Sequence[Task], scans: Seq
         labels = [
             scan
             for scan in scans
-            if (scan.file.kind, scan.file.name, scan.file.subject.institution)
-            == ("label", objective.label, institution)
+            if scan.values is not None
+            and (scan.file.name, scan.file.subject.institution) == (objective.label, institution)
         ]
         for scan in labels:
             if not foreground & scan.values:

@@ -40,8 +40,8 @@ class Grid:
 def random_stream(*key: int | str) -> np.random.Generator:
     """A random generator that depends on ``key`` alone, on every machine and in every process.
 
-    >>> random_stream(0, "13", 2, "T1").integers(1000) == random_stream(0, "13", 2, "T1").integers(1000)
-    True
+    >>> print(random_stream(0, "13", 2, "T1").integers(1000000))
+    244045
     """
     entropy = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
     return np.random.default_rng(np.random.SeedSequence(entropy))

@@ -1,0 +1,133 @@
+"""What the risk map costs, as ratios taken in one run on one thread.
+
+    python benchmarks/risk_map.py
+
+- the LEEP map of 20 images of 240 x 240, against the published algorithm written as a plain loop over the pixels;
+- an evaluator's pass with a `LEEPMap` attached, against the same pass without;
+- a training step with the weighted loss, against one with plain cross-entropy.
+
+Repeats are interleaved, so that whatever else the machine does hits both sides. Exits with 1 when a target is missed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from monai.engines import SupervisedEvaluator
+from monai.networks.nets import BasicUNet
+from torch import nn
+
+from medtl_ext.losses import RiskWeightedLoss, risk_map
+from medtl_ext.metrics import LEEPMap, compute_leep_map
+
+SPEED_UP = 80.0  # times the plain loop, at least
+METRIC_OVERHEAD = 0.10  # of an evaluator's pass, at most
+LOSS_OVERHEAD = 0.05  # of a training step, at most
+
+
+def plain_leep_map(source_probs: np.ndarray, target_labels: np.ndarray) -> np.ndarray:
+    """LEEP at every pixel, one pixel after the other."""
+    leep_map = np.empty(target_labels.shape[1:])
+    for x, y in np.ndindex(*leep_map.shape):
+        probs, labels = source_probs[:, :, x, y], target_labels[:, x, y]
+        joint = np.stack([probs[labels == label].sum(axis=0) for label in range(labels.max() + 1)]) / len(labels)
+        conditional = joint / joint.sum(axis=0)
+        leep_map[x, y] = np.log((conditional[labels] * probs).sum(axis=1)).mean()
+    return leep_map
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleaved(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+    """Median seconds of both, and the median over the repeats of the second's time relative to the first's."""
+    first(), second()
+    pairs = []
+    for repeat in range(repeats):
+        # Every other pair runs in reverse, so that a drift of the clock favours neither.
+        if repeat % 2:
+            later = seconds(second)
+            pairs.append((seconds(first), later))
+        else:
+            pairs.append((seconds(first), seconds(second)))
+    ratio = statistics.median(second / first for first, second in pairs)
+    return statistics.median(pair[0] for pair in pairs), statistics.median(pair[1] for pair in pairs), ratio
+
+
+def leep_map_speed_up() -> bool:
+    source_probs = torch.randn(20, 2, 240, 240).mul_(3).softmax(1)
+    target_labels = (torch.rand(20, 240, 240) < 0.1).long()
+    arrays = source_probs.double().numpy(), target_labels.numpy()
+    plain = seconds(lambda: plain_leep_map(*arrays))
+    np.testing.assert_allclose(compute_leep_map(source_probs, target_labels), plain_leep_map(*arrays), atol=1e-6)
+    ours = statistics.median(seconds(lambda: compute_leep_map(source_probs, target_labels)) for _ in range(11))
+    print(
+        f"LEEP map, 20 x 240 x 240: {1e3 * ours:.1f} ms, plain loop {plain:.2f} s: {plain / ours:.0f} times faster "
+        f"(target {SPEED_UP:.0f})"
+    )
+    return plain / ours >= SPEED_UP
+
+
+def small_unet() -> nn.Module:
+    return BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(16, 16, 32, 64, 128, 16), norm="batch")
+
+
+def metric_overhead() -> bool:
+    batches = [
+        {"image": torch.randn(8, 1, 96, 96), "label": (torch.rand(8, 1, 96, 96) < 0.1).float()} for _ in range(25)
+    ]
+    network = small_unet()
+    plain = SupervisedEvaluator(torch.device("cpu"), batches, network)
+    measured = SupervisedEvaluator(torch.device("cpu"), batches, network)
+    LEEPMap().attach(measured, "leep_map")
+    without, attached, ratio = interleaved(plain.run, measured.run, repeats=9)
+    print(
+        f"Evaluator, 200 slices of 96 x 96: {without:.2f} s, with LEEPMap {attached:.2f} s: {ratio - 1:+.1%} "
+        f"(target {METRIC_OVERHEAD:+.0%})"
+    )
+    return ratio - 1 <= METRIC_OVERHEAD
+
+
+def loss_overhead() -> bool:
+    images = torch.randn(8, 1, 96, 96)
+    labels = (torch.rand(8, 1, 96, 96) < 0.1).float()
+    network = small_unet()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    cross_entropy = nn.CrossEntropyLoss()
+    weighted = RiskWeightedLoss(nn.CrossEntropyLoss(reduction="none"), risk_map(-torch.rand(96, 96)))
+
+    def step(loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        optimizer.zero_grad()
+        loss(network(images)).backward()
+        optimizer.step()
+
+    without, with_weights, ratio = interleaved(
+        lambda: step(lambda logits: cross_entropy(logits, labels.squeeze(1).long())),
+        lambda: step(lambda logits: weighted(logits, labels)),
+        repeats=41,
+    )
+    print(
+        f"Training step, batch of 8: {1e3 * without:.0f} ms, with RiskWeightedLoss {1e3 * with_weights:.0f} ms: "
+        f"{ratio - 1:+.1%} (target {LOSS_OVERHEAD:+.0%})"
+    )
+    return ratio - 1 <= LOSS_OVERHEAD
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    met = [leep_map_speed_up(), metric_overhead(), loss_overhead()]
+    print("All targets met." if all(met) else "A target was missed.")
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -156,7 +156,7 @@ class Comparison:
         table: one row per pair, slices and method: ``mean, sd, iou, runs, patients``, then against the reference
             ``difference, difference_low, difference_high`` (paired t interval), ``p`` (Wilcoxon over patients),
             ``p_holm`` (Holm over the methods of that pair and slice number), and ``runs_ahead`` of ``runs_matched``
-            runs with the same seed and source checkpoint (seed alone where a method has no source).
+            runs with the same seed and source checkpoint (or the one of the two that the method depends on).
         text: what the table shows, as sentences.
     """
 
@@ -180,7 +180,8 @@ def compare_report(
     ``comparison.md`` and ``comparison.png``.
 
     Args:
-        rows: as for `patient_table`, with ``pair, slices, source_seed``.
+        rows: as for `patient_table`, with ``pair, slices, source_seed``. A method that does not depend on the source
+            (scratch) or on the seed (zero_shot) has NaN there and each result once, so that repeats are not counted.
         output_dir: folder to write to.
         reference: the method all others are compared with.
         split: the split to report.
@@ -330,9 +331,11 @@ def _runs_ahead(patients: pd.DataFrame, reference: str) -> pd.DataFrame:
         runs = cell.groupby(["method", "source_seed", "seed"], dropna=False)["dice"].mean()
         for method in cell["method"].unique():
             own, other = runs[method], runs[reference]
-            if own.index.get_level_values("source_seed").isna().all():
-                own, other = own.groupby("seed").mean(), other.groupby("seed").mean()
-            gaps = (own - other).dropna() if method != reference else own[:0]
+            # NaN says that a method does not depend on it: scratch on no source, the untouched source on no seed.
+            keys = [key for key in own.index.names if own.index.get_level_values(key).notna().all()]
+            gaps = own[:0]
+            if keys and method != reference:
+                gaps = (own.groupby(keys).mean() - other.groupby(keys).mean()).dropna()
             record = {"pair": pair, "slices": slices, "method": method}
             records.append({**record, "runs_ahead": int((gaps > 0).sum()), "runs_matched": len(gaps)})
     return pd.DataFrame(records)
@@ -399,11 +402,10 @@ def _scratch(scores: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _caption(rows: pd.DataFrame, patients: pd.DataFrame, split: str, synthetic: bool) -> str:
-    runs = patients[["source_seed", "seed"]].drop_duplicates()
+    seeds, sources = (_listed(sorted(patients[k].dropna().convert_dtypes().unique())) for k in ("seed", "source_seed"))
     sentences = [
         f"Dice averaged over classes and {split} patients: mean ± standard deviation over runs "
-        f"(seeds {_listed(sorted(runs['seed'].unique()))}; source checkpoints "
-        f"{_listed(sorted(runs['source_seed'].dropna().convert_dtypes().unique()))}). Difference: paired over "
+        f"(seeds {seeds}; source checkpoints {sources}). Difference: paired over "
         f"{patients['subject'].nunique()} patients in all, with its 95 % t interval; p: Wilcoxon signed-rank test over "
         "patients, Holm-corrected within a table. Intervals and tests are about further patients for these networks; "
         f"the sd and the runs ahead are about training again. Controls weight pixels without having seen the source.",

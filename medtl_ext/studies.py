@@ -199,8 +199,8 @@ def draw_results(
     save_figure(figure, folder / "overlay.png")
 
 
-def _panels(item: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {key: item[key][0].numpy() for key in ("image", "label", "weight")}
+def _panels(item: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {"image": item["image"][0], "label": item["label"][0].int(), "weight": item["weight"][0]}
 
 
 def _segment(evaluator: SupervisedEvaluator, path: Path, items: Sequence[Any], places: Sequence[int]) -> list[Tensor]:
@@ -226,8 +226,8 @@ def compare_methods(
 ) -> pd.DataFrame:
     """Fine-tune with every method on every pair, sample size, source checkpoint and seed, and report on test patients.
 
-    Runs that are done are kept, so an interrupted comparison continues. Training from scratch needs no source and the
-    untouched source no seed and no slices: they run once per distinct result and stand in every table they belong to.
+    Runs that are done are kept, so an interrupted comparison continues. Training from scratch needs no source, and the
+    untouched source no seed: they run once for each distinct result.
 
     Args:
         output_dir: gets ``runs/``, ``comparison.csv``, ``comparison.md`` and ``comparison.png``.
@@ -250,16 +250,17 @@ def compare_methods(
     run_jobs(list(sources.values()), n_jobs=n_jobs, backend=backend, description="pre-training")
 
     jobs: dict[Path, Job] = {}
-    rows: list[dict[str, Any]] = []
+    rows: dict[Path, dict[str, Any]] = {}
     for slices, run, (source, target), method in product(train_slices, runs, pairs, methods):
         seed, source_seed = run["seed"], run["source_seed"]
-        folder = Path(output_dir) / "runs" / f"{source}_to_{target}"
-        if method == "zero_shot":
-            folder /= f"{method}_source{source_seed}"
-        elif method.startswith("scratch"):
-            folder /= f"{method}_{slices}_seed{seed}"
-        else:
-            folder /= f"{method}_{slices}_source{source_seed}_seed{seed}"
+        folder = Path(output_dir) / "runs" / f"{source}_to_{target}" / str(slices) / method
+        row = {"pair": f"{source} -> {target}", "slices": slices, "method": method}
+        if method != "scratch":
+            folder /= f"source{source_seed}"
+            row["source_seed"] = source_seed
+        if method != "zero_shot":
+            folder /= f"seed{seed}"
+            row["seed"] = seed
         overrides = {
             "source_task": source,
             "target_task": target,
@@ -268,14 +269,15 @@ def compare_methods(
             "seed": seed,
             "check_data": False,
         }
-        jobs.setdefault(folder, Job(config, folder, [root / "configs" / f"{method}.json"], overrides))
-        rows.append({**run, "pair": f"{source} -> {target}", "slices": slices, "method": method, "folder": folder})
+        if folder not in rows:
+            jobs[folder] = Job(config, folder, [root / "configs" / f"{method}.json"], overrides)
+            rows[folder] = {"seed": np.nan, "source_seed": np.nan} | row
     run_jobs(list(jobs.values()), n_jobs=n_jobs, backend=backend, description="comparison")
 
     scores = {folder: pd.read_csv(folder / "metrics.csv").drop(columns=["method", "seed"]) for folder in jobs}
-    table = pd.concat([scores[row.pop("folder")].assign(**row) for row in rows], ignore_index=True)
+    table = pd.concat([scores[folder].assign(**row) for folder, row in rows.items()], ignore_index=True)
     synthetic = open_collection(config["collection"], pairs[0][1]).synthetic
-    compare_report(table[table.split == "test"], Path(output_dir), synthetic=synthetic)
+    compare_report(table, output_dir, synthetic=synthetic)
     return table
 
 

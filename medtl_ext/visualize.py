@@ -43,9 +43,9 @@ METHOD_GROUPS = {
     "vanilla": "baseline",
     "dice_ce": "baseline",
     "full": "baseline",
-    "frequency_map": "control",
-    "prior_map": "control",
-    "logit_shift": "control",
+    "frequency": "control",
+    "prior_image": "control",
+    "prior_shift": "control",
 }
 """Methods that are not loss weightings: baselines, and controls that weight without having seen the source."""
 GROUP_COLOURS = {"baseline": "#0072B2", "weighting": "#D55E00", "control": "#009E73", "all parameters": "#CC79A7"}
@@ -75,7 +75,7 @@ _RADIOLOGICAL = "radiological view: the patient's right (R) is on the left"
 def method_group(method: str) -> str:
     """The group a method is drawn in: ``baseline``, ``weighting``, ``control`` or ``all parameters`` (``full_*``).
 
-    >>> [method_group(name) for name in ("scratch", "risk_map", "prior_map", "full_risk_map")]
+    >>> [method_group(name) for name in ("scratch", "risk_map", "prior_image", "full_risk_map")]
     ['baseline', 'weighting', 'control', 'all parameters']
     """
     if method.startswith("full_"):

@@ -158,7 +158,7 @@ class TestAudit:
         assert not list(tmp_path.iterdir())
 
 
-METHODS = {"vanilla": 0.0, "risk_map": 0.05, "prior_map": 0.05, "scratch": -0.1}
+METHODS = {"vanilla": 0.0, "risk_map": 0.05, "prior_image": 0.05, "scratch": -0.1}
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ class TestComparison:
     def test_patients_are_the_unit(self, compare_rows, tmp_path):
         table = compare_report(compare_rows, tmp_path).table.set_index(["pair", "method"])
         values = compare_rows[compare_rows["pair"] == "A"].pivot_table(index="subject", columns="method", values="dice")
-        others = ["risk_map", "prior_map", "scratch"]
+        others = ["risk_map", "prior_image", "scratch"]
         p = [stats.wilcoxon(values[method], values["vanilla"]).pvalue for method in others]
         assert table.loc["A"].loc[others, "p"].tolist() == pytest.approx(p)
         assert table.loc["A"].loc[others, "p_holm"].tolist() == pytest.approx(holm(p))
@@ -193,6 +193,13 @@ class TestComparison:
         table = compare_report(compare_rows, tmp_path).table.set_index(["pair", "method"])
         assert table.loc[("A", "scratch"), ["runs", "runs_ahead", "runs_matched"]].tolist() == [2, 0, 2]
         assert table.loc[("B", "scratch"), ["runs", "runs_ahead", "runs_matched"]].tolist() == [2, 2, 2]
+
+    def test_untouched_source_is_matched_by_checkpoint(self, compare_rows, tmp_path):
+        untouched = compare_rows[compare_rows["method"].eq("vanilla") & compare_rows["seed"].eq(0)]
+        untouched = untouched.assign(method="zero_shot", seed=np.nan, dice=untouched["dice"] - 0.1)
+        rows = pd.concat([compare_rows, untouched], ignore_index=True)
+        table = compare_report(rows, tmp_path).table.set_index(["pair", "method"])
+        assert table.loc[("A", "zero_shot"), ["runs", "runs_ahead", "runs_matched"]].tolist() == [2, 0, 2]
 
     def test_all_pairs_pool_the_patients(self, compare_rows, tmp_path):
         table = compare_report(compare_rows, tmp_path).table.set_index(["pair", "method"])
@@ -210,7 +217,7 @@ class TestComparison:
     def test_text_says_what_the_numbers_show(self, compare_rows, tmp_path):
         text = compare_report(compare_rows, tmp_path).text
         assert "all pairs, 50 slices: better than vanilla (corrected p < .05): risk_map (+0.0" in text
-        assert "risk_map against the controls that never saw the source: prior_map" in text
+        assert "risk_map against the controls that never saw the source: prior_image" in text
         assert "no evidence that knowing the source adds" in text
         assert "B, 50 slices: training from scratch is best, ahead of" in text
         assert "do not transfer this source with these methods" in text
@@ -235,7 +242,7 @@ class TestComparison:
         section = page.split("## B, 50 slices")[1].split("##")[0]
         bold = [line for line in section.splitlines() if "**" in line]
         assert [line.split("|")[1].strip() for line in bold] == ["scratch"]
-        assert "| prior_map | control |" in section
+        assert "| prior_image | control |" in section
         assert "| reference |" in section
         assert "2 of 2" in section
 

@@ -251,6 +251,26 @@ class TestMaps:
             build(data).set_map(key, [np.ones(shape)] * n)
 
 
+class TestWholeVolumes:
+    def test_volumes_with_foreground_stay_whole(self, data):
+        dataset = build(data, slices="volume", max_slices=2)
+        assert len(dataset) == 2
+        assert dataset[0]["image"].shape == dataset[0]["label"].shape == (1, 8, 6, 10)
+
+    def test_a_map_has_the_shape_of_the_volume(self, data):
+        dataset = build(data, slices="volume")
+        dataset.set_map("weight", [np.full((8, 6, 10), number) for number in range(3)])
+        assert dataset[2]["weight"].shape == (1, 8, 6, 10)
+        assert float(dataset[2]["weight"].mean()) == 2
+        with pytest.raises(InputError, match="its slice needs"):
+            dataset.set_map("weight", [np.ones((8, 6))] * 3)
+
+    def test_geometry_is_that_of_the_prepared_volume(self, data):
+        affine, shape = build(data).geometry["p1"]
+        assert shape == (8, 6, 10)
+        np.testing.assert_array_equal(affine, np.eye(4))
+
+
 def test_real_patients_from_files_to_slices(shared_data, tmp_path, monkeypatch, request):
     """The example script, the check and the slices on two patients with multiple sclerosis (Lesjak et al. 2017)."""
     script = request.config.rootpath / "docs/examples/open_ms_collection.py"

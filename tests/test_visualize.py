@@ -206,7 +206,7 @@ class TestComparison:
             for pair in ("A", "B")
             for slices in (50, 200)
             for k, (method, sd, p) in enumerate(
-                [("risk_map", 0.02, 0.01), ("vanilla", np.nan, np.nan), ("prior_map", 0.01, 0.9)]
+                [("risk_map", 0.02, 0.01), ("vanilla", np.nan, np.nan), ("prior_image", 0.01, 0.9)]
             )
         ]
         return pd.DataFrame(rows, columns=["pair", "slices", "method", "mean", "sd", "p_holm"])
@@ -215,7 +215,7 @@ class TestComparison:
         figure = plot_comparison(summary, title="Comparison", synthetic=True)
         assert [panel.get_title(loc="left") for panel in figure.axes] == ["A", "B"]
         panel = figure.axes[0]
-        assert [tick.get_text() for tick in panel.get_yticklabels()] == ["vanilla", "risk_map", "prior_map"]
+        assert [tick.get_text() for tick in panel.get_yticklabels()] == ["vanilla", "risk_map", "prior_image"]
         dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines if line.get_marker() == "o"]
         assert sorted(x for x, _ in dots) == pytest.approx([0.05, 0.15, 0.2, 0.25, 0.3, 0.4])
         stars = [(text.get_text(), text.xy[0]) for text in panel.texts]  # the risk map, at both slice numbers
@@ -230,7 +230,7 @@ class TestComparison:
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["baseline", "weighting", "control"]
 
     def test_groups(self):
-        names = ["vanilla", "full", "trs_map", "frequency_map", "full_prior_map"]
+        names = ["vanilla", "full", "trs_map", "frequency", "full_prior_image"]
         assert [method_group(name) for name in names] == [
             "baseline", "baseline", "weighting", "control", "all parameters"
         ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from typing import Any, Literal
 
@@ -25,19 +25,21 @@ __all__ = ["SliceDataset"]
 
 @dataclass(frozen=True)
 class _Stack:
-    """The chosen slices of one volume; every array is k x channels x X x Y, one storage each."""
+    """The chosen slices of one volume; every array is k x channels x X x Y (x Z if whole), one storage each."""
 
     subject: str
     slices: list[int]
     arrays: dict[str, torch.Tensor]
+    affine: np.ndarray
+    shape: tuple[int, ...]
 
     def keep(self, count: int) -> _Stack:
         """The first ``count`` slices, in the order of the volume."""
         order = np.argsort(self.slices[:count])
-        return _Stack(
-            self.subject,
-            [self.slices[place] for place in order],
-            {key: array[order] for key, array in self.arrays.items()},
+        return replace(
+            self,
+            slices=[self.slices[place] for place in order],
+            arrays={key: array[order] for key, array in self.arrays.items()},
         )
 
 
@@ -53,7 +55,8 @@ class SliceDataset(Dataset):
         data: a datalist; every entry has ``image``, usually ``label``, and ``subject``.
         transform: a MONAI `Compose` or a sequence of transforms; those before the first random one must load ``image``
             as C x X x Y x Z and ``label`` as 1 x X x Y x Z. Every other array of the same spatial shape is cut as well.
-        slices: ``"foreground"`` keeps the slices in which the label is above 0 anywhere, ``"all"`` keeps all.
+        slices: ``"foreground"`` keeps the slices in which the label is above 0 anywhere, ``"all"`` keeps all;
+            ``"volume"`` does not cut and gives every volume with foreground whole, for training in 3D.
         max_slices: draw at most this many slices, spread over the volumes as evenly as they allow: no volume gives a
             second slice before every volume gave its first. A larger draw with the same seed contains the smaller one.
         seed: of that draw.
@@ -61,7 +64,7 @@ class SliceDataset(Dataset):
         progress: show a progress bar on a terminal.
 
     An item is a new dictionary: ``image`` (C x X x Y), ``label`` (1 x X x Y), ``subject`` (str), ``slice`` (int, the
-    index along the volume's last axis) and the maps given to `set_map`. Items are in the order of ``data``, then of
+    index along the volume's last axis; 0 for a whole volume) and the maps given to `set_map`. Items are in the order of ``data``, then of
     the slice. Seed the random transforms with `monai.utils.set_determinism`, and use `monai.data.DataLoader`, which
     seeds them in its workers.
 
@@ -80,13 +83,13 @@ class SliceDataset(Dataset):
         data: Sequence[Mapping[str, Any]],
         transform: Compose | Sequence[Callable],
         *,
-        slices: Literal["foreground", "all"] = "foreground",
+        slices: Literal["foreground", "all", "volume"] = "foreground",
         max_slices: int | None = None,
         seed: int = 0,
         num_workers: int = 4,
         progress: bool = True,
     ) -> None:
-        require_choice("slices", slices, ["foreground", "all"])
+        require_choice("slices", slices, ["foreground", "all", "volume"])
         if max_slices is not None and max_slices < 1:
             raise InputError(f"max_slices must be at least 1, or None for all slices; got {max_slices}.")
         self.data = list(data)
@@ -131,7 +134,7 @@ class SliceDataset(Dataset):
             for key, value in volume.items()
             if isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 4
         }
-        needed = ["image", "label"] if slices == "foreground" else ["image"]
+        needed = ["image"] if slices == "all" else ["image", "label"]
         shapes = {key: tuple(array.shape) for key, array in arrays.items()}
         if not arrays.keys() >= set(needed) or len({shape[1:] for shape in shapes.values()}) > 1:
             raise InputError(
@@ -139,14 +142,19 @@ class SliceDataset(Dataset):
                 f"before the first random transform; found {shapes or 'none'}. Load them with "
                 "LoadImaged(ensure_channel_first=True)."
             )
+        affine = np.asarray(getattr(volume["image"], "affine", np.eye(4)), dtype=np.float64)
+        shape = shapes["image"][1:]
+        if slices == "volume":
+            whole = {key: array[None].contiguous() for key, array in arrays.items()}
+            return _Stack(subject, [0] if (arrays["label"] > 0).any() else [], whole, affine, shape)
         if slices == "foreground":
             candidates = torch.nonzero((arrays["label"] > 0).flatten(0, 2).any(0)).flatten().numpy()
         else:
-            candidates = np.arange(arrays["image"].shape[-1])
+            candidates = np.arange(shape[-1])
         if most is not None:
             candidates = np.random.default_rng((seed, position)).permutation(candidates)[:most]
         cut = {key: array[..., candidates].movedim(-1, 0).contiguous() for key, array in arrays.items()}
-        return _Stack(subject, candidates.tolist(), cut)
+        return _Stack(subject, candidates.tolist(), cut, affine, shape)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -159,6 +167,11 @@ class SliceDataset(Dataset):
         if self._random_start is not None:
             item = self.transform(item, start=self._random_start)
         return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in item.items()}
+
+    @property
+    def geometry(self) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
+        """Affine (4 x 4, voxels to mm) and spatial shape of each subject's volume when it was cut."""
+        return {stack.subject: (stack.affine, stack.shape) for stack in self._stacks}
 
     def plain(self) -> SliceDataset:
         """The same slices in the same order without the random transforms, for evaluation; no memory is copied."""
@@ -174,7 +187,7 @@ class SliceDataset(Dataset):
 
         Args:
             key: the key in the items.
-            maps: one array for every item in order, X x Y or 1 x X x Y.
+            maps: one array for every item in order, X x Y or 1 x X x Y (x Z for whole volumes).
 
         Raises:
             InputError: a reserved key, another number of maps than slices, or a map of another shape than its slice.
@@ -191,7 +204,8 @@ class SliceDataset(Dataset):
                 f"set_map got {len(maps)} maps for {len(self)} slices; give one for every slice, in order."
             )
         tensors = [torch.as_tensor(one_map, dtype=torch.float32) for one_map in maps]
-        tensors = [one_map if one_map.ndim == 3 else one_map[None] for one_map in tensors]
+        dimensions = self._stacks[0].arrays["image"].ndim - 1
+        tensors = [one_map if one_map.ndim == dimensions else one_map[None] for one_map in tensors]
         for number, (one_map, (stack, _)) in enumerate(zip(tensors, self._index, strict=True)):
             expected = (1, *stack.arrays["image"].shape[2:])
             if tuple(one_map.shape) != expected:

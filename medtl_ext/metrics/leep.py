@@ -51,7 +51,7 @@ def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | N
         tensor(-0.4700, dtype=torch.float64)
 
     Reference: Nguyen et al., ICML 2020, eq. 2. A source class that no sample is given any probability of is left out
-    (0/0 in the usual implementation); probabilities are rescaled to sum to exactly one.
+    (0/0 in the usual implementation).
     """
     probs, labels = check_predictions(source_probs, target_labels, ignore_index=ignore_index)
     table = _conditional(_joint(probs, labels))
@@ -418,7 +418,6 @@ def _log_likelihoods(
         expected = rows[0].index_select(0, block.cells).mul_(block.weights[0])
         for row, weight in zip(rows[1:], block.weights[1:], strict=True):
             expected.addcmul_(row.index_select(0, block.cells), weight)
-        expected /= block.weights.sum(0)
         yield block, expected.log_().view(len(labels[block.images]), -1)
 
 
@@ -457,5 +456,5 @@ def _reduced(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _mean(log_sums: torch.Tensor) -> torch.Tensor:
-    # Rounding may leave a perfect prediction a hair above 0; 0/0 is the NaN of a cell without valid pixels.
+    # Probabilities that sum to a hair more than one can leave the score a hair above 0; 0/0 is the NaN of a cell without valid pixels.
     return (log_sums[0] / log_sums[1]).clamp(max=0)

@@ -79,7 +79,7 @@ def get_institution(name: str) -> Institution:
         atrophy=stream.uniform(*cohort.atrophy),
         wmh_load=stream.uniform(*cohort.wmh_load),
         core_radius=stream.uniform(13.5, 18.5),
-        oedema=stream.uniform(0.8, 1.4),
+        oedema=stream.uniform(0.8, 1.3),
         necrosis=stream.uniform(0.35, 0.8),
         annotator_offset=stream.uniform(-0.8, 0.8),
     )

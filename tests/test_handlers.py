@@ -1,0 +1,274 @@
+"""Weight maps before training, checkpoints that resume, scores per patient: on real engines."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.data import DataLoader
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import IgniteMetricHandler, from_engine
+from monai.inferers import SliceInferer
+from monai.metrics import DiceMetric, MeanIoU
+from monai.transforms import AsDiscreted, Compose, LoadImaged
+from torch import nn
+
+from medtl_ext import InputError
+from medtl_ext.data import SliceDataset
+from medtl_ext.engines import WeightedTrainer
+from medtl_ext.handlers import ResumableCheckpoint, SubjectTable, WeightMap
+from medtl_ext.losses import RiskWeightedLoss, frequency_map, risk_map
+from medtl_ext.metrics import LEEP, LEEPImageMaps, LEEPMap, compute_leep_map
+
+
+@pytest.fixture
+def slices(tmp_path):
+    """Three patients of 12 x 10 x 4 voxels, 2 x 2 x 4 mm, with a bright square; written as NIfTI, read as slices."""
+    rng = np.random.default_rng(0)
+    affine = np.diag([2.0, 2.0, 4.0, 1.0])
+    affine[:3, 3] = [-30, -20, 10]
+    data = []
+    for subject in "abc":
+        label = np.zeros((12, 10, 4), np.uint8)
+        x, y = rng.integers(1, 6, 2)
+        label[x : x + 4, y : y + 3] = 1
+        image = (label + 0.3 * rng.standard_normal(label.shape)).astype(np.float32)
+        entry = {"subject": subject}
+        for key, array in {"image": image, "label": label}.items():
+            entry[key] = str(tmp_path / f"{subject}_{key}.nii.gz")
+            nib.save(nib.Nifti1Image(array, affine), entry[key])
+        data.append(entry)
+    load = Compose([LoadImaged(["image", "label"], ensure_channel_first=True)])
+    return SliceDataset(data, load, progress=False), affine
+
+
+def small_network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+
+def leep_pass(dataset, network, leep_map):
+    return SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(dataset.plain(), batch_size=5),
+        network=network,
+        key_val_metric={"leep": LEEP()},
+        additional_metrics={"leep_map": leep_map},
+    )
+
+
+def trainer_of(dataset, network, loss, handlers=(), epochs=1, optimizer=None):
+    return WeightedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=DataLoader(dataset, batch_size=4, shuffle=True),
+        network=network,
+        optimizer=optimizer or torch.optim.Adam(network.parameters(), lr=0.01),
+        loss_function=loss,
+        train_handlers=list(handlers),
+    )
+
+
+def cross_entropy():
+    return RiskWeightedLoss(nn.CrossEntropyLoss(reduction="none"))
+
+
+def test_the_shared_map_is_computed_at_the_start_and_lies_on_the_patients_grid(slices, tmp_path):
+    dataset, affine = slices
+    source, loss = small_network().eval(), cross_entropy()
+    handler = WeightMap(
+        dataset=dataset,
+        loss=loss,
+        evaluator=leep_pass(dataset, source, LEEPMap()),
+        to_weight=risk_map,
+        output_dir=tmp_path,
+    )
+    before = [parameter.clone() for parameter in source.parameters()]
+    trainer_of(dataset, small_network(1), loss, [handler], epochs=3).run()
+
+    with torch.no_grad():
+        probs = source(torch.stack([item["image"] for item in dataset.plain()])).softmax(1)
+    leep = compute_leep_map(probs, torch.stack([item["label"] for item in dataset.plain()]))
+    torch.testing.assert_close(loss.weight, risk_map(leep).to(loss.weight), atol=1e-5, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, source.parameters(), strict=True))
+
+    written = nib.load(tmp_path / "leep_before.nii.gz")
+    np.testing.assert_allclose(written.affine, affine)
+    assert written.shape == (12, 10, 4)
+    np.testing.assert_allclose(written.get_fdata()[..., 2], leep.numpy(), atol=1e-5)
+    after = nib.load(tmp_path / "leep_after.nii.gz").get_fdata()
+    assert not np.allclose(after, written.get_fdata())
+
+
+def test_a_map_per_image_follows_its_image_and_reaches_the_loss(slices, tmp_path):
+    dataset, affine = slices
+    seen = []
+
+    class Recording(RiskWeightedLoss):
+        def forward(self, input, target, weight=None):
+            seen.append((target, weight))
+            return super().forward(input, target, weight)
+
+    loss = Recording(nn.CrossEntropyLoss(reduction="none"))
+    handler = WeightMap(
+        dataset=dataset,
+        loss=loss,
+        evaluator=leep_pass(dataset, small_network().eval(), LEEPImageMaps()),
+        to_weight=risk_map,
+        output_dir=tmp_path,
+    )
+    trainer_of(dataset, small_network(1), loss, [handler]).run()
+    assert seen
+    assert all(weight is not None and weight.shape == target.shape for target, weight in seen)
+    maps = torch.stack([item["weight"] for item in dataset.plain()])
+    assert 1.0 <= float(maps.min()) < float(maps.max()) <= 10.0
+
+    written = nib.load(tmp_path / "weight_a.nii.gz")
+    first = dataset.plain()[0]
+    np.testing.assert_allclose(written.affine, affine)
+    np.testing.assert_allclose(written.get_fdata()[..., first["slice"]], first["weight"][0].numpy(), atol=1e-5)
+
+
+def test_a_control_never_sees_the_source(slices):
+    dataset, _ = slices
+    loss = cross_entropy()
+    trainer_of(dataset, small_network(), loss, [WeightMap(dataset=dataset, loss=loss, to_weight=frequency_map)]).run()
+    labels = torch.stack([item["label"][0] for item in dataset.plain()])
+    torch.testing.assert_close(loss.weight, 10 ** (labels > 0).float().mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_the_weighted_trainer_is_the_stock_one_without_weights(slices):
+    dataset, _ = slices
+    results = []
+    for kind in (SupervisedTrainer, WeightedTrainer):
+        torch.manual_seed(3)
+        network = small_network()
+        kind(
+            device=torch.device("cpu"),
+            max_epochs=2,
+            train_data_loader=DataLoader(dataset, batch_size=4),
+            network=network,
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.01),
+            loss_function=cross_entropy(),
+        ).run()
+        results.append(network[0].weight.detach())
+    assert torch.equal(*results)
+
+
+class Scripted:
+    """In place of an evaluator: validates every epoch with the score it was told."""
+
+    def __init__(self, scores):
+        self.scores = dict(enumerate(scores, 1))
+        self.state = SimpleNamespace(epoch=0, metrics={}, key_metric_name="dice")
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.validate)
+
+    def validate(self, engine):
+        self.state.epoch = engine.state.epoch
+        self.state.metrics = {"dice": self.scores[self.state.epoch]}
+
+
+def train_with_scores(dataset, folder, scores, epochs):
+    network = small_network()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    evaluator = Scripted(scores)
+    checkpoint = ResumableCheckpoint(
+        save_dir=folder, evaluator=evaluator, save_dict={"network": network, "optimizer": optimizer}
+    )
+    trainer = trainer_of(dataset, network, cross_entropy(), [evaluator, checkpoint], epochs, optimizer)
+    trainer.run()
+    return trainer, checkpoint, network
+
+
+def test_a_resumed_run_continues_and_never_replaces_a_better_model(slices, tmp_path):
+    dataset, _ = slices
+    train_with_scores(dataset, tmp_path, [0.3, 0.9], epochs=2)
+    best = torch.load(tmp_path / "model.pt", weights_only=True)
+    trainer, checkpoint, _ = train_with_scores(dataset, tmp_path, [0, 0, 0.5, 0.6], epochs=4)
+    assert trainer.state.epoch == 4
+    assert (checkpoint.best, checkpoint.best_epoch) == (0.9, 2)
+    kept = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(kept[name], best[name]) for name in best)
+    _, checkpoint, network = train_with_scores(dataset, tmp_path, [0, 0, 0, 0, 0.95], epochs=5)
+    assert checkpoint.best_epoch == 5
+    kept = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
+
+
+def test_a_finished_run_does_not_train_again(slices, tmp_path):
+    dataset, _ = slices
+    _, _, first = train_with_scores(dataset, tmp_path, [0.1, 0.2], epochs=2)
+    _, _, second = train_with_scores(dataset, tmp_path, [0.1, 0.2], epochs=2)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path):
+    _, checkpoint, _ = train_with_scores(slices[0], tmp_path, [0.1, float("nan")], epochs=2)
+    assert checkpoint.best_epoch == 1
+
+
+def test_a_checkpoint_of_another_network_says_so(slices, tmp_path):
+    torch.save({"network": {}, "optimizer": {}, "epoch": 1, "best": 0.0, "best_epoch": 1}, tmp_path / "last.pt")
+    network = small_network()
+    checkpoint = ResumableCheckpoint(save_dir=tmp_path, save_dict={"network": network})
+    with pytest.raises(InputError, match="is of another run"):
+        trainer_of(slices[0], network, cross_entropy(), [checkpoint]).run()
+
+
+def test_a_killed_write_leaves_the_old_checkpoint(slices, tmp_path, monkeypatch):
+    network = small_network()
+    checkpoint = ResumableCheckpoint(save_dir=tmp_path, save_dict={"network": network})
+    trainer_of(slices[0], network, cross_entropy(), [checkpoint]).run()
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    real_save = torch.save
+
+    def killed(content, path):
+        real_save(content, path)
+        path.write_bytes(path.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(slices[0], network, cross_entropy(), [checkpoint], epochs=2).run()
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_subject_table_scores_every_patient_and_class(slices):
+    dataset, _ = slices
+    load = Compose([LoadImaged(["image", "label"], ensure_channel_first=True)])
+    volumes = [load(dict(entry)) for entry in dataset.data]
+    volumes[2]["label"] = volumes[2]["label"] * 0
+    volumes[2]["image"] = volumes[2]["image"] * 0 - 1
+    truth = nn.Sequential(nn.Conv2d(1, 2, 1))
+    with torch.no_grad():
+        truth[0].weight.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1))
+        truth[0].bias.copy_(torch.tensor([0.5, 0.0]))
+    pair = from_engine(["pred", "label"])
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(volumes, batch_size=1),
+        network=truth,
+        inferer=SliceInferer(spatial_dim=2, roi_size=(12, 10), sw_batch_size=4),
+        postprocessing=AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2),
+        key_val_metric={"dice": IgniteMetricHandler(DiceMetric(False, ignore_empty=False), output_transform=pair)},
+        additional_metrics={"iou": IgniteMetricHandler(MeanIoU(False, ignore_empty=False), output_transform=pair)},
+        val_handlers=[SubjectTable(class_names=["ED"])],
+    )
+    evaluator.run()
+    table = evaluator.state.subject_table
+    assert list(table.columns) == ["subject", "class", "dice", "iou", "empty"]
+    assert table.subject.tolist() == ["a", "b", "c"]
+    assert table["empty"].tolist() == [False, False, True]
+    predicted, real = volumes[0]["image"][0] > 0.5, volumes[0]["label"][0] > 0
+    expected = 2 * (predicted & real).sum() / (predicted.sum() + real.sum())
+    assert table.dice[0] == pytest.approx(float(expected))
+    assert table.dice[2] == table.iou[2] == 1.0

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 
 __all__ = ["WeightedTrainer"]
@@ -24,6 +25,13 @@ class WeightedTrainer(SupervisedTrainer):
     """
 
     weight_key = "weight"
+
+    def run(self) -> None:
+        """Train; with ``max_epochs=0`` the network stays the untouched source, and only ``COMPLETED`` is fired."""
+        if self.state.max_epochs == 0:
+            self.fire_event(Events.COMPLETED)
+        else:
+            super().run()
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, torch.Tensor]) -> dict[str, Any]:
         if batchdata is None or self.weight_key not in batchdata:

@@ -142,8 +142,13 @@ def class_weights(
     better choice for rare structures. In a bundle's JSON::
 
         "loss": {
-            "_target_": "CrossEntropyLoss",
-            "weight": "$medtl_ext.losses.class_weights([x['label'] for x in @train#dataset], n_classes=4, power=0.5)"
+            "_target_": "torch.nn.CrossEntropyLoss",
+            "weight": {
+                "_target_": "medtl_ext.losses.class_weights",
+                "target_labels": "$(item['label'] for item in @train#dataset)",
+                "n_classes": 4,
+                "power": 0.5
+            }
         }
 
     Args:
@@ -205,7 +210,7 @@ class RiskWeightedLoss(nn.Module):
 
         "loss": {
             "_target_": "medtl_ext.losses.RiskWeightedLoss",
-            "base_loss": {"_target_": "CrossEntropyLoss", "reduction": "none"}
+            "base_loss": {"_target_": "torch.nn.CrossEntropyLoss", "reduction": "none"}
         }
 
     followed by ``loss.set_weight(risk_map(leep_map))`` once the map is known, and ``loss.to(device)``.

@@ -90,6 +90,19 @@ class TestSums:
         labels.zero_()
         assert metric.compute().item() == pytest.approx(expected, abs=1e-12)
 
+    def test_sums_are_the_metrics_own(self):
+        first = torch.ones(2, dtype=torch.float64)
+        metric = ClassSums()
+        metric._add(sums=first, count=torch.tensor(1))
+        metric._add(sums=torch.ones(3, 1).squeeze(1), count=torch.tensor(1))
+        metric._add(sums=first, count=torch.tensor(2))
+        assert torch.equal(first, torch.ones(2))
+        assert torch.equal(metric.compute(), torch.tensor([3.0, 3.0, 1.0], dtype=torch.float64) / 4)
+        twin = ClassSums()
+        twin._add(sums=first, count=torch.tensor(1))
+        twin._add(sums=first, count=torch.tensor(1))
+        assert torch.equal(first, torch.ones(2))
+
     def test_merge_refuses_another_class(self):
         with pytest.raises(InputError, match="other is LEEPMap; expected LEEP"):
             LEEP().merge(LEEPMap())
@@ -167,6 +180,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def expected(network, cases):
+    """In one batch; a network's float32 output differs in the last bits between batch sizes, hence the 1e-6 below."""
     with torch.no_grad():
         probs = network(torch.stack([case["image"].as_tensor() for case in cases])).softmax(1)
     return probs, torch.stack([case["label"].as_tensor() for case in cases])
@@ -190,10 +204,10 @@ class TestEngines:
         metrics = evaluator.state.metrics
         assert isinstance(metrics["leep"], float)
         assert metrics["leep"] == evaluator.state.best_metric
-        assert metrics["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-9)
-        assert metrics["nce"] == pytest.approx(compute_nce(expected[0].argmax(1), expected[1]).item(), abs=1e-9)
-        torch.testing.assert_close(metrics["leep_map"], compute_leep_map(*expected, stride=4), atol=1e-9, rtol=0)
-        torch.testing.assert_close(metrics["image_maps"], compute_leep_image_maps(*expected), atol=1e-9, rtol=0)
+        assert metrics["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-6)
+        assert metrics["nce"] == pytest.approx(compute_nce(expected[0].argmax(1), expected[1]).item(), abs=1e-6)
+        torch.testing.assert_close(metrics["leep_map"], compute_leep_map(*expected, stride=4), atol=1e-6, rtol=0)
+        torch.testing.assert_close(metrics["image_maps"], compute_leep_image_maps(*expected), atol=1e-6, rtol=0)
 
     def test_bundle_config_by_class_name_alone(self, tmp_path, network, cases, expected):
         config = {
@@ -212,9 +226,9 @@ class TestEngines:
         parser["cases"], parser["net"] = cases, network
         evaluator = parser.get_parsed_content("evaluator")
         evaluator.run()
-        assert evaluator.state.metrics["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-9)
+        assert evaluator.state.metrics["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-6)
         leep_map = compute_leep_map(*expected, smoothing=5)
-        torch.testing.assert_close(evaluator.state.metrics["leep_map"], leep_map, atol=1e-9, rtol=0)
+        torch.testing.assert_close(evaluator.state.metrics["leep_map"], leep_map, atol=1e-6, rtol=0)
 
     def test_probabilities_are_not_put_through_a_softmax_again(self, network, cases, expected):
         def evaluator(metric):
@@ -230,7 +244,7 @@ class TestEngines:
             evaluator(LEEP()).run()
         informed = evaluator(LEEP(output_transform=from_engine(["pred", "label"])))
         informed.run()
-        assert informed.state.metrics["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-9)
+        assert informed.state.metrics["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-6)
 
     @pytest.mark.parametrize("pred", [torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[0, 2]]])])
     def test_classes_instead_of_logits(self, pred):
@@ -307,7 +321,7 @@ def in_one_of_two_processes(rank, rendezvous, results):
             for k in range(share[rank].start, share[rank].stop):
                 metric.update(probs[k : k + 1], labels[k : k + 1])
             first, again = metric.compute(), metric.compute()
-            assert torch.equal(torch.as_tensor(first), torch.as_tensor(again)) if len(first.shape) else first == again
+            assert again == [] if isinstance(first, list) else torch.equal(first, again)
             found.setdefault(name, []).append(first)
         nce = NCE()
         if share[rank].start < share[rank].stop:
@@ -322,9 +336,9 @@ def in_one_of_two_processes(rank, rendezvous, results):
 
 @pytest.mark.timeout(120)
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(
-        in_one_of_two_processes, (str(tmp_path / "rendezvous"), str(tmp_path / "found")), nprocs=2
-    )
+    # Forked, because importing everything again in two new processes takes most of a minute on a small machine.
+    arguments = str(tmp_path / "rendezvous"), str(tmp_path / "found")
+    torch.multiprocessing.start_processes(in_one_of_two_processes, arguments, nprocs=2, start_method="fork")
     probs, labels = batch(8, grid=(6, 7), n_classes=4)
     labels[:3] = labels[:3].clamp(max=1)
     maps = compute_leep_image_maps(probs, labels)

@@ -221,6 +221,9 @@ class TestInvariants:
             assert compute_leep(probs, labels) <= 0
             assert (compute_leep_map(probs, labels) <= 0).all()
             assert (compute_leep_image_maps(probs, labels) <= 0).all()
+            # One sample a cell is told perfectly, and probabilities may sum to a hair more than one.
+            assert (compute_leep_map(probs[:1], labels[:1]) <= 0).all()
+            assert (compute_leep_image_maps(probs, labels * 0 + torch.arange(12).view(-1, 1, 1) // 11) <= 0).all()
 
     def test_order_of_samples(self):
         probs, labels = draw((6, 7))
@@ -261,14 +264,15 @@ class TestInvariants:
         leep = compute_leep(torch.full((200, 3), 1 / 3), labels)
         assert leep.item() == pytest.approx((frequency * frequency.log()).sum().item(), abs=1e-6)
 
-    def test_blocks_larger_and_smaller_than_an_image(self):
-        # 600 x 600 pixels with three classes are worked on in several blocks, 12 small images in one.
+    def test_images_larger_than_a_block(self):
         probs, labels = draw((600, 600), n=2)
-        assert compute_leep_map(probs, labels)[599, 17].item() == pytest.approx(
-            loop_leep(samples_of(probs[:, :, 599, 17], labels[:, 599, 17])), abs=1e-12
-        )
-        expected = compute_leep(probs.movedim(1, 3).reshape(-1, 3), labels.flatten()).item()
-        assert compute_leep(probs, labels).item() == pytest.approx(expected, abs=1e-12)
+        leep_map = compute_leep_map(probs, labels)
+        for x, y in [(0, 5), (123, 4), (300, 300), (421, 0), (599, 17)]:
+            expected = loop_leep(samples_of(probs[:, :, x, y], labels[:, x, y]))
+            assert leep_map[x, y].item() == pytest.approx(expected, abs=1e-12)
+        # The same pixels as one long list of samples without a grid.
+        expected = compute_leep(probs.movedim(1, 3).reshape(-1, 3), labels.flatten())
+        assert compute_leep(probs, labels).item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 class TestInputsOfEveryKind:
@@ -469,6 +473,10 @@ class TestBadInput:
     def test_map_without_pixels(self):
         with pytest.raises(InputError, match="a map needs"):
             compute_leep_map(*draw())
+        metric = LEEPMap()
+        with pytest.raises(InputError, match="a map needs"):
+            metric.update(*draw())
+        metric.update(*draw((4, 5)))  # what was refused left no trace
 
     def test_images_on_two_grids(self):
         metric = LEEPMap(stride=4)  # both grids have 2 x 2 cells
@@ -486,6 +494,10 @@ class TestBadInput:
         probs, labels = draw((4, 5), n=2)
         with pytest.raises(InputError, match="target_labels lists 1 images"):
             compute_leep_image_maps(list(probs), list(labels)[:1])
+        with pytest.raises(InputError, match="target_labels lists 0 images"):
+            compute_leep_image_maps([], [])
+        with pytest.raises(InputError, match="different numbers of channels"):
+            compute_leep_image_maps([probs[0], probs[1, :1]], list(labels))
 
     def test_nce(self):
         with pytest.raises(InputError, match="source_labels holds the negative"):

@@ -143,7 +143,7 @@ def probabilities_and_labels(output: Any) -> tuple[Any, Any]:
         InputError: `pred` or `label` is missing, or `pred` is not logits any more.
     """
     items = [output] if isinstance(output, Mapping) else output
-    if not (isinstance(items, Sequence) and all(isinstance(item, Mapping) for item in items)):
+    if not (isinstance(items, Sequence) and items and all(isinstance(item, Mapping) for item in items)):
         raise InputError(
             f"engine.state.output is {type(output).__name__}; expected MONAI's dictionaries with '{CommonKeys.PRED}' "
             f"and '{CommonKeys.LABEL}': give an output_transform."
@@ -156,26 +156,31 @@ def probabilities_and_labels(output: Any) -> tuple[Any, Any]:
                 "name the right keys by an output_transform."
             )
     channel = 1 if isinstance(output, Mapping) else 0
-    probs = [_probabilities(convert_to_tensor(item[CommonKeys.PRED]), channel) for item in items]
+    logits = [convert_to_tensor(item[CommonKeys.PRED]) for item in items]
     labels = [convert_to_tensor(item[CommonKeys.LABEL]) for item in items]
+    _require_logits(logits[0][0] if channel else logits[0])
+    probs = [_probabilities(item, channel) for item in logits]
     return (probs[0], labels[0]) if isinstance(output, Mapping) else (probs, labels)
 
 
-def _probabilities(logits: torch.Tensor, channel: int) -> torch.Tensor:
+def _require_logits(sample: torch.Tensor) -> None:
     # A few pixels tell: logits that sum to exactly one everywhere, or are all 0 and 1, have been processed already.
-    pixels = (logits[0] if channel else logits).reshape(logits.shape[channel], -1)[:, :64]
+    pixels = sample.reshape(len(sample), -1)[:, :64]
     if len(pixels) > 1:
-        processed = bool(((pixels >= 0) & ((pixels.sum(0) - 1).abs() < 1e-4)).all())
+        processed = ((pixels >= 0) & ((pixels.sum(0) - 1).abs() < 1e-4)).all()
     else:
-        processed = bool(((pixels == 0) | (pixels == 1)).all())
-    if processed or not logits.is_floating_point():
+        processed = ((pixels == 0) | (pixels == 1)).all()
+    if bool(processed) or not sample.is_floating_point():
         raise InputError(
             "engine.state.output['pred'] holds probabilities or classes; expected the network's raw logits: take the "
             "activation out of the evaluator's postprocessing, or give output_transform="
             "monai.handlers.from_engine(['pred', 'label']) where they are probabilities."
         )
+
+
+def _probabilities(logits: torch.Tensor, channel: int) -> torch.Tensor:
     logits = logits.float() if logits.element_size() < 4 else logits
-    return logits.sigmoid() if len(pixels) == 1 else logits.softmax(channel)
+    return logits.sigmoid() if logits.shape[channel] == 1 else logits.softmax(channel)
 
 
 def _batches(values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:

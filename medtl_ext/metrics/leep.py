@@ -36,7 +36,7 @@ def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | N
         source_probs: N x Z, or N x Z x *spatial, the source's class probabilities (not logits). With Z = 1 they are a
             sigmoid head's s, which counts as [1 - s, s].
         target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
-        ignore_index: samples with this label are left out.
+        ignore_index: samples with this label are left out; their probabilities must be valid all the same.
 
     Returns:
         The score in nats, a float64 scalar <= 0; higher predicts better transfer. One label only gives 0 with a
@@ -129,7 +129,7 @@ def compute_leep_image_maps(
     """
     if not isinstance(source_probs, (list, tuple)):
         batches = [check_predictions(source_probs, target_labels, ignore_index=ignore_index)]
-    elif len(source_probs) != len(target_labels):
+    elif not 0 < len(source_probs) == len(target_labels):
         raise InputError(f"target_labels lists {len(target_labels)} images, source_probs {len(source_probs)}.")
     else:
         batches = [
@@ -140,7 +140,9 @@ def compute_leep_image_maps(
             )
             for probs, labels in zip(source_probs, target_labels, strict=True)
         ]
-    n_classes = max(int(labels.max()) for _, labels in batches) + 1
+    if len({probs.shape[1] for probs, _ in batches}) > 1:
+        raise InputError("source_probs has images with different numbers of channels; expected one source network's.")
+    n_classes = max(0, *(int(labels.max()) for _, labels in batches)) + 1
     joint = sum(_joint(probs, labels, n_classes=n_classes) for probs, labels in batches)
     return _image_maps(batches, _conditional(joint))
 
@@ -163,14 +165,14 @@ class _StreamingLEEP(TransferMetric):
     def update(self, source_probs: Any, target_labels: Any) -> None:
         """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
         probs, labels = check_predictions(source_probs, target_labels, ignore_index=self.ignore_index)
-        self._add(joint=self._joint(probs, labels))
+        self._add(joint=self._batch_joint(probs, labels))
         self._spool.append(probs, labels.to(torch.int16))
 
     def merge(self, other: TransferMetric) -> None:
         super().merge(other)
         self._spool.extend(other._spool)
 
-    def _joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _batch_joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return _joint(probs, labels)
 
     def _batches(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -248,9 +250,10 @@ class LEEPMap(_StreamingLEEP):
             self._require_grid(other._grid)
         super().merge(other)
 
-    def _joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _batch_joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        joint = self._settings.joint(probs, labels)
         self._require_grid(tuple(labels.shape[1:]))
-        return self._settings.joint(probs, labels)
+        return joint
 
     def _require_grid(self, grid: tuple[int, ...]) -> None:
         if self._grid is None:
@@ -336,8 +339,9 @@ class _MapSettings(NamedTuple):
         if self.stride == 1:
             return sums
         for axis in range(leading, sums.ndim):
-            cell = torch.arange(sums.shape[axis], device=sums.device) // self.stride
-            shape = [*sums.shape[:axis], int(cell[-1]) + 1, *sums.shape[axis + 1 :]]
+            length = sums.shape[axis]
+            shape = [*sums.shape[:axis], -(-length // self.stride), *sums.shape[axis + 1 :]]
+            cell = torch.arange(length, device=sums.device) // self.stride
             sums = sums.new_zeros(shape).index_add_(axis, cell, sums)
         return sums
 
@@ -356,11 +360,11 @@ def _blocks(probs: torch.Tensor, labels: torch.Tensor, *, located: bool) -> Iter
     probs = probs.reshape(*probs.shape[:2], -1)
     labels = labels.reshape(len(labels), -1)
     n_images, n_source, n_pixels = probs.shape
-    n_samples = max(1, (2**24 if probs.is_cuda else 2**18) // n_source)
+    n_samples = max(2**12, (2**24 if probs.is_cuda else 2**18) // n_source)
     columns = min(n_pixels, n_samples)
     rows = max(1, n_samples // columns)
     location = torch.arange(n_pixels, device=probs.device)
-    masked = bool((labels < 0).any())
+    masked = bool(labels.min() < 0)
     for row in range(0, n_images, rows):
         for column in range(0, n_pixels, columns):
             images, pixels = slice(row, row + rows), slice(column, column + columns)
@@ -456,5 +460,6 @@ def _reduced(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _mean(log_sums: torch.Tensor) -> torch.Tensor:
-    # Probabilities that sum to a hair more than one can leave the score a hair above 0; 0/0 is the NaN of a cell without valid pixels.
+    # Probabilities that sum to a hair more than one can leave the score a hair above 0; 0/0 is the NaN of a cell
+    # without valid pixels.
     return (log_sums[0] / log_sums[1]).clamp(max=0)

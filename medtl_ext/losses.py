@@ -133,6 +133,31 @@ def frequency_map(target_labels: Any, *, base: float = 10.0, ignore_index: int |
     return base ** (foreground / valid.clamp(min=1))
 
 
+def prior_image_maps(target_labels: torch.Tensor, *, base: float = 10.0) -> torch.Tensor:
+    """Pixel weights per image from ``ln P(y)`` of each pixel's class: the control of per-image risk maps.
+
+    It is the per-image map of a source that tells nothing, whose ``P(y|z)`` is ``P(y)``: rare classes weigh most. Only
+    what a per-image risk map gains over it can be credited to the source model.
+
+    Args:
+        target_labels: N x *spatial or N x 1 x *spatial class indices (0 is background).
+        base: the weight of the rarest class, 1 or more.
+
+    Returns:
+        Weights in [1, base], float64, N x *spatial.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> prior_image_maps(torch.tensor([[[0, 0, 1]], [[0, 0, 2]]])).squeeze(1)
+        tensor([[ 1.,  1., 10.],
+                [ 1.,  1., 10.]], dtype=torch.float64)
+    """
+    labels = torch.stack(list(_label_maps(target_labels, None)))
+    return risk_map(log_prior(labels, n_classes=int(labels.max()) + 1).double()[labels], base=base)
+
+
 def class_weights(
     target_labels: Any, *, n_classes: int, power: float = 1.0, ignore_index: int | None = None
 ) -> torch.Tensor:

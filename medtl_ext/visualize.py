@@ -241,7 +241,7 @@ def plot_overlay(
     for name, of in {"images": images, "truths": truths, **predictions}.items():
         if len(of) != len(subjects):
             raise InputError(f"plot_overlay has {len(subjects)} subjects but {len(of)} slices in '{name}'.")
-    figure, axes = _slices_grid(len(subjects), 2 + len(predictions), size=2.1, height=0.5 + 0.35 * len(subjects))
+    figure, axes = _slices_grid(len(subjects), 2 + len(predictions), size=2.1, height=0.5 + 0.25 * len(subjects))
     for i, subject in enumerate(subjects):
         outlines = {"image": None, "truth": truths[i], **{name: of[i] for name, of in predictions.items()}}
         for panel, (name, labels) in zip(axes[i], outlines.items(), strict=True):
@@ -362,7 +362,7 @@ def _finish(figure: Figure, title: str, synthetic: bool, note: str) -> Figure:
 
 
 def _slices_grid(n_rows: int, n_columns: int, *, size: float = 1.7, height: float) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(size * n_columns + 0.4, 1.15 * size * n_rows + height), layout="constrained")
+    figure = Figure(figsize=(size * n_columns + 0.4, size * n_rows + height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.05, wspace=0.01, hspace=0.01)
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
     for panel in axes.flat:

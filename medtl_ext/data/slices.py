@@ -65,8 +65,8 @@ class SliceDataset(Dataset):
 
     An item is a new dictionary: ``image`` (C x X x Y), ``label`` (1 x X x Y), ``subject`` (str), ``slice`` (int, the
     index along the volume's last axis; 0 for a whole volume) and the maps given to `set_map`. Items are in the order of
-    ``data``, then of the slice. Seed the random transforms with `monai.utils.set_determinism`, and use `monai.data.DataLoader`, which
-    seeds them in its workers.
+    ``data``, then of the slice. Seed the random transforms with `monai.utils.set_determinism`, and use
+    `monai.data.DataLoader`, which seeds them in its workers.
 
     Raises:
         InputError: no volume has foreground, or an image is not C x X x Y x Z after the volume transforms.

@@ -244,7 +244,7 @@ def compare_methods(
     train = json.loads((root / "configs" / "train.json").read_text())
     config = train | dict(settings) | {"bundle_root": str(root), "audit": False}
     sources = {
-        (task, seed): pretraining_job(config, config.get("source_dir") or root / "models" / "sources", task, seed=seed)
+        (task, seed): pretraining_job(config, settings.get("source_dir", root / "models" / "sources"), task, seed=seed)
         for task, seed in product({source for source, _ in pairs}, {run["source_seed"] for run in runs})
     }
     run_jobs(list(sources.values()), n_jobs=n_jobs, backend=backend, description="pre-training")

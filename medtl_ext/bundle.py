@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import tempfile
 import warnings
@@ -54,7 +55,6 @@ HOW_NOT_WHAT = frozenset(
 )
 # What the command line leaves as text, where a config would have a value.
 JSON_WORDS = {"true": True, "false": False, "null": None}
-DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def current_workflow() -> ConfigWorkflow | None:
@@ -176,7 +176,8 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def claim_output(output_dir: str | os.PathLike[str]) -> Path:
     """Make ``output_dir`` ready for this run and no other, and leave the run's config in it as ``config.json``.
 
-    An interrupted or finished run with the same settings is continued; one with other settings is never overwritten.
+    An interrupted or finished run with the same settings is continued; one with other settings is never overwritten,
+    unless it stopped before it wrote anything, as bad input makes it.
 
     Raises:
         InputError: the folder cannot be written to, or holds a run with other settings.
@@ -192,7 +193,7 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
         ) from error
-    if record.is_file():
+    if record.is_file() and any(path != record for path in folder.glob("[!.]*")):
         before, now = settings_of(json.loads(record.read_text())), settings_of(config)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
@@ -229,8 +230,8 @@ class Job:
 
     def run(self, threads: int | None = None) -> None:
         """Run the config in this process, on so many threads."""
-        for name in DISTRIBUTED:  # a job of a distributed run is a run of its own
-            os.environ.pop(name, None)
+        if "RANK" in os.environ:
+            _be_the_only_rank()
         configs = Path(self.config["bundle_root"]) / "configs"
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "config.json"
@@ -243,11 +244,23 @@ class Job:
                 workflow_type="train",
                 **{"output_dir": str(self.output_dir), "progress": False, "figures": False, **self.overrides},
             )
-            workflow.initialize()
-            if threads:
-                torch.set_num_threads(threads)
-            workflow.run()
-            workflow.finalize()
+            try:
+                workflow.initialize()
+                if threads:
+                    torch.set_num_threads(threads)
+                workflow.run()
+            finally:
+                workflow.finalize()
+
+
+def _be_the_only_rank() -> None:
+    """Make this process, started by a rank of a distributed run, a distributed run of one: its config expects one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run_jobs(

@@ -381,7 +381,7 @@ def _against_controls(scores: dict[str, dict[str, float]]) -> list[str]:
     lines = []
     for method in (name for name in scores if name.startswith("risk_map") and controls):
         found = {control: paired_comparison(scores[method], scores[control]) for control in controls}
-        gaps = [f"{control} {c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f})" for control, c in found.items()]
+        gaps = [f"{control} {c.difference:+.3f}{_range(c.low, c.high)}" for control, c in found.items()]
         beats = all(comparison.low > 0 for comparison in found.values())
         end = "it beats all of them" if beats else "no evidence that knowing the source adds to the best of them"
         lines.append(f"{method} against the controls that never saw the source: {', '.join(gaps)}; {end}.")
@@ -395,7 +395,7 @@ def _scratch(scores: dict[str, dict[str, float]]) -> list[str]:
     if first != "scratch" or not others:
         return []
     gap = paired_comparison(scores["scratch"], scores[others[0]])
-    figures = f"ahead of {others[0]} by {gap.difference:.3f} (95 % interval {gap.low:.3f} to {gap.high:.3f})"
+    figures = f"ahead of {others[0]} by {gap.difference:.3f}{_range(gap.low, gap.high)}"
     if gap.low > 0:
         return [f"training from scratch is best, {figures}: do not transfer this source with these methods."]
     return [f"training from scratch has the highest mean, {figures}, which does not settle it."]
@@ -422,6 +422,11 @@ def _markdown(table: pd.DataFrame, text: str, caption: str, reference: str, titl
     return "\n\n".join(parts) + "\n"
 
 
+def _range(low: float, high: float) -> str:
+    """A 95 % interval in brackets; one patient has none."""
+    return "" if np.isnan(low) else f" ({low:+.3f} to {high:+.3f})"
+
+
 def _markdown_table(cell: pd.DataFrame, reference: str) -> str:
     lines = [
         f"| method | kind | Dice | difference to {reference} | runs ahead | p (Holm) | patients |",
@@ -430,7 +435,7 @@ def _markdown_table(cell: pd.DataFrame, reference: str) -> str:
     for row in cell.itertuples():
         dice = f"{row.mean:.3f}" + (f" ± {row.sd:.3f}" if np.isfinite(row.sd) else "")
         dice = f"**{dice}**" if row.mean == cell["mean"].max() else dice
-        difference = f"{row.difference:+.3f} ({row.difference_low:+.3f} to {row.difference_high:+.3f})"
+        difference = f"{row.difference:+.3f}{_range(row.difference_low, row.difference_high)}"
         ahead = f"{row.runs_ahead} of {row.runs_matched}"
         p = f"{row.p_holm:.3f}" if row.p_holm >= 0.001 else "< 0.001"
         if row.method == reference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
 from medtl_ext.bundle import Job, current_config, kept_model, run_jobs, settings_of
 from medtl_ext.data import Collection, SliceDataset, Task, cached_phantom, check_collection, load_collection
+from medtl_ext.data.collection import SPLITS
 from medtl_ext.networks import load_weights
 from medtl_ext.report import audit_report, compare_report
 from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
@@ -52,9 +53,11 @@ def open_collection(path: str | None, task: str) -> Collection:
     return load_collection(path)
 
 
-def check_data(collection: Collection, *tasks: str) -> None:
-    """Read every file of the tasks before anything long runs; raise on the first error, log the warnings."""
-    report = check_collection(collection, [Task(task) for task in tasks], progress=False)
+def check_data(collection: Collection, task: str, splits: Iterable[str] = SPLITS) -> None:
+    """Read every file of a task before anything long runs; raise on the first error, log the warnings."""
+    for split in splits:
+        collection.datalist(task, split)  # raises where a split has no subject
+    report = check_collection(collection, [Task(task)], progress=False)
     report.raise_for_errors()
     for issue in report.warnings:
         logger.warning("%s", issue)
@@ -62,7 +65,11 @@ def check_data(collection: Collection, *tasks: str) -> None:
 
 def pretrained_source(folder: str, task: str, *, seed: int = 0) -> str:
     """Path of a network trained on ``task`` by ``pretrain.json`` of the same bundle; trained once and kept."""
-    return kept_model(pretraining_job(current_config(), folder, task, seed=seed))
+    job = pretraining_job(current_config(), folder, task, seed=seed)
+    if not job.done:
+        splits = {"train", job.config["val_split"], "test"}
+        check_data(open_collection(job.overrides["collection"], task), task, splits)
+    return kept_model(job)
 
 
 def pretraining_job(config: Mapping[str, Any], folder: str | Path, task: str, *, seed: int) -> Job:

@@ -1,0 +1,631 @@
+"""The risk_map bundle on a tiny phantom: every overlay, every way to start it, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+
+from medtl_ext import InputError, studies
+from medtl_ext.data import generate_phantom
+from medtl_ext.studies import pretraining_job
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BUNDLE = REPOSITORY / "bundles" / "risk_map"
+CONFIGS = BUNDLE / "configs"
+METHODS = sorted(
+    path.stem
+    for path in CONFIGS.glob("*.json")
+    if path.stem not in ("train", "inference") and "freeze" in json.loads(path.read_text()) and path.stem != "pretrain"
+)
+TINY = {
+    "spacing": [6.0, 6.0, 8.0],
+    "roi_size": [32, 32],
+    "epochs": 1,
+    "iterations_per_epoch": 2,
+    "batch_size": 4,
+    "train_slices": 8,
+    "n_jobs": 1,
+    "audit": False,
+    "figures": False,
+    "progress": False,
+    "check_data": False,
+}
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory) -> Path:
+    """Two institutions of six synthetic patients: two in every split."""
+    folder = tmp_path_factory.mktemp("phantom") / "collection"
+    return generate_phantom(
+        folder, institutions=["14", "17"], subjects=6, modalities=["T2", "FLAIR"], n_jobs=1, progress=False
+    )
+
+
+@pytest.fixture(scope="session")
+def source(collection, tmp_path_factory) -> Path:
+    """A source network that has learnt a little, by the bundle's own pre-training."""
+    folder = tmp_path_factory.mktemp("source")
+    run("pretrain", collection=str(collection), output_dir=str(folder), epochs=15, train_slices=None)
+    return folder / "model.pt"
+
+
+@pytest.fixture
+def options(collection, source, tmp_path) -> dict:
+    return {"collection": str(collection), "source_ckpt": str(source), "output_dir": str(tmp_path / "out")}
+
+
+@pytest.fixture(autouse=True)
+def no_determinism_left_behind():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def workflow_of(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
+    files = [str(CONFIGS / f"{name}.json") for name in (base, *overlays)]
+    settings = TINY | options if base == "train" else options
+    return ConfigWorkflow(config_file=files, workflow_type=base, **settings)
+
+
+def run(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
+    workflow = workflow_of(*overlays, base=base, **options)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow
+
+
+def command(files: list[str], options: dict, *, cwd: Path = REPOSITORY, processes: int = 0) -> list[str] | dict:
+    """What a user types; options as JSON values."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    arguments = [
+        part
+        for name, value in options.items()
+        for part in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    config = files[0] if len(files) == 1 else str(files)
+    return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", config, *arguments]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+
+
+def start(files: list[str], options: dict, *, cwd: Path = REPOSITORY, processes: int = 0) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(files, options, processes=processes),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for success; what was printed."""
+    output, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors[-3000:]
+    return output
+
+
+def table(folder: Path | str) -> pd.DataFrame:
+    return pd.read_csv(Path(folder) / "metrics.csv").sort_values(["split", "subject", "class"], ignore_index=True)
+
+
+# Overlays
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_scores(method, options):
+    run(method, **options)
+    scores = table(options["output_dir"])
+    assert list(scores) == ["method", "seed", "split", "subject", "class", "dice", "iou", "empty"]
+    assert set(scores.method) == {method}
+    assert scores.groupby("split").subject.nunique().to_dict() == {"val": 2, "test": 2}
+    assert scores[["dice", "iou"]].stack().between(0, 1).all()
+    weights = torch.load(Path(options["output_dir"]) / "model.pt", weights_only=True)
+    trained = torch.load(options["source_ckpt"], weights_only=True)
+    same = {name for name in weights if torch.equal(weights[name], trained[name])}
+    encoder = {name for name in weights if name.startswith(("conv_0", "down_"))}
+    if method == "zero_shot":
+        assert same == set(weights)
+    elif method == "scratch" or method.startswith("full"):
+        assert "conv_0.conv_0.conv.weight" not in same
+    else:  # parameters and buffers of the encoder untouched, the rest trained
+        assert encoder <= same
+        assert not {name for name in same - encoder if name.endswith("weight")}
+
+
+def test_the_methods_of_the_issue_are_there():
+    wanted = {"vanilla", "class_weight", "class_weight_sqrt", "trs_map", "risk_map", "risk_map_image", "frequency"}
+    wanted |= {"prior_image", "prior_shift", "dice_ce", "zero_shot", "scratch", "full", "full_risk_map"}
+    assert wanted <= set(METHODS)
+    assert set(json.loads((CONFIGS / "compare.json").read_text())["methods"]) <= set(METHODS)
+
+
+def test_every_method_sets_the_same_keys_so_that_the_last_one_wins():
+    train = json.loads((CONFIGS / "train.json").read_text())
+    keys = list(json.loads((CONFIGS / "vanilla.json").read_text()))
+    for method in METHODS:
+        overlay = json.loads((CONFIGS / f"{method}.json").read_text())
+        own = [key for key in overlay if not key.startswith("leep#") and key not in ("epochs", "val_interval")]
+        assert own == keys, method
+        assert overlay["method"] == method
+        if overlay["weight_map"] and "evaluator" in overlay["weight_map"]:
+            assert "leep#evaluator#additional_metrics#leep_map" in overlay, method
+    assert {key: train[key] for key in keys} == {
+        key: value for key, value in json.loads((CONFIGS / "risk_map.json").read_text()).items() if key in keys
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_from_the_same_source(method):
+    """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
+
+    def folder(*overlays):
+        config = workflow_of(*overlays).parser.get() | {"bundle_root": str(BUNDLE)}
+        return pretraining_job(config, "sources", "14-FLAIR-ED", seed=0).output_dir
+
+    assert folder(method) == folder()
+
+
+def test_four_classes(options, tmp_path):
+    run("fets", "scratch", **options | {"output_dir": str(tmp_path / "source")})
+    run("fets", **options | {"source_ckpt": str(tmp_path / "source" / "model.pt")})
+    assert sorted(set(table(options["output_dir"])["class"])) == ["ED", "ET", "NCR"]
+
+
+def test_three_dimensions(options, tmp_path):
+    small = {"roi_size": [32, 32, 16], "architecture#filters": [4, 4, 8, 8], "train_slices": None, "batch_size": 1}
+    run("3d", "scratch", **options | small | {"output_dir": str(tmp_path / "source")})
+    run("3d", **options | small | {"source_ckpt": str(tmp_path / "source" / "model.pt")})
+    weight = nib.load(Path(options["output_dir"]) / "weight.nii.gz")
+    assert weight.shape == (32, 32, 16)
+    assert weight.get_fdata().min() == pytest.approx(1)
+    assert len(table(options["output_dir"])) == 4
+
+
+def test_the_papers_optimisation_can_be_laid_over_any_method(options):
+    few = {"epochs": 1, "iterations_per_epoch": 1}
+    workflow = run("vanilla", "paper", **options | few)
+    assert workflow.parser.get_parsed_content("optimizer").defaults["lr"] == pytest.approx(1e-4)
+
+
+# The whole of train.json
+
+
+def test_the_whole_run_leaves_what_it_promises(options, capsys):
+    whole = {"audit": True, "figures": True, "check_data": True}
+    run(**options | whole)
+    assert capsys.readouterr().out.rstrip().splitlines()[-1] == f"results are in {options['output_dir']}"
+    folder = Path(options["output_dir"])
+    assert {path.name for path in folder.iterdir()} == {
+        "metrics.csv",
+        "audit",
+        "audit.csv",
+        "audit.json",
+        "audit.png",
+        "maps.png",
+        "overlay.png",
+        "leep_before.nii.gz",
+        "leep_after.nii.gz",
+        "weight.nii.gz",
+        "model.pt",
+        "last.pt",
+        "config.json",
+    }
+    arms = {path.name: table(path) for path in (folder / "audit").iterdir()}
+    assert set(arms) == {"zero_shot", "scratch", "full"}
+    assert all(set(scores.method) == {arm} for arm, scores in arms.items())
+    before, weight = (nib.load(folder / f"{name}.nii.gz") for name in ("leep_before", "weight"))
+    np.testing.assert_allclose(before.affine, weight.affine)
+    np.testing.assert_allclose(np.abs(np.diag(before.affine)[:3]), TINY["spacing"])
+    assert weight.get_fdata().min() == pytest.approx(1)
+    assert weight.get_fdata().max() == pytest.approx(10)
+
+
+def test_evaluation_repeats_the_scores_of_training(options, tmp_path):
+    run("vanilla", **options)
+    ckpt = str(Path(options["output_dir"]) / "model.pt")
+    run("vanilla", "evaluate", **options | {"ckpt": ckpt, "output_dir": str(tmp_path / "again")})
+    trained = table(options["output_dir"])
+    pd.testing.assert_frame_equal(table(tmp_path / "again"), trained[trained.split == "test"], check_exact=False)
+
+
+# Inference
+
+
+def segment(images: Path, source: Path, out: Path, **options) -> dict[str, nib.Nifti1Image]:
+    sizes = {key: TINY[key] for key in ("spacing", "roi_size")}
+    run(base="inference", input_dir=str(images), ckpt=str(source), output_dir=str(out), **sizes | options)
+    return {path.name.removesuffix("_seg.nii.gz"): nib.load(path) for path in out.glob("*.nii.gz")}
+
+
+def test_a_segmentation_lies_on_its_own_image(collection, source, tmp_path):
+    (tmp_path / "in").mkdir()
+    image = nib.load(collection.parent / "14-000" / "FLAIR.nii.gz")
+    images = {"RAS": image}
+    for code in ("LPS", "PIR"):
+        start, end = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(code)
+        images[code] = image.as_reoriented(nib.orientations.ornt_transform(start, end))
+    coarse = image.affine @ np.diag([3, 1, 2, 1])
+    images["anisotropic"] = nib.Nifti1Image(image.get_fdata()[::3, :, ::2].astype(np.float32), coarse)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
+    images["oblique"] = nib.Nifti1Image(image.get_fdata().astype(np.float32), turn @ image.affine)
+    for name, one in images.items():
+        nib.save(one, tmp_path / "in" / f"{name}.nii.gz")
+
+    found = segment(tmp_path / "in", source, tmp_path / "out")
+    assert set(found) == set(images)
+    for name, one in images.items():
+        assert found[name].shape == one.shape
+        assert found[name].get_data_dtype() == np.uint8
+        np.testing.assert_allclose(found[name].affine, one.affine, atol=1e-4)
+    upright = np.asarray(found["RAS"].dataobj)
+    assert set(np.unique(upright)) == {0, 1}
+    for code in ("LPS", "PIR"):
+        back = nib.as_closest_canonical(found[code])
+        assert (np.asarray(back.dataobj) == upright).mean() > 0.999
+    truth = np.asarray(nib.load(collection.parent / "14-000" / "tumour.nii.gz").dataobj) == 1
+    assert 2 * (truth & (upright == 1)).sum() / (truth.sum() + (upright == 1).sum()) > 0.3
+
+
+def test_patients_with_files_of_one_name_do_not_overwrite_each_other(collection, source, tmp_path):
+    datalist = [{"image": str(collection.parent / subject / "FLAIR.nii.gz")} for subject in ("14-000", "14-001")]
+    segment(tmp_path, source, tmp_path / "out", datalist=datalist)
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.nii.gz")) == [
+        "14-000/FLAIR_seg.nii.gz",
+        "14-001/FLAIR_seg.nii.gz",
+    ]
+
+
+def test_inference_prepares_images_as_training_did():
+    train, inference = (workflow_of(base=base).parser.get() for base in ("train", "inference"))
+    train = json.loads((CONFIGS / "train.json").read_text())
+    inference = json.loads((CONFIGS / "inference.json").read_text())
+    for key in ("spacing", "roi_size"):
+        assert inference[key] == train[key]
+    unnamed = {"_mode_", "out_channels"}
+    assert {k: v for k, v in inference["network_def"].items() if k not in unnamed} == {
+        k: v for k, v in train["architecture"].items() if k not in unnamed
+    }
+    for key in ("_target_", "spatial_dim", "roi_size"):
+        assert inference["inferer"][key] == train["validate"]["inferer"][key]
+    images = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
+    steps = inference["preprocessing"]["transforms"]
+    assert [step["_target_"] for step in steps] == [step["_target_"] for step in images]
+
+
+def test_inference_without_images_says_so(source, tmp_path):
+    message = refused(lambda: segment(tmp_path, source, tmp_path / "out"))
+    assert "no NIfTI image" in message
+
+
+# Resuming
+
+
+def interrupted(after: int, **options) -> None:
+    """A run that dies at the start of an epoch."""
+    workflow = workflow_of("vanilla", **options)
+    workflow.initialize()
+
+    def die(engine):
+        raise KeyboardInterrupt
+
+    workflow.parser.get_parsed_content("train#trainer").add_event_handler(Events.EPOCH_STARTED(once=after + 1), die)
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        workflow.run()
+    chain = [caught.value]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    assert isinstance(chain[-1], KeyboardInterrupt)
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(options):
+    options |= {"epochs": 3, "val_interval": 1}
+    interrupted(2, **options)
+    folder = Path(options["output_dir"])
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 2
+    assert not (folder / "metrics.csv").exists()
+    epochs = []
+    workflow = workflow_of("vanilla", **options)
+    workflow.initialize()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: epochs.append(engine.state.epoch))
+    workflow.run()
+    assert epochs == [3]
+    state = (folder / "last.pt").stat().st_mtime_ns, (folder / "model.pt").stat().st_mtime_ns
+    scores = table(folder)
+    run("vanilla", **options)
+    assert ((folder / "last.pt").stat().st_mtime_ns, (folder / "model.pt").stat().st_mtime_ns) == state
+    pd.testing.assert_frame_equal(table(folder), scores)
+
+
+def test_a_resumed_run_never_replaces_a_better_model(options):
+    options |= {"epochs": 3, "val_interval": 1}
+    interrupted(1, **options)
+    folder = Path(options["output_dir"])
+    state = torch.load(folder / "last.pt", weights_only=True)
+    torch.save(state | {"best": 2.0}, folder / "last.pt")  # better than any Dice can be
+    best = (folder / "model.pt").read_bytes()
+    run("vanilla", **options)
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 3
+    assert (folder / "model.pt").read_bytes() == best
+
+
+def test_another_run_is_not_written_over(options):
+    run("vanilla", **options)
+    assert "holds a run with method='vanilla'" in refused(lambda: run("dice_ce", **options))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(options):
+    options |= {"epochs": 400, "val_interval": 1}
+    process = start([str(CONFIGS / "train.json"), str(CONFIGS / "vanilla.json")], TINY | options)
+    folder = Path(options["output_dir"])
+    waited = time.monotonic()
+    while not (folder / "last.pt").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - waited < 240
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert 1 <= state["epoch"] < 400
+    best = torch.load(folder / "model.pt", weights_only=True)
+    assert best.keys() == torch.load(options["source_ckpt"], weights_only=True).keys()
+
+    def stop_soon(engine):
+        engine.terminate()
+
+    workflow = workflow_of("vanilla", **options)
+    workflow.initialize()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=state["epoch"] + 2), stop_soon)
+    workflow.run()
+    after = torch.load(folder / "last.pt", weights_only=True)
+    assert after["epoch"] == state["epoch"] + 2
+    assert after["best"] >= state["best"]
+    assert len(table(folder)) == 4
+
+
+# Bad input
+
+
+def refused(action) -> str:
+    """The one line of the `InputError` that stops ``action``."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        action()
+    error = caught.value
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    assert error is not None, f"no InputError but {caught.value!r}"
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def broken(collection: Path, folder: Path, damage) -> str:
+    """A copy of the collection after ``damage(folder, content)``."""
+    shutil.copytree(collection.parent, folder)
+    content = json.loads((folder / "collection.json").read_text())
+    damage(folder, content)
+    (folder / "collection.json").write_text(json.dumps(content))
+    return str(folder / "collection.json")
+
+
+def put_nan(folder: Path, content: dict) -> None:
+    path = folder / "17-000" / "T2.nii.gz"
+    image = nib.load(path)
+    values = image.get_fdata().astype(np.float32)
+    values[40, 40, 10] = np.nan
+    nib.save(nib.Nifti1Image(values, image.affine), path)
+
+
+def truncate(folder: Path, content: dict, subject: str = "17-003/T2.nii.gz") -> None:
+    path = folder / subject
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:5000]))
+
+
+def erase_foreground(folder: Path, content: dict) -> None:
+    for subject in ("17-000", "17-003"):
+        path = folder / subject / "tumour.nii.gz"
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+
+
+def empty_test_split(folder: Path, content: dict) -> None:
+    content["subjects"] = [s for s in content["subjects"] if (s["institution"], s["split"]) != ("17", "test")]
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Nothing long may have begun by the time the input is refused."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(studies, "kept_model", fail)
+    monkeypatch.setattr("medtl_ext.engines.WeightedTrainer.run", fail)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"collection": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
+        ({"target_task": "17-T3-ED"}, "did you mean 'T2'"),
+        ({"target_task": "17"}, "institution-modality-objective"),
+        ({"source_task": "14-FLAIR-EDD"}, "did you mean 'ED'"),
+        ({"source_ckpt": "nowhere.pt"}, "nowhere.pt does not exist"),
+        ({"source_task": "14-FLAIR-FeTS"}, "number of classes"),
+        ({"target_task": "17-T2-FeTS", "source_task": "14-FLAIR-FeTS"}, "number of classes"),
+        ({"architecture#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
+        ({"freeze": "backbone"}, "matches no parameter"),
+        ({"epoch": 1}, "did you mean --epochs"),
+        ({"train_slices": 0}, "max_slices must be at least 1"),
+    ],
+    ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
+)
+def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_training):
+    assert message in refused(lambda: run(**options | {"check_data": True} | wrong))
+    assert not (Path(options["output_dir"]) / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (put_nan, "17-000"),
+        (truncate, "17-003"),
+        (erase_foreground, "none of the 2 training subjects"),
+        (empty_test_split, "no subject in split 'test'"),
+    ],
+)
+def test_bad_data_are_refused_before_training(damage, message, options, collection, tmp_path, no_training):
+    options |= {"collection": broken(collection, tmp_path / "bad", damage), "check_data": True}
+    assert message in refused(lambda: run(**options))
+
+
+def test_bad_source_data_are_refused_before_pretraining(options, collection, tmp_path, no_training):
+    def damage(folder, content):
+        truncate(folder, content, "14-000/FLAIR.nii.gz")
+
+    options |= {"collection": broken(collection, tmp_path / "bad", damage), "source_ckpt": None}
+    assert "14-000" in refused(lambda: run(source_dir=str(tmp_path / "sources"), **options))
+    options |= {"source_task": "14-FLAIR-EDD"}
+    message = refused(lambda: run(source_dir=str(tmp_path / "sources"), **options))
+    assert "did you mean 'ED'" in message
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_refused(options, no_training, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot be written to" in refused(lambda: run(**options | {"output_dir": str(tmp_path / "file")}))
+
+
+def test_a_run_that_was_refused_does_not_claim_its_folder(options):
+    refused(lambda: run("vanilla", **options | {"target_task": "17-T2-EDD"}))
+    run("vanilla", **options)
+    assert len(table(options["output_dir"])) == 4
+
+
+def test_batches_without_foreground_are_trained_on(options):
+    empty = {"train#dataset#slices": "all", "train_slices": 24, "batch_size": 1, "iterations_per_epoch": 24}
+    workflow = workflow_of(**options | empty)
+    workflow.initialize()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    seen = []
+
+    def note(engine):
+        seen.append((bool((engine.state.batch["label"] > 0).any()), engine.state.output[0]["loss"]))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
+    workflow.run()
+    assert {foreground for foreground, _ in seen} == {True, False}
+    assert np.isfinite([loss for _, loss in seen]).all()
+
+
+# As users start it
+
+
+def test_the_command_line_shows_one_line_and_no_traceback(options, tmp_path):
+    process = start(["configs/train.json"], TINY | options | {"epoch": 1}, cwd=BUNDLE)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert (
+        errors.rstrip().splitlines()[-1] == "error: option --epoch is not used by this bundle; did you mean --epochs?"
+    )
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrong", [{"collection": "nowhere.json"}, {"source_ckpt": "nowhere.pt"}, {"output_dir": "/proc/nowhere"}], ids=str
+)
+def test_the_command_line_shows_one_line_for_any_bad_input(wrong, options):
+    process = start([str(CONFIGS / "train.json")], TINY | options | wrong)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert errors.rstrip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["repository", "bundle", "copy"])
+def test_it_runs_from_anywhere(place, collection, source, tmp_path):
+    root, cwd, config = tmp_path / "elsewhere" / "my risk map", REPOSITORY, "configs/train.json"
+    if place == "copy":
+        shutil.copytree(BUNDLE, root, ignore=shutil.ignore_patterns("eval", "sources"))
+        cwd = tmp_path
+        config = "elsewhere/my risk map/configs/train.json"
+    else:
+        # Where results go by default is inside the bundle, so it is a link to it that is run.
+        root.mkdir(parents=True)
+        for name in ("configs", "docs", "models", "LICENSE"):
+            (root / name).symlink_to(BUNDLE / name)
+        cwd, config = (root.parent, "my risk map/configs/train.json") if place == "repository" else (root, config)
+    options = TINY | {"collection": str(collection), "source_ckpt": str(source)}
+    output = finish(start([config], options, cwd=cwd))
+    where = Path(output.rstrip().splitlines()[-1].removeprefix("results are in "))
+    try:
+        assert where.name == "risk_map"
+        assert (where / "metrics.csv").is_file()
+        expected = root if place == "copy" else BUNDLE
+        assert where.is_relative_to(expected / "eval") or where.is_relative_to(root / "eval")
+    finally:
+        shutil.rmtree(where, ignore_errors=True)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(collection, tmp_path):
+    """Every batch is the whole training set and no layer has batch statistics, so nothing but rounding may differ.
+
+    Pre-training and audit run as well: both are started by a rank and are runs of their own.
+    """
+    options = TINY | {
+        "collection": str(collection),
+        "source_dir": str(tmp_path / "sources"),
+        "batch_size": 8,
+        "architecture#norm": ["INSTANCE", {"affine": True}],
+    }
+    files = ["configs/train.json", "configs/multi_gpu_train.json"]
+    two = options | {"output_dir": str(tmp_path / "two"), "audit": True}
+    finish(start(files, two, cwd=BUNDLE, processes=2))
+    run(**options | {"output_dir": str(tmp_path / "one")})
+    assert len([path for path in (tmp_path / "sources").iterdir() if path.is_dir()]) == 1
+    assert (tmp_path / "two" / "audit.csv").is_file()
+    assert {path.name for path in (tmp_path / "two" / "audit").iterdir()} == {"zero_shot", "scratch", "full"}
+
+    for name in ("weight", "leep_before"):
+        one_map, two_map = (nib.load(tmp_path / run / f"{name}.nii.gz").get_fdata() for run in ("one", "two"))
+        np.testing.assert_allclose(one_map, two_map, atol=1e-5)
+    one, two = (torch.load(tmp_path / run / "model.pt", weights_only=True) for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, values in one.items():  # Adam's first steps have the size of the learning rate whatever the gradient:
+        torch.testing.assert_close(two[name], values, atol=2e-4, rtol=1e-3, msg=name)  # rounding counts where it is 0
+    pd.testing.assert_frame_equal(table(tmp_path / "two"), table(tmp_path / "one"), atol=0.01)
+
+    files = ["configs/train.json", "configs/evaluate.json", "configs/multi_gpu_evaluate.json"]
+    again = options | {"output_dir": str(tmp_path / "again"), "ckpt": str(tmp_path / "two" / "model.pt")}
+    finish(start(files, again, cwd=BUNDLE, processes=2))
+    trained = table(tmp_path / "two")
+    expected = trained[trained.split == "test"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(table(tmp_path / "again"), expected, atol=1e-5)

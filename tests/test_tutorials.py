@@ -1,0 +1,85 @@
+"""The tutorials as they are committed, and run from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((REPOSITORY / "tutorials").glob("*.ipynb"))
+FEWEST_IMAGES = 7
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|opt|usr|var|mnt|Users|private)/")
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+
+
+def outputs(notebook, kind=None):
+    """All outputs of the notebook's cells, or those of one kind."""
+    cells = (cell for cell in notebook.cells if cell.cell_type == "code")
+    return [output for cell in cells for output in cell.outputs if kind in (None, output.output_type)]
+
+
+def texts(notebook):
+    """What the outputs say, without the pictures."""
+    for output in outputs(notebook):
+        yield output.get("text", "")
+        yield from (str(value) for kind, value in output.get("data", {}).items() if not kind.startswith("image/"))
+
+
+def images(notebook):
+    return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_there_are_tutorials():
+    assert NOTEBOOKS
+
+
+@each_notebook
+def test_a_committed_notebook_is_small_and_has_its_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 2**20
+    assert not outputs(notebook, "error")
+    assert len(images(notebook)) >= FEWEST_IMAGES
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "not run from top to bottom"
+
+
+@each_notebook
+def test_a_committed_notebook_says_nothing_of_the_machine_it_ran_on(path):
+    found = [text for text in texts(nbformat.read(path, as_version=4)) if MACHINE_PATH.search(text)]
+    assert not found
+
+
+@pytest.mark.slow
+@each_notebook
+@pytest.mark.parametrize("start", [".", "tutorials"])
+def test_a_notebook_runs_from_top_to_bottom_and_leaves_nothing_behind(path, start, tmp_path, monkeypatch):
+    """In a copy of what it needs, started from the root or from its own folder."""
+    copy = tmp_path / "repository"
+    ignore = shutil.ignore_patterns("eval", "sources", "*.pt")
+    for folder in ("bundles", "tutorials"):
+        shutil.copytree(REPOSITORY / folder, copy / folder, ignore=ignore)
+    before = listing(copy)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])))
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(copy / start)}}).execute()
+
+    assert not outputs(notebook, "error")
+    assert len(images(notebook)) >= FEWEST_IMAGES
+    assert listing(copy) == before

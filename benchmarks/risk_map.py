@@ -114,8 +114,8 @@ def metric_overhead() -> bool:
     faults = page_faults(plain.run), page_faults(measured.run)
     print(
         f"Evaluator, 200 slices of 96 x 96: {without:.2f} s, with LEEPMap {attached:.2f} s: "
-        f"{attached / without - 1:+.1%} (target {METRIC_OVERHEAD:+.0%}); the metric's own share {metric.spent / whole:.1%}, "
-        f"page faults {faults[0]} and {faults[1]}"
+        f"{attached / without - 1:+.1%} (target {METRIC_OVERHEAD:+.0%}); "
+        f"the metric's own share {metric.spent / whole:.1%}, page faults {faults[0]} and {faults[1]}"
     )
     return attached / without - 1 <= METRIC_OVERHEAD
 

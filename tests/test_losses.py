@@ -410,7 +410,7 @@ def gradient_of_one_of_two_processes(rank, rendezvous, results):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     arguments = str(tmp_path / "rendezvous"), str(tmp_path / "found")
     torch.multiprocessing.spawn(gradient_of_one_of_two_processes, arguments, nprocs=2)

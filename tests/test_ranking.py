@@ -146,10 +146,19 @@ class TestAuditVerdict:
         assert verdict.default == "scratch"
         assert "No evidence to prefer" in verdict.text
         assert "zero_shot 0.322 is worse" in verdict.text
-        assert "sensible default is training from scratch" in verdict.text
         assert "synthetic" in verdict.text
         gap = paired_comparison(scores(self.HIGH), scores(self.HIGH_TOO))
-        assert f"may give up as much as {gap.high:.3f}" in verdict.text
+        assert f"best guess is training from scratch, which costs less: its mean is within {gap.difference:.3f}" in (
+            verdict.text
+        )
+
+    def test_a_tie_never_advises_a_clearly_lower_mean(self):
+        noisy = [value + shift for value, shift in zip(self.HIGH, (-0.5, 0.3, -0.4, 0.2, -0.3, 0.1), strict=True)]
+        verdict = audit_verdict({"full": scores(self.HIGH), "zero_shot": scores(noisy)})
+        assert verdict.recommendation is None
+        assert set(verdict.tied) == {"full", "zero_shot"}
+        assert verdict.default == "full"
+        assert "best guess is fine-tuning with full, which has the highest mean" in verdict.text
 
     def test_a_certain_but_tiny_gap_is_no_reason(self):
         tiny = {"zero_shot": scores(self.HIGH), "full": scores(np.add(self.HIGH, 0.005))}

@@ -89,14 +89,12 @@ def run(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
     return workflow
 
 
-def command(files: list[str], options: dict, *, cwd: Path = REPOSITORY, processes: int = 0) -> list[str] | dict:
-    """What a user types; options as JSON values."""
+def command(files: list[str], options: dict, *, processes: int = 0) -> list[str]:
+    """What a user types; lists and dictionaries as Python writes them, for that is how they are read."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    arguments = [
-        part
-        for name, value in options.items()
-        for part in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
-    ]
+    arguments = []
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value) if isinstance(value, str | list | dict) else json.dumps(value)]
     config = files[0] if len(files) == 1 else str(files)
     return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", config, *arguments]
 
@@ -133,7 +131,7 @@ def table(folder: Path | str) -> pd.DataFrame:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_scores(method, options):
-    run(method, **options)
+    run(method, **options | ({"epochs": 0} if method == "zero_shot" else {}))
     scores = table(options["output_dir"])
     assert list(scores) == ["method", "seed", "split", "subject", "class", "dice", "iou", "empty"]
     assert set(scores.method) == {method}
@@ -210,7 +208,9 @@ def test_the_papers_optimisation_can_be_laid_over_any_method(options):
 # The whole of train.json
 
 
-def test_the_whole_run_leaves_what_it_promises(options, capsys):
+def test_the_whole_run_leaves_what_it_promises(options, capsys, monkeypatch):
+    # In this process, for speed: that jobs run in processes of their own is for the slow tests.
+    monkeypatch.setattr(studies, "run_jobs", lambda jobs, **how: [job.run() for job in jobs])
     whole = {"audit": True, "figures": True, "check_data": True}
     run(**options | whole)
     assert capsys.readouterr().out.rstrip().splitlines()[-1] == f"results are in {options['output_dir']}"
@@ -470,7 +470,7 @@ def no_training(monkeypatch):
     [
         ({"collection": "nowhere.json"}, "nowhere.json does not exist"),
         ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
-        ({"target_task": "17-T3-ED"}, "did you mean 'T2'"),
+        ({"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
         ({"target_task": "17"}, "institution-modality-objective"),
         ({"source_task": "14-FLAIR-EDD"}, "did you mean 'ED'"),
         ({"source_ckpt": "nowhere.pt"}, "nowhere.pt does not exist"),
@@ -532,7 +532,8 @@ def test_batches_without_foreground_are_trained_on(options):
     seen = []
 
     def note(engine):
-        seen.append((bool((engine.state.batch["label"] > 0).any()), engine.state.output[0]["loss"]))
+        (item,) = engine.state.batch
+        seen.append((bool((item["label"] > 0).any()), engine.state.output[0]["loss"]))
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
     workflow.run()
@@ -598,6 +599,8 @@ def test_it_runs_from_anywhere(place, collection, source, tmp_path):
 def test_two_processes_give_what_one_gives(collection, tmp_path):
     """Every batch is the whole training set and no layer has batch statistics, so nothing but rounding may differ.
 
+    By gradient descent, for Adam would hide a gradient of the wrong scale and blow up rounding where it should be 0.
+
     Pre-training and audit run as well: both are started by a rank and are runs of their own.
     """
     options = TINY | {
@@ -605,6 +608,8 @@ def test_two_processes_give_what_one_gives(collection, tmp_path):
         "source_dir": str(tmp_path / "sources"),
         "batch_size": 8,
         "architecture#norm": ["INSTANCE", {"affine": True}],
+        "optimizer#_target_": "torch.optim.SGD",
+        "learning_rate": 0.01,
     }
     files = ["configs/train.json", "configs/multi_gpu_train.json"]
     two = options | {"output_dir": str(tmp_path / "two"), "audit": True}
@@ -619,9 +624,12 @@ def test_two_processes_give_what_one_gives(collection, tmp_path):
         np.testing.assert_allclose(one_map, two_map, atol=1e-5)
     one, two = (torch.load(tmp_path / run / "model.pt", weights_only=True) for run in ("one", "two"))
     assert one.keys() == two.keys()
-    for name, values in one.items():  # Adam's first steps have the size of the learning rate whatever the gradient:
-        torch.testing.assert_close(two[name], values, atol=2e-4, rtol=1e-3, msg=name)  # rounding counts where it is 0
-    pd.testing.assert_frame_equal(table(tmp_path / "two"), table(tmp_path / "one"), atol=0.01)
+    for name, values in one.items():
+        torch.testing.assert_close(two[name], values, atol=1e-5, rtol=1e-4, msg=name)
+    (source,) = (tmp_path / "sources").glob("*/model.pt")
+    source = torch.load(source, weights_only=True)
+    assert max((one[name] - source[name]).abs().max() for name in one) > 0.01
+    pd.testing.assert_frame_equal(table(tmp_path / "two"), table(tmp_path / "one"), atol=0.01)  # a voxel
 
     files = ["configs/train.json", "configs/evaluate.json", "configs/multi_gpu_evaluate.json"]
     again = options | {"output_dir": str(tmp_path / "again"), "ckpt": str(tmp_path / "two" / "model.pt")}

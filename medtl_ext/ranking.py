@@ -212,8 +212,8 @@ def audit_verdict(
     The arm with the highest mean is recommended when, against **every** other arm, the Holm-adjusted paired t test is
     below ``1 - confidence``, it is ahead in at least ``confidence`` of the patient bootstraps, and its mean is ahead by
     at least ``margin``. Otherwise the arms that fail one of the three are tied with it, there is no evidence to prefer,
-    and the best guess is the highest mean, or the cheapest arm within ``margin`` of it (zero_shot, then scratch, then the
-    others in the order given).
+    and the best guess is the highest mean, or the cheapest arm within ``margin`` of it (zero_shot, then scratch, then
+    the others in the order given).
     The winner has to beat all others, so choosing the best of several does not inflate the error: with 6 patients a
     wrong preference comes up in under 1 % of audits of four equal arms, and in 5 % when two arms tie at the top.
 

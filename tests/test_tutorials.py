@@ -62,24 +62,36 @@ def test_a_committed_notebook_says_nothing_of_the_machine_it_ran_on(path):
     assert not found
 
 
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A copy of what a tutorial needs, so that whatever it writes beside itself is seen."""
+    for folder in ("bundles", "tutorials"):
+        ignored = shutil.ignore_patterns("eval", "sources", "*.pt", "__pycache__")
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignored)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])))
+    return tmp_path
+
+
+def execute(path, start, *, n_cells=None):
+    """The notebook, or its first few cells of code, run in a kernel started in a folder."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:n_cells]
+    for cell in notebook.cells:
+        cell.outputs = []
+    return NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(start)}}).execute()
+
+
 @pytest.mark.slow
 @each_notebook
-@pytest.mark.parametrize("start", [".", "tutorials"])
-def test_a_notebook_runs_from_top_to_bottom_and_leaves_nothing_behind(path, start, tmp_path, monkeypatch):
-    """In a copy of what it needs, started from the root or from its own folder."""
-    copy = tmp_path / "repository"
-    ignore = shutil.ignore_patterns("eval", "sources", "*.pt")
-    for folder in ("bundles", "tutorials"):
-        shutil.copytree(REPOSITORY / folder, copy / folder, ignore=ignore)
-    before = listing(copy)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])))
+def test_a_notebook_finds_its_bundle_from_the_root_too(path, repository):
+    execute(path, repository, n_cells=1)
 
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(copy / start)}}).execute()
 
+@pytest.mark.slow
+@each_notebook
+def test_a_notebook_runs_from_top_to_bottom_and_leaves_nothing_behind(path, repository):
+    before = listing(repository)
+    notebook = execute(path, repository / "tutorials")
     assert not outputs(notebook, "error")
     assert len(images(notebook)) >= FEWEST_IMAGES
-    assert listing(copy) == before
+    assert listing(repository) == before

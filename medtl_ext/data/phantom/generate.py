@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 from filelock import FileLock
 from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice

@@ -46,10 +46,10 @@ PHANTOM_SUBJECTS = 24
 AUDIT_ARMS = ("zero_shot", "scratch", "full")
 
 
-def open_collection(path: str | None, task: str) -> Collection:
-    """The collection to find ``task`` in: a file, or (None) the synthetic phantom of the task's institution."""
+def open_collection(path: str | None, task: str, *, subjects: int = PHANTOM_SUBJECTS) -> Collection:
+    """The collection to find ``task`` in: a file, or (None) ``subjects`` phantoms of the task's institution."""
     if path is None:
-        path = cached_phantom(institutions=[Task(task).institution], subjects=PHANTOM_SUBJECTS, seed=0)
+        path = cached_phantom(institutions=[Task(task).institution], subjects=subjects, seed=0)
     return load_collection(path)
 
 
@@ -68,7 +68,8 @@ def pretrained_source(folder: str, task: str, *, seed: int = 0) -> str:
     job = pretraining_job(current_config(), folder, task, seed=seed)
     if not job.done:
         splits = {"train", job.config["val_split"], "test"}
-        check_data(open_collection(job.overrides["collection"], task), task, splits)
+        source = open_collection(job.overrides["collection"], task, subjects=job.config["phantom_subjects"])
+        check_data(source, task, splits)
     return kept_model(job)
 
 
@@ -283,7 +284,7 @@ def compare_methods(
 
     scores = {folder: pd.read_csv(folder / "metrics.csv").drop(columns=["method", "seed"]) for folder in jobs}
     table = pd.concat([scores[folder].assign(**row) for folder, row in rows.items()], ignore_index=True)
-    synthetic = open_collection(config["collection"], pairs[0][1]).synthetic
+    synthetic = open_collection(config["collection"], pairs[0][1], subjects=config["phantom_subjects"]).synthetic
     compare_report(table, output_dir, synthetic=synthetic)
     return table
 

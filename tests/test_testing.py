@@ -1,0 +1,108 @@
+"""The conformance suite: every metric of ours passes, and broken ones are caught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medtl_ext import metrics
+from medtl_ext.metrics import LEEP, TransferMetric
+from medtl_ext.testing import check_metric, metric_checks
+
+GRID = {"LEEPMap": (4, 3), "LEEPImageMaps": (4, 3), "HScoreMap": (4, 3)}
+PER_SAMPLE = {"LEEPImageMaps"}
+ABSTRACT = {"TransferMetric", "FeatureMetric", "MomentMetric", "SampleMetric"}
+
+
+def ours():
+    for name in sorted(metrics.__all__):
+        metric = getattr(metrics, name)
+        if isinstance(metric, type) and issubclass(metric, TransferMetric) and name not in ABSTRACT:
+            checks = metric_checks(metric, grid=GRID.get(name, ()), per_sample=name in PER_SAMPLE)
+            yield from (pytest.param(check, id=f"{name}-{what}") for what, check in checks)
+
+
+@pytest.mark.parametrize("check", list(ours()))
+def test_our_metrics_conform(check):
+    check()
+
+
+class Forgetful(LEEP):
+    """Keeps the last batch only."""
+
+    def update(self, source_probs, target_labels):
+        self.reset()
+        super().update(source_probs, target_labels)
+
+
+class Selfish(LEEP):
+    def merge(self, other):
+        pass
+
+
+class Ordered(TransferMetric):
+    """The first sample counts most."""
+
+    def update(self, source_probs, target_labels):
+        self._add(first=torch.as_tensor(source_probs)[0].double())
+
+    def _evaluate(self, sums):
+        return sums["first"]
+
+
+class Single(LEEP):
+    def compute(self):
+        return super().compute().float()
+
+
+class Credulous(LEEP):
+    def update(self, source_probs, target_labels):
+        super().update(torch.nan_to_num(torch.as_tensor(source_probs), nan=0.5, posinf=0.5).softmax(1), target_labels)
+
+
+class Named(LEEP):
+    def _evaluate(self, sums):
+        return super()._evaluate(sums) * sums["joint"].shape[0]
+
+
+class Spoiler(LEEP):
+    def update(self, source_probs, target_labels):
+        super().update(source_probs, target_labels)
+        source_probs[:] = 0.5
+
+
+class Silent(LEEP):
+    def compute(self):
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return super().compute()
+
+
+class Undocumented(LEEP):
+    """Says nothing of its arguments, and shows no example."""
+
+
+@pytest.mark.parametrize(
+    ("metric", "check", "message"),
+    [
+        (Forgetful, "split", "batches of"),
+        (Selfish, "merge", "seen no sample|merging"),
+        (Ordered, "permutation", "another order of the samples"),
+        (Single, "dtype", "not float64"),
+        (Credulous, "bad_input", "nan in source_probs is accepted"),
+        (Named, "relabelling", "a gap in the labels"),
+        (Spoiler, "layout", "changes its inputs"),
+        (Silent, "degenerate_input", "no UserWarning"),
+        (Undocumented, "docstrings", "no example"),
+        (Forgetful, "state", "updates after compute"),
+    ],
+)
+def test_broken_metrics_are_caught(metric, check, message):
+    with pytest.raises((AssertionError, ValueError, RuntimeError), match=message):
+        dict(metric_checks(metric))[check]()
+
+
+def test_a_third_party_metric_in_one_call():
+    check_metric(LEEP, make=lambda: LEEP(ignore_index=99))

@@ -6,6 +6,7 @@ MONAI evaluates a config lazily and knows neither its own folder nor a misspelle
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -244,6 +246,7 @@ class Job:
                 workflow_type="train",
                 **{"output_dir": str(self.output_dir), "progress": False, "figures": False, **self.overrides},
             )
+            logging.getLogger().setLevel(logging.WARNING)
             try:
                 workflow.initialize()
                 if threads:
@@ -301,9 +304,13 @@ def _threads(n_jobs: int) -> int:
 
 
 def _attempt(job: Job, threads: int) -> str | None:
-    """Run a job; a failure is returned, so that one bad run costs itself only."""
+    """Run a job; a failure is returned, so that one bad run costs itself only.
+
+    What a run says of its results would only tear the progress bar of the series apart: warnings and errors are heard.
+    """
     try:
-        job.run(threads)
+        with redirect_stdout(io.StringIO()):
+            job.run(threads)
     except Exception as error:  # whatever a user's config raises
         causes = [error]
         while causes[-1].__cause__ is not None:

@@ -105,7 +105,7 @@ class TestChecks:
             check_features(features, labels)
 
     def test_too_few_after_ignoring(self):
-        with pytest.raises(InputError, match="1 sample.*expected at least 2"):
+        with pytest.raises(InputError, match="holds 1 sample"):
             check_features(torch.zeros(3, 2), [9, 9, 1], ignore_index=9, minimum=2)
 
     def test_groups_for_every_sample(self):

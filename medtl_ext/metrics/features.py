@@ -44,6 +44,20 @@ class Samples(NamedTuple):
     groups: torch.Tensor
     names: tuple[Hashable, ...]
 
+    def resampled(self, counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and labels with every patient as often as ``counts`` says, one number for each of ``names``.
+
+        >>> samples = Samples(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]), ("ann", "bob"))
+        >>> samples.resampled([0, 2])
+        (tensor([[2.],
+                [2.]]), tensor([1, 1]))
+        """
+        times = torch.as_tensor(counts, device=self.groups.device)
+        if times.shape != (len(self.names),):
+            raise InputError(f"counts has shape {tuple(times.shape)}; expected {(len(self.names),)}, one per patient.")
+        rows = torch.arange(len(self.labels), device=times.device).repeat_interleave(times[self.groups])
+        return self.features[rows], self.labels[rows]
+
 
 def check_features(
     features: Any, target_labels: Any, *, ignore_index: int | None = None, minimum: int = 1
@@ -111,7 +125,8 @@ def feature_sums(features: torch.Tensor, labels: torch.Tensor, needs: Iterable[s
         features: M x D.
         labels: M class indices; C is the largest plus one.
         needs: which sums beside ``count`` (C) and ``total`` (C x D): ``"gram"`` (D x D, the sum of x x'), ``"squares"``
-            (C x D, of x ** 2) and ``"class_gram"`` (C x D x D, x x' by class).
+            (C x D, of x ** 2), ``"class_gram"`` (C x D x D, x x' by class) and ``"norms"`` (``cubic``, D, the sum of
+            ||x||^2 x, and ``quartic``, 1, of ||x||^4).
 
     >>> sums = feature_sums(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 0]), ["gram"])
     >>> sums["count"].tolist(), sums["total"].tolist(), sums["gram"].tolist()
@@ -126,6 +141,7 @@ def feature_sums(features: torch.Tensor, labels: torch.Tensor, needs: Iterable[s
         **({"gram": empty.new_zeros(width, width)} if "gram" in needs else {}),
         **({"squares": empty.new_zeros(n_classes, width)} if "squares" in needs else {}),
         **({"class_gram": empty.new_zeros(n_classes, width, width)} if "class_gram" in needs else {}),
+        **({"cubic": empty.new_zeros(width), "quartic": empty.new_zeros(1)} if "norms" in needs else {}),
     }
     for part, classes in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
         rows = part.double()
@@ -134,6 +150,10 @@ def feature_sums(features: torch.Tensor, labels: torch.Tensor, needs: Iterable[s
             sums["squares"].index_add_(0, classes, rows**2)
         if "gram" in needs:
             sums["gram"].addmm_(rows.T, rows)
+        if "norms" in needs:
+            squared = torch.linalg.vecdot(rows, rows)
+            sums["cubic"] += squared @ rows
+            sums["quartic"] += squared @ squared
         if "class_gram" in needs:
             for label in classes.unique().tolist():
                 members = rows[classes == label]
@@ -199,11 +219,15 @@ class FeatureMetric(TransferMetric):
         if groups is not None and len(groups) != len(features):
             raise InputError(f"groups names {len(groups)} patients for {len(features)} samples; expected one for each.")
         rows, labels, owners = _rows(features, labels)
-        if self._samples is None:
-            if len(rows):
-                self._add(**self._sums_of(rows, labels))
-        else:
+        if self._samples is not None:
             self._samples.add(rows, labels, owners, groups)
+        elif len(rows):
+            self._add_rows(rows, labels, owners, groups)
+
+    def _add_rows(
+        self, rows: torch.Tensor, labels: torch.Tensor, owners: torch.Tensor, groups: Sequence[Hashable] | None
+    ) -> None:
+        self._add(**self._sums_of(rows, labels))
 
     def _sums_of(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,8 +134,9 @@ class ResumableCheckpoint:
     """Keep the best network as ``model.pt`` and everything needed to go on as ``last.pt``; go on from it when there.
 
     ``model.pt`` is a plain ``state_dict``. It is replaced only by a network with a better key metric, and the best
-    value so far is kept in ``last.pt`` too: a resumed run knows it. Files are written whole or not at all, so a run may
-    be killed at any time. List it after the validation handler in ``train#handlers``.
+    value so far is kept in ``last.pt`` too: a resumed run knows it. Files are written whole or not at all, ``last.pt``
+    first, which holds what ``model.pt`` is made of: a run may be killed at any time. List it after the validation
+    handler in ``train#handlers``.
 
     Args:
         save_dir: where the two files are.
@@ -166,7 +168,10 @@ class ResumableCheckpoint:
             self._save_network()
 
     def resume(self, engine: Trainer) -> None:
-        """Continue from ``last.pt`` if there is one."""
+        """Continue from ``last.pt`` if there is one, and clear away what a killed run was writing."""
+        if idist.get_rank() == 0:
+            for unfinished in (*self.folder.glob(".last.pt.*"), *self.folder.glob(".model.pt.*")):
+                shutil.rmtree(unfinished, ignore_errors=True)
         if not self.last.is_file():
             return
         state = torch.load(self.last, map_location=engine.state.device, weights_only=True)
@@ -178,6 +183,8 @@ class ResumableCheckpoint:
                 f"{self.last} is of another run ({str(error).splitlines()[0]}); give another --output_dir."
             ) from error
         self.best, self.best_epoch = state["best"], state["best_epoch"]
+        if self.best_epoch == state["epoch"] and idist.get_rank() == 0:  # killed, perhaps, before model.pt was written
+            self._save_network()
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         if engine.state.epoch < engine.state.max_epochs:
@@ -194,13 +201,10 @@ class ResumableCheckpoint:
             self.best, self.best_epoch = (0.0 if self.evaluator is None else value), epoch
         if idist.get_rank() != 0:
             return
-        if better:
-            _save(
-                {k: v.cpu() for k, v in _unwrapped(self.save_dict["network"]).state_dict().items()},
-                self.folder / "model.pt",
-            )
         state = {name: _unwrapped(item).state_dict() for name, item in self.save_dict.items()}
         _save(state | {"epoch": epoch, "best": self.best, "best_epoch": self.best_epoch}, self.last)
+        if better:
+            self._save_network()
 
     def _save_network(self) -> None:
         state = _unwrapped(self.save_dict["network"]).state_dict()

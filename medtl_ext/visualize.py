@@ -1,4 +1,4 @@
-"""Figures: brain slices with labels, risk maps, overlays, and dot-and-interval plots of an audit or a comparison.
+"""Figures: brain slices with labels, risk maps, overlays, and plots of an audit, a comparison or a ranking.
 
 Every function returns a `matplotlib.figure.Figure` made without pyplot, so it needs no display and leaves no global
 state; `save_figure` writes it. Slices come in as (X, Y) arrays in RAS (x to the patient's right, y to the front) and
@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,6 +22,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from medtl_ext._io import atomic_path
@@ -29,8 +32,10 @@ __all__ = [
     "method_group",
     "plot_audit",
     "plot_comparison",
+    "plot_critical_difference",
     "plot_montage",
     "plot_overlay",
+    "plot_ranking",
     "plot_risk_maps",
     "save_figure",
     "to_display",
@@ -69,6 +74,9 @@ _STYLE = {
     "ytick.labelcolor": "black",
     "legend.frameon": False,
 }
+_RANKING_COLOURS = {True: GROUP_COLOURS["weighting"], False: GROUP_COLOURS["baseline"]}
+_BASELINE_MARKS = (("s", 8.5), ("o", 5.0), ("^", 6.5), ("v", 6.5), ("P", 6.5), ("X", 6.5))
+"""Shape and size: where two baselines agree, one shows inside the other."""
 _RADIOLOGICAL = "radiological view: the patient's right (R) is on the left"
 
 
@@ -349,6 +357,123 @@ def plot_comparison(
     return _finish(figure, title, synthetic, note)
 
 
+@matplotlib.rc_context(_STYLE)
+def plot_ranking(
+    table: pd.DataFrame,
+    *,
+    tied: Sequence[str] = (),
+    recommended: str | None = None,
+    metric: str = "score",
+    title: str = "",
+    synthetic: bool = False,
+) -> Figure:
+    """A ranking of sources: score and rank with their intervals, what baselines would say, and how often each is first.
+
+    Args:
+        table: the table of `medtl_ext.ranking.SourceRanking`: columns ``source, score, low, high, rank, rank_low,
+            rank_high, p_best``, one row per source, drawn from the top; each column ``<baseline>_rank`` is a baseline,
+            shown as hollow marks beside the ranks. A source without a score has its baseline ranks only.
+        tied: the leader and the sources that cannot be told from it; coloured, in bold.
+        recommended: the source that is preferred, if one is; the key says so.
+        metric: what the score is called.
+        title: above the figure.
+        synthetic: print "synthetic phantom" below.
+
+    >>> from medtl_ext.ranking import bootstrap_ranking
+    >>> ranking = bootstrap_ranking({"13-T1-ED": [0.6, 0.5, 0.7, 0.6], "17-T1-ET": [0.4, 0.3, 0.5, 0.4]})
+    >>> figure = plot_ranking(ranking.table, tied=ranking.tied, recommended=ranking.recommendation, metric="LEEP")
+    >>> [axes.get_title() for axes in figure.axes]
+    ['LEEP', 'rank', 'ranked first']
+    """
+    table = table.reset_index(drop=True)
+    names = list(table["source"])
+    baselines = [column for column in table if column.endswith("_rank")]
+    figure = Figure(figsize=(9.2, 1.9 + 0.3 * len(names)), layout="constrained")
+    scores, ranks, firsts = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 1.3])
+    for place, row in table.iterrows():
+        colour = _RANKING_COLOURS[row["source"] in tied]
+        for panel, columns in ((scores, ("score", "low", "high")), (ranks, ("rank", "rank_low", "rank_high"))):
+            if np.isfinite(row["score"]):
+                _interval(panel, *row[list(columns)], place - 0.15 * bool(baselines and panel is ranks), colour)
+        for (marker, size), column in zip(cycle(_BASELINE_MARKS), baselines, strict=False):
+            ranks.plot(
+                [row[column]], [place + 0.2], marker=marker, color=_GREY, markerfacecolor="none", markersize=size
+            )
+        firsts.barh(place, np.nan_to_num(row["p_best"]), height=0.55, color=colour)
+        if not np.isfinite(row["score"]):
+            scores.text(0.02, place, "no score", transform=scores.get_yaxis_transform(), va="center", color=_GREY)
+    scores.set(title=metric, xlabel="higher is better")
+    ranks.set(title="rank", xlabel="1 is best", xlim=(0.4, len(names) + 0.6))
+    ranks.xaxis.set_major_locator(MaxNLocator(integer=True))
+    firsts.set(title="ranked first", xlabel="share of resamples", xlim=(0, 1))
+    for panel in (scores, ranks, firsts):
+        panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
+    _name_rows(scores, names, bold=set(tied))
+    lead = "preferred" if recommended else "tied at the top" if len(tied) > 1 else "best guess"
+    _ranking_legend(
+        figure,
+        {lead: bool(tied), "others": len(tied) < len(names)},
+        [column.removesuffix("_rank") for column in baselines],
+    )
+    note = "diamonds: score and rank on all patients; bars: patient bootstrap interval"
+    return _finish(figure, title, synthetic, f"{note}; hollow: rank by a baseline" if baselines else note)
+
+
+@matplotlib.rc_context(_STYLE)
+def plot_critical_difference(
+    average_ranks: Mapping[str, float],
+    *,
+    critical_difference: float,
+    groups: Sequence[Sequence[str]],
+    title: str = "",
+    synthetic: bool = False,
+) -> Figure:
+    """Nemenyi diagram: methods along an axis of average ranks, bars over those that cannot be told apart.
+
+    Args:
+        average_ranks: method -> average rank over targets, 1 is best.
+        critical_difference: drawn to scale above the axis.
+        groups: sets of methods joined by a bar.
+        title: above the figure.
+        synthetic: print "synthetic phantom" below.
+
+    All three numbers are attributes of `medtl_ext.ranking.FriedmanNemenyi`.
+
+    Raises:
+        InputError: fewer than two methods, or a group names one that has no rank.
+
+    Reference: Demšar, JMLR 7, 2006, Fig. 1.
+
+    >>> ranks = {"LogME": 1.2, "LEEP": 1.9, "SFDA": 2.9}
+    >>> figure = plot_critical_difference(ranks, critical_difference=1.1, groups=[("LogME", "LEEP"), ("LEEP", "SFDA")])
+    >>> [text.get_text() for text in figure.axes[0].texts][:4]
+    ['1', '2', '3', 'critical difference 1.10']
+    """
+    ranks = dict(sorted(dict(average_ranks).items(), key=lambda item: item[1]))
+    if len(ranks) < 2:
+        raise InputError(f"A critical-difference diagram needs at least two methods; found {len(ranks)}.")
+    if unknown := [method for group in groups for method in group if method not in ranks]:
+        raise InputError(f"groups names {unknown[0]}, which has no average rank. Known: {', '.join(ranks)}.")
+    names, drop = list(ranks), 0.35 * len(groups)
+    rows = (len(names) + 1) // 2
+    inches = 0.9 + 0.08 * max(len(name) for name in names)  # what a name and its number take, beside 4.5 for the axis
+    margin = inches * (len(names) - 1) / 4.5
+    figure = Figure(figsize=(4.5 + 2 * inches, 0.7 + 0.27 * (rows + drop + 3)), layout="constrained")
+    panel = figure.subplots()
+    panel.set(xlim=(1 - margin, max(len(names) + margin, 1.1 + critical_difference)), ylim=(-drop - rows - 0.4, 2.6))
+    panel.axis("off")
+    _rank_axis(panel, len(names), critical_difference)
+    for place, group in enumerate(groups):
+        ends = [f([ranks[method] for method in group]) for f in (min, max)]
+        panel.plot(ends, [-0.4 - 0.35 * place] * 2, color=_GREY, linewidth=4, solid_capstyle="round")
+    for place, (name, rank) in enumerate(ranks.items()):
+        left = place < rows
+        row = place if left else len(names) - 1 - place  # the outermost method ends highest, so that no lines cross
+        _rank_label(panel, name, rank, left=left, count=len(names), height=-drop - 0.8 - row, best=place == 0)
+    note = "average rank over targets, 1 is best; a bar joins what cannot be told apart"
+    return _finish(figure, title, synthetic, note)
+
+
 def _finish(figure: Figure, title: str, synthetic: bool, note: str) -> Figure:
     """Title and small print, wrapped: an inch holds 10 bold or 19 small characters, a legend takes 1.3 inches."""
     width = figure.get_figwidth()
@@ -476,6 +601,42 @@ def _method_dot(panel: Axes, row: pd.Series, height: float, *, colour: str, face
     if row["p_holm"] < 0.05:
         end = row["mean"] + np.nan_to_num(row["sd"])
         panel.annotate("*", (end, height), xytext=(2, -4), textcoords="offset points")
+
+
+def _ranking_legend(figure: Figure, sources: Mapping[str, bool], baselines: Sequence[str]) -> None:
+    def mark(label: str, marker: str, colour: str, **style: Any) -> Line2D:
+        return Line2D([], [], marker=marker, color=colour, linestyle="none", label=label, **style)
+
+    colours = zip(sources.items(), (_RANKING_COLOURS[True], _RANKING_COLOURS[False]), strict=True)
+    handles = [mark(label, "D", colour) for (label, shown), colour in colours if shown]
+    for (marker, size), name in zip(cycle(_BASELINE_MARKS), baselines, strict=False):
+        handles.append(mark(f"by {name.replace('_', ' ')}", marker, _GREY, markerfacecolor="none", markersize=size))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+
+
+def _rank_axis(panel: Axes, count: int, critical_difference: float) -> None:
+    panel.plot([1, count], [0, 0], color="black", linewidth=1)
+    for rank in range(1, count + 1):
+        panel.plot([rank, rank], [0, 0.15], color="black", linewidth=1)
+        panel.text(rank, 0.25, str(rank), ha="center", va="bottom")
+    end = 1 + critical_difference
+    panel.plot([1, end], [1.5, 1.5], color="black", linewidth=1.5, marker="|", markersize=6)
+    panel.text((1 + end) / 2, 1.65, f"critical difference {critical_difference:.2f}", ha="center", va="bottom")
+
+
+def _rank_label(panel: Axes, name: str, rank: float, *, left: bool, count: int, height: float, best: bool) -> None:
+    """A line from the rank on the axis down and out to the name, left or right."""
+    colour, side, gap = _RANKING_COLOURS[best], 1 if left else count, 0.015 * (count - 1)
+    panel.plot([rank, rank, side], [0, height, height], color=colour, linewidth=1.1)
+    panel.text(
+        side - gap if left else side + gap,
+        height,
+        f"{name}  {rank:.2f}" if left else f"{rank:.2f}  {name}",
+        ha="right" if left else "left",
+        va="center",
+        color=colour,
+        fontweight="bold" if best else "normal",
+    )
 
 
 def _tint(colour: str, rank: int, count: int) -> Colour:

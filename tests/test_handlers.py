@@ -201,6 +201,20 @@ def test_a_resumed_run_continues_and_never_replaces_a_better_model(slices, tmp_p
     assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
 
 
+def test_killed_between_its_two_files_the_best_network_is_not_lost(slices, tmp_path):
+    train_with_scores(slices[0], tmp_path, [0.3], epochs=1)
+    old = (tmp_path / "model.pt").read_bytes()
+    _, _, best = train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
+    (tmp_path / "model.pt").write_bytes(old)  # last.pt was written, model.pt not yet
+    (tmp_path / ".model.pt.abcd").mkdir()  # ... but begun
+    expected = {name: value.clone() for name, value in best.state_dict().items()}
+    _, checkpoint, _ = train_with_scores(slices[0], tmp_path, [0, 0, 0.5], epochs=3)
+    assert (checkpoint.best, checkpoint.best_epoch) == (0.9, 2)
+    kept = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+    assert not list(tmp_path.glob(".model.pt.*"))
+
+
 def test_a_finished_run_does_not_train_again(slices, tmp_path):
     dataset, _ = slices
     _, _, first = train_with_scores(dataset, tmp_path, [0.1, 0.2], epochs=2)

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from medtl_ext._validation import InputError
+from medtl_ext.ranking._words import listed
 
 __all__ = [
     "Interval",
@@ -375,7 +376,7 @@ class _Words:
         return f"{self.patients} {self.split} patient{'s' if self.patients > 1 else ''}"
 
     def listed(self, arms: Sequence[str]) -> str:
-        return _and([f"{arm} {self.means[arm]:.3f}" for arm in arms])
+        return listed([f"{arm} {self.means[arm]:.3f}" for arm in arms])
 
     def too_few(self) -> str:
         arms = sorted(self.means, key=self.means.__getitem__, reverse=True)
@@ -393,7 +394,7 @@ class _Words:
             f"{arm} by {c.difference:.3f} {self.interval(c.low, c.high)}"
             for arm, c in sorted(self.against.items(), key=lambda item: item[1].difference)
         ]
-        return f"{lead}: its mean Dice on {self.on_patients()} is {self.means[self.best]:.3f}, ahead of {_and(gaps)}."
+        return f"{lead}: its mean Dice on {self.on_patients()} is {self.means[self.best]:.3f}, ahead of {listed(gaps)}."
 
     def undecided(self, tied: Sequence[str], default: str) -> str:
         ranked = sorted(tied, key=self.means.__getitem__, reverse=True)
@@ -416,8 +417,4 @@ class _Words:
             f"{arm} is worse than scratch by {c.difference:.3f} {self.interval(c.low, c.high)}"
             for arm, c in harmed.items()
         ]
-        return f"{_and(gaps)}: negative transfer."
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        return f"{listed(gaps)}: negative transfer."

@@ -12,7 +12,6 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -75,8 +74,11 @@ _STYLE = {
     "legend.frameon": False,
 }
 _RANKING_COLOURS = {True: GROUP_COLOURS["weighting"], False: GROUP_COLOURS["baseline"]}
-_BASELINE_MARKS = (("s", 8.5), ("o", 5.0), ("^", 6.5), ("v", 6.5), ("P", 6.5), ("X", 6.5))
-"""Shape and size: where two baselines agree, one shows inside the other."""
+_BASELINE_MARKS = [
+    {"marker": marker, "markersize": size, "color": _GREY, "markerfacecolor": "none", "linestyle": "none"}
+    for marker, size in (("s", 8.5), ("o", 5.0), ("^", 6.5), ("v", 6.5), ("P", 6.5), ("X", 6.5))
+]
+"""Of different sizes: where two baselines agree, one shows inside the other."""
 _RADIOLOGICAL = "radiological view: the patient's right (R) is on the left"
 
 
@@ -382,7 +384,7 @@ def plot_ranking(
     >>> from medtl_ext.ranking import bootstrap_ranking
     >>> ranking = bootstrap_ranking({"13-T1-ED": [0.6, 0.5, 0.7, 0.6], "17-T1-ET": [0.4, 0.3, 0.5, 0.4]})
     >>> figure = plot_ranking(ranking.table, tied=ranking.tied, recommended=ranking.recommendation, metric="LEEP")
-    >>> [axes.get_title() for axes in figure.axes]
+    >>> [axes.get_title(loc="left") for axes in figure.axes]
     ['LEEP', 'rank', 'ranked first']
     """
     table = table.reset_index(drop=True)
@@ -392,16 +394,15 @@ def plot_ranking(
     scores, ranks, firsts = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 1.3])
     for place, row in table.iterrows():
         colour = _RANKING_COLOURS[row["source"] in tied]
-        for panel, columns in ((scores, ("score", "low", "high")), (ranks, ("rank", "rank_low", "rank_high"))):
-            if np.isfinite(row["score"]):
-                _interval(panel, *row[list(columns)], place - 0.15 * bool(baselines and panel is ranks), colour)
-        for (marker, size), column in zip(cycle(_BASELINE_MARKS), baselines, strict=False):
-            ranks.plot(
-                [row[column]], [place + 0.2], marker=marker, color=_GREY, markerfacecolor="none", markersize=size
-            )
-        firsts.barh(place, np.nan_to_num(row["p_best"]), height=0.55, color=colour)
-        if not np.isfinite(row["score"]):
+        if np.isfinite(row["score"]):
+            _interval(scores, row["score"], row["low"], row["high"], place, colour)
+            raised = place - 0.15 if baselines else place
+            _interval(ranks, row["rank"], row["rank_low"], row["rank_high"], raised, colour)
+        else:
             scores.text(0.02, place, "no score", transform=scores.get_yaxis_transform(), va="center", color=_GREY)
+        for style, column in zip(cycle(_BASELINE_MARKS), baselines, strict=False):
+            ranks.plot([row[column]], [place + 0.2], **style)
+        firsts.barh(place, np.nan_to_num(row["p_best"]), height=0.55, color=colour)
     scores.set(title=metric, xlabel="higher is better")
     ranks.set(title="rank", xlabel="1 is best", xlim=(0.4, len(names) + 0.6))
     ranks.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -410,11 +411,8 @@ def plot_ranking(
         panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     _name_rows(scores, names, bold=set(tied))
     lead = "preferred" if recommended else "tied at the top" if len(tied) > 1 else "best guess"
-    _ranking_legend(
-        figure,
-        {lead: bool(tied), "others": len(tied) < len(names)},
-        [column.removesuffix("_rank") for column in baselines],
-    )
+    shown = ([(lead, True)] if tied else []) + ([("others", False)] if len(tied) < len(names) else [])
+    _ranking_legend(figure, shown, [column.removesuffix("_rank") for column in baselines])
     note = "diamonds: score and rank on all patients; bars: patient bootstrap interval"
     return _finish(figure, title, synthetic, f"{note}; hollow: rank by a baseline" if baselines else note)
 
@@ -603,14 +601,13 @@ def _method_dot(panel: Axes, row: pd.Series, height: float, *, colour: str, face
         panel.annotate("*", (end, height), xytext=(2, -4), textcoords="offset points")
 
 
-def _ranking_legend(figure: Figure, sources: Mapping[str, bool], baselines: Sequence[str]) -> None:
-    def mark(label: str, marker: str, colour: str, **style: Any) -> Line2D:
-        return Line2D([], [], marker=marker, color=colour, linestyle="none", label=label, **style)
-
-    colours = zip(sources.items(), (_RANKING_COLOURS[True], _RANKING_COLOURS[False]), strict=True)
-    handles = [mark(label, "D", colour) for (label, shown), colour in colours if shown]
-    for (marker, size), name in zip(cycle(_BASELINE_MARKS), baselines, strict=False):
-        handles.append(mark(f"by {name.replace('_', ' ')}", marker, _GREY, markerfacecolor="none", markersize=size))
+def _ranking_legend(figure: Figure, sources: Sequence[tuple[str, bool]], baselines: Sequence[str]) -> None:
+    handles = [
+        Line2D([], [], marker="D", color=_RANKING_COLOURS[leads], linestyle="none", label=label)
+        for label, leads in sources
+    ]
+    for style, name in zip(cycle(_BASELINE_MARKS), baselines, strict=False):
+        handles.append(Line2D([], [], label=f"by {name.replace('_', ' ')}", **style))
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
 
 

@@ -8,12 +8,15 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from medtl_ext import InputError
+from medtl_ext.ranking import baseline_rankings, bootstrap_ranking, friedman_nemenyi
 from medtl_ext.visualize import (
     method_group,
     plot_audit,
     plot_comparison,
+    plot_critical_difference,
     plot_montage,
     plot_overlay,
+    plot_ranking,
     plot_risk_maps,
     save_figure,
     to_display,
@@ -234,6 +237,135 @@ class TestComparison:
         assert [method_group(name) for name in names] == [
             "baseline", "baseline", "weighting", "control", "all parameters"
         ]  # fmt: skip
+
+
+class TestRanking:
+    @pytest.fixture
+    def table(self):
+        return pd.DataFrame(
+            {
+                "source": ["ED", "ET", "NCR"],
+                "score": [0.6, 0.5, np.nan],
+                "low": [0.5, 0.45, np.nan],
+                "high": [0.75, 0.55, np.nan],
+                "rank": [1, 2, 3],
+                "rank_low": [1.0, 1.0, 3.0],
+                "rank_high": [2.0, 2.0, 3.0],
+                "rank_mean": [1.2, 1.8, 3.0],
+                "p_best": [0.8, 0.2, 0.0],
+                "random_rank": [3, 1, 2],
+                "source_size_rank": [2, 3, 1],
+            }
+        )
+
+    def test_scores_ranks_baselines_and_how_often_first(self, table, tmp_path):
+        figure = plot_ranking(table, tied=["ED", "ET"], metric="LEEP", title="Sources", synthetic=True)
+        scores, ranks, firsts = figure.axes
+        assert [panel.get_title(loc="left") for panel in figure.axes] == ["LEEP", "rank", "ranked first"]
+        assert [list(line.get_xdata()) for line in scores.lines] == [[0.5, 0.75], [0.6], [0.45, 0.55], [0.5]]
+        assert [text.get_text() for text in scores.texts] == ["no score"]
+        assert scores.texts[0].get_position()[1] == 2
+
+        own = [line for line in ranks.lines if line.get_markerfacecolor() != "none"]
+        assert [list(line.get_xdata()) for line in own] == [[1, 2], [1], [1, 2], [2]]
+        hollow = [line for line in ranks.lines if line.get_markerfacecolor() == "none"]
+        marks = {shape: [line for line in hollow if line.get_marker() == shape] for shape in "so"}
+        assert [line.get_xdata()[0] for line in marks["s"]] == [3, 1, 2]  # random
+        assert [line.get_xdata()[0] for line in marks["o"]] == [2, 3, 1]  # source size
+        assert [round(line.get_ydata()[0]) for line in marks["s"]] == [0, 1, 2]  # in the row of their source
+
+        assert [bar.get_width() for bar in firsts.patches] == [0.8, 0.2, 0]
+        assert (
+            firsts.patches[0].get_facecolor() == firsts.patches[1].get_facecolor() != firsts.patches[2].get_facecolor()
+        )
+        names = {tick.get_text(): tick.get_fontweight() for tick in scores.get_yticklabels()}
+        assert names == {"ED": "bold", "ET": "bold", "NCR": "normal"}
+        assert scores.get_ylim()[0] > scores.get_ylim()[1]  # the best is at the top
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert legend == ["tied at the top", "others", "by random", "by source size"]
+        assert "synthetic phantom" in small_print(figure)
+        assert "hollow: rank by a baseline" in small_print(figure)
+        assert written(figure, tmp_path) > 5000
+
+    @pytest.mark.parametrize(
+        ("tied", "recommended", "words"),
+        [(["ED"], "ED", "preferred"), (["ED"], None, "best guess"), ([], None, "others")],
+    )
+    def test_key_says_what_the_colour_means(self, table, tied, recommended, words):
+        plain = table.drop(columns=["random_rank", "source_size_rank"])
+        figure = plot_ranking(plain, tied=tied, recommended=recommended)
+        assert figure.legends[0].get_texts()[0].get_text() == words
+        assert "hollow" not in small_print(figure)
+
+    def test_shows_what_the_ranking_says_even_of_one_patient(self, tmp_path):
+        ranking = bootstrap_ranking({"ED": [0.2], "ET": [0.7]}, baselines=baseline_rankings(["ED", "ET"]))
+        figure = plot_ranking(ranking.table, tied=ranking.tied, recommended=ranking.recommendation)
+        assert [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "D"] == [0.7, 0.2]
+        assert [bar.get_width() for bar in figure.axes[2].patches] == [0, 0]
+        assert written(figure, tmp_path) > 5000
+
+
+class TestCriticalDifference:
+    RANKS = pd.Series({"SFDA": 4.6, "LEEP": 1.5, "GBC": 3.4, "LogME": 2.0, "PARC": 3.5})
+    GROUPS = (("LEEP", "LogME"), ("LogME", "GBC", "PARC"))
+
+    def test_axis_bars_and_names(self, tmp_path):
+        figure = plot_critical_difference(
+            self.RANKS, critical_difference=1.6, groups=self.GROUPS, title="Metrics", synthetic=True
+        )
+        (panel,) = figure.axes
+        texts = {text.get_text(): text for text in panel.texts}
+        assert list(texts)[:6] == ["1", "2", "3", "4", "5", "critical difference 1.60"]
+        assert [texts[str(rank)].get_position()[0] for rank in range(1, 6)] == [1, 2, 3, 4, 5]
+        drawn = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linewidth()) for line in panel.lines]
+        assert any(xs == [1, 2.6] and ys[0] == ys[1] > 0 for xs, ys, _ in drawn)  # the difference, to scale, above
+        bars = [(xs, ys[0]) for xs, ys, width in drawn if width == 4]
+        assert [xs for xs, _ in bars] == [[1.5, 2.0], [2.0, 3.5]]
+        assert 0 > bars[0][1] > bars[1][1]
+
+        left = ["LEEP  1.50", "LogME  2.00", "GBC  3.40"]
+        right = ["3.50  PARC", "4.60  SFDA"]
+        assert list(texts)[6:] == left + right
+        for side, names in (("right", left), ("left", right)):
+            assert {texts[name].get_ha() for name in names} == {side}
+        heights = {name: texts[name].get_position()[1] for name in left + right}
+        assert bars[1][1] > heights[left[0]] > heights[left[1]] > heights[left[2]]
+        assert heights[right[1]] > heights[right[0]]
+        for name, rank in zip(left + right, (1.5, 2.0, 3.4, 3.5, 4.6), strict=True):  # each name hangs on its rank
+            assert any(xs[:2] == [rank, rank] and ys[1:] == [heights[name]] * 2 for xs, ys, _ in drawn)
+        assert texts["LEEP  1.50"].get_fontweight() == "bold"
+        assert figure.get_suptitle() == "Metrics"
+        assert "synthetic phantom" in small_print(figure)
+        assert written(figure, tmp_path) > 5000
+
+    def test_nothing_is_cut_off(self):
+        """Long names and a critical difference longer than the axis stay inside the picture."""
+        figure = plot_critical_difference(
+            {"a name as long as a task of a collection": 1.0, "another name of the same length": 2.0},
+            critical_difference=1.4, groups=[],
+        )  # fmt: skip
+        FigureCanvasAgg(figure).draw()
+        width, height = figure.canvas.get_width_height()
+        for artist in [*figure.axes[0].texts, *figure.axes[0].lines]:
+            box = artist.get_window_extent()
+            assert 0 <= box.x0 <= box.x1 <= width
+            assert 0 <= box.y0 <= box.y1 <= height
+
+    def test_takes_the_result_of_the_test(self):
+        rng = np.random.default_rng(0)
+        result = friedman_nemenyi(pd.DataFrame(rng.random((20, 4)) + np.array([0, 0, 1, 1]), columns=list("abcd")))
+        figure = plot_critical_difference(
+            result.average_ranks, critical_difference=result.critical_difference, groups=result.groups
+        )
+        bars = [sorted(line.get_xdata()) for line in figure.axes[0].lines if line.get_linewidth() == 4]
+        assert bars == [sorted(result.average_ranks[list(group)]) for group in result.groups]
+        assert len(bars) == 2
+
+    def test_bad_input(self):
+        with pytest.raises(InputError, match="at least two methods; found 1"):
+            plot_critical_difference({"LEEP": 1.0}, critical_difference=1, groups=[])
+        with pytest.raises(InputError, match="groups names PRAC, which has no average rank"):
+            plot_critical_difference(self.RANKS, critical_difference=1, groups=[("LEEP", "PRAC")])
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):

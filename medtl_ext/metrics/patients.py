@@ -109,6 +109,14 @@ class PatientScores(FeatureMetric):
         # The sums by class hold the other two.
         return needs - {"gram", "squares"} if "class_gram" in needs else needs
 
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "class_gram" in sums:
+            sums = sums | {
+                "gram": sums["class_gram"].sum(0),
+                "squares": sums["class_gram"].diagonal(dim1=1, dim2=2),
+            }
+        return {name: metric._evaluate(sums) for name, metric in self.metrics.items()}
+
     def compute(self) -> dict[str, torch.Tensor]:
         """Return name -> value over everything seen by all processes."""
         everybody = torch.ones(1, len(self.patients), dtype=torch.int64)
@@ -149,14 +157,10 @@ class PatientScores(FeatureMetric):
             for what, sums in pooled.items()
         }
 
-        def evaluate(index: int) -> dict[str, torch.Tensor]:
-            sums = {what: values[index] for what, values in resamples.items()}
-            if "class_gram" in sums:
-                sums["gram"] = sums["class_gram"].sum(0)
-                sums["squares"] = sums["class_gram"].diagonal(dim1=1, dim2=2)
-            return {name: metric._evaluate(sums) for name, metric in self.metrics.items()}
-
-        return Parallel(n_jobs, backend="threading")(delayed(evaluate)(index) for index in range(len(counts)))
+        return Parallel(n_jobs, backend="threading")(
+            delayed(self._evaluate)({what: values[index] for what, values in resamples.items()})
+            for index in range(len(counts))
+        )
 
     def _by_patient(self) -> dict[str, dict[str, torch.Tensor]]:
         """Patient -> sums, over all processes."""

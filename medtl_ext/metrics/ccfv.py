@@ -1,0 +1,382 @@
+r"""CC-FV, class consistency with feature variety, over several layers of a segmentation network.
+
+CC-FV (Yang et al., *Pick the best pre-trained model: Towards transferability estimation for medical image
+segmentation*, MICCAI 2023) asks two things of the features that a source network gives the target's cases, without any
+source data. A class should look alike in all cases, so the distance W between the Gaussians of one class in two cases
+should be small; and the cases should not all look the same, so the energy E of their features should be small:
+
+.. math::
+    W(i, j)^2 = \lVert m_i - m_j \rVert^2 + \mathrm{tr}\,A_i + \mathrm{tr}\,A_j
+        - 2\, \mathrm{tr}\, (A_i^{1/2} A_j A_i^{1/2})^{1/2}, \qquad
+    E = \mathrm{mean}_{i < j}\, (\lVert f_i - f_j \rVert^2 + \mathrm{eps})^{-1/2}, \qquad
+    \mathrm{CCFV} = \sum_{\mathrm{layers}} \ln \frac{1 / E}{\mathrm{mean}\, W}
+
+with m and A the mean and covariance of a foreground class in a case, and f the mean of all features of a case.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import torch
+from ignite.engine import Engine, Events
+
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.metrics._checks import IGNORED
+from medtl_ext.metrics.base import TransferMetric
+from medtl_ext.metrics.features import SampleMetric, TappedInferer, canonical_order, check_features
+
+VARIETIES = ("cases", "voxels")
+
+# Elements of the stack of matrices whose singular values are taken at a time.
+BLOCK = 2**24
+
+
+def compute_ccfv(
+    features: Sequence[Sequence[Any]],
+    target_labels: Sequence[Sequence[Any]],
+    *,
+    include_background: bool = False,
+    variety: str = "cases",
+    eps: float = 1e-3,
+    n_voxels: int = 2_000,
+    seed: int = 0,
+    ignore_index: int | None = None,
+) -> torch.Tensor:
+    """CC-FV of a source network's features of several target cases (patients), in one layer or more.
+
+    The public code draws about as many voxels of each class. Do so too (an attached `CCFV` does), or background decides
+    the mean of a case.
+
+    Args:
+        features: ``features[layer][case]``, n x D or n x D x *spatial (n slices, or one volume). D may differ between
+            layers, n and the grid between cases. A case without foreground is normal.
+        target_labels: ``target_labels[layer][case]``, n or n x *spatial class indices, 0 for background.
+        include_background: compares class 0 between cases, too. It always counts in the variety.
+        variety: "cases" is the inverse energy E of the cases' mean features, as in the public code; "voxels" is the
+            mean over the cases of the inverse energy of each one's features on the unit sphere, as the paper's text
+            has it.
+        eps: softens the energy, in units of squared feature distance. With 0 and "cases" the score does not depend on
+            the scale of the features.
+        n_voxels: "voxels" draws so many of a case that has more.
+        seed: of that draw, which does not depend on the order of the voxels.
+        ignore_index: voxels with this label are left out.
+
+    Returns:
+        The score, a float64 scalar of either sign; higher predicts better transfer. A class counts in the cases that
+        hold two voxels of it or more, and all classes that two cases share count the same. A layer in which no class is
+        shared, or no case differs from another (constant features), has no ratio: it counts 0, with a `UserWarning`.
+        A `UserWarning` also tells when there is one class only, and when ``eps`` drowns the distances between cases.
+
+    Raises:
+        InputError: a ValueError that names the argument, the layer and the case, and what is wrong with it; fewer than
+            two cases, too.
+
+    Example:
+        >>> ann = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 2.0]])
+        >>> bob = torch.tensor([[0.0, 1.0], [1.0, 2.0], [4.0, 3.0]])
+        >>> compute_ccfv([[ann, bob]], [[[0, 1, 1], [0, 1, 1]]])
+        tensor(-0.3081, dtype=torch.float64)
+
+    Reference: Yang et al., MICCAI 2023, section 2, and the authors' public code. Deviations from that code: the
+    distances are averaged over pairs and classes (there a mean is added to the running sum); the inverse of the energy
+    is in the numerator, as in the paper (there the energy); covariances may be singular (there the matrix root turns
+    complex); labels go to the grid of the features (there features to the grid of the labels). From the paper: see
+    ``variety``.
+    """
+    settings = _Settings.checked(include_background, variety, eps, n_voxels, seed)
+    layers = _checked_layers(features, target_labels, ignore_index)
+    return torch.stack([_layer_score(cases, settings) for cases in layers]).sum()
+
+
+class CCFV(TransferMetric):
+    """`compute_ccfv` over batches: ``compute()`` returns a float64 scalar, higher is better.
+
+    In a bundle's JSON it takes the layers from the evaluator's network as it runs, and the cases from `subject`::
+
+        "additional_metrics": {"ccfv": {"_target_": "medtl_ext.metrics.CCFV", "layers": ["upcat_2", "upcat_1"]}}
+
+    with labels taken to each layer's grid by nearest neighbour. Memory: the samples of every layer. When attached to
+    layers with a grid these are 400 voxels of each class of each case unless ``pixels`` says otherwise. See
+    `TransferMetric` for how to merge and distribute it, and `FeatureMetric` for how layers are read.
+
+    Args:
+        layers: names of the network's modules, or one name; None: the penultimate features.
+        include_background, variety, eps, n_voxels: as in `compute_ccfv`.
+        output_transform: turns ``engine.state.output`` into the arguments of `update`, in place of reading layers.
+        options: pixels, body, seed, ignore_index, see `FeatureMetric`.
+
+    >>> metric = CCFV()
+    >>> metric.update(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), ["ann", "ann"])
+    >>> metric.update(torch.tensor([[3.0, 2.0], [0.0, 1.0]]), torch.tensor([1, 0]), ["ann", "bob"])
+    >>> metric.update(torch.tensor([[1.0, 2.0], [4.0, 3.0]]), torch.tensor([1, 1]), ["bob", "bob"])
+    >>> metric.compute()
+    tensor(-0.3081, dtype=torch.float64)
+    """
+
+    inputs = ("features", "target_labels")
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[str | None] | str | None = None,
+        include_background: bool = False,
+        variety: str = "cases",
+        eps: float = 1e-3,
+        n_voxels: int = 2_000,
+        output_transform: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        names = [layers] if layers is None or isinstance(layers, str) else list(layers)
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"layers is {layers!r}; expected one name or more, each once.")
+        self._layers = [_LayerSamples(layer=name, **options) for name in names]
+        seed = self._layers[0].seed
+        self._settings = _Settings.checked(include_background, variety, eps, n_voxels, seed)
+        self._tapped = output_transform is None
+        super().__init__(output_transform=output_transform)
+
+    @staticmethod
+    def default_output_transform(output: Any) -> Any:
+        return output
+
+    def update(self, features: Any, target_labels: Any, groups: Sequence[Hashable] | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            features: a list of tensors N x D (x *spatial), one for each layer; with one layer, its tensor will do.
+            target_labels: N (x *spatial) class indices, or a list of such tensors where the layers' grids differ.
+            groups: the case (patient) of each of the N; None: each image is a case of its own.
+        """
+        features = list(features) if isinstance(features, (list, tuple)) else [features]
+        listed = isinstance(target_labels, (list, tuple)) and not isinstance(target_labels[0], (int, float))
+        labels = list(target_labels) if listed else [target_labels] * len(features)
+        if not len(features) == len(labels) == len(self._layers):
+            raise InputError(
+                f"features lists {len(features)} layers, target_labels {len(labels)}; expected {len(self._layers)}."
+            )
+        # All layers take the batch, or none does.
+        parts = [_LayerSamples(pixels=None, ignore_index=layer.ignore_index) for layer in self._layers]
+        for part, *batch in zip(parts, features, labels, strict=True):
+            part.update(*batch, groups)
+        self._extend(parts)
+
+    def reset(self) -> None:
+        super().reset()
+        for layer in self._layers:
+            layer.reset()
+
+    def merge(self, other: TransferMetric) -> None:
+        super().merge(other)
+        if len(other._layers) != len(self._layers):
+            raise InputError(f"other has {len(other._layers)} layers; expected {len(self._layers)} to merge with.")
+        self._extend(other._layers)
+
+    def _extend(self, parts: Sequence[_LayerSamples]) -> None:
+        for layer, part in zip(self._layers, parts, strict=True):
+            layer.require_width(part.width)
+        for layer, part in zip(self._layers, parts, strict=True):
+            layer.merge(part)
+
+    def compute(self) -> torch.Tensor:
+        """Return the value over everything seen by all processes; updates may go on afterwards."""
+        return torch.stack([_layer_score(layer.cases(), self._settings) for layer in self._layers]).sum()
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def attach(self, engine: Engine, name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach to an engine (called by MONAI's evaluators), and tap its network."""
+        super().attach(engine, name, *args, **kwargs)
+        if self._tapped:  # when the run starts: a MONAI engine has no network yet while it attaches its metrics
+            names = {layer.layer for layer in self._layers}
+            engine.add_event_handler(Events.STARTED, lambda: TappedInferer.of(engine).layers.update(names))
+
+    @torch.no_grad()
+    def iteration_completed(self, engine: Engine) -> None:
+        """Update from the tapped layers and the engine's current output."""
+        if not self._tapped:
+            self.update(*self._output_transform(engine.state.output))
+            return
+        for layer in self._layers:
+            layer.iteration_completed(engine)
+
+
+class _Case(NamedTuple):
+    """One case's features in one layer."""
+
+    features: torch.Tensor  # n x D, float64
+    labels: torch.Tensor  # n, int64
+
+
+class _LayerSamples(SampleMetric):
+    """The samples of one layer, which know their cases."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.width: int | None = None
+
+    def require_width(self, width: int | None) -> None:
+        if None not in (width, self.width) and width != self.width:
+            raise InputError(
+                f"features has {width} channels here, {self.width} before; use the same layers throughout."
+            )
+
+    def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
+        self.require_width(features.shape[1])
+        if groups is None:
+            if features.ndim < 3:
+                raise InputError(
+                    "groups is missing; CC-FV compares cases: name the patient of each sample (`subject` in the batch)."
+                )
+            # Unlike a count, these stay apart when metrics are merged.
+            groups = [uuid4().hex for _ in features]
+        super()._take(features, labels, groups)
+        if bool((labels != IGNORED).any()):
+            self.width = features.shape[1]
+
+    def merge(self, other: TransferMetric) -> None:
+        super().merge(other)
+        self.width = other.width if self.width is None else self.width
+
+    def cases(self) -> list[_Case]:
+        samples = self.samples()
+        # In the order in which they turn up in the samples, which their names have no part in.
+        members = [samples.groups == group for group in dict.fromkeys(samples.groups.tolist())]
+        return [_Case(samples.features[member], samples.labels[member]) for member in members]
+
+
+class _Settings(NamedTuple):
+    include_background: bool
+    variety: str
+    eps: float
+    n_voxels: int
+    seed: int
+
+    @classmethod
+    def checked(cls, include_background: bool, variety: str, eps: float, n_voxels: int, seed: int) -> _Settings:
+        require_choice("variety", variety, VARIETIES)
+        if not 0 <= eps < float("inf"):
+            raise InputError(f"eps is {eps!r}; expected a number, 0 or more.")
+        if not isinstance(n_voxels, int) or n_voxels < 2:
+            raise InputError(f"n_voxels is {n_voxels!r}; expected a whole number, 2 or more.")
+        return cls(include_background, variety, float(eps), n_voxels, seed)
+
+
+def _checked_layers(features: Any, target_labels: Any, ignore_index: int | None) -> list[list[_Case]]:
+    if not _nested(features) or not _nested(target_labels):
+        name = "target_labels" if _nested(features) else "features"
+        raise InputError(f"{name} is not a list of lists; expected {name}[layer][case].")
+    if [len(cases) for cases in features] != [len(cases) for cases in target_labels]:
+        raise InputError(
+            f"target_labels lists {[len(cases) for cases in target_labels]} cases in its layers, features "
+            f"{[len(cases) for cases in features]}; expected the same."
+        )
+    layers = [
+        [
+            _checked_case(case, labels, ignore_index, f"layer {index}, case {number}")
+            for number, (case, labels) in enumerate(zip(*layer, strict=True))
+        ]
+        for index, layer in enumerate(zip(features, target_labels, strict=True))
+    ]
+    for index, cases in enumerate(layers):
+        if len({case.features.shape[1] for case in cases}) > 1:
+            raise InputError(f"features has several numbers of channels in layer {index}; expected the same for all.")
+    return layers
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, (list, tuple)) for item in value)
+
+
+def _checked_case(features: Any, labels: Any, ignore_index: int | None, where: str) -> _Case:
+    try:
+        return _Case(*check_features(features, labels, ignore_index=ignore_index))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _layer_score(cases: Sequence[_Case], settings: _Settings) -> torch.Tensor:
+    """ln(variety / consistency) of one layer, 0 where there is no such ratio."""
+    if len(cases) < 2:
+        raise InputError(f"features holds {len(cases)} case(s); CC-FV compares cases and needs two or more.")
+    if len(torch.cat([case.labels for case in cases]).unique()) == 1:
+        warnings.warn(
+            "target_labels holds one class only, so CC-FV compares whole cases and says nothing about transfer.",
+            UserWarning,
+            stacklevel=3,
+        )
+    variety = _variety_of_cases(cases, settings) if settings.variety == "cases" else _variety_of_voxels(cases, settings)
+    consistency = _consistency(cases, settings.include_background)
+    if variety > 0 and consistency > 0:
+        return torch.log(variety / consistency)
+    warnings.warn(
+        "no two cases share a class of two voxels or more, or no case differs from another: such a layer counts 0 in "
+        "CC-FV, which says nothing about transfer.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return cases[0].features.new_zeros(())
+
+
+def _consistency(cases: Sequence[_Case], include_background: bool) -> torch.Tensor:
+    """Mean over the classes of the mean distance between two cases' Gaussians; 0 where there are no two."""
+    members: dict[int, list[torch.Tensor]] = {}
+    for features, labels in cases:
+        for label, count in enumerate(labels.bincount().tolist()):
+            if count > 1 and (label > 0 or include_background):
+                members.setdefault(label, []).append(features[labels == label])
+    means = [_pairwise_wasserstein(parts).mean() for _, parts in sorted(members.items()) if len(parts) > 1]
+    return torch.stack(means).mean() if means else cases[0].features.new_zeros(())
+
+
+def _pairwise_wasserstein(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """2-Wasserstein distances between the Gaussians of all pairs of K samples, n x D each: K (K - 1) / 2."""
+    means = torch.stack([part.mean(0) for part in parts])
+    covariances = torch.stack([part.T.cov().view(len(means[0]), -1) for part in parts])
+    values, vectors = torch.linalg.eigh(covariances)
+    roots = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
+    traces, magnitudes = covariances.diagonal(dim1=1, dim2=2).sum(1), means.square().sum(1)
+    distances = []
+    pairs = torch.tensor(list(combinations(range(len(parts)), 2)), device=means.device)
+    for first, second in (block.T for block in pairs.split(max(1, BLOCK // roots[0].numel()))):
+        # The singular values of A^1/2 B^1/2 are the roots of the eigenvalues of A^1/2 B A^1/2, without squaring first.
+        overlap = torch.linalg.svdvals(roots[first] @ roots[second]).sum(1)
+        total = traces[first] + traces[second]
+        squared = (means[first] - means[second]).square().sum(1) + total - 2 * overlap
+        rounding = 1e-14 * total + 1e-28 * (magnitudes[first] + magnitudes[second])
+        distances.append(torch.where(squared > rounding, squared, 0).sqrt())
+    return torch.cat(distances)
+
+
+def _variety_of_cases(cases: Sequence[_Case], settings: _Settings) -> torch.Tensor:
+    means = torch.stack([case.features.mean(0) for case in cases])
+    spread = torch.pdist(means).square().mean()
+    if settings.eps > spread:
+        warnings.warn(
+            f"the mean squared distance between cases is {float(spread):.1e}, eps {settings.eps:g}: the variety in "
+            "CC-FV hardly heeds the features; give eps=0 or scale the features up.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return 1 / _energy(means, settings.eps)
+
+
+def _variety_of_voxels(cases: Sequence[_Case], settings: _Settings) -> torch.Tensor:
+    inverses = [cases[0].features.new_zeros(())]
+    for case in cases:
+        features = case.features
+        if len(features) > settings.n_voxels:
+            features = features[canonical_order(*case, seed=settings.seed)[: settings.n_voxels]]
+        if len(features) > 1:
+            inverses.append(1 / _energy(torch.nn.functional.normalize(features, eps=1e-300), settings.eps))
+    return torch.stack(inverses).sum() / max(1, len(inverses) - 1)
+
+
+def _energy(points: torch.Tensor, eps: float) -> torch.Tensor:
+    """Mean over all pairs of the inverse distance, softened by ``eps``."""
+    return (torch.pdist(points).square() + eps).rsqrt().mean()

@@ -1,0 +1,334 @@
+r"""Feature update (FU): how much would the target change the source network's second convolution against its first?
+
+Juodelyte et al. (*On dataset transferability in medical image classification*, arXiv 2412.20172) look at the gradient
+that the target's labels send back to the source network's early layers. The loss needs no classifier: over all
+triplets of an anchor a, a positive p of the same class and a negative n of another one, in a batch of penultimate
+features f that are scaled to unit length,
+
+.. math::
+    L = \underset{(a, p, n):\, \cdot > 0}{\mathrm{mean}} \big( \|f_a - f_p\| - \|f_a - f_n\| + 0.05 \big), \qquad
+    \mathrm{FU} = \textstyle\sum_B \| \partial L_B / \partial W_2 \|\, \big/ \sum_B \| \partial L_B / \partial W_1 \|
+
+where W_1 and W_2 are the weights of the network's first two convolutions and B its batches, about six.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from monai.utils import CommonKeys
+from torch import nn
+
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.metrics._checks import as_plain_tensor, check_labels
+from medtl_ext.metrics.base import TransferMetric
+from medtl_ext.networks import tap_features
+
+MARGIN = 0.05
+N_BATCHES = 6
+
+# With fewer images there is no triplet.
+LEAST_BATCH = 3
+
+# A gradient of the first convolution below this is none, and nothing can be divided by it.
+LEAST_GRADIENT = 1e-12
+
+# Anchors whose triplets are counted at a time.
+ANCHORS = 1024
+
+
+def compute_feature_update(
+    network: nn.Module,
+    images: Any,
+    labels: Any,
+    *,
+    batch_size: int | None = None,
+    layer: str | None = None,
+    convolutions: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """FU: gradient norm of the network's second convolution over that of its first, on the target's images.
+
+    The network runs in eval mode, with its own device and dtype. It is left as it was: training flags,
+    ``requires_grad``, ``.grad`` and buffers.
+
+    Args:
+        network: a source network whose first two convolutions and penultimate features are used.
+        images: N x channels x *spatial, taken in the order given, which should be random (a batch of one class only has
+            no triplet); or an iterable of such batches.
+        labels: N class indices 0, 1, 2, ..., one for each image; or, an iterable of batches of them.
+        batch_size: images per batch, 3 or more; None makes six batches. Where ``images`` comes in batches it has no
+            meaning. The value depends on how the images are divided.
+        layer: name of the module (as in ``network.named_modules()``) whose output is the features, averaged over a
+            grid; None takes the input of the last linear (or convolution) layer.
+        convolutions: names of the two modules whose weights are compared; None takes the first two convolutions that
+            run.
+
+    Returns:
+        The ratio, a float64 scalar >= 0 on the network's device; higher predicts better transfer (see `combine_lp_fu`).
+        NaN with a `UserWarning` where the first convolution gets no gradient, of a norm below 1e-12 on average: one
+        class only, no triplet in any batch, dead or saturated units.
+
+    Raises:
+        InputError: fewer than two convolutions, an unknown layer, a convolution that the features do not depend on,
+            NaN or Inf in images or features, or labels that do not fit the images.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> network = nn.Sequential(
+        ...     nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 25, 2)
+        ... )
+        >>> bool(compute_feature_update(network, torch.rand(24, 1, 9, 9), torch.arange(24) % 2) > 0)
+        True
+
+    Reference: Juodelyte et al., arXiv 2412.20172, in the form of the authors' code: the norms are averaged over the
+    batches before they are divided, and distances are Euclidean, not squared.
+    """
+    metric = FeatureUpdate(network, layer=layer, convolutions=convolutions)
+    for batch in _batches(images, labels, batch_size):
+        metric.update(*batch)
+    return metric._evaluate(metric._sums)
+
+
+class FeatureUpdate(TransferMetric):
+    """`compute_feature_update` over batches: ``compute()`` returns a float64 scalar >= 0, higher is better.
+
+    Other than the other metrics it runs the network itself, with gradients, and its value depends on how the images are
+    divided into batches, because triplets are formed within one: give it about six, of images in random order. Attached
+    to a MONAI evaluator it takes `image` and `label` from ``engine.state.output``, and the network runs a second time::
+
+        "additional_metrics": {"fu": {"_target_": "medtl_ext.metrics.FeatureUpdate", "network": "@network"}}
+
+    Memory: two sums, and the graph of one batch. Batches of several processes and merged metrics add up.
+
+    Args:
+        network, layer, convolutions: as in `compute_feature_update`.
+        output_transform: see `TransferMetric`.
+
+    >>> network = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Conv1d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 5, 2))
+    >>> images, labels = torch.rand(12, 1, 9), torch.arange(12) % 2
+    >>> metric = FeatureUpdate(network)
+    >>> metric.update(images[:6], labels[:6])
+    >>> metric.update(images[6:], labels[6:])
+    >>> torch.isclose(metric.compute(), compute_feature_update(network, images, labels, batch_size=6)).item()
+    True
+    """
+
+    inputs = ("images", "labels")
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        layer: str | None = None,
+        convolutions: Sequence[str] | None = None,
+        output_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        # The hooks of a wrapper for several processes do not go with torch.autograd.grad.
+        wrapped = isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        self.network = network.module if wrapped else network
+        modules = {name: module for name, module in self.network.named_modules() if name}
+        if layer is not None:
+            require_choice("layer", layer, modules)
+        if convolutions is not None:
+            _require_weights(convolutions, modules)
+        if next(self.network.parameters(), None) is None:
+            raise InputError(f"network, a {type(self.network).__name__}, has no parameters; expected a source network.")
+        self.layer, self.convolutions = layer, convolutions
+        super().__init__(output_transform=output_transform)
+
+    @staticmethod
+    def default_output_transform(output: Any) -> tuple[Any, Any]:
+        """`image` and `label` of a MONAI engine's output."""
+        items = [output] if isinstance(output, Mapping) else output
+        for key in (CommonKeys.IMAGE, CommonKeys.LABEL):
+            if not all(isinstance(item, Mapping) and item.get(key) is not None for item in items):
+                raise InputError(f"engine.state.output has no '{key}'; give an output_transform: images and labels.")
+        images, labels = ([item[key] for item in items] for key in (CommonKeys.IMAGE, CommonKeys.LABEL))
+        return (images[0], labels[0]) if isinstance(output, Mapping) else (images, labels)
+
+    def update(self, images: Any, labels: Any) -> None:
+        """Add one batch: N x channels x *spatial images and N class indices."""
+        images, labels = as_plain_tensor("images", images), _image_labels(labels)
+        if len(images) == 0 or not bool(torch.isfinite(images).all()):
+            raise InputError("images is empty, or holds NaN or Inf; look for a broken input image.")
+        if len(images) != len(labels):
+            raise InputError(f"labels holds {len(labels)} labels for {len(images)} images; expected one for each.")
+        parameter = next(self.network.parameters())
+        # A copy, so that neither inference mode nor a first layer that works in place is in the way.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
+            images = images.to(parameter.device, parameter.dtype, copy=True)
+            norms = self._gradient_norms(images, labels.to(parameter.device))
+        self._add(gradient=norms, batches=norms.new_ones(1))
+
+    def _gradient_norms(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The norms of the gradients of the two weights, float64."""
+        with _eval_mode(self.network):
+            if self.convolutions is None:
+                self.convolutions = _first_convolutions(self.network, images)
+            modules = dict(self.network.named_modules())
+            weights = [modules[name].weight for name in self.convolutions]
+            with _requiring_grad(weights), tap_features(self.network, [self.layer]) as tapped:
+                self.network(images)
+                features = _one_output(tapped[self.layer], len(images))
+                loss = triplet_margin_loss(features, labels)
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]
+        if any(gradient is None for gradient in gradients):
+            raise InputError(
+                f"the features of layer {self.layer or 'penultimate'} do not depend on both convolutions "
+                f"({', '.join(self.convolutions)}); name an earlier pair by convolutions, or a later layer."
+            )
+        return torch.stack([gradient.double().norm() for gradient in gradients])
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        first, second = sums["gradient"]
+        if bool(first < LEAST_GRADIENT * sums["batches"]):
+            warnings.warn(
+                f"the first convolution gets no gradient (norm {float(first / sums['batches']):.1e}), so FU is NaN: "
+                "look for one class only, images in the order of their labels, or a network without signal.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return torch.full_like(first, math.nan)
+        return second / first
+
+
+def triplet_margin_loss(features: torch.Tensor, labels: torch.Tensor, *, margin: float = MARGIN) -> torch.Tensor:
+    """Mean of ``|f_a - f_p| - |f_a - f_n| + margin`` over all triplets where it is positive; 0 where there is none.
+
+    A pair's distance counts once for each such triplet that it is part of. So N log N steps per anchor find the loss of
+    its triplets, which number up to N^2 / 4, and memory is that of the N x N distances.
+
+    Args:
+        features: N x D; they are scaled to unit length.
+        labels: N class indices.
+        margin: by how much a negative should be farther away than a positive.
+
+    >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01]])
+    >>> triplet_margin_loss(features, torch.tensor([0, 0, 1]))
+    tensor(0.7557, dtype=torch.float64)
+    """
+    unit = nn.functional.normalize(features.double(), dim=1)
+    distance = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
+    anchors = torch.arange(len(labels), device=labels.device).split(ANCHORS)
+    blocks = zip(distance.detach().split(ANCHORS), anchors, strict=True)
+    weight = torch.cat([_pair_weights(block, labels, block_anchors, margin) for block, block_anchors in blocks])
+    n_triplets = weight.clamp(min=0).sum()
+    total = (weight * distance).sum() + margin * n_triplets
+    return total / n_triplets.clamp(min=1)
+
+
+def _pair_weights(distance: torch.Tensor, labels: torch.Tensor, anchors: torch.Tensor, margin: float) -> torch.Tensor:
+    """In how many triplets of positive loss each pair takes part, as a positive (> 0) or as a negative (< 0)."""
+    negative = labels[anchors, None] != labels
+    positive = (~negative).scatter_(1, anchors[:, None], False)
+    reach = distance + margin
+    negatives = distance.masked_fill(~negative, math.inf).sort(1).values
+    positives = reach.masked_fill(~positive, math.inf).sort(1).values
+    n_nearer = torch.searchsorted(negatives, reach)
+    n_reaching = positive.sum(1, keepdim=True) - torch.searchsorted(positives, distance, right=True)
+    return (n_nearer * positive - n_reaching * negative).double()
+
+
+def _batches(images: Any, labels: Any, batch_size: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < LEAST_BATCH):
+        raise InputError(f"batch_size is {batch_size!r}; expected a whole number, {LEAST_BATCH} or more, or None.")
+    labels = _image_labels(labels)
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        images = as_plain_tensor("images", images)
+        size = max(LEAST_BATCH, -(-len(images) // N_BATCHES)) if batch_size is None else batch_size
+        images = images.split(size)
+    elif batch_size is not None:
+        raise InputError("batch_size is given, but images comes in batches already; leave it out, or give one tensor.")
+    start = 0
+    for batch in images:
+        yield batch, labels[start : start + len(batch)]
+        start += len(batch)
+    if start != len(labels):
+        raise InputError(f"labels holds {len(labels)} labels for {start} images; expected one for each.")
+
+
+def _image_labels(labels: Any) -> torch.Tensor:
+    """N labels, from one tensor or from batches of them."""
+    parts = [labels] if isinstance(labels, (torch.Tensor, np.ndarray)) else list(labels)
+    parts = [check_labels("labels", part) for part in parts]
+    for part in parts:
+        if part.numel() != (len(part) if part.ndim else 1):
+            raise InputError(f"labels has shape {tuple(part.shape)}; expected one class index for each image.")
+    if not parts:
+        raise InputError("labels is empty; expected one for each image.")
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _require_weights(convolutions: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    if isinstance(convolutions, str) or len(convolutions) != 2 or len(set(convolutions)) != 2:
+        raise InputError(f"convolutions is {convolutions!r}; expected the names of two modules of the network.")
+    for name in convolutions:
+        module = modules[require_choice("convolutions", name, modules)]
+        if not isinstance(getattr(module, "weight", None), nn.Parameter):
+            raise InputError(f"convolutions names {name}, which has no weight; expected two convolution layers.")
+
+
+def _first_convolutions(network: nn.Module, images: torch.Tensor) -> tuple[str, str]:
+    """Names of the first two convolutions in the order in which they run."""
+    names: dict[str, None] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, __, name=name: names.setdefault(name))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+    ]
+    try:
+        with torch.no_grad():
+            network(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(names) < 2:
+        raise InputError(
+            f"network ran {len(names)} convolution layer(s), and FU compares the weights of two; name two other "
+            "modules by convolutions=(first, second)."
+        )
+    first, second = list(names)[:2]
+    return first, second
+
+
+def _one_output(outputs: Sequence[torch.Tensor], n_images: int) -> torch.Tensor:
+    if len(outputs) != 1 or outputs[0].ndim < 2 or len(outputs[0]) != n_images:
+        raise InputError(
+            f"the features' layer gave {len(outputs)} outputs for a batch of {n_images} images; expected one, with a "
+            "vector or a grid of vectors for each image: name another by layer."
+        )
+    features = outputs[0] if outputs[0].ndim == 2 else outputs[0].flatten(2).mean(2)
+    if not bool(torch.isfinite(features).all()):
+        raise InputError("features of the network hold NaN or Inf; look for broken weights or a float16 overflow.")
+    return features
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Put all modules into eval mode, and each back into its own mode, which may differ from its parent's."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _requiring_grad(weights: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Make frozen weights take part in a graph for a while."""
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)

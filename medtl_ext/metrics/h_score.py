@@ -1,0 +1,400 @@
+r"""H-score: how far apart the classes lie in feature space, as one number and at every pixel of a grid.
+
+With f the features and g the mean feature of each sample's class (Bao et al., *An information-theoretic approach to
+transferability in task transfer learning*, ICIP 2019, definition 2):
+
+.. math::
+    H = \mathrm{tr}\left(\mathrm{cov}(f)^{+}\, \mathrm{cov}(g)\right)
+
+Covariances need sums only: sum of x and number of samples by class, and the sum of x x' over all. With D dimensions and
+K classes, cov(g) has rank K - 1 at most, so H is a sum of K quadratic forms and takes one factorisation of cov(f).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.metrics.base import all_reduce_sums
+from medtl_ext.metrics.features import FeatureMetric, MomentMetric, _checked, check_features, feature_sums
+
+SHRINKAGES = ("ledoit_wolf",)
+
+# Directions of a smaller share of the largest variance are rounding noise of float32 features, which a pseudo-inverse
+# would blow up: a softmax of two channels has a covariance of rank one, and nothing else in the second direction.
+CUTOFF = 1e-6
+
+EPSILON = torch.finfo(torch.float64).eps
+
+
+def compute_h_score(
+    features: Any, target_labels: Any, *, shrinkage: str | None = None, ignore_index: int | None = None
+) -> torch.Tensor:
+    """H-score ``tr(cov(f)^+ cov(g))`` of features f, with g the mean feature of each sample's class.
+
+    Args:
+        features: N x D, or N x D x *spatial, in which every pixel is a sample; at least two samples.
+        target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
+        shrinkage: None is the plain score. "ledoit_wolf" replaces cov(f) by ``(1 - a) cov(f) + a (tr cov(f) / D) I``
+            and cov(g) by ``(1 - a) cov(g)``, where a in [0, 1] is Ledoit and Wolf's shrinkage: take it when N is not
+            many times D.
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        The score, a float64 scalar in [0, min(K - 1, rank)] for K classes; higher predicts better transfer. 0 with a
+        `UserWarning` when there is one class only, or when all features are constant. With N <= D the plain score is
+        K - 1 whatever the features: also a `UserWarning`.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [3.0, 1.0], [3.0, -1.0], [0.5, 0.0]])
+        >>> compute_h_score(features, torch.tensor([0, 0, 1, 1, 0]))
+        tensor(0.9830, dtype=torch.float64)
+
+    Reference: Bao et al., ICIP 2019; the shrinkage is Ibrahim et al., *Newer is not always better*, ECML PKDD 2022,
+    with Ledoit and Wolf, J. Multivariate Anal. 88 (2004). The pseudo-inverse drops directions with less than 1e-6 of
+    the largest variance, where public code inverts rounding noise, and so leaves the bounds. As in public code cov(g)
+    divides by N - 1, and so does cov(f), but for the shrunk one, which divides by N.
+    """
+    _require_shrinkage(shrinkage)
+    rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)
+    rows = rows - rows[0]  # makes constant features exactly zero
+    return _h_score(feature_sums(rows.sub_(rows.mean(0)), labels, _needs(shrinkage)), shrinkage)
+
+
+def compute_h_score_map(features: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
+    """H-score at every pixel coordinate, over N images that share a grid (in 2D or 3D).
+
+    The score of the paper is the mean over all pixels. Most of them have one label in all images, and a zero, so the
+    mean also measures how large the target's structures are; the mean over the others does not::
+
+        h_map = compute_h_score_map(features, target_labels)
+        h_map.mean()                                                          # over all pixels, as in the paper
+        h_map[target_labels.amin(0) != target_labels.amax(0)].mean()          # over pixels of more than one label
+
+    Args:
+        features: N x D x *spatial, D small (logits or probabilities, say): a pixel needs D x D numbers.
+        target_labels: N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
+        ignore_index: pixels with this label are left out.
+
+    Returns:
+        The map, *spatial, float64, values in [0, K - 1] for a pixel's K labels; higher is easier to transfer to. 0
+        where only one label occurs or the features are constant, NaN where no pixel is valid. `UserWarning` when no
+        pixel has more than one label, or N <= D, where H is K - 1 whatever the features.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> features = torch.tensor([[[[0.0, 1.0]]], [[[1.0, 0.0]]], [[[4.0, 2.0]]]])  # 3 images of 1 channel, 1 x 2
+        >>> compute_h_score_map(features, torch.tensor([[[0, 1]], [[0, 1]], [[1, 1]]]))
+        tensor([[0.9423, 0.0000]], dtype=torch.float64)
+
+    Reference: Li et al., *Finding the most transferable tasks for brain image segmentation*, BIBM 2022, eq. 3. Its
+    tables hold values from -3.2 to 40.7 for two classes, which eqs. 2 and 3 cannot give: see `CUTOFF`.
+    """
+    features, labels = _checked_images(features, target_labels, ignore_index)
+    grid = labels.shape[1:]
+    features, labels = features.flatten(2), labels.flatten(1)
+    highest = labels.amax(0)
+    several = ((highest - labels) * (labels >= 0)).amax(0) > 0
+    _require_pixels(highest >= 0, several, n_images=len(labels), width=features.shape[1])
+    h_map = torch.where(highest >= 0, 0.0, torch.nan).double()
+    for pixels in _blocks(several, n_numbers=len(labels) * features.shape[1]):
+        h_map[pixels] = _pixel_scores(**_pixel_sums(features[:, :, pixels].double(), labels[:, pixels]))
+    return h_map.view(grid)
+
+
+class HScore(MomentMetric):
+    """`compute_h_score` over batches: ``compute()`` returns a float64 scalar in [0, K - 1], higher is better.
+
+    Memory: D x D numbers and C x D. The sums are of raw features: features whose mean is s standard deviations away
+    from zero lose ``2 log10(s)`` of 16 digits (``4 log10(s)`` with shrinkage), so take off a constant where s is in
+    the thousands; their scale does not matter.
+
+    Args:
+        shrinkage: as in `compute_h_score`.
+        options: see `FeatureMetric`.
+
+    >>> metric = HScore()
+    >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, -1.0]]), torch.tensor([0, 0]))
+    >>> metric.update(torch.tensor([[3.0, 1.0], [3.0, -1.0], [0.5, 0.0]]), torch.tensor([1, 1, 0]))
+    >>> metric.compute()
+    tensor(0.9830, dtype=torch.float64)
+    """
+
+    def __init__(self, *, shrinkage: str | None = None, **options: Any) -> None:
+        self.shrinkage = _require_shrinkage(shrinkage)
+        self.needs = _needs(shrinkage)
+        super().__init__(**options)
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        return _h_score(sums, self.shrinkage)
+
+
+class HScoreMap(FeatureMetric):
+    """`compute_h_score_map` over batches of images on one grid: ``compute()`` gives the float64 map, higher is better.
+
+    Values are in [0, K - 1], 0 where only one label occurs, NaN where no pixel is valid::
+
+        h_map = metric.compute()
+        h_map.nanmean()                        # over all pixels, as in the paper
+        h_map[metric.multi_label()].mean()     # over pixels of more than one label
+
+    Memory: D x D + C x D numbers a pixel, for D channels of the features.
+
+    Args:
+        layer: name of the layer of the network whose output is the features (the last one for the logits); None: the
+            penultimate features, see `FeatureMetric`.
+        body: leave out background pixels where the image is exactly zero; the paper does not.
+        ignore_index: pixels with this label are left out.
+        output_transform: see `FeatureMetric`.
+
+    >>> metric = HScoreMap()
+    >>> metric.update(torch.tensor([[[[0.0, 1.0]]], [[[1.0, 0.0]]]]), torch.tensor([[[0, 1]], [[0, 1]]]))
+    >>> metric.update(torch.tensor([[[[4.0, 2.0]]]]), torch.tensor([[[1, 1]]]))
+    >>> metric.compute()
+    tensor([[0.9423, 0.0000]], dtype=torch.float64)
+    >>> metric.multi_label()
+    tensor([[ True, False]])
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: str | None = None,
+        body: bool = False,
+        ignore_index: int | None = None,
+        output_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(
+            layer=layer, pixels=None, body=body, ignore_index=ignore_index, output_transform=output_transform
+        )
+
+    def multi_label(self) -> torch.Tensor:
+        """*spatial, True where more than one label was seen; under torch.distributed call it on all processes."""
+        return (self._pooled()["count"] > 0).sum(0) > 1
+
+    def compute(self) -> torch.Tensor:
+        """Return the map over everything seen by all processes; updates may go on afterwards."""
+        sums = self._pooled()
+        own = {"scatter": _scatter_about(_mean(**sums), **self._sums)} if self._sums else {}
+        return self._evaluate(sums | all_reduce_sums(own))
+
+    def _pooled(self) -> dict[str, torch.Tensor]:
+        sums = all_reduce_sums({name: self._sums[name] for name in ("count", "total") if self._sums})
+        if not sums:
+            raise InputError(
+                f"{type(self).__name__} has seen no sample; call update() before compute(), or look for an empty "
+                "data loader."
+            )
+        return sums
+
+    def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Any) -> None:
+        features, labels = _require_images(features, labels)
+        grid = labels.shape[1:]
+        sums = _pixel_sums(features.flatten(2).double(), labels.flatten(1))
+        self._add(**{name: value.reshape(*value.shape[:-1], *grid) for name, value in sums.items()})
+
+    def _add(self, **sums: torch.Tensor) -> None:
+        # Scatter is kept about each pixel's own mean, because raw sums of a saturated softmax are all rounding.
+        if self._sums and sums:
+            held = self._sums
+            if held["total"].shape[1:] != sums["total"].shape[1:]:
+                super()._add(count=sums["count"], total=sums["total"])  # raises, and says which shapes
+            sums = {name: value.to(held["total"].device) for name, value in sums.items()}
+            n = held["count"].sum(0) + sums["count"].sum(0)
+            mean = (held["total"].sum(0) + sums["total"].sum(0)) / n.clamp(min=1)
+            sums["scatter"] = _scatter_about(mean, **sums)
+            held["scatter"] = _scatter_about(mean, **held)
+        super()._add(**sums)
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        grid = sums["count"].shape[1:]
+        count, total, scatter = (sums[name].flatten(-len(grid)) for name in ("count", "total", "scatter"))
+        seen, several = count.sum(0) > 0, (count > 0).sum(0) > 1
+        _require_pixels(seen, several, n_images=int(count.sum(0).amax()), width=total.shape[1])
+        h_map = torch.where(seen, 0.0, torch.nan).double()
+        for pixels in _blocks(several, n_numbers=(len(count) + total.shape[1]) * total.shape[1]):
+            h_map[pixels] = _pixel_scores(count[:, pixels], total[..., pixels], scatter[..., pixels])
+        return h_map.view(grid)
+
+
+def _require_shrinkage(shrinkage: str | None) -> str | None:
+    return shrinkage if shrinkage is None else require_choice("shrinkage", shrinkage, SHRINKAGES)
+
+
+def _needs(shrinkage: str | None) -> tuple[str, ...]:
+    return ("gram",) if shrinkage is None else ("gram", "norms")
+
+
+def _h_score(sums: dict[str, torch.Tensor], shrinkage: str | None) -> torch.Tensor:
+    present = sums["count"] > 0
+    count, total, gram = sums["count"][present], sums["total"][present], sums["gram"]
+    n, width = count.sum(), len(gram)
+    if n < 2:
+        raise InputError(f"features holds {int(n)} sample(s); expected at least 2.")
+    mean = total.sum(0) / n
+    scatter = torch.addr(gram, mean, mean, alpha=-float(n))
+    offsets = (total / count[:, None] - mean) * (count / (n - 1)).sqrt()[:, None]
+    if len(count) == 1:
+        _warn("target_labels holds one class only, so the H-score is 0 and says nothing about transfer.")
+        return n.new_zeros(())
+    if scatter.trace() <= 1e-14 * gram.trace():
+        _warn("features are constant, so the H-score is 0 and says nothing about transfer.")
+        return n.new_zeros(())
+    if shrinkage is None:
+        if n <= width:
+            _warn(
+                f"features holds {int(n)} samples of {width} dimensions, so the H-score is K - 1 whatever they are; "
+                "use shrinkage='ledoit_wolf', or more samples."
+            )
+        value = _quadratic_forms(scatter[None] / (n - 1), offsets[None], CUTOFF)
+    else:
+        alpha = _ledoit_wolf(sums, scatter / n, mean, n)
+        shrunk = (1 - alpha) * scatter / n
+        shrunk.diagonal().add_(alpha * scatter.trace() / (n * width))
+        value = (1 - alpha) * _quadratic_forms(shrunk[None], offsets[None], width * EPSILON)
+    return value.squeeze(0).clamp(0, len(count) - 1)
+
+
+def _ledoit_wolf(
+    sums: dict[str, torch.Tensor], covariance: torch.Tensor, mean: torch.Tensor, n: torch.Tensor
+) -> torch.Tensor:
+    """Ledoit and Wolf's shrinkage intensity for a covariance that divides by n."""
+    width = len(covariance)
+    square = mean @ mean
+    # sum_i ||x_i - mean||^4 multiplied out, so that it needs sums of raw features only.
+    fourth = sums["quartic"].squeeze(0) - 4 * mean @ sums["cubic"] + 2 * square * sums["gram"].trace()
+    fourth = fourth + 4 * mean @ sums["gram"] @ mean - 3 * n * square**2
+    norm = covariance.square().sum()
+    distance = (norm - covariance.trace() ** 2 / width).clamp(min=0) / width
+    noise = (fourth / n - norm).clamp(min=0) / (n * width)
+    return torch.where(distance > 0, torch.minimum(noise, distance) / distance, 0)
+
+
+def _quadratic_forms(matrices: torch.Tensor, vectors: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """Sum over k of ``v_k' A^+ v_k`` for B x D x D positive semi-definite matrices A and B x K x D vectors.
+
+    Eigenvalues not above ``cutoff`` times the largest count as zero. A Cholesky factor costs a tenth of eigenvectors,
+    and gives the same number where there are no such eigenvalues, of which another Cholesky factor is the proof.
+    """
+    if matrices.shape[-1] == 2:
+        return _forms_by_eigenvectors(matrices, vectors, cutoff)
+    bound = torch.linalg.matrix_norm(matrices)  # Frobenius' norm, never below the largest eigenvalue
+    lowered = matrices.clone()
+    lowered.diagonal(dim1=1, dim2=2).sub_(cutoff * bound[:, None])
+    solid = (torch.linalg.cholesky_ex(lowered).info == 0) & (bound > 0)
+    values = matrices.new_empty(len(matrices))
+    if bool(solid.any()):
+        factors = torch.linalg.cholesky(matrices[solid])
+        values[solid] = torch.linalg.solve_triangular(factors, vectors[solid].mT, upper=False).square().sum((1, 2))
+    if not bool(solid.all()):
+        values[~solid] = _forms_by_eigenvectors(matrices[~solid], vectors[~solid], cutoff)
+    return values
+
+
+def _forms_by_eigenvectors(matrices: torch.Tensor, vectors: torch.Tensor, cutoff: float) -> torch.Tensor:
+    variances, directions = _eigenvectors_2x2(matrices) if matrices.shape[-1] == 2 else torch.linalg.eigh(matrices)
+    squares = (vectors @ directions).square().sum(1)
+    kept = variances > cutoff * variances.amax(1, keepdim=True)
+    return torch.where(kept, squares / torch.where(kept, variances, 1), 0).sum(1)
+
+
+def _eigenvectors_2x2(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.linalg.eigh` of B x 2 x 2, in any order, by one rotation each: a map has tens of thousands of them."""
+    a, b, c = matrices[:, 0, 0], matrices[:, 0, 1], matrices[:, 1, 1]
+    angle = torch.atan2(2 * b, a - c) / 2
+    cos, sin = angle.cos(), angle.sin()
+    mixed, cos2, sin2 = 2 * b * cos * sin, cos.square(), sin.square()
+    variances = torch.stack([a * cos2 + mixed + c * sin2, a * sin2 - mixed + c * cos2], 1)
+    return variances, torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 2)
+
+
+def _checked_images(features: Any, target_labels: Any, ignore_index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return _require_images(*_checked(features, target_labels, ignore_index))
+
+
+def _require_images(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if features.ndim < 3:
+        raise InputError(f"features has shape {tuple(features.shape)}; a map needs N x D x *spatial.")
+    return features, labels
+
+
+def _require_pixels(seen: torch.Tensor, several: torch.Tensor, *, n_images: int, width: int) -> None:
+    if not bool(seen.any()):
+        raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
+    if not bool(several.any()):
+        _warn("target_labels holds one class only at every pixel, so the map is 0 and says nothing about transfer.")
+    elif n_images <= width:
+        _warn(
+            f"features holds {n_images} images of {width} channels, so the H-score of a pixel is K - 1 whatever they "
+            "are; use more images."
+        )
+
+
+def _blocks(chosen: torch.Tensor, *, n_numbers: int) -> Iterator[slice | torch.Tensor]:
+    """Yield the chosen pixels, so many at a time that they stay in the processor's cache; as slices where possible."""
+    size = max(64, (2**24 if chosen.is_cuda else 2**18) // n_numbers)
+    for start in range(0, len(chosen), size):
+        block = chosen[start : start + size]
+        if bool(block.all()):
+            yield slice(start, start + size)
+        elif bool(block.any()):
+            yield start + block.nonzero().squeeze(1)
+
+
+def _pixel_sums(features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Count (C x P), total (C x D x P) and scatter about the mean (D x D x P) of P pixels over N images.
+
+    Features are N x D x P in float64; labels N x P, `IGNORED` where a pixel is left out.
+    """
+    _, width, n_pixels = features.shape
+    n_classes = max(int(labels.max()), 0) + 1
+    valid = features.new_ones(()).expand(labels.shape)
+    masked = bool(labels.min() < 0)
+    if masked:
+        valid, labels = (labels >= 0).double(), labels.clamp(min=0)
+        features = features * valid[:, None]
+    count = features.new_zeros(n_classes, n_pixels).scatter_add_(0, labels, valid)
+    total = features.new_zeros(n_classes, width, n_pixels)
+    total.scatter_add_(0, labels[:, None].expand(features.shape), features)
+    centred = features - _mean(count, total)
+    if masked:
+        centred *= valid[:, None]
+    scatter = features.new_empty(width, width, n_pixels)
+    for d in range(width):
+        scatter[d, : d + 1] = scatter[: d + 1, d] = (centred[:, d : d + 1] * centred[:, : d + 1]).sum(0)
+    return {"count": count, "total": total, "scatter": scatter}
+
+
+def _mean(count: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    return total.sum(0) / count.sum(0).clamp(min=1)
+
+
+def _scatter_about(mean: torch.Tensor, count: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+    """The scatter about another mean (D x *spatial) than the samples' own."""
+    shift = _mean(count, total) - mean.to(total.device)
+    return scatter + count.sum(0) * shift[:, None] * shift
+
+
+def _pixel_scores(count: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+    """H-score of P pixels, each with more than one label, from their sums."""
+    n = count.sum(0)
+    mean = total.sum(0) / n
+    offsets = (total / count.clamp(min=1)[:, None] - mean) * (count / (n - 1)).sqrt()[:, None]
+    covariances = (scatter / (n - 1)).permute(2, 0, 1)
+    values = _quadratic_forms(covariances, offsets.permute(2, 0, 1), CUTOFF)
+    # Of constant features there is nothing left but the rounding of their mean.
+    varied = covariances.diagonal(dim1=1, dim2=2).sum(1) > (16 * EPSILON) ** 2 * mean.square().sum(0)
+    return torch.where(varied, values, 0).clamp(min=0).minimum((count > 0).sum(0) - 1.0)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)

@@ -1,0 +1,169 @@
+r"""LogME: how probable the labels are under a linear model of the features, with all weights integrated out.
+
+For the 0/1 target y of one class, weights w ~ N(0, 1/alpha) and noise N(0, 1/beta), the evidence p(y | F) has a closed
+form. With the eigenvalues s_i > 0 of F'F and the coordinates x_i of y along the left singular vectors of F, alpha and
+beta are found by repeating
+
+.. math::
+    \gamma = \sum_i \frac{s_i}{s_i + t}, \quad
+    \alpha = \frac{\gamma}{\sum_i s_i x_i^2 / (s_i + t)^2}, \quad
+    \beta = \frac{N - \gamma}{\sum_i x_i^2 t^2 / (s_i + t)^2 + |y|^2 - \sum_i x_i^2}, \quad t = \alpha / \beta
+
+until t settles, where the logarithm of the evidence is
+
+.. math::
+    \tfrac N2 \ln \beta - \tfrac12 \sum_i \ln(1 + s_i / t) - \tfrac N2 (1 + \ln 2 \pi)
+
+One eigendecomposition serves all classes, and F'F and F'y are sums over the samples.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from medtl_ext.metrics.features import MomentMetric, check_features
+
+# The maximum is reached when ln t changes by less: Newton's last step is then right to the square of it.
+TOLERANCE = 1e-3
+MAX_ITERATIONS = 100
+
+# Where the iteration hardly slows down on its way, Newton's step is a wild guess: bounds to the guess.
+LEAST_SLOPE, LONGEST_STEP = 0.02, 3.0
+
+# Least squared error of a 0/1 target: the evidence of perfectly separable classes has no upper bound otherwise.
+LEAST_ERROR = 1e-5
+
+EPSILON = torch.finfo(torch.float64).eps
+
+
+def compute_logme(features: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
+    """Logarithm of the maximum evidence of the labels given the features, per sample and averaged over classes.
+
+    Args:
+        features: N x D, or N x D x *spatial, in which every pixel is a sample. As they are: taking off their mean
+            changes the value, their scale does not.
+        target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        The score, a float64 scalar without bounds, of log densities in nats a sample (mostly between -1.5 and 1);
+        higher predicts better transfer. Classes without samples do not count. With one class only there is a
+        `UserWarning`: the value says nothing about transfer.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [2.0, 1.0], [-1.0, 0.0], [-2.0, 1.0]])
+        >>> compute_logme(features, torch.tensor([0, 0, 1, 1]))
+        tensor(-1.0196, dtype=torch.float64)
+
+    Reference: You et al., *LogME: practical assessment of pre-trained models for transfer learning*, ICML 2021,
+    algorithm 1, started from alpha = beta = 1. With D > N the factor ``alpha ** (D - N)`` of the evidence has to be
+    there; it cancels in the form above (a public version leaves it out: issue 23 of the authors' repository). A squared
+    error below 1e-5 counts as 1e-5, where the authors' code adds 1e-5 to it, and to the squared norm of the weights,
+    which has the features' scale and is left alone here.
+    """
+    rows, labels = check_features(features, target_labels, ignore_index=ignore_index)
+    classes, targets = labels.unique(return_inverse=True)
+    n, width = rows.shape
+    targets = torch.nn.functional.one_hot(targets, len(classes)).double()
+    if n < width:
+        eigenvalues, directions = torch.linalg.eigh(rows @ rows.T)
+        squares = (targets.T @ directions).square()
+    else:
+        eigenvalues, squares = _decomposed(rows.T @ rows, targets.T @ rows)
+    return _logme(eigenvalues, squares, targets.sum(0), width)
+
+
+class LogME(MomentMetric):
+    """`compute_logme` over batches: ``compute()`` returns a float64 scalar without bounds, higher is better.
+
+    Memory: D x D numbers and C x D. See `FeatureMetric` for the options, and how to attach it to an engine.
+
+    >>> metric = LogME()
+    >>> metric.update(torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([0, 0]))
+    >>> metric.update(torch.tensor([[-1.0, 0.0], [-2.0, 1.0]]), torch.tensor([1, 1]))
+    >>> metric.compute()
+    tensor(-1.0196, dtype=torch.float64)
+    """
+
+    needs = ("gram",)
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        present = sums["count"] > 0
+        eigenvalues, squares = _decomposed(sums["gram"], sums["total"][present])
+        return _logme(eigenvalues, squares, sums["count"][present], len(sums["gram"]))
+
+
+def _decomposed(gram: torch.Tensor, projections: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues of F'F (D), and the squared coordinates of K targets (K x D) from their F'y."""
+    eigenvalues, directions = torch.linalg.eigh(gram)
+    return eigenvalues, (projections @ directions).square() / eigenvalues
+
+
+def _logme(eigenvalues: torch.Tensor, squares: torch.Tensor, count: torch.Tensor, width: int) -> torch.Tensor:
+    n = count.sum()
+    if len(count) == 1:
+        warnings.warn(
+            "target_labels holds one class only, so LogME says nothing about transfer.", UserWarning, stacklevel=3
+        )
+    mean_square = eigenvalues.clamp(min=0).sum() / (n * width)
+    kept = eigenvalues > max(float(n), width) * EPSILON * eigenvalues[-1].clamp(min=0)
+    evidence = _Evidence(eigenvalues[kept] / mean_square, squares[:, kept], count)
+    return (evidence.maximum() / n).mean()
+
+
+class _Evidence:
+    """Log evidence of K targets as a function of u = ln t, with beta at its best for that t.
+
+    Args:
+        eigenvalues: R, the positive ones, ascending.
+        squares: K x R squared coordinates of the targets.
+        count: K, the targets' squared norms; their sum is the number of samples.
+    """
+
+    def __init__(self, eigenvalues: torch.Tensor, squares: torch.Tensor, count: torch.Tensor) -> None:
+        self.eigenvalues, self.squares, self.n = eigenvalues, squares, count.sum()
+        self.outside = (count - squares.sum(1)).clamp(min=0)
+
+    def maximum(self) -> torch.Tensor:
+        """The maximum that the fixed point iteration climbs to from t = 1, found by Newton's method."""
+        u = torch.zeros_like(self.outside)
+        if len(self.eigenvalues):
+            # A target without any correlation to the features has its maximum at infinity.
+            highest = (self.eigenvalues[-1] / EPSILON).log()
+            for _ in range(MAX_ITERATIONS):
+                step = self._step(u)
+                previous, u = u, (u + step).clamp(max=highest)
+                if bool(((u - previous).abs() <= TOLERANCE).all()):
+                    break
+        ratio = u.exp()[:, None]
+        error, norm = self._error_and_norm(ratio)
+        beta = self.n / (error + ratio.squeeze(1) * norm)
+        return (self.n * (beta.log() - 1 - math.log(2 * math.pi)) - torch.log1p(self.eigenvalues / ratio).sum(1)) / 2
+
+    def _error_and_norm(self, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error of the model, and squared norm of its weights."""
+        error = (self.squares * (ratio / (self.eigenvalues + ratio)).square()).sum(1) + self.outside
+        norm = (self.squares * self.eigenvalues / (self.eigenvalues + ratio).square()).sum(1)
+        return error.clamp(min=LEAST_ERROR), norm
+
+    def _step(self, u: torch.Tensor) -> torch.Tensor:
+        ratio = u.exp()[:, None]
+        used, unused = self.eigenvalues / (self.eigenvalues + ratio), ratio / (self.eigenvalues + ratio)
+        error, norm = self._error_and_norm(ratio)
+        norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        gamma, rest = used.sum(1), unused.sum(1) + (self.n - len(self.eigenvalues)).clamp(min=0)
+        # How far one round of the fixed point iteration goes, and the derivative of that.
+        far = (gamma * error / (rest * norm)).log() - u
+        error_slope = 2 * (self.squares * used * unused.square()).sum(1) / error
+        norm_slope = 2 * (self.squares * used.square() * unused / self.eigenvalues).sum(1) / norm
+        slope = norm_slope - 1 - (used * unused).sum(1) * (1 / gamma + 1 / rest)
+        slope = slope + torch.where(error > LEAST_ERROR, error_slope, 0)
+        longest = far.abs().clamp(min=LONGEST_STEP)
+        return (far / (-slope).clamp(min=LEAST_SLOPE)).clamp(-longest, longest)

@@ -1,0 +1,192 @@
+r"""NCTI, the neural collapse transferability index: how far are the features from those of a fully trained network?
+
+A network that is trained to the end makes the features of a class collapse onto their mean. NCTI (Wang et al., *How far
+pre-trained models are from neural collapse on the target dataset informs their transferability*, ICCV 2023) tells by
+three terms how near a source's features are to that. The features go through 64 principal components z, which are
+modelled by linear discriminant analysis (LDA): one Gaussian per class mu_c, with a common covariance,
+
+.. math::
+    \Sigma = (1 - \lambda) S_W + \lambda \tfrac{\mathrm{tr} S_W}{d} I, \qquad
+    \lambda = \max(e^{-(v_1 + \dots + v_{32})}, 10^{-10})
+
+with S_W the covariance within the classes and v the variances of the components. The fewer and weaker the components,
+the more it is shrunk. With the posteriors P of that model, and W its K - 1 discriminant directions (scaled so that
+W' Sigma W = I), the terms are
+
+.. math::
+    \mathrm{seli} = \| Z W \|_*, \qquad
+    \mathrm{ncc} = \tfrac1n \textstyle\sum_i P(y_i | z_i), \qquad
+    \mathrm{vc} = \ln \textstyle\sum_c \| P_c \|_*
+
+where ``||.||_*`` is the nuclear norm, the sum of the singular values, and P_c are the posteriors (n_c x K) of the
+samples of class c. seli measures how many directions the classes spread in and how far (the simplex-encoded-label
+interpolation that a trained network converges to has full rank), ncc how well the nearest class centre classifies, and
+vc how variable the samples of a class still are. They have different units: only `combine_ncti`, over several models,
+makes one score of them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from medtl_ext._validation import InputError
+from medtl_ext.metrics.features import SampleMetric, check_features
+from medtl_ext.metrics.label_prediction import min_max
+from medtl_ext.metrics.parc import principal_components
+
+N_COMPONENTS = 64
+N_SHRINKAGE = 32
+LEAST_SHRINKAGE = 1e-10
+
+# Classes that have collapsed to points have no covariance to divide by: it is kept above this share of the total.
+LEAST_VARIANCE = 1e-12
+
+
+class NCTITerms(NamedTuple):
+    """The three terms of NCTI for one model, float64 scalars (see `combine_ncti`).
+
+    Attributes:
+        seli: spread of the classes in units of the spread within them, >= 0; higher is better.
+        ncc: mean posterior of the true class, in [0, 1]; higher is better.
+        vc: logarithm of the variability within classes; lower is better.
+    """
+
+    seli: torch.Tensor
+    ncc: torch.Tensor
+    vc: torch.Tensor
+
+
+def compute_ncti(features: Any, target_labels: Any, *, ignore_index: int | None = None) -> NCTITerms:
+    """The three terms of NCTI for one model.
+
+    Args:
+        features: N x D, or N x D x *spatial with each pixel a sample. Their scale matters: the shrinkage depends on it.
+        target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        `NCTITerms`. They are finite, and come with a `UserWarning`, where they say nothing about transfer: one class
+        only (0, 1, half the log of the number of samples), constant features (posteriors are the class frequencies,
+        seli is 0), and fewer samples than components and classes, which are separated perfectly whatever the features.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> features = torch.tensor([[0.0, 1.0], [1.0, 2.0], [0.0, 2.0], [4.0, 0.0], [5.0, 1.0], [4.0, 0.0]])
+        >>> terms = compute_ncti(features, torch.tensor([0, 0, 0, 1, 1, 1]))
+        >>> [round(term.item(), 3) for term in terms]
+        [20.011, 1.0, 1.242]
+
+    Reference: Wang et al., ICCV 2023, in the form of the authors' code, which has the components, the shrinkage and the
+    logarithm in vc. Components are exact here (the code leaves the solver to a library, which approximates them where
+    there are many samples), and there may be fewer than 64 of them.
+    """
+    return _ncti(*check_features(features, target_labels, ignore_index=ignore_index))
+
+
+def combine_ncti(terms: Mapping[str, NCTITerms]) -> dict[str, float]:
+    """NCTI of several models: each term is scaled to [0, 1] over them, then ``ncc + seli - vc``.
+
+    Args:
+        terms: name of the model -> its `NCTITerms`.
+
+    Returns:
+        Name -> score in [-1, 2], higher predicts better transfer. A term that is the same for all models counts 0.5 for
+        each.
+
+    Raises:
+        InputError: no model, something else than three terms, or NaN or Inf among them.
+
+    Example:
+        >>> combine_ncti({"mri": NCTITerms(30.0, 0.9, 2.0), "x-ray": NCTITerms(20.0, 0.6, 3.0)})
+        {'mri': 2.0, 'x-ray': -1.0}
+
+    Reference: Wang et al., ICCV 2023. Juodelyte et al. (arXiv 2412.20172) add vc in their code; that sign is a
+    slip: more variability is farther from collapse.
+    """
+    if not terms:
+        raise InputError("terms is empty; expected the NCTITerms of each model by its name.")
+    for name, values in terms.items():
+        if len(values) != len(NCTITerms._fields) or not all(map(math.isfinite, values)):
+            raise InputError(f"terms of {name} are {values!r}; expected three finite numbers, seli, ncc and vc.")
+    seli, ncc, vc = (
+        min_max({name: float(values[k]) for name, values in terms.items()}) for k in range(len(NCTITerms._fields))
+    )
+    return {name: ncc[name] + seli[name] - vc[name] for name in terms}
+
+
+class NCTI(SampleMetric):
+    """`compute_ncti` over batches: ``compute()`` returns the `NCTITerms`, float64 scalars.
+
+    Memory: the samples, of which `pixels` keeps some. Three terms are no scalar, so this cannot be an evaluator's key
+    metric: attach it beside one.
+
+    Args:
+        options: layer, pixels, body, seed, ignore_index, output_transform, see `FeatureMetric`.
+
+    >>> metric = NCTI()
+    >>> metric.update(torch.tensor([[0.0, 1.0], [1.0, 2.0], [0.0, 2.0]]), torch.tensor([0, 0, 0]))
+    >>> metric.update(torch.tensor([[4.0, 0.0], [5.0, 1.0], [4.0, 0.0]]), torch.tensor([1, 1, 1]))
+    >>> [round(term.item(), 3) for term in metric.compute()]
+    [20.011, 1.0, 1.242]
+    """
+
+    def _score(self, features: torch.Tensor, labels: torch.Tensor) -> NCTITerms:
+        return _ncti(features, labels)
+
+
+def _ncti(features: torch.Tensor, labels: torch.Tensor) -> NCTITerms:
+    classes, target = labels.cpu().unique(return_inverse=True)
+    components = principal_components(features, N_COMPONENTS)
+    rows = torch.from_numpy(components.scores)
+    n_samples, width = rows.shape
+    prior = target.bincount().double() / n_samples
+    if len(classes) == 1:
+        _warn("target_labels holds one class only")
+    elif width == 0:
+        _warn("features are constant")
+    elif n_samples - len(classes) < width:
+        _warn(f"features holds {n_samples} samples, no more than their components and classes ({width} and more)")
+    if len(classes) == 1 or width == 0:
+        seli, posterior = rows.new_zeros(()), prior.expand(n_samples, -1)
+    else:
+        shrinkage = max(math.exp(-components.variance[:N_SHRINKAGE].sum()), LEAST_SHRINKAGE)
+        projected, posterior = _discriminant_analysis(rows, target, prior, shrinkage)
+        seli = torch.linalg.matrix_norm(projected, "nuc")
+    ncc = posterior.gather(1, target[:, None]).mean()
+    vc = torch.stack([torch.linalg.matrix_norm(posterior[target == c], "nuc") for c in range(len(classes))]).sum().log()
+    return NCTITerms(*(term.to(labels.device) for term in (seli, ncc, vc)))
+
+
+def _discriminant_analysis(
+    rows: torch.Tensor, target: torch.Tensor, prior: torch.Tensor, shrinkage: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centred samples in the discriminant directions (M x K - 1) and their posteriors (M x K)."""
+    n_samples, width = rows.shape
+    means = rows.new_zeros(len(prior), width).index_add_(0, target, rows) / (prior * n_samples)[:, None]
+    deviation = rows - means[target]
+    within = deviation.T @ deviation / n_samples
+    between = (means.T * prior) @ means
+    total = within.trace() + between.trace()
+    identity = torch.eye(width, dtype=rows.dtype)
+    ridge = torch.maximum(shrinkage * within.trace(), LEAST_VARIANCE * total) / width
+    factor = torch.linalg.cholesky((1 - shrinkage) * within + ridge * identity)
+    # What follows is in the coordinates in which the covariance is the identity.
+    white_rows, white_means = (torch.linalg.solve_triangular(factor, x.T, upper=False).T for x in (rows, means))
+    posterior = (white_rows @ white_means.T - white_means.square().sum(1) / 2 + prior.log()).softmax(1)
+    # The covariance between classes is shrunk like that within them, as scikit-learn does.
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    shrunk = (1 - shrinkage) * (white_means.T * prior) @ white_means
+    shrunk += shrinkage * between.trace() / width * inverse @ inverse.T
+    directions = torch.linalg.eigh(shrunk).eigenvectors[:, -min(len(prior) - 1, width) :]
+    return white_rows @ directions, posterior
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"{what}, so the terms of NCTI say nothing about transfer.", UserWarning, stacklevel=4)

@@ -1,0 +1,146 @@
+r"""TransRate: how many nats a code of the features takes, less what it takes within the classes.
+
+The coding rate of N centred features F at distortion eps, and the score with F_c the N_c features of class c, centred
+at the mean of all, are
+
+.. math::
+    R(F) = \tfrac12 \ln \det\left(I + \frac{F'F}{N \epsilon}\right), \qquad
+    \mathrm{TransRate} = R(F) - \tfrac1K \textstyle\sum_c R(F_c)
+
+It needs the number of samples, the sum of x and the sum of x x' by class: D x D numbers for every class.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from medtl_ext._validation import InputError
+from medtl_ext.metrics.features import MomentMetric, check_features
+
+EPSILON = torch.finfo(torch.float64).eps
+
+
+def compute_transrate(
+    features: Any, target_labels: Any, *, eps: float = 1e-4, ignore_index: int | None = None
+) -> torch.Tensor:
+    """Coding rate of the features, less the mean coding rate of the classes.
+
+    Args:
+        features: N x D, or N x D x *spatial, in which every pixel is a sample; at least two samples.
+        target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
+        eps: the distortion, in squared units of the features, above 0. Features of another scale need another eps.
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        The score in nats, a float64 scalar; higher predicts better transfer. In [0, R(F)] when the classes have equal
+        numbers of samples; else it may fall below 0, as every class counts the same. 0 with a `UserWarning` when
+        there is one class only, or when all features are constant.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [3.0, 1.0], [3.0, -1.0]])
+        >>> compute_transrate(features, torch.tensor([0, 0, 1, 1]), eps=1.0)
+        tensor(0., dtype=torch.float64)
+
+    Reference: Huang et al., *Frustratingly easy transferability estimation*, ICML 2022, eq. 4. There a class's rate
+    counts by its number of samples; the authors' code and Transfer-Learning-Library give every class the same
+    weight, and so does this.
+    """
+    _require_eps(eps)
+    rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)
+    rows = rows - rows[0]  # makes constant features exactly zero
+    rows.sub_(rows.mean(0))
+    _warn_about(labels.unique(), rows.square().sum())
+    # With few samples of a class the N_c x N_c matrix is the smaller one, with the same determinant.
+    rates = [_rate(rows[labels == label], eps) for label in labels.unique()]
+    return _rate(rows, eps) - torch.stack(rates).mean()
+
+
+class TransRate(MomentMetric):
+    """`compute_transrate` over batches: ``compute()`` returns a float64 scalar, higher is better.
+
+    Memory: C x D x D numbers. The sums are of raw features: features whose mean is s standard deviations away from zero
+    lose ``2 log10(s)`` of 16 digits, so take off a constant where s is in the thousands.
+
+    Args:
+        eps: as in `compute_transrate`.
+        options: see `FeatureMetric`.
+
+    >>> metric = TransRate(eps=1.0)
+    >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, -1.0]]), torch.tensor([0, 0]))
+    >>> metric.update(torch.tensor([[3.0, 1.0], [3.0, -1.0]]), torch.tensor([1, 1]))
+    >>> metric.compute()
+    tensor(0., dtype=torch.float64)
+    """
+
+    needs = ("class_gram",)
+
+    def __init__(self, *, eps: float = 1e-4, **options: Any) -> None:
+        self.eps = _require_eps(eps)
+        super().__init__(**options)
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        present = sums["count"] > 0
+        count, total, grams = (sums[name][present] for name in ("count", "total", "class_gram"))
+        n = count.sum()
+        if n < 2:
+            raise InputError(f"features holds {int(n)} sample(s); expected at least 2.")
+        mean = total.sum(0) / n
+        # Each class about the mean of all: G - m t' - t m' + N_c m m', with t the sum over the class.
+        cross = mean[:, None] * (total - count[:, None] * mean / 2)[:, None]
+        scatters = grams - cross - cross.mT
+        variance = scatters.diagonal(dim1=1, dim2=2).sum()
+        noise = 1e-14 * grams.diagonal(dim1=1, dim2=2).sum()
+        _warn_about(count, variance * (variance > noise))
+        if variance <= noise:
+            return n.new_zeros(())
+        covariances = torch.cat([scatters.sum(0, keepdim=True) / n, scatters / count[:, None, None]])
+        rates = _log_determinants(covariances / self.eps) / 2
+        return rates[0] - rates[1:].mean()
+
+
+def _require_eps(eps: float) -> float:
+    if not 0 < eps < float("inf"):
+        raise InputError(f"eps is {eps!r}; expected a distortion above 0.")
+    return eps
+
+
+def _warn_about(classes: torch.Tensor, variance: torch.Tensor) -> None:
+    found = {"target_labels holds one class only": len(classes) == 1, "features are constant": variance == 0}
+    for what, is_so in found.items():
+        if is_so:
+            warnings.warn(f"{what}, so TransRate is 0 and says nothing about transfer.", UserWarning, stacklevel=3)
+
+
+def _rate(rows: torch.Tensor, eps: float) -> torch.Tensor:
+    n, width = rows.shape
+    gram = rows @ rows.T if n < width else rows.T @ rows
+    return _log_determinants(gram[None] / (n * eps)).squeeze(0) / 2
+
+
+def _log_determinants(matrices: torch.Tensor) -> torch.Tensor:
+    """``ln det(I + A)`` for B x D x D positive semi-definite matrices A.
+
+    Eigenvalues of A that are all rounding are zero. In a large matrix they may outweigh I: Cholesky factors, in a third
+    of the time of eigenvalues, serve only where there are none, of which other Cholesky factors are the proof.
+    """
+    noise = matrices.shape[-1] * EPSILON * torch.linalg.matrix_norm(matrices)
+    solid = noise < 1e-7
+    if not bool(solid.all()):
+        lowered = matrices[~solid]
+        lowered.diagonal(dim1=1, dim2=2).sub_(noise[~solid, None])
+        solid[~solid] = torch.linalg.cholesky_ex(lowered).info == 0
+    values = torch.empty_like(noise)
+    if bool(solid.any()):
+        factors = matrices[solid]
+        factors.diagonal(dim1=1, dim2=2).add_(1)
+        values[solid] = 2 * torch.linalg.cholesky(factors).diagonal(dim1=1, dim2=2).log().sum(1)
+    if not bool(solid.all()):
+        eigenvalues = torch.linalg.eigvalsh(matrices[~solid])
+        values[~solid] = torch.log1p(torch.where(eigenvalues > noise[~solid, None], eigenvalues, 0)).sum(1)
+    return values

@@ -1,0 +1,37 @@
+"""Statistics of rankings: patients compared in pairs, sources ranked for a target, methods compared over targets.
+
+- `paired`: arms of a transfer audit on the same patients, and its verdict.
+- `sources`: candidate sources ranked by a transferability score, with a patient bootstrap, baselines and a verdict.
+- `agreement`: how well a ranking agrees with the truth, and whether methods differ over several targets.
+"""
+
+from medtl_ext.ranking.agreement import FriedmanNemenyi, friedman_nemenyi, spearman_footrule, weighted_kendall
+from medtl_ext.ranking.paired import (
+    MINIMUM_PATIENTS,
+    Interval,
+    PairedComparison,
+    Verdict,
+    audit_verdict,
+    bootstrap_interval,
+    holm,
+    paired_comparison,
+)
+from medtl_ext.ranking.sources import SourceRanking, baseline_rankings, bootstrap_ranking
+
+__all__ = [
+    "MINIMUM_PATIENTS",
+    "FriedmanNemenyi",
+    "Interval",
+    "PairedComparison",
+    "SourceRanking",
+    "Verdict",
+    "audit_verdict",
+    "baseline_rankings",
+    "bootstrap_interval",
+    "bootstrap_ranking",
+    "friedman_nemenyi",
+    "holm",
+    "paired_comparison",
+    "spearman_footrule",
+    "weighted_kendall",
+]

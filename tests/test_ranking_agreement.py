@@ -1,0 +1,254 @@
+"""Footrule, weighted Kendall and Friedman/Nemenyi against brute force, textbook formulas and scipy."""
+
+from __future__ import annotations
+
+from itertools import pairwise, permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from medtl_ext import InputError
+from medtl_ext.ranking import friedman_nemenyi, spearman_footrule, weighted_kendall
+
+SOURCES = ["a", "b", "c", "d", "e", "f"]
+
+
+def named(values):
+    return dict(zip(SOURCES, values, strict=False))
+
+
+def brute_footrule(scores, truth, k):
+    """Mean over every order of the candidates that the scores allow, ranks counted one by one."""
+    value = {source: -np.inf if np.isnan(score) else score for source, score in scores.items()}
+    distances = []
+    for order in permutations(scores):
+        if all(value[first] >= value[second] for first, second in pairwise(order)):
+            ranks = [1 + sum(other > truth[source] for other in truth.values()) for source in order]
+            distances.append(sum(abs(place - rank) for place, rank in enumerate(ranks[:k], start=1)))
+    return np.mean(distances)
+
+
+class TestFootrule:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_equals_brute_force_with_ties_subsets_and_nan(self, seed):
+        rng = np.random.default_rng(seed)
+        truth = named(rng.integers(0, 5, 6) / 10)
+        for kept in (6, 4):
+            chosen = rng.choice(SOURCES, kept, replace=False)
+            for scores in (rng.random(kept), rng.integers(0, 3, kept), np.where(rng.random(kept) < 0.4, np.nan, 1.0)):
+                scores = dict(zip(chosen, scores, strict=True))
+                for k in range(1, kept + 1):
+                    assert spearman_footrule(scores, truth, k) == pytest.approx(brute_footrule(scores, truth, k))
+
+    def test_by_hand(self):
+        truth = named([0.9, 0.8, 0.7, 0.6])
+        reversed_scores = named([1, 2, 3, 4])
+        assert [spearman_footrule(reversed_scores, truth, k) for k in (1, 2, 3, 4)] == [3, 4, 5, 8]
+        assert spearman_footrule(truth, truth, 4) == 0
+
+    def test_equal_truths_share_the_better_rank(self):
+        assert spearman_footrule({"b": 2, "c": 1}, named([0.9, 0.8, 0.8]), 2) == 1 + 0
+
+    def test_only_the_order_of_the_scores_matters_and_no_order_of_the_dicts(self):
+        rng = np.random.default_rng(0)
+        scores, truth = named(rng.random(6)), named(rng.random(6))
+        expected = spearman_footrule(scores, truth, 4)
+        assert spearman_footrule({s: np.exp(9 * v) - 7 for s, v in reversed(scores.items())}, truth, 4) == expected
+        assert spearman_footrule(scores, dict(sorted(truth.items(), key=lambda item: item[1])), 4) == expected
+
+    def test_constant_scores_give_what_chance_is_expected_to_give(self):
+        truth = named([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+        rng = np.random.default_rng(0)
+        drawn = [spearman_footrule(named(rng.random(6)), truth, 3) for _ in range(3000)]
+        assert spearman_footrule(named([7] * 6), truth, 3) == pytest.approx(np.mean(drawn), abs=0.1)
+
+    def test_takes_tensors_and_numpy_integers(self):
+        scores = {"a": torch.tensor(0.1, dtype=torch.float64), "b": torch.tensor(0.2)}
+        assert spearman_footrule(scores, {"a": 1, "b": 0}, np.int64(1)) == 1
+
+    @pytest.mark.parametrize(
+        ("scores", "truth", "k", "message"),
+        [
+            ({}, {"a": 1}, 1, "scores is empty"),
+            ({"a": 1}, {}, 1, "truth is empty"),
+            ({"a": 1, "x": 2}, {"a": 1}, 1, "no value for x"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": np.nan}, 1, "truth of source b is nan"),
+            ({"a": np.inf, "b": 2}, {"a": 1, "b": 0}, 1, "scores of source a is inf"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 0, "from 1 to the 2 candidates"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0, "c": 3}, 3, "from 1 to the 2 candidates"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 1.0, "integer"),
+        ],
+    )
+    def test_bad_input(self, scores, truth, k, message):
+        with pytest.raises(InputError, match=message):
+            spearman_footrule(scores, truth, k)
+
+
+def pair_by_pair(scores, truth):
+    """Weighted tau from its definition, without ties: hyperbolic weights, ranks by either side, averaged."""
+
+    def one_side(ranked_by):
+        rank = stats.rankdata(-np.asarray(ranked_by)) - 1
+        concordant = total = 0.0
+        for i in range(len(rank)):
+            for j in range(i):
+                weight = 1 / (rank[i] + 1) + 1 / (rank[j] + 1)
+                concordant += weight * np.sign((scores[i] - scores[j]) * (truth[i] - truth[j]))
+                total += weight
+        return concordant / total
+
+    return (one_side(scores) + one_side(truth)) / 2
+
+
+class TestWeightedKendall:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_equals_the_definition(self, seed):
+        scores, truth = np.random.default_rng(seed).random((2, 6))
+        result = weighted_kendall(named(scores), dict(reversed(named(truth).items())))
+        assert result == pytest.approx(pair_by_pair(scores, truth))
+
+    def test_is_scipys_with_ties(self):
+        rng = np.random.default_rng(0)
+        scores, truth = rng.integers(0, 3, 6).astype(float), rng.integers(0, 4, 6).astype(float)
+        assert weighted_kendall(named(scores), named(truth)) == stats.weightedtau(scores, truth).statistic
+
+    def test_bounds(self):
+        truth = named([0.9, 0.8, 0.7, 0.6])
+        assert weighted_kendall(truth, truth) == pytest.approx(1)
+        assert weighted_kendall({source: -value for source, value in truth.items()}, truth) == pytest.approx(-1)
+
+    def test_nan_is_the_smallest(self):
+        truth = named([0.9, 0.8, 0.7, 0.6])
+        assert weighted_kendall(named([3, np.nan, 2, 1]), truth) == weighted_kendall(named([3, 0, 2, 1]), truth)
+        assert np.isnan(weighted_kendall(named([np.nan] * 4), truth))
+
+    def test_nothing_ranked_is_nan(self):
+        truth = named([0.9, 0.8, 0.7])
+        assert np.isnan(weighted_kendall(named([2.0, 2.0, 2.0]), truth))
+        assert np.isnan(weighted_kendall(truth, named([1, 1, 1])))
+        assert np.isnan(weighted_kendall({"a": 1}, truth))
+
+    def test_sources_without_score_are_left_out(self):
+        truth = named([0.9, 0.8, 0.7, 0.6])
+        scores = {"d": 1.0, "a": 0.5, "c": 0.2}
+        assert weighted_kendall(scores, truth) == weighted_kendall(scores, {s: truth[s] for s in "acd"})
+
+    def test_bad_input(self):
+        with pytest.raises(InputError, match="no value for a and b"):
+            weighted_kendall({"a": 1, "b": 2}, {"c": 1})
+        with pytest.raises(InputError, match="truth of source a is nan"):
+            weighted_kendall({"a": 1}, {"a": np.nan})
+
+
+def table_of(values):
+    values = np.asarray(values, dtype=float)
+    return pd.DataFrame(values, [f"t{i}" for i in range(len(values))], [f"m{j}" for j in range(values.shape[1])])
+
+
+class TestFriedmanNemenyi:
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_friedman_is_scipys(self, tied):
+        rng = np.random.default_rng(3)
+        values = rng.integers(0, 4, (9, 5)).astype(float) if tied else rng.random((9, 5))
+        result = friedman_nemenyi(table_of(values))
+        expected = stats.friedmanchisquare(*values.T)
+        assert result.chi_square == pytest.approx(expected.statistic)
+        assert result.p == pytest.approx(expected.pvalue)
+
+    def test_two_methods_are_a_sign_test(self):
+        values = np.column_stack([np.arange(8.0), np.arange(8.0) - [1, 1, 1, 1, 1, 1, -1, -1]])
+        result = friedman_nemenyi(table_of(values))
+        assert result.chi_square == pytest.approx((6 - 2) ** 2 / 8)
+
+    def test_ranks_and_nan_last(self):
+        result = friedman_nemenyi(table_of([[0.5, np.nan, 0.7], [0.2, np.nan, np.nan], [0.1, 0.1, 0.3]]))
+        assert result.table.to_numpy().tolist() == [[2, 3, 1], [1, 2.5, 2.5], [2.5, 2.5, 1]]
+        assert list(result.table.index) == ["t0", "t1", "t2"]
+        assert result.average_ranks.to_dict() == pytest.approx({"m2": 4.5 / 3, "m0": 5.5 / 3, "m1": 8 / 3})
+
+    def test_ranks_may_be_given(self):
+        table = table_of(np.random.default_rng(0).random((6, 4)))
+        table.iloc[2, 1] = np.nan
+        scores = friedman_nemenyi(table)
+        ranks = friedman_nemenyi(scores.table, higher_is_better=False)
+        assert ranks == scores
+        assert ranks.table.equals(scores.table)
+        # NaN is last there too
+        assert friedman_nemenyi(-table, higher_is_better=False).table.equals(scores.table)
+
+    # Demšar 2006, Table 5a: q at .05 for 2 to 10 methods; its third decimal is one off in places
+    @pytest.mark.parametrize(
+        ("methods", "q"),
+        [(2, 1.960), (3, 2.343), (4, 2.569), (5, 2.728), (6, 2.850), (7, 2.949), (8, 3.031), (9, 3.102), (10, 3.164)],
+    )
+    def test_critical_difference_has_demsars_quantiles(self, methods, q):
+        result = friedman_nemenyi(table_of(np.random.default_rng(0).random((14, methods))))
+        assert result.critical_difference / np.sqrt(methods * (methods + 1) / (6 * 14)) == pytest.approx(q, abs=1e-3)
+
+    def test_a_stricter_level_is_wider(self):
+        table = table_of(np.random.default_rng(0).random((14, 4)))
+        strict, usual = friedman_nemenyi(table, alpha=0.01), friedman_nemenyi(table)
+        assert strict.critical_difference > usual.critical_difference
+        assert strict.p == usual.p
+
+    def test_groups_are_the_largest_sets_within_the_critical_difference(self):
+        rng = np.random.default_rng(5)
+        table = table_of(rng.random((8, 7)) + np.linspace(0, 2.5, 7))
+        result = friedman_nemenyi(table)
+        average, critical = result.average_ranks, result.critical_difference
+        together = {
+            frozenset(average.index[(average >= low) & (average < low + critical)])
+            for low in average
+        }  # fmt: skip
+        maximal = [set(g) for g in together if len(g) > 1 and not any(g < other for other in together)]
+        assert len(result.groups) >= 2
+        assert sorted(map(sorted, result.groups)) == sorted(map(sorted, maximal))
+
+    def test_a_method_apart_from_all_is_in_no_group(self):
+        table = table_of([[9.0, 1 + 0.1 * (i % 2), 1.05] for i in range(30)])
+        result = friedman_nemenyi(table)
+        assert result.groups == (("m1", "m2"),) or result.groups == (("m2", "m1"),)
+        assert "m0 has the best average rank, 1.00" in result.text
+        assert "it is better than m" in result.text
+        assert "cannot be told" not in result.text
+
+    def test_text_of_no_evidence(self):
+        result = friedman_nemenyi(table_of([[1, 2, 3], [3, 1, 2], [2, 3, 1]]))
+        assert result.text.startswith("No evidence that the 3 methods differ over 3 targets (Friedman chi-square 0.000")
+        assert len(result.groups) == 1
+        assert len(result.groups[0]) == 3
+
+    def test_equal_methods_do_not_differ(self):
+        result = friedman_nemenyi(table_of(np.ones((4, 3))))
+        assert (result.chi_square, result.p) == (0, 1)
+        assert result.average_ranks.tolist() == [2, 2, 2]
+
+    def test_order_of_targets_and_methods_does_not_matter(self):
+        table = table_of(np.random.default_rng(0).random((6, 4)))
+        result, shuffled = friedman_nemenyi(table), friedman_nemenyi(table.iloc[::-1, [2, 0, 3, 1]])
+        assert shuffled.chi_square == pytest.approx(result.chi_square)
+        assert shuffled.average_ranks.to_dict() == pytest.approx(result.average_ranks.to_dict())
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            ([[1, 2], [2, 1]], "DataFrame"),
+            (pd.DataFrame({"a": [1.0, 2.0]}), "2 targets .rows. and 1 methods"),
+            (pd.DataFrame({"a": [1.0], "b": [2.0]}), "1 targets"),
+            (pd.DataFrame({"a": ["x", "y"], "b": [1, 2]}), "numbers only"),
+            (pd.DataFrame({"a": [1, np.inf], "b": [1, 2]}), "infinite"),
+            (pd.DataFrame(np.ones((2, 2)), columns=["a", "a"]), "method a twice"),
+            (pd.DataFrame(np.ones((2, 2)), index=["t", "t"]), "target t twice"),
+        ],
+    )
+    def test_bad_table(self, table, message):
+        with pytest.raises(InputError, match=message):
+            friedman_nemenyi(table)
+
+    @pytest.mark.parametrize("alpha", [0, 1, -0.1])
+    def test_bad_level(self, alpha):
+        with pytest.raises(InputError, match="alpha"):
+            friedman_nemenyi(table_of([[1, 2], [2, 1]]), alpha=alpha)

@@ -6,19 +6,33 @@ import pytest
 import torch
 
 from medtl_ext import metrics
-from medtl_ext.metrics import LEEP, TransferMetric
-from medtl_ext.testing import check_metric, metric_checks
+from medtl_ext.metrics import CCFV, LEEP, OTCE, TransferMetric
+from medtl_ext.testing import check_metric, example, metric_checks
 
-GRID = {"LEEPMap": (4, 3), "LEEPImageMaps": (4, 3), "HScoreMap": (4, 3)}
-PER_SAMPLE = {"LEEPImageMaps"}
-ABSTRACT = {"TransferMetric", "FeatureMetric", "MomentMetric", "SampleMetric"}
+OPTIONS = {
+    "CCFV": {"make": lambda: CCFV(include_background=True), "grid": (6, 5)},  # else class 0 is unlike the others
+    "HScoreMap": {"grid": (4, 3)},
+    "LEEPImageMaps": {"grid": (4, 3), "per_sample": True},
+    "LEEPMap": {"grid": (4, 3)},
+    "OTCE": {"make": lambda: OTCE(example(["features", "target_labels"], n=30, seed=1))},
+}
+# Bases, and classes that collect what metrics are computed from. FeatureUpdate needs a network and its gradients.
+NO_METRICS = {
+    "FeatureMetric",
+    "FeatureSamples",
+    "FeatureUpdate",
+    "MomentMetric",
+    "PatientScores",
+    "SampleMetric",
+    "TransferMetric",
+}
 
 
 def ours():
-    for name in sorted(metrics.__all__):
+    for name in sorted(set(metrics.__all__) - NO_METRICS):
         metric = getattr(metrics, name)
-        if isinstance(metric, type) and issubclass(metric, TransferMetric) and name not in ABSTRACT:
-            checks = metric_checks(metric, grid=GRID.get(name, ()), per_sample=name in PER_SAMPLE)
+        if isinstance(metric, type) and issubclass(metric, TransferMetric):
+            checks = metric_checks(metric, **OPTIONS.get(name, {}))
             yield from (pytest.param(check, id=f"{name}-{what}") for what, check in checks)
 
 

@@ -23,6 +23,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from scipy import linalg
 
 from medtl_ext.metrics import (
     GBC,
@@ -93,25 +94,25 @@ def problem(n: int, width: int, n_classes: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def plain_logme(features: np.ndarray, labels: np.ndarray) -> float:
-    """Evidence maximisation class by class from the singular values of the N x D matrix."""
+    """Algorithm 1 of the paper: for each class, posterior weights and the residual of all samples in every iteration."""
     n, width = features.shape
-    left, singular, _ = np.linalg.svd(features, full_matrices=False)
-    eigenvalues, evidences = singular**2, []
+    vectors, eigenvalues, _ = np.linalg.svd(features.T @ features)
+    evidences = []
     for label in np.unique(labels):
         target = (labels == label).astype(float)
-        projected = (left.T @ target) ** 2
-        rest = target @ target - projected.sum()
+        projected = vectors.T @ (features.T @ target)
         alpha = beta = 1.0
         for _ in range(100):
             ratio = alpha / beta
             gamma = (eigenvalues / (eigenvalues + ratio)).sum()
-            weight = (eigenvalues * projected / (eigenvalues + ratio) ** 2).sum()
-            error = (projected / (1 + eigenvalues / ratio) ** 2).sum() + rest
-            alpha, beta = gamma / weight, (n - gamma) / error
+            weights = vectors @ (projected / (eigenvalues + ratio))
+            residual = ((target - features @ weights) ** 2).sum()
+            alpha, beta = gamma / (weights @ weights), (n - gamma) / residual
             if abs(alpha / beta - ratio) / ratio <= 1e-3:
                 break
         evidence = width / 2 * np.log(alpha) + n / 2 * np.log(beta) - 0.5 * np.log(alpha + beta * eigenvalues).sum()
-        evidences.append((evidence - beta / 2 * error - alpha / 2 * weight - n / 2 * np.log(2 * np.pi)) / n)
+        evidence -= beta / 2 * residual + alpha / 2 * (weights @ weights) + n / 2 * np.log(2 * np.pi)
+        evidences.append(evidence / n)
     return float(np.mean(evidences))
 
 
@@ -124,7 +125,7 @@ def logme() -> bool:
 
 
 def plain_sfda(features: np.ndarray, labels: np.ndarray) -> float:
-    """Two shrunk discriminant analyses by eigenvectors, classes and samples in loops."""
+    """Two shrunk discriminant analyses by generalised eigenvectors, classes and samples in loops."""
     classes = np.unique(labels)
 
     def fit(x: np.ndarray, shrinkage: float | None) -> tuple[np.ndarray, float]:
@@ -133,12 +134,13 @@ def plain_sfda(features: np.ndarray, labels: np.ndarray) -> float:
         within = np.zeros((x.shape[1], x.shape[1]))
         for prior, c in zip(priors, classes, strict=True):
             within += prior * np.cov(x[labels == c], rowvar=False, bias=True)
+        between = np.cov(x, rowvar=False, bias=True) - within
         if shrinkage is None:
             shrinkage = max(np.exp(-5 * np.linalg.eigvalsh(within).max()), 1e-10)
         within = (1 - shrinkage) * within + shrinkage * np.eye(x.shape[1])
-        values, vectors = np.linalg.eigh(within)
-        inverse = (vectors / values) @ vectors.T
-        scores = x @ inverse @ means.T - 0.5 * np.diag(means @ inverse @ means.T) + np.log(priors)
+        _, vectors = linalg.eigh(between, within)
+        projections = means @ vectors @ vectors.T
+        scores = x @ projections.T - 0.5 * np.diag(means @ projections.T) + np.log(priors)
         scores = np.exp(scores - scores.max(1, keepdims=True))
         return scores / scores.sum(1, keepdims=True), shrinkage
 
@@ -170,7 +172,9 @@ def label_table() -> bool:
         table = np.zeros((10, 10))
         for s in range(10):
             for t in range(10):
-                table[s, t] = plan[np.where(source == s)[0], :][:, np.where(target == t)[0]].sum()
+                rows, columns = np.where(source == s)[0], np.where(target == t)[0]
+                pairs = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
+                table[s, t] = plan[pairs].sum()
         return table
 
     tensors = torch.from_numpy(plan), torch.from_numpy(source), torch.from_numpy(target)

@@ -149,16 +149,23 @@ def feature_sums(features: torch.Tensor, labels: torch.Tensor, needs: Iterable[s
         if "squares" in needs:
             sums["squares"].index_add_(0, classes, rows**2)
         if "gram" in needs:
-            sums["gram"].addmm_(rows.T, rows)
+            sums["gram"] += gram(rows)
         if "norms" in needs:
             squared = torch.linalg.vecdot(rows, rows)
             sums["cubic"] += squared @ rows
             sums["quartic"] += squared @ squared
         if "class_gram" in needs:
             for label in classes.unique().tolist():
-                members = rows[classes == label]
-                sums["class_gram"][label].addmm_(members.T, members)
+                sums["class_gram"][label] += gram(rows[classes == label])
     return sums
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """The D x D sum of x x' over the rows, in their dtype."""
+    if rows.is_cuda:
+        return rows.T @ rows
+    array = rows.detach().numpy()
+    return torch.from_numpy(array.T @ array)  # numpy sees that it is symmetric, and computes half of it
 
 
 class FeatureMetric(TransferMetric):
@@ -468,10 +475,12 @@ def _checked(features: Any, target_labels: Any, ignore_index: int | None) -> tup
 
 def _rows(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """M x D rows of the valid pixels, their labels, and which of the N samples each belongs to."""
-    valid = labels != IGNORED
     owners = torch.arange(len(labels), device=labels.device)
     owners = owners.view(-1, *(1 for _ in labels.shape[1:])).expand(labels.shape)
-    return features.movedim(1, -1)[valid], labels[valid], owners[valid]
+    rows = features.movedim(1, -1).reshape(-1, features.shape[1])
+    labels, owners = labels.reshape(-1), owners.reshape(-1)
+    valid = labels != IGNORED
+    return (rows, labels, owners) if bool(valid.all()) else (rows[valid], labels[valid], owners[valid])
 
 
 def _mixed(keys: torch.Tensor) -> torch.Tensor:

@@ -240,8 +240,13 @@ def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[d
                 handles.append(network.register_forward_hook(lambda *_: keep(None, last_input[0])))
             else:
                 module = modules[require_choice("layer", layer, modules)]
-                handles.append(module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output)))
+                # A copy: an activation that works in place may follow.
+                handles.append(module.register_forward_hook(lambda _, __, out, layer=layer: keep(layer, _copy(out))))
         yield tapped
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _copy(output: object) -> object:
+    return output.clone() if isinstance(output, Tensor) else output

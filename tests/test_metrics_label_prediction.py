@@ -88,7 +88,7 @@ class TestWhatMustHold:
             assert value.item() == pytest.approx(expected, abs=1e-12)
 
     def test_leave_one_out_is_lower(self):
-        features, labels = draw()
+        features, labels = draw(separation=0.1)
         value = compute_label_prediction(features, labels).item()
         honest = compute_label_prediction(features, labels, leave_one_out=True).item()
         # The sample itself takes the place of its fifth neighbour.

@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA as LibraryPCA
 
 from medtl_ext import InputError
 from medtl_ext.metrics import parc
+from medtl_ext.metrics.features import canonical_order
 from medtl_ext.metrics.parc import PARC, compute_parc, principal_components
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -34,7 +35,7 @@ def pairwise_parc(features, labels):
     first, second = np.triu_indices(len(labels), 1)
     distance = [1 - np.corrcoef(features[i], features[j])[0, 1] for i, j in zip(first, second, strict=True)]
     # Equal distances differ in the last bits, which scipy would rank.
-    return 100 * spearmanr(np.round(distance, 9), labels[first] != labels[second]).statistic
+    return 100 * spearmanr(np.round(distance, 12), labels[first] != labels[second]).statistic
 
 
 class TestReferenceVectors:
@@ -147,6 +148,9 @@ class TestWhatMustHold:
         order = torch.randperm(len(labels))
         values = [compute_parc(features, labels, seed=seed).item() for seed in range(3)]
         assert len(set(values)) == 3
+        drawn = canonical_order(features, labels, seed=1)[:30]
+        expected = LibraryPCA(9, svd_solver="full").fit_transform(features[drawn].numpy())
+        assert values[1] == pytest.approx(pairwise_parc(expected, labels[drawn]), abs=1e-8)
         assert compute_parc(features[order], labels[order], seed=1).item() == pytest.approx(values[1], abs=1e-9)
         monkeypatch.setattr(parc, "MAX_SAMPLES", 70)
         assert compute_parc(features, labels, seed=1).item() not in values

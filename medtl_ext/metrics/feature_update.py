@@ -155,8 +155,8 @@ class FeatureUpdate(TransferMetric):
     def update(self, images: Any, labels: Any) -> None:
         """Add one batch: N x channels x *spatial images and N class indices."""
         images, labels = as_plain_tensor("images", images), _image_labels(labels)
-        if len(images) == 0 or not bool(torch.isfinite(images).all()):
-            raise InputError("images is empty, or holds NaN or Inf; look for a broken input image.")
+        if images.numel() == 0 or images.ndim < 2 or not bool(torch.isfinite(images).all()):
+            raise InputError("images is empty, no batch, or holds NaN or Inf; look for a broken input image.")
         if len(images) != len(labels):
             raise InputError(f"labels holds {len(labels)} labels for {len(images)} images; expected one for each.")
         parameter = next(self.network.parameters())
@@ -241,6 +241,8 @@ def _batches(images: Any, labels: Any, batch_size: int | None) -> Iterator[tuple
     labels = _image_labels(labels)
     if isinstance(images, (torch.Tensor, np.ndarray)):
         images = as_plain_tensor("images", images)
+        if len(images) != len(labels):
+            raise InputError(f"labels holds {len(labels)} labels for {len(images)} images; expected one for each.")
         size = max(LEAST_BATCH, -(-len(images) // N_BATCHES)) if batch_size is None else batch_size
         images = images.split(size)
     elif batch_size is not None:

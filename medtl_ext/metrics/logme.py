@@ -24,8 +24,9 @@ import warnings
 from typing import Any
 
 import torch
+from scipy.linalg import eigh_tridiagonal, lapack
 
-from medtl_ext.metrics.features import MomentMetric, check_features
+from medtl_ext.metrics.features import MomentMetric, check_features, gram
 
 # The maximum is reached when ln t changes by less: Newton's last step is then right to the square of it.
 TOLERANCE = 1e-3
@@ -63,21 +64,22 @@ def compute_logme(features: Any, target_labels: Any, *, ignore_index: int | None
         tensor(-1.0196, dtype=torch.float64)
 
     Reference: You et al., *LogME: practical assessment of pre-trained models for transfer learning*, ICML 2021,
-    algorithm 1, started from alpha = beta = 1. With D > N the factor ``alpha ** (D - N)`` of the evidence has to be
-    there; it cancels in the form above (a public version leaves it out: issue 23 of the authors' repository). A squared
-    error below 1e-5 counts as 1e-5, where the authors' code adds 1e-5 to it, and to the squared norm of the weights,
-    which has the features' scale and is left alone here.
+    algorithm 1, from alpha = beta = 1 for features of mean square 1, and so at any scale. The iteration is accelerated,
+    and goes on to its limit. With D > N the factor ``alpha ** (D - N)`` of the evidence has to be there; it cancels in
+    the form above (a public version leaves it out: issue 23 of the authors' repository). A squared error below 1e-5
+    counts as 1e-5, where the authors' code adds 1e-5 to it, and to the squared norm of the weights, which has the
+    features' scale and is left alone here.
     """
     rows, labels = check_features(features, target_labels, ignore_index=ignore_index)
-    classes, targets = labels.unique(return_inverse=True)
-    n, width = rows.shape
-    targets = torch.nn.functional.one_hot(targets, len(classes)).double()
-    if n < width:
-        eigenvalues, directions = torch.linalg.eigh(rows @ rows.T)
-        squares = (targets.T @ directions).square()
+    classes, labels = labels.unique(return_inverse=True)
+    if len(rows) < rows.shape[1]:
+        targets = torch.nn.functional.one_hot(labels).T.double()
+        eigenvalues, squares = _spectrum(gram(rows.T), targets)
     else:
-        eigenvalues, squares = _decomposed(rows.T @ rows, targets.T @ rows)
-    return _logme(eigenvalues, squares, targets.sum(0), width)
+        total = rows.new_zeros(len(classes), rows.shape[1]).index_add_(0, labels, rows)
+        eigenvalues, squares = _spectrum(gram(rows), total)
+        squares /= eigenvalues
+    return _logme(eigenvalues, squares, labels.bincount().double(), rows.shape[1])
 
 
 class LogME(MomentMetric):
@@ -96,14 +98,25 @@ class LogME(MomentMetric):
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         present = sums["count"] > 0
-        eigenvalues, squares = _decomposed(sums["gram"], sums["total"][present])
-        return _logme(eigenvalues, squares, sums["count"][present], len(sums["gram"]))
+        eigenvalues, squares = _spectrum(sums["gram"], sums["total"][present])
+        return _logme(eigenvalues, squares / eigenvalues, sums["count"][present], len(sums["gram"]))
 
 
-def _decomposed(gram: torch.Tensor, projections: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues of F'F (D), and the squared coordinates of K targets (K x D) from their F'y."""
-    eigenvalues, directions = torch.linalg.eigh(gram)
-    return eigenvalues, (projections @ directions).square() / eigenvalues
+def _spectrum(matrix: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues of a symmetric matrix (D), and squared coordinates of K vectors along its eigenvectors (K x D).
+
+    The vectors are turned into the basis in which the matrix is tridiagonal: to turn D eigenvectors back from there is
+    half of the work of `torch.linalg.eigh`.
+    """
+    if len(matrix) == 1:
+        return matrix[0], vectors.square()
+    symmetric, turned = matrix.cpu().numpy(), vectors.T.cpu().numpy().copy(order="F")
+    size = int(lapack.dsytrd_lwork(len(matrix), lower=1)[0])
+    reflectors, diagonal, beside, scales, _ = lapack.dsytrd(symmetric, lower=1, lwork=size)
+    turned[1:] = lapack.dormqr("L", "T", reflectors[1:, :-1], scales, turned[1:], 64 * len(matrix))[0]
+    eigenvalues, directions = eigh_tridiagonal(diagonal, beside)
+    squares = (turned.T @ directions) ** 2
+    return torch.from_numpy(eigenvalues).to(matrix.device), torch.from_numpy(squares).to(matrix.device)
 
 
 def _logme(eigenvalues: torch.Tensor, squares: torch.Tensor, count: torch.Tensor, width: int) -> torch.Tensor:

@@ -7,12 +7,12 @@ With class means m_c, priors P_c = N_c / N and the covariance within the classes
     p(c | x) = \mathrm{softmax}_c\left(m_c' \Sigma^{-1} x - \tfrac12 m_c' \Sigma^{-1} m_c + \ln P_c\right), \quad
     \lambda = \max(e^{-5 \sigma_{\max}(S)}, 10^{-10})
 
-Every sample x of class y is then mixed with the mean of the other classes' means, by the share p that the softmax of its
-posteriors gives y: ``p x + (1 - p) mean_{c != y} m_c``. A second discriminant, of the mixed samples with the same
+Every sample x of class y is then mixed with the mean of the other classes' means, by the share p that the softmax of
+its posteriors gives y: ``p x + (1 - p) mean_{c != y} m_c``. A second discriminant, of the mixed samples with the same
 lambda, is the judge: the score is the mean posterior of the true class.
 
 The samples are looked at four times (means, covariance, covariance of the mixed samples, posteriors), block by block.
-The streaming class asks the network only once and puts the samples aside in a `PredictionSpool`, which moves to disk.
+The streaming class asks the network once and puts the samples aside in a `PredictionSpool`, which moves to disk.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.linalg import blas, cho_factor, cho_solve
 
 from medtl_ext._validation import InputError
 from medtl_ext.metrics._spool import PredictionSpool
@@ -33,8 +34,11 @@ from medtl_ext.metrics.features import SampleMetric, Samples, SampleStore, check
 # Samples, labels and the index of each sample's patient.
 Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# Rows of a block: enough for a matrix product, few enough for the cache.
-BLOCK = 2**13
+# Adds named sums up over all processes.
+Reduction = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+# Rows of a block: enough for a product of matrices, few enough for the cache.
+BLOCK = 2**11
 
 LEAST_SHRINKAGE = 1e-10
 
@@ -60,20 +64,24 @@ def compute_sfda(features: Any, target_labels: Any, *, ignore_index: int | None 
     Example:
         >>> features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [3.0, 1.0], [3.0, -1.0], [1.6, 0.0]])
         >>> compute_sfda(features, torch.tensor([0, 0, 1, 1, 0]))
-        tensor(0.9, dtype=torch.float64)
+        tensor(0.8158, dtype=torch.float64)
 
     Reference: Shao et al., *Not all models are equal: predicting model transferability in a self-challenging Fisher
-    space*, ECCV 2022, eqs. 3-9. The largest eigenvalue in lambda is what six steps of a power iteration from the row sums
-    of S make of it, as in the authors' code (the exact one moves the score by up to 1e-3 where variances are
-    below 5); where the row sums vanish, as for probabilities, it is exact. Inverting by a Cholesky factor gives the same
-    posteriors as the authors' eigenvectors.
+    space*, ECCV 2022, eqs. 3-9. The largest eigenvalue in lambda is what six steps of a power iteration from the row
+    sums of S make of it, as in the authors' code (the exact one moves the score by up to 1e-3 where variances are below
+    5); where the row sums vanish, as they do for probabilities, it is exact. A Cholesky factor in place of the authors'
+    eigenvectors gives the same posteriors.
     """
     rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)
-    classes, labels, count = labels.unique(return_inverse=True, return_counts=True)
-    centred = rows - rows.mean(0)
-    parts = [part.split(BLOCK) for part in (centred, labels, torch.zeros_like(labels))]
-    sums = _posterior_sums(lambda: zip(*parts, strict=True), count.double(), n_owners=1, reduce=dict)
-    return sums[0, 0] / sums[0, 1]
+    classes, labels = labels.unique(return_inverse=True)
+    centre = rows.mean(0)
+
+    def centred() -> Iterator[Block]:
+        for part, own in zip(rows.split(BLOCK), labels.split(BLOCK), strict=True):
+            yield part - centre, own, torch.zeros_like(own)
+
+    posterior, count = _posterior_sums(centred, len(classes), n_owners=1, reduce=dict)[0]
+    return posterior / count
 
 
 class SFDA(SampleMetric):
@@ -88,7 +96,7 @@ class SFDA(SampleMetric):
     >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, -1.0], [3.0, 1.0]]), torch.tensor([0, 0, 1]))
     >>> metric.update(torch.tensor([[3.0, -1.0], [1.6, 0.0]]), torch.tensor([1, 0]))
     >>> metric.compute()
-    tensor(0.9, dtype=torch.float64)
+    tensor(0.8158, dtype=torch.float64)
     """
 
     @property
@@ -149,8 +157,12 @@ class SFDA(SampleMetric):
             if state["drawn"] > 0:  # every process then has the samples of all
                 store, reduce = _SpooledStore(None, self.seed), dict
                 store.add(*self.samples())
-            self._result = store.posterior_sums(reduce, owner=type(self).__name__)
-        return dict(sorted(self._result.items()))
+            self._result = store.posterior_sums(reduce)
+        if not self._result:
+            raise InputError(
+                "SFDA has seen no sample; call update() before compute(), or look for an empty data loader."
+            )
+        return self._result
 
 
 class _SpooledStore(SampleStore):
@@ -185,7 +197,34 @@ class _SpooledStore(SampleStore):
             for rows, labels, owners in zip(*(part.split(BLOCK) for part in batch), strict=True):
                 yield rows.to(self._device), labels.to(self._device).long(), owners.to(self._device).long()
 
+    def posterior_sums(self, reduce: Reduction) -> dict[str, torch.Tensor]:
+        """`_posterior_sums` of each patient by name, over all processes; none without samples."""
+        n_classes = len(reduce({"classes": torch.ones(self.n_classes)})["classes"])
+        means = reduce(self._class_sums(n_classes))
+        if not means:
+            return {}
+        present = means["count"] > 0
+        centre, position = means["total"].sum(0) / means["count"].sum(), present.cumsum(0) - 1
+
+        def centred() -> Iterator[Block]:
+            for rows, labels, owners in self.blocks():
+                yield rows.double() - centre, position[labels], owners
+
+        sums = _posterior_sums(centred, int(present.sum()), len(self.names), reduce)
+        return dict(sorted(reduce({str(name): row for name, row in zip(self.names, sums, strict=True)}).items()))
+
+    def _class_sums(self, n_classes: int) -> dict[str, torch.Tensor]:
+        sums: dict[str, torch.Tensor] = {}
+        for rows, labels, _ in self.blocks():
+            if not sums:
+                total = rows.new_zeros(n_classes, rows.shape[1], dtype=torch.float64)
+                sums = {"count": total.new_zeros(n_classes), "total": total}
+            sums["count"] += torch.bincount(labels, minlength=n_classes)
+            sums["total"].index_add_(0, labels, rows.double())
+        return sums
+
     def merge(self, other: SampleStore) -> None:
+        self.limit = self.limit or other.limit
         super().merge(other)
         for rows, labels, owners in list(other.blocks()) if other is self else other.blocks():
             self.add(rows, labels, owners, list(other.names))
@@ -199,60 +238,66 @@ class _SpooledStore(SampleStore):
 
 
 def _posterior_sums(
-    blocks: Callable[[], Iterable[Block]],
-    count: torch.Tensor,
-    n_owners: int,
-    reduce: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    blocks: Callable[[], Iterable[Block]], n_classes: int, n_owners: int, reduce: Reduction
 ) -> torch.Tensor:
     """Sum of the second discriminant's posteriors of the true class and number of samples, for each patient.
 
     Args:
         blocks: gives this process's samples, centred, with labels 0 to K - 1, every time it is called.
-        count: how many samples each of the K classes has, in all processes.
+        n_classes: K; all of them have samples in some process.
         n_owners: how many patients this process has samples of.
-        reduce: adds named sums up over all processes.
+        reduce: see `Reduction`.
     """
-    if count.sum() < 2:
-        raise InputError(f"features holds {int(count.sum())} sample(s); expected at least 2.")
-    if len(count) == 1:
+    sums = reduce(_sums(blocks(), n_classes))
+    if (n := int(sums["count"].sum())) < 2:
+        raise InputError(f"features holds {n} sample(s); expected at least 2.")
+    if n_classes == 1:
         warnings.warn(
             "target_labels holds one class only, so SFDA is 1, its best value, and says nothing about transfer.",
             UserWarning,
             stacklevel=3,
         )
-    first = _Discriminant(count, **reduce(_sums(blocks(), len(count))))
-    others = (first.means.sum(0) - first.means) / max(len(count) - 1, 1)
+    first = _Discriminant(**sums)
+    others = (first.means.sum(0) - first.means) / max(n_classes - 1, 1)
+
+    shares = []
 
     def mixed() -> Iterator[Block]:
         for rows, labels, owners in blocks():
-            share = first.scores(rows).softmax(1).softmax(1).gather(1, labels[:, None])
-            yield torch.lerp(others[labels], rows, share), labels, owners
+            shares.append(first.scores(rows).softmax(1).softmax(1).gather(1, labels[:, None]))
+            yield others[labels].lerp_(rows, shares[-1]), labels, owners
 
-    second = _Discriminant(count, **reduce(_sums(mixed(), len(count))), shrinkage=first.shrinkage)
-    result = count.new_zeros(n_owners, 2)
-    for rows, labels, owners in mixed():
-        posterior = second.scores(rows).softmax(1).gather(1, labels[:, None])
+    second = _Discriminant(**reduce(_sums(mixed(), n_classes)), shrinkage=first.shrinkage)
+    result = first.means.new_zeros(n_owners, 2)
+    # Scores are linear, so that those of a mixture are the mixture of scores.
+    for (rows, labels, owners), share in zip(blocks(), shares, strict=True):
+        scores = torch.lerp(second.scores(others)[labels], second.scores(rows), share)
+        posterior = scores.softmax(1).gather(1, labels[:, None])
         result.index_add_(0, owners, torch.cat([posterior, torch.ones_like(posterior)], 1))
     return result
 
 
 def _sums(blocks: Iterable[Block], n_classes: int) -> dict[str, torch.Tensor]:
-    """Sums of x by class and of x x' over all; none without samples."""
+    """Number of samples and sum of x by class, and sum of x x' over all; none without samples."""
     sums: dict[str, torch.Tensor] = {}
     for rows, labels, _ in blocks:
-        gram = _gram(rows)
         if not sums:
-            sums = {"total": rows.new_zeros(n_classes, rows.shape[1]), "gram": torch.zeros_like(gram)}
+            total = rows.new_zeros(n_classes, rows.shape[1])
+            sums = {"count": total.new_zeros(n_classes), "total": total, "gram": rows.new_zeros(2 * rows.shape[1:])}
+        sums["count"] += torch.bincount(labels, minlength=n_classes)
         sums["total"].index_add_(0, labels, rows)
-        sums["gram"] += gram
+        _add_gram(sums["gram"], rows)
+    if sums:
+        sums["gram"] = sums["gram"].tril() + sums["gram"].tril(-1).T
     return sums
 
 
-def _gram(rows: torch.Tensor) -> torch.Tensor:
+def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add the sum of x x' over the rows x to the lower triangle of a D x D total, in place."""
     if rows.is_cuda:
-        return rows.T @ rows
-    array = rows.numpy()
-    return torch.from_numpy(array.T @ array)  # numpy sees that it is symmetric, and computes half of it
+        total.addmm_(rows.T, rows)
+    else:  # half of the work of a product of two matrices; BLAS counts columns first, hence upper for lower
+        blas.dsyrk(1.0, rows.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=True)
 
 
 class _Discriminant:
@@ -274,7 +319,9 @@ class _Discriminant:
         ridge = torch.maximum(self.shrinkage * within.trace() / width, 16 * EPSILON * gram.trace() / n)
         shrunk = (1 - self.shrinkage) * within
         shrunk.diagonal().add_(torch.where(ridge > 0, ridge, 1))
-        self.weights = torch.cholesky_solve(self.means.T, torch.linalg.cholesky(shrunk))
+        factor = cho_factor(shrunk.cpu().numpy(), check_finite=False)
+        weights = cho_solve(factor, self.means.T.cpu().numpy(), check_finite=False)
+        self.weights = torch.from_numpy(weights).to(gram.device)
         self.offsets = (count / n).log() - (self.means * self.weights.T).sum(1) / 2
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from medtl_ext._validation import InputError
-from medtl_ext.metrics.features import MomentMetric, check_features
+from medtl_ext.metrics.features import MomentMetric, check_features, gram
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -55,10 +55,10 @@ def compute_transrate(
     rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)
     rows = rows - rows[0]  # makes constant features exactly zero
     rows.sub_(rows.mean(0))
-    _warn_about(labels.unique(), rows.square().sum())
-    # With few samples of a class the N_c x N_c matrix is the smaller one, with the same determinant.
-    rates = [_rate(rows[labels == label], eps) for label in labels.unique()]
-    return _rate(rows, eps) - torch.stack(rates).mean()
+    classes = labels.unique()
+    if _says_nothing(len(classes), constant=not bool(rows.any())):
+        return rows.new_zeros(())
+    return _rate(rows, eps) - torch.stack([_rate(rows[labels == label], eps) for label in classes]).mean()
 
 
 class TransRate(MomentMetric):
@@ -90,18 +90,17 @@ class TransRate(MomentMetric):
         n = count.sum()
         if n < 2:
             raise InputError(f"features holds {int(n)} sample(s); expected at least 2.")
-        mean = total.sum(0) / n
-        # Each class about the mean of all: G - m t' - t m' + N_c m m', with t the sum over the class.
-        cross = mean[:, None] * (total - count[:, None] * mean / 2)[:, None]
-        scatters = grams - cross - cross.mT
-        variance = scatters.diagonal(dim1=1, dim2=2).sum()
-        noise = 1e-14 * grams.diagonal(dim1=1, dim2=2).sum()
-        _warn_about(count, variance * (variance > noise))
-        if variance <= noise:
+        mean, overall, rates = total.sum(0) / n, torch.zeros_like(grams[0]), []
+        for size, part, square in zip(count, total, grams, strict=True):
+            # About the mean of all: G - m t' - t m' + N_c m m', with t the sum over the class.
+            cross = torch.outer(mean, part - size * mean / 2)
+            scatter = square - cross - cross.T
+            rates.append(_log_determinant(scatter / (size * self.eps)) / 2)
+            overall += scatter
+        squares = grams.diagonal(dim1=1, dim2=2).sum()
+        if _says_nothing(len(count), constant=bool(overall.trace() <= 1e-14 * squares)):
             return n.new_zeros(())
-        covariances = torch.cat([scatters.sum(0, keepdim=True) / n, scatters / count[:, None, None]])
-        rates = _log_determinants(covariances / self.eps) / 2
-        return rates[0] - rates[1:].mean()
+        return _log_determinant(overall / (n * self.eps)) / 2 - torch.stack(rates).mean()
 
 
 def _require_eps(eps: float) -> float:
@@ -110,37 +109,30 @@ def _require_eps(eps: float) -> float:
     return eps
 
 
-def _warn_about(classes: torch.Tensor, variance: torch.Tensor) -> None:
-    found = {"target_labels holds one class only": len(classes) == 1, "features are constant": variance == 0}
-    for what, is_so in found.items():
-        if is_so:
-            warnings.warn(f"{what}, so TransRate is 0 and says nothing about transfer.", UserWarning, stacklevel=3)
+def _says_nothing(n_classes: int, *, constant: bool) -> bool:
+    """Warn and return True where the score is 0 whatever the network."""
+    if n_classes > 1 and not constant:
+        return False
+    what = "features are constant" if constant else "target_labels holds one class only"
+    warnings.warn(f"{what}, so TransRate is 0 and says nothing about transfer.", UserWarning, stacklevel=3)
+    return True
 
 
 def _rate(rows: torch.Tensor, eps: float) -> torch.Tensor:
-    n, width = rows.shape
-    gram = rows @ rows.T if n < width else rows.T @ rows
-    return _log_determinants(gram[None] / (n * eps)).squeeze(0) / 2
+    # With few samples the N x N matrix is the smaller one, with the same determinant.
+    square = gram(rows.T if len(rows) < rows.shape[1] else rows)
+    return _log_determinant(square / (len(rows) * eps)) / 2
 
 
-def _log_determinants(matrices: torch.Tensor) -> torch.Tensor:
-    """``ln det(I + A)`` for B x D x D positive semi-definite matrices A.
+def _log_determinant(matrix: torch.Tensor) -> torch.Tensor:
+    """``ln det(I + A)`` of a positive semi-definite matrix A.
 
-    Eigenvalues of A that are all rounding are zero. In a large matrix they may outweigh I: Cholesky factors, in a third
-    of the time of eigenvalues, serve only where there are none, of which other Cholesky factors are the proof.
+    Eigenvalues of A that are all rounding are zero. In a large matrix they may outweigh I: a Cholesky factor, in a
+    third of the time of eigenvalues, serves only where there are none, of which another Cholesky factor is the proof.
     """
-    noise = matrices.shape[-1] * EPSILON * torch.linalg.matrix_norm(matrices)
-    solid = noise < 1e-7
-    if not bool(solid.all()):
-        lowered = matrices[~solid]
-        lowered.diagonal(dim1=1, dim2=2).sub_(noise[~solid, None])
-        solid[~solid] = torch.linalg.cholesky_ex(lowered).info == 0
-    values = torch.empty_like(noise)
-    if bool(solid.any()):
-        factors = matrices[solid]
-        factors.diagonal(dim1=1, dim2=2).add_(1)
-        values[solid] = 2 * torch.linalg.cholesky(factors).diagonal(dim1=1, dim2=2).log().sum(1)
-    if not bool(solid.all()):
-        eigenvalues = torch.linalg.eigvalsh(matrices[~solid])
-        values[~solid] = torch.log1p(torch.where(eigenvalues > noise[~solid, None], eigenvalues, 0)).sum(1)
-    return values
+    noise = len(matrix) * EPSILON * matrix.norm()
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    if noise < 1e-7 or torch.linalg.cholesky_ex(matrix - noise * identity).info == 0:
+        return 2 * torch.linalg.cholesky(matrix + identity).diagonal().log().sum()
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    return torch.log1p(eigenvalues[eigenvalues > noise]).sum()

@@ -120,7 +120,7 @@ def label_transport(plan: Any, source_labels: Any, target_labels: Any) -> torch.
     """
     plan = as_plain_tensor("plan", plan).double()
     if plan.ndim != 2 or plan.numel() == 0:
-        raise InputError(f"plan has shape {tuple(plan.shape)}; expected N x M, one row for each source sample.")
+        raise InputError(f"plan is not a transport plan: its shape is {tuple(plan.shape)}; expected N x M.")
     source = check_labels("source_labels", source_labels).flatten().to(plan.device)
     target = check_labels("target_labels", target_labels).flatten().to(plan.device)
     if (len(source), len(target)) != tuple(plan.shape):

@@ -42,6 +42,7 @@ HOW_NOT_WHAT = frozenset(
         "output_dir",
         "source_dir",
         "audit",
+        "settle",
         "figures",
         "progress",
         "check_data",

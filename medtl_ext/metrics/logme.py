@@ -35,7 +35,8 @@ MAX_ITERATIONS = 100
 # Where the iteration hardly slows down on its way, Newton's step is a wild guess: bounds to the guess.
 LEAST_SLOPE, LONGEST_STEP = 0.02, 3.0
 
-# Least squared error of a 0/1 target: the evidence of perfectly separable classes has no upper bound otherwise.
+# Least squared error of a 0/1 target, unless the features have as many dimensions as there are samples: the evidence of
+# targets that are linear functions of fewer features has no upper bound otherwise.
 LEAST_ERROR = 1e-5
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -66,9 +67,9 @@ def compute_logme(features: Any, target_labels: Any, *, ignore_index: int | None
     Reference: You et al., *LogME: practical assessment of pre-trained models for transfer learning*, ICML 2021,
     algorithm 1, from alpha = beta = 1 for features of mean square 1, and so at any scale. The iteration is accelerated,
     and goes on to its limit. With D > N the factor ``alpha ** (D - N)`` of the evidence has to be there; it cancels in
-    the form above (a public version leaves it out: issue 23 of the authors' repository). A squared error below 1e-5
-    counts as 1e-5, where the authors' code adds 1e-5 to it, and to the squared norm of the weights, which has the
-    features' scale and is left alone here.
+    the form above (a public version leaves it out: issue 23 of the authors' repository). The authors' code adds 1e-5 to
+    the squared error, and to the squared norm of the weights, which has the features' scale. Here a squared error below
+    1e-5 counts as 1e-5, and only where the evidence has no upper bound: a rank below N, and a perfect fit.
     """
     rows, labels = check_features(features, target_labels, ignore_index=ignore_index)
     classes, labels = labels.unique(return_inverse=True)
@@ -142,17 +143,19 @@ class _Evidence:
 
     def __init__(self, eigenvalues: torch.Tensor, squares: torch.Tensor, count: torch.Tensor) -> None:
         self.eigenvalues, self.squares, self.n = eigenvalues, squares, count.sum()
-        self.outside = (count - squares.sum(1)).clamp(min=0)
+        full = len(eigenvalues) >= self.n  # every target is a linear function of the features, which is no merit
+        self.outside = torch.zeros_like(count) if full else (count - squares.sum(1)).clamp(min=0)
+        self.least_error = torch.finfo(count.dtype).tiny if full else LEAST_ERROR
 
     def maximum(self) -> torch.Tensor:
         """The maximum that the fixed point iteration climbs to from t = 1, found by Newton's method."""
         u = torch.zeros_like(self.outside)
         if len(self.eigenvalues):
-            # A target without any correlation to the features has its maximum at infinity.
-            highest = (self.eigenvalues[-1] / EPSILON).log()
+            # Where the maximum is at infinity (no correlation to the features) or zero (no noise), this is close enough.
+            highest, lowest = (self.eigenvalues[-1] / EPSILON).log(), (self.eigenvalues[0] * EPSILON).log()
             for _ in range(MAX_ITERATIONS):
                 step = self._step(u)
-                previous, u = u, (u + step).clamp(max=highest)
+                previous, u = u, (u + step).clamp(lowest, highest)
                 if bool(((u - previous).abs() <= TOLERANCE).all()):
                     break
         ratio = u.exp()[:, None]
@@ -164,7 +167,7 @@ class _Evidence:
         """Squared error of the model, and squared norm of its weights."""
         error = (self.squares * (ratio / (self.eigenvalues + ratio)).square()).sum(1) + self.outside
         norm = (self.squares * self.eigenvalues / (self.eigenvalues + ratio).square()).sum(1)
-        return error.clamp(min=LEAST_ERROR), norm
+        return error.clamp(min=self.least_error), norm
 
     def _step(self, u: torch.Tensor) -> torch.Tensor:
         ratio = u.exp()[:, None]
@@ -177,6 +180,6 @@ class _Evidence:
         error_slope = 2 * (self.squares * used * unused.square()).sum(1) / error
         norm_slope = 2 * (self.squares * used.square() * unused / self.eigenvalues).sum(1) / norm
         slope = norm_slope - 1 - (used * unused).sum(1) * (1 / gamma + 1 / rest)
-        slope = slope + torch.where(error > LEAST_ERROR, error_slope, 0)
+        slope = slope + torch.where(error > self.least_error, error_slope, 0)
         longest = far.abs().clamp(min=LONGEST_STEP)
         return (far / (-slope).clamp(min=LEAST_SLOPE)).clamp(-longest, longest)

@@ -183,8 +183,8 @@ class ResumableCheckpoint:
                 f"{self.last} is of another run ({str(error).splitlines()[0]}); give another --output_dir."
             ) from error
         self.best, self.best_epoch = state["best"], state["best_epoch"]
-        if self.best_epoch == state["epoch"] and idist.get_rank() == 0:  # killed, perhaps, before model.pt was written
-            self._save_network()
+        if self.best_epoch == state["epoch"] and idist.get_rank() == 0 and not self._network_is_saved():
+            self._save_network()  # the run was killed after last.pt, before model.pt
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         if engine.state.epoch < engine.state.max_epochs:
@@ -205,6 +205,14 @@ class ResumableCheckpoint:
         _save(state | {"epoch": epoch, "best": self.best, "best_epoch": self.best_epoch}, self.last)
         if better:
             self._save_network()
+
+    def _network_is_saved(self) -> bool:
+        path = self.folder / "model.pt"
+        if not path.is_file():
+            return False
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state = _unwrapped(self.save_dict["network"]).state_dict()
+        return saved.keys() == state.keys() and all(torch.equal(saved[name], state[name].cpu()) for name in state)
 
     def _save_network(self) -> None:
         state = _unwrapped(self.save_dict["network"]).state_dict()

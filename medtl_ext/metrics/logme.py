@@ -151,7 +151,7 @@ class _Evidence:
         """The maximum that the fixed point iteration climbs to from t = 1, found by Newton's method."""
         u = torch.zeros_like(self.outside)
         if len(self.eigenvalues):
-            # Where the maximum is at infinity (no correlation to the features) or zero (no noise), this is close enough.
+            # A maximum at infinity (no correlation to the features) or at zero (no noise) need not be gone to.
             highest, lowest = (self.eigenvalues[-1] / EPSILON).log(), (self.eigenvalues[0] * EPSILON).log()
             for _ in range(MAX_ITERATIONS):
                 step = self._step(u)

@@ -312,7 +312,7 @@ class _Discriminant:
         self, count: torch.Tensor, total: torch.Tensor, gram: torch.Tensor, shrinkage: torch.Tensor | None = None
     ) -> None:
         n, width = count.sum(), len(gram)
-        self.means = total / count[:, None]
+        mean, self.means = total.sum(0) / n, total / count[:, None]
         within = (gram - self.means.T @ total) / n
         self.shrinkage = _shrinkage(within) if shrinkage is None else shrinkage
         # Where every class is constant there is no variance within: a ridge above the rounding then keeps the inverse.
@@ -320,9 +320,11 @@ class _Discriminant:
         shrunk = (1 - self.shrinkage) * within
         shrunk.diagonal().add_(torch.where(ridge > 0, ridge, 1))
         factor = cho_factor(shrunk.cpu().numpy(), check_finite=False)
-        weights = cho_solve(factor, self.means.T.cpu().numpy(), check_finite=False)
+        # A shift changes no posterior, and about the mean there is less to cancel.
+        centred = self.means - mean
+        weights = cho_solve(factor, centred.T.cpu().numpy(), check_finite=False)
         self.weights = torch.from_numpy(weights).to(gram.device)
-        self.offsets = (count / n).log() - (self.means * self.weights.T).sum(1) / 2
+        self.offsets = (count / n).log() - (centred * self.weights.T).sum(1) / 2 - mean @ self.weights
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """M x K, the logarithms of the posteriors of M x D samples, up to a constant for each sample."""

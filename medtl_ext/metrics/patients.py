@@ -49,7 +49,7 @@ class PatientScores(FeatureMetric):
     >>> scores.patients
     ('a', 'b', 'c')
     >>> scores.compute()
-    {'gbc': tensor(-0.3186, dtype=torch.float64)}
+    {'gbc': tensor(-0.4796, dtype=torch.float64)}
     >>> scores.resampled([[1, 1, 1], [2, 1, 0]])["gbc"].shape
     torch.Size([2])
     """

@@ -38,7 +38,7 @@ Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Reduction = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 # Rows of a block: enough for a product of matrices, few enough for the cache.
-BLOCK = 2**11
+BLOCK = 2**10
 
 LEAST_SHRINKAGE = 1e-10
 
@@ -288,16 +288,16 @@ def _sums(blocks: Iterable[Block], n_classes: int) -> dict[str, torch.Tensor]:
         sums["total"].index_add_(0, labels, rows)
         _add_gram(sums["gram"], rows)
     if sums:
-        sums["gram"] = sums["gram"].tril() + sums["gram"].tril(-1).T
+        sums["gram"] = sums["gram"].triu() + sums["gram"].triu(1).T
     return sums
 
 
 def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add the sum of x x' over the rows x to the lower triangle of a D x D total, in place."""
+    """Add the sum of x x' over the rows x to the upper triangle of a D x D total, in place."""
     if rows.is_cuda:
         total.addmm_(rows.T, rows)
-    else:  # half of the work of a product of two matrices; BLAS counts columns first, hence upper for lower
-        blas.dsyrk(1.0, rows.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=True)
+    else:  # half of the work of a product of two matrices; BLAS counts columns first, hence lower for upper
+        blas.dsyrk(1.0, rows.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=True, lower=True)
 
 
 class _Discriminant:
@@ -328,7 +328,7 @@ class _Discriminant:
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """M x K, the logarithms of the posteriors of M x D samples, up to a constant for each sample."""
-        return torch.addmm(self.offsets, rows, self.weights)
+        return rows @ self.weights + self.offsets
 
 
 def _shrinkage(within: torch.Tensor) -> torch.Tensor:

@@ -122,8 +122,9 @@ def pairwise_ssim(
             N - 1, as SeqTran's code does; 0 divides them by N.
 
     Returns:
-        Na x Nb, float64, higher is more alike; about 0 or a little less for labels that exclude each other, and 1 for
-        two empty volumes. In the global form the similarity v of a volume with itself is not 1 but
+        Na x Nb, float64, > -1, higher is more alike; 1 for two empty volumes. With k1 = k2 = 0.3 labels that fill
+        little of their volume are all alike, wherever they lie: lesion maps of 0.02 % and of 0.7 % of the voxels have
+        0.93. In the global form the similarity v of a volume with itself is not 1 but
         ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, s being its variance, so 1 <= v <= 1 + 1 / (N - 1). It is 1 with
         ``covariance_ddof=0`` or windows. The same pair gives the same value in either order.
 

@@ -209,6 +209,19 @@ class TestInvariants:
         scores = [compute_h_score(features[:, :width], labels).item() for width in range(1, 9)]
         assert scores == sorted(scores)
 
+    @pytest.mark.parametrize(("share", "kept"), [(2e-7, False), (5e-6, True)])
+    @pytest.mark.parametrize("width", [2, 4])
+    def test_directions_of_little_variance(self, width, share, kept):
+        # The last feature tells the classes, but has this share of the others' variance.
+        labels = torch.arange(400) % 2
+        features = torch.randn(400, width, dtype=torch.float64)
+        features = features / features.std(0)
+        features[:, -1] = share**0.5 * (2.0 * labels - 1)
+        expected = 1 if kept else correlated(features[:, :-1], labels)
+        assert compute_h_score(features, labels).item() == pytest.approx(expected, abs=1e-4)
+        h_map = compute_h_score_map(features[..., None], labels[:, None])
+        assert h_map.item() == pytest.approx(expected, abs=1e-4)
+
     def test_a_grid_of_one_pixel_is_the_score(self):
         features, labels = draw((1,), n=40)
         h_map = compute_h_score_map(features, labels)

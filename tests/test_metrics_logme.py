@@ -102,6 +102,15 @@ class TestInvariants:
         assert compute_logme(features * scale, labels).item() == pytest.approx(expected, abs=1e-7)
         assert streamed(LogME(), features * scale, labels, n // 2).item() == pytest.approx(expected, abs=1e-7)
 
+    def test_scale_where_the_evidence_has_several_maxima(self):
+        # From far away the iteration would climb another one than from near by.
+        for _ in range(30):
+            features, labels = draw(n=12, width=12, signal=0)
+            features = features * torch.randn(12).mul(1.5).exp()
+            expected = compute_logme(features, labels).item()
+            for scale in (1e8, 1e-8):
+                assert compute_logme(features * scale, labels).item() == pytest.approx(expected, abs=1e-7)
+
     def test_rotation_and_more_features_of_zeros(self):
         features, labels = draw()
         expected = compute_logme(features, labels).item()

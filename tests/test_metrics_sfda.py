@@ -183,6 +183,13 @@ class TestPatients:
         metric.update(features[:1] + 9, labels[:1], ["dan"])
         assert metric.patients == ("ann", "bob", "cid", "dan")
         assert metric.resampled([1, 0, 0, 0]) != before
+        other = SFDA()
+        other.update(features[:1] - 9, labels[:1], ["eve"])
+        metric.merge(other)
+        assert metric.patients == ("ann", "bob", "cid", "dan", "eve")
+        metric.reset()
+        with pytest.raises(InputError, match="has seen no sample"):
+            metric.resampled([1])
 
     @pytest.mark.parametrize("counts", [[1, 1], [1, -1, 1], [0, 0, 0], [0.5, 1, 1]], ids=str)
     def test_bad_counts(self, counts):

@@ -250,7 +250,7 @@ def _ranking_table(
         status.append("ranked" if source in set(ranking.table["source"]) else "dropped")
         if np.isnan(table.loc[source, metric] if metric in table else 0.0):
             note = f"{why_no_score(metric, observed.seen[source])}; {note}"
-        reason.append(note if filtered == "kept" else f"ranked whatever the tags; {note}")
+        reason.append(note if filtered == "kept" else f"all are ranked; PriorSel's filters would say: {note}")
     table.insert(0, "status", status)
     table.insert(1, "reason", reason)
     table = table.sort_values("rank", kind="stable", na_position="last").drop(columns="left_out")

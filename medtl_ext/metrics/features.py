@@ -368,7 +368,8 @@ class SampleStore:
             self._keep((names[owner], label), rows[(owners == owner) & (labels == label)])
 
     def merge(self, other: SampleStore) -> None:
-        """Add all samples of another store."""
+        """Add all samples of another store, which may know already that features lie on a grid."""
+        self.limit = self.limit or other.limit
         for stratum, parts in other._kept.items():
             for rows in list(parts):
                 self._keep(stratum, rows)
@@ -459,7 +460,8 @@ def _checked(features: Any, target_labels: Any, ignore_index: int | None) -> tup
         raise InputError("features is complex; expected real numbers.")
     if not features.is_floating_point():
         features = features.double()
-    if not bool(torch.isfinite(features).all()):
+    # aminmax hands NaN on, and asks for the data once.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(features))).all()):
         raise InputError("features holds NaN or Inf; look for a diverged network or a float16 overflow.")
     labels = check_labels("target_labels", target_labels, ignore_index=ignore_index)
     grid = tuple(features.shape[2:])

@@ -49,7 +49,7 @@ def compute_gbc(
         >>> compute_gbc(features, torch.tensor([0, 0, 1, 1]))
         tensor(-0.2108, dtype=torch.float64)
 
-    Reference: Pándy et al., *Transferability estimation using Bhattacharyya class separability*, CVPR 2022, eqs. 2-4.
+    Reference: Pándy et al., *Transferability estimation using Bhattacharyya class separability*, CVPR 2022.
     Variances divide by the number of samples and are at least 1e-4 in every feature (a class of one sample has that);
     features whose deviations are around 0.01 or less should be scaled up. A public version has the logarithm of the
     spherical variances once, where the determinant has it D times.

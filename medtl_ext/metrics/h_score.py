@@ -1,7 +1,7 @@
 r"""H-score: how far apart the classes lie in feature space, as one number and at every pixel of a grid.
 
 With f the features and g the mean feature of each sample's class (Bao et al., *An information-theoretic approach to
-transferability in task transfer learning*, ICIP 2019, definition 2):
+transferability in task transfer learning*, ICIP 2019):
 
 .. math::
     H = \mathrm{tr}\left(\mathrm{cov}(f)^{+}\, \mathrm{cov}(g)\right)

@@ -67,7 +67,7 @@ def compute_sfda(features: Any, target_labels: Any, *, ignore_index: int | None 
         tensor(0.8158, dtype=torch.float64)
 
     Reference: Shao et al., *Not all models are equal: predicting model transferability in a self-challenging Fisher
-    space*, ECCV 2022, eqs. 3-9. The largest eigenvalue in lambda is what six steps of a power iteration from the row
+    space*, ECCV 2022. The largest eigenvalue in lambda is what six steps of a power iteration from the row
     sums of S make of it, as in the authors' code (the exact one moves the score by up to 1e-3 where variances are below
     5); where the row sums vanish, as they do for probabilities, it is exact. A Cholesky factor in place of the authors'
     eigenvectors gives the same posteriors.
@@ -87,7 +87,8 @@ def compute_sfda(features: Any, target_labels: Any, *, ignore_index: int | None 
 class SFDA(SampleMetric):
     """`compute_sfda` over batches: ``compute()`` returns a float64 scalar in [0, 1], higher is better.
 
-    Memory: D x D numbers, C x D, a block of samples, and 256 MiB of samples in their own dtype before they go to disk.
+    Memory: D x D numbers, C x D, a block of samples, 8 bytes for every sample, and 256 MiB of samples in their own
+    dtype before they go to disk.
 
     Args:
         options: see `FeatureMetric`; with ``pixels`` only the samples drawn count.

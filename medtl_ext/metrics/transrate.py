@@ -47,9 +47,8 @@ def compute_transrate(
         >>> compute_transrate(features, torch.tensor([0, 0, 1, 1]), eps=1.0)
         tensor(0., dtype=torch.float64)
 
-    Reference: Huang et al., *Frustratingly easy transferability estimation*, ICML 2022, eq. 4. There a class's rate
-    counts by its number of samples; the authors' code and Transfer-Learning-Library give every class the same
-    weight, and so does this.
+    Reference: Huang et al., *Frustratingly easy transferability estimation*, ICML 2022. As in Transfer-Learning-Library
+    every class counts the same; weighted by their numbers of samples the classes could not take the score below 0.
     """
     _require_eps(eps)
     rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)

@@ -31,8 +31,7 @@ from skimage.transform import resize
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
-from medtl_ext import affinity
-from medtl_ext.affinity import pairwise_ssim, pairwise_wasserstein
+from medtl_ext.affinity import images, pairwise_ssim, pairwise_wasserstein
 
 N = 20  # volumes a side
 SSIM_SPEED_UP = 50.0  # times the plain loop, at least
@@ -129,7 +128,7 @@ def wasserstein() -> bool:
     np.testing.assert_allclose(values.diagonal()[:pairs], expected, rtol=1e-3)
 
     plain = quickest(lambda: [plain_wasserstein(a[i], b[i]) for i in range(pairs)], 2) * N**2 / pairs
-    resized, spent = affinity._resized, 0.0
+    resized, spent = images._resized, 0.0
 
     def timed(*arguments: object) -> np.ndarray:
         nonlocal spent
@@ -138,9 +137,9 @@ def wasserstein() -> bool:
         spent += time.process_time() - start
         return result
 
-    affinity._resized = timed
+    images._resized = timed
     ours = seconds(lambda: pairwise_wasserstein(a, b))
-    affinity._resized = resized
+    images._resized = resized
     met = verdict(
         f"Wasserstein, {N} x {N} volumes of 128 x 160 x 128",
         ours,

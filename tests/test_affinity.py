@@ -16,7 +16,7 @@ from skimage.metrics import structural_similarity
 from skimage.transform import resize
 from sklearn.decomposition import PCA
 
-from medtl_ext import InputError, affinity
+from medtl_ext import InputError
 from medtl_ext.affinity import (
     PUBLISHED_WEIGHTS,
     SHAPE_DESCRIPTORS,
@@ -34,6 +34,8 @@ from medtl_ext.affinity import (
     task_affinity,
     task_context,
 )
+from medtl_ext.affinity.images import QUANTILES, _Components, _mass_quantiles
+from medtl_ext.affinity.labels import _overlaps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -106,7 +108,7 @@ class TestReferenceVectors:
         for i, j in ((0, 1), (0, 2), (1, 2)):
             assert distances[i, j].item() == pytest.approx(data[f"wass_{i}_{j}"], rel=1e-6)
         for i, image in enumerate(images):
-            settings = affinity._Components(128, 0.75, False)
+            settings = _Components(128, 0.75, False)
             assert settings._scores("", image).shape == (128**2, data[f"pca_k{i}"])
 
 
@@ -131,14 +133,14 @@ class TestGlobalSSIM:
     def test_blocks_do_not_show(self, rng, monkeypatch):
         a, b = blobs(rng, 4, (11, 9, 8)), blobs(rng, 3, (11, 9, 8))
         whole = pairwise_ssim(a, b)
-        monkeypatch.setattr(affinity, "_BLOCK", 7 * 50)
+        monkeypatch.setattr("medtl_ext.affinity.labels._BLOCK", 7 * 50)
         assert torch.equal(pairwise_ssim(a, b), whole)
 
     def test_counts_are_exact_beyond_float32(self):
         """An odd number above 2 ** 24 is none that float32 has."""
         label = np.ones((3, 2**23), dtype=np.uint8)
         label[0, 0] = 0
-        assert affinity._overlaps([label], [label]) == 3 * 2**23 - 1
+        assert _overlaps([label], [label]) == 3 * 2**23 - 1
 
     def test_symmetric_and_permutes_with_its_lists(self, rng):
         a, b = blobs(rng, 4, (11, 9, 8)), blobs(rng, 3, (11, 9, 8))
@@ -323,15 +325,15 @@ class TestWasserstein:
     def test_quantiles_are_exact_but_where_functions_cross(self, rng):
         for n, m in ((16384, 16384), (3 * 16384, 16384), (3000, 20000)):
             x, y = rng.normal(0, 1, n), rng.normal(0.1, 1.5, m)
-            quantiles = [affinity._mass_quantiles(values, affinity.QUANTILES)[None] for values in (x, y)]
+            quantiles = [_mass_quantiles(values, QUANTILES)[None] for values in (x, y)]
             exact = stats.wasserstein_distance(x, y)
             assert quantile_distance(*quantiles).item() == pytest.approx(exact, rel=1e-4)
-            shifted = affinity._mass_quantiles(x + 10, affinity.QUANTILES)[None]
+            shifted = _mass_quantiles(x + 10, QUANTILES)[None]
             assert quantile_distance(quantiles[0], shifted).item() == pytest.approx(10, rel=1e-12)
 
     def test_quantiles_average_to_zero(self, rng):
         quantiles = image_quantiles(images_of(rng, 2, (10, 9, 8)), size=8)
-        assert quantiles.shape == (2, affinity.QUANTILES)
+        assert quantiles.shape == (2, QUANTILES)
         assert quantiles.diff(dim=1).min() > -1e-10
         np.testing.assert_allclose(quantiles.mean(1), 0, atol=1e-10)
 

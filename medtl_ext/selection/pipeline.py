@@ -231,7 +231,8 @@ def _baselines(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Rankers that never look at the target; the static one goes by how well each source does its own task."""
     sizes = table["size"].astype(float).to_dict()
     own = table["own_dice"].astype(float).dropna().to_dict()
-    return baseline_rankings(list(table.index), sizes=sizes, other_targets={"its own task": own}, seed=seed)
+    known = {"its own task": own} if own else None
+    return baseline_rankings(list(table.index), sizes=sizes, other_targets=known, seed=seed)
 
 
 def _ranking_table(

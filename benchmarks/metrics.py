@@ -24,6 +24,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from scipy import linalg
+from threadpoolctl import threadpool_limits
 
 from medtl_ext.metrics import (
     GBC,
@@ -139,7 +140,10 @@ def plain_sfda(features: np.ndarray, labels: np.ndarray) -> float:
             within += prior * np.cov(x[labels == c], rowvar=False, bias=True)
         between = np.cov(x, rowvar=False, bias=True) - within
         if shrinkage is None:
-            shrinkage = max(np.exp(-5 * np.linalg.eigvalsh(within).max()), 1e-10)
+            vector = within.sum(1)
+            for _ in range(6):  # the public code's power iteration
+                vector = within @ (vector / np.linalg.norm(vector))
+            shrinkage = max(np.exp(-5 * np.linalg.norm(vector)), 1e-10)
         within = (1 - shrinkage) * within + shrinkage * np.eye(x.shape[1])
         _, vectors = linalg.eigh(between, within)
         projections = means @ vectors @ vectors.T
@@ -160,11 +164,16 @@ def plain_sfda(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def sfda() -> bool:
-    features, labels = problem(5000, 2048, 10)
-    arrays = features.numpy(), labels.numpy()
-    return compare(
-        "SFDA, N 5000, D 2048, K 10", lambda: plain_sfda(*arrays), lambda: compute_sfda(features, labels), 4, repeats=2
-    )
+    """As wide as a ResNet-50's features, where eigenvectors are dear, and narrower, where products of matrices are."""
+
+    def at(n: int, width: int, target: float) -> bool:
+        features, labels = problem(n, width, 10)
+        arrays = features.numpy(), labels.numpy()
+        return compare(
+            f"SFDA, N {n}, D {width}, K 10", lambda: plain_sfda(*arrays), lambda: compute_sfda(features, labels), target
+        )
+
+    return at(2500, 2048, 4) and at(5000, 512, 2)
 
 
 def label_table() -> bool:
@@ -271,7 +280,9 @@ def large_pass(*, n: int = 1_000_000, width: int = 512, n_classes: int = 10, pat
         f"{spent:.0f} s (target 180), peak memory {peak_memory() - before:.0f} MB above the start"
     )
     for name, value in values.items():
-        low, high = np.quantile(resamples[name].numpy(), [0.025, 0.975])
+        # About the score, as `bootstrap_ranking` does: repeated patients raise scores that reward many dimensions.
+        shifted = resamples[name] - resamples[name].mean() + value
+        low, high = np.quantile(shifted.numpy(), [0.025, 0.975])
         print(f"  {name}: {value:.4f} ({low:.4f} to {high:.4f})")
     return spent <= 180
 
@@ -279,7 +290,10 @@ def large_pass(*, n: int = 1_000_000, width: int = 512, n_classes: int = 10, pat
 def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     checks = [h_score_map, logme, sfda, label_table, otce, transformer_ranker]
-    met = [check() for check in (checks if arguments else [*checks, large_pass])]
+    with threadpool_limits(1):  # numpy's and scipy's
+        met = [check() for check in checks]
+    if not arguments:
+        met.append(large_pass())
     print("All targets met." if all(met) else "A target was missed.")
     return 0 if all(met) else 1
 

@@ -130,6 +130,15 @@ def test_mismatched_lengths(compute):
 
 
 @of_all
+def test_negative_and_fractional_labels(compute):
+    features, labels = data_for(compute)
+    with pytest.raises(InputError, match="negative label -1"):
+        quiet(compute, features, labels - 1)
+    with pytest.raises(InputError, match="non-integer"):
+        quiet(compute, features, labels + 0.5)
+
+
+@of_all
 def test_one_class(compute):
     features, labels = data_for(compute)
     with pytest.warns(UserWarning, match=r"one class|one target|label"):

@@ -77,9 +77,12 @@ class TransferMetric(Metric):
     def update(self, source_probs: torch.Tensor, target_labels: torch.Tensor) -> None:
         """Add one batch. A batch that is refused with an `InputError` leaves the metric as it was."""
 
-    @abstractmethod
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
-        """Return the value that belongs to the sums over all batches of all processes, leaving the sums unchanged."""
+        """Return the value that belongs to the sums over all batches of all processes, leaving the sums unchanged.
+
+        A metric whose state is more than sums overrides `compute` instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither _evaluate() nor compute().")
 
     def compute(self) -> Any:
         """Return the value over everything seen by all processes; updates may go on afterwards.

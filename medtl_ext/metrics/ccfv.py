@@ -186,9 +186,6 @@ class CCFV(TransferMetric):
         """Return the value over everything seen by all processes; updates may go on afterwards."""
         return torch.stack([_layer_score(layer.cases(), self._settings) for layer in self._layers]).sum()
 
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-        raise NotImplementedError
-
     def attach(self, engine: Engine, name: str, *args: Any, **kwargs: Any) -> None:
         """Attach to an engine (called by MONAI's evaluators), and tap its network."""
         super().attach(engine, name, *args, **kwargs)

@@ -306,9 +306,6 @@ class SampleMetric(FeatureMetric):
     def _new_store(self) -> SampleStore:
         return SampleStore(self.pixels if isinstance(self.pixels, int) else None, self.seed)
 
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
-        raise NotImplementedError
-
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> Any:
         """Return the value for M x D features in float64 and M labels, in canonical order."""
         raise NotImplementedError

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +39,7 @@ class PatientScores(FeatureMetric):
     Args:
         metrics: name -> a `MomentMetric` (`HScore`, `LogME`, `GBC`, `TransRate` or your own), of which only what it
             makes of sums is used.
-        layer, pixels, body, seed, ignore_index, output_transform: see `FeatureMetric`; those of ``metrics`` are not
-            used.
+        options: see `FeatureMetric`; those of ``metrics`` are not used.
 
     >>> from medtl_ext.metrics import GBC
     >>> scores = PatientScores({"gbc": GBC()})
@@ -54,30 +53,13 @@ class PatientScores(FeatureMetric):
     torch.Size([2])
     """
 
-    def __init__(
-        self,
-        metrics: Mapping[str, MomentMetric],
-        *,
-        layer: str | None = None,
-        pixels: int | Literal["auto"] | None = "auto",
-        body: bool = True,
-        seed: int = 0,
-        ignore_index: int | None = None,
-        output_transform: Callable[[Any], Any] | None = None,
-    ) -> None:
+    def __init__(self, metrics: Mapping[str, MomentMetric], **options: Any) -> None:
         if not metrics:
             raise InputError("metrics is empty; name at least one metric of sums, such as HScore or LogME.")
         if others := [name for name, metric in metrics.items() if not isinstance(metric, MomentMetric)]:
             raise InputError(f"{others[0]} is no MomentMetric; attach it by itself, or use FeatureSamples.")
         self.metrics = dict(metrics)
-        super().__init__(
-            layer=layer,
-            pixels=pixels,
-            body=body,
-            seed=seed,
-            ignore_index=ignore_index,
-            output_transform=output_transform,
-        )
+        super().__init__(**options)
 
     @property
     def patients(self) -> tuple[Hashable, ...]:

@@ -85,9 +85,6 @@ class Predictions(TransferMetric):
         super().merge(other)
         self._kept += other._kept
 
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
-        raise NotImplementedError
-
     def compute(self) -> Maps:
         """The images of all processes."""
         kept = self._kept

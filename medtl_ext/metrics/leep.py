@@ -28,6 +28,10 @@ from medtl_ext.metrics.base import TransferMetric, all_reduce_sums
 
 ESTIMATORS = ("local", "global")
 
+# One logarithm of a product is quicker than eight. No factor is below 1 / (Z N), see `_likelihoods`, so that no product
+# of eight leaves the range of float64 before Z N is 1e38.
+FACTORS = 8
+
 
 def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
     """LEEP of a source network's predictions on target samples; in segmentation every pixel is a sample.
@@ -53,9 +57,8 @@ def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | N
     Reference: Nguyen et al., ICML 2020, eq. 2. A source class that no sample is given any probability of is left out
     (0/0 in the usual implementation).
     """
-    probs, labels = check_predictions(source_probs, target_labels, ignore_index=ignore_index)
-    table = _conditional(_joint(probs, labels))
-    return _mean(_log_sums(probs, labels, table).view(2, -1).sum(1))
+    batch = _Batch.checked(source_probs, target_labels, ignore_index)
+    return _mean(_log_sums(batch, _conditional(_joint(batch))).view(2, -1).sum(1))
 
 
 def compute_leep_map(
@@ -95,10 +98,9 @@ def compute_leep_map(
     Reference: Duan et al., *Transfer Risk Map*, eq. 4; stride 4 is Tan et al., ICIP 2023.
     """
     settings = _MapSettings.checked(stride, estimator, smoothing)
-    probs, labels = check_predictions(source_probs, target_labels, ignore_index=ignore_index)
-    joint = settings.joint(probs, labels)
-    table = settings.table(joint, labels.shape[1:])
-    return _mean(settings.pool(_log_sums(probs, labels, table), leading=1))
+    batch = _Batch.checked(source_probs, target_labels, ignore_index)
+    table = settings.table(settings.joint(batch), batch.labels.shape[1:])
+    return _mean(settings.pool(_log_sums(batch, table), leading=1))
 
 
 def compute_leep_image_maps(
@@ -128,22 +130,22 @@ def compute_leep_image_maps(
                 [-0.6286, -0.7621]], dtype=torch.float64)
     """
     if not isinstance(source_probs, (list, tuple)):
-        batches = [check_predictions(source_probs, target_labels, ignore_index=ignore_index)]
+        batches = [_Batch.checked(source_probs, target_labels, ignore_index)]
     elif not 0 < len(source_probs) == len(target_labels):
         raise InputError(f"target_labels lists {len(target_labels)} images, source_probs {len(source_probs)}.")
     else:
         batches = [
-            check_predictions(
+            _Batch.checked(
                 as_plain_tensor("source_probs", probs)[None],
                 as_plain_tensor("target_labels", labels)[None],
-                ignore_index=ignore_index,
+                ignore_index,
             )
             for probs, labels in zip(source_probs, target_labels, strict=True)
         ]
-    if len({probs.shape[1] for probs, _ in batches}) > 1:
+    if len({batch.probs.shape[1] for batch in batches}) > 1:
         raise InputError("source_probs has images with different numbers of channels; expected one source network's.")
-    n_classes = max(0, *(int(labels.max()) for _, labels in batches)) + 1
-    joint = sum(_joint(probs, labels, n_classes=n_classes) for probs, labels in batches)
+    n_classes = max(batch.n_classes for batch in batches)
+    joint = sum(_joint(batch._replace(n_classes=n_classes)) for batch in batches)
     return _image_maps(batches, _conditional(joint))
 
 
@@ -164,19 +166,19 @@ class _StreamingLEEP(TransferMetric):
 
     def update(self, source_probs: Any, target_labels: Any) -> None:
         """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
-        probs, labels = check_predictions(source_probs, target_labels, ignore_index=self.ignore_index)
-        self._add(joint=self._batch_joint(probs, labels))
-        self._spool.append(probs, labels.to(torch.int16))
+        batch = _Batch.checked(source_probs, target_labels, self.ignore_index)
+        self._add(joint=self._batch_joint(batch))
+        self._spool.append(batch.probs, batch.labels.to(torch.int16))
 
     def merge(self, other: TransferMetric) -> None:
         super().merge(other)
         self._spool.extend(other._spool)
 
-    def _batch_joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _joint(probs, labels)
+    def _batch_joint(self, batch: _Batch) -> torch.Tensor:
+        return _joint(batch)
 
-    def _batches(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((probs.to(device), labels.to(device)) for probs, labels in self._spool)
+    def _batches(self, device: torch.device) -> Iterator[_Batch]:
+        return (_Batch.of(probs.to(device), labels.to(device)) for probs, labels in self._spool)
 
 
 class LEEP(_StreamingLEEP):
@@ -198,7 +200,7 @@ class LEEP(_StreamingLEEP):
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         table = _conditional(sums["joint"])
-        return _mean(_reduced(_log_sums(*batch, table).view(2, -1).sum(1) for batch in self._batches(table.device)))
+        return _mean(_reduced(_log_sums(batch, table).view(2, -1).sum(1) for batch in self._batches(table.device)))
 
 
 class LEEPMap(_StreamingLEEP):
@@ -250,9 +252,9 @@ class LEEPMap(_StreamingLEEP):
             self._require_grid(other._grid)
         super().merge(other)
 
-    def _batch_joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        joint = self._settings.joint(probs, labels)
-        self._require_grid(tuple(labels.shape[1:]))
+    def _batch_joint(self, batch: _Batch) -> torch.Tensor:
+        joint = self._settings.joint(batch)
+        self._require_grid(tuple(batch.labels.shape[1:]))
         return joint
 
     def _require_grid(self, grid: tuple[int, ...]) -> None:
@@ -269,7 +271,7 @@ class LEEPMap(_StreamingLEEP):
         # A process without data has no grid of its own, but has nothing to look up either.
         table = self._settings.table(joint, joint.shape[2:] if self._grid is None else self._grid)
         batches = self._batches(joint.device)
-        return _mean(_reduced(self._settings.pool(_log_sums(*batch, table), leading=1) for batch in batches))
+        return _mean(_reduced(self._settings.pool(_log_sums(batch, table), leading=1) for batch in batches))
 
 
 class LEEPImageMaps(_StreamingLEEP):
@@ -313,13 +315,13 @@ class _MapSettings(NamedTuple):
             raise InputError("smoothing pulls local tables towards the global one; with estimator='global' leave it 0.")
         return cls(stride, estimator, smoothing)
 
-    def joint(self, probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def joint(self, batch: _Batch) -> torch.Tensor:
         """J summed over the batch: C x Z x *cells, or C x Z for the global estimator."""
-        if labels.ndim < 2:
-            raise InputError(f"source_probs has shape {tuple(probs.shape)}; a map needs N x Z x *spatial.")
+        if batch.labels.ndim < 2:
+            raise InputError(f"source_probs has shape {tuple(batch.probs.shape)}; a map needs N x Z x *spatial.")
         if self.estimator == "global":
-            return _joint(probs, labels)
-        return self.pool(_joint(probs, labels, located=True), leading=2)
+            return _joint(batch)
+        return self.pool(_joint(batch, located=True), leading=2)
 
     def table(self, joint: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         """P(y|z), C x Z x *grid, or C x Z for the global estimator."""
@@ -346,6 +348,24 @@ class _MapSettings(NamedTuple):
         return sums
 
 
+class _Batch(NamedTuple):
+    """Checked predictions and labels, and what is asked of the labels more than once."""
+
+    probs: torch.Tensor
+    labels: torch.Tensor
+    n_classes: int
+    ignoring: bool  # some label is IGNORED
+
+    @classmethod
+    def checked(cls, source_probs: Any, target_labels: Any, ignore_index: int | None) -> _Batch:
+        return cls.of(*check_predictions(source_probs, target_labels, ignore_index=ignore_index))
+
+    @classmethod
+    def of(cls, probs: torch.Tensor, labels: torch.Tensor) -> _Batch:
+        low, high = torch.stack(torch.aminmax(labels)).tolist()
+        return cls(probs, labels, max(high, 0) + 1, low < 0)
+
+
 class _Block(NamedTuple):
     """A part of a batch, small enough to stay in the processor's cache while it is worked on."""
 
@@ -356,38 +376,35 @@ class _Block(NamedTuple):
     valid: torch.Tensor | None  # images x pixels, False where the label is ignored; None: nowhere
 
 
-def _blocks(probs: torch.Tensor, labels: torch.Tensor, *, located: bool) -> Iterator[_Block]:
-    probs = probs.reshape(*probs.shape[:2], -1)
-    labels = labels.reshape(len(labels), -1)
+def _blocks(batch: _Batch, *, located: bool) -> Iterator[_Block]:
+    probs = batch.probs.reshape(*batch.probs.shape[:2], -1)
+    labels = batch.labels.reshape(len(probs), -1)
     n_images, n_source, n_pixels = probs.shape
     n_samples = max(2**12, (2**24 if probs.is_cuda else 2**18) // n_source)
-    columns = min(n_pixels, n_samples)
-    rows = max(1, n_samples // columns)
+    # Many images and few pixels: what is looked up in the tables, and added to them, stays in the cache too.
+    columns = max(1, min(n_pixels, n_samples // min(n_images, FACTORS)))
+    rows = n_samples // columns
     location = torch.arange(n_pixels, device=probs.device)
-    masked = bool(labels.min() < 0)
     for row in range(0, n_images, rows):
         for column in range(0, n_pixels, columns):
             images, pixels = slice(row, row + rows), slice(column, column + columns)
             part = probs[images, :, pixels].movedim(1, 0)
             weights = torch.empty(part.shape, dtype=torch.float64, device=probs.device).copy_(part)
             cells = labels[images, pixels].long()
-            valid = cells >= 0 if masked else None
-            if masked:
+            valid = cells >= 0 if batch.ignoring else None
+            if batch.ignoring:
                 cells = cells.clamp(min=0)
             if located:
                 cells = torch.add(location[pixels], cells, alpha=n_pixels)
             yield _Block(images, pixels, weights.flatten(1), cells.flatten(), valid)
 
 
-def _joint(
-    probs: torch.Tensor, labels: torch.Tensor, *, located: bool = False, n_classes: int | None = None
-) -> torch.Tensor:
+def _joint(batch: _Batch, *, located: bool = False) -> torch.Tensor:
     """Sum J(y, z) over the samples: C x Z, or C x Z x *spatial with one table for every pixel location."""
-    grid = labels.shape[1:] if located else torch.Size()
-    n_source = probs.shape[1]
-    n_classes = max(int(labels.max()), 0) + 1 if n_classes is None else n_classes
-    joint = torch.zeros(n_source, n_classes * grid.numel(), dtype=torch.float64, device=probs.device)
-    for block in _blocks(probs, labels, located=located):
+    grid = batch.labels.shape[1:] if located else torch.Size()
+    n_source, n_classes = batch.probs.shape[1], batch.n_classes
+    joint = torch.zeros(n_source, n_classes * grid.numel(), dtype=torch.float64, device=batch.probs.device)
+    for block in _blocks(batch, located=located):
         weights, cells = block.weights, block.cells
         if block.valid is not None:
             keep = block.valid.flatten()
@@ -412,44 +429,46 @@ def _conditional(joint: torch.Tensor) -> torch.Tensor:
     return joint / torch.where(mass > 0, mass, 1)
 
 
-def _log_likelihoods(
-    probs: torch.Tensor, labels: torch.Tensor, table: torch.Tensor
-) -> Iterator[tuple[_Block, torch.Tensor]]:
-    """Yield ln sum_z P(y|z) p(z) block by block, images x pixels; meaningless where a pixel is ignored."""
+def _likelihoods(batch: _Batch, table: torch.Tensor) -> Iterator[tuple[_Block, torch.Tensor]]:
+    """Yield sum_z P(y|z) p(z) block by block, images x pixels; meaningless where a pixel is ignored.
+
+    A sample is part of the table it looks in, so that P(y|z) >= p(z) / N and the sum is at least 1 / (Z N).
+    """
     located = table.ndim > 2
     rows = table.transpose(0, 1).flatten(1)
-    for block in _blocks(probs, labels, located=located):
+    for block in _blocks(batch, located=located):
         expected = rows[0].index_select(0, block.cells).mul_(block.weights[0])
         for row, weight in zip(rows[1:], block.weights[1:], strict=True):
             expected.addcmul_(row.index_select(0, block.cells), weight)
-        yield block, expected.log_().view(len(labels[block.images]), -1)
+        yield block, expected.view(len(batch.labels[block.images]), -1)
 
 
-def _log_sums(probs: torch.Tensor, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def _log_sums(batch: _Batch, table: torch.Tensor) -> torch.Tensor:
     """Over the images of a batch, at each pixel: the sum of the log-likelihoods, and their number; 2 x *spatial."""
-    sums = torch.zeros(2, labels[0].numel(), dtype=torch.float64, device=probs.device)
-    for block, log_likelihood in _log_likelihoods(probs, labels, table):
+    sums = torch.zeros(2, batch.labels[0].numel(), dtype=torch.float64, device=table.device)
+    for block, likelihood in _likelihoods(batch, table):
         if block.valid is None:
-            sums[1, block.pixels] += len(log_likelihood)
+            sums[1, block.pixels] += len(likelihood)
         else:
-            log_likelihood = torch.where(block.valid, log_likelihood, 0)
+            likelihood = torch.where(block.valid, likelihood, 1)
             sums[1, block.pixels] += block.valid.sum(0)
-        sums[0, block.pixels] += log_likelihood.sum(0)
-    return sums.view(2, *labels.shape[1:])
+        whole = len(likelihood) // FACTORS * FACTORS
+        products = likelihood[:whole].view(-1, FACTORS, likelihood.shape[1]).prod(1)
+        sums[0, block.pixels] += products.log_().sum(0) + likelihood[whole:].prod(0).log_()
+    return sums.view(2, *batch.labels.shape[1:])
 
 
-def _image_maps(
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], table: torch.Tensor
-) -> torch.Tensor | list[torch.Tensor]:
+def _image_maps(batches: Iterable[_Batch], table: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
     """The log-likelihoods themselves, NaN where a pixel is ignored."""
     maps: list[torch.Tensor] = []
-    for probs, labels in batches:
-        batch = torch.empty(len(labels), labels[0].numel(), dtype=torch.float64, device=probs.device)
-        for block, log_likelihood in _log_likelihoods(probs, labels, table):
+    for batch in batches:
+        labels = batch.labels
+        found = torch.empty(len(labels), labels[0].numel(), dtype=torch.float64, device=table.device)
+        for block, likelihood in _likelihoods(batch, table):
             if block.valid is not None:
-                log_likelihood = torch.where(block.valid, log_likelihood, torch.nan)
-            batch[block.images, block.pixels] = log_likelihood.clamp_(max=0)
-        maps.extend(batch.view(labels.shape))
+                likelihood = torch.where(block.valid, likelihood, torch.nan)
+            found[block.images, block.pixels] = likelihood.log_().clamp_(max=0)
+        maps.extend(found.view(labels.shape))
     return torch.stack(maps) if len({image.shape for image in maps}) == 1 else maps
 
 

@@ -264,6 +264,12 @@ class TestInvariants:
         leep = compute_leep(torch.full((200, 3), 1 / 3), labels)
         assert leep.item() == pytest.approx((frequency * frequency.log()).sum().item(), abs=1e-6)
 
+    def test_the_smallest_likelihoods_there_are(self):
+        """A label of its own for every sample: each likelihood is 1 / N, and they are multiplied in groups."""
+        n = 3003
+        found = compute_leep(torch.full((n, 2), 0.5), torch.arange(n))
+        assert found.item() == pytest.approx(-np.log(n), rel=1e-12)
+
     def test_images_larger_than_a_block(self):
         probs, labels = draw((600, 600), n=2)
         leep_map = compute_leep_map(probs, labels)

@@ -1,0 +1,279 @@
+"""Task graph, clusters, representatives and paths: against brute force on small graphs, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import pairwise, permutations
+
+import networkx as nx
+import numpy as np
+import pytest
+
+from medtl_ext import InputError
+from medtl_ext.graph import (
+    cluster_representatives,
+    girvan_newman_clusters,
+    optimal_transfer_path,
+    read_task_graph,
+    task_graph,
+    write_task_graph,
+)
+
+DRAWS = 40
+
+
+@pytest.fixture(params=range(DRAWS))
+def rng(request) -> np.random.Generator:
+    """Drawn afresh at every run; pytest shows the seed when a test fails."""
+    seed = np.random.SeedSequence().entropy
+    print(f"drawn with seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def small_graph(rng: np.random.Generator, *, weights: str = "real") -> nx.Graph:
+    """Two to seven tasks, some of them joined; whole weights make many paths equally short."""
+    graph = nx.gnp_random_graph(int(rng.integers(2, 8)), float(rng.uniform(0.3, 1)), seed=int(rng.integers(2**31)))
+    graph = nx.relabel_nodes(graph, {i: f"{'cbadgfe'[i]}-T1-ED" for i in graph})
+    for a, b in graph.edges:
+        graph[a][b]["weight"] = float(rng.uniform(0.1, 3)) if weights == "real" else float(rng.integers(1, 4))
+    nx.set_node_attributes(graph, {node: int(rng.integers(1, 4)) for node in graph}, "size")
+    return graph
+
+
+def busiest(graph: nx.Graph, weight: str | None) -> tuple[str, str]:
+    """The edge networkx finds most shortest paths on; of several, the first by name."""
+    found = {tuple(sorted(e)): v for e, v in nx.edge_betweenness_centrality(graph, weight=weight).items()}
+    return min(edge for edge, value in found.items() if value >= max(found.values()) * (1 - 1e-9))
+
+
+def brute_force_clusters(graph: nx.Graph, n_clusters: int, weight: str | None) -> set[frozenset[str]]:
+    graph = graph.copy()
+    while nx.number_connected_components(graph) < n_clusters:
+        graph.remove_edge(*busiest(graph, weight))
+    return set(map(frozenset, nx.connected_components(graph)))
+
+
+def snapshot(graph: nx.Graph) -> tuple:
+    return dict(graph.nodes(data=True)), {frozenset(e[:2]): e[2] for e in graph.edges(data=True)}
+
+
+class TestClusters:
+    @pytest.mark.parametrize(("weights", "weight"), [("real", "weight"), ("whole", "weight"), ("real", None)])
+    def test_are_those_of_brute_force(self, rng, weights, weight):
+        graph = small_graph(rng, weights=weights)
+        for n_clusters in range(1, len(graph) + 1):
+            found = girvan_newman_clusters(graph, n_clusters, weight=weight)
+            assert set(map(frozenset, found)) == brute_force_clusters(graph, n_clusters, weight)
+
+    def test_order_of_nodes_and_edges_plays_no_part_and_the_graph_stays(self, rng):
+        graph = small_graph(rng, weights="whole")
+        before = snapshot(graph)
+        shuffled = nx.Graph()
+        shuffled.add_nodes_from(rng.permutation(list(graph)).tolist())
+        shuffled.add_weighted_edges_from((b, a, v) for a, b, v in rng.permutation(list(graph.edges(data="weight"))))
+        shuffled = nx.relabel_nodes(shuffled, str)
+        for a, b in shuffled.edges:
+            shuffled[a][b]["weight"] = float(shuffled[a][b]["weight"])
+        n_clusters = int(rng.integers(1, len(graph) + 1))
+        assert girvan_newman_clusters(graph, n_clusters) == girvan_newman_clusters(shuffled, n_clusters)
+        assert snapshot(graph) == before
+
+    def test_larger_graphs_agree_with_networkx(self):
+        points = np.random.default_rng(0).normal(size=(16, 2))
+        graph = nx.complete_graph(16)
+        for a, b in graph.edges:
+            graph[a][b]["weight"] = float(np.linalg.norm(points[a] - points[b]))
+        graph = nx.relabel_nodes(graph, lambda i: f"{i:02d}")
+        assert set(map(frozenset, girvan_newman_clusters(graph, 4))) == brute_force_clusters(graph, 4, "weight")
+
+    def test_components_are_clusters_and_stay_apart(self):
+        graph = nx.disjoint_union(nx.complete_graph(3), nx.complete_graph(2))
+        assert girvan_newman_clusters(graph, 1, weight=None) == [{0, 1, 2}, {3, 4}]
+        assert girvan_newman_clusters(graph, 2, weight=None) == [{0, 1, 2}, {3, 4}]
+
+    def test_equal_tasks_have_cost_zero(self):
+        graph = nx.Graph([("a", "b", {"weight": 0.0}), ("b", "c", {"weight": 1.0}), ("c", "d", {"weight": 0.0})])
+        assert girvan_newman_clusters(graph, 2) == [{"a", "b"}, {"c", "d"}]
+
+    def test_eighty_four_tasks_in_nine_clusters(self):
+        """The size of the paper's graph: four seconds at most."""
+        names = [f"{i}-{m}-{o}" for i in range(7) for m in ("T1", "T1CE", "T2", "FLAIR") for o in ("ED", "ET", "NCR")]
+        points = np.random.default_rng(0).normal(size=(84, 3))
+        costs = np.linalg.norm(points[:, None] - points, axis=-1)
+        graph = task_graph(names, costs, sizes=dict.fromkeys(names, 60))
+        assert graph.number_of_edges() == 1722
+        start = time.process_time()
+        clusters = girvan_newman_clusters(graph, 9)
+        assert time.process_time() - start < 4
+        assert len(clusters) == 9
+        assert set().union(*clusters) == set(names)
+
+    @pytest.mark.parametrize("n_clusters", [0, 4, 2.0, True, "two"])
+    def test_as_many_as_there_can_be(self, n_clusters):
+        with pytest.raises(InputError, match=r"n_clusters is .*; expected a whole number from 1 to 3"):
+            girvan_newman_clusters(nx.path_graph(3), n_clusters, weight=None)
+
+    @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, None, "far"])
+    def test_weights_are_distances(self, value):
+        with pytest.raises(InputError, match="the edge between a and b has weight"):
+            girvan_newman_clusters(nx.Graph([("a", "b", {"weight": value})]), 1)
+
+    @pytest.mark.parametrize("graph", [nx.DiGraph([(0, 1)]), nx.MultiGraph([(0, 1)]), "graph", nx.Graph()])
+    def test_other_graphs_are_refused(self, graph):
+        with pytest.raises(InputError, match=r"^graph "):
+            girvan_newman_clusters(graph, 1, weight=None)
+
+    def test_one_task_is_one_cluster(self):
+        graph = nx.Graph()
+        graph.add_node("13-T1-ED", size=3)
+        assert girvan_newman_clusters(graph, 1) == [{"13-T1-ED"}]
+        assert cluster_representatives(graph, [{"13-T1-ED"}]) == ["13-T1-ED"]
+
+
+def brute_force_paths(graph, target_costs, clusters, representatives, longest) -> list[tuple[float, tuple[str, ...]]]:
+    """Every path there is, with its cost by the definition."""
+    found = []
+    for first, cluster in zip(representatives, clusters, strict=True):
+        others = [task for task in cluster if task != first]
+        for n in range(1 if longest else 0, longest + 1):
+            for tail in permutations(others, n):
+                tasks = (first, *tail)
+                if all(graph.has_edge(a, b) for a, b in pairwise(tasks)) and {first, tasks[-1]} <= set(target_costs):
+                    along = sum(graph[a][b]["weight"] for a, b in pairwise(tasks))
+                    end = target_costs[tasks[-1]] if n else 0.0
+                    found.append((target_costs[first] + along + end, tasks))
+    return sorted(found)
+
+
+class TestPaths:
+    @pytest.mark.parametrize("longest", [0, 1, 2, 3])
+    def test_are_those_of_brute_force(self, rng, longest):
+        graph = small_graph(rng)
+        clusters = girvan_newman_clusters(graph, int(rng.integers(1, min(4, len(graph) + 1))))
+        first = cluster_representatives(graph, clusters)
+        costs = {node: float(rng.uniform(0, 3)) for node in graph if rng.uniform() < 0.8}
+        expected = brute_force_paths(graph, costs, clusters, first, longest)
+        if not expected:
+            with pytest.raises(InputError, match="there is no path to the target: "):
+                optimal_transfer_path(graph, costs, clusters, first, max_intermediates=longest)
+            return
+        found = optimal_transfer_path(graph, costs, clusters, first, max_intermediates=longest, k=4)
+        assert [path.tasks for path in found] == [tasks for _, tasks in expected[:4]]
+        assert [path.cost for path in found] == pytest.approx([cost for cost, _ in expected[:4]])
+
+    def test_ties_go_by_name(self):
+        graph = nx.Graph([(a, b, {"weight": 1.0}) for a, b in ("ac", "ab", "bc")])
+        found = optimal_transfer_path(graph, dict.fromkeys("abc", 1.0), [set("cab")], ["a"])
+        assert [path.tasks for path in found] == [("a", "b"), ("a", "c")]
+
+    @pytest.mark.parametrize(
+        ("costs", "reason"),
+        [
+            ({}, "the target is joined to no task"),
+            ({"a": math.inf, "b": math.inf}, "the target is joined to no task"),
+            ({"b": 1.0}, r"joined to none of the representatives \(a, c\)"),
+            ({"a": 1.0}, "no task joined to a representative within its cluster"),
+            ({"c": 1.0}, "have one task each; ask for fewer clusters"),
+        ],
+    )
+    def test_says_why_there_is_none(self, costs, reason):
+        graph = nx.Graph([("a", "b", {"weight": 1.0})])
+        graph.add_node("c")
+        with pytest.raises(InputError, match=reason):
+            optimal_transfer_path(graph, costs, [{"a", "b"}, {"c"}], ["a", "c"])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"target_costs": {"a": -1.0}}, "target_costs says -1.0 for a"),
+            ({"target_costs": {"a": math.nan}}, "target_costs says nan for a"),
+            ({"target_costs": {"z": 1.0}}, "target_costs names z"),
+            ({"representatives": ["z"]}, "expected one task of each of the clusters"),
+            ({"representatives": []}, "expected one task of each of the clusters"),
+            ({"clusters": [{"a", "z"}]}, "clusters names z which is not in the graph"),
+            ({"clusters": [{"a"}, {"a"}], "representatives": ["a", "a"]}, "clusters names a twice"),
+            ({"clusters": [set()]}, "clusters holds an empty one"),
+            ({"max_intermediates": -1}, "max_intermediates is -1"),
+            ({"k": 0}, "k is 0"),
+        ],
+    )
+    def test_refuses(self, change, message):
+        graph = nx.Graph([("a", "b", {"weight": 1.0})])
+        given = {"target_costs": {"a": 1.0, "b": 1.0}, "clusters": [{"a", "b"}], "representatives": ["a"]} | change
+        with pytest.raises(InputError, match=message):
+            optimal_transfer_path(graph, **given)
+
+
+class TestRepresentatives:
+    def test_by_size_then_cost_then_name(self):
+        graph = nx.Graph()
+        graph.add_weighted_edges_from([("a", "b", 3.0), ("b", "c", 1.0), ("a", "c", 3.0), ("d", "e", 1.0)])
+        sizes = {"a": 9, "b": 9, "c": 1, "d": 2, "e": 2, "f": 1}
+        graph.add_node("f")
+        nx.set_node_attributes(graph, sizes, "size")
+        assert cluster_representatives(graph, [set("abc"), set("ed"), {"f"}]) == ["b", "d", "f"]
+
+    def test_centroid_weighs_the_others_by_size(self):
+        graph = nx.Graph()
+        graph.add_weighted_edges_from([("a", "b", 1.0), ("a", "c", 4.0), ("b", "c", 2.0)])
+        nx.set_node_attributes(graph, {"a": 100, "b": 1, "c": 1}, "size")
+        # a: (1 + 4) / 2; b: (100 + 2) / 101; c: (400 + 2) / 101
+        assert cluster_representatives(graph, [set("abc")], rule="weighted_centroid") == ["b"]
+
+    def test_refuses(self):
+        graph = nx.Graph([("a", "b", {"weight": 1.0})])
+        with pytest.raises(InputError, match="task a has size None"):
+            cluster_representatives(graph, [{"a", "b"}])
+        with pytest.raises(InputError, match="rule"):
+            cluster_representatives(graph, [{"a", "b"}], rule="largest")
+
+
+class TestTaskGraph:
+    NAMES = ("13-T1-ED", "13-T2-ED", "14-T2-ET", "14-FLAIR-NCR")
+
+    def build(self, **change):
+        given = {"tasks": self.NAMES, "costs": np.ones((4, 4)), "sizes": dict.fromkeys(self.NAMES, 5)} | change
+        return task_graph(**given)
+
+    def test_joins_what_shares_modality_or_objective(self):
+        costs = np.full((4, 4), np.nan)
+        costs[0, 1] = costs[1, 0] = costs[1, 2] = costs[2, 1] = 2.0
+        assert sorted(self.build(costs=costs).edges) == [("13-T1-ED", "13-T2-ED"), ("13-T2-ED", "14-T2-ET")]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"costs": np.ones((3, 3))}, r"costs has shape \(3, 3\); expected 4 x 4"),
+            ({"costs": np.arange(16.0).reshape(4, 4)}, "are 1 and 4; expected the same"),
+            ({"costs": -np.ones((4, 4))}, "has weight -1.0"),
+            ({"costs": np.full((4, 4), np.nan)}, "has weight nan"),
+            ({"tasks": ["13-T1-ED"] * 4}, "13-T1-ED twice"),
+            ({"tasks": ["13-T1-ED", "13-T2-ED", "14-T2-ET", "nonsense"]}, "'nonsense' is not of the form"),
+            ({"sizes": {}}, "sizes says None for 13-T1-ED"),
+            ({"sizes": dict.fromkeys(NAMES, 0)}, "sizes says 0 for 13-T1-ED"),
+        ],
+    )
+    def test_refuses(self, change, message):
+        with pytest.raises(InputError, match=message):
+            self.build(**change)
+
+    def test_is_read_back_as_it_was_written(self, tmp_path):
+        graph = self.build()
+        write_task_graph(graph, tmp_path / "g.json", clusters=[set(self.NAMES[:2]), set(self.NAMES[2:])])
+        read = read_task_graph(tmp_path / "g.json")
+        assert {node: data.pop("cluster") for node, data in read.nodes(data=True)}["14-T2-ET"] == 1
+        assert snapshot(read) == snapshot(graph)
+        write_task_graph(graph, tmp_path / "g.graphml", clusters=[set(self.NAMES)])
+        assert nx.read_graphml(tmp_path / "g.graphml").nodes["13-T1-ED"]["cluster"] == 0
+        assert snapshot(graph) == snapshot(self.build())
+
+    def test_what_is_no_graph_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="does not exist"):
+            read_task_graph(tmp_path / "none.json")
+        for content in ("{", "[]", "{}"):
+            (tmp_path / "bad.json").write_text(content)
+            with pytest.raises(InputError, match="holds no task graph"):
+                read_task_graph(tmp_path / "bad.json")
+        with pytest.raises(InputError, match="ending"):
+            write_task_graph(self.build(), tmp_path / "g.png")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Events
+from monai.data import set_rnd
 from monai.engines import Evaluator
 from monai.utils import string_list_all_gather
 from torch import Tensor
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ignite.engine import Engine
     from monai.engines import Trainer
 
-__all__ = ["ResumableCheckpoint", "SubjectTable", "WeightMap"]
+__all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "WeightMap"]
 
 logger = logging.getLogger(__name__)
 
@@ -232,6 +233,28 @@ def _unwrapped(item: Any) -> Any:
 def _save(content: Any, path: Path) -> None:
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
+
+
+class EpochSeed:
+    """Seed every epoch by its number, so that a run resumed after an epoch gives what it would have given in one go.
+
+    Args:
+        dataset: the training set, whose random transforms are seeded too.
+        seed: of the run.
+    """
+
+    def __init__(self, *, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def attach(self, engine: Trainer) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Trainer) -> None:
+        seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        set_rnd(self.dataset, seed)
+        engine.set_data(engine.state.dataloader)  # a new order of samples, from its beginning
 
 
 class SubjectTable:

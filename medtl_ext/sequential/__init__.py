@@ -1,0 +1,51 @@
+"""Which path of sources leads to my target, and is it worth it? What the bundle ``sequential_transfer`` is made of."""
+
+from medtl_ext.sequential.affinities import (
+    Affinity,
+    ContextAffinity,
+    SeqTranAffinity,
+    TaskVolumes,
+    affinity_costs,
+    find_affinity,
+)
+from medtl_ext.sequential.chain import Arm, Chains, arms_of, follow_path, for_task, note_leep, second_step_text
+from medtl_ext.sequential.plan import (
+    Plan,
+    SourceGraph,
+    check_options,
+    draw_patients,
+    graph_text,
+    plan_path,
+    plan_text,
+    source_graph,
+    task_volumes,
+    write_plan,
+)
+from medtl_ext.sequential.plots import plot_task_graph
+
+__all__ = [
+    "Affinity",
+    "Arm",
+    "Chains",
+    "ContextAffinity",
+    "Plan",
+    "SeqTranAffinity",
+    "SourceGraph",
+    "TaskVolumes",
+    "affinity_costs",
+    "arms_of",
+    "check_options",
+    "draw_patients",
+    "find_affinity",
+    "follow_path",
+    "for_task",
+    "graph_text",
+    "note_leep",
+    "plan_path",
+    "plan_text",
+    "plot_task_graph",
+    "second_step_text",
+    "source_graph",
+    "task_volumes",
+    "write_plan",
+]

@@ -6,7 +6,9 @@ from typing import Any
 
 from medtl_ext.data.collection import Collection, Subject, Task, load_collection, write_collection
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
+from medtl_ext.data.readers import read_collection
 from medtl_ext.data.slices import SliceDataset
+from medtl_ext.data.splits import split_collection
 
 __all__ = [
     "Collection",
@@ -19,6 +21,8 @@ __all__ = [
     "check_collection",
     "generate_phantom",
     "load_collection",
+    "read_collection",
+    "split_collection",
     "write_collection",
 ]
 

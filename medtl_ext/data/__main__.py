@@ -1,14 +1,17 @@
-"""Command line of the data room: ``python -m medtl_ext.data check`` and ``python -m medtl_ext.data phantom``."""
+"""Command line of the data room: ``python -m medtl_ext.data``, then ``check``, ``phantom``, ``read`` or ``split``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from medtl_ext._validation import InputError
-from medtl_ext.data.collection import load_collection
+from medtl_ext.data.collection import SPLITS, load_collection
 from medtl_ext.data.integrity import check_collection
+from medtl_ext.data.readers import READERS, read_collection
+from medtl_ext.data.splits import FRACTIONS, split_collection
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +41,63 @@ def _parser() -> argparse.ArgumentParser:
     phantom.add_argument("--subjects", type=int, default=12, metavar="N", help="subjects of each institution")
     phantom.add_argument("--seed", type=int, default=0, metavar="N", help="seed of anatomy, lesions and scanners")
     phantom.set_defaults(run=_phantom)
+
+    _add_read(commands)
+    split = commands.add_parser(
+        "split",
+        help="draw splits or folds for a collection",
+        description="Draw patient-wise splits or folds, stratified by institution, and write the collection with them "
+        "to a new file. Who has the file trains on the same patients.",
+        argument_default=argparse.SUPPRESS,
+    )
+    split.add_argument("path", metavar="COLLECTION.json", help="the collection file; it is not changed")
+    _add_split_options(split)
+    split.set_defaults(run=_split)
     return parser
+
+
+def _add_read(commands: argparse._SubParsersAction) -> None:
+    read = commands.add_parser(
+        "read",
+        help="write a collection for a public or your own dataset",
+        description="Write a collection for a dataset in its own layout, then check every file of it. No image is "
+        "copied or changed. Exit status: 0 without errors, 1 with errors in the files, 2 when nothing can be written.",
+        argument_default=argparse.SUPPRESS,
+    )
+    read.add_argument("name", metavar="NAME", help=f"the layout: {', '.join(READERS)}")
+    read.add_argument("--root", required=True, metavar="DIR", help="folder of the dataset")
+    _add_split_options(read)
+    read.add_argument("--institutions", metavar="FILE", help="CSV file with columns subject and institution")
+    read.add_argument("--file", metavar="FILE", help="csv, datalist: the list, if it is not in the root")
+    read.add_argument(
+        "--labels", nargs="+", type=_label, metavar="NAME=VALUE", help="csv, datalist: what the label files hold"
+    )
+    read.add_argument("--modalities", nargs="+", metavar="NAME", help="datalist: of the images, in their order")
+    read.add_argument("--et-label", type=int, choices=(3, 4), help="fets, brats: the value of enhancing tumour")
+    read.add_argument("--no-check", dest="check", action="store_false", help="do not read every file")
+    read.add_argument("--csv", metavar="FILE", help="also write what was left out, and the issues, as a table")
+    read.set_defaults(run=_read)
+
+
+def _add_split_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="FILE", help="the collection file to write")
+    parser.add_argument(
+        "--split",
+        nargs=3,
+        type=float,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help=f"fractions of patients; {' '.join(map(str, FRACTIONS))} where the data have no splits",
+    )
+    parser.add_argument("--folds", type=int, metavar="K", help="draw folds instead, and write K files FILE_fold0, ...")
+    parser.add_argument("--seed", type=int, metavar="N", help="another seed is another draw (default: 0)")
+    parser.add_argument("--keep-test", action="store_true", help="leave the test set as it is")
+
+
+def _label(text: str) -> tuple[str, int]:
+    name, _, value = text.rpartition("=")
+    if not name or not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form NAME=VALUE, such as lesion=1")
+    return name, int(value)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -58,6 +117,26 @@ def _phantom(arguments: argparse.Namespace) -> int:
     )
     print(f"Synthetic collection written to {path}")
     print(f"Next: python -m medtl_ext.data check {path}")
+    return 0
+
+
+def _read(arguments: argparse.Namespace) -> int:
+    options = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "csv")}
+    if "labels" in options:
+        options["labels"] = dict(options["labels"])
+    reading = read_collection(**options)
+    print(reading)
+    if "csv" in arguments:
+        reading.to_csv(arguments.csv)
+        print(f"Issues written to {arguments.csv}")
+    return 1 if reading.check and reading.check.errors else 0
+
+
+def _split(arguments: argparse.Namespace) -> int:
+    options = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "split")}
+    for path in split_collection(**options, fractions=getattr(arguments, "split", None)):
+        splits = Counter(subject.split for subject in load_collection(path).subjects)
+        print(f"Collection written to {path}: {', '.join(f'{split} {splits[split]}' for split in SPLITS)}")
     return 0
 
 

@@ -178,7 +178,10 @@ def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if path.suffix == ".gz":
         # nibabel stops at the last voxel; decompressing everything also compares the checksum behind it.
         image = image.from_bytes(gzip.decompress(path.read_bytes()))
-    return np.asanyarray(image.dataobj), image.affine
+    voxels = np.asanyarray(image.dataobj)
+    if voxels.shape[3:] == (1,):  # as Analyze files often have it; MONAI takes it as the channel
+        voxels = voxels[..., 0]
+    return voxels, image.affine
 
 
 def _scan(file: _File, labels: Mapping[str, Mapping[str, int]]) -> _Scan:

@@ -30,7 +30,7 @@ def region_labels(
     """The task's training labels on the common grid: N x *spatial, bool, True in any foreground class."""
     prepare = Compose(
         [
-            LoadImaged(keys="label", ensure_channel_first=True),
+            LoadImaged(keys="label", reader="NibabelReader", ensure_channel_first=True),
             Orientationd(keys="label", axcodes="RAS", labels=None),
             Spacingd(keys="label", pixdim=spacing, mode="nearest"),
             SelectLabelsd(keys="label", values=collection.label_values(task)),

@@ -22,6 +22,7 @@ from medtl_ext.sequential.plan import (
     write_plan,
 )
 from medtl_ext.sequential.plots import plot_task_graph
+from medtl_ext.sequential.study import fit_weights, study_paths, study_text
 
 __all__ = [
     "Affinity",
@@ -37,6 +38,7 @@ __all__ = [
     "check_options",
     "draw_patients",
     "find_affinity",
+    "fit_weights",
     "follow_path",
     "for_task",
     "graph_text",
@@ -46,6 +48,8 @@ __all__ = [
     "plot_task_graph",
     "second_step_text",
     "source_graph",
+    "study_paths",
+    "study_text",
     "task_volumes",
     "write_plan",
 ]

@@ -76,7 +76,10 @@ class TaskVolumes:
         return np.stack(rows)
 
     def _load(self, files: dict[str, str]) -> dict[str, Any]:
-        steps = [LoadImaged(list(files), ensure_channel_first=True), Orientationd(list(files), "RAS", labels=None)]
+        steps = [
+            LoadImaged(list(files), reader="NibabelReader", ensure_channel_first=True),
+            Orientationd(list(files), "RAS", labels=None),
+        ]
         if "label" in files:
             steps.append(SelectLabelsd("label", values=self.label_values))
         return Compose(steps)(files)

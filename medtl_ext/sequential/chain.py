@@ -71,14 +71,24 @@ class Chains:
         config: of the bundle; ``source_patients`` are spent on the sources of an arm in all, ``stage_patients`` of them
             on each intermediate task, and ``train_patients`` are the target's.
         folder: of the trainings on the target.
-        stage_dir: of those on intermediate tasks. Pre-trained networks go to the config's ``source_dir`` and are kept.
+        stage_dir: of those on intermediate tasks.
+        source_dir: of the pre-trainings, which later runs find there.
         seed: of every fine-tuning and draw of patients.
         pool_seed: of the pre-trainings.
     """
 
-    def __init__(self, config: Mapping[str, Any], folder: Path, stage_dir: Path, *, seed: int, pool_seed: int) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        folder: Path,
+        stage_dir: Path,
+        source_dir: str | Path,
+        seed: int,
+        pool_seed: int,
+    ) -> None:
         self.config = dict(config)
-        self.folder, self.stage_dir = folder, stage_dir
+        self.folder, self.stage_dir, self.source_dir = folder, stage_dir, source_dir
         self.seed, self.pool_seed = seed, pool_seed
         self.configs = Path(config["bundle_root"]) / "configs"
         patients = config["train_patients"]
@@ -93,7 +103,7 @@ class Chains:
         later = arm.tasks[1:]
         patients = self._first_share(len(later))
         config = self.config | {"train_patients": patients}
-        jobs = [pretraining_job(config, self.config["source_dir"], arm.tasks[0], seed=self.pool_seed)]
+        jobs = [pretraining_job(config, self.source_dir, arm.tasks[0], seed=self.pool_seed)]
         if arm.joint:
             return [self._joint(jobs[0], *later)]
         for n, task in enumerate(later, start=1):
@@ -138,7 +148,7 @@ class Chains:
         overrides |= {
             "target_task": task,
             "source_task": source_task,
-            "start_ckpt": str(before.output_dir / "model.pt"),
+            "source_ckpt": str(before.output_dir / "model.pt"),
         }
         overrides |= {"seed": self.seed, "check_data": False} | ({"freeze": None} if full else {})
         return Job(self.config, folder, [self.configs / "stage.json"], overrides)
@@ -182,7 +192,9 @@ def note_leep(evaluator: Evaluator, *, output_dir: str) -> None:
         write_json(Path(output_dir) / "leep.json", {"leep": float(evaluator.state.metrics["leep"])})
 
 
-def follow_path(plan: Plan, *, n_classes: int, output_dir: str, synthetic: bool, n_jobs: int | None) -> Verdict | None:
+def follow_path(
+    plan: Plan, *, n_classes: int, output_dir: str, source_dir: str, synthetic: bool, n_jobs: int | None
+) -> Verdict | None:
     """Train along the path, and everything it should be compared with at as many labelled patients, and say what won.
 
     Writes the files of `medtl_ext.report.audit_report`, ``arms.csv`` (Dice and IoU of each arm) and ``answer.txt``, and
@@ -191,7 +203,9 @@ def follow_path(plan: Plan, *, n_classes: int, output_dir: str, synthetic: bool,
     Args:
         plan: of `medtl_ext.sequential.plan_path`.
         n_classes: of the target, background included.
-        output_dir, synthetic: where the files go, and whether the data are synthetic.
+        output_dir: where the files go.
+        source_dir: where pre-trained networks are kept.
+        synthetic: the data are synthetic.
         n_jobs: trainings at a time.
 
     Returns:
@@ -200,7 +214,14 @@ def follow_path(plan: Plan, *, n_classes: int, output_dir: str, synthetic: bool,
     if idist.get_rank() != 0:
         return None
     config, folder = current_config(), Path(output_dir)
-    chains = Chains(config, folder / "arms", folder / "stages", seed=config["seed"], pool_seed=config["pool_seed"])
+    chains = Chains(
+        config,
+        folder=folder / "arms",
+        stage_dir=folder / "stages",
+        source_dir=source_dir,
+        seed=config["seed"],
+        pool_seed=config["pool_seed"],
+    )
     single = open_collection(chains.source_collection, plan.single, subjects=config["phantom_subjects"])
     arms = arms_of(plan, zero_shot=single.n_classes(plan.single) == n_classes)
     jobs = chains.run(arms, plan.target, n_jobs=n_jobs)

@@ -1,0 +1,88 @@
+"""Readers write a collection for a dataset as it was downloaded. They copy no image and change none."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+from medtl_ext._validation import require_choice
+from medtl_ext.data.readers._draft import Draft, Reading
+from medtl_ext.data.readers.bids import read_bids
+from medtl_ext.data.readers.brats import read_brats, read_fets
+from medtl_ext.data.readers.datalist import read_datalist
+from medtl_ext.data.readers.iseg import read_iseg
+from medtl_ext.data.readers.nnunet import read_nnunet
+from medtl_ext.data.readers.table import read_csv
+from medtl_ext.data.readers.wmh import read_wmh
+
+__all__ = [
+    "READERS",
+    "Reading",
+    "read_bids",
+    "read_brats",
+    "read_collection",
+    "read_csv",
+    "read_datalist",
+    "read_fets",
+    "read_iseg",
+    "read_nnunet",
+    "read_wmh",
+]
+
+READERS: dict[str, Callable[..., Reading]] = {
+    "fets": read_fets,
+    "brats": read_brats,
+    "iseg": read_iseg,
+    "wmh": read_wmh,
+    "msd": read_datalist,
+    "datalist": read_datalist,
+    "nnunet": read_nnunet,
+    "bids": read_bids,
+    "csv": read_csv,
+}
+
+
+def read_collection(name: str, root: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Reading:
+    """Write a collection for a dataset in its own layout, and check every file of it.
+
+    What does not fit is never passed over: a subject without label, or without files, is left out, one without some
+    modality is kept, and each is a row of the result with the reason.
+
+    Args:
+        name: the layout, one of `READERS`; the function of that name tells what it expects.
+        root: the folder of the dataset.
+        out: the collection file to write. Paths in it are relative if the files lie below its folder, else absolute.
+        **options: those of the reader, and of all readers:
+            ``institutions``, a CSV file with columns subject and institution, in place of the reader's own;
+            ``split``, fractions of train, val and test, or ``folds``, their number, both drawn patient-wise and
+            stratified by institution with ``seed`` (0): see `medtl_ext.data.splits`. Without either, the dataset's
+            own splits are kept, or a half, a quarter and a quarter drawn;
+            ``keep_test`` (False), to leave the dataset's own test set as it is when drawing;
+            ``check`` (True), to read every file and report what is wrong with it (of folds, in the first file);
+            ``progress`` (True), to show a progress bar on a terminal.
+
+    Returns:
+        The files written, what was left out and why, and the data check; ``str()`` of it is a report.
+
+    Raises:
+        InputError: an unknown reader or option, a wrong root, or data that the collection format cannot express.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import nibabel, numpy as np
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for number in (1, 2, 3):
+    ...     for role in ("T1", "T2", "label"):
+    ...         voxels = np.random.default_rng(number).choice([0, 10, 150, 250], (4, 4, 4)).astype(np.uint8)
+    ...         nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), root / f"subject-{number}-{role}.nii.gz")
+    >>> reading = read_collection("iseg", root, root / "iseg.json", check=False, progress=False)
+    >>> [str(task) for task in reading.collection.tasks()][:3]
+    ['iSeg-T1-CSF', 'iSeg-T1-GM', 'iSeg-T1-WM']
+    """
+    reader = READERS[require_choice("reader", name, READERS)]
+    accepted = set(inspect.signature(reader).parameters) | set(inspect.signature(Draft).parameters)
+    for option in options:
+        require_choice(f"option of reader '{name}'", option, sorted(accepted - {"root", "out", "options"}))
+    return reader(root, out, **options)

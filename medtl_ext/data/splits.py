@@ -1,0 +1,270 @@
+"""Patient-wise splits and folds, written into the collection: who has the file trains on the same patients."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import StratifiedKFold
+
+from medtl_ext._validation import InputError
+from medtl_ext.data.collection import SPLITS, load_collection, write_collection
+
+__all__ = ["FRACTIONS", "draw_folds", "draw_splits", "split_collection", "write_splits"]
+
+FRACTIONS = (0.5, 0.25, 0.25)  # of train, val and test
+
+
+def draw_splits(
+    subjects: Sequence[Mapping[str, Any]], *, fractions: Sequence[float] = FRACTIONS, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Draw a split for every subject, patient by patient, in the same proportions at every institution.
+
+    An institution with as many patients as there are splits is in all of them, however small the fraction: every task
+    needs patients to train, to choose and to test on. The rest follows the fractions. The draw depends on the seed and
+    the patients' names, not on their order, and drawing at one institution does not change another.
+
+    Args:
+        subjects: entries of a collection, each with ``id``, ``institution`` and, where a patient was scanned more than
+            once, ``patient``. Entries whose ``split`` is ``test`` keep it, and all scans of those patients; the others
+            are then shared out between train and val.
+        fractions: of the patients in train, val and test; they sum to 1.
+        seed: another seed is another draw.
+
+    Returns:
+        The entries in their order, each with its ``split``.
+
+    Raises:
+        InputError: the fractions or the seed are impossible.
+
+    >>> subjects = [{"id": f"p{number}", "institution": "13"} for number in range(4)]
+    >>> [entry["split"] for entry in draw_splits(subjects, fractions=(0.5, 0.25, 0.25), seed=1)]
+    ['train', 'test', 'val', 'train']
+    """
+    shares = np.asarray(fractions, dtype=float)
+    if shares.shape != (3,) or (shares < 0).any() or shares[0] == 0 or not np.isclose(shares.sum(), 1):
+        raise InputError(
+            f"split fractions {list(fractions)} must be three, of train, val and test, at least 0 (train above 0) and "
+            "sum to 1, such as 0.6 0.2 0.2."
+        )
+    held_out = _held_out(subjects)
+    if held_out:
+        shares = np.array([*shares[:2], 0]) / shares[:2].sum()
+    splits = dict.fromkeys(held_out, "test")
+    for patients in _strata(subjects, without=held_out, seed=seed).values():
+        splits |= dict(zip(patients, _deal(len(patients), shares), strict=True))
+    return [{**entry, "split": splits[_patient(entry)]} for entry in subjects]
+
+
+def draw_folds(subjects: Sequence[Mapping[str, Any]], *, folds: int, seed: int = 0) -> list[list[dict[str, Any]]]:
+    """Draw k folds of patients, stratified by institution, for cross-validation.
+
+    In turn k, fold k is the test set, the next fold is val and the others train: every patient is tested once. Where
+    entries are already in ``test`` they stay there, fold k is val, and the others train.
+
+    Args:
+        subjects: entries of a collection, as `draw_splits` takes them.
+        folds: their number, at least 3 (2 where the test set is kept).
+        seed: another seed is another draw.
+
+    Returns:
+        The entries of every turn, each with its ``split`` and its ``fold`` (None in a test set that was kept).
+
+    Raises:
+        InputError: too few folds, or more folds than the largest institution has patients.
+
+    >>> subjects = [{"id": f"p{number}", "institution": "13"} for number in range(6)]
+    >>> turns = draw_folds(subjects, folds=3)
+    >>> [sum(entry["split"] == "test" for entry in turn) for turn in turns]
+    [2, 2, 2]
+    """
+    held_out = _held_out(subjects)
+    strata = _strata(subjects, without=held_out, seed=seed)
+    most = max(map(len, strata.values()), default=0)
+    least = 2 if held_out else 3
+    if not least <= folds <= most:
+        raise InputError(
+            f"{folds} folds cannot be drawn: at least {least} are needed, and no more than the largest institution has "
+            f"patients ({most}); choose another number of folds, or fractions."
+        )
+    patients = [patient for members in strata.values() for patient in members]
+    institutions = [institution for institution, members in strata.items() for _ in members]
+    with warnings.catch_warnings():  # an institution with fewer patients than folds is documented, not an accident
+        warnings.filterwarnings("ignore", message="The least populated class")
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        parts = [held for _, held in splitter.split(patients, institutions)]
+    fold = {patients[place]: number for number, part in enumerate(parts) for place in part}
+    roles = {0: "val"} if held_out else {0: "test", 1: "val"}
+
+    def place(patient: str, turn: int) -> dict[str, Any]:
+        if patient in held_out:
+            return {"split": "test", "fold": None}
+        return {"split": roles.get((fold[patient] - turn) % folds, "train"), "fold": fold[patient]}
+
+    return [[{**entry, **place(_patient(entry), turn)} for entry in subjects] for turn in range(folds)]
+
+
+def split_collection(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    fractions: Sequence[float] | None = None,
+    folds: int | None = None,
+    seed: int = 0,
+    keep_test: bool = False,
+) -> list[Path]:
+    """Draw new splits, or folds, for a collection and write them with the collection to new files.
+
+    Args:
+        path: a collection file; it is not changed.
+        out: the file to write. With ``folds``, one file each beside it: ``out_fold0.json``, ``out_fold1.json``, ...
+        fractions: of train, val and test, as `draw_splits` takes them; a half and two quarters by default.
+        folds: draw folds instead, as `draw_folds` does.
+        seed: another seed is another draw.
+        keep_test: leave the present test set as it is.
+
+    Returns:
+        The files written. ``drawn`` in each records how.
+
+    Raises:
+        InputError: the collection is broken, or the draw is impossible; nothing is written.
+    """
+    collection = load_collection(path)
+    if folds is None and os.path.abspath(out) == str(collection.path):
+        raise InputError(f"{path} is the collection itself, which is not changed; give another file to write.")
+    content = json.loads(collection.path.read_text(encoding="utf-8"))
+    drawn = {subject.id: subject.split for subject in collection.subjects}  # also where the file leaves them out
+    content["subjects"] = [{**entry, "split": drawn[entry["id"]]} for entry in content["subjects"]]
+    if fractions is None and folds is None:
+        fractions = FRACTIONS
+    options = {"fractions": fractions, "folds": folds, "seed": seed, "keep_test": keep_test}
+    return write_splits(content, out, folder=collection.path.parent, **options)
+
+
+def write_splits(
+    content: Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    folder: Path,
+    fractions: Sequence[float] | None = None,
+    folds: int | None = None,
+    seed: int = 0,
+    keep_test: bool = False,
+) -> list[Path]:
+    """Write a collection's content with splits or folds, and with paths that hold in the folder of ``out``.
+
+    Without ``fractions`` and ``folds``, splits that the content already has are kept: all of them, or a test set, and
+    then the others are drawn.
+
+    Args:
+        content: of a collection, in the documented format.
+        out: as for `split_collection`.
+        folder: what relative paths in ``content`` start from. Files below the folder of ``out`` are written relative to
+            it, so that both can be moved together; others absolute.
+        fractions: as for `split_collection`.
+        folds: as for `split_collection`.
+        seed: another seed is another draw.
+        keep_test: as for `split_collection`.
+
+    Raises:
+        InputError: fractions and folds are both given, or the draw is impossible; nothing is written.
+    """
+    if folds is not None and fractions is not None:
+        raise InputError("split fractions and folds exclude each other; give one of them.")
+    out = Path(os.path.abspath(out))
+    content = {key: value for key, value in content.items() if key != "drawn"}
+    subjects = [_relocate(entry, folder, out.parent) for entry in content["subjects"]]
+    redraw = fractions is not None or folds is not None
+    if redraw:
+        subjects = [_undecided(entry, keep_test) for entry in subjects]
+    given = {entry.get("split") for entry in subjects}
+    if keep_test and "test" not in given:
+        raise InputError("there is no test set to keep; draw one with fractions, or do not ask to keep it.")
+    if not redraw and given not in ({None}, {None, "test"}):
+        files = {out: {"subjects": subjects}}
+    elif folds is None:
+        fractions = FRACTIONS if fractions is None else fractions
+        drawn = {"fractions": list(fractions), "seed": seed}
+        files = {out: {"drawn": drawn, "subjects": draw_splits(subjects, fractions=fractions, seed=seed)}}
+    else:
+        files = {
+            out.with_name(f"{out.stem}_fold{turn}{out.suffix}"): {
+                "drawn": {"folds": folds, "fold": turn, "seed": seed},
+                "subjects": entries,
+            }
+            for turn, entries in enumerate(draw_folds(subjects, folds=folds, seed=seed))
+        }
+    for path in files:
+        _refuse_other_file(path)
+    return [write_collection(path, {**content, **entries}) for path, entries in files.items()]
+
+
+def _refuse_other_file(path: Path) -> None:
+    """A collection may be written again; nothing else is, such as the ``dataset.json`` that a reader was given."""
+    if path.exists():
+        try:
+            load_collection(path)
+        except InputError as error:
+            raise InputError(f"{path} exists and is not a collection; give another file to write.") from error
+
+
+def _undecided(entry: Mapping[str, Any], keep_test: bool) -> dict[str, Any]:
+    """The entry without its split and fold, unless it is a test patient's and those stay."""
+    kept = ("split",) if keep_test and entry.get("split") == "test" else ()
+    return {key: value for key, value in entry.items() if key in kept or key not in ("split", "fold")}
+
+
+def _relocate(entry: Mapping[str, Any], source: Path, folder: Path) -> dict[str, Any]:
+    """The entry with its paths, relative to ``source`` or absolute, as they are written beside ``folder``'s file."""
+
+    def rewrite(name: str) -> str:
+        path = Path(os.path.abspath(source / name))
+        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+    return dict(entry) | {
+        kind: {name: rewrite(path) for name, path in entry[kind].items()} for kind in ("images", "labels")
+    }
+
+
+def _patient(entry: Mapping[str, Any]) -> str:
+    return entry.get("patient") or entry["id"]
+
+
+def _held_out(subjects: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The patients whose split is fixed, which can only be test."""
+    return {_patient(entry) for entry in subjects if entry.get("split") == "test"}
+
+
+def _strata(subjects: Sequence[Mapping[str, Any]], *, without: set[str], seed: int) -> dict[str, list[str]]:
+    """The patients of every institution, shuffled by a hash of their names: the same on every machine.
+
+    A patient seen at two institutions counts at the first by name.
+    """
+    if seed < 0:
+        raise InputError(f"seed must be at least 0; got {seed}.")
+    home: dict[str, str] = {}
+    for entry in subjects:
+        home[_patient(entry)] = min(entry["institution"], home.get(_patient(entry), entry["institution"]))
+    strata: dict[str, list[str]] = {institution: [] for institution in sorted(set(home.values()))}
+    for patient in sorted(home, key=lambda name: hashlib.sha256(f"split {seed} {name}".encode()).digest()):
+        if patient not in without:
+            strata[home[patient]].append(patient)
+    return {institution: patients for institution, patients in strata.items() if patients}
+
+
+def _deal(count: int, shares: np.ndarray) -> list[str]:
+    """The splits of ``count`` patients: one each while they last, then always the one that lacks most.
+
+    >>> _deal(6, np.array([0.6, 0.2, 0.2]))
+    ['train', 'val', 'test', 'train', 'train', 'train']
+    """
+    dealt = np.flatnonzero(shares)[:count].tolist()
+    while len(dealt) < count:
+        dealt.append(int(np.argmax(shares * count - np.bincount(dealt, minlength=3))))
+    return [SPLITS[place] for place in dealt]

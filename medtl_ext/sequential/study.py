@@ -1,0 +1,357 @@
+"""When is a second step worth it? Every single source and every path to several targets; weights of the affinity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medtl_ext._io import atomic_path, write_json
+from medtl_ext._validation import InputError
+from medtl_ext.affinity import fit_affinity_weights
+from medtl_ext.bundle import Job, current_config, run_jobs
+from medtl_ext.data import Collection
+from medtl_ext.ranking import paired_comparison
+from medtl_ext.report import patient_table
+from medtl_ext.sequential.affinities import SeqTranAffinity, find_affinity
+from medtl_ext.sequential.chain import Arm, Chains
+from medtl_ext.sequential.plan import Plan, plan_path, shares, source_graph, task_volumes, write_table
+from medtl_ext.studies import open_collection
+
+Jobs = dict[tuple[str, int, str], Job]
+"""(target, seed, arm) -> the arm's last training."""
+
+
+def study_paths(
+    *,
+    output_dir: str,
+    targets: Sequence[str],
+    sources: Sequence[str],
+    seeds: Sequence[int],
+    affinities: Sequence[str],
+    settings: Mapping[str, Any],
+    n_jobs: int | None = None,
+    backend: str | None = None,
+) -> pd.DataFrame:
+    """Train from every single source, along every path of two, and on both sources of a path together, for each target.
+
+    From these, what every way to choose is worth: at random, by LEEP, by each affinity, in hindsight (the paper's
+    Table 4); scratch, one step and two (its Tables 1 and 3). Runs that are done are kept. Writes ``study.csv`` (one row
+    per target, seed and arm), ``choices.csv`` and ``study.md``.
+
+    Args:
+        output_dir: gets ``runs/`` and the results.
+        targets, sources: names of tasks; all sources must be joined to each target by modality or objective, or are
+            left out for it.
+        seeds: the repetitions: of the pool's training, the draw of patients and the fine-tuning.
+        affinities: names or import paths.
+        settings: options of ``train.json`` for all runs.
+        n_jobs, backend: see `medtl_ext.bundle.run_jobs`.
+    """
+    if len(targets) < 2:
+        raise InputError(f"a study needs two targets or more; found {list(targets)}.")
+    config = _config(settings)
+    folder = Path(output_dir)
+    collections = _collections(config, [*targets, *sources])
+    plans = {
+        (target, seed, affinity): _plan(config, sources, target, collections[target], affinity, seed)
+        for target, seed, affinity in product(targets, seeds, affinities)
+    }
+    arms = {
+        (target, seed): _arms(sources, target, [plans[target, seed, affinity] for affinity in affinities])
+        for target, seed in product(targets, seeds)
+    }
+    jobs: Jobs = {}
+    for seed in seeds:
+        waves: list[dict[Path, Job]] = []
+        for target in targets:
+            chains = _chains(config, folder, target, seed)
+            for arm in arms[target, seed]:
+                steps = [*chains.sources(arm), chains.target(arm, target)]
+                jobs[target, seed, arm.name] = steps[-1]
+                for n, job in enumerate(steps):
+                    waves += [{}] * (n + 1 - len(waves))
+                    waves[n] = waves[n] | {job.output_dir: job}
+        for n, wave in enumerate(waves):
+            run_jobs(list(wave.values()), n_jobs=n_jobs, backend=backend, description=f"seed {seed}, step {n + 1}")
+    table = _results(jobs, arms)
+    choices = pd.concat(
+        [_choices(of, target, seed, plans, affinities) for (target, seed), of in table.groupby(["target", "seed"])],
+        ignore_index=True,
+    )
+    synthetic = collections[targets[0]].synthetic
+    write_table(table.drop(columns="patients"), folder / "study.csv")
+    write_table(choices.drop(columns="patients"), folder / "choices.csv")
+    text = study_text(table, choices, synthetic=synthetic)
+    with atomic_path(folder / "study.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
+    return choices
+
+
+def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    root = Path(current_config()["bundle_root"])
+    train = json.loads((root / "configs" / "train.json").read_text())
+    config = train | {"source_dir": str(root / "models" / "sources")} | dict(settings)
+    return config | {"bundle_root": str(root), "check_data": False}
+
+
+def _collections(config: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Collection]:
+    """The collection of each task; phantoms are made here, not by several processes at once."""
+    return {
+        task: open_collection(config["collection"], task, subjects=config["phantom_subjects"])
+        for task in dict.fromkeys(tasks)
+    }
+
+
+def _chains(config: Mapping[str, Any], folder: Path, target: str, seed: int) -> Chains:
+    return Chains(
+        config,
+        folder=folder / "runs" / target / f"seed{seed}",
+        stage_dir=folder / "runs" / "stages",
+        source_dir=config["source_dir"],
+        seed=seed,
+        pool_seed=seed,
+    )
+
+
+def _plan(
+    config: Mapping[str, Any], sources: Sequence[str], target: str, collection: Collection, affinity: str, seed: int
+) -> Plan:
+    near = [source for source in sources if shares(source, target) and source != target]
+    options = {"collection": config["collection"], "subjects": config["phantom_subjects"], "affinity": affinity}
+    options |= {"patients": config["affinity_patients"], "progress": False}
+    keys = ("n_clusters", "cluster_weight", "representative_rule")
+    graph = source_graph(near, **options, **{key: config[key] for key in keys})
+    return plan_path(
+        graph,
+        target=collection,
+        target_task=target,
+        target_patients=config["stage_patients"],
+        max_intermediates=1,
+        seed=seed,
+        **options,
+    )
+
+
+def _arms(sources: Sequence[str], target: str, plans: Sequence[Plan]) -> list[Arm]:
+    """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
+    near = [source for source in sources if shares(source, target) and source != target]
+    arms = [Arm("scratch"), *(Arm(source, (source,)) for source in near)]
+    arms += [Arm(f"{a} > {b}", (a, b)) for a, b in product(near, near) if a != b and shares(a, b)]
+    chosen = dict.fromkeys(plan.path for plan in plans if plan.path)
+    return arms + [Arm(f"{' + '.join(path)}", path, joint=True) for path in chosen]
+
+
+def _results(jobs: Jobs, arms: Mapping[tuple[str, int], Sequence[Arm]]) -> pd.DataFrame:
+    """One row per target, seed and arm; ``patients`` maps the test patients to their Dice."""
+    rows = []
+    for (target, seed), of in arms.items():
+        for arm in of:
+            folder = jobs[target, seed, arm.name].output_dir
+            scores = patient_table(pd.read_csv(folder / "metrics.csv"))
+            test = scores[scores["split"] == "test"]
+            leep = folder / "leep.json"
+            rows.append(
+                {
+                    "target": target,
+                    "seed": seed,
+                    "arm": arm.name,
+                    "steps": -1 if arm.joint else len(arm.tasks),
+                    "dice": test["dice"].mean(),
+                    "iou": test["iou"].mean(),
+                    "leep": json.loads(leep.read_text())["leep"] if leep.is_file() else np.nan,
+                    "patients": dict(zip(test["subject"], test["dice"], strict=True)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _choices(
+    table: pd.DataFrame, target: str, seed: int, plans: Mapping[tuple[str, int, str], Plan], affinities: Sequence[str]
+) -> pd.DataFrame:
+    """What each way to choose gives for one target and seed: its pick (None: the mean of all) and Dice."""
+    one, two = table[table["steps"] == 1], table[table["steps"] == 2]
+    picks: dict[tuple[str, str], pd.DataFrame] = {
+        ("none", "scratch"): table[table["steps"] == 0],
+        ("single", "random"): one,
+        ("single", "LEEP"): one.nlargest(1, "leep"),
+        ("single", "best in hindsight"): one.nlargest(1, "dice"),
+        ("path", "random"): two,
+        ("path", "best in hindsight"): two.nlargest(1, "dice"),
+    }
+    for affinity in affinities:
+        plan = plans[target, seed, affinity]
+        picks["single", affinity] = one[one["arm"] == plan.single]
+        if plan.path:
+            picks["single", f"{affinity}: head of its path"] = one[one["arm"] == plan.path[0]]
+            picks["path", affinity] = two[two["arm"] == " > ".join(plan.path)]
+            picks["joint", affinity] = table[table["arm"] == " + ".join(plan.path)]
+    rows = []
+    for (steps, how), chosen in picks.items():
+        if len(chosen):
+            patients = pd.DataFrame(list(chosen["patients"])).mean().to_dict()
+            pick = chosen["arm"].iloc[0] if len(chosen) == 1 else f"mean of {len(chosen)}"
+            row = {"target": target, "seed": seed, "steps": steps, "how": how, "pick": pick, "patients": patients}
+            rows.append(row | {"dice": chosen["dice"].mean(), "iou": chosen["iou"].mean()})
+    return pd.DataFrame(rows)
+
+
+PAIRS = [
+    (("path", "{}"), ("single", "{}")),
+    (("path", "{}"), ("single", "{}: head of its path")),
+    (("path", "{}"), ("path", "random")),
+    (("path", "{}"), ("joint", "{}")),
+    (("path", "{}"), ("none", "scratch")),
+    (("path", "best in hindsight"), ("single", "best in hindsight")),
+    (("path", "random"), ("single", "random")),
+    (("single", "{}"), ("single", "random")),
+    (("single", "{}"), ("none", "scratch")),
+]
+"""What is compared with what, over the test patients of all targets; {} is each affinity in turn."""
+
+
+def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool) -> str:
+    """The study as a Markdown page: Dice of every way to choose, per target, and paired differences over patients."""
+    means = choices.pivot_table(index=["steps", "how"], columns="target", values="dice", sort=False)
+    means["mean"] = means.mean(axis=1)
+    spread = choices.groupby(["steps", "how", "seed"], sort=False)["dice"].mean().groupby(["steps", "how"]).std()
+    means["sd over seeds"] = spread
+    lines = ["# Sequential transfer: is a second step worth it?", ""]
+    seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
+    lines += [
+        f"Mean Dice of test patients over {targets} targets and {seeds} seeds, all parameters trained at every step, "
+        "all ways with as many labelled patients."
+        + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
+        "",
+        *_markdown(means.round(3).reset_index()),
+        "",
+        "Differences in Dice, paired over patients (each averaged over seeds), with 95 % t intervals; p: Wilcoxon, not "
+        "corrected:",
+        "",
+        *_markdown(differences(choices)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def differences(choices: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons of `PAIRS` over the patients of all targets."""
+    affinities = [
+        how.split(":")[0] for steps, how in zip(choices["steps"], choices["how"], strict=True) if ": head" in how
+    ]
+    scores: dict[tuple[str, str], dict[Any, list[float]]] = {}
+    for row in choices.itertuples():
+        for subject, dice in row.patients.items():
+            scores.setdefault((row.steps, row.how), {}).setdefault((row.target, subject), []).append(dice)
+    means = {key: {who: float(np.mean(values)) for who, values in of.items()} for key, of in scores.items()}
+    rows: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for (first, second), affinity in product(PAIRS, dict.fromkeys(affinities)):
+        a, b = ((steps, how.format(affinity)) for steps, how in (first, second))
+        if (a, b) in rows or not means.keys() >= {a, b} or means[a].keys() != means[b].keys():
+            continue
+        found = paired_comparison(means[a], means[b], n_resamples=999)
+        rows[a, b] = {
+            "first": ", ".join(a),
+            "second": ", ".join(b),
+            "difference": f"{found.difference:+.3f}",
+            "interval": f"{found.low:+.3f} to {found.high:+.3f}",
+            "p": f"{found.p_wilcoxon:.3g}",
+            "patients": len(means[a]),
+        }
+    return pd.DataFrame(list(rows.values()))
+
+
+def _markdown(table: pd.DataFrame) -> list[str]:
+    def cell(value: Any) -> str:
+        return ("" if np.isnan(value) else f"{value:.3f}") if isinstance(value, float) else str(value)
+
+    body = [list(map(cell, row)) for row in table.itertuples(index=False)]
+    return [f"| {' | '.join(row)} |" for row in (list(table.columns), ["---"] * table.shape[1], *body)]
+
+
+def fit_weights(
+    *,
+    transfers: str | None,
+    targets: Sequence[str],
+    sources: Sequence[str],
+    settings: Mapping[str, Any],
+    standardize: bool,
+    output_dir: str,
+    n_jobs: int | None = None,
+    backend: str | None = None,
+) -> tuple[float, float]:
+    """Fit ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
+
+    Writes ``transfers.csv`` (source, target, distance, similarity, dice) and ``affinity_weights.json``.
+
+    Args:
+        transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
+        targets, sources: tasks, where ``transfers`` is None.
+        settings: options of ``train.json``.
+        standardize: see `SeqTranAffinity`.
+        output_dir: gets the trainings and the results.
+        n_jobs, backend: see `medtl_ext.bundle.run_jobs`.
+    """
+    config, folder = _config(settings), Path(output_dir)
+    if transfers is None:
+        table = _measured_transfers(config, folder, targets, sources, n_jobs=n_jobs, backend=backend)
+    else:
+        table = _read_transfers(Path(transfers))
+    collections = _collections(config, [*table["source"], *table["target"]])
+    tasks = {name: task_volumes(of, name, patients=config["affinity_patients"]) for name, of in collections.items()}
+    affinity = SeqTranAffinity(standardize=standardize)
+    pairs = [(tasks[a], tasks[b]) for a, b in zip(table["source"], table["target"], strict=True)]
+    table["distance"] = [affinity.distance(a, b) for a, b in pairs]
+    table["similarity"] = [affinity.similarity(a, b) for a, b in pairs]
+    # Targets differ in how hard they are, which no affinity should be asked to explain.
+    relative = table["dice"] - table.groupby("target")["dice"].transform("mean")
+    alpha, beta = fit_affinity_weights(table["distance"], table["similarity"], relative)
+    cost = alpha * table["distance"] + beta * (1 - table["similarity"])
+    published = find_affinity("seqtran")
+    before = published.alpha * table["distance"] + published.beta * (1 - table["similarity"])
+    content = {"alpha": alpha, "beta": beta, "transfers": len(table), "standardize": standardize}
+    content |= {"correlation": float(cost.corr(relative)), "published_correlation": float(before.corr(relative))}
+    write_table(table, folder / "transfers.csv")
+    write_json(folder / "affinity_weights.json", content)
+    print(
+        f"alpha {alpha:.4g}, beta {beta:.4g} of {len(table)} transfers: cost and Dice (less each target's mean) "
+        f"correlate at {content['correlation']:+.2f} after the fit, which has seen them, and at "
+        f"{content['published_correlation']:+.2f} with the published weights; lower is better."
+    )
+    return alpha, beta
+
+
+def _measured_transfers(
+    config: Mapping[str, Any],
+    folder: Path,
+    targets: Sequence[str],
+    sources: Sequence[str],
+    *,
+    n_jobs: int | None,
+    backend: str | None,
+) -> pd.DataFrame:
+    _collections(config, [*targets, *sources])
+    rows = []
+    for target in targets:
+        chains = _chains(config, folder, target, config["seed"])
+        arms = [Arm(source, (source,)) for source in sources if source != target]
+        jobs = chains.run(arms, target, n_jobs=n_jobs, backend=backend)
+        for source, job in jobs.items():
+            scores = patient_table(pd.read_csv(job.output_dir / "metrics.csv"))
+            dice = scores[scores["split"] == "val"]["dice"].mean()
+            rows.append({"source": source, "target": target, "dice": dice})
+    return pd.DataFrame(rows)
+
+
+def _read_transfers(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise InputError(f"transfers file {path} does not exist; give a CSV file with columns source, target, dice.")
+    table = pd.read_csv(path)
+    if missing := {"source", "target", "dice"} - set(table):
+        raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
+    return table[["source", "target", "dice"]]

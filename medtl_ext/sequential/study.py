@@ -87,7 +87,7 @@ def study_paths(
     synthetic = collections[targets[0]].synthetic
     write_table(table.drop(columns="patients"), folder / "study.csv")
     write_table(choices.drop(columns="patients"), folder / "choices.csv")
-    text = study_text(table, choices, synthetic=synthetic)
+    text = study_text(choices, synthetic=synthetic)
     with atomic_path(folder / "study.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)
@@ -216,7 +216,7 @@ PAIRS = [
 """What is compared with what, over the test patients of all targets; {} is each affinity in turn."""
 
 
-def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool) -> str:
+def study_text(choices: pd.DataFrame, *, synthetic: bool) -> str:
     """The study as a Markdown page: Dice of every way to choose, per target, and paired differences over patients."""
     means = choices.pivot_table(index=["steps", "how"], columns="target", values="dice", sort=False)
     means["mean"] = means.mean(axis=1)

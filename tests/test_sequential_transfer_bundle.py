@@ -1,0 +1,433 @@
+"""The sequential_transfer bundle on a tiny phantom: what it leaves, what it refuses, and how it goes on when killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+
+from medtl_ext import InputError
+from medtl_ext.data import generate_phantom
+from medtl_ext.graph import read_task_graph
+from medtl_ext.sequential import chain, study
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BUNDLE = REPOSITORY / "bundles" / "sequential_transfer"
+CONFIGS = BUNDLE / "configs"
+SOURCES = ["14-T2-ED", "14-FLAIR-ED", "14-T2-ET"]
+TINY = {
+    "target_task": "17-T2-ED",
+    "sources": SOURCES,
+    "affinity": "context",
+    "affinity_patients": 2,
+    "n_clusters": 1,
+    "source_patients": 3,
+    "stage_patients": 1,
+    "spacing": [6.0, 6.0, 8.0],
+    "roi_size": [32, 32],
+    "architecture#features": [4, 4, 8, 8, 8, 4],
+    "pool_epochs": 1,
+    "epochs": 1,
+    "iterations_per_epoch": 4,
+    "batch_size": 4,
+    "n_jobs": 1,
+    "figures": False,
+    "progress": False,
+    "check_data": False,
+}
+SETTINGS = {key: value for key, value in TINY.items() if "#" not in key and key not in ("sources", "target_task")}
+
+
+@pytest.fixture(scope="session")
+def path_collection(tmp_path_factory) -> Path:
+    """Two institutions of eight synthetic patients: four to train on, two each to validate and test."""
+    return generate_phantom(
+        tmp_path_factory.mktemp("phantom") / "collection",
+        institutions=["14", "17"],
+        subjects=8,
+        modalities=["T2", "FLAIR"],
+        n_jobs=1,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory) -> Path:
+    """Where pre-trained networks are kept, trained by the first test that needs them."""
+    return tmp_path_factory.mktemp("pool")
+
+
+@pytest.fixture
+def options(path_collection, pool, tmp_path) -> dict:
+    return {"collection": str(path_collection), "source_dir": str(pool), "output_dir": str(tmp_path / "out")}
+
+
+@pytest.fixture(autouse=True)
+def no_determinism_left_behind():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> list[Path]:
+    """Run jobs here, for speed, and note which: that they run in processes of their own is for the slow tests."""
+    trained: list[Path] = []
+
+    def run_here(jobs, **how):
+        for job in jobs:
+            if not job.done:
+                trained.append(job.output_dir)
+                job.run()
+
+    monkeypatch.setattr(chain, "run_jobs", run_here)
+    monkeypatch.setattr(study, "run_jobs", run_here)
+    return trained
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(chain, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
+
+
+def workflow_of(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
+    files = [str(CONFIGS / f"{name}.json") for name in (base, *overlays)]
+    settings = TINY | options if base == "train" else options
+    return ConfigWorkflow(config_file=files, workflow_type="infer" if base == "inference" else "train", **settings)
+
+
+def run(*overlays: str, base: str = "train", **options) -> None:
+    workflow = workflow_of(*overlays, base=base, **options)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+
+
+def refused(action) -> str:
+    """The text of the `InputError` that stopped it."""
+    with pytest.raises((InputError, RuntimeError)) as caught:
+        action()
+    error = caught.value
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    assert error is not None, "no InputError among the causes"
+    return str(error)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+# The whole of train.json
+
+
+def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys):
+    run(**options, figures=True, **{"check_data": True})
+    folder = Path(options["output_dir"])
+    assert capsys.readouterr().out.rstrip().splitlines()[-1] == f"results are in {folder}"
+    names = {path.name for path in folder.iterdir()}
+    plan_files = {"plan.json", "paths.csv", "clusters.csv", "task_graph.json", "task_graph.graphml", "task_graph.png"}
+    audit_files = {"audit.csv", "audit.json", "audit.png", "arms.csv", "answer.txt"}
+    assert names == {"config.json", "arms", "stages"} | plan_files | audit_files
+    plan = json.loads((folder / "plan.json").read_text())
+    first, middle = plan["paths"][0]["tasks"]
+    arms = pd.read_csv(folder / "arms.csv")
+    test = arms[arms["split"] == "test"].set_index("method")
+    assert {"zero_shot", "scratch", "single", "single_full", "sequential", "sequential_full"} <= set(test.index)
+    assert test.loc["sequential", "path"] == f"{first} -> {middle} -> 17-T2-ED"
+    assert test.loc["single", "path"] == f"{plan['single']} -> 17-T2-ED"
+    for arm in test.index:
+        rows = pd.read_csv(folder / "arms" / arm / "metrics.csv")
+        mean = rows[rows["split"] == "test"]["dice"].mean()
+        assert test.loc[arm, "dice"] == pytest.approx(mean, abs=1e-5)
+    leep = json.loads((folder / "arms" / "sequential" / "leep.json").read_text())["leep"]
+    assert leep <= 0
+    assert json.loads((folder / "audit.json").read_text())["text"] in (folder / "answer.txt").read_text()
+
+
+def test_arms_spend_as_many_labelled_patients_and_start_from_each_other(options, in_this_process):
+    run(**options)
+    folder = Path(options["output_dir"])
+    plan = json.loads((folder / "plan.json").read_text())
+    first, middle = plan["paths"][0]["tasks"]
+
+    def config(path: Path) -> dict:
+        return json.loads((path / "config.json").read_text())
+
+    final = config(folder / "arms" / "sequential")
+    assert final["train_patients"] == 1
+    stage = Path(final["source_ckpt"]).parent
+    assert (config(stage)["target_task"], config(stage)["train_patients"]) == (middle, 1)
+    head = Path(config(stage)["source_ckpt"]).parent
+    assert (config(head)["source_task"], config(head)["train_patients"]) == (first, 2)
+    single = Path(config(folder / "arms" / "single")["source_ckpt"]).parent
+    assert (config(single)["source_task"], config(single)["train_patients"]) == (plan["single"], 3)
+    encoder = "conv_0.conv_0.conv.weight"
+    before, after = weights(head)[encoder], weights(folder / "arms" / "sequential")[encoder]
+    assert torch.equal(before, after)  # frozen at every step
+    assert not torch.equal(before, weights(folder / "arms" / "sequential_full")[encoder])
+    assert torch.equal(weights(folder / "arms" / "zero_shot")[encoder], weights(single)[encoder])
+
+
+def test_what_is_done_is_not_done_again(options, in_this_process):
+    run(**options)
+    before = list(in_this_process)
+    answer = (Path(options["output_dir"]) / "answer.txt").read_text()
+    run(**options)
+    assert in_this_process == before
+    assert (Path(options["output_dir"]) / "answer.txt").read_text() == answer
+    lost = Path(options["output_dir"]) / "arms" / "single"
+    (lost / "metrics.csv").unlink()
+    run(**options)
+    assert in_this_process == [*before, lost]
+    assert (Path(options["output_dir"]) / "answer.txt").read_text() == answer
+
+
+def test_without_a_path_one_step_is_taken(options, in_this_process):
+    run(**options, n_clusters=3)
+    folder = Path(options["output_dir"])
+    assert "one task each" in json.loads((folder / "plan.json").read_text())["no_path"]
+    assert set(pd.read_csv(folder / "arms.csv")["method"]) == {"zero_shot", "scratch", "single", "single_full"}
+    assert "One step is all there is" in (folder / "answer.txt").read_text()
+
+
+def test_the_pool_does_not_depend_on_target_or_path(options):
+    def folder(**changed):
+        config = workflow_of(**options | changed).parser.get() | {"bundle_root": str(BUNDLE), "train_patients": 2}
+        return chain.pretraining_job(config, "sources", "14-T2-ED", seed=0).output_dir
+
+    for changed in ({"target_task": "17-FLAIR-ET"}, {"affinity": "seqtran"}, {"sources": SOURCES[:1]}, {"epochs": 3}):
+        assert folder(**changed) == folder(), changed
+    assert folder(pool_epochs=2) != folder()
+
+
+@pytest.mark.parametrize("overlay", ["risk_map", "paper"])
+def test_overlays_reach_every_step(options, in_this_process, overlay, path_collection):
+    run(overlay, **options, batch_size=4)
+    folder = Path(options["output_dir"])
+    stages = [path.parent for path in folder.glob("stages/**/config.json")]
+    assert stages
+    for path in [*stages, folder / "arms" / "sequential_full"]:
+        if overlay == "risk_map":
+            assert list(path.glob("weight_*.nii.gz")), path
+        else:
+            assert json.loads((path / "config.json").read_text())["learning_rate"] == 0.01
+    assert not list((folder / "arms" / "scratch").glob("weight_*.nii.gz"))
+
+
+def test_three_dimensions(options, in_this_process):
+    small = {"architecture#filters": [4, 4, 8, 8], "roi_size": [32, 32, 24], "batch_size": 1}
+    tiny = {key: value for key, value in TINY.items() if key != "architecture#features"} | options | small | {"n_clusters": 3}
+    files = [str(CONFIGS / name) for name in ("train.json", "3d.json")]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **tiny)
+    workflow.initialize()
+    workflow.run()
+    assert len(pd.read_csv(Path(options["output_dir"]) / "arms.csv")) == 8
+
+
+# Parts of it
+
+
+def test_the_graph_alone_serves_any_target(options, no_training, tmp_path, capsys):
+    run("graph", **options)
+    graph = Path(options["output_dir"]) / "task_graph.json"
+    assert set(read_task_graph(graph)) == set(SOURCES)
+    assert "3 source tasks, 2 pairs joined, in 1 clusters" in capsys.readouterr().out
+    for target in ("17-T2-ED", "17-FLAIR-ED"):
+        out = str(tmp_path / target)
+        run("select", **options | {"output_dir": out}, target_task=target, task_graph=str(graph))
+        assert json.loads((Path(out) / "plan.json").read_text())["target"] == target
+        table = pd.read_csv(Path(out) / "paths.csv")
+        assert table.groupby("kind")["cost"].apply(lambda cost: cost.is_monotonic_increasing).all()
+
+
+def test_weights_are_fitted_to_transfers(options, in_this_process, path_collection, tmp_path):
+    settings = SETTINGS | {"collection": str(path_collection), "source_dir": options["source_dir"]}
+    shared = {"base": "fit", "sources": SOURCES, "targets": ["17-T2-ED"], "settings": settings}
+    settings["architecture"] = json.loads((CONFIGS / "train.json").read_text())["architecture"]
+    settings["architecture"]["features"] = TINY["architecture#features"]
+    run(**shared, output_dir=options["output_dir"])
+    table = pd.read_csv(Path(options["output_dir"]) / "transfers.csv")
+    assert list(table["source"]) == SOURCES
+    fitted = json.loads((Path(options["output_dir"]) / "affinity_weights.json").read_text())
+    assert min(fitted["alpha"], fitted["beta"]) >= 0
+    before = list(in_this_process)
+    table[["source", "target", "dice"]].to_csv(tmp_path / "measured.csv", index=False)
+    run(**shared, output_dir=str(tmp_path / "again"), transfers=str(tmp_path / "measured.csv"))
+    assert in_this_process == before
+    again = json.loads((tmp_path / "again" / "affinity_weights.json").read_text())
+    assert again["alpha"] == pytest.approx(fitted["alpha"], rel=1e-3)
+    assert "lacks the column(s) dice" in refused(
+        lambda: run(**shared, transfers=_without_dice(tmp_path), output_dir="x")
+    )
+
+
+def _without_dice(folder: Path) -> str:
+    (folder / "bad.csv").write_text("source,target\na,b\n")
+    return str(folder / "bad.csv")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"affinity": "seqtrann"}, "expected seqtran or context"),
+        ({"sources": []}, "give a list of source tasks"),
+        ({"sources": ["14-T2-ED", "14-T2-ED"]}, "names 14-T2-ED twice"),
+        ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
+        ({"sources": [*SOURCES, "17-T2-ED"]}, "is one of the sources"),
+        ({"sources": ["14-FLAIR-ET"]}, "no source shares modality or objective"),
+        ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
+        ({"target_task": "17-T1-ED"}, "modality 'T1' is unknown"),
+        ({"stage_patients": 0}, "at least one patient"),
+        ({"source_patients": 1}, "leave none to pre-train on"),
+        ({"n_clusters": 0}, "n_clusters is 0"),
+        ({"max_intermediates": 1, "representative_rule": "siz"}, "did you mean 'size'"),
+        ({"task_graph": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"collection": "nowhere.json"}, "does not exist"),
+        ({"affinty": "context"}, "did you mean --affinity"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_training):
+    assert message in refused(lambda: run(**options | wrong))
+
+
+def test_a_step_without_its_checkpoint_is_refused(options, tmp_path):
+    def stage(checkpoint: Path) -> str:
+        step = {"source_task": SOURCES[0], "source_ckpt": str(checkpoint), "train_patients": 1}
+        return refused(lambda: run("stage", **options | {"output_dir": str(tmp_path / "stage")}, **step))
+
+    assert "missing.pt" in stage(tmp_path / "missing.pt")
+    torch.save({"other.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "does not fit" in stage(tmp_path / "other.pt")
+
+
+# The configs agree
+
+
+def test_inference_prepares_images_as_training_did():
+    train = json.loads((CONFIGS / "train.json").read_text())
+    inference = json.loads((CONFIGS / "inference.json").read_text())
+    for key in ("spacing", "roi_size"):
+        assert inference[key] == train[key]
+    for key, value in train["architecture"].items():
+        assert key == "_mode_" or inference["network_def"][key] == value
+    images = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
+    steps = inference["preprocessing"]["transforms"]
+    assert [step["_target_"] for step in steps] == [step["_target_"] for step in images]
+
+
+def test_the_default_graph_is_as_large_as_promised():
+    train = json.loads((CONFIGS / "train.json").read_text())
+    parts = [source.split("-") for source in train["sources"]]
+    assert len(parts) >= 24
+    assert [len({part[place] for part in parts}) for place in range(3)] == [4, 3, 2]
+    assert train["target_task"].split("-")[0] not in {part[0] for part in parts}
+
+
+# As users start it
+
+
+def start(files: list[str], options: dict, *, processes: int = 0) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    arguments = []
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value) if isinstance(value, str | list | dict) else json.dumps(value)]
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", str(files), *arguments],
+        cwd=BUNDLE,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # the workers of its jobs can be killed with it
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors[-3000:]
+    return output
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_the_next_run_gives_the_same(options, tmp_path):
+    """Killed once in the pre-training, between two of its epochs, and once on the target."""
+    long = TINY | {"pool_epochs": 6, "epochs": 3, "collection": options["collection"]}
+    whole = long | {"source_dir": str(tmp_path / "pool0"), "output_dir": str(tmp_path / "whole")}
+    finish(start(["configs/train.json"], whole))
+    cut = long | {"source_dir": str(tmp_path / "pool1"), "output_dir": str(tmp_path / "cut")}
+    for pattern in ("pool1/*/last.pt", "cut/stages/**/last.pt", "cut/arms/*/last.pt"):
+        process = start(["configs/train.json"], cut)
+        began = time.monotonic()
+        while not list(tmp_path.glob(pattern)):
+            assert time.monotonic() - began < 300
+            assert process.poll() is None, process.communicate()[1][-2000:]
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "cut" / "answer.txt").exists()
+    finish(start(["configs/train.json"], cut))
+    assert (tmp_path / "cut" / "answer.txt").read_text() == (tmp_path / "whole" / "answer.txt").read_text()
+    for arm in (tmp_path / "whole" / "arms").iterdir():
+        ours, theirs = weights(tmp_path / "cut" / "arms" / arm.name), weights(arm)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), arm.name
+
+
+@pytest.mark.slow
+def test_a_step_on_two_processes(options, tmp_path):
+    run("pretrain", **options | {"output_dir": str(tmp_path / "head")}, source_task=SOURCES[0], train_patients=3)
+    files = [f"configs/{name}.json" for name in ("train", "stage", "multi_gpu_train")]
+    step = {"source_task": SOURCES[0], "source_ckpt": str(tmp_path / "head" / "model.pt"), "train_patients": 2}
+    finish(start(files, TINY | options | step, processes=2))
+    rows = pd.read_csv(Path(options["output_dir"]) / "metrics.csv")
+    assert set(rows["split"]) == {"val", "test"}
+    assert np.isfinite(rows["dice"]).all()
+    scored = {"ckpt": str(Path(options["output_dir"]) / "model.pt"), "output_dir": str(tmp_path / "scored")}
+    files = [f"configs/{name}.json" for name in ("train", "evaluate", "multi_gpu_evaluate")]
+    finish(start(files, TINY | options | scored, processes=2))
+    again = pd.read_csv(tmp_path / "scored" / "metrics.csv").set_index("subject")["dice"]
+    before = rows[rows["split"] == "test"].set_index("subject")["dice"]
+    pd.testing.assert_series_equal(again.sort_index(), before.sort_index(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path, path_collection):
+    architecture = json.loads((CONFIGS / "train.json").read_text())["architecture"]
+    architecture["features"] = TINY["architecture#features"]
+    settings = SETTINGS | {"collection": str(path_collection), "architecture": architecture, "n_clusters": 1}
+    settings |= {"source_dir": str(tmp_path / "pool")}
+    whole = {
+        "targets": ["17-T2-ED", "17-FLAIR-ED"],
+        "sources": SOURCES,
+        "seeds": [0],
+        "affinities": ["seqtran", "context"],
+        "settings": settings,
+        "output_dir": str(tmp_path / "study"),
+    }
+    finish(start(["configs/study.json"], whole))
+    table = pd.read_csv(tmp_path / "study" / "study.csv")
+    of = table[table["target"] == "17-T2-ED"]
+    assert len(of[of["steps"] == 1]) == 3
+    assert len(of[of["steps"] == 2]) == 4  # of two joined pairs, in either order
+    assert of[of["steps"] == -1]["arm"].str.contains(" \\+ ").all()
+    choices = pd.read_csv(tmp_path / "study" / "choices.csv").set_index(["target", "steps", "how"])
+    hindsight = choices.loc[("17-T2-ED", "single", "best in hindsight"), "dice"]
+    assert hindsight == pytest.approx(of[of["steps"] == 1]["dice"].max(), abs=1e-5)
+    assert "| path | context |" in (tmp_path / "study" / "study.md").read_text()
+    began = time.monotonic()
+    finish(start(["configs/study.json"], whole))
+    assert time.monotonic() - began < 60

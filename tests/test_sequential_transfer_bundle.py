@@ -200,6 +200,14 @@ def test_without_a_path_one_step_is_taken(options, in_this_process):
     assert "One step is all there is" in (folder / "answer.txt").read_text()
 
 
+def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_process):
+    run(**options, n_clusters=3, val_split="train")
+    folder = Path(options["output_dir"])
+    assert "nothing is decided" in (folder / "answer.txt").read_text()
+    assert set(pd.read_csv(folder / "arms.csv")["split"]) == {"train", "test"}
+    assert not (folder / "audit.json").exists()
+
+
 def test_the_pool_does_not_depend_on_target_or_path(options):
     def folder(**changed):
         config = workflow_of(**options | changed).parser.get() | {"bundle_root": str(BUNDLE), "train_patients": 2}
@@ -226,7 +234,12 @@ def test_overlays_reach_every_step(options, in_this_process, overlay, path_colle
 
 def test_three_dimensions(options, in_this_process):
     small = {"architecture#filters": [4, 4, 8, 8], "roi_size": [32, 32, 24], "batch_size": 1}
-    tiny = {key: value for key, value in TINY.items() if key != "architecture#features"} | options | small | {"n_clusters": 3}
+    tiny = (
+        {key: value for key, value in TINY.items() if key != "architecture#features"}
+        | options
+        | small
+        | {"n_clusters": 3}
+    )
     files = [str(CONFIGS / name) for name in ("train.json", "3d.json")]
     workflow = ConfigWorkflow(config_file=files, workflow_type="train", **tiny)
     workflow.initialize()

@@ -146,15 +146,15 @@ class ContextAffinity:
     """`medtl_ext.affinity.context_affinity`: intensity in and around the RoI, its shape, and the body's intensities."""
 
     def __init__(self) -> None:
-        self._contexts: dict[str, TaskContext] = {}
+        self._contexts: dict[TaskVolumes, TaskContext] = {}
 
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
         return float(pairwise_context([self._context(a)], [self._context(b)]))
 
     def _context(self, task: TaskVolumes) -> TaskContext:
-        if task.name not in self._contexts:
-            self._contexts[task.name] = task_context(task.images(), task.labels(), spacing=task.spacing())
-        return self._contexts[task.name]
+        if task not in self._contexts:
+            self._contexts[task] = task_context(task.images(), task.labels(), spacing=task.spacing())
+        return self._contexts[task]
 
 
 AFFINITIES: dict[str, Callable[[], Affinity]] = {"seqtran": SeqTranAffinity, "context": ContextAffinity}

@@ -209,7 +209,7 @@ def follow_path(
         n_jobs: trainings at a time.
 
     Returns:
-        The verdict of the validation patients; None in all but the first of several processes.
+        The verdict of the validation patients; None without any, and in all but the first of several processes.
     """
     if idist.get_rank() != 0:
         return None
@@ -226,19 +226,25 @@ def follow_path(
     arms = arms_of(plan, zero_shot=single.n_classes(plan.single) == n_classes)
     jobs = chains.run(arms, plan.target, n_jobs=n_jobs)
     rows = pd.concat([pd.read_csv(job.output_dir / "metrics.csv") for job in jobs.values()], ignore_index=True)
-    method = "sequential_full" if plan.path else "single_full"
-    verdict = audit_report(
-        rows, folder, method=method, synthetic=synthetic, title=f"Ways to {plan.target}, at equal numbers of patients"
-    )
-    scores = patient_table(rows).groupby(["split", "method"])[["dice", "iou"]].mean().reset_index()
-    paths = {arm.name: " -> ".join((*arm.tasks, plan.target)) for arm in arms}
-    table = scores.assign(path=scores["method"].map(paths)).sort_values(["split", "dice"], ascending=[True, False])
-    write_table(table[["split", "method", "path", "dice", "iou"]], folder / "arms.csv")
-    answer = f"{second_step_text(rows, plan)} {verdict.text}"
+    write_table(_arms_table(rows, arms, plan.target), folder / "arms.csv")
+    verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
+    if "val" in set(rows["split"]):
+        method = "sequential_full" if plan.path else "single_full"
+        title = f"Ways to {plan.target}, at equal numbers of patients"
+        verdict = audit_report(rows, folder, method=method, synthetic=synthetic, title=title)
+        answer = f"{second_step_text(rows, plan)} {verdict.text}"
     with atomic_path(folder / "answer.txt") as temporary:
         temporary.write_text(answer + "\n", encoding="utf-8")
-    print(f"{_table_text(table)}\n{answer}")
+    print(f"{_table_text(_arms_table(rows, arms, plan.target))}\n{answer}")
     return verdict
+
+
+def _arms_table(rows: pd.DataFrame, arms: Sequence[Arm], target: str) -> pd.DataFrame:
+    """Dice and IoU of every arm on each split, the best first."""
+    paths = {arm.name: " -> ".join((*arm.tasks, target)) for arm in arms}
+    scores = patient_table(rows).groupby(["split", "method"])[["dice", "iou"]].mean().reset_index()
+    scores.insert(2, "path", scores["method"].map(paths))
+    return scores.sort_values(["split", "dice"], ascending=[True, False])
 
 
 def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
@@ -266,7 +272,7 @@ def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
 
 
 def _table_text(table: pd.DataFrame) -> str:
-    shown = table[table["split"] == "test"] if "test" in set(table["split"]) else table
+    shown = table[table["split"] == "test"]
     return "On the test patients, at equal numbers of labelled patients:\n" + shown.drop(columns="split").to_string(
         index=False, float_format="{:.3f}".format
     )

@@ -18,7 +18,7 @@ from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import patient_table
-from medtl_ext.sequential.affinities import SeqTranAffinity, find_affinity
+from medtl_ext.sequential.affinities import Affinity, SeqTranAffinity, find_affinity
 from medtl_ext.sequential.chain import Arm, Chains
 from medtl_ext.sequential.plan import Plan, plan_path, shares, source_graph, task_volumes, write_table
 from medtl_ext.studies import open_collection
@@ -58,9 +58,10 @@ def study_paths(
     config = _config(settings)
     folder = Path(output_dir)
     collections = _collections(config, [*targets, *sources])
+    found = {name: find_affinity(name) for name in affinities}  # each reads a task's volumes once
     plans = {
-        (target, seed, affinity): _plan(config, sources, target, collections[target], affinity, seed)
-        for target, seed, affinity in product(targets, seeds, affinities)
+        (target, seed, name): _plan(config, sources, target, collections[target], found[name], seed)
+        for target, seed, name in product(targets, seeds, affinities)
     }
     arms = {
         (target, seed): _arms(sources, target, [plans[target, seed, affinity] for affinity in affinities])
@@ -121,7 +122,12 @@ def _chains(config: Mapping[str, Any], folder: Path, target: str, seed: int) -> 
 
 
 def _plan(
-    config: Mapping[str, Any], sources: Sequence[str], target: str, collection: Collection, affinity: str, seed: int
+    config: Mapping[str, Any],
+    sources: Sequence[str],
+    target: str,
+    collection: Collection,
+    affinity: Affinity,
+    seed: int,
 ) -> Plan:
     near = [source for source in sources if shares(source, target) and source != target]
     options = {"collection": config["collection"], "subjects": config["phantom_subjects"], "affinity": affinity}

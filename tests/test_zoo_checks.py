@@ -140,7 +140,7 @@ def test_initialize_is_cheap_and_may_run_twice(bundle, names, kind, no_phantom):
 def small(tmp_path_factory) -> dict[str, dict]:
     """Options of each workflow for data and weights that are there: to check a property is to build it."""
     folder = tmp_path_factory.mktemp("small")
-    settings = {"subjects": 3, "modalities": ["T2"], "n_jobs": 1, "progress": False}  # one subject a split
+    settings = {"subjects": 3, "modalities": ["T1", "T2"], "n_jobs": 1, "progress": False}  # one subject a split
     collection = generate_phantom(folder / "phantom", institutions=["17"], **settings)
     weights = BasicUNet(2, 1, 2, features=(4, 4, 4, 4, 4, 4), norm="batch").state_dict()
     torch.save(weights, folder / "source.pt")

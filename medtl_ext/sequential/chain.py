@@ -265,7 +265,7 @@ def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
         if gap.low > 0:
             judgement = "the second step helps"
         else:
-            judgement = "the second step harms" if gap.high < 0 else "one step is enough"
+            judgement = "the second step harms" if gap.high < 0 else "no evidence for a second step, one is enough"
         sentences.append(f"{what}: {judgement}, the path against the better single source ({one}) is {figures}")
     text = "; ".join(sentences)
     return f"{text[0].upper()}{text[1:]}."

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -23,3 +24,30 @@ def shared_data() -> Path:
 def vectors(shared_data):
     """Load reference inputs and outputs by name, e.g. ``vectors("seg_binary")``."""
     return lambda name: dict(np.load(shared_data / "vectors" / f"{name}.npz"))
+
+
+@pytest.fixture
+def no_determinism_left_behind():
+    """A bundle run in this process makes torch deterministic, which other tests need not be."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def run_jobs_here(monkeypatch):
+    """Run the jobs of these modules in this process, for speed; returns the folders of those that ran."""
+
+    def patch(*modules) -> list[Path]:
+        trained: list[Path] = []
+
+        def run_here(jobs, **how):
+            for job in jobs:
+                if not job.done:
+                    trained.append(job.output_dir)
+                    job.run()
+
+        for module in modules:
+            monkeypatch.setattr(module, "run_jobs", run_here)
+        return trained
+
+    return patch

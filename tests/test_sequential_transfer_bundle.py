@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,16 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from bundle_runs import Bundle, finish, refused
 
-from medtl_ext import InputError
 from medtl_ext.data import generate_phantom
 from medtl_ext.graph import read_task_graph
 from medtl_ext.sequential import chain, study
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BUNDLE = REPOSITORY / "bundles" / "sequential_transfer"
-CONFIGS = BUNDLE / "configs"
 SOURCES = ["14-T2-ED", "14-FLAIR-ED", "14-T2-ET"]
 TINY = {
     "target_task": "17-T2-ED",
@@ -45,7 +39,11 @@ TINY = {
     "progress": False,
     "check_data": False,
 }
+BUNDLE = Bundle("sequential_transfer", TINY)
+run, start = BUNDLE.run, BUNDLE.start
 SETTINGS = {key: value for key, value in TINY.items() if "#" not in key and key not in ("sources", "target_task")}
+
+pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
 
 @pytest.fixture(scope="session")
@@ -72,55 +70,14 @@ def options(path_collection, pool, tmp_path) -> dict:
     return {"collection": str(path_collection), "source_dir": str(pool), "output_dir": str(tmp_path / "out")}
 
 
-@pytest.fixture(autouse=True)
-def no_determinism_left_behind():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
-def in_this_process(monkeypatch) -> list[Path]:
-    """Run jobs here, for speed, and note which: that they run in processes of their own is for the slow tests."""
-    trained: list[Path] = []
-
-    def run_here(jobs, **how):
-        for job in jobs:
-            if not job.done:
-                trained.append(job.output_dir)
-                job.run()
-
-    monkeypatch.setattr(chain, "run_jobs", run_here)
-    monkeypatch.setattr(study, "run_jobs", run_here)
-    return trained
+def in_this_process(run_jobs_here) -> list[Path]:
+    return run_jobs_here(chain, study)
 
 
 @pytest.fixture
 def no_training(monkeypatch):
     monkeypatch.setattr(chain, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
-
-
-def workflow_of(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
-    files = [str(CONFIGS / f"{name}.json") for name in (base, *overlays)]
-    settings = TINY | options if base == "train" else options
-    return ConfigWorkflow(config_file=files, workflow_type="infer" if base == "inference" else "train", **settings)
-
-
-def run(*overlays: str, base: str = "train", **options) -> None:
-    workflow = workflow_of(*overlays, base=base, **options)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-
-
-def refused(action) -> str:
-    """The text of the `InputError` that stopped it."""
-    with pytest.raises((InputError, RuntimeError)) as caught:
-        action()
-    error = caught.value
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    assert error is not None, "no InputError among the causes"
-    return str(error)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -210,7 +167,10 @@ def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_pro
 
 def test_the_pool_does_not_depend_on_target_or_path(options):
     def folder(**changed):
-        config = workflow_of(**options | changed).parser.get() | {"bundle_root": str(BUNDLE), "train_patients": 2}
+        config = BUNDLE.workflow(**options | changed).parser.get() | {
+            "bundle_root": str(BUNDLE.root),
+            "train_patients": 2,
+        }
         return chain.pretraining_job(config, "sources", "14-T2-ED", seed=0).output_dir
 
     for changed in ({"target_task": "17-FLAIR-ET"}, {"affinity": "seqtran"}, {"sources": SOURCES[:1]}, {"epochs": 3}):
@@ -240,10 +200,7 @@ def test_three_dimensions(options, in_this_process):
         | small
         | {"n_clusters": 3}
     )
-    files = [str(CONFIGS / name) for name in ("train.json", "3d.json")]
-    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **tiny)
-    workflow.initialize()
-    workflow.run()
+    Bundle("sequential_transfer", tiny).run("3d")
     assert len(pd.read_csv(Path(options["output_dir"]) / "arms.csv")) == 8
 
 
@@ -266,7 +223,7 @@ def test_the_graph_alone_serves_any_target(options, no_training, tmp_path, capsy
 def test_weights_are_fitted_to_transfers(options, in_this_process, path_collection, tmp_path):
     settings = SETTINGS | {"collection": str(path_collection), "source_dir": options["source_dir"]}
     shared = {"base": "fit", "sources": SOURCES, "targets": ["17-T2-ED"], "settings": settings}
-    settings["architecture"] = json.loads((CONFIGS / "train.json").read_text())["architecture"]
+    settings["architecture"] = BUNDLE.content("train")["architecture"]
     settings["architecture"]["features"] = TINY["architecture#features"]
     run(**shared, output_dir=options["output_dir"])
     table = pd.read_csv(Path(options["output_dir"]) / "transfers.csv")
@@ -331,8 +288,8 @@ def test_a_step_without_its_checkpoint_is_refused(options, tmp_path):
 
 
 def test_inference_prepares_images_as_training_did():
-    train = json.loads((CONFIGS / "train.json").read_text())
-    inference = json.loads((CONFIGS / "inference.json").read_text())
+    train = BUNDLE.content("train")
+    inference = BUNDLE.content("inference")
     for key in ("spacing", "roi_size"):
         assert inference[key] == train[key]
     for key, value in train["architecture"].items():
@@ -343,7 +300,7 @@ def test_inference_prepares_images_as_training_did():
 
 
 def test_the_default_graph_is_as_large_as_promised():
-    train = json.loads((CONFIGS / "train.json").read_text())
+    train = BUNDLE.content("train")
     parts = [source.split("-") for source in train["sources"]]
     assert len(parts) >= 24
     assert [len({part[place] for part in parts}) for place in range(3)] == [4, 3, 2]
@@ -351,29 +308,6 @@ def test_the_default_graph_is_as_large_as_promised():
 
 
 # As users start it
-
-
-def start(files: list[str], options: dict, *, processes: int = 0) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    arguments = []
-    for name, value in options.items():
-        arguments += [f"--{name}", str(value) if isinstance(value, str | list | dict) else json.dumps(value)]
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", str(files), *arguments],
-        cwd=BUNDLE,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # the workers of its jobs can be killed with it
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors[-3000:]
-    return output
 
 
 @pytest.mark.slow
@@ -419,7 +353,7 @@ def test_a_step_on_two_processes(options, tmp_path):
 
 @pytest.mark.slow
 def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path, path_collection):
-    architecture = json.loads((CONFIGS / "train.json").read_text())["architecture"]
+    architecture = BUNDLE.content("train")["architecture"]
     architecture["features"] = TINY["architecture#features"]
     settings = SETTINGS | {"collection": str(path_collection), "architecture": architecture, "n_clusters": 1}
     settings |= {"source_dir": str(tmp_path / "pool")}

@@ -6,8 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,17 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bundle_runs import REPOSITORY, Bundle, finish, refused
 from monai.bundle import ConfigWorkflow
 from monai.networks.nets import BasicUNet
 
-from medtl_ext import InputError
 from medtl_ext.data import generate_phantom
 from medtl_ext.selection import pipeline, truth
 from medtl_ext.selection.candidates import built
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BUNDLE = REPOSITORY / "bundles" / "source_selection"
-CONFIGS = BUNDLE / "configs"
 SOURCES = ["14-T2-ED", "14-FLAIR-ED", "14-T2-ET"]
 FEATURES = [4, 4, 8, 8, 8, 4]
 TINY = {
@@ -46,6 +41,10 @@ TINY = {
     "progress": False,
     "check_data": False,
 }
+
+BUNDLE = Bundle("source_selection", TINY)
+run, start = BUNDLE.run, BUNDLE.start
+pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
 
 @pytest.fixture(scope="session")
@@ -72,56 +71,14 @@ def options(selection_collection, pool, tmp_path) -> dict:
     return {"collection": str(selection_collection), "source_dir": str(pool), "output_dir": str(tmp_path / "out")}
 
 
-@pytest.fixture(autouse=True)
-def no_determinism_left_behind():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
-def in_this_process(monkeypatch):
-    """Run jobs here, for speed: that they run in processes of their own is for the slow tests."""
-
-    def run_here(jobs, **how):
-        for job in jobs:
-            if not job.done:
-                job.run()
-
-    monkeypatch.setattr(pipeline, "run_jobs", run_here)
-    monkeypatch.setattr(truth, "run_jobs", run_here)
+def in_this_process(run_jobs_here) -> list[Path]:
+    return run_jobs_here(pipeline, truth)
 
 
 @pytest.fixture
 def no_training(monkeypatch):
-    def fail(jobs, **how):
-        raise AssertionError("training started")
-
-    monkeypatch.setattr(pipeline, "run_jobs", fail)
-
-
-def workflow_of(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
-    files = [str(CONFIGS / f"{name}.json") for name in (base, *overlays)]
-    settings = TINY | options if base == "train" else options
-    return ConfigWorkflow(config_file=files, workflow_type="infer" if base == "inference" else "train", **settings)
-
-
-def run(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
-    workflow = workflow_of(*overlays, base=base, **options)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return workflow
-
-
-def refused(action) -> str:
-    """The text of the `InputError` that stopped it."""
-    with pytest.raises((InputError, RuntimeError)) as caught:
-        action()
-    error = caught.value
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    assert error is not None, "no InputError among the causes"
-    return str(error)
+    monkeypatch.setattr(pipeline, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
 
 
 def ranking_of(folder: Path | str) -> pd.DataFrame:
@@ -140,7 +97,7 @@ def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys)
     assert names == {"config.json", "ranking.csv", "ranking.json", "ranking.png", "answer.txt"}
     table = ranking_of(folder)
     assert set(table.index) == {*SOURCES, "scratch"}
-    metrics = json.loads((CONFIGS / "train.json").read_text())["metrics"]
+    metrics = BUNDLE.content("train")["metrics"]
     assert np.isfinite(table.loc[SOURCES, metrics].to_numpy(float)).all()
     assert table.loc[SOURCES, ["ssim", "roi_dice", "roi_shape", "own_dice", "size"]].notna().all(axis=None)
     assert table.loc["scratch", "status"] == "no score"
@@ -183,7 +140,7 @@ def test_a_second_run_gives_the_same_and_trains_nothing(options, in_this_process
 
 def test_the_pool_does_not_depend_on_the_target_or_the_selection(options):
     def folder(**changed):
-        config = workflow_of(**options | changed).parser.get() | {"bundle_root": str(BUNDLE)}
+        config = BUNDLE.workflow(**options | changed).parser.get() | {"bundle_root": str(BUNDLE.root)}
         return pipeline.pretraining_job(config, "sources", "14-T2-ED", seed=0).output_dir
 
     for changed in ({"target_task": "17-FLAIR-ET"}, {"method": "paper"}, {"sources": ["14-T2-ED"]}, {"pixels": 7}):
@@ -365,8 +322,8 @@ def test_a_target_without_foreground_is_refused(options, selection_collection, n
 
 
 def test_inference_prepares_images_as_training_did():
-    train = json.loads((CONFIGS / "train.json").read_text())
-    inference = json.loads((CONFIGS / "inference.json").read_text())
+    train = BUNDLE.content("train")
+    inference = BUNDLE.content("inference")
     unnamed = {"_mode_", "out_channels"}
     for key in ("spacing", "roi_size"):
         assert inference[key] == train[key]
@@ -389,47 +346,17 @@ def test_the_pool_is_what_risk_map_can_start_from():
 
 
 def test_the_default_pool_covers_modalities_institutions_and_objectives():
-    sources = json.loads((CONFIGS / "train.json").read_text())["sources"]
+    sources = BUNDLE.content("train")["sources"]
     parts = [source.split("-") for source in sources]
     assert len(sources) >= 8
     assert all(len({part[place] for part in parts}) == 2 for place in range(3))
-    study = json.loads((CONFIGS / "study.json").read_text())
+    study = BUNDLE.content("study")
     assert len(study["targets"]) >= 4
     assert len(study["sources"]) >= 8
     assert len(study["seeds"]) >= 2
 
 
 # As users start it
-
-
-def command(files: list[str], options: dict, *, processes: int = 0) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    arguments = []
-    for name, value in options.items():
-        arguments += [f"--{name}", str(value) if isinstance(value, str | list | dict) else json.dumps(value)]
-    config = files[0] if len(files) == 1 else str(files)
-    return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", config, *arguments]
-
-
-def start(files: list[str], options: dict, *, processes: int = 0) -> subprocess.Popen:
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command(files, options, processes=processes),
-        cwd=BUNDLE,
-        env=environment,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,  # the workers of its jobs can be killed with it
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors[-3000:]
-    return output
 
 
 @pytest.mark.slow

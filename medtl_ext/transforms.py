@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.data import get_track_meta
+from monai.data import NibabelWriter, get_track_meta
 from monai.transforms import MapTransform
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
 from scipy.ndimage import binary_fill_holes
 
 from medtl_ext._validation import InputError
 
-__all__ = ["NormalizeBodyd", "SelectLabelsd", "body_mask"]
+__all__ = ["HeaderWriter", "NormalizeBodyd", "SelectLabelsd", "body_mask"]
 
 # Measured on eight brain-extracted clinical MRI volumes, where resampling left values of either sign around the brain.
 # 2 % and 5 % select the same brain to within 3 % of its voxels, while 10 % loses up to 7 %, mostly cerebrospinal fluid.
@@ -133,3 +134,25 @@ class SelectLabelsd(MapTransform):
                 classes[torch.isin(label, torch.as_tensor(group, device=label.device))] = number
             data[key] = classes
         return data
+
+
+class HeaderWriter(NibabelWriter):
+    """A writer for `monai.transforms.SaveImaged` that keeps what else the input's NIfTI header says of its space.
+
+    MONAI's own writes the affine with both codes 1 (scanner) and no units, so that a segmentation of an image in MNI space
+    (code 4) would no longer say so. In a bundle's JSON::
+
+        {"_target_": "SaveImaged", "keys": "pred", "writer": "medtl_ext.transforms.HeaderWriter", ...}
+    """
+
+    KEPT = ("sform_code", "qform_code", "xyzt_units")
+
+    def set_metadata(self, meta_dict: Mapping | None = None, resample: bool = True, **options: Any) -> None:
+        super().set_metadata(meta_dict, resample, **options)
+        self.kept = {key: int(value) for key, value in (meta_dict or {}).items() if key in self.KEPT}
+
+    def write(self, filename: Any, verbose: bool = False, **options: Any) -> None:
+        super().write(filename, verbose, **options)
+        for key, value in self.kept.items():
+            self.data_obj.header[key] = value
+        nib.save(self.data_obj, filename)

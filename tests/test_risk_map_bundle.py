@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,14 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bundle_runs import REPOSITORY, Bundle, finish, start
 from ignite.engine import Events
-from monai.bundle import ConfigWorkflow
 
 from medtl_ext import InputError, studies
 from medtl_ext.data import generate_phantom
 from medtl_ext.studies import pretraining_job
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 BUNDLE = REPOSITORY / "bundles" / "risk_map"
 CONFIGS = BUNDLE / "configs"
 METHODS = sorted(
@@ -45,6 +42,8 @@ TINY = {
     "progress": False,
     "check_data": False,
 }
+run, workflow_of = Bundle("risk_map", TINY).run, Bundle("risk_map", TINY).workflow
+pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
 
 @pytest.fixture(scope="session")
@@ -67,59 +66,6 @@ def source(collection, tmp_path_factory) -> Path:
 @pytest.fixture
 def options(collection, source, tmp_path) -> dict:
     return {"collection": str(collection), "source_ckpt": str(source), "output_dir": str(tmp_path / "out")}
-
-
-@pytest.fixture(autouse=True)
-def no_determinism_left_behind():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def workflow_of(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
-    files = [str(CONFIGS / f"{name}.json") for name in (base, *overlays)]
-    settings = TINY | options if base == "train" else options
-    return ConfigWorkflow(config_file=files, workflow_type=base, **settings)
-
-
-def run(*overlays: str, base: str = "train", **options) -> ConfigWorkflow:
-    workflow = workflow_of(*overlays, base=base, **options)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return workflow
-
-
-def command(files: list[str], options: dict, *, processes: int = 0) -> list[str]:
-    """What a user types; lists and dictionaries as Python writes them, for that is how they are read."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    arguments = []
-    for name, value in options.items():
-        arguments += [f"--{name}", str(value) if isinstance(value, str | list | dict) else json.dumps(value)]
-    config = files[0] if len(files) == 1 else str(files)
-    return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", config, *arguments]
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-
-
-def start(files: list[str], options: dict, *, cwd: Path = REPOSITORY, processes: int = 0) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(files, options, processes=processes),
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    """Wait for success; what was printed."""
-    output, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors[-3000:]
-    return output
 
 
 def table(folder: Path | str) -> pd.DataFrame:
@@ -229,6 +175,7 @@ def test_the_whole_run_leaves_what_it_promises(options, capsys, monkeypatch):
         "model.pt",
         "last.pt",
         "config.json",
+        "report.html",
     }
     arms = {path.name: table(path) for path in (folder / "audit").iterdir()}
     assert set(arms) == {"zero_shot", "scratch", "full"}

@@ -245,7 +245,11 @@ class TestArms:
 
     @pytest.mark.parametrize(
         ("gain", "words"),
-        [(0.2, "the second step helps"), (0.0, "no evidence for a second step, one is enough"), (-0.2, "the second step harms")],
+        [
+            (0.2, "the second step helps"),
+            (0.0, "no evidence for a second step, one is enough"),
+            (-0.2, "the second step harms"),
+        ],
     )
     def test_the_second_step_is_judged_against_the_better_single_one(self, gain, words):
         rng = np.random.default_rng(0)

@@ -94,7 +94,7 @@ def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys)
     names = {path.name for path in folder.iterdir()}
     plan_files = {"plan.json", "paths.csv", "clusters.csv", "task_graph.json", "task_graph.graphml", "task_graph.png"}
     audit_files = {"audit.csv", "audit.json", "audit.png", "arms.csv", "answer.txt"}
-    assert names == {"config.json", "arms", "stages"} | plan_files | audit_files
+    assert names == {"config.json", "report.html", "arms", "stages"} | plan_files | audit_files
     plan = json.loads((folder / "plan.json").read_text())
     first, middle = plan["paths"][0]["tasks"]
     arms = pd.read_csv(folder / "arms.csv")

@@ -94,7 +94,7 @@ def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys)
     printed = capsys.readouterr().out.rstrip().splitlines()
     assert printed[-1] == f"results are in {folder}"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "ranking.csv", "ranking.json", "ranking.png", "answer.txt"}
+    assert names == {"config.json", "ranking.csv", "ranking.json", "ranking.png", "answer.txt", "report.html"}
     table = ranking_of(folder)
     assert set(table.index) == {*SOURCES, "scratch"}
     metrics = BUNDLE.content("train")["metrics"]

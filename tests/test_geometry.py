@@ -1,0 +1,190 @@
+"""Segmentations and maps lie on the image they belong to: oblique, permuted, flipped and anisotropic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from monai.networks.nets import BasicUNet
+from nibabel.affines import apply_affine, voxel_sizes
+
+from medtl_ext.data import generate_phantom
+
+BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
+SPACING, ROI = [3.0, 3.0, 4.0], [64, 64]
+FEATURES = [4, 4, 4, 4, 4, 4]
+
+
+def obliquely(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """The same head as another scanner stores it: other axes, every second row, and a tilted field of view."""
+    start, end = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(("P", "L", "I"))
+    image = image.as_reoriented(nib.orientations.ornt_transform(start, end))
+    affine = image.affine @ np.diag([1, 2, 1, 1])
+    tilt = nib.eulerangles.euler2mat(z=0.2, y=-0.15, x=0.25)
+    affine = nib.affines.from_matvec(tilt, [12.5, -30.25, 7.0]) @ affine
+    values = np.asarray(image.dataobj)[:, ::2]
+    tilted = nib.Nifti1Image(values, affine)
+    tilted.set_sform(affine, code=4)
+    tilted.set_qform(affine, code=2)
+    tilted.header.set_xyzt_units("mm", "sec")
+    return tilted
+
+
+@pytest.fixture(scope="module")
+def oblique(tmp_path_factory) -> Path:
+    """A collection of one patient a split, every file of which was stored obliquely."""
+    path = generate_phantom(
+        tmp_path_factory.mktemp("oblique") / "data",
+        institutions=["17"],
+        subjects=3,
+        modalities=["T2"],
+        n_jobs=1,
+        progress=False,
+    )
+    for file in path.parent.rglob("*.nii.gz"):
+        image = obliquely(nib.load(file))
+        nib.save(image, file)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_determinism_left_behind():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(bundle: str, *names: str, **options) -> None:
+    files = [str(BUNDLES / bundle / "configs" / f"{name}.json") for name in names]
+    workflow = ConfigWorkflow(files, workflow_type=names[0], spacing=SPACING, roi_size=ROI, **options)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+
+
+# Segmentations
+
+
+@pytest.fixture(scope="module", params=["risk_map", "source_selection"])
+def pair(request, oblique, tmp_path_factory) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    """An image, and its segmentation by a network that finds what is bright."""
+    folder = tmp_path_factory.mktemp(request.param)
+    bright = {"weight": torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), "bias": torch.tensor([0.0, -0.7])}
+    torch.save(bright, folder / "bright.pt")
+    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    image = oblique.parent / "17-000" / "T2.nii.gz"
+    options = {"ckpt": str(folder / "bright.pt"), "network_def": network, "output_dir": str(folder)}
+    run(request.param, "inference", datalist=[{"image": str(image)}], **options)
+    return nib.load(image), nib.load(folder / "T2_seg.nii.gz")
+
+
+def test_the_image_is_a_hard_one(oblique):
+    image = nib.load(oblique.parent / "17-000" / "T2.nii.gz")
+    assert nib.aff2axcodes(image.affine) == ("P", "L", "I")
+    assert len(set(voxel_sizes(image.affine).round(3))) > 1
+    cosines = np.abs(image.affine[:3, :3] / voxel_sizes(image.affine))
+    assert cosines.max() < 0.99, "no axis is along an axis of the world"
+
+
+def test_a_segmentation_has_the_shape_and_affine_of_its_image(pair):
+    image, found = pair
+    assert found.shape == image.shape
+    np.testing.assert_allclose(found.affine, image.affine, atol=1e-4)
+    np.testing.assert_allclose(found.get_qform(), image.get_qform(), atol=1e-4)
+    np.testing.assert_allclose(found.header.get_zooms(), image.header.get_zooms(), atol=1e-5)
+    assert found.get_data_dtype() == np.uint8
+
+
+def test_a_segmentation_has_the_codes_and_units_of_its_image(pair):
+    image, found = pair
+    for key in ("sform_code", "qform_code"):
+        assert found.header[key] == image.header[key], key
+    assert found.header.get_xyzt_units() == image.header.get_xyzt_units()
+
+
+def test_a_segmentation_lies_where_its_image_is_bright(pair):
+    image, found = pair
+    values, labels = image.get_fdata(), np.asarray(found.dataobj) == 1
+    assert 0.02 < labels.mean() < 0.5
+    bright = values > np.quantile(values, 1 - labels.mean())
+    here = dice(labels, bright)
+    for axis in range(3):
+        assert here > dice(np.flip(labels, axis), bright) + 0.1
+        assert here > max(dice(np.roll(labels, step, axis), bright) for step in (-1, 1)) + 0.1
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    return 2 * (one & other).sum() / (one.sum() + other.sum())
+
+
+# Maps
+
+
+def train(method: str, oblique: Path, folder: Path) -> Path:
+    """A run of risk_map on the one training patient; where it left its maps."""
+    source = BasicUNet(2, 1, 2, features=FEATURES, norm=("BATCH", {}), act=("RELU", {}))
+    torch.save(source.state_dict(), folder / "source.pt")
+    options = {
+        "collection": str(oblique),
+        "source_task": "17-T2-ED",
+        "source_ckpt": str(folder / "source.pt"),
+        "architecture#features": FEATURES,
+        "train_slices": None,
+        "epochs": 1,
+        "iterations_per_epoch": 1,
+        **dict.fromkeys(["audit", "figures", "progress", "check_data"], False),
+    }
+    run("risk_map", "train", method, output_dir=str(folder / "out"), **options)
+    return folder / "out"
+
+
+def patient(oblique: Path) -> tuple[str, nib.Nifti1Image]:
+    """Name and label of the one patient that is trained on; oedema is 1 in it."""
+    subjects = json.loads(oblique.read_text())["subjects"]
+    (name,) = [subject["id"] for subject in subjects if subject["split"] == "train"]
+    return name, nib.load(oblique.parent / name / "tumour.nii.gz")
+
+
+def is_the_grid_of(map_: nib.Nifti1Image, image: nib.Nifti1Image) -> None:
+    """The image's own axes, turned to the nearest of RAS, at the spacing that was asked for, around its centre."""
+    canonical = nib.as_closest_canonical(image).affine
+    np.testing.assert_allclose(voxel_sizes(map_.affine), SPACING, atol=1e-4)
+    cosines = [affine[:3, :3] / voxel_sizes(affine) for affine in (map_.affine, canonical)]
+    np.testing.assert_allclose(*cosines, atol=1e-4)
+    centres = [apply_affine(one.affine, (np.array(one.shape[:3]) - 1) / 2) for one in (map_, image)]
+    assert np.abs(centres[0] - centres[1]).max() < max(SPACING)
+
+
+def at(map_: nib.Nifti1Image, points: np.ndarray) -> np.ndarray:
+    """Values of a map at points in mm; points outside of it are left out."""
+    places = apply_affine(np.linalg.inv(map_.affine), points).round().astype(int)
+    places = places[((places >= 0) & (places < map_.shape)).all(axis=1)]
+    return map_.get_fdata()[tuple(places.T)]
+
+
+def test_maps_for_all_images_lie_on_the_grid_of_the_first(oblique, tmp_path):
+    folder = train("risk_map", oblique, tmp_path)
+    _, label = patient(oblique)
+    lesion = apply_affine(label.affine, np.argwhere(np.asarray(label.dataobj) == 1))
+    maps = {name: nib.load(folder / f"{name}.nii.gz") for name in ("weight", "leep_before", "leep_after")}
+    for map_ in maps.values():
+        assert map_.shape[:2] == tuple(ROI)
+        is_the_grid_of(map_, label)
+    # Where no slice has foreground the transfer is easy; a shifted or mirrored map would miss the lesion.
+    assert (at(maps["weight"], lesion) > 1.01).mean() > 0.9
+    assert (at(maps["leep_before"], lesion) < -1e-3).mean() > 0.9
+    assert (maps["weight"].get_fdata() > 1.01).mean() < 0.25
+
+
+def test_a_map_per_image_lies_on_its_patient(oblique, tmp_path):
+    folder = train("prior_image", oblique, tmp_path)
+    name, label = patient(oblique)
+    weight = nib.load(folder / f"weight_{name}.nii.gz")
+    is_the_grid_of(weight, label)
+    lesion = apply_affine(label.affine, np.argwhere(np.asarray(label.dataobj) == 1))
+    everywhere = weight.get_fdata()
+    assert np.median(at(weight, lesion)) > 3 * np.median(everywhere)

@@ -1,0 +1,84 @@
+"""Every segmentation bundle on real MRI: another collection file and its tasks are all that changes.
+
+Two patients of a public dataset of multiple sclerosis lesions, one to train on. Whether the chain holds is the question
+here; source and target are modalities of the same patients, so that the scores mean nothing.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import pandas as pd
+import pytest
+from bundle_runs import REPOSITORY, Bundle
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_determinism_left_behind")]
+TINY = {
+    "target_task": "MS-FLAIR-WMH",
+    "val_split": "train",
+    "spacing": [6.0, 6.0, 8.0],
+    "roi_size": [32, 32],
+    "epochs": 1,
+    "iterations_per_epoch": 2,
+    "batch_size": 4,
+    "n_jobs": 1,
+    "progress": False,
+    "figures": False,
+    "check_data": False,
+}
+SOURCES = ["MS-T1-WMH", "MS-T2-WMH", "MS-T1CE-WMH"]
+BUNDLES = {
+    "risk_map": {"source_task": "MS-T2-WMH", "train_slices": 8},
+    "source_selection": {"sources": SOURCES[:2], "pool_epochs": 1, "n_resamples": 20, "pixels": 40, "train_slices": 8},
+    "sequential_transfer": {
+        "sources": SOURCES,
+        "affinity": "context",
+        "n_clusters": 1,
+        "source_patients": None,
+        "stage_patients": 1,
+        "pool_epochs": 1,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def open_ms(shared_data, tmp_path_factory) -> Path:
+    """The collection file that the documented script writes."""
+    out = tmp_path_factory.mktemp("real") / "open_ms.json"
+    arguments = [str(shared_data / "open_ms"), "--out", str(out), "--train", "patient19", "--test", "patient07"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["open_ms_collection.py", *arguments])
+        runpy.run_path(str(REPOSITORY / "docs/examples/open_ms_collection.py"), run_name="__main__")
+    return out
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_bundle_takes_another_collection(name, open_ms, tmp_path):
+    folders = {"output_dir": str(tmp_path / "out"), "source_dir": str(tmp_path / "pool")}
+    Bundle(name, TINY | BUNDLES[name]).run(collection=str(open_ms), **folders)
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"risk_map": "metrics.csv", "source_selection": "answer.txt", "sequential_transfer": "arms.csv"}[
+        name
+    ] in left
+    tables = [*(tmp_path / "out").glob("**/metrics.csv"), *(tmp_path / "pool").glob("**/metrics.csv")]
+    assert tables
+    for path in tables:
+        scores = pd.read_csv(path)
+        assert set(scores["subject"]) == {"patient19", "patient07"}
+        assert scores["dice"].between(0, 1).all()
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_segmentation_lies_on_the_patients_own_grid(name, shared_data, tmp_path):
+    folder = shared_data / "open_ms" / "patient07"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "FLAIR.nii.gz").symlink_to(folder / "FLAIR.nii.gz")
+    bundle = Bundle(name, {})
+    bundle.run(base="inference", input_dir=str(tmp_path / "in"), output_dir=str(tmp_path / "out"))
+    (written,) = (tmp_path / "out").glob("*.nii.gz")
+    image, found = nib.load(folder / "FLAIR.nii.gz"), nib.load(written)
+    assert found.shape == image.shape
+    assert (found.affine == image.affine).all()

@@ -35,7 +35,7 @@ from medtl_ext.sequential import (
     task_volumes,
     write_plan,
 )
-from medtl_ext.sequential.study import differences, study_text
+from medtl_ext.sequential.study import differences, gains, study_text
 
 TASKS = ["14-T2-ED", "14-T2-ET", "14-FLAIR-ED", "14-FLAIR-ET"]
 
@@ -303,9 +303,19 @@ class TestStudy:
         assert float(row["p"]) < 0.01
         assert float(table.loc[("path, random", "single, random"), "p"]) > 0.01
 
+    def table(self) -> pd.DataFrame:
+        dice = {"A-T1-ED": 0.5, "A-T2-ED": 0.3, "A-T2-ED > A-T1-ED": 0.45, "A-T1-ED > A-T2-ED": 0.4}
+        rows = [{"target": "B-T1-ED", "seed": 0, "arm": arm, "dice": value} for arm, value in dice.items()]
+        return pd.DataFrame(rows).assign(steps=[1, 1, 2, 2])
+
+    def test_gains_are_against_the_paths_own_sources(self):
+        found = gains(self.table()).set_index(["second step", "target"])
+        assert found.loc[("brings the target's modality", "all")].tolist() == pytest.approx([0.15, -0.05, 1])
+        assert found.loc[("any other", "B-T1-ED")].tolist() == pytest.approx([-0.1, -0.1, 1])
+
     def test_the_page_holds_every_way_to_choose(self):
         choices = self.choices(gain=0.0)
-        text = study_text(choices, synthetic=True)
+        text = study_text(self.table(), choices, synthetic=True)
         for steps, how in choices[["steps", "how"]].drop_duplicates().itertuples(index=False):
             assert f"| {steps} | {how} |" in text
         assert "**Synthetic**" in text

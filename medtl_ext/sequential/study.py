@@ -15,7 +15,7 @@ from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import fit_affinity_weights
 from medtl_ext.bundle import Job, current_config, run_jobs
-from medtl_ext.data import Collection
+from medtl_ext.data import Collection, Task
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import patient_table
 from medtl_ext.sequential.affinities import Affinity, SeqTranAffinity, find_affinity
@@ -88,7 +88,7 @@ def study_paths(
     synthetic = collections[targets[0]].synthetic
     write_table(table.drop(columns="patients"), folder / "study.csv")
     write_table(choices.drop(columns="patients"), folder / "choices.csv")
-    text = study_text(choices, synthetic=synthetic)
+    text = study_text(table, choices, synthetic=synthetic)
     with atomic_path(folder / "study.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)
@@ -222,8 +222,8 @@ PAIRS = [
 """What is compared with what, over the test patients of all targets; {} is each affinity in turn."""
 
 
-def study_text(choices: pd.DataFrame, *, synthetic: bool) -> str:
-    """The study as a Markdown page: Dice of every way to choose, per target, and paired differences over patients."""
+def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool) -> str:
+    """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
     means = choices.pivot_table(index=["steps", "how"], columns="target", values="dice", sort=False)
     means["mean"] = means.mean(axis=1)
     spread = choices.groupby(["steps", "how", "seed"], sort=False)["dice"].mean().groupby(["steps", "how"]).std()
@@ -241,6 +241,11 @@ def study_text(choices: pd.DataFrame, *, synthetic: bool) -> str:
         "corrected:",
         "",
         *_markdown(differences(choices)),
+        "",
+        "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
+        "its two sources alone, at as many labelled patients:",
+        "",
+        *_markdown(gains(table).round(3)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -270,6 +275,32 @@ def differences(choices: pd.DataFrame) -> pd.DataFrame:
             "patients": len(means[a]),
         }
     return pd.DataFrame(list(rows.values()))
+
+
+def gains(table: pd.DataFrame) -> pd.DataFrame:
+    """What a second step gains, by whether it brings the target's modality to a network that has not seen it.
+
+    Args:
+        table: columns ``target, seed, arm, steps, dice`` of `study_paths`.
+
+    Returns:
+        One row per kind of path and target, and one over all targets: paths, and mean gain against the path's first
+        source and against the better of its two.
+    """
+    one = table[table["steps"] == 1].set_index(["target", "seed", "arm"])["dice"]
+    rows = []
+    for path in table[table["steps"] == 2].itertuples():
+        first, second = path.arm.split(" > ")
+        alone = [one[path.target, path.seed, source] for source in (first, second)]
+        modality = Task(path.target).modality
+        brings = Task(first).modality != modality == Task(second).modality
+        row = {"second step": "brings the target's modality" if brings else "any other", "target": path.target}
+        rows.append(row | {"against the first": path.dice - alone[0], "against the better": path.dice - max(alone)})
+    found = pd.DataFrame(rows)
+    found = pd.concat([found, found.assign(target="all")])
+    columns = ["against the first", "against the better"]
+    grouped = found.groupby(["second step", "target"], sort=False)[columns]
+    return grouped.mean().join(grouped.size().rename("paths")).reset_index()
 
 
 def _markdown(table: pd.DataFrame) -> list[str]:

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medtl_ext._io import atomic_path, write_json
+from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.ranking import Verdict, audit_verdict, holm, paired_comparison
 from medtl_ext.visualize import SPLIT_NAMES, method_group, plot_audit, plot_comparison, save_figure
 
-__all__ = ["Comparison", "audit_report", "compare_report", "patient_table", "summarize"]
+__all__ = ["Comparison", "audit_report", "compare_report", "markdown_table", "patient_table", "summarize"]
 
 RUN_COLUMNS = ["pair", "slices", "split", "method", "source_seed", "seed"]
 """What tells one run from another; a table need not have all of them."""
@@ -136,7 +136,7 @@ def audit_report(
     output_dir = Path(output_dir)
     table = pd.concat([v.table.assign(split=split) for split, v in verdicts.items()])
     table = table[["split", *verdict.table.columns]]
-    _write_csv(table, output_dir / "audit.csv")
+    write_csv(output_dir / "audit.csv", table)
     content = {key: value for key, value in asdict(verdict).items() if key != "table"}
     content |= {"method": method, "decided_on": "val", "margin": margin, "synthetic": synthetic}
     content |= {"runs_per_arm": _runs_per_arm(patients), "tables": {s: _records(v.table) for s, v in verdicts.items()}}
@@ -209,12 +209,30 @@ def compare_report(
     caption = _caption(rows, patients, split, synthetic)
 
     output_dir = Path(output_dir)
-    _write_csv(table, output_dir / "comparison.csv")
-    with atomic_path(output_dir / "comparison.md") as temporary:
-        temporary.write_text(_markdown(table, text, caption, reference, title), encoding="utf-8")
+    write_csv(output_dir / "comparison.csv", table)
+    write_text(output_dir / "comparison.md", _markdown(table, text, caption, reference, title))
     figure = plot_comparison(table, reference=reference, title=title, synthetic=synthetic)
     save_figure(figure, output_dir / "comparison.png")
     return Comparison(table, text)
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table in Markdown: numbers with three digits after the point, nothing for NaN.
+
+    >>> print(markdown_table(pd.DataFrame({"arm": ["full", "scratch"], "dice": [0.5, float("nan")]})))
+    | arm | dice |
+    | --- | --- |
+    | full | 0.500 |
+    | scratch |  |
+    """
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return "" if np.isnan(value) else f"{value:.3f}"
+        return str(value)
+
+    lines = [list(table.columns), ["---"] * table.shape[1], *(map(cell, row) for row in table.itertuples(index=False))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _require_columns(rows: pd.DataFrame, columns: Iterable[str]) -> None:
@@ -230,11 +248,6 @@ def _present(table: pd.DataFrame, columns: Iterable[str]) -> list[str]:
 
 def _listed(names: Iterable[Any]) -> str:
     return ", ".join(map(str, names)) or "none"
-
-
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

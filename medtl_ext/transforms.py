@@ -139,8 +139,8 @@ class SelectLabelsd(MapTransform):
 class HeaderWriter(NibabelWriter):
     """A writer for `monai.transforms.SaveImaged` that keeps what else the input's NIfTI header says of its space.
 
-    MONAI's own writes the affine with both codes 1 (scanner) and no units, so that a segmentation of an image in MNI space
-    (code 4) would no longer say so. In a bundle's JSON::
+    MONAI's own writes the affine with both codes 1 (scanner) and no units, so that a segmentation of an image in MNI
+    space (code 4) would no longer say so. In a bundle's JSON::
 
         {"_target_": "SaveImaged", "keys": "pred", "writer": "medtl_ext.transforms.HeaderWriter", ...}
     """

@@ -9,9 +9,10 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from monai.networks.nets import BasicUNet
 
 from medtl_ext.data import generate_phantom
@@ -35,6 +36,10 @@ pytestmark = pytest.mark.parametrize("bundle", sorted(BUNDLES.iterdir()), ids=la
 
 def metadata_of(bundle: Path) -> dict:
     return json.loads((bundle / "configs" / "metadata.json").read_text())
+
+
+def is_segmentation(bundle: Path) -> bool:
+    return metadata_of(bundle)["network_data_format"]["outputs"]["pred"]["format"] == "segmentation"
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -96,14 +101,15 @@ def test_the_weights_fit_and_are_exported(bundle, tmp_path):
         key_in_ckpt="",
     )
     network = torch.jit.load(tmp_path / "model.ts")
-    assert network(torch.zeros(1, 1, 32, 32)).shape == (1, 2, 32, 32)
+    grid = (32, 32) if is_segmentation(bundle) else ()
+    assert network(torch.zeros(1, 1, 32, 32)).shape == (1, 2, *grid)
 
 
 def test_any_weights_are_exported(bundle, tmp_path):
     """The export itself, whatever weights the bundle comes with."""
-    definition = json.loads((bundle / "configs" / "inference.json").read_text())["network_def"]
-    definition.pop("_target_")
-    torch.save(BasicUNet(**definition | {"out_channels": 2}).state_dict(), tmp_path / "model.pt")
+    parser = ConfigParser(json.loads((bundle / "configs" / "inference.json").read_text()))
+    parser["n_classes"] = 2
+    torch.save(parser.get_parsed_content("network_def").state_dict(), tmp_path / "model.pt")
     ckpt_export(
         net_id="network_def",
         filepath=str(tmp_path / "model.ts"),
@@ -137,7 +143,7 @@ def test_initialize_is_cheap_and_may_run_twice(bundle, names, kind, no_phantom):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> dict[str, dict]:
+def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
     """Options of each workflow for data and weights that are there: to check a property is to build it."""
     folder = tmp_path_factory.mktemp("small")
     settings = {"subjects": 3, "modalities": ["T1", "T2"], "n_jobs": 1, "progress": False}  # one subject a split
@@ -151,7 +157,14 @@ def small(tmp_path_factory) -> dict[str, dict]:
         "architecture#features": [4, 4, 4, 4, 4, 4],
         "progress": False,
     }
-    return {"train": train, "infer": {"input_dir": str(collection.parent / "17-000")}}
+    segmentation = {"train": train, "infer": {"input_dir": str(collection.parent / "17-000")}}
+    images = {f"{split}_images": np.zeros((4, 28, 28), np.uint8) for split in ("train", "val", "test")}
+    np.savez(
+        folder / "tiny.npz", **images, **{f"{split}_labels": np.arange(4) % 2 for split in ("train", "val", "test")}
+    )
+    tiny = str(folder / "tiny.npz")
+    classification = {"train": {"target_task": tiny, "progress": False}, "infer": {"input_dir": tiny}}
+    return {True: segmentation, False: classification}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +172,7 @@ def small(tmp_path_factory) -> dict[str, dict]:
 )
 def test_the_workflow_has_its_properties(bundle, names, kind, small):
     files = [str(bundle / "configs" / f"{name}.json") for name in names]
-    workflow = ConfigWorkflow(config_file=files, workflow_type=kind, **small[kind])
+    workflow = ConfigWorkflow(config_file=files, workflow_type=kind, **small[is_segmentation(bundle)][kind])
     workflow.initialize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

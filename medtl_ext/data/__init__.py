@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from medtl_ext.data.classification import ClassificationDataset, load_image_folder, load_medmnist
 from medtl_ext.data.collection import Collection, Subject, Task, load_collection, write_collection
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.readers import read_collection
@@ -11,6 +12,7 @@ from medtl_ext.data.slices import SliceDataset
 from medtl_ext.data.splits import split_collection
 
 __all__ = [
+    "ClassificationDataset",
     "Collection",
     "IntegrityReport",
     "Issue",
@@ -21,6 +23,8 @@ __all__ = [
     "check_collection",
     "generate_phantom",
     "load_collection",
+    "load_image_folder",
+    "load_medmnist",
     "read_collection",
     "split_collection",
     "write_collection",

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from medtl_ext._io import atomic_path, write_json
+from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection
@@ -293,8 +293,7 @@ def _write(
     metric: str,
     synthetic: bool,
 ) -> None:
-    with atomic_path(folder / "ranking.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
+    write_csv(folder / "ranking.csv", table)
     content = {
         "method": method,
         "decided_by": metric,
@@ -311,8 +310,7 @@ def _write(
         "table": json.loads(table.to_json(orient="records", double_precision=10)),
     }
     write_json(folder / "ranking.json", content)
-    with atomic_path(folder / "answer.txt") as temporary:
-        temporary.write_text(answer + (f"\n\nTo use it:\n{command}\n" if command else "\n"), encoding="utf-8")
+    write_text(folder / "answer.txt", answer + (f"\n\nTo use it:\n{command}" if command else ""))
 
 
 def next_command(row: pd.Series, source: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from medtl_ext._io import atomic_path
+from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.ranking import (
@@ -24,6 +24,7 @@ from medtl_ext.ranking import (
     spearman_footrule,
     weighted_kendall,
 )
+from medtl_ext.report import markdown_table
 from medtl_ext.selection.pipeline import finetuning_job, patient_dice
 from medtl_ext.selection.plots import plot_priors_against_dice, plot_score_against_dice
 from medtl_ext.selection.priors import filter_by_priors
@@ -72,11 +73,10 @@ def evaluate_selection(
     truth = _truth_table(patients)
     table = truth.join(ready.drop(columns=["network", "encoder", "left_out"]))
     agreement = agreement_table(ready, truth["dice"].drop("scratch"), minimum_ssim=minimum_ssim, top_k=top_k)
-    _write_csv(table.reset_index(), folder / "truth.csv")
-    _write_csv(agreement, folder / "agreement.csv")
+    write_csv(folder / "truth.csv", table.reset_index())
+    write_csv(folder / "agreement.csv", agreement)
     text = _evaluation_text(config["target_task"], truth, agreement, synthetic)
-    with atomic_path(folder / "agreement.md") as temporary:
-        temporary.write_text(_evaluation_page(config["target_task"], text, truth, agreement), encoding="utf-8")
+    write_text(folder / "agreement.md", _evaluation_page(config["target_task"], text, truth, agreement))
     figure = plot_score_against_dice(
         table.drop("scratch"),
         scratch=truth.loc["scratch", "dice"],
@@ -198,31 +198,16 @@ def _evaluation_page(target: str, text: str, truth: pd.DataFrame, agreement: pd.
                 f"# Source selection for {target}: what the rankings were worth",
                 text,
                 "Dice of the test patients after fine-tuning:",
-                _markdown(truth.reset_index()),
+                markdown_table(truth.reset_index()),
                 "Footrule of the top k: 0 is perfect. Tau: weighted Kendall, 1 is perfect. Regret: Dice lost by the "
                 "first "
                 "choice. "
                 "Empty: fewer candidates than k are left, or all scores are equal.",
-                _markdown(agreement),
+                markdown_table(agreement),
             ]
         )
         + "\n"
     )
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return "" if np.isnan(value) else f"{value:.3f}"
-        return str(value)
-
-    lines = [list(table.columns), ["---"] * table.shape[1], *(map(cell, row) for row in table.itertuples(index=False))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
 
 
 def study_selection(
@@ -349,11 +334,10 @@ def study_report(
         _scratch_claim(table),
         _verdict_claim(sources, verdicts),
     ]
-    _write_csv(table, folder / "study.csv")
-    _write_csv(agreement, folder / "agreement.csv")
+    write_csv(folder / "study.csv", table)
+    write_csv(folder / "agreement.csv", agreement)
     summary = mean.groupby(["ranker", "prior"], sort=False)[["tau", "regret", *(f"footrule_{k}" for k in TOP)]].mean()
-    with atomic_path(folder / "study.md") as temporary:
-        temporary.write_text(_study_page(table, summary, claims, synthetic), encoding="utf-8")
+    write_text(folder / "study.md", _study_page(table, summary, claims, synthetic))
     title = "Rankers over targets, by weighted Kendall"
     figure = plot_critical_difference(
         friedman.average_ranks.to_dict(),
@@ -510,9 +494,9 @@ def _study_page(table: pd.DataFrame, summary: pd.DataFrame, claims: Sequence[str
                 "## Rankers, mean over targets\n\nFootrule of the top k: 0 is perfect. Tau: weighted Kendall over the "
                 "candidates "
                 "that are left. Empty: fewer candidates than k.",
-                _markdown(summary.reset_index()),
+                markdown_table(summary.reset_index()),
                 "## Dice, mean over seeds",
-                _markdown(dice.reset_index()),
+                markdown_table(dice.reset_index()),
             ]
         )
         + "\n"

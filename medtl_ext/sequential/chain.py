@@ -14,13 +14,13 @@ import pandas as pd
 from monai.engines import Evaluator
 from monai.transforms import Compose
 
-from medtl_ext._io import atomic_path, write_json
+from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection
 from medtl_ext.ranking import Verdict, paired_comparison
 from medtl_ext.report import audit_report, patient_table
-from medtl_ext.sequential.plan import Plan, write_table
+from medtl_ext.sequential.plan import Plan
 from medtl_ext.studies import open_collection, pretraining_job
 from medtl_ext.transforms import SelectLabelsd
 
@@ -226,15 +226,14 @@ def follow_path(
     arms = arms_of(plan, zero_shot=single.n_classes(plan.single) == n_classes)
     jobs = chains.run(arms, plan.target, n_jobs=n_jobs)
     rows = pd.concat([pd.read_csv(job.output_dir / "metrics.csv") for job in jobs.values()], ignore_index=True)
-    write_table(_arms_table(rows, arms, plan.target), folder / "arms.csv")
+    write_csv(folder / "arms.csv", _arms_table(rows, arms, plan.target))
     verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
     if "val" in set(rows["split"]):
         method = "sequential_full" if plan.path else "single_full"
         title = f"Ways to {plan.target}, at equal numbers of patients"
         verdict = audit_report(rows, folder, method=method, synthetic=synthetic, title=title)
         answer = f"{second_step_text(rows, plan)} {verdict.text}"
-    with atomic_path(folder / "answer.txt") as temporary:
-        temporary.write_text(answer + "\n", encoding="utf-8")
+    write_text(folder / "answer.txt", answer)
     print(f"{_table_text(_arms_table(rows, arms, plan.target))}\n{answer}")
     return verdict
 

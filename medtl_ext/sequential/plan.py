@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-from medtl_ext._io import atomic_path, write_json
+from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.data import Collection, Task
 from medtl_ext.graph import (
@@ -273,7 +273,7 @@ def write_plan(
         for number, (cluster, first) in enumerate(zip(sources.clusters, sources.representatives, strict=True))
         for task in cluster
     ]
-    write_table(pd.DataFrame(rows), folder / "clusters.csv")
+    write_csv(folder / "clusters.csv", pd.DataFrame(rows))
     if plan is not None:
         content = asdict(plan) | {"paths": [{"cost": path.cost, "tasks": list(path.tasks)} for path in plan.paths]}
         write_json(folder / "plan.json", content | {"text": plan_text(sources, plan), "synthetic": synthetic})
@@ -282,7 +282,7 @@ def write_plan(
             {"kind": "single", "tasks": task, "cost": cost}
             for task, cost in sorted(plan.costs.items(), key=lambda item: item[::-1])
         ]
-        write_table(pd.DataFrame(steps), folder / "paths.csv")
+        write_csv(folder / "paths.csv", pd.DataFrame(steps))
     if figures:
         figure = plot_task_graph(
             sources.graph,
@@ -295,8 +295,3 @@ def write_plan(
             synthetic=synthetic,
         )
         save_figure(figure, folder / "task_graph.png")
-
-
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medtl_ext._io import atomic_path, write_json
+from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import fit_affinity_weights
 from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection, Task
 from medtl_ext.ranking import paired_comparison
-from medtl_ext.report import patient_table
+from medtl_ext.report import markdown_table, patient_table
 from medtl_ext.sequential.affinities import Affinity, SeqTranAffinity, find_affinity
 from medtl_ext.sequential.chain import Arm, Chains
-from medtl_ext.sequential.plan import Plan, plan_path, shares, source_graph, task_volumes, write_table
+from medtl_ext.sequential.plan import Plan, plan_path, shares, source_graph, task_volumes
 from medtl_ext.studies import open_collection
 
 Jobs = dict[tuple[str, int, str], Job]
@@ -86,11 +86,10 @@ def study_paths(
         ignore_index=True,
     )
     synthetic = collections[targets[0]].synthetic
-    write_table(table.drop(columns="patients"), folder / "study.csv")
-    write_table(choices.drop(columns="patients"), folder / "choices.csv")
+    write_csv(folder / "study.csv", table.drop(columns="patients"))
+    write_csv(folder / "choices.csv", choices.drop(columns="patients"))
     text = study_text(table, choices, synthetic=synthetic)
-    with atomic_path(folder / "study.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / "study.md", text)
     print(text)
     return choices
 
@@ -235,17 +234,17 @@ def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool) -
         "all ways with as many labelled patients."
         + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
         "",
-        *_markdown(means.round(3).reset_index()),
+        markdown_table(means.reset_index()),
         "",
         "Differences in Dice, paired over patients (each averaged over seeds), with 95 % t intervals; p: Wilcoxon, not "
         "corrected:",
         "",
-        *_markdown(differences(choices)),
+        markdown_table(differences(choices)),
         "",
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
         "its two sources alone, at as many labelled patients:",
         "",
-        *_markdown(gains(table).round(3)),
+        markdown_table(gains(table)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -303,14 +302,6 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     return grouped.mean().join(grouped.size().rename("paths")).reset_index()
 
 
-def _markdown(table: pd.DataFrame) -> list[str]:
-    def cell(value: Any) -> str:
-        return ("" if np.isnan(value) else f"{value:.3f}") if isinstance(value, float) else str(value)
-
-    body = [list(map(cell, row)) for row in table.itertuples(index=False)]
-    return [f"| {' | '.join(row)} |" for row in (list(table.columns), ["---"] * table.shape[1], *body)]
-
-
 def fit_weights(
     *,
     transfers: str | None,
@@ -353,7 +344,7 @@ def fit_weights(
     before = published.alpha * table["distance"] + published.beta * (1 - table["similarity"])
     content = {"alpha": alpha, "beta": beta, "transfers": len(table), "standardize": standardize}
     content |= {"correlation": float(cost.corr(relative)), "published_correlation": float(before.corr(relative))}
-    write_table(table, folder / "transfers.csv")
+    write_csv(folder / "transfers.csv", table)
     write_json(folder / "affinity_weights.json", content)
     print(
         f"alpha {alpha:.4g}, beta {beta:.4g} of {len(table)} transfers: cost and Dice (less each target's mean) "

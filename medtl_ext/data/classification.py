@@ -1,0 +1,346 @@
+"""2D classification datasets in memory: MedMNIST files and folders of images, and a few images per class of them.
+
+Everything that asks "which class is this image of?" is one `ClassificationDataset`, whatever it was read from. MONAI
+takes it from there: `ClassificationDataset.datalist` gives the dictionaries that its transforms and datasets expect.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.data.collection import SPLITS
+
+__all__ = ["SUFFIXES", "ClassificationDataset", "load_image_folder", "load_medmnist", "read_image", "sample_per_class"]
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+# 16 bit images have no range that can be told from one of them.
+MODES = {"L": "L", "1": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
+
+
+@dataclass(frozen=True)
+class ClassificationDataset:
+    """Images of one size, each with a class and a split.
+
+    Attributes:
+        name: what tables call it.
+        images: uint8, N x H x W (grey) or N x H x W x 3 (RGB).
+        labels: N class indices, int64.
+        splits: N of "train", "val" and "test".
+        class_names: names of the classes in order.
+        subjects: the patient of each image, or None where that is not known.
+        names: N names of the images, such as file names; None numbers them.
+        synthetic: no patient was scanned.
+
+    >>> images, splits = np.zeros((2, 8, 8), np.uint8), np.array(["train", "test"])
+    >>> data = ClassificationDataset("two", images, np.array([0, 1]), splits, ("healthy", "ill"))
+    >>> data.n_classes, data.channels, data.counts("train")
+    (2, 1, [1, 0])
+    >>> data.datalist("train")[0]["image"].shape, data.datalist("train", channels=3)[0]["image"].shape
+    ((1, 8, 8), (3, 8, 8))
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    splits: np.ndarray
+    class_names: tuple[str, ...]
+    subjects: tuple[str, ...] | None = None
+    names: tuple[str, ...] | None = None
+    synthetic: bool = False
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.images.ndim == 3 else 3
+
+    def counts(self, split: str) -> list[int]:
+        """Number of images of each class in a split."""
+        return np.bincount(self.labels[self.splits == split], minlength=self.n_classes).tolist()
+
+    def select(self, rows: np.ndarray) -> ClassificationDataset:
+        """The dataset of some of the images, given by a mask or by indices in the order wanted."""
+        places = np.arange(len(self.labels))[rows]
+        return replace(
+            self,
+            images=self.images[places],
+            labels=self.labels[places],
+            splits=self.splits[places],
+            subjects=self.subjects and tuple(self.subjects[place] for place in places),
+            names=tuple(self.names[place] if self.names else str(place) for place in places),
+        )
+
+    def datalist(self, split: str, *, channels: int | None = None) -> list[dict[str, Any]]:
+        """The images of a split, as MONAI transforms take them.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            channels: 3 repeats grey images; None keeps what there is.
+
+        Returns:
+            One dictionary an image: ``image`` (C x H x W, uint8), ``label`` (int), ``subject`` (the image's own name
+            where the patient is not known) and ``name``.
+
+        Raises:
+            InputError: RGB images for a network of one channel, or no image in the split.
+        """
+        require_choice("split", split, SPLITS)
+        channels = channels or self.channels
+        if channels not in (self.channels, 3):
+            raise InputError(
+                f"{self.name} has RGB images, the network takes {channels} channel(s); give --in_channels 3, which "
+                "repeats grey images."
+            )
+        rows = np.flatnonzero(self.splits == split)
+        if not len(rows):
+            raise InputError(f"{self.name} has no image in split '{split}' ({len(self.labels)} images in all).")
+        items = []
+        for row in rows:
+            image = self.images[row][None] if self.channels == 1 else np.moveaxis(self.images[row], -1, 0)
+            image = np.repeat(image, channels // len(image), axis=0)
+            name = self.names[row] if self.names else str(row)
+            subject = self.subjects[row] if self.subjects else f"image {name}"
+            items.append({"image": image, "label": int(self.labels[row]), "subject": subject, "name": name})
+        return items
+
+
+def load_medmnist(path: str | os.PathLike[str]) -> ClassificationDataset:
+    """Read a MedMNIST ``.npz`` file (2D, grey or RGB, of any of the published sizes), or any file of its form.
+
+    The form is: ``train_images``, ``val_images``, ``test_images`` (N x H x W or N x H x W x 3, uint8) and
+    ``train_labels``, ``val_labels``, ``test_labels`` (N x 1 or N, 0, 1, 2, ...). Files of your own may also have
+    ``<split>_subjects`` (N strings, the patients) and ``class_names``, which MedMNIST's do not.
+
+    Raises:
+        InputError: no such file, other keys, 3D images, labels out of range, several labels an image (ChestMNIST), or
+            a class without a training image.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "tiny.npz"
+    >>> arrays = {f"{split}_images": np.zeros((2, 28, 28), np.uint8) for split in SPLITS}
+    >>> np.savez(file, **arrays, **{f"{split}_labels": np.array([[0], [1]]) for split in SPLITS})
+    >>> load_medmnist(file).counts("val")
+    [1, 1]
+
+    Reference: Yang et al., *MedMNIST v2*, Scientific Data 10, 2023.
+    """
+    path = Path(path)
+    content = _read_npz(path)
+    parts = [_medmnist_split(content, split, path) for split in SPLITS]
+    images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    splits = np.repeat(np.array(SPLITS), [len(part[1]) for part in parts])
+    class_names = _class_names(content, labels, splits, path)
+    subjects = None
+    if all(f"{split}_subjects" in content for split in SPLITS):
+        subjects = tuple(str(name) for split in SPLITS for name in content[f"{split}_subjects"])
+        if len(subjects) != len(labels):
+            raise InputError(f"{path} has {len(subjects)} subjects for {len(labels)} images; expected one for each.")
+        _refuse_shared_subjects(subjects, splits, path)
+    names = tuple(
+        f"{split}/{place}" for split, part in zip(SPLITS, parts, strict=True) for place in range(len(part[1]))
+    )
+    synthetic = bool(content.get("synthetic", False))
+    return ClassificationDataset(path.stem, images, labels, splits, class_names, subjects, names, synthetic)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the path of a MedMNIST .npz file.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = {key: file[key] for key in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path} cannot be read as a .npz file of plain arrays ({error}).") from error
+    needed = [f"{split}_{what}" for split in SPLITS for what in ("images", "labels")]
+    if missing := [key for key in needed if key not in content]:
+        raise InputError(
+            f"{path} has no '{missing[0]}'; found the keys {', '.join(sorted(content)) or 'none'}, expected MedMNIST's "
+            f"{', '.join(needed)}."
+        )
+    return content
+
+
+def _medmnist_split(content: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = content[f"{split}_images"], content[f"{split}_labels"]
+    where = f"{path}: {split}_"
+    if (images.ndim == 4 and images.shape[-1] != 3) or images.ndim > 4:
+        raise InputError(f"{where}images has shape {images.shape}, which is 3D; expected N x H x W or N x H x W x 3.")
+    if images.ndim < 3 or images.dtype != np.uint8:
+        raise InputError(f"{where}images is {images.dtype} of shape {images.shape}; expected uint8, N x H x W (x 3).")
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        raise InputError(
+            f"{where}labels has {labels.shape[1]} labels an image (multi-label, as ChestMNIST); transferability scores "
+            "need one class an image, which is why the paper has no ChestMNIST target. As a source, give a checkpoint."
+        )
+    labels = labels.reshape(-1)
+    if len(labels) != len(images):
+        raise InputError(f"{where}labels holds {len(labels)} labels for {len(images)} images; expected one for each.")
+    if labels.size and (not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0):
+        raise InputError(
+            f"{where}labels holds {labels.dtype} values from {labels.min()}; expected classes 0, 1, 2, ..."
+        )
+    return images, labels.astype(np.int64)
+
+
+def _class_names(
+    content: Mapping[str, np.ndarray], labels: np.ndarray, splits: np.ndarray, path: Path
+) -> tuple[str, ...]:
+    """The names of the classes; every class up to the largest label must have been seen in training."""
+    training = np.bincount(labels[splits == "train"], minlength=1)
+    n_classes = len(content["class_names"]) if "class_names" in content else len(training)
+    if len(labels) and int(labels.max()) >= n_classes:
+        raise InputError(
+            f"{path} has label {int(labels.max())}, but {n_classes} classes (0 to {n_classes - 1}) by its "
+            f"{'class_names' if 'class_names' in content else 'training labels'}; correct the labels."
+        )
+    _require_classes(training[training > 0], n_classes, path)
+    if "class_names" in content:
+        return tuple(str(name) for name in content["class_names"])
+    return tuple(str(label) for label in range(n_classes))
+
+
+def _require_classes(present: Sequence[int], n_classes: int, path: Path) -> None:
+    if n_classes < 2:
+        raise InputError(f"{path} has one class in training; expected two or more to tell apart.")
+    if len(present) < n_classes:
+        raise InputError(f"{path} has training images of {len(present)} of its {n_classes} classes; expected all.")
+
+
+def _refuse_shared_subjects(subjects: Sequence[str], splits: np.ndarray, path: Path) -> None:
+    held: dict[str, str] = {}
+    for subject, split in zip(subjects, splits, strict=True):
+        if held.setdefault(subject, split) != split:
+            raise InputError(
+                f"{path}: subject '{subject}' is in '{held[subject]}' and '{split}'; keep it in one split."
+            )
+
+
+def load_image_folder(
+    path: str | os.PathLike[str], *, size: int | None = None, seed: int = 0, progress: bool = True
+) -> ClassificationDataset:
+    """Read a folder ``split/class/image.png``, or ``class/image.png`` with a split drawn from the seed.
+
+    A drawn split is stratified: a half of each class's images to train, a quarter each to val and test. It knows
+    nothing of patients: if one has several images, sort them into split folders yourself.
+
+    Args:
+        path: folder of ``train``, ``val`` and ``test`` folders, or of classes. PNG, JPEG, BMP and TIFF of 8 bit.
+        size: bring all images to so many pixels square; None asks that they are of one size already.
+        seed: of the split, where one is drawn.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        InputError: no such folder, fewer than two classes, an image that is damaged or not of 8 bit, or several sizes.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"folder {path} does not exist; give a folder of split/class/image or class/image files.")
+    has_splits = all((path / split).is_dir() for split in SPLITS)
+    roots = [path / split for split in SPLITS] if has_splits else [path]
+    classes = sorted({folder.name for root in roots for folder in root.iterdir() if folder.is_dir()})
+    files = [
+        (file, label, root.name)
+        for root in roots
+        for label, name in enumerate(classes)
+        for file in sorted((root / name).glob("**/*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    labels = np.array([label for _, label, _ in files], dtype=np.int64)
+    splits = np.array([split for *_, split in files]) if has_splits else _drawn_splits(labels, seed)
+    training = np.bincount(labels[splits == "train"], minlength=1) if len(files) else np.zeros(1, int)
+    _require_classes(training[training > 0], len(classes), path)
+    images = [read_image(file, size) for file, *_ in tqdm(files, "reading images", disable=None if progress else True)]
+    if len({image.shape[:2] for image in images}) > 1:
+        raise InputError(f"{path} holds images of several sizes; give size=... to bring them to one.")
+    if len({image.ndim for image in images}) > 1:
+        images = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in images]
+    names = tuple(str(file.relative_to(path)) for file, *_ in files)
+    return ClassificationDataset(path.name, np.stack(images), labels, splits, tuple(classes), names=names)
+
+
+def _drawn_splits(labels: np.ndarray, seed: int) -> np.ndarray:
+    splits = np.empty(len(labels), dtype="<U5")
+    cycle = np.array(["train", "val", "test", "train"])
+    generator = np.random.default_rng(seed)
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        splits[rows] = cycle[np.arange(len(rows)) % len(cycle)]
+    return splits
+
+
+def read_image(file: Path, size: int | None = None) -> np.ndarray:
+    """An image file of 8 bit as H x W (grey) or H x W x 3, brought to ``size`` x ``size`` pixels if that is given."""
+    try:
+        with Image.open(file) as image:
+            if image.mode not in MODES:
+                raise InputError(f"{file} is of mode {image.mode}; expected 8 bit grey or RGB: convert it first.")
+            image = image.convert(MODES[image.mode])
+            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if size else image)
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{file} cannot be read as an image ({error}); replace or remove it.") from error
+
+
+def sample_per_class(
+    dataset: ClassificationDataset, *, train: int | None = 100, val: int | None = 25, seed: int = 0
+) -> ClassificationDataset:
+    """Draw so many training and validation images of each class; all test images stay.
+
+    The images come in random order, so that a batch holds several classes. Where patients are known, they take turns,
+    so that no patient gives a second image of a class before each gave a first. A class with fewer images gives all it
+    has, which is logged.
+
+    Args:
+        dataset: what to draw from; it is not changed.
+        train, val: images of each class (100 and 25 in the paper); None keeps all.
+        seed: of the draw. A larger draw with the same seed contains the smaller one.
+
+    Raises:
+        InputError: ``train`` or ``val`` is below 1.
+
+    >>> images, labels = np.zeros((8, 4, 4), np.uint8), np.array([0, 1] * 4)
+    >>> data = ClassificationDataset("eight", images, labels, np.repeat(["train", "val"], 4), ("a", "b"))
+    >>> sample_per_class(data, train=1, val=2).counts("train")
+    [1, 1]
+
+    Reference: Juodelyte et al., arXiv 2412.20172, Section 4, for the numbers.
+    """
+    chosen = [np.flatnonzero(dataset.splits == "test")]
+    for split, number in (("train", train), ("val", val)):
+        if number is not None and number < 1:
+            raise InputError(f"{split} images per class is {number}; expected at least 1, or None for all.")
+        generator = np.random.default_rng((seed, SPLITS.index(split)))
+        drawn = []
+        for label, name in enumerate(dataset.class_names):
+            rows = np.flatnonzero((dataset.splits == split) & (dataset.labels == label))
+            if number is not None and len(rows) < number:
+                logger.info("%s: class %s has %d %s images, %d asked", dataset.name, name, len(rows), split, number)
+            drawn.append(_in_turns(dataset, generator.permutation(rows))[:number])
+        chosen.append(generator.permutation(np.concatenate(drawn)))
+    return dataset.select(np.concatenate(chosen))
+
+
+def _in_turns(dataset: ClassificationDataset, rows: np.ndarray) -> np.ndarray:
+    """The rows so that every patient comes once before any comes twice."""
+    if dataset.subjects is None:
+        return rows
+    seen: dict[str, int] = {}
+    turns = [seen.setdefault(dataset.subjects[row], -1) for row in rows]
+    for place, row in enumerate(rows):
+        seen[dataset.subjects[row]] += 1
+        turns[place] = seen[dataset.subjects[row]]
+    return rows[np.argsort(turns, kind="stable")]

@@ -1,0 +1,161 @@
+"""Classification tasks cut from the phantom's slices: what is in this slice, where is it, how was it scanned?
+
+The name of a task is *institution-modality-objective*, as everywhere. A task is written once, as a file of MedMNIST's
+form with the patients beside, and read back like any real one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+from filelock import FileLock
+
+from medtl_ext._io import atomic_path
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.data.collection import SPLITS, Collection, Task, load_collection
+from medtl_ext.data.phantom.generate import _cache_root, cached_phantom
+
+__all__ = ["OBJECTIVES", "phantom_classification"]
+
+VERSION = 1  # raise it when the same task gives other images, so that no stale file is read
+ALL = "ALL"  # stands for the modality where the modality is the question
+# Slices that hold fewer pixels than this of what is asked for can hardly be judged, and are left out.
+LEAST_PIXELS = 20
+LEAST_BRAIN = 400
+# Pixels of 4 square millimetres: a load above is large.
+LARGE_LOAD = 300
+MODALITIES = ("T1", "T1CE", "T2", "FLAIR")
+
+
+class Objective(NamedTuple):
+    """What to ask of a slice: a label file (None: none is needed), the classes, and the class of each slice.
+
+    ``classes_of`` takes labels and images, X x Y x Z, and gives a class for each slice, -1 to leave it out.
+    """
+
+    label: str | None
+    class_names: tuple[str, ...]
+    classes_of: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _presence(*values: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def classes(label: np.ndarray, image: np.ndarray) -> np.ndarray:
+        pixels = np.isin(label, values).sum((0, 1))
+        return np.where(pixels >= LEAST_PIXELS, 1, np.where(pixels == 0, 0, -1))
+
+    return classes
+
+
+def _load(label: np.ndarray, image: np.ndarray) -> np.ndarray:
+    pixels = (label > 0).sum((0, 1))
+    grade = np.where(pixels > LARGE_LOAD, 2, 1)
+    return np.where(pixels >= LEAST_PIXELS, grade, np.where(pixels == 0, 0, -1))
+
+
+def _level(label: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Quarters of the brain's height."""
+    brain = np.flatnonzero((image != 0).sum((0, 1)) >= LEAST_BRAIN)
+    height = (np.arange(image.shape[-1]) - brain[0]) / (brain[-1] - brain[0] + 1)
+    return np.clip((4 * height).astype(int), 0, 3)
+
+
+OBJECTIVES = {
+    "tumour": Objective("tumour", ("no tumour", "tumour"), _presence(1, 2, 3)),
+    "enhancing": Objective("tumour", ("not enhancing", "enhancing"), _presence(2)),
+    "load": Objective("tumour", ("no tumour", "small", "large"), _load),
+    "WMH": Objective("wmh", ("no WMH", "WMH"), _presence(1)),
+    "level": Objective(None, ("cerebellum", "base", "ventricles", "vertex"), _level),
+    "modality": Objective(None, MODALITIES, lambda label, image: np.zeros(image.shape[-1], int)),
+}
+
+
+def phantom_classification(task: str, *, collection: str | os.PathLike[str] | None = None, subjects: int = 24) -> Path:
+    """The ``.npz`` file of a classification task, made when it is first asked for and kept in the phantom's cache.
+
+    ============= ============================================== ========================================
+    objective     question                                       institutions
+    ============= ============================================== ========================================
+    ``tumour``    is there tumour in this slice?                 01, 04, 06, 13, 14, 17, 18, 20
+    ``enhancing`` is there enhancing tumour?                     the same
+    ``load``      no tumour, a small or a large area of it?      the same
+    ``WMH``       are there white-matter hyperintensities?       S, U, and those with a tumour
+    ``level``     which quarter of the brain's height is it?     all
+    ``modality``  which modality is it? (``17-ALL-modality``)    all
+    ============= ============================================== ========================================
+
+    The slices are axial, 96 x 96 pixels of 2 mm, uint8 (each volume's own range), without those that hold hardly any
+    brain, or fewer than 20 pixels of what is asked for. A patient's slices are all in one split.
+
+    Args:
+        task: such as ``17-T1-tumour``.
+        collection: a collection file with the label files ``tumour`` or ``wmh`` and such images; None: the phantom.
+        subjects: without a collection, phantoms of the institution.
+
+    Raises:
+        InputError: an unknown task, or no subject that has what it needs.
+    """
+    parts = Task(task)
+    objective = OBJECTIVES[require_choice("objective", parts.objective, OBJECTIVES)]
+    if (parts.modality == ALL) != (parts.objective == "modality"):
+        raise InputError(
+            f"task {task} is not there; the modality is {ALL} for the objective 'modality', and only then."
+        )
+    path = collection or cached_phantom(institutions=[parts.institution], subjects=subjects, seed=0)
+    found = load_collection(path)
+    folder = _cache_root() / "classification"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{task}_{found.fingerprint}_{VERSION}.npz"
+    with FileLock(folder / f"{file.stem}.lock"):
+        if not file.is_file():
+            _write(file, found, parts, objective)
+    return file
+
+
+def _write(file: Path, collection: Collection, task: Task, objective: Objective) -> None:
+    require_choice("institution", task.institution, collection.institutions)
+    modalities = MODALITIES if task.modality == ALL else (require_choice("modality", task.modality, MODALITIES),)
+    held: dict[str, list[np.ndarray]] = {}
+    for subject in collection.subjects:
+        if subject.institution != task.institution or not set(modalities) <= set(subject.images):
+            continue
+        if objective.label is not None and objective.label not in subject.labels:
+            continue
+        label = _volume(subject.labels[objective.label]) if objective.label else np.zeros(1)
+        for place, modality in enumerate(modalities):
+            image = _volume(subject.images[modality])
+            classes = objective.classes_of(label, image)
+            usable = (classes >= 0) & ((image != 0).sum((0, 1)) >= LEAST_BRAIN)
+            if task.modality == ALL:  # each slice in one modality: the question is not who the patient is
+                usable &= np.arange(len(classes)) % len(modalities) == place
+                classes = np.full(len(classes), place)
+            held.setdefault(f"{subject.split}_images", []).append(_slices(image)[usable])
+            held.setdefault(f"{subject.split}_labels", []).append(classes[usable])
+            held.setdefault(f"{subject.split}_subjects", []).append(np.full(usable.sum(), subject.id))
+    if missing := [split for split in SPLITS if f"{split}_labels" not in held]:
+        raise InputError(
+            f"task {task} has no subject in split '{missing[0]}' with {' and '.join(modalities)}"
+            f"{f' and the label file {objective.label}' if objective.label else ''}; choose another task."
+        )
+    arrays = {key: np.concatenate(parts) for key, parts in held.items()}
+    with atomic_path(file) as temporary:
+        np.savez_compressed(
+            temporary, **arrays, class_names=np.array(objective.class_names), synthetic=np.array(collection.synthetic)
+        )
+
+
+def _volume(path: Path) -> np.ndarray:
+    return np.asarray(nibabel.load(path).dataobj)
+
+
+def _slices(image: np.ndarray) -> np.ndarray:
+    """Z x Y x X in 256 grey levels, as a radiologist sees a slice: the front is up."""
+    inside = image[image != 0]
+    low, high = np.percentile(inside, [0.5, 99.5]) if len(inside) else (0, 1)
+    grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 254 + 1
+    grey = np.where(image != 0, grey, 0).astype(np.uint8)
+    return np.flip(grey.T, axis=1)

@@ -1,0 +1,298 @@
+"""Classification datasets: MedMNIST files, folders of images, draws per class, and tasks cut from the phantom."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from medtl_ext import InputError
+from medtl_ext.data import generate_phantom
+from medtl_ext.data.classification import ClassificationDataset, load_image_folder, load_medmnist, sample_per_class
+from medtl_ext.data.phantom import classification as tasks
+from medtl_ext.data.phantom.classification import phantom_classification
+
+SPLITS = ("train", "val", "test")
+
+
+def content(size=28, channels=None, counts=(6, 4, 2), n_classes=2):
+    shape = (size, size) if channels is None else (size, size, channels)
+    generator = np.random.default_rng(0)
+    found = {}
+    for split, count in zip(SPLITS, counts, strict=True):
+        found[f"{split}_images"] = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
+        found[f"{split}_labels"] = (np.arange(count) % n_classes)[:, None].astype(np.uint8)
+    return found
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changed):
+        arrays = content() | changed
+        np.savez(tmp_path / "tinymnist.npz", **{key: value for key, value in arrays.items() if value is not None})
+        return tmp_path / "tinymnist.npz"
+
+    return write
+
+
+# MedMNIST files
+
+
+@pytest.mark.parametrize("size", [28, 64, 128, 224])
+@pytest.mark.parametrize("channels", [None, 3])
+def test_a_file_of_any_size_grey_or_rgb(write, size, channels):
+    arrays = content(size, channels)
+    data = load_medmnist(write(**arrays))
+    assert data.name == "tinymnist"
+    assert data.channels == (channels or 1)
+    assert [sum(data.counts(split)) for split in SPLITS] == [6, 4, 2]
+    item = data.datalist("val")[1]
+    expected = arrays["val_images"][1]
+    np.testing.assert_array_equal(item["image"], expected[None] if channels is None else expected.transpose(2, 0, 1))
+    assert (item["label"], item["name"]) == (1, "val/1")
+
+
+def test_the_pneumonia_file(shared_data):
+    data = load_medmnist(shared_data / "medmnist" / "pneumoniamnist.npz")
+    assert data.images.shape == (3882 + 524 + 624, 28, 28)
+    assert data.counts("train") == [388, 3494]
+    assert data.counts("test") == [234, 390]
+    assert data.subjects is None
+    assert not data.synthetic
+
+
+def test_grey_images_are_repeated_for_an_rgb_network_and_not_the_other_way_round(write):
+    grey = load_medmnist(write())
+    image = grey.datalist("train", channels=3)[0]["image"]
+    assert image.shape == (3, 28, 28)
+    np.testing.assert_array_equal(image[0], image[2])
+    with pytest.raises(InputError, match=r"tinymnist has RGB images, the network takes 1 channel\(s\); give --in_chan"):
+        load_medmnist(write(**content(channels=3))).datalist("train", channels=1)
+
+
+def test_patients_and_class_names_where_the_file_has_them(write):
+    subjects = {f"{split}_subjects": np.array([f"{split}{n // 2}" for n in range(9)]) for split in SPLITS}
+    subjects = {key: names[:count] for (key, names), count in zip(subjects.items(), (6, 4, 2), strict=True)}
+    data = load_medmnist(write(**subjects, class_names=np.array(["healthy", "ill"])))
+    assert data.class_names == ("healthy", "ill")
+    assert [item["subject"] for item in data.datalist("val")] == ["val0", "val0", "val1", "val1"]
+    subjects["test_subjects"] = np.array(["test0", "train0"])
+    with pytest.raises(InputError, match="subject 'train0' is in 'train' and 'test'"):
+        load_medmnist(write(**subjects))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"val_labels": None}, "has no 'val_labels'; found the keys test_images"),
+        ({"train_images": np.zeros((6, 28, 28, 28), np.uint8)}, "which is 3D"),
+        ({"train_images": np.zeros((6, 28, 28), np.float32)}, "is float32"),
+        ({"train_images": np.zeros((6, 28), np.uint8)}, "of shape"),
+        ({"train_labels": np.zeros((6, 14), np.uint8)}, "multi-label, as ChestMNIST"),
+        ({"train_labels": np.zeros((5, 1), np.uint8)}, "5 labels for 6 images"),
+        ({"train_labels": np.full((6, 1), -1)}, "expected classes 0, 1, 2"),
+        ({"train_labels": np.full((6, 1), 0.5)}, "float64 values"),
+        ({"val_labels": np.array([[0], [1], [2], [0]])}, "has label 2, but 2 classes"),
+        ({"class_names": np.array(["a"])}, "has label 1, but 1 classes"),
+        (
+            {"train_labels": np.zeros((6, 1), int), "val_labels": np.zeros(4, int), "test_labels": np.zeros(2, int)},
+            "one",
+        ),
+        ({"train_labels": np.array([0, 2, 0, 2, 0, 2])}, "training images of 2 of its 3 classes"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_a_bad_file_is_refused_in_one_line(write, changed, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_medmnist(write(**changed))
+    assert "\n" not in str(caught.value)
+    assert "tinymnist.npz" in str(caught.value)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_medmnist(tmp_path / "nowhere.npz")
+    (tmp_path / "text.npz").write_text("not a zip file")
+    with pytest.raises(InputError, match=r"cannot be read as a \.npz file"):
+        load_medmnist(tmp_path / "text.npz")
+
+
+# Folders of images
+
+
+def put(path, value=0, mode="L", size=(12, 10)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = value if mode in ("L", "I;16") else (value,) * len(mode)
+    Image.new(mode, size, colour).save(path)
+
+
+def test_a_folder_with_splits(tmp_path):
+    for place, split in enumerate(SPLITS):
+        for label, name in enumerate(("cat", "dog")):
+            put(tmp_path / split / name / "one.png", 10 * place + label)
+    data = load_image_folder(tmp_path, progress=False)
+    assert data.class_names == ("cat", "dog")
+    assert data.images.shape == (6, 10, 12)
+    item = data.datalist("test")[1]
+    assert (item["image"][0, 0, 0], item["label"]) == (21, 1)
+    assert item["name"].replace("\\", "/") == "test/dog/one.png"
+
+
+def test_a_folder_without_splits_gets_a_stratified_one(tmp_path):
+    for name in ("cat", "dog"):
+        for number in range(8):
+            put(tmp_path / name / f"{number}.png", number)
+    data = load_image_folder(tmp_path, progress=False)
+    assert [data.counts(split) for split in SPLITS] == [[4, 4], [2, 2], [2, 2]]
+    np.testing.assert_array_equal(data.splits, load_image_folder(tmp_path, progress=False).splits)
+    assert (data.splits != load_image_folder(tmp_path, seed=1, progress=False).splits).any()
+
+
+def test_sizes_and_colours_are_brought_to_one_only_where_that_is_asked(tmp_path):
+    for split in SPLITS:
+        put(tmp_path / split / "cat" / "a.png", 7)
+        put(tmp_path / split / "dog" / "b.jpg", 9, "RGB", (20, 30))
+    with pytest.raises(InputError, match="several sizes"):
+        load_image_folder(tmp_path, progress=False)
+    data = load_image_folder(tmp_path, size=16, progress=False)
+    assert data.images.shape == (6, 16, 16, 3)
+    assert (data.images[data.labels == 0] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "cat" / "9.png").write_text("no image"), "cannot be read as an image"),
+        (lambda folder: put(folder / "cat" / "9.png", 300, "I;16"), "of mode I;16; expected 8 bit"),
+    ],
+)
+def test_a_bad_image_is_named(tmp_path, spoil, message):
+    for name in ("cat", "dog"):
+        for number in range(4):
+            put(tmp_path / name / f"{number}.png")
+    spoil(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        load_image_folder(tmp_path, progress=False)
+    assert "9.png" in str(caught.value)
+
+
+def test_a_folder_that_holds_no_classes_is_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_image_folder(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="one class"):
+        load_image_folder(tmp_path)
+
+
+# So many images per class
+
+
+def dataset(counts, subjects=None):
+    labels = np.concatenate([np.repeat(np.arange(len(counts)), counts)] * 3)
+    splits = np.repeat(SPLITS, sum(counts))
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None] * np.ones((4, 4), np.uint8)
+    names = tuple("abcdef"[: len(counts)])
+    return ClassificationDataset("d", images, labels, splits, names, subjects and tuple(subjects(len(labels))))
+
+
+def test_the_draw_is_stratified_seeded_and_leaves_the_test_images(caplog):
+    data = dataset([20, 5])
+    with caplog.at_level(logging.INFO):
+        drawn = sample_per_class(data, train=10, val=3)
+    assert (drawn.counts("train"), drawn.counts("val"), drawn.counts("test")) == ([10, 5], [3, 3], [20, 5])
+    assert "class b has 5 train images, 10 asked" in caplog.text
+    again, other = sample_per_class(data, train=10, val=3), sample_per_class(data, train=10, val=3, seed=1)
+    np.testing.assert_array_equal(drawn.images, again.images)
+    assert (drawn.images != other.images).any()
+    smaller = sample_per_class(data, train=4, val=3)
+    small, large = (set(d.images[d.splits == "train"][:, 0, 0].tolist()) for d in (smaller, drawn))
+    assert small <= large
+    assert len(set(drawn.labels[drawn.splits == "train"][:8].tolist())) == 2  # in random order
+
+
+def test_all_images_where_no_number_is_given():
+    assert sample_per_class(dataset([20, 5]), train=None, val=None).counts("train") == [20, 5]
+    with pytest.raises(InputError, match="expected at least 1"):
+        sample_per_class(dataset([20, 5]), train=0)
+
+
+def test_patients_take_turns():
+    data = dataset([16], subjects=lambda count: [f"p{(place % 16) // 4}" for place in range(count)])
+    drawn = sample_per_class(data, train=6, val=4)
+    training = [item["subject"] for item in drawn.datalist("train")]
+    counts = {name: training.count(name) for name in training}
+    assert sorted(counts.values()) == [1, 1, 2, 2]
+
+
+# The phantom's tasks
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    return generate_phantom(
+        tmp_path_factory.mktemp("phantom") / "collection", institutions=["17"], subjects=6, n_jobs=1, progress=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize(
+    "task", ["17-T1-tumour", "17-T2-enhancing", "17-FLAIR-load", "17-T1CE-level", "17-ALL-modality"]
+)
+def test_a_task_of_the_phantom(phantom, task, monkeypatch):
+    monkeypatch.setattr(tasks, "LARGE_LOAD", 100)  # two training patients have no large one
+    data = load_medmnist(phantom_classification(task, collection=phantom))
+    assert data.synthetic
+    assert data.class_names == tasks.OBJECTIVES[task.split("-")[-1]].class_names
+    assert data.images.dtype == np.uint8
+    assert data.images.shape[1:] == (96, 96)
+    by_split = [{item["subject"] for item in data.datalist(split)} for split in SPLITS]
+    assert set.union(*by_split) == {f"17-00{number}" for number in range(6)}
+    assert sum(map(len, by_split)) == 6  # no patient is in two splits
+
+
+def test_labels_are_what_the_label_files_say(phantom):
+    data = load_medmnist(phantom_classification("17-T1-tumour", collection=phantom))
+    subject = json.loads(phantom.read_text())["subjects"][0]
+    volume = np.asarray(nibabel.load(phantom.parent / subject["labels"]["tumour"]).dataobj)
+    image = np.asarray(nibabel.load(phantom.parent / subject["images"]["T1"]).dataobj)
+    pixels, brain = (volume > 0).sum((0, 1)), (image != 0).sum((0, 1))
+    kept = (brain >= 400) & ((pixels == 0) | (pixels >= 20))
+    found = [item["label"] for item in data.datalist("train") if item["subject"] == subject["id"]]
+    assert found == (pixels[kept] >= 20).astype(int).tolist()
+
+
+def test_a_task_is_kept_whole_and_not_made_again(phantom, monkeypatch):
+    def broken(*arguments, **options):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(np, "savez_compressed", broken)
+        with pytest.raises(OSError, match="disk full"):
+            phantom_classification("17-T1-tumour", collection=phantom)
+    assert not list(tasks._cache_root().glob("classification/*.npz"))
+    file = phantom_classification("17-T1-tumour", collection=phantom)
+    monkeypatch.setattr(tasks, "_write", lambda *arguments: pytest.fail("made again"))
+    assert phantom_classification("17-T1-tumour", collection=phantom) == file
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("17-T1-tumor", "did you mean 'tumour'"),
+        ("17-T1", "not of the form"),
+        ("17-T1-modality", "the modality is ALL for the objective 'modality'"),
+        ("17-ALL-tumour", "the modality is ALL for the objective 'modality'"),
+        ("17-T3-tumour", "modality 'T3' is unknown"),
+        ("19-T1-tumour", "institution '19' is unknown"),
+    ],
+)
+def test_an_unknown_task_is_refused(phantom, task, message):
+    with pytest.raises(InputError, match=message):
+        phantom_classification(task, collection=phantom)

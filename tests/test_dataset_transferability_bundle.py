@@ -1,0 +1,398 @@
+"""The dataset_transferability bundle on tiny data: what it leaves, what it refuses, and every way to start it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from bundle_runs import Bundle, finish, refused
+from PIL import Image
+
+from medtl_ext.data import generate_phantom
+from medtl_ext.datasets import sources as pool_module
+from medtl_ext.datasets import truth
+
+SOURCES = ["14-T2-tumour", "14-FLAIR-level", "14-ALL-modality"]
+TINY = {
+    "target_task": "17-T2-tumour",
+    "sources": SOURCES,
+    "image_size": 32,
+    "network_def#layers": [1, 1, 1, 1],
+    "network_def#block_inplanes": [16, 16, 32, 32],
+    "train_per_class": 24,
+    "val_per_class": 8,
+    "pool_epochs": 2,
+    "epochs": 1,
+    "iterations_per_epoch": 2,
+    "batch_size": 16,
+    "n_resamples": 40,
+    "n_jobs": 1,
+    "figures": False,
+    "progress": False,
+}
+
+BUNDLE = Bundle("dataset_transferability", TINY)
+run, start = BUNDLE.run, BUNDLE.start
+pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tasks that are cut here are kept here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MONAI_DATA_DIRECTORY", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory) -> Path:
+    """Two institutions of eight synthetic patients: three to train on."""
+    folder = tmp_path_factory.mktemp("phantom") / "collection"
+    return generate_phantom(folder, institutions=["14", "17"], subjects=8, n_jobs=1, progress=False)
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory) -> Path:
+    """Where the pool's networks are kept, trained by the first test that needs them."""
+    return tmp_path_factory.mktemp("pool")
+
+
+@pytest.fixture
+def options(collection, pool, tmp_path) -> dict:
+    return {"collection": str(collection), "source_dir": str(pool), "output_dir": str(tmp_path / "out")}
+
+
+@pytest.fixture
+def in_this_process(run_jobs_here) -> list[Path]:
+    return run_jobs_here(pool_module, truth)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    for module in (pool_module, truth):
+        monkeypatch.setattr(module, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
+
+
+def ranking_of(folder: Path | str) -> pd.DataFrame:
+    return pd.read_csv(Path(folder) / "ranking.csv").set_index("source")
+
+
+def content_of(folder: Path | str) -> dict:
+    return json.loads((Path(folder) / "ranking.json").read_text())
+
+
+# The whole of train.json
+
+
+def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys):
+    run(**options, figures=True)
+    folder = Path(options["output_dir"])
+    assert capsys.readouterr().out.rstrip().splitlines()[-1] == f"results are in {folder}"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "ranking.csv", "ranking.json", "ranking.png", "answer.txt", "report.html"}
+    table = ranking_of(folder)
+    assert set(table.index) == {*SOURCES, "scratch"}
+    metrics = BUNDLE.content("train")["metrics"]
+    assert len(metrics) == 11
+    assert np.isfinite(table.loc[SOURCES, metrics].to_numpy(float)).all()
+    assert table.loc["scratch", "status"] == "no score"
+    assert {"random_rank", "source_size_rank", "static_rank", "rank_low", "p_best"} <= set(table.columns)
+    content = content_of(folder)
+    assert (content["units"], content["patients_known"], content["synthetic"]) == (3, True, True)
+    assert "The paper's LP x FU would pick" in content["answer"]
+    words = shlex.split(content["command"])
+    assert Path(words[words.index("--source_ckpt") + 1]).is_file()
+
+
+def test_the_next_command_is_one_that_the_bundle_takes(options, in_this_process, tmp_path):
+    run(**options)
+    words = shlex.split(content_of(options["output_dir"])["command"])
+    given = dict(zip([word[2:] for word in words[6::2]], words[7::2], strict=True))
+    assert "finetune.json" in words[5]
+    given |= {
+        key: ast.literal_eval(value) for key, value in given.items() if value[0] in "{0123456789" and "-" not in value
+    }
+    assert given["image_size"] == 32
+    assert given["network_def"]["block_inplanes"] == [16, 16, 32, 32]
+    run("finetune", **options | given | {"output_dir": str(tmp_path / "tuned"), "network_def#layers": [1, 1, 1, 1]})
+    metrics = pd.read_csv(tmp_path / "tuned" / "metrics.csv").set_index("split")
+    predictions = pd.read_csv(tmp_path / "tuned" / "predictions.csv")
+    assert metrics["auc"].between(0, 1).all()
+    assert metrics.loc["test", "images"] == (predictions["split"] == "test").sum()
+    np.testing.assert_allclose(predictions[["p0", "p1"]].sum(axis=1), 1, atol=1e-4)
+    assert predictions["subject"].str.startswith("17-").all()
+    truth_of_test = truth.image_auc(predictions[predictions["split"] == "test"])
+    assert metrics.loc["test", "auc"] == pytest.approx(truth_of_test, abs=1e-4)
+
+
+def test_a_second_run_gives_the_same_and_trains_nothing(options, in_this_process, monkeypatch, tmp_path):
+    run(**options)
+    monkeypatch.setattr(pool_module, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
+    run(**options | {"output_dir": str(tmp_path / "again")})
+    pd.testing.assert_frame_equal(ranking_of(options["output_dir"]), ranking_of(tmp_path / "again"))
+
+
+def test_the_pool_does_not_depend_on_the_target_or_the_ranking(options):
+    def folder(**changed):
+        config = BUNDLE.workflow(**options | changed).parser.get() | {"bundle_root": str(BUNDLE.root)}
+        return pool_module.pretraining_job(config, "s", pool_module.Source("x", "14-T2-tumour"), seed=0).output_dir
+
+    for changed in ({"target_task": "17-T1-load"}, {"decide_by": "leep"}, {"train_per_class": 7}, {"sources": ["a"]}):
+        assert folder(**changed) == folder(), changed
+    for changed in ({"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}):
+        assert folder(**changed) != folder(), changed
+
+
+def test_the_evaluation_compares_scores_with_the_truth_and_leaves_the_own_model_out(options, in_this_process):
+    sources = [*SOURCES[:2], "17-T2-tumour"]
+    grid = {"learning_rate": [0.01, 0.1], "momentum": [0.9], "weight_decay": [0.0]}
+    run("evaluate", **options, sources=sources, grid=grid, figures=True)
+    folder = Path(options["output_dir"])
+    table = ranking_of(folder)
+    assert table.loc["17-T2-tumour", "status"] == "own model"
+    assert np.isnan(table.loc["17-T2-tumour", "lp_fu"])
+    assert np.isfinite(table.loc["17-T2-tumour", "lp"])
+    true = pd.read_csv(folder / "truth.csv").set_index("source")
+    assert set(true.index) == {*SOURCES[:2], "scratch"}
+    for name in true.index:  # of the grid, the best on validation images
+        runs = [
+            pd.read_csv(path).set_index("split") for path in sorted((folder / "finetune" / name).glob("*/metrics.csv"))
+        ]
+        assert len(runs) == 2
+        best = max(runs, key=lambda one: one.loc["val", "auc"])
+        assert true.loc[name, "auc"] == pytest.approx(best.loc["test", "auc"], abs=1e-4)
+    agreement = pd.read_csv(folder / "agreement.csv").set_index("ranker")
+    assert {"LP x FU", "LEEP", "shrunk H-score", "source size", "random"} <= set(agreement.index)
+    assert agreement["regret"].ge(0).all()
+    own = pd.read_csv(folder / "own_model.csv")
+    assert len(own) == 11
+    assert (own["candidates"] == 3).all()
+    assert (folder / "agreement.png").is_file()
+    assert "| LP x FU |" in (folder / "agreement.md").read_text()
+
+
+def test_architectures_are_ranked_by_the_same_path(options, in_this_process):
+    entries = BUNDLE.content("architectures")["sources"]
+    assert len({json.dumps(entry.get("network")) for entry in entries}) == len(entries) >= 4
+    entries = [dict(entry, data="14-T2-tumour") for entry in entries if entry["name"] in ("ResNet18", "DenseNet")]
+    run("architectures", **options, sources=entries)
+    table = ranking_of(options["output_dir"])
+    assert {"ResNet18", "DenseNet", "scratch"} == set(table.index)
+    assert np.isfinite(table.loc[["ResNet18", "DenseNet"], ["lp", "fu", "leep", "lp_fu"]].to_numpy(float)).all()
+    config = json.loads((Path(options["output_dir"]) / "config.json").read_text())
+    assert config["cross_domain"] is True
+    if (winner := content_of(options["output_dir"])["default"]) == "DenseNet":
+        assert "--network_def" in content_of(options["output_dir"])["command"], winner
+
+
+# Real files
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    def write(name="brightmnist", shape=(28, 28), counts=(40, 16, 16)):
+        generator = np.random.default_rng(0)
+        arrays = {}
+        for split, count in zip(("train", "val", "test"), counts, strict=True):
+            labels = np.arange(count) % 2
+            noise = generator.integers(0, 100, (count, *shape)) + 60 * labels.reshape(-1, *[1] * len(shape))
+            arrays |= {f"{split}_images": noise.astype(np.uint8), f"{split}_labels": labels[:, None]}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        return str(tmp_path / f"{name}.npz")
+
+    return write
+
+
+def test_a_medmnist_file_as_target_and_as_source(options, in_this_process, mnist):
+    run(**options | {"target_task": mnist(), "sources": ["14-T2-tumour", mnist("other")]})
+    content = content_of(options["output_dir"])
+    assert (content["target"], content["patients_known"], content["synthetic"]) == ("brightmnist", False, False)
+    assert content["units"] == 40
+    assert "every image counts as a patient of its own" in content["answer"]
+    assert {"14-T2-tumour", "other"} <= set(ranking_of(options["output_dir"]).index)
+
+
+def test_an_rgb_target_takes_three_channels(options, in_this_process, no_training, mnist):
+    path = mnist("rgbmnist", (28, 28, 3))
+    message = refused(lambda: run(**options | {"target_task": path}))
+    assert message.startswith("rgbmnist has RGB images, the network takes 1 channel(s); give --in_channels 3")
+
+
+def test_inference_writes_a_probability_for_each_image(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (40, 50), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "images" / f"{number}.png")
+    run(base="inference", input_dir=str(tmp_path / "images"), output_dir=str(tmp_path / "out"))
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv", header=None)
+    assert table[0].tolist() == ["0.png", "1.png", "2.png"]
+    np.testing.assert_allclose(table[[1, 2]].sum(axis=1), 1, atol=1e-5)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"metrics": ["leap"]}, "did you mean 'leep'"),
+        ({"decide_by": "logm"}, "did you mean 'logme'"),
+        ({"metrics": ["leep"], "decide_by": "logme"}, "which is not in metrics"),
+        ({"minimum_win": 0.4}, "minimum_win"),
+        ({"sources": []}, "at least one dataset"),
+        ({"sources": ["14-T2-tumour", "14-T2-tumour"]}, "twice"),
+        ({"sources": ["14-T2-tumor"]}, "did you mean 'tumour'"),
+        ({"sources": ["17-T2-tumour"]}, "no source is left"),
+        ({"target_task": "nowhere.npz"}, "does not exist"),
+        ({"target_task": "some/where.csv"}, "no .npz file, no folder of images, and no task"),
+        ({"train_per_class": 0}, "expected at least 1"),
+        ({"in_channels": 2}, "in_channels 2"),
+        ({"source": SOURCES}, "did you mean --sources"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_training):
+    assert message in refused(lambda: run(**options | wrong))
+
+
+def test_networks_that_cannot_be_sources_are_named(options, no_training, tmp_path):
+    rgb = {"_target_": "DenseNet", "spatial_dims": 2, "in_channels": 3, "out_channels": 2, "block_config": [1, 1]}
+    entry = {"name": "rgb", "checkpoint": str(tmp_path / "x.pt"), "network": rgb}
+    assert "source rgb: its network takes 3 channel(s)" in refused(lambda: run(**options, sources=[entry]))
+    flat = {"_target_": "Classifier", "in_shape": [1, 32, 32], "classes": 2, "channels": [4], "strides": [2]}
+    flat |= {"num_res_units": 0}
+    network = pool_module.built(flat)
+    torch.save(network.state_dict(), tmp_path / "x.pt")
+    message = refused(lambda: run(**options, sources=[entry | {"name": "flat", "network": flat}]))
+    assert message.startswith("source flat: network ran 1 convolution layer(s)")
+    assert "name them as 'convolutions' of the source" in message
+
+
+def test_a_class_with_fewer_images_than_asked_uses_what_there_is(options, in_this_process, mnist, capsys):
+    path = mnist(counts=(10, 16, 16))
+    run(**options | {"target_task": path, "train_per_class": 100, "sources": SOURCES[:1], "n_resamples": 5})
+    assert "brightmnist: class 0 has 5 train images, 100 asked" in capsys.readouterr().out
+    assert (
+        "Training and validation images by class: 0 5 and 8, 1 5 and 8." in content_of(options["output_dir"])["answer"]
+    )
+
+
+# The configs agree
+
+
+def test_inference_prepares_images_as_training_did():
+    train = BUNDLE.content("train")
+    inference = BUNDLE.content("inference")
+    for key in ("image_size", "in_channels", "network_def"):
+        assert inference[key] == train[key]
+    assert inference["preprocessing"]["transforms"] == train["train"]["deterministic_transforms"]
+    assert inference["task"] in train["sources"]
+
+
+def test_the_default_pool_asks_different_questions_of_different_institutions():
+    train = BUNDLE.content("train")
+    parts = [source.split("-") for source in train["sources"]]
+    assert len(parts) >= 6
+    assert len({part[0] for part in parts}) >= 3
+    assert len({part[2] for part in parts}) >= 4
+    study = BUNDLE.content("study")
+    assert len(study["targets"]) >= 5
+    assert len(study["sources"]) >= 5
+    assert set(study["targets"]) & set(study["sources"]), "a target's own model shows the paper's point"
+
+
+def test_the_scores_of_the_config_are_those_that_are_asked_for():
+    train = BUNDLE.content("train")
+    measured = {*train["score"]["key_metric"], *train["score"]["additional_metrics"]} - {"samples", "predictions"}
+    assert measured | {"fu", "lp_fu"} == set(train["metrics"])
+
+
+# As users start it
+
+
+@pytest.mark.slow
+def test_a_bad_file_gives_one_line(options, tmp_path):
+    np.savez(tmp_path / "wrong.npz", images=np.zeros(3))
+    process = start(["configs/train.json"], TINY | options | {"target_task": str(tmp_path / "wrong.npz")})
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert errors.rstrip().splitlines()[-1].startswith("error: ")
+    assert "has no 'train_images'; found the keys images" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_the_pool_the_next_run_continues(options, tmp_path):
+    long = TINY | options | {"source_dir": str(tmp_path / "pool"), "iterations_per_epoch": 60}
+    process = start(["configs/train.json"], long)
+    began = time.monotonic()
+    while not list((tmp_path / "pool").glob("*/metrics.csv")):
+        assert time.monotonic() - began < 300
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").glob("*/metrics.csv")}
+    finish(start(["configs/train.json"], long))
+    assert len(list((tmp_path / "pool").glob("*/metrics.csv"))) == len(SOURCES)
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+    assert (Path(options["output_dir"]) / "answer.txt").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_scores_of_one(options, tmp_path):
+    run_options = TINY | options | {"source_dir": str(tmp_path / "pool")}
+    files = ["configs/train.json", "configs/multi_gpu_train.json"]
+    finish(start(files, run_options | {"output_dir": str(tmp_path / "two")}, processes=2))
+    finish(start(files[:1], run_options | {"output_dir": str(tmp_path / "one")}))
+    one, two = ranking_of(tmp_path / "one"), ranking_of(tmp_path / "two")
+    same = ["score", "leep", "logme", "nleep", "parc", "sfda", "gbc", "h_score", "ncti", "lp"]
+    pd.testing.assert_frame_equal(one[same], two[same].loc[one.index], atol=1e-4, rtol=1e-4)
+    assert two["fu"].dropna().gt(0).all()  # of other batches: triplets are formed within one
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(options, tmp_path):
+    files = ["configs/train.json", "configs/scratch.json", "configs/multi_gpu_train.json"]
+    run_options = TINY | options | {"output_dir": str(tmp_path / "two")}
+    finish(start(files, {key: value for key, value in run_options.items() if key != "sources"}, processes=2))
+    metrics = pd.read_csv(tmp_path / "two" / "metrics.csv").set_index("split")
+    predictions = pd.read_csv(tmp_path / "two" / "predictions.csv")
+    workflow = BUNDLE.workflow(**options)
+    workflow.initialize()
+    target = workflow.parser.get_parsed_content("target")
+    labels = {item["name"]: item["label"] for item in target.datalist("test")}
+    test = predictions[predictions["split"] == "test"].set_index("name")["label"]
+    assert test.to_dict() == labels  # every image once, with its own label
+    assert metrics.loc["test", "images"] == len(labels)
+
+
+@pytest.mark.slow
+def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path):
+    settings = {key: value for key, value in TINY.items() if "#" not in key and key not in ("sources", "target_task")}
+    settings |= {"collection": options["collection"], "source_dir": str(tmp_path / "pool")}
+    study = {
+        "targets": ["17-T2-tumour", "14-T2-tumour"],
+        "sources": SOURCES,
+        "seeds": [0],
+        "settings": settings,
+        "output_dir": str(tmp_path / "study"),
+    }
+    finish(start(["configs/study.json"], study))
+    names = {path.name for path in (tmp_path / "study").iterdir()}
+    assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "runs"} <= names
+    table = pd.read_csv(tmp_path / "study" / "study.csv")
+    assert len(table) == 4 + 3  # the own model is in neither
+    assert "Is a target its own best source?" in (tmp_path / "study" / "study.md").read_text()
+    began = time.monotonic()
+    finish(start(["configs/study.json"], study))
+    assert time.monotonic() - began < 60

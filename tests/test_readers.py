@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -18,6 +19,7 @@ from medtl_ext import InputError
 from medtl_ext.data import Task, load_collection
 from medtl_ext.data.__main__ import main
 from medtl_ext.data.readers import read_collection
+from medtl_ext.datasets import open_dataset
 
 SHAPE = (6, 5, 4)
 OLD, NEW = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")
@@ -700,3 +702,58 @@ class TestCommandLine:
         assert not (root.parent / "d.json").exists()
         with pytest.raises(SystemExit):
             main(["read", "csv", "--root", str(root), "--out", "x.json", "--labels", "lesion"])
+
+
+class TestMedMNIST:
+    """One file of arrays: what is written says where it lies and what its classes are called."""
+
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        arrays = {f"{split}_images": np.full((4, 28, 28), 7, np.uint8) for split in ("train", "val", "test")}
+        labels = {f"{split}_labels": np.array([[0], [1], [1], [0]]) for split in ("train", "val", "test")}
+        np.savez(tmp_path / "lung mnist.npz", **arrays, **labels)
+        return tmp_path
+
+    def test_is_read_as_it_is(self, folder, capsys):
+        out = folder / "lungs.json"
+        words = ["read", "medmnist", "--root", str(folder), "--out", str(out), "--labels", "healthy=0", "ill=1"]
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert "12 grey images of 28 x 28" in printed
+        assert "healthy" in printed
+        dataset = open_dataset(str(out))
+        assert dataset.class_names == ("healthy", "ill")
+        assert dataset.counts("val") == [2, 2]
+        assert json.loads(out.read_text())["medmnist"] == "lung mnist.npz"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"file": "other.npz"}, "other.npz does not exist"),
+            ({"labels": {"ill": 2}}, "labels gives ill the number 2"),
+            ({"folds": 3}, "folds"),
+        ],
+    )
+    def test_refuses(self, folder, options, message):
+        with pytest.raises(InputError, match=message):
+            read_collection("medmnist", folder, folder / "out.json", **options)
+        assert not (folder / "out.json").exists()
+
+    def test_several_files_have_to_be_chosen_from(self, folder):
+        (folder / "second.npz").write_bytes(b"")
+        with pytest.raises(InputError, match=r"should hold one .npz file; found lung mnist.npz, second.npz"):
+            read_collection("medmnist", folder, folder / "out.json")
+        assert read_collection("medmnist", folder, folder / "out.json", file="lung mnist.npz").dataset.n_classes == 2
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "describes no MedMNIST file"),
+            ('{"name": "x", "medmnist": "none.npz", "class_names": ["a", "b"]}', "none.npz does not exist"),
+            ('{"name": "x", "medmnist": "lung mnist.npz", "class_names": ["a"]}', "names 1 classes"),
+        ],
+    )
+    def test_a_wrong_description_is_refused(self, folder, content, message):
+        (folder / "bad.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            open_dataset(str(folder / "bad.json"))

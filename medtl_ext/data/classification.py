@@ -6,6 +6,7 @@ takes it from there: `ClassificationDataset.datalist` gives the dictionaries tha
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import zipfile
@@ -21,7 +22,15 @@ from tqdm import tqdm
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data.collection import SPLITS
 
-__all__ = ["SUFFIXES", "ClassificationDataset", "load_image_folder", "load_medmnist", "read_image", "sample_per_class"]
+__all__ = [
+    "SUFFIXES",
+    "ClassificationDataset",
+    "load_classification",
+    "load_image_folder",
+    "load_medmnist",
+    "read_image",
+    "sample_per_class",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -271,6 +280,36 @@ def load_image_folder(
         images = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in images]
     names = tuple(str(file.relative_to(path)) for file, *_ in files)
     return ClassificationDataset(path.name, np.stack(images), labels, splits, tuple(classes), names=names)
+
+
+def load_classification(path: str | os.PathLike[str], *, size: int | None = None) -> ClassificationDataset:
+    """A dataset of any form: a MedMNIST ``.npz``, a folder of images, or a ``.json`` that ``data read medmnist`` wrote.
+
+    Args:
+        path: of the file or folder.
+        size: what images of a folder are brought to.
+
+    Raises:
+        InputError: what `load_medmnist` and `load_image_folder` refuse; a JSON file of another form.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_image_folder(path, size=size)
+    if path.suffix != ".json":
+        return load_medmnist(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name, file, class_names = str(content["name"]), content["medmnist"], tuple(map(str, content["class_names"]))
+        dataset = load_medmnist(path.parent / file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} describes no MedMNIST file ({error!r}); write one with python -m medtl_ext.data read medmnist."
+        ) from error
+    if len(class_names) != dataset.n_classes:
+        raise InputError(f"{path} names {len(class_names)} classes, {file} has {dataset.n_classes}; correct the names.")
+    return replace(dataset, name=name, class_names=class_names)
 
 
 def _drawn_splits(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import nn
 
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.bundle import Job, current_config, run_jobs, settings_of
-from medtl_ext.data.classification import SUFFIXES, ClassificationDataset, load_image_folder, load_medmnist, read_image
+from medtl_ext.data.classification import SUFFIXES, ClassificationDataset, load_classification, read_image
 from medtl_ext.networks import load_weights, read_weights
 from medtl_ext.selection.candidates import built
 
@@ -29,13 +29,13 @@ CHANNEL_KEYS = ("n_input_channels", "in_channels")
 
 
 def dataset_path(where: str, *, collection: str | None = None, subjects: int = PHANTOM_SUBJECTS) -> Path:
-    """Where a dataset lies: an ``.npz`` file, a folder of images, or the file of a phantom task, made if need be.
+    """Where a dataset lies: an ``.npz`` or ``.json`` file, a folder, or the file of a phantom task, made if need be.
 
     Raises:
         InputError: neither a file nor a folder that exists nor a task.
     """
     path = Path(where)
-    if path.suffix == ".npz" or path.is_dir():
+    if path.suffix in (".npz", ".json") or path.is_dir():
         return path
     if path.suffix or "/" in where or "\\" in where:
         raise InputError(f"dataset {where} is no .npz file, no folder of images, and no task such as 17-T1-tumour.")
@@ -50,20 +50,20 @@ def open_dataset(
     """A classification dataset by its name or path.
 
     Args:
-        where: a MedMNIST file (``.npz``), a folder of images, or a phantom task such as ``17-T1-tumour``.
+        where: a MedMNIST file (``.npz``, or the ``.json`` that describes one), a folder of images, or a phantom task
+            such as ``17-T1-tumour``.
         collection, subjects: see `medtl_ext.data.phantom.classification.phantom_classification`.
         image_size: what images of a folder are brought to.
     """
     path = dataset_path(where, collection=collection, subjects=subjects)
-    if path.is_dir():
-        return load_image_folder(path, size=image_size)
-    return replace(load_medmnist(path), name=dataset_name(where))
+    dataset = load_classification(path, size=image_size)
+    return dataset if path.is_dir() else replace(dataset, name=dataset_name(where))
 
 
 def dataset_name(where: str) -> str:
     """What tables call it: the task, or the name of the file or folder."""
     path = Path(where)
-    return path.stem if path.suffix == ".npz" else path.name
+    return path.stem if path.suffix in (".npz", ".json") else path.name
 
 
 @dataclass(frozen=True)

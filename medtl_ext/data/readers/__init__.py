@@ -13,6 +13,7 @@ from medtl_ext.data.readers.bids import read_bids
 from medtl_ext.data.readers.brats import read_brats, read_fets
 from medtl_ext.data.readers.datalist import read_datalist
 from medtl_ext.data.readers.iseg import read_iseg
+from medtl_ext.data.readers.medmnist import ClassificationReading, read_medmnist
 from medtl_ext.data.readers.nnunet import read_nnunet
 from medtl_ext.data.readers.table import read_csv
 from medtl_ext.data.readers.wmh import read_wmh
@@ -27,11 +28,12 @@ __all__ = [
     "read_datalist",
     "read_fets",
     "read_iseg",
+    "read_medmnist",
     "read_nnunet",
     "read_wmh",
 ]
 
-READERS: dict[str, Callable[..., Reading]] = {
+READERS: dict[str, Callable[..., Reading | ClassificationReading]] = {
     "fets": read_fets,
     "brats": read_brats,
     "iseg": read_iseg,
@@ -41,10 +43,13 @@ READERS: dict[str, Callable[..., Reading]] = {
     "nnunet": read_nnunet,
     "bids": read_bids,
     "csv": read_csv,
+    "medmnist": read_medmnist,
 }
 
 
-def read_collection(name: str, root: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Reading:
+def read_collection(
+    name: str, root: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any
+) -> Reading | ClassificationReading:
     """Write a collection for a dataset in its own layout, and check every file of it.
 
     What does not fit is never passed over: a subject without label, or without files, is left out, one without some
@@ -82,7 +87,9 @@ def read_collection(name: str, root: str | os.PathLike[str], out: str | os.PathL
     ['iSeg-T1-CSF', 'iSeg-T1-GM', 'iSeg-T1-WM']
     """
     reader = READERS[require_choice("reader", name, READERS)]
-    accepted = set(inspect.signature(reader).parameters) | set(inspect.signature(Draft).parameters)
+    accepted = set(inspect.signature(reader).parameters)
+    if "options" in accepted:
+        accepted |= set(inspect.signature(Draft).parameters)
     for option in options:
         require_choice(f"option of reader '{name}'", option, sorted(accepted - {"root", "out", "options"}))
     return reader(root, out, **options)

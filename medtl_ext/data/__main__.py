@@ -68,9 +68,9 @@ def _add_read(commands: argparse._SubParsersAction) -> None:
     read.add_argument("--root", required=True, metavar="DIR", help="folder of the dataset")
     _add_split_options(read)
     read.add_argument("--institutions", metavar="FILE", help="CSV file with columns subject and institution")
-    read.add_argument("--file", metavar="FILE", help="csv, datalist: the list, if it is not in the root; medmnist: the .npz")
+    read.add_argument("--file", metavar="FILE", help="csv, datalist, medmnist: the list or the .npz to read")
     read.add_argument(
-        "--labels", nargs="+", type=_label, metavar="NAME=VALUE", help="csv, datalist: what the label files hold; medmnist: names of the classes"
+        "--labels", nargs="+", type=_label, metavar="NAME=VALUE", help="csv, datalist, medmnist: what labels mean"
     )
     read.add_argument("--modalities", nargs="+", metavar="NAME", help="datalist: of the images, in their order")
     read.add_argument("--et-label", type=int, choices=(3, 4), help="fets, brats: the value of enhancing tumour")

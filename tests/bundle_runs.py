@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +92,20 @@ def finish(process: subprocess.Popen) -> str:
     output, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors[-3000:]
     return output
+
+
+def kill_once_there(process: subprocess.Popen, pattern: str | Path, *, seconds: float = 300) -> None:
+    """Kill it and its workers as soon as a file of this pattern is there, which must be before it ends.
+
+    By the module ``glob``, which passes over a temporary folder that goes while it looks; ``Path.glob`` raises.
+    """
+    began = time.monotonic()
+    while not glob.glob(str(pattern), recursive=True):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() - began < seconds, f"no {pattern} after {seconds} s"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def refused(action: Callable[[], Any]) -> str:

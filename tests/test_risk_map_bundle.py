@@ -6,8 +6,6 @@ import gzip
 import json
 import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import REPOSITORY, Bundle, finish, start
+from bundle_runs import REPOSITORY, Bundle, finish, kill_once_there, start
 from ignite.engine import Events
 
 from medtl_ext import InputError, studies
@@ -327,13 +325,7 @@ def test_a_killed_run_goes_on(options):
     options |= {"epochs": 400, "val_interval": 1}
     process = start([str(CONFIGS / "train.json"), str(CONFIGS / "vanilla.json")], TINY | options)
     folder = Path(options["output_dir"])
-    waited = time.monotonic()
-    while not (folder / "last.pt").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() - waited < 240
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_once_there(process, folder / "model.pt")
     state = torch.load(folder / "last.pt", weights_only=True)
     assert 1 <= state["epoch"] < 400
     best = torch.load(folder / "model.pt", weights_only=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import Bundle, finish, refused
+from bundle_runs import Bundle, finish, kill_once_there, refused
 
 from medtl_ext.data import generate_phantom
 from medtl_ext.graph import read_task_graph
@@ -318,14 +316,7 @@ def test_killed_at_any_step_the_next_run_gives_the_same(options, tmp_path):
     finish(start(["configs/train.json"], whole))
     cut = long | {"source_dir": str(tmp_path / "pool1"), "output_dir": str(tmp_path / "cut")}
     for pattern in ("pool1/*/last.pt", "cut/stages/**/last.pt", "cut/arms/*/last.pt"):
-        process = start(["configs/train.json"], cut)
-        began = time.monotonic()
-        while not list(tmp_path.glob(pattern)):
-            assert time.monotonic() - began < 300
-            assert process.poll() is None, process.communicate()[1][-2000:]
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill_once_there(start(["configs/train.json"], cut), tmp_path / pattern)
         assert not (tmp_path / "cut" / "answer.txt").exists()
     finish(start(["configs/train.json"], cut))
     assert (tmp_path / "cut" / "answer.txt").read_text() == (tmp_path / "whole" / "answer.txt").read_text()

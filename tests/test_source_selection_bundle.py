@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
 import time
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import REPOSITORY, Bundle, finish, refused
+from bundle_runs import REPOSITORY, Bundle, finish, kill_once_there, refused
 from monai.bundle import ConfigWorkflow
 from monai.networks.nets import BasicUNet
 
@@ -371,14 +369,7 @@ def test_a_misspelled_option_gives_one_line(options):
 @pytest.mark.slow
 def test_killed_in_the_middle_of_the_pool_the_next_run_continues(options, tmp_path):
     long = TINY | options | {"source_dir": str(tmp_path / "pool"), "iterations_per_epoch": 60}
-    process = start(["configs/train.json"], long)
-    began = time.monotonic()
-    while not list((tmp_path / "pool").glob("*/metrics.csv")):
-        assert time.monotonic() - began < 300
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_once_there(start(["configs/train.json"], long), tmp_path / "pool/*/metrics.csv")
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").glob("*/model.pt")}
     finished = {path.parent for path in (tmp_path / "pool").glob("*/metrics.csv")}
     finish(start(["configs/train.json"], long))

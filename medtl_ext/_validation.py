@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -28,3 +28,15 @@ def require_choice(name: str, value: str, choices: Iterable[str]) -> str:
     near = get_close_matches(str(value), choices, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else "."
     raise InputError(f"{name} '{value}' is unknown{hint} Known: {', '.join(choices)}.")
+
+
+def require_choices(name: str, values: Sequence[str], choices: Iterable[str]) -> list[str]:
+    """The values, none twice, if there is one and all are among ``choices``; see `require_choice`.
+
+    >>> require_choices("metric", ["leep", "leep"], ["leep", "h_score"])
+    ['leep']
+    """
+    choices = list(choices)
+    if isinstance(values, str) or not values:
+        raise InputError(f"{name}s is {values!r}; give a list of at least one of {', '.join(choices)}.")
+    return list(dict.fromkeys(require_choice(name, value, choices) for value in values))

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
 
-__all__ = ["Job", "bundle_root", "claim_output", "current_config", "kept_model", "run_jobs", "start"]
+__all__ = ["Job", "bundle_root", "claim_output", "current_config", "kept_model", "run_jobs", "short_path", "start"]
 
 logger = logging.getLogger(__name__)
 
@@ -328,3 +328,9 @@ def kept_model(job: Job, *, result: str = "model.pt") -> str:
             logger.info("training %s, once; it is kept in %s", job.output_dir.name, job.output_dir)
             run_jobs([job], n_jobs=1, description="pre-training")
     return str(job.output_dir / result)
+
+
+def short_path(path: Path) -> Path:
+    """As a user would type it: relative to the current folder where it lies below."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -276,7 +276,7 @@ def test_a_task_is_kept_whole_and_not_made_again(phantom, monkeypatch):
         failing.setattr(np, "savez_compressed", broken)
         with pytest.raises(OSError, match="disk full"):
             phantom_classification("17-T1-tumour", collection=phantom)
-    assert not list(tasks._cache_root().glob("classification/*.npz"))
+    assert not list(tasks.cache_root().glob("classification/*.npz"))
     file = phantom_classification("17-T1-tumour", collection=phantom)
     monkeypatch.setattr(tasks, "_write", lambda *arguments: pytest.fail("made again"))
     assert phantom_classification("17-T1-tumour", collection=phantom) == file

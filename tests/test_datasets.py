@@ -16,8 +16,9 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from medtl_ext import InputError
+from medtl_ext._validation import require_choices
 from medtl_ext.data.classification import ClassificationDataset, sample_per_class
-from medtl_ext.datasets import pipeline, scoring, sources, truth
+from medtl_ext.datasets import pipeline, scoring, sources, study, truth
 from medtl_ext.datasets.published import reproduce_table2
 from medtl_ext.datasets.scoring import METRICS, observe, score_table
 from medtl_ext.datasets.sources import Source, find_sources, images_to_classify, initialized, open_dataset
@@ -306,7 +307,7 @@ def test_a_model_that_need_not_change_is_last_by_lp_fu_and_first_by_lp(tmp_path)
 )
 def test_unknown_metrics_are_refused(metrics, message):
     with pytest.raises(InputError, match=message):
-        scoring.check_metrics(metrics)
+        require_choices("metric", metrics, scoring.METRICS)
 
 
 # The ranking
@@ -443,7 +444,7 @@ def test_a_study_says_what_its_numbers_say(tmp_path):
     table = study_table()
     verdicts = {(target, 0): {"recommendation": "a", "tied": ["a"], "default": "a"} for target in ("t1", "t2", "t3")}
     own = pd.DataFrame({"score": ["LP", "LP x FU"] * 2, "rank": [1, 3, 1, 2], "target": ["t1", "t1", "t2", "t2"]})
-    agreement = truth.study_report(table, own, verdicts, tmp_path, synthetic=True)
+    agreement = study.study_report(table, own, verdicts, tmp_path, synthetic=True)
     tau = agreement.set_index(["ranker", "target"])["tau"]
     assert (tau["LogME"] == 1).all()
     assert (tau["LEEP"] < 0).all()

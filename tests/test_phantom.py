@@ -318,4 +318,4 @@ def test_cache_is_made_once_even_when_asked_for_twice_at_once(tmp_path, monkeypa
 def test_cache_folder_without_monai_data_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("MONAI_DATA_DIRECTORY", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert generate._cache_root() == tmp_path / "medtl"
+    assert generate.cache_root() == tmp_path / "medtl"

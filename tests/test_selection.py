@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medtl_ext import InputError
+from medtl_ext._validation import require_choices
 from medtl_ext.data import write_collection
 from medtl_ext.metrics.features import Samples
 from medtl_ext.metrics.gbc import compute_gbc
@@ -28,8 +29,9 @@ from medtl_ext.metrics.nce import compute_nce
 from medtl_ext.metrics.transrate import compute_transrate
 from medtl_ext.selection import Maps, Observation, Predictions, filter_by_priors, find_candidates, score_of_counts
 from medtl_ext.selection.candidates import built, input_misfit
-from medtl_ext.selection.scores import METRICS, check_metrics, score
-from medtl_ext.selection.truth import agreement_table, rankers, study_report
+from medtl_ext.selection.scores import METRICS, score
+from medtl_ext.selection.study import study_report
+from medtl_ext.selection.truth import agreement_table, rankers
 
 SMALL = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
 
@@ -274,10 +276,10 @@ def test_every_known_metric_gives_a_number_or_nan(metric, seen):
 
 
 def test_unknown_metrics_are_refused_with_the_known_ones():
-    message = refused(lambda: check_metrics(["h_score", "logm"]))
+    message = refused(lambda: require_choices("metric", ["h_score", "logm"], METRICS))
     assert "did you mean 'logme'" in message
     assert all(metric in message for metric in METRICS)
-    assert "at least one" in refused(lambda: check_metrics([]))
+    assert "at least one" in refused(lambda: require_choices("metric", [], METRICS))
 
 
 def test_predictions_do_not_depend_on_batches_or_their_order():

@@ -3,7 +3,8 @@
 - `sources`: datasets by name or path, candidate sources, and the pool of networks trained on them.
 - `scoring`: one evaluator pass of each source over the target's training images, and all scores from it.
 - `pipeline`: the ranking, its verdict and the files of a run.
-- `truth`: every source fine-tuned on the target, and what the rankings were worth, for one target or many.
+- `truth`: every source fine-tuned on the target, and what the rankings were worth.
+- `study`: the same for several targets and seeds.
 - `published`: the paper's Table 2 from its published raw scores.
 """
 
@@ -20,7 +21,8 @@ from medtl_ext.datasets.sources import (
     open_dataset,
     train_pool,
 )
-from medtl_ext.datasets.truth import evaluate_ranking, rank_own_model, score_images, study_datasets, train
+from medtl_ext.datasets.study import study_datasets
+from medtl_ext.datasets.truth import evaluate_ranking, rank_own_model, score_images, train
 
 __all__ = [
     "METRICS",

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from medtl_ext._io import write_csv, write_json, write_text
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.bundle import current_config
+from medtl_ext._validation import InputError, require_choice, require_choices
+from medtl_ext.bundle import current_config, short_path
 from medtl_ext.data.classification import ClassificationDataset
 from medtl_ext.datasets.scoring import (
     LABELS,
@@ -23,12 +23,10 @@ from medtl_ext.datasets.scoring import (
     SLOW,
     SLOW_RESAMPLES,
     Seen,
-    check_metrics,
     resampled_scores,
 )
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking
 from medtl_ext.ranking._words import listed
-from medtl_ext.selection.pipeline import _short
 from medtl_ext.visualize import plot_ranking, save_figure
 
 # What a fine-tuning must share with the ranking.
@@ -61,7 +59,7 @@ def check_options(
         InputError: an unknown metric, a number out of range, RGB images for a network of one channel, or a split of
             the target without an image.
     """
-    check_metrics(metrics)
+    require_choices("metric", metrics, METRICS)
     if require_choice("decide_by", decide_by, METRICS) not in metrics:
         raise InputError(f"decide_by is {decide_by}, which is not in metrics; add it there: {', '.join(metrics)}.")
     if not 0.5 < minimum_win <= 1 or not 0 <= minimum_gap <= 1:
@@ -225,6 +223,6 @@ def next_command(source: str, checkpoint: str) -> str:
     for entry in config["sources"]:
         if isinstance(entry, Mapping) and entry.get("name") == source and entry.get("network"):
             options["network_def"] = entry["network"]
-    files = str([str(_short(root / "configs" / name)) for name in ("train.json", "finetune.json")])
+    files = str([str(short_path(root / "configs" / name)) for name in ("train.json", "finetune.json")])
     words = [f"--{key} {shlex.quote(str(value))}" for key, value in options.items()]
     return f"python -m monai.bundle run --config_file {shlex.quote(files)} {' '.join(words)}"

@@ -14,7 +14,7 @@ import pandas as pd
 from monai.engines import SupervisedEvaluator
 from tqdm import tqdm
 
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, require_choices
 from medtl_ext.datasets.sources import Source
 from medtl_ext.metrics.feature_update import FeatureUpdate
 from medtl_ext.metrics.features import Samples
@@ -59,17 +59,6 @@ class Seen:
     samples: Samples
     maps: Maps
     values: Mapping[str, Any] = field(default_factory=dict)
-
-
-def check_metrics(metrics: Sequence[str]) -> list[str]:
-    """The metrics by name, none twice.
-
-    Raises:
-        InputError: an unknown name (the message names the known ones), or none.
-    """
-    if isinstance(metrics, str) or not metrics:
-        raise InputError(f"metrics is {metrics!r}; give a list of at least one of {', '.join(METRICS)}.")
-    return list(dict.fromkeys(require_choice("metric", metric, METRICS) for metric in metrics))
 
 
 def observe(
@@ -132,7 +121,7 @@ def score_table(
     Scores that are scaled over the candidates (LP x FU, NCTI) leave the target's own model out, unless ``with_own``
     asks what they would say of it.
     """
-    metrics, rows = check_metrics(metrics), {}
+    metrics, rows = require_choices("metric", metrics, METRICS), {}
     for source in pool:
         values = observed[source.name].values
         scores = {name: float(values[name]) for name in METRICS if name in values and name != "ncti"}

@@ -77,7 +77,7 @@ def check_features(
     >>> features.dtype, labels
     (torch.float64, tensor([0, 1]))
     """
-    rows, labels, _ = _rows(*_checked(features, target_labels, ignore_index))
+    rows, labels, _ = _rows(*checked_samples(features, target_labels, ignore_index))
     if len(labels) < minimum:
         left = " after ignore_index is left out" if ignore_index is not None else ""
         raise InputError(f"features holds {len(labels)} sample(s){left}; expected at least {minimum}.")
@@ -219,7 +219,7 @@ class FeatureMetric(TransferMetric):
 
     def update(self, features: Any, target_labels: Any, groups: Sequence[Hashable] | None = None) -> None:
         """Add a batch: N x D (x *spatial) features, N (x *spatial) labels, and the patient of each of the N or None."""
-        self._take(*_checked(features, target_labels, self.ignore_index), groups)
+        self._take(*checked_samples(features, target_labels, self.ignore_index), groups)
 
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
         """Add a batch that has been checked; labels are `IGNORED` where a pixel is left out."""
@@ -277,7 +277,7 @@ class FeatureMetric(TransferMetric):
         labels, images = _read_output(engine.state.output)
         groups = _read_subjects(engine.state.batch)
         features, labels, images = _aligned(features, labels, images if self.body else None)
-        features, labels = _checked(features, labels, self.ignore_index)
+        features, labels = checked_samples(features, labels, self.ignore_index)
         if self._samples is not None and self.pixels == "auto" and features.ndim > 2:
             self._samples.limit = DENSE_PIXELS
         if images is not None:
@@ -446,7 +446,7 @@ class TappedInferer(Inferer):
         return result
 
 
-def _checked(features: Any, target_labels: Any, ignore_index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def checked_samples(features: Any, target_labels: Any, ignore_index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Features N x D x *spatial, finite, and labels N x *spatial on their device, `IGNORED` where left out."""
     features = as_plain_tensor("features", features)
     if features.ndim < 2:

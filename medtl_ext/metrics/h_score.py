@@ -20,7 +20,7 @@ import torch
 
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.metrics.base import all_reduce_sums
-from medtl_ext.metrics.features import FeatureMetric, MomentMetric, _checked, check_features, feature_sums
+from medtl_ext.metrics.features import FeatureMetric, MomentMetric, check_features, checked_samples, feature_sums
 
 SHRINKAGES = ("ledoit_wolf",)
 
@@ -318,7 +318,7 @@ def _eigenvectors_2x2(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _checked_images(features: Any, target_labels: Any, ignore_index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return _require_images(*_checked(features, target_labels, ignore_index))
+    return _require_images(*checked_samples(features, target_labels, ignore_index))
 
 
 def _require_images(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

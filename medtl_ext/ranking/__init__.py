@@ -3,6 +3,7 @@
 - `paired`: arms of a transfer audit on the same patients, and its verdict.
 - `sources`: candidate sources ranked by a transferability score, with a patient bootstrap, baselines and a verdict.
 - `agreement`: how well a ranking agrees with the truth, and whether methods differ over several targets.
+- `studied`: what the rankings of a study were worth, and its verdicts.
 """
 
 from medtl_ext.ranking.agreement import FriedmanNemenyi, friedman_nemenyi, spearman_footrule, weighted_kendall
@@ -17,6 +18,7 @@ from medtl_ext.ranking.paired import (
     paired_comparison,
 )
 from medtl_ext.ranking.sources import SourceRanking, baseline_rankings, bootstrap_ranking
+from medtl_ext.ranking.studied import known_elsewhere, verdict_claim
 
 __all__ = [
     "MINIMUM_PATIENTS",
@@ -31,7 +33,9 @@ __all__ = [
     "bootstrap_ranking",
     "friedman_nemenyi",
     "holm",
+    "known_elsewhere",
     "paired_comparison",
     "spearman_footrule",
+    "verdict_claim",
     "weighted_kendall",
 ]

@@ -5,6 +5,7 @@
 - `scores`, `priors`: transferability by name; tags, sizes and similarity of the regions of interest.
 - `pipeline`: the steps of the bundle ``source_selection``.
 - `truth`: every source fine-tuned, and what the rankings were worth.
+- `study`: the same for several targets and seeds.
 """
 
 from medtl_ext.selection.candidates import Candidate, find_candidates
@@ -12,7 +13,8 @@ from medtl_ext.selection.observe import Maps, Observation, Observed, Predictions
 from medtl_ext.selection.pipeline import check_options, score_sources, select_source, train_pool
 from medtl_ext.selection.priors import filter_by_priors, prior_table
 from medtl_ext.selection.scores import METRICS, score_of_counts
-from medtl_ext.selection.truth import evaluate_selection, study_selection
+from medtl_ext.selection.study import study_selection
+from medtl_ext.selection.truth import evaluate_selection
 
 __all__ = [
     "METRICS",

@@ -16,14 +16,14 @@ import pandas as pd
 from filelock import FileLock
 
 from medtl_ext._io import write_csv, write_json, write_text
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.bundle import Job, current_config, run_jobs
+from medtl_ext._validation import InputError, require_choice, require_choices
+from medtl_ext.bundle import Job, current_config, run_jobs, short_path
 from medtl_ext.data import Collection
 from medtl_ext.ranking import SourceRanking, audit_verdict, baseline_rankings, bootstrap_ranking
 from medtl_ext.selection.candidates import Candidate, usable
 from medtl_ext.selection.observe import Observed
 from medtl_ext.selection.priors import filter_by_priors, prior_table
-from medtl_ext.selection.scores import LABELS, METRICS, all_scores, check_metrics, score_of_counts, why_no_score
+from medtl_ext.selection.scores import LABELS, METRICS, all_scores, score_of_counts, why_no_score
 from medtl_ext.studies import check_data as check_task
 from medtl_ext.studies import open_collection, pretraining_job
 from medtl_ext.visualize import plot_ranking, save_figure
@@ -54,7 +54,7 @@ def check_options(
     """
     target.datalist(target_task, "train")
     require_choice("method", method, METHODS)
-    check_metrics(metrics)
+    require_choices("metric", metrics, METRICS)
     if decide_by is not None:
         require_choice("decide_by", decide_by, METRICS)
     if not 0.5 < minimum_win <= 1 or not 0 <= minimum_gap <= 1:
@@ -111,7 +111,7 @@ def score_sources(
     roi_size: Sequence[int],
 ) -> pd.DataFrame:
     """One row per candidate: what is known of it beforehand, every score, and why it was left out if it was."""
-    metrics = check_metrics(metrics)
+    metrics = require_choices("metric", metrics, METRICS)
     table = prior_table(
         usable(pool),
         target=target,
@@ -255,10 +255,9 @@ def _ranking_table(
     table.insert(0, "status", status)
     table.insert(1, "reason", reason)
     table = table.sort_values("rank", kind="stable", na_position="last").drop(columns="left_out")
-    table.loc["scratch", ["status", "reason"]] = [
-        "no score",
-        "training from scratch has no score: settle it by training",
-    ]
+    table = table.reindex([*table.index, "scratch"])
+    table.loc["scratch", "status"] = "no score"
+    table.loc["scratch", "reason"] = "training from scratch has no score: settle it by training"
     return table.rename_axis("source").reset_index()
 
 
@@ -321,9 +320,9 @@ def next_command(row: pd.Series, source: str) -> str:
     defaults |= {"spacing": [2.0, 2.0, 4.0], "roi_size": [96, 96]}
     options = {"target_task": config["target_task"], "source_ckpt": row["checkpoint"]}
     options |= {key: config[key] for key, default in defaults.items() if config[key] != default}
-    files = str(_short(root.parent / "risk_map" / "configs" / "train.json"))
+    files = str(short_path(root.parent / "risk_map" / "configs" / "train.json"))
     if isinstance(row["network"], Mapping):
-        files = str([str(_short(root / "configs" / name)) for name in ("train.json", "finetune.json")])
+        files = str([str(short_path(root / "configs" / name)) for name in ("train.json", "finetune.json")])
         options |= {
             "source_task": source,
             "network_def": _with_classes(row["network"]),
@@ -348,12 +347,6 @@ def _with_classes(network: Mapping[str, Any]) -> dict[str, Any]:
 def _known(value: Any) -> Any:
     """None for what a table holds where nothing is known."""
     return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def _short(path: Path) -> Path:
-    """Relative to the current folder where it lies below."""
-    path = path.resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def finetuning_job(

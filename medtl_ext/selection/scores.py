@@ -14,7 +14,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from medtl_ext._validation import InputError, require_choice
 from medtl_ext.metrics.features import MomentMetric, Samples, feature_sums
 from medtl_ext.metrics.gbc import GBC
 from medtl_ext.metrics.h_score import HScore, compute_h_score_map
@@ -135,17 +134,6 @@ class Probe:
             if 0 < (labels == self.classes[place]).sum() < len(labels)
         ]
         return float(np.mean(values)) if values else float("nan")
-
-
-def check_metrics(metrics: Sequence[str]) -> list[str]:
-    """The metrics by name, none twice.
-
-    Raises:
-        InputError: an unknown name (the message names the known ones), or none.
-    """
-    if isinstance(metrics, str) or not metrics:
-        raise InputError(f"metrics is {metrics!r}; give a list of at least one of {', '.join(METRICS)}.")
-    return list(dict.fromkeys(require_choice("metric", metric, METRICS) for metric in metrics))
 
 
 def score_of_counts(metric: str, seen: Observation) -> ScoreOfCounts:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data.collection import SPLITS, Collection, Task, load_collection
-from medtl_ext.data.phantom.generate import _cache_root, cached_phantom
+from medtl_ext.data.phantom.generate import cache_root, cached_phantom
 
 __all__ = ["OBJECTIVES", "phantom_classification"]
 
@@ -107,7 +107,7 @@ def phantom_classification(task: str, *, collection: str | os.PathLike[str] | No
         )
     path = collection or cached_phantom(institutions=[parts.institution], subjects=subjects, seed=0)
     found = load_collection(path)
-    folder = _cache_root() / "classification"
+    folder = cache_root() / "classification"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{task}_{found.fingerprint}_{VERSION}.npz"
     with FileLock(folder / f"{file.stem}.lock"):

@@ -129,7 +129,7 @@ def cached_phantom(
     settings = _settings(institutions, subjects, seed, modalities)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{'+'.join(settings['institutions'])}_{subjects}-subjects_seed-{seed}_{digest}"
-    folder = _cache_root() / "phantom"
+    folder = cache_root() / "phantom"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         return generate_phantom(
@@ -143,7 +143,7 @@ def cached_phantom(
         )
 
 
-def _cache_root() -> Path:
+def cache_root() -> Path:
     if data := os.environ.get("MONAI_DATA_DIRECTORY"):
         return Path(data)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medtl"

@@ -35,6 +35,7 @@ from medtl_ext.sequential import (
     task_volumes,
     write_plan,
 )
+from medtl_ext.sequential.fit import fit_text, fit_to_transfers
 from medtl_ext.sequential.study import differences, gains, study_text
 
 TASKS = ["14-T2-ED", "14-T2-ET", "14-FLAIR-ED", "14-FLAIR-ET"]
@@ -319,3 +320,43 @@ class TestStudy:
         for steps, how in choices[["steps", "how"]].drop_duplicates().itertuples(index=False):
             assert f"| {steps} | {how} |" in text
         assert "**Synthetic**" in text
+
+
+class TestFit:
+    """Eighteen transfers to three targets, whose Dice and distance from everything differ."""
+
+    @staticmethod
+    def transfers(effect) -> pd.DataFrame:
+        rng = np.random.default_rng(0)
+        rows = []
+        for place, (target, level) in enumerate({"a": 0.9, "b": 0.5, "c": 0.2}.items()):
+            distance, similarity = rng.uniform(10, 20, 6), rng.uniform(0.5, 0.9, 6)
+            dice = level + effect(place, distance, similarity) + rng.normal(0, 1e-4, 6)
+            # A target that is far from everything and easy all the same: between targets the cost has the wrong sign.
+            distance = distance + 300 * level
+            columns = {"dice": dice, "distance": distance, "similarity": similarity}
+            rows.append(pd.DataFrame(columns).assign(target=target))
+        return pd.concat(rows, ignore_index=True)
+
+    def test_recovers_the_weights_within_targets(self):
+        table = self.transfers(lambda _, distance, similarity: -0.01 * distance - 0.4 * (1 - similarity))
+        found = fit_to_transfers(table)
+        assert (found["alpha"], found["beta"]) == pytest.approx((0.01, 0.4), rel=0.02)
+        assert found["correlation"] < -0.99
+        assert found["correlation_left_out"] < -0.99
+        assert found["correlation"] < found["correlation_published"]
+        assert "No evidence" not in fit_text(found)
+
+    def test_says_when_the_weights_do_not_carry_over(self):
+        table = self.transfers(lambda place, distance, _: (0.01, -0.01, 0.01)[place] * distance)
+        with pytest.warns(UserWarning, match="nearest"):
+            found = fit_to_transfers(table)
+        assert found["correlation_left_out"] > 0
+        assert "No evidence to prefer these weights" in fit_text(found)
+
+    def test_one_target_leaves_nothing_out(self):
+        table = self.transfers(lambda _, distance, __: -0.01 * distance)
+        found = fit_to_transfers(table[table["target"] == "a"])
+        assert found["correlation_left_out"] is None
+        assert "at unknown on targets left out" in fit_text(found)
+        assert "No evidence" in fit_text(found)

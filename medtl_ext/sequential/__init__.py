@@ -9,6 +9,7 @@ from medtl_ext.sequential.affinities import (
     find_affinity,
 )
 from medtl_ext.sequential.chain import Arm, Chains, arms_of, follow_path, for_task, note_leep, second_step_text
+from medtl_ext.sequential.fit import fit_weights
 from medtl_ext.sequential.plan import (
     Plan,
     SourceGraph,
@@ -23,7 +24,7 @@ from medtl_ext.sequential.plan import (
     write_plan,
 )
 from medtl_ext.sequential.plots import plot_task_graph
-from medtl_ext.sequential.study import fit_weights, study_paths, study_text
+from medtl_ext.sequential.study import study_paths, study_text
 
 __all__ = [
     "Affinity",

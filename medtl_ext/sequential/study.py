@@ -1,4 +1,4 @@
-"""When is a second step worth it? Every single source and every path to several targets; weights of the affinity."""
+"""When is a second step worth it? Every single source and every path to several targets."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medtl_ext._io import write_csv, write_json, write_text
+from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.affinity import fit_affinity_weights
 from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection, Task
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import markdown_table, patient_table
-from medtl_ext.sequential.affinities import Affinity, SeqTranAffinity, find_affinity
+from medtl_ext.sequential.affinities import Affinity, find_affinity
 from medtl_ext.sequential.chain import Arm, Chains
-from medtl_ext.sequential.plan import Plan, plan_path, shares, source_graph, task_volumes
+from medtl_ext.sequential.plan import Plan, plan_path, shares, source_graph
 from medtl_ext.studies import open_collection
 
 Jobs = dict[tuple[str, int, str], Job]
@@ -55,9 +54,9 @@ def study_paths(
     """
     if len(targets) < 2:
         raise InputError(f"a study needs two targets or more; found {list(targets)}.")
-    config = _config(settings)
+    config = study_config(settings)
     folder = Path(output_dir)
-    collections = _collections(config, [*targets, *sources])
+    collections = collections_of(config, [*targets, *sources])
     found = {name: find_affinity(name) for name in affinities}  # each reads a task's volumes once
     plans = {
         (target, seed, name): _plan(config, sources, target, collections[target], found[name], seed)
@@ -71,7 +70,7 @@ def study_paths(
     for seed in seeds:
         waves: list[dict[Path, Job]] = []
         for target in targets:
-            chains = _chains(config, folder, target, seed)
+            chains = chains_to(config, folder, target, seed)
             for arm in arms[target, seed]:
                 steps = [*chains.sources(arm), chains.target(arm, target)]
                 jobs[target, seed, arm.name] = steps[-1]
@@ -94,14 +93,14 @@ def study_paths(
     return choices
 
 
-def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
+def study_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     root = Path(current_config()["bundle_root"])
     train = json.loads((root / "configs" / "train.json").read_text())
     config = train | {"source_dir": str(root / "models" / "sources")} | dict(settings)
     return config | {"bundle_root": str(root), "check_data": False}
 
 
-def _collections(config: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Collection]:
+def collections_of(config: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Collection]:
     """The collection of each task; phantoms are made here, not by several processes at once."""
     return {
         task: open_collection(config["collection"], task, subjects=config["phantom_subjects"])
@@ -109,7 +108,7 @@ def _collections(config: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, C
     }
 
 
-def _chains(config: Mapping[str, Any], folder: Path, target: str, seed: int) -> Chains:
+def chains_to(config: Mapping[str, Any], folder: Path, target: str, seed: int) -> Chains:
     return Chains(
         config,
         folder=folder / "runs" / target / f"seed{seed}",
@@ -300,86 +299,3 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     columns = ["against the first", "against the better"]
     grouped = found.groupby(["second step", "target"], sort=False)[columns]
     return grouped.mean().join(grouped.size().rename("paths")).reset_index()
-
-
-def fit_weights(
-    *,
-    transfers: str | None,
-    targets: Sequence[str],
-    sources: Sequence[str],
-    settings: Mapping[str, Any],
-    standardize: bool,
-    output_dir: str,
-    n_jobs: int | None = None,
-    backend: str | None = None,
-) -> tuple[float, float]:
-    """Fit ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
-
-    Writes ``transfers.csv`` (source, target, distance, similarity, dice) and ``affinity_weights.json``.
-
-    Args:
-        transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
-        targets, sources: tasks, where ``transfers`` is None.
-        settings: options of ``train.json``.
-        standardize: see `SeqTranAffinity`.
-        output_dir: gets the trainings and the results.
-        n_jobs, backend: see `medtl_ext.bundle.run_jobs`.
-    """
-    config, folder = _config(settings), Path(output_dir)
-    if transfers is None:
-        table = _measured_transfers(config, folder, targets, sources, n_jobs=n_jobs, backend=backend)
-    else:
-        table = _read_transfers(Path(transfers))
-    collections = _collections(config, [*table["source"], *table["target"]])
-    tasks = {name: task_volumes(of, name, patients=config["affinity_patients"]) for name, of in collections.items()}
-    affinity = SeqTranAffinity(standardize=standardize)
-    pairs = [(tasks[a], tasks[b]) for a, b in zip(table["source"], table["target"], strict=True)]
-    table["distance"] = [affinity.distance(a, b) for a, b in pairs]
-    table["similarity"] = [affinity.similarity(a, b) for a, b in pairs]
-    # Targets differ in how hard they are, which no affinity should be asked to explain.
-    relative = table["dice"] - table.groupby("target")["dice"].transform("mean")
-    alpha, beta = fit_affinity_weights(table["distance"], table["similarity"], relative)
-    cost = alpha * table["distance"] + beta * (1 - table["similarity"])
-    published = find_affinity("seqtran")
-    before = published.alpha * table["distance"] + published.beta * (1 - table["similarity"])
-    content = {"alpha": alpha, "beta": beta, "transfers": len(table), "standardize": standardize}
-    content |= {"correlation": float(cost.corr(relative)), "published_correlation": float(before.corr(relative))}
-    write_csv(folder / "transfers.csv", table)
-    write_json(folder / "affinity_weights.json", content)
-    print(
-        f"alpha {alpha:.4g}, beta {beta:.4g} of {len(table)} transfers: cost and Dice (less each target's mean) "
-        f"correlate at {content['correlation']:+.2f} after the fit, which has seen them, and at "
-        f"{content['published_correlation']:+.2f} with the published weights; lower is better."
-    )
-    return alpha, beta
-
-
-def _measured_transfers(
-    config: Mapping[str, Any],
-    folder: Path,
-    targets: Sequence[str],
-    sources: Sequence[str],
-    *,
-    n_jobs: int | None,
-    backend: str | None,
-) -> pd.DataFrame:
-    _collections(config, [*targets, *sources])
-    rows = []
-    for target in targets:
-        chains = _chains(config, folder, target, config["seed"])
-        arms = [Arm(source, (source,)) for source in sources if source != target]
-        jobs = chains.run(arms, target, n_jobs=n_jobs, backend=backend)
-        for source, job in jobs.items():
-            scores = patient_table(pd.read_csv(job.output_dir / "metrics.csv"))
-            dice = scores[scores["split"] == "val"]["dice"].mean()
-            rows.append({"source": source, "target": target, "dice": dice})
-    return pd.DataFrame(rows)
-
-
-def _read_transfers(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise InputError(f"transfers file {path} does not exist; give a CSV file with columns source, target, dice.")
-    table = pd.read_csv(path)
-    if missing := {"source", "target", "dice"} - set(table):
-        raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
-    return table[["source", "target", "dice"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import csv
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from medtl_ext.data import generate_phantom
 
@@ -138,10 +140,14 @@ def zips(checkout) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
+    """A volume for the bundles that segment, its middle slice for the one that classifies."""
     folder = tmp_path_factory.mktemp("phantom")
     generate_phantom(folder / "c", institutions=["17"], subjects=1, modalities=["T2"], n_jobs=1, progress=False)
     (folder / "images").mkdir()
     shutil.copy(next(folder.rglob("T2.nii.gz")), folder / "images" / "T2.nii.gz")
+    volume = nib.load(folder / "images" / "T2.nii.gz").get_fdata()
+    middle = volume[..., volume.shape[2] // 2]
+    Image.fromarray((255 * middle / middle.max()).astype(np.uint8)).save(folder / "images" / "T2.png")
     return folder / "images"
 
 
@@ -173,10 +179,13 @@ def test_an_unzipped_bundle_loads_and_runs_elsewhere(name, zips, images, install
     run(sys.executable, "-c", code, cwd=tmp_path, **installed)
 
     config = Path("models") / name / "configs" / "inference.json"
-    if "SaveImaged" not in (tmp_path / config).read_text():
-        pytest.skip("no segmentation")
     options = ["--config_file", config, "--input_dir", images, "--output_dir", "out"]
     run(sys.executable, "-m", "monai.bundle", "run", *options, cwd=tmp_path, **installed)
+    if (tmp_path / "out" / "predictions.csv").is_file():  # the bundle that classifies
+        (row,) = csv.reader((tmp_path / "out" / "predictions.csv").read_text().splitlines())
+        assert row[0] == "T2.png"
+        assert sum(map(float, row[1:])) == pytest.approx(1)
+        return
     (segmented,) = (tmp_path / "out").rglob("*.nii.gz")
     image, segmentation = nib.load(images / "T2.nii.gz"), nib.load(segmented)
     assert segmentation.shape == image.shape

@@ -328,6 +328,18 @@ def test_a_bad_file_gives_one_line(options, tmp_path):
     assert "Traceback" not in errors
 
 
+def test_mlflow_tracks_a_training(options, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    run("scratch", "mlflow", **options, progress=True, epochs=2, **{"mlflow#tracking_uri": uri})
+    client = mlflow.MlflowClient(uri)
+    (tracked,) = client.search_runs(client.get_experiment_by_name("dataset_transferability").experiment_id)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["method"] == "scratch"
+    steps = {key: [one.step for one in client.get_metric_history(tracked.info.run_id, key)] for key in ("loss", "auc")}
+    assert steps == {"loss": [1, 2, 3, 4], "auc": [1, 2]}
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_of_the_pool_the_next_run_continues(options, tmp_path):
     long = TINY | options | {"source_dir": str(tmp_path / "pool"), "iterations_per_epoch": 60}

@@ -397,7 +397,7 @@ def test_mlflow_tracks_a_training_once(bundle, data, tmp_path, monkeypatch):
     assert steps == {"loss": [1, 2, 3, 4], "dice": [1, 2]}
 
 
-@pytest.mark.parametrize("bundle", ["risk_map", "source_selection", "sequential_transfer"])
+@pytest.mark.parametrize("bundle", sorted(path.name for path in BUNDLES.iterdir()))
 def test_the_overlay_of_mlflow_changes_nothing_that_a_run_computes(bundle):
     """Else sources would be trained again for it, and a run be taken for another."""
     configs = [str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ("train", "mlflow")]

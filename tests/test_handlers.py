@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from monai.data import DataLoader
+from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import IgniteMetricHandler, from_engine
 from monai.inferers import SliceInferer
 from monai.metrics import DiceMetric, MeanIoU
-from monai.transforms import AsDiscreted, Compose, LoadImaged
+from monai.transforms import AsDiscreted, Compose, LoadImaged, RandShiftIntensityd
 from torch import nn
 
 from medtl_ext import InputError
 from medtl_ext.data import SliceDataset
 from medtl_ext.engines import WeightedTrainer
-from medtl_ext.handlers import ResumableCheckpoint, SubjectTable, WeightMap
+from medtl_ext.handlers import EpochSeed, ResumableCheckpoint, SubjectTable, WeightMap
 from medtl_ext.losses import RiskWeightedLoss, frequency_map, risk_map
 from medtl_ext.metrics import LEEP, LEEPImageMaps, LEEPMap, compute_leep_map
 
@@ -286,3 +286,49 @@ def test_the_subject_table_scores_every_patient_and_class(slices):
     expected = 2 * (predicted & real).sum() / (predicted.sum() + real.sum())
     assert table.dice[0] == pytest.approx(float(expected))
     assert table.dice[2] == table.iou[2] == 1.0
+
+
+class TestEpochSeed:
+    @staticmethod
+    def batches(*, epochs: int, resume_after: int = 0, seed: int = 7) -> dict[int, list[torch.Tensor]]:
+        """What a training sees, by epoch; the random state at its start is another each time."""
+        shift = RandShiftIntensityd("image", offsets=5.0, prob=1.0).set_random_state(
+            np.random.default_rng().integers(1000)
+        )
+        data = [{"image": torch.full((1, 4, 4), float(n)), "label": torch.zeros(1, 4, 4)} for n in range(6)]
+        dataset, seen = Dataset(data, shift), {}
+        trainer = SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=epochs,
+            epoch_length=2,  # of three batches: an epoch ends in the middle of the loader
+            train_data_loader=DataLoader(dataset, batch_size=2, shuffle=True),
+            network=(network := nn.Conv2d(1, 1, 1)),
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+            loss_function=nn.MSELoss(),
+            train_handlers=[EpochSeed(dataset=dataset, seed=seed)],
+        )
+
+        @trainer.on(Events.STARTED)
+        def resume(engine):
+            engine.state.epoch = resume_after
+            engine.state.iteration = resume_after * engine.state.epoch_length
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def note(engine):
+            images = torch.stack([item["image"].as_tensor() for item in engine.state.output])
+            seen.setdefault(engine.state.epoch, []).append(images)
+
+        trainer.run()
+        return seen
+
+    def test_a_resumed_run_sees_what_it_would_have_seen(self):
+        whole, resumed = self.batches(epochs=4), self.batches(epochs=4, resume_after=2)
+        assert sorted(resumed) == [3, 4]
+        for epoch, images in resumed.items():
+            assert len(images) == 2
+            assert all(torch.equal(a, b) for a, b in zip(whole[epoch], images, strict=True))
+
+    def test_every_epoch_and_every_seed_is_another(self):
+        whole, other = self.batches(epochs=2), self.batches(epochs=2, seed=8)
+        values = [torch.cat(images).flatten() for images in (whole[1], whole[2], other[1])]
+        assert not any(torch.equal(values[a], values[b]) for a, b in ((0, 1), (0, 2), (1, 2)))

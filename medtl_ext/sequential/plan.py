@@ -106,18 +106,17 @@ def task_volumes(collection: Collection, task: str, *, patients: int | None, see
     )
 
 
-def draw_patients(items: Sequence[dict[str, str]], count: int | None, *, seed: int, first: int = 0) -> list[Any]:
+def draw_patients(items: Sequence[dict[str, str]], count: int | None, *, seed: int) -> list[Any]:
     """``count`` of the patients (None: all), drawn at random; a larger draw with the same seed holds the smaller one.
 
     Args:
         items: a datalist.
         count: how many; of fewer there are all.
         seed: of the draw.
-        first: skip so many of the draw, for patients that another draw has not had.
     """
     if count is not None and count < 1:
         raise InputError(f"{count} patients were asked for; expected at least one, or null for all.")
-    order = np.random.default_rng(seed).permutation(len(items))[first:]
+    order = np.random.default_rng(seed).permutation(len(items))
     return [items[place] for place in sorted(order[:count])]
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import socket
 import sys
 import tempfile
@@ -31,7 +32,18 @@ from tqdm import tqdm
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
 
-__all__ = ["Job", "bundle_root", "claim_output", "current_config", "kept_model", "run_jobs", "short_path", "start"]
+__all__ = [
+    "Job",
+    "bundle_root",
+    "claim_output",
+    "current_config",
+    "kept_model",
+    "run_command",
+    "run_jobs",
+    "shell_word",
+    "short_path",
+    "start",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -334,3 +346,29 @@ def short_path(path: Path) -> Path:
     """As a user would type it: relative to the current folder where it lies below."""
     path = path.resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def shell_word(text: str) -> str:
+    """One word of a command line, in the quotes that a person would use.
+
+    >>> print(shell_word("17-T2-ED"), shell_word("two words"), shell_word("['train.json', 'finetune.json']"))
+    17-T2-ED 'two words' "['train.json', 'finetune.json']"
+    """
+    return f'"{text}"' if "'" in text and not set('"$`!\\') & set(text) else shlex.quote(text)
+
+
+def run_command(files: Sequence[Path], options: Mapping[str, Any]) -> str:
+    """What a user types to run configs with options.
+
+    Lists and dictionaries are written as Python writes them, for that is how the command line reads what is in them;
+    other values as JSON does.
+
+    >>> print(run_command([Path("train.json"), Path("full.json")], {"roi_size": [64, 64], "audit": False}))
+    python -m monai.bundle run --config_file "['train.json', 'full.json']" --roi_size '[64, 64]' --audit false
+    """
+    names = [str(short_path(file)) for file in files]
+    words = ["--config_file", shell_word(names[0] if len(names) == 1 else str(names))]
+    for name, value in options.items():
+        plain = isinstance(value, str | Sequence | Mapping)
+        words += [f"--{name}", shell_word(str(value) if plain else json.dumps(value))]
+    return " ".join(["python -m monai.bundle run", *words])

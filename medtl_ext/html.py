@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from medtl_ext import __version__
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
-from medtl_ext.bundle import current_config
+from medtl_ext.bundle import current_config, run_command, shell_word
 
 __all__ = ["html_report"]
 
@@ -258,12 +257,8 @@ def _command(folder: Path) -> str | None:
     """What to type to do the run again, into another folder; or what was typed."""
     record = (folder / "config.json").resolve()
     if record.is_file():
-        short = record.relative_to(Path.cwd()) if record.is_relative_to(Path.cwd()) else record
-        return f"python -m monai.bundle run --config_file {shlex.quote(str(short))} --output_dir again"
+        return run_command([record], {"output_dir": "again"})
     program = getattr(sys.modules["__main__"], "__spec__", None)
     if program is None or program.name != "monai.bundle.__main__":
         return None
-    words = [
-        f'"{word}"' if "'" in word and not set('"$`!\\') & set(word) else shlex.quote(word) for word in sys.argv[1:]
-    ]
-    return f"python -m monai.bundle {' '.join(words)}"
+    return " ".join(["python -m monai.bundle", *map(shell_word, sys.argv[1:])])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import shlex
 import time
@@ -13,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from bundle_runs import Bundle, finish, kill_once_there, refused
+from fire.parser import DefaultParseValue  # how the command line reads a word
 from PIL import Image
 
 from medtl_ext.data import generate_phantom
@@ -114,11 +114,8 @@ def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys)
 def test_the_next_command_is_one_that_the_bundle_takes(options, in_this_process, tmp_path):
     run(**options)
     words = shlex.split(content_of(options["output_dir"])["command"])
-    given = dict(zip([word[2:] for word in words[6::2]], words[7::2], strict=True))
+    given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
     assert "finetune.json" in words[5]
-    given |= {
-        key: ast.literal_eval(value) for key, value in given.items() if value[0] in "{0123456789" and "-" not in value
-    }
     assert given["image_size"] == 32
     assert given["network_def"]["block_inplanes"] == [16, 16, 32, 32]
     run("finetune", **options | given | {"output_dir": str(tmp_path / "tuned"), "network_def#layers": [1, 1, 1, 1]})

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from bundle_runs import REPOSITORY, Bundle, finish, kill_once_there, refused
+from fire.parser import DefaultParseValue  # how the command line reads a word
 from monai.bundle import ConfigWorkflow
 from monai.networks.nets import BasicUNet
 
@@ -114,11 +115,7 @@ def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys)
 def test_the_command_for_risk_map_is_one_that_risk_map_takes(options, in_this_process):
     run(**options)
     words = shlex.split(json.loads((Path(options["output_dir"]) / "ranking.json").read_text())["command"])
-    given = {name[2:]: value for name, value in zip(words[6::2], words[7::2], strict=True)}
-    given = {
-        key: json.loads(value) if value[0] in "[0123456789" and "-" not in value else value
-        for key, value in given.items()
-    }
+    given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
     root = REPOSITORY / "bundles" / "risk_map" / "configs" / "train.json"
     workflow = ConfigWorkflow(
         config_file=str(root), workflow_type="train", **given | {"architecture#features": FEATURES}
@@ -219,14 +216,14 @@ def test_checkpoints_and_bundles_are_ranked_beside_tasks(options, in_this_proces
 
 def test_the_command_for_another_network_is_one_that_this_bundle_takes(options, in_this_process, tmp_path):
     network = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8]}
-    network["strides"] = [2]
+    network |= {"strides": [2], "norm": ["batch", {"affine": True}]}
     torch.save(built(network).state_dict(), tmp_path / "ours.pt")
     ours = {"name": "ours", "checkpoint": str(tmp_path / "ours.pt"), "network": network}
     run(**options, sources=[ours], metrics=["h_score"])
     words = shlex.split(json.loads((Path(options["output_dir"]) / "ranking.json").read_text())["command"])
     assert "finetune.json" in words[5]
-    given = dict(zip([word[2:] for word in words[6::2]], words[7::2], strict=True))
-    given |= {key: json.loads(given[key]) for key in ("network_def", "freeze", "spacing", "roi_size", "train_slices")}
+    given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
+    assert given["network_def"]["norm"] == ["batch", {"affine": True}]
     out = options | given | {"output_dir": str(tmp_path / "tuned")}
     run("finetune", **{key: value for key, value in out.items() if key != "sources"})
     assert len(pd.read_csv(tmp_path / "tuned" / "metrics.csv")) > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices
-from medtl_ext.bundle import current_config, short_path
+from medtl_ext.bundle import current_config, run_command
 from medtl_ext.data.classification import ClassificationDataset
 from medtl_ext.datasets.scoring import (
     LABELS,
@@ -223,6 +222,4 @@ def next_command(source: str, checkpoint: str) -> str:
     for entry in config["sources"]:
         if isinstance(entry, Mapping) and entry.get("name") == source and entry.get("network"):
             options["network_def"] = entry["network"]
-    files = str([str(short_path(root / "configs" / name)) for name in ("train.json", "finetune.json")])
-    words = [f"--{key} {shlex.quote(str(value))}" for key, value in options.items()]
-    return f"python -m monai.bundle run --config_file {shlex.quote(files)} {' '.join(words)}"
+    return run_command([root / "configs" / name for name in ("train.json", "finetune.json")], options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from filelock import FileLock
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices
-from medtl_ext.bundle import Job, current_config, run_jobs, short_path
+from medtl_ext.bundle import Job, current_config, run_command, run_jobs
 from medtl_ext.data import Collection
 from medtl_ext.ranking import SourceRanking, audit_verdict, baseline_rankings, bootstrap_ranking
 from medtl_ext.selection.candidates import Candidate, usable
@@ -320,9 +319,9 @@ def next_command(row: pd.Series, source: str) -> str:
     defaults |= {"spacing": [2.0, 2.0, 4.0], "roi_size": [96, 96]}
     options = {"target_task": config["target_task"], "source_ckpt": row["checkpoint"]}
     options |= {key: config[key] for key, default in defaults.items() if config[key] != default}
-    files = str(short_path(root.parent / "risk_map" / "configs" / "train.json"))
+    files = [root.parent / "risk_map" / "configs" / "train.json"]
     if isinstance(row["network"], Mapping):
-        files = str([str(short_path(root / "configs" / name)) for name in ("train.json", "finetune.json")])
+        files = [root / "configs" / name for name in ("train.json", "finetune.json")]
         options |= {
             "source_task": source,
             "network_def": _with_classes(row["network"]),
@@ -332,11 +331,7 @@ def next_command(row: pd.Series, source: str) -> str:
         options["source_task"] = row["task"]
     else:
         options |= {"source_task": config["target_task"], "source_classes": int(row["n_classes"])}
-    words = [
-        f"--{key} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
-        for key, value in options.items()
-    ]
-    return f"python -m monai.bundle run --config_file {shlex.quote(files)} {' '.join(words)}"
+    return run_command(files, options)
 
 
 def _with_classes(network: Mapping[str, Any]) -> dict[str, Any]:

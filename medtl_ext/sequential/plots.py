@@ -9,6 +9,7 @@ import networkx as nx
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from medtl_ext.visualize import CLASS_COLOURS
 
@@ -69,7 +70,8 @@ def plot_task_graph(
     on_path = {*(path or ()), target}
     for task, (x, y) in places.items():
         weight = "bold" if task in on_path else "normal"
-        axes.annotate(task, (x, y), (0, -17), textcoords="offset points", ha="center", fontsize=7, fontweight=weight)
+        name = axes.annotate(task, (x, y), (0, -17), textcoords="offset points", ha="center", fontsize=7)
+        name.set(fontweight=weight, path_effects=[withStroke(linewidth=2.5, foreground="white")])
     _legend(figure, len(clusters), target, path)
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     note = "size: labelled samples; near: low cost; black ring: representative of its cluster"

@@ -89,7 +89,7 @@ def start(
 
 def finish(process: subprocess.Popen) -> str:
     """Wait for success; what was printed."""
-    output, errors = process.communicate(timeout=500)
+    output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors[-3000:]
     return output
 
@@ -106,6 +106,11 @@ def kill_once_there(process: subprocess.Popen, pattern: str | Path, *, seconds: 
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def trainings(folder: Path) -> dict[Path, int]:
+    """Every training below the folder, and when its last epoch was saved: equal if nothing was trained since."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("last.pt")}
 
 
 def refused(action: Callable[[], Any]) -> str:

@@ -37,12 +37,15 @@ __all__ = [
     "bundle_root",
     "claim_output",
     "current_config",
+    "deciding_parts",
     "kept_model",
+    "require_option",
     "run_command",
     "run_jobs",
     "shell_word",
     "short_path",
     "start",
+    "study_config",
 ]
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,20 @@ HOW_NOT_WHAT = frozenset(
         "finalize",
     ]
 )
+# Settings with parts, which also decide what a run computes.
+DECIDING = (
+    "architecture",
+    "network_def",
+    "loss",
+    "optimizer",
+    "lr_scheduler",
+    "early_stopping",
+    "weight_map",
+    "train#deterministic_transforms",
+    "train#random_transforms",
+)
+LEAST = {"seed": 0, "pool_seed": 0, "num_workers": 0, "epochs": 0, "pool_epochs": 1, "patience": 1}
+LEAST |= {"batch_size": 1, "iterations_per_epoch": 1, "val_interval": 1}
 # What the command line leaves as text, where a config would have a value.
 JSON_WORDS = {"true": True, "false": False, "null": None}
 
@@ -104,7 +121,7 @@ def start() -> None:
 
     Raises:
         InputError: a top-level key is neither declared nor used by any config of the bundle, which is what a misspelled
-            ``--option`` becomes.
+            ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here.
     """
     _show_input_errors_as_one_line()
     torch.set_num_threads(_threads(1))
@@ -124,12 +141,37 @@ def start() -> None:
         near = get_close_matches(unknown[0], sorted(known), n=1)
         hint = f"did you mean --{near[0]}?" if near else "see the bundle's docs/README.md for the options it has."
         raise InputError(f"option --{unknown[0]} is not used by this bundle; {hint}")
+    _check_kinds(config, Path(workflow.config_root_path))
 
 
 def _declared_options(folder: Path) -> set[str]:
     """Top-level keys of all configs of a bundle: a key that an overlay sets to nothing is still an option."""
     contents = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
     return {key.split("#")[0] for content in contents for key in content}
+
+
+def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse text where the bundle's own configs have numbers, and the like."""
+    kinds: dict[str, set[type]] = {}
+    for path in sorted(folder.glob("*.json")):
+        for key, value in json.loads(path.read_text(encoding="utf-8")).items():
+            if value is not None and not _is_expression(value):
+                kinds.setdefault(key, set()).add(type(value))
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    for key, value in config.items():
+        known = kinds.get(key, set())
+        if not known & names.keys() or value is None or _is_expression(value):
+            continue
+        fits = type(value) in known or (type(value) is int and float in known)
+        if not fits:
+            expected = " or ".join(name for kind, name in names.items() if kind in known)
+            raise InputError(f"option --{key} is {value!r}; expected {expected}.")
+        if key in LEAST and not isinstance(value, list) and value < LEAST[key]:
+            raise InputError(f"option --{key} is {value}; expected at least {LEAST[key]}.")
+
+
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, str) and value[:1] in ("$", "@", "%")
 
 
 def _strings(config: Any) -> Iterator[str]:
@@ -185,7 +227,18 @@ def current_config() -> dict[str, Any]:
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The plain settings of a config that decide what a run computes: its options, without how and where it runs."""
     plain = (str, int, float, bool, list, type(None))
-    return {k: v for k, v in sorted(config.items()) if isinstance(v, plain) and k not in HOW_NOT_WHAT}
+    return {k: v for k, v in sorted(config.items()) if isinstance(v, plain) and k not in HOW_NOT_WHAT and k[:1] != "_"}
+
+
+def deciding_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with parts that decide what a run computes: network, loss, optimizer, transforms."""
+    found = {}
+    for name in DECIDING:
+        value: Any = config
+        for part in name.split("#"):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        found[name] = value
+    return found
 
 
 def claim_output(output_dir: str | os.PathLike[str]) -> Path:
@@ -209,7 +262,8 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
             f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
         ) from error
     if record.is_file() and any(path != record for path in folder.glob("[!.]*")):
-        before, now = settings_of(json.loads(record.read_text())), settings_of(config)
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+        before, now = (settings_of(one) | deciding_parts(one) | {"grid": one.get("grid")} for one in (recorded, config))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise InputError(
@@ -219,6 +273,57 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
     elif int(os.environ.get("RANK", 0)) == 0:
         write_json(record, config)
     return folder
+
+
+def study_config(output_dir: str | os.PathLike[str], settings: Mapping[str, Any], **decided: Any) -> dict[str, Any]:
+    """Content of the bundle's ``train.json`` with the ``settings`` of a study in it, which all its runs share.
+
+    A study may grow: more targets, seeds or methods in the same folder find the runs there done. Its settings may not
+    change: they are kept as ``settings.json``.
+
+    Args:
+        output_dir: of the study.
+        settings: options of ``train.json``.
+        decided: what else all runs share.
+
+    Raises:
+        InputError: settings that are none of the bundle's options, or others than those of the study in the folder.
+    """
+    if not isinstance(settings, Mapping):
+        raise InputError(f"settings is {settings!r}; expected options of train.json by name.")
+    root = Path(current_config()["bundle_root"])
+    known = _declared_options(root / "configs")
+    for name in settings:
+        if name.split("#")[0] not in known:
+            near = get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise InputError(f"settings holds {name}, which is no option of this bundle{hint}")
+    record = Path(output_dir) / "settings.json"
+    now = {"settings": {name: value for name, value in settings.items() if name not in HOW_NOT_WHAT}, **decided}
+    now = json.loads(json.dumps(now))
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != now:
+        raise InputError(
+            f"the study in {output_dir} has other settings, those of {record.name}; give another folder with "
+            "--output_dir, or delete that one."
+        )
+    try:
+        write_json(record, now)
+    except OSError as error:
+        raise InputError(
+            f"output folder {output_dir} cannot be written to ({error.strerror}); give another one with --output_dir."
+        ) from error
+    train = json.loads((root / "configs" / "train.json").read_text(encoding="utf-8"))
+    return train | {"source_dir": str(root / "models" / "sources")} | dict(settings) | {"bundle_root": str(root)}
+
+
+def require_option(name: str, value: Any) -> None:
+    """Refuse a run without an option that it cannot do without.
+
+    Raises:
+        InputError: the value is None.
+    """
+    if value is None:
+        raise InputError(f"--{name} is not given, and this config starts from it; give it.")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice
 
 __all__ = [
+    "NoPathError",
     "TransferPath",
     "cluster_representatives",
     "girvan_newman_clusters",
@@ -38,8 +39,14 @@ __all__ = [
 ]
 
 RULES = ("size", "weighted_centroid")
-# Shortest paths whose lengths differ by less, relatively, are equally short; so are betweennesses equally high.
-SAME = 1e-9
+# Shortest paths whose lengths differ by less, relatively, are equally short; betweennesses, equally high.
+SAME, TIE = 1e-12, 1e-9
+# Least length of an edge, relative to the longest: far above what counts as the same.
+LEAST = 1e-6
+
+
+class NoPathError(InputError):
+    """No path leads to the target."""
 
 
 class TransferPath(NamedTuple):
@@ -109,8 +116,8 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
         graph: undirected; may have several components, which are clusters to begin with.
         n_clusters: parts to reach, from 1 to the number of nodes. A graph can fall into more at once only if it had
             more from the start.
-        weight: the edges' attribute that is a distance, >= 0; None counts edges, as SeqTran's code does. A weight of 0
-            counts as a billionth of the largest.
+        weight: the edges' attribute that is a distance, >= 0; None counts edges, as SeqTran's code does. A weight
+            below a millionth of the largest, such as 0, counts as that.
 
     Returns:
         The clusters, the largest first, those of one size by name. Ties between edges are broken by name.
@@ -130,7 +137,7 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
     names = sorted(graph, key=str)
     index = {name: i for i, name in enumerate(names)}
     lengths = np.full((len(names), len(names)), np.inf)
-    smallest = SAME * max(weights.values(), default=1.0) or 1.0
+    smallest = LEAST * max(weights.values(), default=1.0) or 1.0
     for (a, b), value in weights.items():
         if a != b:
             lengths[index[a], index[b]] = lengths[index[b], index[a]] = max(value, smallest)
@@ -173,7 +180,7 @@ class _ShortestPaths:
         shared = np.triu(self.betweenness + self.betweenness.T)
         if not shared.any():
             return False
-        u, v = np.unravel_index((shared >= shared.max() * (1 - SAME)).argmax(), shared.shape)
+        u, v = np.unravel_index((shared >= shared.max() * (1 - TIE)).argmax(), shared.shape)
         length, reach = self.lengths[u, v], self.distances
         self.lengths[u, v] = self.lengths[v, u] = np.inf
         with np.errstate(invalid="ignore"):  # inf - inf between components
@@ -206,12 +213,16 @@ class _ShortestPaths:
             on_path = _same(reach[:, :, None] + self.lengths, reach[:, None, :]).astype(float)
         start = (reach == 0).astype(float)
         counts = start
-        while not np.array_equal(longer := start + (counts[:, None, :] @ on_path)[:, 0], counts):
-            counts = longer
+        for _ in range(len(self.lengths)):  # no path has more edges
+            before, counts = counts, start + (counts[:, None, :] @ on_path)[:, 0]
+            if np.array_equal(before, counts):
+                break
         share = on_path * counts[:, :, None] / np.where(counts > 0, counts, 1)[:, None, :]
         demand = np.ones_like(counts)
-        while not np.array_equal(further := 1 + (share @ demand[:, :, None])[:, :, 0], demand):
-            demand = further
+        for _ in range(len(self.lengths)):
+            before, demand = demand, 1 + (share @ demand[:, :, None])[:, :, 0]
+            if np.array_equal(before, demand):
+                break
         return share * demand[:, None, :]
 
 
@@ -289,7 +300,8 @@ def optimal_transfer_path(
         The cheapest paths, at most ``k``, best first, ties by name.
 
     Raises:
-        InputError: no path at all, with the reason; a negative or NaN cost; representatives that are not of their
+        NoPathError: no path at all, with the reason.
+        InputError: a negative or NaN cost; representatives that are not of their
             clusters.
 
     >>> graph = nx.Graph([("a", "b", {"weight": 1.0}), ("b", "c", {"weight": 2.0})])
@@ -336,7 +348,7 @@ def optimal_transfer_path(
             for task in set(graph[tasks[-1]]) & set(cluster_of[tasks[0]]) - set(tasks):
                 heapq.heappush(heap, (cost + step(tasks[-1], task), False, (*names, str(task)), (*tasks, task)))
     if not found:
-        raise InputError(_why_no_path(target_costs, clusters, representatives))
+        raise NoPathError(_why_no_path(target_costs, clusters, representatives))
     return found
 
 

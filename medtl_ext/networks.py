@@ -64,7 +64,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist; give the path of a .pt file with --source_ckpt.")
+        raise InputError(f"checkpoint {path} does not exist; give the path of a .pt file.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:

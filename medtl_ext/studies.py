@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
-from medtl_ext.bundle import Job, current_config, kept_model, run_jobs, settings_of
+from medtl_ext.bundle import Job, current_config, kept_model, run_jobs, settings_of, study_config
 from medtl_ext.data import Collection, SliceDataset, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.collection import SPLITS
 from medtl_ext.networks import load_weights
@@ -248,11 +248,10 @@ def compare_methods(
         n_jobs: runs at a time; one per core by default.
         backend: see `medtl_ext.bundle.run_jobs`.
     """
-    root = Path(current_config()["bundle_root"])
-    train = json.loads((root / "configs" / "train.json").read_text())
-    config = train | dict(settings) | {"bundle_root": str(root), "audit": False}
+    config = study_config(output_dir, settings) | {"audit": False}
+    root = Path(config["bundle_root"])
     sources = {
-        (task, seed): pretraining_job(config, settings.get("source_dir", root / "models" / "sources"), task, seed=seed)
+        (task, seed): pretraining_job(config, config["source_dir"], task, seed=seed)
         for task, seed in product({source for source, _ in pairs}, {run["source_seed"] for run in runs})
     }
     run_jobs(list(sources.values()), n_jobs=n_jobs, backend=backend, description="pre-training")

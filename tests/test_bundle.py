@@ -71,11 +71,46 @@ def test_a_misspelled_option_names_the_nearest(tmp_path, option, message):
         raise caught.value.__cause__
 
 
-@pytest.mark.parametrize(("text", "value"), [("false", False), ("true", True), ("null", None), ("other", "other")])
+@pytest.mark.parametrize(("text", "value"), [("false", False), ("true", True), ("null", None), ("$1 + 1", 2)])
 def test_options_are_read_as_json_words(tmp_path, text, value):
     workflow = run(write_bundle(tmp_path, choice=True, number="$1 if @choice is None else 2"), choice=text)
     assert workflow.parser.get_parsed_content("choice") == value
     assert (tmp_path / "eval" / "result.txt").read_text() == ("1" if value is None else "4")
+
+
+@pytest.mark.parametrize(
+    ("declared", "given", "expected"),
+    [
+        (True, "no", "expected true or false"),
+        (True, 1, "expected true or false"),
+        (3, "many", "expected a whole number"),
+        (3, 2.5, "expected a whole number"),
+        (3, True, "expected a whole number"),
+        (0.5, "x", "expected a number"),
+        (0.5, [1], "expected a number"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(tmp_path, declared, given, expected):
+    with pytest.raises(RuntimeError) as caught:
+        run(write_bundle(tmp_path, choice=declared, number="$1 if @choice is None else 2"), choice=given)
+    with pytest.raises(InputError, match=f"option --choice is .*{expected}"):
+        raise caught.value.__cause__
+
+
+@pytest.mark.parametrize(("declared", "given"), [(0.5, 1), (3, 4), (3, None), (True, "$1 > 2"), ("text", 3)])
+def test_an_option_of_a_fitting_kind_is_taken(tmp_path, declared, given):
+    run(write_bundle(tmp_path, choice=declared, number="$1 if @choice is None else 2"), choice=given)
+
+
+def test_a_run_with_another_loss_is_another_run(tmp_path):
+    loss = {"_target_": "torch.nn.CrossEntropyLoss"}
+    config = write_bundle(tmp_path, loss=loss)
+    run(config)
+    run(config)
+    with pytest.raises(RuntimeError) as caught:
+        run(config, **{"loss#_target_": "torch.nn.NLLLoss"})
+    with pytest.raises(InputError, match="holds a run with loss="):
+        raise caught.value.__cause__
 
 
 def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):

@@ -142,6 +142,22 @@ def test_a_folder_with_splits(tmp_path):
     assert item["name"].replace("\\", "/") == "test/dog/one.png"
 
 
+@pytest.mark.parametrize("names", [("train", "test"), ("train", "valid", "test"), ("Train", "Val", "Test")])
+def test_a_folder_with_some_splits_is_not_taken_for_classes(tmp_path, names):
+    for name in names:
+        for kind in ("cat", "dog"):
+            put(tmp_path / name / kind / "1.png", 100)
+    with pytest.raises(InputError, match="but not all of train, val, test; name the splits so"):
+        load_image_folder(tmp_path, progress=False)
+
+
+def test_one_class_to_validate_on_gives_no_auc():
+    images, labels = np.zeros((9, 4, 4), np.uint8), np.array([0, 1, 0, 0, 0, 0, 1, 0, 1])
+    data = ClassificationDataset("nine", images, labels, np.repeat(["train", "val", "test"], 3), ("a", "b"))
+    with pytest.raises(InputError, match="nine has val images of the class a only"):
+        sample_per_class(data)
+
+
 def test_a_folder_without_splits_gets_a_stratified_one(tmp_path):
     for name in ("cat", "dog"):
         for number in range(8):

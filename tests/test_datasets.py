@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 from medtl_ext import InputError
 from medtl_ext._validation import require_choices
+from medtl_ext.bundle import Job
 from medtl_ext.data.classification import ClassificationDataset, sample_per_class
 from medtl_ext.datasets import pipeline, scoring, sources, study, truth
 from medtl_ext.datasets.published import reproduce_table2
@@ -47,7 +49,7 @@ def mnist(tmp_path):
     """Writes MedMNIST files of noise whose brightness is the class."""
 
     def write(name="tinymnist", counts=(12, 8, 8), n_classes=2, shape=(28, 28)):
-        generator = np.random.default_rng(0)
+        generator = np.random.default_rng(list(name.encode()))
         arrays = {}
         for split, count in zip(("train", "val", "test"), counts, strict=True):
             labels = np.arange(count) % n_classes
@@ -97,6 +99,30 @@ def test_the_targets_own_model_is_known_however_the_path_is_written(mnist, monke
     assert (own.own, other.own) == (True, False)
     with pytest.raises(InputError, match="no source is left: tinymnist is the target's own model"):
         find_sources([path], target=path)
+    shutil.copy(path, tmp_path / "copy.npz")
+    described = {"name": "described", "medmnist": "tinymnist.npz", "class_names": ["a", "b"]}
+    (tmp_path / "described.json").write_text(json.dumps(described))
+    found = find_sources(["copy.npz", "described.json", {"name": "o", "data": mnist("other")}], target=path)
+    assert [source.own for source in found] == [True, True, False]
+
+
+def test_a_pool_is_trained_again_when_its_data_or_its_optimizer_change(mnist, tmp_path):
+    """A network is never taken for one that was trained on other images or in another way."""
+    config = json.loads((BUNDLE / "configs" / "train.json").read_text()) | {"bundle_root": str(BUNDLE)}
+
+    def folder(where, **changes):
+        return sources.pretraining_job(config | changes, tmp_path, Source("s", data=str(where)), seed=0).output_dir
+
+    images = tmp_path / "images" / "cat"
+    images.mkdir(parents=True)
+    (images / "1.png").write_bytes(b"one")
+    before = folder(images.parent)
+    assert folder(images.parent) == before
+    (images / "1.png").write_bytes(b"two")
+    assert folder(images.parent) != before
+    path = mnist()
+    assert folder(path, optimizer={"_target_": "torch.optim.Adam"}) != folder(path)
+    assert folder(path, output_dir="elsewhere") == folder(path)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +439,20 @@ def test_the_auc_is_scikit_learns_and_its_interval_holds_it():
     binary = predictions(n_classes=2)
     assert truth.image_auc(binary) == pytest.approx(roc_auc_score(binary["label"], binary["p1"]))
     assert np.isnan(truth.image_auc(table[table["label"] == 0]))
+
+
+def test_a_patient_may_be_called_na(tmp_path):
+    """What pandas takes for a missing value is a name like any other."""
+    names = ["NA", "null", "nan", "p4"]
+    table = predictions().assign(split="test", subject=[names[place % 4] for place in range(60)])
+    named, plain = tmp_path / "named", tmp_path / "plain"
+    for folder, content in ((named, table), (plain, table.replace({"subject": dict(zip(names, "abcd", strict=True))}))):
+        folder.mkdir()
+        content.to_csv(folder / "predictions.csv", index=False)
+        pd.DataFrame({"split": ["val"], "auc": [0.5]}).to_csv(folder / "metrics.csv", index=False)
+    jobs = {folder.name: Job({}, folder) for folder in (named, plain)}
+    rows = truth.truth_table(jobs)
+    assert rows.loc["named"].equals(rows.loc["plain"])
 
 
 @pytest.mark.parametrize(

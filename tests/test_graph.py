@@ -54,6 +54,25 @@ def brute_force_clusters(graph: nx.Graph, n_clusters: int, weight: str | None) -
     return set(map(frozenset, nx.connected_components(graph)))
 
 
+@pytest.mark.parametrize("largest", [1.0, 1e9])
+def test_edges_without_length_end_in_clusters(rng, largest):
+    """Costs of 0, or too small beside the others to make a path longer."""
+    graph = small_graph(rng)
+    for a, b in graph.edges:
+        graph[a][b]["weight"] = float(rng.choice([0.0, 1e-3, 1.0, largest]))
+    for n_clusters in range(1, len(graph) + 1):
+        found = girvan_newman_clusters(graph, n_clusters)
+        assert sorted(node for cluster in found for node in cluster) == sorted(graph)
+        assert len(found) >= n_clusters
+
+
+def test_many_tasks_at_no_cost_from_each_other_end_in_clusters():
+    graph = nx.complete_graph(24)
+    for a, b in graph.edges:
+        graph[a][b]["weight"] = 0.5 * ((a % 3 != b % 3) + (a % 2 != b % 2))
+    assert sum(map(len, girvan_newman_clusters(graph, 3))) == 24
+
+
 def snapshot(graph: nx.Graph) -> tuple:
     return dict(graph.nodes(data=True)), {frozenset(e[:2]): e[2] for e in graph.edges(data=True)}
 

@@ -36,6 +36,7 @@ from medtl_ext.sequential import (
     write_plan,
 )
 from medtl_ext.sequential.fit import fit_text, fit_to_transfers
+from medtl_ext.sequential.plan import require_patients
 from medtl_ext.sequential.study import differences, gains, study_text
 
 TASKS = ["14-T2-ED", "14-T2-ET", "14-FLAIR-ED", "14-FLAIR-ET"]
@@ -111,6 +112,14 @@ class TestAffinities:
                 find_affinity(wrong)
 
 
+def test_sources_that_cannot_give_as_many_patients_are_refused(path):
+    options = {"collection": str(path), "subjects": 6}
+    require_patients(TASKS, None, **options)
+    require_patients(TASKS, 2, **options)
+    with pytest.raises(InputError, match=r"14-T2-ED has \d training patients, fewer than source_patients, 6"):
+        require_patients(TASKS, 6, **options)
+
+
 class TestDraws:
     def test_larger_draws_hold_the_smaller_ones(self):
         patients = [{"subject": str(i)} for i in range(12)]
@@ -176,13 +185,15 @@ class TestPlans:
         with pytest.raises(InputError, match="no source shares modality or objective with the target 17-T2-ED"):
             self.plan(path, graph_of(["14-FLAIR-ET", "14-T1-NCR"]))
 
-    def test_a_graph_is_made_once_for_any_target(self, path, tmp_path):
+    def test_a_graph_is_made_once_for_any_target(self, path, tmp_path, monkeypatch):
         options = {"n_clusters": 1, "cluster_weight": "weight", "representative_rule": "size"}
         made = source_graph(TASKS, **self.options(path, affinity="seqtran"), **options)
         write_plan(made, None, output_dir=tmp_path, figures=True, synthetic=True)
-        again = source_graph(
-            TASKS, **self.options(path, affinity="none"), **options, graph=str(tmp_path / "task_graph.json")
-        )
+        graph = {"graph": str(tmp_path / "task_graph.json")}
+        with pytest.raises(InputError, match="made with the affinity seqtran, whose costs are on another scale"):
+            source_graph(TASKS, **self.options(path, affinity="context"), **options, **graph)
+        monkeypatch.setattr("medtl_ext.sequential.plan.affinity_costs", lambda *_, **__: pytest.fail("costs again"))
+        again = source_graph(TASKS, **self.options(path, affinity="seqtran"), **options, **graph)
         assert again.clusters == made.clusters
         assert {frozenset(e[:2]): e[2]["weight"] for e in again.graph.edges(data=True)} == {
             frozenset(e[:2]): e[2]["weight"] for e in made.graph.edges(data=True)

@@ -35,6 +35,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SPLIT_WORDS = ("train", "training", "val", "valid", "validation", "test", "testing")
 # 16 bit images have no range that can be told from one of them.
 MODES = {"L": "L", "1": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 
@@ -259,7 +260,13 @@ def load_image_folder(
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"folder {path} does not exist; give a folder of split/class/image or class/image files.")
-    has_splits = all((path / split).is_dir() for split in SPLITS)
+    folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
+    has_splits = folders >= set(SPLITS)
+    if not has_splits and (odd := sorted(name for name in folders if name.lower() in SPLIT_WORDS)):
+        raise InputError(
+            f"{path} has the folder(s) {', '.join(odd)} but not all of {', '.join(SPLITS)}; name the splits so, or "
+            "give a folder of classes alone, from which splits are drawn."
+        )
     roots = [path / split for split in SPLITS] if has_splits else [path]
     classes = sorted({folder.name for root in roots for folder in root.iterdir() if folder.is_dir()})
     files = [
@@ -349,7 +356,7 @@ def sample_per_class(
         seed: of the draw. A larger draw with the same seed contains the smaller one.
 
     Raises:
-        InputError: ``train`` or ``val`` is below 1.
+        InputError: ``train`` or ``val`` is below 1; the validation or test images are of one class only.
 
     >>> images, labels = np.zeros((8, 4, 4), np.uint8), np.array([0, 1] * 4)
     >>> data = ClassificationDataset("eight", images, labels, np.repeat(["train", "val"], 4), ("a", "b"))
@@ -358,6 +365,13 @@ def sample_per_class(
 
     Reference: Juodelyte et al., arXiv 2412.20172, Section 4, for the numbers.
     """
+    for split in ("val", "test"):
+        present = [name for name, count in zip(dataset.class_names, dataset.counts(split), strict=True) if count]
+        if len(present) == 1 < dataset.n_classes:
+            raise InputError(
+                f"{dataset.name} has {split} images of the class {present[0]} only, so there is no AUC; give {split} "
+                "images of two classes or more."
+            )
     chosen = [np.flatnonzero(dataset.splits == "test")]
     for split, number in (("train", train), ("val", val)):
         if number is not None and number < 1:

@@ -24,6 +24,7 @@ from medtl_ext.datasets.scoring import (
     Seen,
     resampled_scores,
 )
+from medtl_ext.datasets.sources import source_name
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking
 from medtl_ext.ranking._words import listed
 from medtl_ext.visualize import plot_ranking, save_figure
@@ -167,7 +168,8 @@ def _baselines(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Rankers that never look at the target; the static one goes by how well each source does its own task."""
     own = table["own_auc"].astype(float).dropna().to_dict()
     known = {"its own task": own} if own else None
-    sizes = table["images"].astype(float).to_dict()
+    images = table["images"].astype(float)
+    sizes = None if images.isna().all() else images.to_dict()
     return baseline_rankings(list(table.index), sizes=sizes, other_targets=known, seed=seed)
 
 
@@ -175,8 +177,13 @@ def _without_interval(scores: Mapping[str, float], options: Mapping[str, object]
     """The order by a score that cannot be resampled, and no verdict."""
     ranking = bootstrap_ranking({name: [score] for name, score in scores.items()}, **options)
     order = [f"{row.source} {row.score:.3f}" for row in ranking.table.itertuples()]
-    default = None if ranking.table["score"].isna().all() else ranking.table["source"].iloc[0]
-    best = "There is no best guess: no source has a score." if default is None else f"The best guess is {default}."
+    table = ranking.table
+    first = list(table.loc[table["score"] == table["score"].max(), "source"])
+    default = first[0] if len(first) == 1 else None
+    best = f"The best guess is {default}."
+    if default is None:
+        reason = f"{listed(first)} have the same score" if first else "no source has a score"
+        best = f"There is no best guess: {reason}."
     text = (
         f"No evidence to prefer: {options['metric']} has no interval over patients, so no verdict can be had from it. "
         f"By its value the order is {listed(order, 8)}. {best} None of this says that a transfer beats training from "
@@ -201,7 +208,9 @@ def _sentences(
         )
     if decide_by != "lp_fu" and "lp_fu" in ready and ready["lp_fu"].notna().any():
         turned = " (turned round for sources of another domain)" if cross_domain else ""
-        said.append(f"The paper's LP x FU{turned} would pick {ready['lp_fu'].idxmax()}.")
+        first = list(ready.index[ready["lp_fu"] == ready["lp_fu"].max()])
+        alike = " (all alike)" if len(first) > 1 else ""
+        said.append(f"The paper's LP x FU{turned} would pick {listed(first)}{alike}.")
     if own := list(scores.index[scores["own"].astype(bool)]):
         said.append(f"{listed(own)} is the target's own model: scored, not ranked.")
     counts = {split: target.counts(split) for split in ("train", "val")}
@@ -220,6 +229,6 @@ def next_command(source: str, checkpoint: str) -> str:
     options = {"target_task": config["target_task"], "source_task": source, "source_ckpt": checkpoint}
     options |= {key: config[key] for key in CARRIED if config[key] != default[key]}
     for entry in config["sources"]:
-        if isinstance(entry, Mapping) and entry.get("name") == source and entry.get("network"):
+        if isinstance(entry, Mapping) and source_name(entry) == source and entry.get("network"):
             options["network_def"] = entry["network"]
     return run_command([root / "configs" / name for name in ("train.json", "finetune.json")], options)

@@ -16,7 +16,7 @@ from filelock import FileLock
 from torch import nn
 
 from medtl_ext._validation import InputError, require_choice
-from medtl_ext.bundle import Job, current_config, run_jobs, settings_of
+from medtl_ext.bundle import Job, current_config, deciding_parts, run_jobs, settings_of
 from medtl_ext.data.classification import SUFFIXES, ClassificationDataset, load_classification, read_image
 from medtl_ext.networks import load_weights, read_weights
 from medtl_ext.selection.candidates import built
@@ -164,30 +164,76 @@ def find_sources(
     return found
 
 
+def source_name(entry: str | Mapping[str, Any]) -> str:
+    """What tables call an entry of ``sources``."""
+    if isinstance(entry, str):
+        return dataset_name(entry)
+    data = entry.get("data")
+    return str(entry.get("name") or (dataset_name(data) if data else Path(entry["checkpoint"]).stem))
+
+
+def is_same_data(first: str, second: str, *, collection: str | None = None, subjects: int = PHANTOM_SUBJECTS) -> bool:
+    """Whether two names or paths mean the same images, if only by another path, a copy or a description."""
+    if not first or not second or first == second:
+        return first == second
+    if not all(Path(where).exists() for where in (first, second)):
+        return False  # a phantom task has one name
+    return _content(Path(first)) == _content(Path(second))
+
+
+def _content(path: Path) -> str:
+    """A hash of a dataset's images and labels: of the file, of the one that a description names, of all in a folder."""
+    if path.suffix == ".json":
+        try:
+            path = path.parent / str(json.loads(path.read_text(encoding="utf-8"))["medmnist"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return str(path.resolve())  # what is wrong with it is said when it is read
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("**/*")):
+        if file.suffix.lower() in SUFFIXES and file.is_file():
+            digest.update(str(file.relative_to(path)).encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def _source(
     entry: str | Mapping[str, Any], target: str, collection: str | None, subjects: int, image_size: int | None
 ) -> Source:
-    entry = {"data": entry} if isinstance(entry, str) else dict(entry)
-    if not ("data" in entry or "checkpoint" in entry):
+    entry = {"data": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, Mapping) or not ("data" in entry or "checkpoint" in entry):
         raise InputError(f'source {entry} is neither a dataset nor {{"name": ..., "checkpoint": FILE}}.')
     for key in entry:
         require_choice(f"source {entry.get('name', entry)}: key", key, SOURCE_KEYS)
     data, checkpoint = entry.get("data"), entry.get("checkpoint")
     convolutions = entry.get("convolutions")
+    _require_kinds(entry)
     source = Source(
-        name=str(entry.get("name") or (dataset_name(data) if data else Path(checkpoint).stem)),
+        name=source_name(entry),
         data=data,
         network=entry.get("network"),
         checkpoint=checkpoint,
         n_classes=int(entry.get("n_classes", 2)),
         convolutions=tuple(convolutions) if convolutions else None,
-        own=data is not None and Path(data).resolve() == Path(target).resolve(),
+        own=data is not None and is_same_data(data, target, collection=collection, subjects=subjects),
     )
     if data is None:
         return source
     dataset = open_dataset(data, collection=collection, subjects=subjects, image_size=image_size)
     n_classes = source.n_classes if "n_classes" in entry else dataset.n_classes
     return replace(source, n_classes=n_classes, images=sum(dataset.counts("train")))
+
+
+def _require_kinds(entry: Mapping[str, Any]) -> None:
+    """Refuse values of a source that are of another kind than the field holds."""
+    kinds = {"name": str, "data": str, "checkpoint": str, "network": Mapping, "n_classes": int}
+    words = {str: "text", Mapping: "a definition with _target_", int: "a whole number"}
+    for key, kind in kinds.items():
+        if entry.get(key) is not None and not isinstance(entry[key], kind):
+            raise InputError(f"source {entry.get('name', entry)}: {key} is {entry[key]!r}; expected {words[kind]}.")
+    names = entry.get("convolutions")
+    if names is not None and (isinstance(names, str) or len(names) != 2):
+        raise InputError(f"source {entry.get('name', entry)}: convolutions is {names!r}; expected a list of two names.")
 
 
 def train_pool(sources: Sequence[Source], *, folder: str, seed: int, n_jobs: int | None = None) -> list[Source]:
@@ -225,8 +271,8 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
         overrides["network_def"] = dict(source.network)
     merged = {**config, **json.loads(overlay.read_text()), **overrides}
     path = Path(source.data)
-    content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    key = json.dumps([settings_of(merged), merged["network_def"], content], sort_keys=True)
+    content = _content(path) if path.exists() else None
+    key = json.dumps([settings_of(merged), deciding_parts(merged), content], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
 

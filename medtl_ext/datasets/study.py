@@ -13,9 +13,9 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.bundle import Job, current_config, run_jobs
+from medtl_ext.bundle import Job, run_jobs, study_config
 from medtl_ext.datasets.scoring import LABELS
-from medtl_ext.datasets.sources import dataset_path, find_sources, pretraining_job
+from medtl_ext.datasets.sources import dataset_name, dataset_path, find_sources, is_same_data, pretraining_job
 from medtl_ext.datasets.truth import agreement_table, finetuning_jobs
 from medtl_ext.ranking import friedman_nemenyi, known_elsewhere, verdict_claim
 from medtl_ext.report import markdown_table
@@ -48,30 +48,38 @@ def study_datasets(
         n_jobs: runs at a time; one per core by default.
         backend: see `medtl_ext.bundle.run_jobs`.
     """
-    if len(targets) < 2:
-        raise InputError(f"a study needs two targets or more; found {list(targets)}.")
-    root = Path(current_config()["bundle_root"])
-    train = json.loads((root / "configs" / "train.json").read_text())
-    config = train | {"source_dir": str(root / "models" / "sources")} | dict(settings)
-    config |= {"bundle_root": str(root), "sources": list(sources)}
+    if isinstance(targets, str) or len(targets) < 2:
+        raise InputError(f"a study needs a list of two targets or more; found {targets!r}.")
+    names = [dataset_name(target) for target in targets]
+    if len(set(names)) < len(names):
+        raise InputError(f"two targets are called alike: {', '.join(names)}; rename a file.")
+    if isinstance(seeds, str) or not seeds or not isinstance(settings, Mapping):
+        raise InputError(f"seeds is {seeds!r}, settings {settings!r}; expected a list of numbers, and options by name.")
+    config = study_config(output_dir, settings, grid=dict(grid)) | {"sources": list(sources)}
+    root = Path(config["bundle_root"])
     where = {key: config[name] for key, name in (("collection", "collection"), ("subjects", "phantom_subjects"))}
     for data in targets:
         dataset_path(data, **where)  # phantoms are made here, not by several processes at once
     found = find_sources(sources, target="", image_size=config["image_size"], **where)
     jobs = {
-        source.name: pretraining_job(config, config["source_dir"], source, seed=config["pool_seed"]) for source in found
+        source.name: pretraining_job(config, config["source_dir"], source, seed=config["pool_seed"])
+        for source in found
+        if source.checkpoint is None
     }
     run_jobs(list(jobs.values()), n_jobs=n_jobs, backend=backend, description="pre-training the pool")
-    pool = [replace(one, checkpoint=str(jobs[one.name].output_dir / "model.pt")) for one in found]
+    pool = [
+        replace(one, checkpoint=str(jobs[one.name].output_dir / "model.pt")) if one.name in jobs else one
+        for one in found
+    ]
     scorings, finetunings = {}, []
     for target, seed in product(targets, seeds):
-        folder = Path(output_dir) / "runs" / Path(target).stem / f"seed{seed}"
+        folder = Path(output_dir) / "runs" / dataset_name(target) / f"seed{seed}"
         options = {"target_task": target, "seed": seed}
-        for source in [source for source in pool if source.data != target] + [None]:
+        for source in [source for source in pool if not is_same_data(source.data or "", target)] + [None]:
             place = folder / "finetune" / (source.name if source else "scratch")
             finetunings += finetuning_jobs(config, place, source, grid, **options)
         overlay, overrides = [root / "configs" / "evaluate.json"], options | {"grid": dict(grid)}
-        scorings[Path(target).stem, seed] = Job(config, folder, overlay, overrides, result="agreement.md")
+        scorings[dataset_name(target), seed] = Job(config, folder, overlay, overrides, result="agreement.md")
     run_jobs(finetunings, n_jobs=n_jobs, backend=backend, description="fine-tuning every source")
     # The runs of evaluate.json find all their trainings done.
     run_jobs(list(scorings.values()), n_jobs=n_jobs, backend=backend, description="scoring")

@@ -211,11 +211,17 @@ def evaluate_ranking(
     return agreement
 
 
+def _predictions(job: Job) -> pd.DataFrame:
+    """A patient may be called NA: only what is empty is missing."""
+    text = {"subject": str, "name": str}
+    return pd.read_csv(job.output_dir / "predictions.csv", dtype=text, keep_default_na=False, na_values=[""])
+
+
 def truth_table(jobs: Mapping[str, Job]) -> pd.DataFrame:
     """Source -> AUC of the test images with its interval, best first."""
     rows = {}
     for name, job in jobs.items():
-        table = pd.read_csv(job.output_dir / "predictions.csv", dtype={"subject": str, "name": str})
+        table = _predictions(job)
         table = table[table["split"] == "test"]
         low, high = auc_interval(table)
         rows[name] = {"auc": image_auc(table), "auc_low": low, "auc_high": high, "val_auc": _auc(job, "val")}

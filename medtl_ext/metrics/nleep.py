@@ -57,7 +57,7 @@ def compute_nleep(features: Any, target_labels: Any, *, seed: int = 0, ignore_in
     Reference: Li et al., CVPR 2021. The score is the mean over ten mixtures that start differently, where
     the paper takes one, because where one starts moves its score by some percent. Covariances are diagonal (one public
     implementation has spherical ones, and another forgets the logarithm) and regularised by 1e-5 of the mean variance,
-    so that the scale of the features makes no difference.
+    so that the scale of the features makes hardly any difference (the starts of the mixture's fit may).
     """
     _require_seed(seed)
     rows, labels = check_features(features, target_labels, ignore_index=ignore_index)

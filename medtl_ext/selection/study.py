@@ -14,7 +14,7 @@ from scipy import stats
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.bundle import Job, current_config, run_jobs
+from medtl_ext.bundle import Job, run_jobs, study_config
 from medtl_ext.ranking import friedman_nemenyi, known_elsewhere, verdict_claim
 from medtl_ext.report import markdown_table
 from medtl_ext.selection.pipeline import patient_dice
@@ -50,10 +50,7 @@ def study_selection(
     """
     if len(targets) < 2:
         raise InputError(f"a study needs two targets or more; found {list(targets)}.")
-    root = Path(current_config()["bundle_root"])
-    train = json.loads((root / "configs" / "train.json").read_text())
-    config = train | {"source_dir": str(root / "models" / "sources")} | dict(settings)
-    config |= {"bundle_root": str(root), "check_data": False, "settle": False, "sources": list(sources)}
+    config = study_config(output_dir, settings) | {"check_data": False, "settle": False, "sources": list(sources)}
     configs = {seed: config | {"pool_seed": seed, "seed": seed} for seed in seeds}
     pool = {
         (task, seed): pretraining_job(configs[seed], config["source_dir"], task, seed=seed)

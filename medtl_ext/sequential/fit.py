@@ -13,11 +13,12 @@ import pandas as pd
 from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
+from medtl_ext.bundle import study_config
 from medtl_ext.report import patient_table
 from medtl_ext.sequential.affinities import SeqTranAffinity
 from medtl_ext.sequential.chain import Arm
 from medtl_ext.sequential.plan import task_volumes
-from medtl_ext.sequential.study import chains_to, collections_of, study_config
+from medtl_ext.sequential.study import chains_to, collections_of
 
 
 def fit_weights(
@@ -45,7 +46,10 @@ def fit_weights(
         output_dir: gets the trainings and the results.
         n_jobs, backend: see `medtl_ext.bundle.run_jobs`.
     """
-    config, folder = study_config(settings), Path(output_dir)
+    for name, values in (("targets", targets), ("sources", sources)):
+        if transfers is None and (isinstance(values, str) or not values):
+            raise InputError(f"{name} is {values!r}; give a list with at least one.")
+    config, folder = study_config(output_dir, settings) | {"check_data": False}, Path(output_dir)
     if transfers is None:
         table = _measured_transfers(config, folder, targets, sources, n_jobs=n_jobs, backend=backend)
     else:
@@ -158,7 +162,15 @@ def _measured_transfers(
 def _read_transfers(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"transfers file {path} does not exist; give a CSV file with columns source, target, dice.")
-    table = pd.read_csv(path)
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"transfers file {path} cannot be read as CSV ({error}).") from error
     if missing := {"source", "target", "dice"} - set(table):
         raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
+    table["dice"] = pd.to_numeric(table["dice"], errors="coerce")
+    if len(table) < 3 or table["dice"].isna().any():
+        empty = np.flatnonzero(table["dice"].isna())
+        bad = f"row {empty[0] + 2} has none" if len(empty) else f"found {len(table)}"
+        raise InputError(f"transfers file {path} needs three transfers or more, each with its dice; {bad}.")
     return table[["source", "target", "dice"]]

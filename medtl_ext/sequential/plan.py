@@ -16,6 +16,7 @@ from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.data import Collection, Task
 from medtl_ext.graph import (
+    NoPathError,
     TransferPath,
     cluster_representatives,
     girvan_newman_clusters,
@@ -72,12 +73,14 @@ def check_options(
     source_patients: int | None,
     stage_patients: int,
     max_intermediates: int,
+    collection: str | None,
+    subjects: int,
 ) -> None:
     """Refuse what cannot work before anything long runs.
 
     Raises:
-        InputError: no labelled training patient of the target, the target among the sources, an unknown affinity, or
-            numbers of patients that leave none to pre-train on.
+        InputError: no labelled training patient of the target, the target among the sources, an unknown affinity,
+            numbers of patients that leave none to pre-train on, or a source with fewer than ``source_patients``.
     """
     target.datalist(target_task, "train")
     if not sources or isinstance(sources, str):
@@ -85,13 +88,36 @@ def check_options(
     if target_task in sources:
         raise InputError(f"the target {target_task} is one of the sources; leave it out of sources.")
     find_affinity(affinity)
-    if stage_patients < 1:
+    if isinstance(max_intermediates, bool) or not isinstance(max_intermediates, int) or max_intermediates < 0:
+        raise InputError(f"max_intermediates is {max_intermediates!r}; expected a whole number, 0 or more.")
+    if stage_patients is None or stage_patients < 1:
         raise InputError(f"stage_patients is {stage_patients}; expected at least one patient for each step.")
     if source_patients is not None and source_patients <= stage_patients * max_intermediates:
         raise InputError(
             f"source_patients is {source_patients}, of which {max_intermediates} intermediate tasks of "
             f"{stage_patients} patients leave none to pre-train on; raise source_patients, or give null to use all."
         )
+
+    require_patients(sources, source_patients, collection=collection, subjects=subjects)
+
+
+def require_patients(sources: Sequence[str], count: int | None, *, collection: str | None, subjects: int) -> None:
+    """Refuse sources that cannot give the labelled patients that every arm is to spend: arms would not be comparable.
+
+    Args:
+        sources: names of tasks.
+        count: training patients that each must have; None asks for none.
+        collection, subjects: see `source_graph`.
+    """
+    if count is None:
+        return
+    for task in sources:
+        found = len(open_collection(collection, task, subjects=subjects).datalist(task, "train"))
+        if found < count:
+            raise InputError(
+                f"source {task} has {found} training patients, fewer than source_patients, {count}: arms would not "
+                f"spend as many. Give --source_patients {found} or less, or null to use all of each source."
+            )
 
 
 def task_volumes(collection: Collection, task: str, *, patients: int | None, seed: int = 0) -> TaskVolumes:
@@ -152,12 +178,18 @@ def source_graph(
         ]
         costs = affinity_costs(_joined_only(find_affinity(affinity)), tasks, progress=progress)
         joined = task_graph(list(sources), costs, sizes={task.name: task.size for task in tasks})
+        joined.graph["affinity"] = str(affinity)
     else:
         joined = read_task_graph(graph)
         if set(joined) != set(sources):
             other = sorted(set(joined) ^ set(sources))[0]
             raise InputError(
                 f"task graph {graph} and sources differ in {other}; give the graph's own tasks as sources."
+            )
+        if joined.graph.get("affinity", str(affinity)) != str(affinity):
+            raise InputError(
+                f"task graph {graph} was made with the affinity {joined.graph['affinity']}, whose costs are on another "
+                f"scale than those of {affinity}; give --affinity {joined.graph['affinity']}, or make the graph anew."
             )
     clusters = girvan_newman_clusters(joined, min(n_clusters, len(joined)), weight=cluster_weight)
     representatives = cluster_representatives(joined, clusters, rule=representative_rule)
@@ -222,7 +254,7 @@ def plan_path(
             sources.representatives,
             max_intermediates=max_intermediates,
         )
-    except InputError as reason:
+    except NoPathError as reason:
         return replace(plan, no_path=str(reason))
     return replace(plan, paths=paths)
 

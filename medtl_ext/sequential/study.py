@@ -13,13 +13,13 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.bundle import Job, current_config, run_jobs
+from medtl_ext.bundle import Job, run_jobs, study_config
 from medtl_ext.data import Collection, Task
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import markdown_table, patient_table
 from medtl_ext.sequential.affinities import Affinity, find_affinity
 from medtl_ext.sequential.chain import Arm, Chains
-from medtl_ext.sequential.plan import Plan, plan_path, shares, source_graph
+from medtl_ext.sequential.plan import Plan, plan_path, require_patients, shares, source_graph
 from medtl_ext.studies import open_collection
 
 Jobs = dict[tuple[str, int, str], Job]
@@ -54,7 +54,12 @@ def study_paths(
     """
     if len(targets) < 2:
         raise InputError(f"a study needs two targets or more; found {list(targets)}.")
-    config = study_config(settings)
+    for name, values in (("targets", targets), ("sources", sources), ("seeds", seeds), ("affinities", affinities)):
+        if isinstance(values, str) or not values:
+            raise InputError(f"{name} is {values!r}; give a list with at least one.")
+    config = study_config(output_dir, settings) | {"check_data": False}
+    where = {"collection": config["collection"], "subjects": config["phantom_subjects"]}
+    require_patients(sources, config["source_patients"], **where)
     folder = Path(output_dir)
     collections = collections_of(config, [*targets, *sources])
     found = {name: find_affinity(name) for name in affinities}  # each reads a task's volumes once
@@ -91,13 +96,6 @@ def study_paths(
     write_text(folder / "study.md", text)
     print(text)
     return choices
-
-
-def study_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    root = Path(current_config()["bundle_root"])
-    train = json.loads((root / "configs" / "train.json").read_text())
-    config = train | {"source_dir": str(root / "models" / "sources")} | dict(settings)
-    return config | {"bundle_root": str(root), "check_data": False}
 
 
 def collections_of(config: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Collection]:
@@ -294,8 +292,8 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
         brings = Task(first).modality != modality == Task(second).modality
         row = {"second step": "brings the target's modality" if brings else "any other", "target": path.target}
         rows.append(row | {"against the first": path.dice - alone[0], "against the better": path.dice - max(alone)})
-    found = pd.DataFrame(rows)
-    found = pd.concat([found, found.assign(target="all")])
     columns = ["against the first", "against the better"]
+    found = pd.DataFrame(rows, columns=["second step", "target", *columns])
+    found = pd.concat([found, found.assign(target="all")])
     grouped = found.groupby(["second step", "target"], sort=False)[columns]
     return grouped.mean().join(grouped.size().rename("paths")).reset_index()

@@ -271,6 +271,12 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
                     f"{now.get(name)!r}; give another folder with --output_dir, or delete that one."
                 )
     elif int(os.environ.get("RANK", 0)) == 0:
+        theirs = [name for name in ("model.pt", "last.pt", "metrics.csv") if (folder / name).exists()]
+        if theirs and not record.is_file():
+            raise InputError(
+                f"output folder {folder} holds {theirs[0]} of no run that is known here, which would be replaced; give "
+                "another folder with --output_dir."
+            )
         write_json(record, config)
     return folder
 

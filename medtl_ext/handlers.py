@@ -21,7 +21,7 @@ from torch import Tensor
 
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
-from medtl_ext.losses import RiskWeightedLoss
+from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -111,7 +111,8 @@ class WeightMap:
         if self.output_dir is None or idist.get_rank() != 0:
             return
         affine, shape = self.dataset.geometry[self.dataset[0]["subject"]]
-        array = values.detach().cpu().numpy().astype(np.float32)
+        values = repeat_cells(values.detach().cpu(), shape[: values.ndim])  # of a map with a stride
+        array = values.numpy().astype(np.float32)
         if array.ndim == 2:
             array = np.repeat(array[..., None], shape[-1], axis=-1)
         with atomic_path(self.output_dir / name) as temporary:

@@ -67,7 +67,7 @@ def risk_map(
         if direction == "literal":
             hardness = 1 - hardness if high > low else hardness
         weight = (base**hardness).nan_to_num(nan=1.0)
-        weights.append(weight if size is None else _repeat_cells(weight, size))
+        weights.append(weight if size is None else repeat_cells(weight, size))
     return weights[0] if one_tensor else weights
 
 
@@ -92,7 +92,7 @@ def trs_map(leep_map: torch.Tensor, *, size: Sequence[int] | None = None) -> tor
     Reference: Tan et al., *Efficient prediction of model transferability in semantic segmentation tasks*, ICIP 2023.
     """
     weight = (-_checked_map(leep_map)).exp().nan_to_num(nan=1.0)
-    return weight if size is None else _repeat_cells(weight, size)
+    return weight if size is None else repeat_cells(weight, size)
 
 
 def frequency_map(target_labels: Any, *, base: float = 10.0, ignore_index: int | None = None) -> torch.Tensor:
@@ -357,7 +357,7 @@ class RiskWeightedLoss(nn.Module):
         if self.normalization == "weights" and weight is not None:
             total, smallest = (weight * valid).sum(), torch.finfo(weight.dtype).tiny
         else:
-            counted = valid & (labels > 0) if self.normalization == "foreground" else valid
+            counted = valid & (labels.long() > 0) if self.normalization == "foreground" else valid
             total, smallest = counted.sum().to(torch.float32), 1.0
         # Only where a backward pass will follow: in an evaluation the processes may run different numbers of batches.
         if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -403,7 +403,7 @@ def _range(maps: Sequence[torch.Tensor], clip: tuple[float, float] | None) -> tu
     return float(low), float(high)
 
 
-def _repeat_cells(cells: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def repeat_cells(cells: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Undo a map's stride: repeat each cell of the last axes over the pixels it was pooled from."""
     first_axis = cells.ndim - len(size)
     for axis, length in enumerate(size, start=first_axis):

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medtl_ext._io import atomic_path
-from medtl_ext._validation import InputError
-from medtl_ext.bundle import Job, current_config, kept_model, run_jobs, settings_of, study_config
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.bundle import Job, current_config, deciding_parts, kept_model, run_jobs, settings_of, study_config
 from medtl_ext.data import Collection, SliceDataset, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.collection import SPLITS
 from medtl_ext.networks import load_weights
@@ -89,7 +89,8 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, task: str, *,
         "check_data": True,
     }
     merged = {**config, **json.loads(overlay.read_text()), **overrides}
-    key = json.dumps([settings_of(merged), merged["architecture"]], sort_keys=True)
+    parts = {name: part for name, part in deciding_parts(merged).items() if name != "weight_map"}  # needs a source
+    key = json.dumps([settings_of(merged), parts], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{task}_{digest}", overlays=[overlay], overrides=overrides)
 
@@ -250,6 +251,11 @@ def compare_methods(
     """
     config = study_config(output_dir, settings) | {"audit": False}
     root = Path(config["bundle_root"])
+    for method in methods:
+        require_choice("method", method, sorted(path.stem for path in (root / "configs").glob("*.json")))
+    for target in dict.fromkeys(target for _, target in pairs):
+        collection = open_collection(config["collection"], target, subjects=config["phantom_subjects"])
+        check_data(collection, target, {"train", config["val_split"], "test"})
     sources = {
         (task, seed): pretraining_job(config, config["source_dir"], task, seed=seed)
         for task, seed in product({source for source, _ in pairs}, {run["source_seed"] for run in runs})
@@ -296,7 +302,12 @@ def images_to_segment(input_dir: str | None, task: str) -> list[dict[str, str]]:
     """
     if input_dir is None:
         return [{"image": item["image"]} for item in open_collection(None, task).datalist(Task(task), "test")]
-    images = sorted(str(path) for path in Path(input_dir).glob("*.nii*"))
+    path = Path(input_dir)
+    files = [path] if path.is_file() else sorted(path.glob("*"))
+    images = [file for file in files if file.name.lower().endswith((".nii", ".nii.gz"))]
     if not images:
-        raise InputError(f"no NIfTI image (*.nii, *.nii.gz) in {input_dir}; give their folder with --input_dir.")
-    return [{"image": image} for image in images]
+        raise InputError(f"no NIfTI image (*.nii, *.nii.gz) in {input_dir}; give an image or their folder.")
+    stems = [file.name.split(".nii")[0] for file in images]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise InputError(f"{input_dir} holds two images called {twice[0]}, whose segmentations would be one file.")
+    return [{"image": str(image)} for image in images]

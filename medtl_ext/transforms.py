@@ -62,6 +62,9 @@ class NormalizeBodyd(MapTransform):
         clip: lowest and highest standard score kept, so that a few bright vessels do not set the range; None keeps all.
         allow_missing_keys: do not raise when a key is missing.
 
+    Raises:
+        InputError: an image with a NaN or infinite value, whose body cannot be found.
+
     >>> image = torch.zeros(1, 4, 4)
     >>> image[0, 1:3, 1:3] = torch.tensor([[90.0, 110.0], [90.0, 110.0]])
     >>> NormalizeBodyd("image")({"image": image})["image"][0, 1]
@@ -81,7 +84,11 @@ class NormalizeBodyd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
-            channels = np.stack([self._normalize(channel) for channel in convert_to_numpy(data[key])])
+            image = convert_to_numpy(data[key])
+            if not np.isfinite(image).all():
+                where = getattr(data[key], "meta", {}).get("filename_or_obj", f"the image {key!r}")
+                raise InputError(f"{where} holds NaN or infinite values; mend it, a network would see nothing there.")
+            channels = np.stack([self._normalize(channel) for channel in image])
             data[key], *_ = convert_to_dst_type(channels, data[key], dtype=np.float32)
         return data
 

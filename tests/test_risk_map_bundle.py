@@ -18,7 +18,7 @@ from ignite.engine import Events
 
 from medtl_ext import InputError, studies
 from medtl_ext.data import generate_phantom
-from medtl_ext.studies import pretraining_job
+from medtl_ext.studies import images_to_segment, pretraining_job
 
 BUNDLE = REPOSITORY / "bundles" / "risk_map"
 CONFIGS = BUNDLE / "configs"
@@ -185,6 +185,39 @@ def test_the_whole_run_leaves_what_it_promises(options, capsys, monkeypatch):
     assert weight.get_fdata().max() == pytest.approx(10)
 
 
+def test_a_map_with_a_stride_lies_on_the_grid_and_is_drawn(options):
+    run("trs_map", **options, figures=True)
+    folder = Path(options["output_dir"])
+    assert {"maps.png", "overlay.png", "report.html"} <= {path.name for path in folder.iterdir()}
+    before, weight = (nib.load(folder / f"{name}.nii.gz") for name in ("leep_before", "weight"))
+    assert before.shape == weight.shape
+    np.testing.assert_allclose(before.affine, weight.affine)
+    cells = before.get_fdata()[..., 0]
+    np.testing.assert_array_equal(cells[::4, ::4].repeat(4, 0).repeat(4, 1), cells)
+
+
+def test_files_of_no_known_run_are_not_replaced(options, source, tmp_path):
+    shutil.copy(source, tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    message = refused(lambda: run("vanilla", **options | {"output_dir": str(tmp_path)}))
+    assert "holds model.pt of no run that is known here" in message
+    assert (tmp_path / "model.pt").read_bytes() == before
+    run("vanilla", **options)
+    scores = table(options["output_dir"])
+    ckpt = str(Path(options["output_dir"]) / "model.pt")
+    assert "holds a run with" in refused(lambda: run("vanilla", "evaluate", **options, ckpt=ckpt))
+    pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
+
+
+def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path):
+    shared = {"base": "compare", "pairs": [["14-T2-ED", "17-T2-ED"]], "methods": ["vanila"]}
+    shared |= {"output_dir": str(tmp_path / "out")}
+    settings = {"collection": str(collection), "epochs": 1}
+    assert "did you mean epochs?" in refused(lambda: run(**shared, settings=settings | {"epoch": 3}))
+    assert "method 'vanila' is unknown; did you mean 'vanilla'" in refused(lambda: run(**shared, settings=settings))
+    assert "other settings" in refused(lambda: run(**shared, settings=settings | {"epochs": 2}))
+
+
 def test_evaluation_repeats_the_scores_of_training(options, tmp_path):
     run("vanilla", **options)
     ckpt = str(Path(options["output_dir"]) / "model.pt")
@@ -261,6 +294,31 @@ def test_inference_prepares_images_as_training_did():
 def test_inference_without_images_says_so(source, tmp_path):
     message = refused(lambda: segment(tmp_path, source, tmp_path / "out"))
     assert "no NIfTI image" in message
+
+
+def test_inference_takes_one_image_and_refuses_two_of_one_name(tmp_path):
+    for name in ("a.nii", "a.nii.gz", "B.NII.GZ", "a.nii.gz.json"):
+        (tmp_path / name).touch()
+    assert images_to_segment(str(tmp_path / "B.NII.GZ"), "17-T2-ED") == [{"image": str(tmp_path / "B.NII.GZ")}]
+    with pytest.raises(InputError, match="two images called a"):
+        images_to_segment(str(tmp_path), "17-T2-ED")
+    (tmp_path / "a.nii").unlink()
+    assert len(images_to_segment(str(tmp_path), "17-T2-ED")) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+        ({"n_classes": 4}, "tensors copied"),
+    ],
+)
+def test_inference_says_what_is_wrong_with_the_weights(options, source, tmp_path, wrong, message):
+    generate_phantom(tmp_path / "c", institutions=["17"], subjects=1, modalities=["T2"], n_jobs=1, progress=False)
+    image = next((tmp_path / "c").rglob("T2.nii.gz"))
+    settings = {"input_dir": str(image), "ckpt": str(source), "output_dir": str(tmp_path / "out")}
+    assert message in refused(lambda: run(base="inference", **settings | wrong))
+    assert not (tmp_path / "out").exists()
 
 
 # Resuming

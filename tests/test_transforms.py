@@ -95,6 +95,13 @@ class TestNormalizeBody:
         result = NormalizeBodyd("image", clip=(-0.5, 2))(data)["image"]
         assert (result.min(), result.max()) == (-0.5, 2)
 
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_an_image_without_a_body_to_find_is_refused(self, value):
+        image, _ = brain()
+        image[1, 1, 1] = value
+        with pytest.raises(InputError, match="holds NaN or infinite values"):
+            NormalizeBodyd("image")({"image": image[None]})
+
     @pytest.mark.parametrize("clip", [(1,), (2, 1), (1, 1)])
     def test_bad_clip(self, clip):
         with pytest.raises(InputError, match="lowest < highest"):

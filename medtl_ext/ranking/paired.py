@@ -138,7 +138,7 @@ def paired_comparison(
             f"{' ...' if len(unpaired) > 5 else ''}. Evaluate both on the same split."
         )
     # Rounding removes the float noise that would otherwise break ties between equal differences.
-    differences = np.round([a[subject] - b[subject] for subject in a], 12)
+    differences = np.round(np.array([float(a[subject]) - float(b[subject]) for subject in a]), 12)
     differences = _finite_vector("the paired differences", differences)
     mean, low, high, p = _paired_t(differences, confidence)
     return PairedComparison(

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
+from medtl_ext._validation import InputError
 from medtl_ext.metrics.label_prediction import combine_lp_fu
 from medtl_ext.ranking import friedman_nemenyi, weighted_kendall
 from medtl_ext.visualize import plot_critical_difference, save_figure
@@ -31,8 +32,8 @@ def reproduce_table2(*, scores: str, printed: str, output_dir: str) -> pd.DataFr
     Returns:
         The content of ``table2.csv``.
     """
-    raw = pd.read_csv(scores)
-    table = pd.read_csv(printed)
+    raw = _read(scores, {"target", "source", "auc", "lp", "fu", *METHODS})
+    table = _read(printed, {"target", "method", "wtau", "rank"})
     computed = pd.DataFrame({target: _column(target, models) for target, models in raw.groupby("target")}).T
     names = {name.removesuffix("mnist"): name for name in computed.index}
     computed.index = [next(t for t in table["target"].unique() if t.lower() == short) for short in names]
@@ -72,6 +73,16 @@ def reproduce_table2(*, scores: str, printed: str, output_dir: str) -> pd.DataFr
     )
     save_figure(figure, folder / "critical_difference.png")
     print("\n".join(lines))
+    return table
+
+
+def _read(path: str, columns: set[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as CSV ({error}).") from error
+    if missing := sorted(columns - set(table)):
+        raise InputError(f"{path} lacks the column(s) {', '.join(missing)}.")
     return table
 
 

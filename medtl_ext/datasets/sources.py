@@ -111,6 +111,12 @@ class Source:
             )
         try:
             network = built(definition)
+            weights = read_weights(self.checkpoint)
+            shape = next((value.shape for value in weights.values() if value.ndim == 4), None)
+            if shape is not None and in_channels == 1 and shape[1] == 3:
+                raise InputError(
+                    "its weights take 3 channels, the images have 1; give --in_channels 3, which repeats grey images."
+                )
             load_weights(network, self.checkpoint, min_share=1.0)
         except InputError as error:
             raise InputError(f"source {self.name}: {error}") from error

@@ -324,6 +324,25 @@ def test_a_bad_file_gives_one_line(options, tmp_path):
     assert "Traceback" not in errors
 
 
+def test_a_fine_tuning_starts_from_a_source(options):
+    assert "--source_ckpt is not given" in refused(lambda: run("finetune", **options))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"targets": "17-T2-tumour"}, "a list of two targets or more"),
+        ({"targets": ["a/x.npz", "b/x.npz"]}, "two targets are called alike"),
+        ({"seeds": []}, "seeds is []"),
+        ({"settings": {"epoch": 1}}, "did you mean epochs?"),
+    ],
+)
+def test_a_study_says_what_is_wrong_with_it(tmp_path, wrong, message):
+    study = {"targets": ["17-T2-tumour", "14-T2-tumour"], "sources": SOURCES, "seeds": [0], "settings": {}}
+    study |= {"output_dir": str(tmp_path / "out")}
+    assert message in refused(lambda: run(base="study", **study | wrong))
+
+
 def test_mlflow_tracks_a_training(options, tmp_path):
     mlflow = pytest.importorskip("mlflow")
     uri = f"sqlite:///{tmp_path / 'runs.db'}"

@@ -389,7 +389,18 @@ def test_a_score_that_cannot_be_resampled_gives_an_order_and_no_verdict(tmp_path
 def test_constant_scores_rank_nothing(tmp_path, no_command):
     content = ranked({"one": 0, "two": 0}, tmp_path, decide_by="lp_fu")
     assert "All sources have the same LP x FU: it ranks nothing here." in content["answer"]
+    assert "There is no best guess: one and two have the same score." in content["answer"]
     assert content["recommendation"] is None
+    assert content["default"] is None
+
+
+def test_a_tie_at_the_top_is_no_pick(tmp_path, no_command):
+    content = ranked({"one": 5, "two": 5, "poor": 0}, tmp_path)
+    assert "LP x FU would pick one and two (all alike)." in content["answer"]
+
+
+def test_sizes_that_nobody_knows_pick_nothing(tmp_path, no_command):
+    assert "source size would pick" not in ranked({"one": 5, "two": 1}, tmp_path)["answer"]
 
 
 def test_unknown_patients_are_said(tmp_path, no_command):

@@ -307,6 +307,10 @@ def test_the_default_graph_is_as_large_as_promised():
 # As users start it
 
 
+def test_a_step_starts_from_a_source(options):
+    assert "--source_ckpt is not given" in refused(lambda: run("stage", **options))
+
+
 @pytest.mark.slow
 def test_killed_at_any_step_the_next_run_gives_the_same(options, tmp_path):
     """Killed once in the pre-training, between two of its epochs, and once on the target."""

@@ -460,6 +460,14 @@ class TestWMH:
         collection = read("wmh", make("wmh") / "training", check=False).collection
         assert collection.institutions == ["Amsterdam-GE3T", "Singapore", "Utrecht"]
 
+    def test_the_scanners_of_amsterdam_at_the_top(self, make):
+        folder = make("wmh") / "training"
+        for scanner in (folder / "Amsterdam").iterdir():
+            scanner.rename(folder / scanner.name)
+        (folder / "Amsterdam").rmdir()
+        collection = read("wmh", folder, check=False).collection
+        assert collection.institutions == ["Amsterdam-GE3T", "Singapore", "Utrecht"]
+
 
 class TestLists:
     def edit(self, root, **changes):
@@ -635,6 +643,33 @@ class TestTable:
         with pytest.raises(InputError, match=message):
             read("csv", root)
 
+    def test_a_patient_of_two_subjects_stays_in_one_split(self, make):
+        root = make("csv")
+        pd.read_csv(root / "liste.csv", sep=";").assign(Patient="one").to_csv(root / "liste.csv", index=False)
+        with pytest.raises(InputError, match=r"patient 'one' .* is in splits 'train' and 'val'"):
+            read("csv", root)
+
+    def test_names_that_become_one_are_two_images_of_it(self, make):
+        root = make("csv")
+        frame = pd.read_csv(root / "liste.csv", sep=";")
+        frame.loc[0:1, "Modality"] = ["T1-w", "T1 w"]
+        frame.to_csv(root / "liste.csv", index=False)
+        assert [row.split("|")[2] for row in rows(read("csv", root, check=False))] == ["two images of T1_w"]
+
+    def test_rows_longer_than_the_header_are_refused(self, make):
+        root = make("csv")
+        lines = (root / "liste.csv").read_text(encoding="utf-8-sig").splitlines()
+        (root / "liste.csv").write_text("\n".join([lines[0], *(f"{line};" for line in lines[1:])]))
+        with pytest.raises(InputError, match="more fields than its header"):
+            read("csv", root)
+
+    @pytest.mark.parametrize(
+        "labels", [{"left atrium": 1, "left-atrium": 2}, {"lesion": 1.7}, {"background": 1, "lesion": 2}]
+    )
+    def test_labels_that_would_be_lost_are_refused(self, make, labels):
+        with pytest.raises(InputError, match="labels"):
+            read("csv", make("csv"), labels=labels)
+
     def test_left_out(self, make):
         root = make("csv")
         frame = pd.read_csv(root / "liste.csv", sep=";")
@@ -690,6 +725,28 @@ class TestCommandLine:
         assert "were not checked" in capsys.readouterr().out
         assert {subject.split for subject in load_collection(root.parent / "c.json").subjects} == {"train", "val"}
 
+    def test_a_report_replaces_nothing_but_a_report(self, make, capsys):
+        root = make("csv")
+        table, out = root / "liste.csv", root.parent / "c.json"
+        before = table.read_bytes()
+        words = ["read", "csv", "--root", str(root), "--out", str(out), "--labels", "lesion=1", "--csv"]
+        assert main([*words, str(table)]) == 2
+        assert "is no report of issues" in capsys.readouterr().err
+        assert table.read_bytes() == before
+        assert main([*words, str(out)]) == 2
+        assert not out.exists()
+        report = root.parent / "report.csv"
+        assert [main([*words, str(report)]) for _ in range(2)] == [0, 0]
+
+    def test_a_folder_that_cannot_be_written_is_one_line(self, make, capsys):
+        root = make("csv")
+        (root.parent / "file").write_text("")
+        words = ["read", "csv", "--root", str(root), "--labels", "lesion=1", "--no-check"]
+        assert main([*words, "--out", str(root.parent / "file" / "c.json")]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("Error: ")
+        assert "\n" not in error
+
     def test_errors(self, make, capsys):
         root = make("iseg")
         save(root / "iSeg-2019-Training/subject-1-label.img", (10, 99))
@@ -738,6 +795,15 @@ class TestMedMNIST:
         with pytest.raises(InputError, match=message):
             read_collection("medmnist", folder, folder / "out.json", **options)
         assert not (folder / "out.json").exists()
+
+    def test_nothing_but_a_description_is_replaced(self, folder):
+        npz = folder / "lung mnist.npz"
+        before = npz.read_bytes()
+        with pytest.raises(InputError, match="describes no MedMNIST file, so it is not replaced"):
+            read_collection("medmnist", folder, npz)
+        assert npz.read_bytes() == before
+        for _ in range(2):
+            read_collection("medmnist", folder, folder / "out.json")
 
     def test_several_files_have_to_be_chosen_from(self, folder):
         (folder / "second.npz").write_bytes(b"")

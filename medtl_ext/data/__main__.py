@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import SPLITS, load_collection
@@ -100,7 +101,22 @@ def _label(text: str) -> tuple[str, int]:
     return name, int(value)
 
 
+def _refuse_other_table(path: str, *others: str) -> None:
+    """A report replaces a report, and nothing else: ``--csv`` is easily taken for the table to read."""
+    if any(Path(path).absolute() == Path(other).absolute() for other in others):
+        raise InputError(f"--csv {path} is the collection; give another file for the report.")
+    if Path(path).exists():
+        with open(path, "rb") as file:
+            if not file.readline().startswith((b"severity,subject,", b"class,")):
+                raise InputError(
+                    f"--csv {path} exists and is no report of issues, so it is not replaced; give another file, or "
+                    "--file for a table to read."
+                )
+
+
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.csv:
+        _refuse_other_table(arguments.csv, arguments.collection)
     report = check_collection(load_collection(arguments.collection), arguments.task)
     print(report)
     if arguments.csv:
@@ -124,6 +140,8 @@ def _read(arguments: argparse.Namespace) -> int:
     options = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "csv")}
     if "labels" in options:
         options["labels"] = dict(options["labels"])
+    if "csv" in arguments:
+        _refuse_other_table(arguments.csv, arguments.out)
     reading = read_collection(**options)
     print(reading)
     if "csv" in arguments:
@@ -147,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.run(parsed)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:  # a folder that cannot be read or written, a name that is too long
+        print(f"Error: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -337,6 +337,7 @@ def _refuse_hyphen(name: str, where: str) -> None:
 def _parse_splits(entries: Sequence[Any], where: str) -> dict[str, str]:
     """The split of every subject id, as written or, where none is written, drawn."""
     written: dict[str, str | None] = {}
+    patients: dict[str, str] = {}
     institutions: dict[str, list[str]] = {}
     for number, entry in enumerate(entries):
         subject = _get(entry, "id", str, f"{where}: subjects[{number}]")
@@ -349,7 +350,15 @@ def _parse_splits(entries: Sequence[Any], where: str) -> dict[str, str]:
         if subject in written:
             raise InputError(f"{subject_where} is listed twice; give every subject its own id, and list it once.")
         written[subject] = split
+        patients[subject] = _get(entry, "patient", str, subject_where, default=None) or subject
         institutions.setdefault(_get(entry, "institution", str, subject_where), []).append(subject)
+    of_patient: dict[str, str | None] = {}
+    for subject, split in written.items():
+        if of_patient.setdefault(patients[subject], split) != split:
+            raise InputError(
+                f"{where}: patient '{patients[subject]}' (subject '{subject}') is in splits "
+                f"'{of_patient[patients[subject]]}' and '{split}'; keep all of a patient in one split."
+            )
     without = [subject for subject, split in written.items() if split is None]
     if not without:
         return {subject: str(split) for subject, split in written.items()}
@@ -358,7 +367,10 @@ def _parse_splits(entries: Sequence[Any], where: str) -> dict[str, str]:
             f"{where}: {len(without)} of {len(written)} subjects have no 'split' (first: '{without[0]}'); "
             "write it for all of them, or for none to have one drawn."
         )
-    return {subject: split for ids in institutions.values() for subject, split in _draw_splits(ids).items()}
+    drawn: dict[str, str] = {}  # a patient seen at two institutions stays where it was drawn first
+    for ids in institutions.values():
+        drawn = _draw_splits(list(dict.fromkeys(patients[subject] for subject in ids))) | drawn
+    return {subject: drawn[patients[subject]] for subject in written}
 
 
 def _draw_splits(ids: Sequence[str]) -> dict[str, str]:

@@ -187,10 +187,11 @@ def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _scan(file: _File, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
     """Read one file and look at it by itself."""
     scan = _Scan(file)
-    if not file.path.is_file():
-        scan.problems.append(("error", "the file does not exist", "correct its path in the collection, or restore it"))
-        return scan
     try:
+        if not file.path.is_file():
+            advice = "correct its path in the collection, or restore it"
+            scan.problems.append(("error", "the file does not exist", advice))
+            return scan
         voxels, scan.affine = _read_volume(file.path)
     except Exception as error:  # a broken file fails in a dozen ways, and none of them may end the check
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -136,7 +136,7 @@ def split_collection(
         InputError: the collection is broken, or the draw is impossible; nothing is written.
     """
     collection = load_collection(path)
-    if folds is None and os.path.abspath(out) == str(collection.path):
+    if folds is None and Path(out).exists() and os.path.samefile(out, collection.path):
         raise InputError(f"{path} is the collection itself, which is not changed; give another file to write.")
     content = json.loads(collection.path.read_text(encoding="utf-8"))
     drawn = {subject.id: subject.split for subject in collection.subjects}  # also where the file leaves them out
@@ -224,7 +224,9 @@ def _relocate(entry: Mapping[str, Any], source: Path, folder: Path) -> dict[str,
     """The entry with its paths, relative to ``source`` or absolute, as they are written beside ``folder``'s file."""
 
     def rewrite(name: str) -> str:
-        path = Path(os.path.abspath(source / name))
+        path = source / name
+        # What follows a link is not above the link: ".." means the folder that the link leads to.
+        path = path.parent.resolve() / path.name if ".." in path.parts else Path(os.path.abspath(path))
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
     return dict(entry) | {

@@ -217,7 +217,7 @@ def comparable(name: str) -> str:
 
 
 def _place(match: re.Match[str]) -> str:
-    return match.groupdict().get("place") or match.string[: match.start("subject")]
+    return comparable(match.groupdict().get("place") or match.string[: match.start("subject")])
 
 
 def stem(path: Path) -> str:
@@ -254,7 +254,7 @@ def objectives(label: str, values: Mapping[str, int | Sequence[int]]) -> dict[st
     asked = {
         name: {"label": label, "values": [group if len(group) > 1 else group[0]]} for name, group in groups.items()
     }
-    if 1 < len(groups) == len(declared):
+    if 1 < len(groups) == len(declared) and "All" not in groups:
         asked["All"] = {"label": label, "values": list(declared.values())}
     return {"labels": {label: declared | {f"value{value}": value for value in rest}}, "objectives": asked}
 
@@ -265,12 +265,23 @@ def parse_labels(labels: Any, path: Path) -> dict[str, int | list[int]]:
     try:
         for key, value in labels.items():
             name, value = (value, key) if str(key).isdigit() and isinstance(value, str) else (key, value)
-            value = [int(one) for one in value] if isinstance(value, list) else int(value)
-            if value != 0 and name != "background":
-                values[clean(name)] = value
+            value = [_whole(one) for one in value] if isinstance(value, list) else _whole(value)
+            if value == 0:
+                continue
+            if name == "background" or clean(name) in values:
+                raise InputError(f"{path}: labels give {name} the value {value} besides another; rename it.")
+            values[clean(name)] = value
+    except InputError:
+        raise
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: labels must map names to whole numbers; found {labels!r}.") from error
     return values
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return int(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -301,6 +312,8 @@ def read_table(
         table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except ValueError as error:  # neither UTF-8 nor a table
         raise InputError(f"{path} cannot be read as a table ({error}); save it as UTF-8 with commas.") from error
+    if not isinstance(table.index, pd.RangeIndex):
+        raise InputError(f"{path} has rows with more fields than its header, such as a last comma; remove them.")
     names = {str(column).strip().lower(): column for column in table.columns}
     columns = {}
     for name, aliases in {**required, **(optional or {})}.items():

@@ -128,4 +128,5 @@ def _sites(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     table = read_table(path, {"subject": SUBJECT_COLUMNS}, {"institution": INSTITUTION_COLUMNS})
-    return dict(zip(table.subject, table.institution, strict=True))
+    known = table[table.institution.str.lower() != "n/a"]  # how BIDS writes a missing value
+    return dict(zip(known.subject, known.institution, strict=True))

@@ -63,9 +63,17 @@ def read_datalist(
             draft.note(subject, "", f"{len(images)} images for {len(names)} modalities", "the subject is left out")
             continue
         target = {"label": draft.root / case["label"] if case.get("label") else None}
-        institution = str(case.get("institution") or draft.about["name"])
+        institution = str(_given(case, "institution", draft.about["name"]))
         files = dict(zip(names, images, strict=True))
-        draft.add(subject, institution, files, target, split=split if split in fixed else None)
+        patient = _given(case, "patient", "") or None
+        draft.add(
+            subject,
+            institution,
+            files,
+            target,
+            split=split if split in fixed else None,
+            patient=None if patient is None else str(patient),
+        )
     if any("fold" in case for case in cases):
         draft.note("", path, "the list's own folds are not used", "draw splits or folds")
     return draft.write()
@@ -109,11 +117,17 @@ def _case(entry: Any, where: str) -> dict[str, Any]:
 def _subjects(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """The entries' own names, else their first image's, with its folders where names alone are not unique."""
     paths = [Path(case["image"][0]) for case in cases]
-    names = [str(case.get("subject") or stem(path)) for case, path in zip(cases, paths, strict=True)]
+    names = [str(_given(case, "subject", stem(path))) for case, path in zip(cases, paths, strict=True)]
     if len(set(names)) == len(names):
         return names
     long = [path.with_name(stem(path)).as_posix().replace("/", "_") for path in paths]
-    return [str(case.get("subject") or name) for case, name in zip(cases, long, strict=True)]
+    return [str(_given(case, "subject", name)) for case, name in zip(cases, long, strict=True)]
+
+
+def _given(case: Mapping[str, Any], key: str, default: str) -> Any:
+    """What an entry says, if it says anything: 0 is a name too."""
+    value = case.get(key)
+    return default if value is None or value == "" else value
 
 
 def _refuse_channels(images: Sequence[Path], names: Sequence[str], path: Path, root: Path) -> None:

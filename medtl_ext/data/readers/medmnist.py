@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,13 @@ def read_medmnist(
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(f"{folder} should hold one .npz file; found {names}. Choose one with --file.")
+    if out.exists():
+        try:
+            ours = "medmnist" in json.loads(out.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise InputError(f"{out} exists and describes no MedMNIST file, so it is not replaced; give another --out.")
     dataset = load_medmnist(found[0])
     names = list(dataset.class_names)
     for name, label in (labels or {}).items():

@@ -59,7 +59,8 @@ def read_csv(
                     f"{tables[0]}: subject '{subject}' has several values of {column}: {values}; keep one."
                 )
             own[column] = values[0] if values else None
-        twice = rows.modality[rows.modality.duplicated()]
+        modalities = rows.modality.map(clean)
+        twice = modalities[modalities.duplicated()]
         if not subject or not own["institution"] or len(twice):
             problem = f"two images of {twice.iloc[0]}" if len(twice) else "no subject or no institution"
             draft.note(str(subject), tables[0], problem, "the subject is left out")

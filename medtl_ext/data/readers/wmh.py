@@ -7,7 +7,11 @@ from typing import Any
 
 from medtl_ext.data.readers._draft import Draft, Reading
 
-_SITE = r"(?P<site>Utrecht|Singapore|Amsterdam(?:/[^/]*[^/\d][^/]*)?)"  # a scanner of Amsterdam is no plain number
+# A scanner of Amsterdam is no plain number; some copies have its scanners at the top.
+_SCANNER = r"(?<!Amsterdam/)(?P<scanner>GE3T|GE1T5|Philips[^/]*)"
+_SITE = rf"(?P<site>Utrecht|Singapore|Amsterdam(?:/[^/]*[^/\d][^/]*)?|{_SCANNER})"
+    r"(?P<site>Utrecht|Singapore|Amsterdam(?:/[^/]*[^/\d][^/]*)?|(?<!Amsterdam/)(?P<scanner>GE3T|GE1T5|Philips[^/]*))"
+)
 
 
 def read_wmh(root: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Reading:
@@ -30,7 +34,8 @@ def read_wmh(root: str | os.PathLike[str], out: str | os.PathLike[str], **option
     )
     for match, files in found:
         images = {"FLAIR": files.get("pre/flair"), "T1": files.get("pre/t1")}
-        institution = match["site"].replace("/", "-").replace(" ", "_")
+        site = f"Amsterdam/{match['site']}" if match["scanner"] else match["site"]
+        institution = site.replace("/", "-").replace(" ", "_")
         split = "test" if "test" in match["part"].lower().split("/") else None
         subject = match["subject"].replace("/", "-").replace(" ", "_")
         draft.add(subject, institution, images, {"wmh": files.get("wmh")}, split=split)

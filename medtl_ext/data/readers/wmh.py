@@ -10,8 +10,6 @@ from medtl_ext.data.readers._draft import Draft, Reading
 # A scanner of Amsterdam is no plain number; some copies have its scanners at the top.
 _SCANNER = r"(?<!Amsterdam/)(?P<scanner>GE3T|GE1T5|Philips[^/]*)"
 _SITE = rf"(?P<site>Utrecht|Singapore|Amsterdam(?:/[^/]*[^/\d][^/]*)?|{_SCANNER})"
-    r"(?P<site>Utrecht|Singapore|Amsterdam(?:/[^/]*[^/\d][^/]*)?|(?<!Amsterdam/)(?P<scanner>GE3T|GE1T5|Philips[^/]*))"
-)
 
 
 def read_wmh(root: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Reading:

@@ -234,7 +234,7 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, path_collecti
     again = json.loads((tmp_path / "again" / "affinity_weights.json").read_text())
     assert again["alpha"] == pytest.approx(fitted["alpha"], rel=1e-3)
     assert "lacks the column(s) dice" in refused(
-        lambda: run(**shared, transfers=_without_dice(tmp_path), output_dir="x")
+        lambda: run(**shared, transfers=_without_dice(tmp_path), output_dir=str(tmp_path / "x"))
     )
 
 

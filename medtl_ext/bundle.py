@@ -166,7 +166,7 @@ def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
         if not fits:
             expected = " or ".join(name for kind, name in names.items() if kind in known)
             raise InputError(f"option --{key} is {value!r}; expected {expected}.")
-        if key in LEAST and not isinstance(value, list) and value < LEAST[key]:
+        if key in LEAST and isinstance(value, int | float) and value < LEAST[key]:
             raise InputError(f"option --{key} is {value}; expected at least {LEAST[key]}.")
 
 
@@ -285,7 +285,7 @@ def study_config(output_dir: str | os.PathLike[str], settings: Mapping[str, Any]
     """Content of the bundle's ``train.json`` with the ``settings`` of a study in it, which all its runs share.
 
     A study may grow: more targets, seeds or methods in the same folder find the runs there done. Its settings may not
-    change: they are kept as ``settings.json``.
+    change once it has runs: they are kept as ``settings.json``.
 
     Args:
         output_dir: of the study.
@@ -307,7 +307,8 @@ def study_config(output_dir: str | os.PathLike[str], settings: Mapping[str, Any]
     record = Path(output_dir) / "settings.json"
     now = {"settings": {name: value for name, value in settings.items() if name not in HOW_NOT_WHAT}, **decided}
     now = json.loads(json.dumps(now))
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != now:
+    begun = record.is_file() and (Path(output_dir) / "runs").is_dir()
+    if begun and json.loads(record.read_text(encoding="utf-8")) != now:
         raise InputError(
             f"the study in {output_dir} has other settings, those of {record.name}; give another folder with "
             "--output_dir, or delete that one."

@@ -17,7 +17,7 @@ from medtl_ext.bundle import Job, run_jobs, study_config
 from medtl_ext.datasets.scoring import LABELS
 from medtl_ext.datasets.sources import dataset_name, dataset_path, find_sources, is_same_data, pretraining_job
 from medtl_ext.datasets.truth import agreement_table, finetuning_jobs
-from medtl_ext.ranking import friedman_nemenyi, known_elsewhere, verdict_claim
+from medtl_ext.ranking import agreement_over_targets, friedman_nemenyi, verdict_claim
 from medtl_ext.report import markdown_table
 from medtl_ext.visualize import plot_critical_difference, save_figure
 
@@ -121,12 +121,7 @@ def study_report(
         The agreement of every ranker on every target and seed.
     """
     sources = table[table["source"] != "scratch"]
-    parts = []
-    for (target, seed), group in sources.groupby(["target", "seed"], sort=False):
-        ready = group.set_index("source")
-        part = agreement_table(ready, ready["auc"], static=known_elsewhere(sources, target, seed, outcome="auc"))
-        parts.append(part.assign(target=target, seed=seed))
-    agreement = pd.concat(parts, ignore_index=True)
+    agreement = agreement_over_targets(sources, agreement_table, outcome="auc")
     # A ranker that scores all sources alike chooses at random: its expected tau is 0.
     mean = (
         agreement.fillna({"tau": 0.0}).groupby(["ranker", "target"], sort=False)[["tau", "regret"]].mean().reset_index()

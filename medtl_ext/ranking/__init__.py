@@ -18,7 +18,7 @@ from medtl_ext.ranking.paired import (
     paired_comparison,
 )
 from medtl_ext.ranking.sources import SourceRanking, baseline_rankings, bootstrap_ranking
-from medtl_ext.ranking.studied import known_elsewhere, verdict_claim
+from medtl_ext.ranking.studied import agreement_over_targets, known_elsewhere, verdict_claim
 
 __all__ = [
     "MINIMUM_PATIENTS",
@@ -27,6 +27,7 @@ __all__ = [
     "PairedComparison",
     "SourceRanking",
     "Verdict",
+    "agreement_over_targets",
     "audit_verdict",
     "baseline_rankings",
     "bootstrap_interval",

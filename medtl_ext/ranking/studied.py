@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,26 @@ import pandas as pd
 
 from medtl_ext.ranking.sources import baseline_rankings
 
-__all__ = ["known_elsewhere", "verdict_claim"]
+__all__ = ["agreement_over_targets", "known_elsewhere", "verdict_claim"]
+
+
+def agreement_over_targets(sources: pd.DataFrame, judge: Callable[..., pd.DataFrame], *, outcome: str) -> pd.DataFrame:
+    """Every ranker held against the truth, for each target and seed of a study.
+
+    Args:
+        sources: a row per ``target``, ``seed`` and ``source``, with scores and the outcome of fine-tuning.
+        judge: from one target's sources, their outcome, and ``static`` (of `known_elsewhere`) to a row per ranker.
+        outcome: column of the truth, higher is better.
+
+    Returns:
+        The rows of ``judge``, with ``target`` and ``seed``.
+    """
+    parts = []
+    for (target, seed), group in sources.groupby(["target", "seed"], sort=False):
+        ready = group.set_index("source")
+        static = known_elsewhere(sources, target, seed, outcome=outcome)
+        parts.append(judge(ready, ready[outcome], static=static).assign(target=target, seed=seed))
+    return pd.concat(parts, ignore_index=True)
 
 
 def known_elsewhere(sources: pd.DataFrame, target: str, seed: int, *, outcome: str) -> dict[str, float] | None:

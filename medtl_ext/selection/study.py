@@ -15,7 +15,7 @@ from scipy import stats
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.bundle import Job, run_jobs, study_config
-from medtl_ext.ranking import friedman_nemenyi, known_elsewhere, verdict_claim
+from medtl_ext.ranking import agreement_over_targets, friedman_nemenyi, verdict_claim
 from medtl_ext.report import markdown_table
 from medtl_ext.selection.pipeline import patient_dice
 from medtl_ext.selection.plots import plot_priors_against_dice
@@ -124,12 +124,7 @@ def study_report(
     """
     folder = Path(output_dir)
     sources = table[table["source"] != "scratch"]
-    parts = []
-    for (target, seed), group in sources.groupby(["target", "seed"], sort=False):
-        ready = group.set_index("source")
-        part = agreement_table(ready, ready["dice"], static=known_elsewhere(sources, target, seed, outcome="dice"))
-        parts.append(part.assign(target=target, seed=seed))
-    agreement = pd.concat(parts, ignore_index=True)
+    agreement = agreement_over_targets(sources, agreement_table, outcome="dice")
     by_target = agreement.groupby(["ranker", "prior", "target"], sort=False)
     mean = by_target[["tau", "regret", *(f"footrule_{k}" for k in TOP)]].mean().reset_index()
     # A ranker that scores all sources alike, as size may, chooses at random: its expected tau is 0.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -286,15 +288,22 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path, change, m
 @pytest.mark.parametrize("interruption", [OSError("disk full"), KeyboardInterrupt()])
 def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, interruption):
     write = generate._write_nifti
+    failed, under_way = threading.Event(), set()
 
     def fail_late(path, values, grid):
         if path.parent.name == "I1-001":
+            failed.set()
             raise interruption
+        under_way.add(path)
+        failed.wait(10)
+        time.sleep(0.3)  # others are still writing when one fails
         write(path, values, grid)
+        under_way.remove(path)
 
     monkeypatch.setattr(generate, "_write_nifti", fail_late)
     with pytest.raises(type(interruption)):
         generate_phantom(tmp_path / "out", institutions=["I1"], subjects=3, modalities=["T1"], n_jobs=2, progress=False)
+    assert not under_way  # or a folder that is being removed gets new files
     assert not any(tmp_path.iterdir())
 
 

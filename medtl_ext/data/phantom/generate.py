@@ -15,6 +15,7 @@ import numpy as np
 from filelock import FileLock
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice
@@ -193,15 +194,20 @@ def _write_subjects(folder: Path, settings: dict[str, Any], *, n_jobs: int | Non
     """Make all subjects, several at a time.
 
     Threads, because nearly all the time is spent in NumPy, SciPy and zlib, which run side by side: they share the
-    atlas and start at once, where fresh processes would first import everything.
+    atlas and start at once, where fresh processes would first import everything. When one fails, those under way
+    end before the error is raised, so that none writes into a folder that is being removed.
     """
     atlas = load_atlas()
     jobs = [(name, index) for name in settings["institutions"] for index in range(settings["subjects"])]
+    bar = {"tqdm_class": tqdm, "desc": "phantom", "unit": "subject", "disable": not progress}
     # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.
-    with threadpool_limits(1), tqdm(total=len(jobs), desc="phantom", unit="subject", disable=not progress) as bar:
-        parallel = joblib.Parallel(n_jobs=n_jobs or -1, prefer="threads", return_as="generator_unordered")
-        for _ in parallel(joblib.delayed(_write_subject)(folder, atlas, *job, settings) for job in jobs):
-            bar.update()
+    with threadpool_limits(1):
+        thread_map(
+            lambda job: _write_subject(folder, atlas, *job, settings),
+            jobs,
+            max_workers=n_jobs or joblib.cpu_count(),
+            **bar,
+        )
 
 
 def _write_subject(folder: Path, atlas: Atlas, institution: str, index: int, settings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise, permutations
 import networkx as nx
 import numpy as np
 import pytest
+from drawing import numpy_generator
 
 from medtl_ext import InputError
 from medtl_ext.graph import (
@@ -25,10 +26,7 @@ DRAWS = 40
 
 @pytest.fixture(params=range(DRAWS))
 def rng(request) -> np.random.Generator:
-    """Drawn afresh at every run; pytest shows the seed when a test fails."""
-    seed = np.random.SeedSequence().entropy
-    print(f"drawn with seed {seed}")
-    return np.random.default_rng(seed)
+    return numpy_generator()
 
 
 def small_graph(rng: np.random.Generator, *, weights: str = "real") -> nx.Graph:

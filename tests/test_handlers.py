@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from drawing import numpy_generator
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
@@ -292,9 +293,7 @@ class TestEpochSeed:
     @staticmethod
     def batches(*, epochs: int, resume_after: int = 0, seed: int = 7) -> dict[int, list[torch.Tensor]]:
         """What a training sees, by epoch; the random state at its start is another each time."""
-        shift = RandShiftIntensityd("image", offsets=5.0, prob=1.0).set_random_state(
-            np.random.default_rng().integers(1000)
-        )
+        shift = RandShiftIntensityd("image", offsets=5.0, prob=1.0).set_random_state(numpy_generator().integers(1000))
         data = [{"image": torch.full((1, 4, 4), float(n)), "label": torch.zeros(1, 4, 4)} for n in range(6)]
         dataset, seen = Dataset(data, shift), {}
         trainer = SupervisedTrainer(

@@ -9,6 +9,7 @@ import numpy as np
 import ot
 import pytest
 import torch
+from drawing import torch_generator
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
@@ -27,9 +28,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def draw(widths=(5, 3), n_cases=4, n_classes=3, sizes=(30, 60)):
-    """Random ``features[layer][case]`` and labels, drawn afresh at every run; cases differ in size, place and shape."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Random ``features[layer][case]`` and labels; cases differ in size, place and shape."""
+    generator = torch_generator()
     features, labels = [], []
     for width in widths:
         n = torch.randint(*sizes, (n_cases,), generator=generator).tolist()

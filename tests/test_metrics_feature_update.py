@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 import torch
+from drawing import torch_generator
 from ignite.engine import Engine
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
@@ -41,9 +42,8 @@ def tiny_network(n_features=5, dtype=torch.float32):
 
 
 def draw(n=24, n_classes=3):
-    """Images and labels, drawn afresh at every run."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Images and labels."""
+    generator = torch_generator()
     labels = torch.arange(n) % n_classes
     images = torch.randn(n, 1, 9, 9, generator=generator) + labels.view(n, 1, 1, 1) * 0.2
     return images, labels

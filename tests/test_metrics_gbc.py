@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from drawing import torch_generator
 from scipy.integrate import quad
 from scipy.stats import norm
 
@@ -18,9 +19,8 @@ COVARIANCES = ["spherical", "diagonal"]
 
 
 def draw(grid=(), *, n=60, width=3, n_classes=3):
-    """Random features that depend on the labels, drawn afresh at every run."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Random features that depend on the labels."""
+    generator = torch_generator()
     labels = torch.randint(n_classes, (n, *grid), generator=generator)
     labels.view(-1)[: 2 * n_classes] = torch.arange(2 * n_classes) % n_classes
     centres = torch.randn(n_classes, width, generator=generator, dtype=torch.float64)

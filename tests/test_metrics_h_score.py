@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from drawing import torch_generator
 from scipy.linalg import orth
 from sklearn.covariance import LedoitWolf
 
@@ -21,10 +22,8 @@ SHRINKAGES = [None, "ledoit_wolf"]
 
 
 def draw(grid=(), *, n=60, width=6, n_classes=4, seed=None):
-    """Random features that depend on the labels, drawn afresh at every run unless a seed is given."""
-    generator = torch.Generator()
-    seed = generator.seed() if seed is None else generator.manual_seed(seed).initial_seed()
-    print(f"drawn with seed {seed}")  # pytest shows it when the test fails
+    """Random features that depend on the labels."""
+    generator = torch_generator() if seed is None else torch.Generator().manual_seed(seed)
     labels = torch.randint(n_classes, (n, *grid), generator=generator)
     labels.view(n, -1)[:n_classes] = torch.arange(n_classes)[:, None]  # every class occurs at every pixel
     centres = torch.randn(n_classes, width, generator=generator, dtype=torch.float64)

@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from drawing import numpy_generator, torch_generator
 from scipy.stats import weightedtau
 from sklearn.neighbors import KNeighborsClassifier, NeighborhoodComponentsAnalysis
 
@@ -21,9 +22,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def draw(n=60, width=6, n_classes=3, separation=1.0):
-    """Features that tell the classes apart in part, drawn afresh at every run."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Features that tell the classes apart in part."""
+    generator = torch_generator()
     labels = torch.randint(n_classes, (n,), generator=generator)
     labels[:n_classes] = torch.arange(n_classes)
     centres = torch.randn(n_classes, width, generator=generator, dtype=torch.float64) * separation
@@ -255,7 +255,7 @@ class TestCombine:
         assert combine_lp_fu(LP | {"own": math.nan}, FU | {"own": 0.3}, exclude="own") == expected
 
     def test_order_scale_and_shift_change_nothing(self):
-        generator = np.random.default_rng()
+        generator = numpy_generator()
         lp, fu = (dict(zip("abcdef", generator.random(6), strict=True)) for _ in range(2))
         expected = combine_lp_fu(lp, fu)
         turned = combine_lp_fu(dict(reversed(lp.items())), {name: 3 * value - 7 for name, value in fu.items()})

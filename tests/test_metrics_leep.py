@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drawing import torch_generator
 from monai.data import MetaTensor
 
 from medtl_ext import InputError
@@ -31,10 +32,8 @@ MAP_OPTIONS = [
 
 
 def draw(grid=(), *, n=12, n_source=3, n_target=4, seed=None, dtype=torch.float64):
-    """Random predictions that depend on the labels, drawn afresh at every run unless a seed is given."""
-    generator = torch.Generator()
-    seed = generator.seed() if seed is None else generator.manual_seed(seed).initial_seed()
-    print(f"drawn with seed {seed}")  # pytest shows it when the test fails
+    """Random predictions that depend on the labels."""
+    generator = torch_generator() if seed is None else torch.Generator().manual_seed(seed)
     labels = torch.randint(n_target, (n, *grid), generator=generator)
     logits = torch.randn(n, n_source, *grid, generator=generator, dtype=torch.float64) * 2
     logits[:, 0] += labels
@@ -149,7 +148,7 @@ class TestReferenceVectors:
 
 
 class TestAgainstLoops:
-    """A second computation, straight from the definition, on problems drawn afresh."""
+    """A second computation, straight from the definition."""
 
     @pytest.mark.parametrize("grid", [(), (5,), (4, 6), (2, 3, 4)])
     def test_pooled(self, grid):

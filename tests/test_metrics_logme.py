@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drawing import torch_generator
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import BayesianRidge
 
@@ -14,9 +15,8 @@ from medtl_ext.metrics.logme import _spectrum
 
 
 def draw(grid=(), *, n=60, width=6, n_classes=3, signal=1.0):
-    """Random features that depend on the labels, drawn afresh at every run."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Random features that depend on the labels."""
+    generator = torch_generator()
     labels = torch.randint(n_classes, (n, *grid), generator=generator)
     labels.view(-1)[:n_classes] = torch.arange(n_classes)
     centres = torch.randn(n_classes, width, generator=generator, dtype=torch.float64)

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from drawing import torch_generator
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -18,9 +19,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def draw(n=90, width=9, n_classes=3):
-    """Features that tell the classes apart in part, drawn afresh at every run."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Features that tell the classes apart in part."""
+    generator = torch_generator()
     labels = torch.randint(n_classes, (n,), generator=generator) * torch.randint(2, (n,), generator=generator)
     labels[: 2 * n_classes] = torch.arange(2 * n_classes) % n_classes
     centres = torch.randn(n_classes, width, generator=generator, dtype=torch.float64)

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from drawing import torch_generator
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
@@ -20,9 +21,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def draw(n=60, width=9, n_classes=2, separation=1.0):
-    """Features that tell the classes apart in part, drawn afresh at every run."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Features that tell the classes apart in part."""
+    generator = torch_generator()
     labels = torch.randint(n_classes, (n,), generator=generator)
     labels[:n_classes] = torch.arange(n_classes)
     centres = torch.randn(n_classes, width, generator=generator, dtype=torch.float64) * separation

@@ -6,6 +6,7 @@ import numpy as np
 import ot
 import pytest
 import torch
+from drawing import torch_generator
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.networks.nets import BasicUNet
@@ -24,9 +25,8 @@ SOLVERS = ["sorted", "emd", "sinkhorn"]
 
 
 def draw(n=30, m=40, width=3, n_source=3, n_target=4):
-    """Random source and target that differ a little, drawn afresh at every run."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Random source and target that differ a little."""
+    generator = torch_generator()
     source_labels = torch.randint(n_source, (n,), generator=generator)
     target_labels = torch.randint(n_target, (m,), generator=generator)
     source = torch.randn(n, width, generator=generator, dtype=torch.float64) / 2 + source_labels[:, None] / 2

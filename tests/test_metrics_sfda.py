@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from drawing import torch_generator
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from medtl_ext import InputError
@@ -16,10 +17,8 @@ from medtl_ext.metrics import SFDA, compute_sfda, sfda
 
 
 def draw(grid=(), *, n=60, width=5, n_classes=3, spread=1.0, seed=None):
-    """Random features that depend on the labels, drawn afresh at every run unless a seed is given."""
-    generator = torch.Generator()
-    seed = generator.seed() if seed is None else generator.manual_seed(seed).initial_seed()
-    print(f"drawn with seed {seed}")  # pytest shows it when the test fails
+    """Random features that depend on the labels."""
+    generator = torch_generator() if seed is None else torch.Generator().manual_seed(seed)
     labels = torch.randint(n_classes, (n, *grid), generator=generator)
     labels.view(-1)[: 2 * n_classes] = torch.arange(2 * n_classes) % n_classes
     centres = torch.randn(n_classes, width, generator=generator, dtype=torch.float64)

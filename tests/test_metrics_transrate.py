@@ -7,15 +7,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from drawing import torch_generator
 
 from medtl_ext import InputError
 from medtl_ext.metrics import TransRate, compute_transrate
 
 
 def draw(grid=(), *, n=60, width=5, n_classes=3, balanced=False):
-    """Random features that depend on the labels, drawn afresh at every run."""
-    generator = torch.Generator()
-    print(f"drawn with seed {generator.seed()}")  # pytest shows it when the test fails
+    """Random features that depend on the labels."""
+    generator = torch_generator()
     labels = torch.randint(n_classes, (n, *grid), generator=generator)
     if balanced:
         labels = torch.arange(n) % n_classes

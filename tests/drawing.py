@@ -1,0 +1,36 @@
+"""Random inputs of tests: the same at every run, so that a test passes or fails by the code alone.
+
+What a test claims must hold for other inputs as well: ``MEDTL_TEST_SEED=random pytest`` draws others, and prints the
+number that repeats them (``MEDTL_TEST_SEED=1234``) with each test that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from collections import Counter
+
+import numpy as np
+import torch
+
+SETTING = os.environ.get("MEDTL_TEST_SEED", "0")
+RUN_SEED = secrets.randbelow(2**31) if SETTING == "random" else int(SETTING)
+_draws: Counter[str] = Counter()
+
+
+def torch_generator() -> torch.Generator:
+    """A generator of its own for every test, and for every draw within a test."""
+    return torch.Generator().manual_seed(_next_seed())
+
+
+def numpy_generator() -> np.random.Generator:
+    """As `torch_generator`, for NumPy."""
+    return np.random.default_rng(_next_seed())
+
+
+def _next_seed() -> int:
+    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]  # without the phase
+    _draws[test] += 1
+    print(f"drawn with MEDTL_TEST_SEED={RUN_SEED}")  # pytest shows it when the test fails
+    return zlib.crc32(f"{RUN_SEED}, {test}, {_draws[test]}".encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from medtl_ext.ranking import known_elsewhere, verdict_claim
+from medtl_ext.ranking import agreement_over_targets, known_elsewhere, verdict_claim
 
 DICE = {
     ("t1", 0): {"a": 0.9, "b": 0.7, "c": 0.5},
@@ -49,3 +49,18 @@ def test_what_is_known_of_other_targets_leaves_this_one_and_other_seeds_out(sour
     assert (first["t1"], first["t2"]) == ("c", "a")
     assert set(known["t3"]) == {"a", "b", "c"}
     assert known_elsewhere(sources, "t1", 1, outcome="dice") is None
+
+
+def test_each_ranking_is_judged_by_its_own_target_with_what_is_known_elsewhere(sources):
+    seen = []
+
+    def judge(ready, truth, *, static):
+        seen.append((truth.to_dict(), static))
+        return pd.DataFrame({"ranker": ["one", "two"], "best": [truth.idxmax(), ready.index[0]]})
+
+    table = agreement_over_targets(sources, judge, outcome="dice")
+    assert seen == [(values, known_elsewhere(sources, *key, outcome="dice")) for key, values in DICE.items()]
+    assert [static is None for _, static in seen] == [False, True, False, False]  # seed 1 has one target
+    assert list(table.columns) == ["ranker", "best", "target", "seed"]
+    assert list(zip(table["target"], table["seed"], strict=True)) == [key for key in DICE for _ in range(2)]
+    assert table["best"].tolist() == ["a", "a", "b", "a", "c", "a", "a", "a"]

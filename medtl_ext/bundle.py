@@ -121,7 +121,8 @@ def start() -> None:
 
     Raises:
         InputError: a top-level key is neither declared nor used by any config of the bundle, which is what a misspelled
-            ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here.
+            ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here; a
+            config for several processes runs in one that torchrun did not start.
     """
     _show_input_errors_as_one_line()
     torch.set_num_threads(_threads(1))
@@ -142,6 +143,11 @@ def start() -> None:
         hint = f"did you mean --{near[0]}?" if near else "see the bundle's docs/README.md for the options it has."
         raise InputError(f"option --{unknown[0]} is not used by this bundle; {hint}")
     _check_kinds(config, Path(workflow.config_root_path))
+    if "RANK" not in os.environ and any("init_process_group" in text for text in _strings(config.get("initialize"))):
+        raise InputError(
+            "a multi_gpu config is for several processes; start it by `torchrun --nproc_per_node=2 -m monai.bundle run "
+            "...`, one process a GPU, or leave it out."
+        )
 
 
 def _declared_options(folder: Path) -> set[str]:

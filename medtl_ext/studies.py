@@ -25,6 +25,7 @@ from medtl_ext._validation import InputError, require_choice
 from medtl_ext.bundle import Job, current_config, deciding_parts, kept_model, run_jobs, settings_of, study_config
 from medtl_ext.data import Collection, SliceDataset, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.collection import SPLITS
+from medtl_ext.data.integrity import require_volumes
 from medtl_ext.networks import load_weights
 from medtl_ext.report import audit_report, compare_report
 from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
@@ -298,7 +299,7 @@ def images_to_segment(input_dir: str | None, task: str) -> list[dict[str, str]]:
     """The NIfTI images in a folder, or (None) those of the phantom's test patients of ``task``.
 
     Raises:
-        InputError: there is no such folder, or no NIfTI file in it.
+        InputError: there is no such folder, no NIfTI file in it, or one that is not a single 3D volume.
     """
     if input_dir is None:
         return [{"image": item["image"]} for item in open_collection(None, task).datalist(Task(task), "test")]
@@ -310,4 +311,5 @@ def images_to_segment(input_dir: str | None, task: str) -> list[dict[str, str]]:
     stems = [file.name.split(".nii")[0] for file in images]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise InputError(f"{input_dir} holds two images called {twice[0]}, whose segmentations would be one file.")
+    require_volumes(images, progress=True)
     return [{"image": str(image)} for image in images]

@@ -299,13 +299,25 @@ def test_inference_without_images_says_so(source, tmp_path):
 
 
 def test_inference_takes_one_image_and_refuses_two_of_one_name(tmp_path):
-    for name in ("a.nii", "a.nii.gz", "B.NII.GZ", "a.nii.gz.json"):
-        (tmp_path / name).touch()
+    (tmp_path / "a.nii.gz.json").touch()
+    for name in ("a.nii", "a.nii.gz", "B.NII.GZ"):
+        nib.save(nib.Nifti1Image(np.ones((4, 4, 2), np.float32), np.eye(4)), tmp_path / name)
     assert images_to_segment(str(tmp_path / "B.NII.GZ"), "17-T2-ED") == [{"image": str(tmp_path / "B.NII.GZ")}]
     with pytest.raises(InputError, match="two images called a"):
         images_to_segment(str(tmp_path), "17-T2-ED")
     (tmp_path / "a.nii").unlink()
     assert len(images_to_segment(str(tmp_path), "17-T2-ED")) == 2
+
+
+def test_inference_looks_at_all_images_before_it_begins(tmp_path):
+    for name, shape in {"a": (4, 4, 2), "b": (4, 4, 2, 3), "c": (4, 4, 2)}.items():
+        nib.save(nib.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    message = refused(lambda: images_to_segment(str(tmp_path), "17-T2-ED"))
+    assert message.startswith(f"{tmp_path}/b.nii.gz: the volume has shape (4, 4, 2, 3)")
+    (tmp_path / "a.nii.gz").write_bytes((tmp_path / "c.nii.gz").read_bytes()[:-20])
+    message = refused(lambda: images_to_segment(str(tmp_path), "17-T2-ED"))
+    assert message.startswith(f"{tmp_path}/a.nii.gz: the file cannot be read")
+    assert message.endswith("(and 1 more like this)")
 
 
 @pytest.mark.parametrize(

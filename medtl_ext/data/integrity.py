@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import joblib
 import nibabel
@@ -21,7 +21,7 @@ from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import Collection, Subject, Task
 
-__all__ = ["IntegrityReport", "Issue", "check_collection"]
+__all__ = ["IntegrityReport", "Issue", "check_collection", "require_volumes"]
 
 # Every thread holds a volume or two: more of them would read no faster and could fill the memory of a large machine.
 _MAX_THREADS = 8
@@ -110,10 +110,7 @@ def check_collection(
     """
     chosen = collection.tasks() if tasks is None else [Task(str(task)) for task in tasks]
     files = _list_files(collection, None if tasks is None else chosen)
-    scan = joblib.delayed(_scan)
-    threads = joblib.Parallel(min(_MAX_THREADS, joblib.cpu_count()), require="sharedmem", return_as="generator")
-    jobs = threads(scan(file, collection.labels) for file in files)
-    scans = list(tqdm(jobs, "checking files", total=len(files), unit="file", disable=None if progress else True))
+    scans = _for_each(lambda file: _scan(file, collection.labels), files, progress=progress)
     readable = [scan for scan in scans if scan.shape is not None]
     issues = [
         *(_issue(collection, scan.file, *problem) for scan in scans for problem in scan.problems),
@@ -122,6 +119,33 @@ def check_collection(
         *_foreground_issues(collection, chosen, readable),
     ]
     return IntegrityReport(collection.path, len({file.subject.id for file in files}), len(files), issues)
+
+
+def require_volumes(paths: Sequence[Path], *, progress: bool = False) -> None:
+    """Refuse files that are not each one 3D volume, before a long run meets them; every byte is read.
+
+    Raises:
+        InputError: some are unreadable, truncated or of another shape; it names the first.
+    """
+
+    def problem(path: Path) -> str | None:
+        try:
+            _usable_volume(path)
+        except _Unusable as reason:
+            return f"{path}: {'; '.join(reason.args)}"
+        return None
+
+    problems = [found for found in _for_each(problem, paths, progress=progress) if found]
+    if problems:
+        more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
+        raise InputError(problems[0] + more)
+
+
+def _for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: bool) -> list[Any]:
+    """What ``read`` returns of each file, several read at a time."""
+    threads = joblib.Parallel(min(_MAX_THREADS, joblib.cpu_count()), require="sharedmem", return_as="generator")
+    jobs = threads(joblib.delayed(read)(file) for file in files)
+    return list(tqdm(jobs, "checking files", total=len(files), unit="file", disable=None if progress else True))
 
 
 @dataclass(frozen=True)
@@ -184,22 +208,32 @@ def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return voxels, image.affine
 
 
+class _Unusable(Exception):
+    """The problem, and what to do about it."""
+
+
+def _usable_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of a file that holds one 3D volume of numbers."""
+    if not path.is_file():
+        raise _Unusable("the file does not exist", "correct its path in the collection, or restore it")
+    try:
+        voxels, affine = _read_volume(path)
+    except Exception as error:  # a broken file fails in a dozen ways, and none of them may end the check
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise _Unusable(f"the file cannot be read ({reason})", "copy or convert it again") from error
+    if voxels.ndim != 3 or voxels.size == 0 or voxels.dtype.kind not in "biuf":
+        problem = f"the volume has shape {voxels.shape} and voxels of type {voxels.dtype}"
+        raise _Unusable(problem, "store one 3D volume of numbers a file")
+    return voxels, affine
+
+
 def _scan(file: _File, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
     """Read one file and look at it by itself."""
     scan = _Scan(file)
     try:
-        if not file.path.is_file():
-            advice = "correct its path in the collection, or restore it"
-            scan.problems.append(("error", "the file does not exist", advice))
-            return scan
-        voxels, scan.affine = _read_volume(file.path)
-    except Exception as error:  # a broken file fails in a dozen ways, and none of them may end the check
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        scan.problems.append(("error", f"the file cannot be read ({reason})", "copy or convert it again"))
-        return scan
-    if voxels.ndim != 3 or voxels.size == 0 or voxels.dtype.kind not in "biuf":
-        problem = f"the volume has shape {voxels.shape} and voxels of type {voxels.dtype}"
-        scan.problems.append(("error", problem, "store one 3D volume of numbers a file"))
+        voxels, scan.affine = _usable_volume(file.path)
+    except _Unusable as reason:
+        scan.problems.append(("error", *reason.args))
         return scan
     scan.shape = voxels.shape
     if not np.isfinite(voxels).all():

@@ -390,12 +390,12 @@ class TestDegenerateInput:
     def test_scales(self, scale):
         source, source_labels, target, target_labels = draw()
         value = compute_otce(source * scale, source_labels, target * scale, target_labels)
-        assert negative_entropy(target_labels) <= value <= 0
+        assert negative_entropy(target_labels) - 1e-9 <= value <= 0
 
     def test_half_precision_does_not_overflow(self):
         source, source_labels, target, target_labels = draw()
         value = compute_otce((source * 1e4).half(), source_labels, (target * 1e4).half(), target_labels)
-        assert negative_entropy(target_labels) <= value <= 0
+        assert negative_entropy(target_labels) - 1e-9 <= value <= 0
 
     def test_sinkhorn_that_does_not_converge_warns(self, monkeypatch):
         sides = draw()

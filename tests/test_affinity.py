@@ -677,6 +677,17 @@ class TestContext:
         again = [task_context(iter(images[::-1]), iter(labels[::-1])) for images, labels in tasks]
         np.testing.assert_allclose(pairwise_context(contexts, again), pairwise_context(contexts, contexts), atol=1e-12)
 
+    def test_regions_outside_the_crop(self, rng):
+        """Two regions so far apart that neither lies in the box around their middle."""
+        image = np.arange(1.0, 60 * 4 * 4 + 1).reshape(60, 4, 4)
+        far = np.zeros(image.shape, bool)
+        far[[0, -1]] = True
+        near = np.zeros(image.shape, bool)
+        near[28:32] = True
+        options = {"spacing_a": 4, "spacing_b": 4, "crop": 96, "weights": (0, 1, 0)}
+        assert context_affinity([image], [far], [image], [far], **options) == 0
+        assert context_affinity([image], [far], [image], [near], **options).item() == pytest.approx(1)
+
     def test_a_patient_without_roi_counts_for_the_body_only(self, rng):
         images, labels = head(rng)
         other, _ = head(rng, n=1, level=50)

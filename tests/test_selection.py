@@ -284,14 +284,14 @@ def test_unknown_metrics_are_refused_with_the_known_ones():
 
 def test_predictions_do_not_depend_on_batches_or_their_order():
     probs, labels = torch.rand(5, 2, 3, 3), torch.randint(0, 2, (5, 1, 3, 3))
-    images = [("b", 3), ("a", 1), ("a", 0), ("c", 0), ("b", 1)]
+    images = [("b", 3, "p1"), ("a", 1, "p2"), ("a", 0, "p2"), ("c", 0, "p1"), ("b", 1, "p1")]
     whole, parts = Predictions(), Predictions()
     whole.update(probs, labels, images)
     for index in (4, 0, 3, 1, 2):
         parts.update(probs[[index]], labels[[index]], [images[index]])
     for one, other in zip(whole.compute()[:3], parts.compute()[:3], strict=True):
         assert torch.equal(one, other)
-    assert whole.compute().groups.tolist() == [0, 0, 1, 1, 2]
+    assert whole.compute().groups.tolist() == [1, 1, 0, 0, 0]  # two scans of p1
     assert torch.equal(whole.compute().probs[0], probs[2])
 
 

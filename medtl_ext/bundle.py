@@ -83,6 +83,8 @@ DECIDING = (
     "train#deterministic_transforms",
     "train#random_transforms",
 )
+# The same, of some bundles only: without them, names of pre-trained sources stay as they are.
+DECIDING_WHERE_PRESENT = ("loss_def", "region_loss", "leep")
 LEAST = {"seed": 0, "pool_seed": 0, "num_workers": 0, "epochs": 0, "pool_epochs": 1, "patience": 1}
 LEAST |= {"batch_size": 1, "iterations_per_epoch": 1, "val_interval": 1}
 # What the command line leaves as text, where a config would have a value.
@@ -257,7 +259,7 @@ def deciding_parts(config: Mapping[str, Any]) -> dict[str, Any]:
         for part in name.split("#"):
             value = value.get(part) if isinstance(value, Mapping) else None
         found[name] = value
-    return found
+    return found | {name: config[name] for name in DECIDING_WHERE_PRESENT if config.get(name) is not None}
 
 
 def claim_output(output_dir: str | os.PathLike[str]) -> Path:

@@ -96,7 +96,8 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, task: str, *,
         "check_data": True,
     }
     merged = {**config, **json.loads(overlay.read_text()), **overrides}
-    parts = {name: part for name, part in deciding_parts(merged).items() if name != "weight_map"}  # needs a source
+    need_a_source = ("weight_map", "leep")
+    parts = {name: part for name, part in deciding_parts(merged).items() if name not in need_a_source}
     settings = settings_of(merged)
     if source_collection is not None:
         content = load_collection(source_collection).fingerprint

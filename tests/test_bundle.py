@@ -124,6 +124,18 @@ def test_a_run_with_another_loss_is_another_run(tmp_path):
         raise caught.value.__cause__
 
 
+@pytest.mark.parametrize("part", ["loss", "loss_def", "region_loss", "leep"])
+def test_any_part_of_the_loss_and_of_its_weights_decides(tmp_path, part):
+    config = write_bundle(tmp_path, **{part: {"base": {"_target_": "torch.nn.CrossEntropyLoss"}, "to": "$1 + 1"}})
+    run(config)
+    run(config)
+    for change in ({f"{part}#base#_target_": "torch.nn.NLLLoss"}, {f"{part}#to": "$2"}):
+        with pytest.raises(RuntimeError) as caught:
+            run(config, **change)
+        with pytest.raises(InputError, match=f"holds a run with {part}="):
+            raise caught.value.__cause__
+
+
 def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):
     config = write_bundle(tmp_path)
     run(config)

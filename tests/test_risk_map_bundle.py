@@ -159,6 +159,11 @@ def test_a_source_is_kept_for_the_content_of_its_collection(collection, tmp_path
     assert "does not exist" in refused(lambda: source_folder(collection=str(there)))
 
 
+def test_a_source_trained_with_another_loss_is_another():
+    focal = {"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss", "reduction": "none"}}
+    assert source_folder(**focal) != source_folder()
+
+
 def test_the_name_of_a_source_trained_on_the_phantom_holds_its_settings_as_they_are():
     config = workflow_of().parser.get() | {"bundle_root": str(BUNDLE)}
     job = pretraining_job(config, "sources", "14-FLAIR-ED", seed=0)

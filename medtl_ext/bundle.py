@@ -271,17 +271,9 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: the folder cannot be written to, or holds a run with other settings.
     """
-    folder = Path(output_dir)
+    folder = _writable(output_dir)
     config = current_config()
     record = folder / "config.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
-        ) from error
     if record.is_file() and any(path != record for path in folder.glob("[!.]*")):
         recorded = json.loads(record.read_text(encoding="utf-8"))
         before, now = (settings_of(one) | deciding_parts(one) | {"grid": one.get("grid")} for one in (recorded, config))
@@ -299,6 +291,20 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
                 "another folder with --output_dir."
             )
         write_json(record, config)
+    return folder
+
+
+def _writable(output_dir: str | os.PathLike[str]) -> Path:
+    """The folder, made where it is not there."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
+        ) from error
     return folder
 
 
@@ -377,7 +383,15 @@ class Job:
         return (self.output_dir / self.result).is_file()
 
     def run(self, threads: int | None = None) -> None:
-        """Run the config in this process, on so many threads."""
+        """Run the config in this process, on so many threads; whoever runs it meanwhile is waited for.
+
+        The lock is not that of `kept_model`, which is held by another process while the job runs.
+        """
+        with FileLock(_writable(self.output_dir) / ".run.lock"):
+            if not self.done:
+                self._run(threads)
+
+    def _run(self, threads: int | None) -> None:
         if "RANK" in os.environ:
             _be_the_only_rank()
         configs = Path(self.config["bundle_root"]) / "configs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,36 @@ def test_jobs_run_once_and_a_bad_one_costs_itself_only(tmp_path):
     before = (tmp_path / "one" / "result.txt").stat().st_mtime_ns
     run_jobs([jobs[0], jobs[2]])
     assert (tmp_path / "one" / "result.txt").stat().st_mtime_ns == before
+
+
+def test_a_job_started_twice_at_a_time_runs_once(tmp_path):
+    """Each would clear away what the other is writing; the second waits, and finds the job done."""
+    log = tmp_path / "log.txt"
+    steps = [
+        "$bundle.claim_output(@output_dir)",
+        f"$open({str(log)!r}, 'a').write('run\\n')",
+        "$__import__('time').sleep(0.5)",
+        "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
+    ]
+    config = json.loads(write_bundle(tmp_path, run=steps).read_text()) | {"bundle_root": str(tmp_path)}
+    job = Job(config, tmp_path / "one", result="result.txt")
+    with ThreadPoolExecutor(2) as pool:  # a file lock holds between threads as it does between processes
+        for attempt in [pool.submit(job.run) for _ in range(2)]:
+            attempt.result(120)
+    assert log.read_text() == "run\n"
+    assert (tmp_path / "one" / "result.txt").read_text() == "9"
+    other = Job(config, tmp_path / "one", overrides={"number": 4}, result="other.txt")
+    with pytest.raises(RuntimeError) as caught:  # the lock is no file of the run
+        other.run()
+    assert "holds a run with number=3" in str(caught.value.__cause__)
+
+
+def test_a_folder_that_holds_nothing_but_the_lock_is_free(tmp_path):
+    config = json.loads(write_bundle(tmp_path).read_text()) | {"bundle_root": str(tmp_path)}
+    with pytest.raises(RuntimeError):
+        Job(config | {"run": ["$1 / 0"]}, tmp_path / "one", result="result.txt").run()
+    Job(config, tmp_path / "one", overrides={"number": 5}, result="result.txt").run()
+    assert (tmp_path / "one" / "result.txt").read_text() == "25"
 
 
 def test_a_kept_model_is_trained_once(tmp_path):

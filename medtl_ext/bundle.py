@@ -123,8 +123,8 @@ def start() -> None:
 
     Raises:
         InputError: a top-level key is neither declared nor used by any config of the bundle, which is what a misspelled
-            ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here; a
-            config for several processes runs in one that torchrun did not start.
+            ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here; no
+            epoch would be validated; a config for several processes runs in one that torchrun did not start.
     """
     _show_input_errors_as_one_line()
     torch.set_num_threads(_threads(1))
@@ -139,6 +139,7 @@ def start() -> None:
     config = workflow.parser.get()
     _check_names(config, Path(workflow.config_root_path))
     _check_kinds(config, Path(workflow.config_root_path))
+    _check_validation(config)
     if "RANK" not in os.environ and any("init_process_group" in text for text in _strings(config.get("initialize"))):
         raise InputError(
             "a multi_gpu config is for several processes; start it by `torchrun --nproc_per_node=2 -m monai.bundle run "
@@ -189,6 +190,25 @@ def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
             raise InputError(f"option --{key} is {value!r}; expected {expected}.")
         if key in LEAST and isinstance(value, int | float) and value < LEAST[key]:
             raise InputError(f"option --{key} is {value}; expected at least {LEAST[key]}.")
+
+
+def _check_validation(config: Mapping[str, Any]) -> None:
+    """Refuse a training that would end before its first validation, and so without a best network to score."""
+    interval, epochs = (_number(config, name) for name in ("val_interval", "epochs"))
+    if interval is not None and epochs is not None and interval > epochs > 0:
+        raise InputError(
+            f"--val_interval is {interval}, --epochs {epochs}: no epoch would be validated; give at most --epochs."
+        )
+
+
+def _number(config: Mapping[str, Any], name: str) -> float | None:
+    """The number that a setting is or refers to (``@epochs``); None if it is neither, as an expression."""
+    value = config.get(name)
+    for _ in config:  # so many references at most
+        if not (isinstance(value, str) and value.startswith("@")):
+            break
+        value = config.get(value[1:])
+    return value if isinstance(value, int | float) else None
 
 
 def _is_expression(value: Any) -> bool:

@@ -114,6 +114,36 @@ def test_an_option_of_a_fitting_kind_is_taken(tmp_path, declared, given):
     run(write_bundle(tmp_path, choice=declared, number="$1 if @choice is None else 2"), choice=given)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "interval", "shown"),
+    [
+        (4, 10, (10, 4)),
+        ("@pool_epochs", 4, (4, 3)),
+        (4, "@number", (5, 4)),
+        (4, "@patience", None),
+        (4, 4, None),
+        (0, 10, None),
+        ("$2 + 2", 10, None),
+        (4, "$2 * @epochs", None),
+        (4, "@epochs", None),
+        (4, "@nothing", None),
+        (None, 3, None),
+        (4, "@val_interval", None),
+    ],
+)
+def test_a_training_without_a_validation_is_refused(tmp_path, epochs, interval, shown):
+    settings = {"epochs": epochs, "val_interval": interval, "pool_epochs": 3, "number": 5, "patience": None}
+    config = write_bundle(tmp_path, **settings, used="$[@epochs, @val_interval, @pool_epochs, @patience]")
+    workflow = ConfigWorkflow(config_file=str(config), workflow_type="train")
+    if shown is None:
+        workflow.initialize()
+        return
+    with pytest.raises(RuntimeError) as caught:
+        workflow.initialize()
+    message = "--val_interval is {}, --epochs {}: no epoch would be validated; give at most --epochs.".format(*shown)
+    assert str(caught.value.__cause__) == message
+
+
 def test_a_run_with_another_loss_is_another_run(tmp_path):
     loss = {"_target_": "torch.nn.CrossEntropyLoss"}
     config = write_bundle(tmp_path, loss=loss)

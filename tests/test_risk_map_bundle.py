@@ -536,6 +536,7 @@ def no_training(monkeypatch):
         ({"architecture#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
         ({"freeze": "backbone"}, "matches no parameter"),
         ({"epoch": 1}, "did you mean --epochs"),
+        ({"val_interval": 2}, "--val_interval is 2, --epochs 1: no epoch would be validated"),
         ({"train_slices": 0}, "max_slices must be at least 1"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",

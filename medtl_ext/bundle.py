@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
+from medtl_ext.data.collection import load_collection
 
 __all__ = [
     "Job",
@@ -293,12 +294,20 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
     """
     folder = _writable(output_dir)
     config = current_config()
+    config["_content_"] = _content(config)
     record = folder / "config.json"
     if record.is_file() and any(path != record for path in folder.glob("[!.]*")):
         recorded = json.loads(record.read_text(encoding="utf-8"))
         before, now = (settings_of(one) | deciding_parts(one) | {"grid": one.get("grid")} for one in (recorded, config))
+        contents = recorded.get("_content_", {}), config["_content_"]  # none of a run of an earlier version
         for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
+            if all(name in content for content in contents):
+                if contents[0][name] != contents[1][name]:
+                    raise InputError(
+                        f"output folder {folder} holds a run on another {name}, with other patients, splits or files "
+                        f"than {now[name]} has now; give another folder with --output_dir, or delete that one."
+                    )
+            elif before.get(name) != now.get(name):
                 raise InputError(
                     f"output folder {folder} holds a run with {name}={before.get(name)!r}, this one has "
                     f"{now.get(name)!r}; give another folder with --output_dir, or delete that one."
@@ -312,6 +321,13 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
             )
         write_json(record, config)
     return folder
+
+
+def _content(config: Mapping[str, Any]) -> dict[str, str]:
+    """Fingerprints of the collections that a config names, which are the same wherever a collection lies."""
+    named = {name: config.get(name) for name in ("collection", "source_collection")}
+    files = {name: path for name, path in named.items() if isinstance(path, str) and Path(path).is_file()}
+    return {name: load_collection(path).fingerprint for name, path in files.items()}
 
 
 def _writable(output_dir: str | os.PathLike[str]) -> Path:

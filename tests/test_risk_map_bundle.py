@@ -255,6 +255,22 @@ def test_files_of_no_known_run_are_not_replaced(options, source, tmp_path):
     pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
 
 
+def test_a_run_belongs_to_the_content_of_its_collection(options, collection, tmp_path):
+    here, there = (tmp_path / name / "collection.json" for name in ("here", "there"))
+    shutil.copytree(collection.parent, here.parent)
+    run("vanilla", **options | {"collection": str(here)})
+    scores = table(options["output_dir"])
+    here.parent.rename(there.parent)
+    run("vanilla", **options | {"collection": str(there)})
+    pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
+    content = json.loads(there.read_text())
+    content["subjects"] = content["subjects"][1:]
+    there.write_text(json.dumps(content))
+    message = refused(lambda: run("vanilla", **options | {"collection": str(there)}))
+    assert "holds a run on another collection" in message
+    pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
+
+
 def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path):
     shared = {"base": "compare", "pairs": [["14-T2-ED", "17-T2-ED"]], "methods": ["vanila"]}
     shared |= {"output_dir": str(tmp_path / "out")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from medtl_ext import InputError
 from medtl_ext._validation import require_choices
-from medtl_ext.data import write_collection
+from medtl_ext.data import load_collection, write_collection
 from medtl_ext.metrics.features import Samples
 from medtl_ext.metrics.gbc import compute_gbc
 from medtl_ext.metrics.h_score import compute_h_score, compute_h_score_map
@@ -29,6 +30,7 @@ from medtl_ext.metrics.nce import compute_nce
 from medtl_ext.metrics.transrate import compute_transrate
 from medtl_ext.selection import Maps, Observation, Predictions, filter_by_priors, find_candidates, score_of_counts
 from medtl_ext.selection.candidates import built, input_misfit
+from medtl_ext.selection.priors import prior_table
 from medtl_ext.selection.scores import METRICS, score
 from medtl_ext.selection.study import study_report
 from medtl_ext.selection.truth import agreement_table, rankers
@@ -293,6 +295,46 @@ def test_predictions_do_not_depend_on_batches_or_their_order():
         assert torch.equal(one, other)
     assert whole.compute().groups.tolist() == [0, 0, 1, 1, 2]
     assert torch.equal(whole.compute().probs[0], probs[2])
+
+
+# Priors
+
+LEFT, RIGHT = slice(2, 8), slice(12, 18)
+
+
+@pytest.fixture
+def regions(tmp_path) -> str:
+    """Institution A has T1 of patients with a region on the left, and T2 of others with one on the right."""
+
+    def volume(name: str, side: slice) -> str:
+        array = np.zeros((20, 20, 10), np.float32)
+        array[side, side, 2:8] = 1
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name)
+        return name
+
+    subjects = []
+    for site, modality, side in (("A", "T1", LEFT), ("A", "T2", RIGHT), ("B", "T1", LEFT)):
+        for split in ("train", "val", "test"):
+            name = f"{site}-{modality}-{split}"
+            files = {"images": {modality: volume(f"{name}.nii", side)}, "labels": {"t": volume(f"{name}-l.nii", side)}}
+            subjects.append({"id": name, "institution": site, "split": split, **files})
+    objectives = {"ED": {"label": "t", "values": [1]}}
+    content = {"name": "c", "labels": {"t": {"ED": 1}}, "objectives": objectives, "subjects": subjects}
+    return str(write_collection(tmp_path / "collection.json", content))
+
+
+def prior_columns(names: list[str], path: str) -> pd.DataFrame:
+    target, candidates = "B-T1-ED", find_candidates(names, target="B-T1-ED", collection=path)
+    options = {"source_collection": path, "subjects": 24, "spacing": [1.0, 1.0, 1.0], "roi_size": [20, 20]}
+    return prior_table(candidates, target=load_collection(path), target_task=target, **options)
+
+
+@pytest.mark.parametrize("names", [["A-T1-ED", "A-T2-ED"], ["A-T2-ED", "A-T1-ED"]], ids=str)
+def test_every_source_has_the_regions_of_its_own_patients(names, regions):
+    table = prior_columns(names, regions)
+    assert table.loc["A-T1-ED", ["ssim", "roi_dice"]].tolist() == pytest.approx([1, 1])
+    assert table.loc["A-T2-ED", "roi_dice"] == 0
+    assert table.loc["A-T2-ED", "ssim"] < 0.95
 
 
 # Filters

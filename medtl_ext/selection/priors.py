@@ -64,7 +64,8 @@ def prior_table(
     own = region_labels(target, target_task, spacing=spacing, roi_size=roi_size)
 
     rows = []
-    regions: dict[tuple[str, str], dict[str, float]] = {}  # images differ between modalities, labels do not
+    # Tasks of several modalities may have the same label files, though not need to: subjects may lack a modality.
+    regions: dict[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]], dict[str, float]] = {}
     for candidate in candidates:
         row: dict[str, Any] = {"source": candidate.name, "kind": candidate.kind, "size": candidate.size}
         row |= {"task": candidate.task, "checkpoint": candidate.checkpoint}
@@ -75,10 +76,10 @@ def prior_table(
         row["own_dice"] = _own_dice(candidate.job)
         row |= dict.fromkeys(("ssim", "roi_dice", "roi_shape"), np.nan)
         if candidate.task is not None:
-            task = Task(candidate.task)
-            key = (task.institution, task.objective)
+            source = open_collection(source_collection, candidate.task, subjects=subjects)
+            files = tuple(item["label"] for item in source.datalist(candidate.task, "train"))
+            key = (files, tuple(map(tuple, source.label_values(candidate.task))))
             if key not in regions:
-                source = open_collection(source_collection, candidate.task, subjects=subjects)
                 labels = region_labels(source, candidate.task, spacing=spacing, roi_size=roi_size)
                 regions[key] = roi_similarity(labels, own, spacing=spacing[: labels.ndim - 1])
             row |= regions[key]

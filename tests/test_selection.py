@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from monai.networks.nets import BasicUNet, UNet
+from monai.transforms import ResizeWithPadOrCrop
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -30,7 +31,7 @@ from medtl_ext.metrics.nce import compute_nce
 from medtl_ext.metrics.transrate import compute_transrate
 from medtl_ext.selection import Maps, Observation, Predictions, filter_by_priors, find_candidates, score_of_counts
 from medtl_ext.selection.candidates import built, input_misfit
-from medtl_ext.selection.priors import prior_table
+from medtl_ext.selection.priors import prior_table, roi_similarity
 from medtl_ext.selection.scores import METRICS, score
 from medtl_ext.selection.study import study_report
 from medtl_ext.selection.truth import agreement_table, rankers
@@ -332,9 +333,22 @@ def prior_columns(names: list[str], path: str) -> pd.DataFrame:
 @pytest.mark.parametrize("names", [["A-T1-ED", "A-T2-ED"], ["A-T2-ED", "A-T1-ED"]], ids=str)
 def test_every_source_has_the_regions_of_its_own_patients(names, regions):
     table = prior_columns(names, regions)
-    assert table.loc["A-T1-ED", ["ssim", "roi_dice"]].tolist() == pytest.approx([1, 1])
+    assert table.loc["A-T1-ED", ["ssim", "roi_dice"]].tolist() == pytest.approx([1, 1], abs=1e-3)
     assert table.loc["A-T2-ED", "roi_dice"] == 0
     assert table.loc["A-T2-ED", "ssim"] < 0.95
+
+
+@pytest.mark.parametrize("depths", [(10, 20), (9, 10), (10, 11), (11, 16)], ids=str)
+def test_the_same_regions_are_alike_in_any_number_of_slices(depths):
+    fewer = torch.zeros(20, 20, depths[0], dtype=torch.bool)
+    fewer[5:15, 5:15, 3:7] = True
+    more = ResizeWithPadOrCrop([20, 20, depths[1]])(fewer[None])[0].bool()
+    empty = torch.zeros(20, 20, 21, dtype=torch.bool)  # a patient with more slices moves the others alike
+    for source, target in (([fewer], [more]), ([fewer], [fewer]), ([more], [fewer])):
+        found = roi_similarity(source, target, spacing=[1, 1, 1])
+        assert (found["ssim"], found["roi_dice"]) == pytest.approx((1, 1), abs=1e-3)
+    # The mean map is 1/2 in the region, against 1: 2 * 1/2 / (1/4 + 1).
+    assert roi_similarity([fewer, empty], [fewer], spacing=[1, 1, 1])["roi_dice"] == pytest.approx(0.8)
 
 
 # Filters

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCropd, Spacingd
+from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, Spacingd
 
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.data import Collection, Task
@@ -26,8 +26,11 @@ TAGS = ("modality", "objective", "institution")
 
 def region_labels(
     collection: Collection, task: str, *, spacing: Sequence[float], roi_size: Sequence[int]
-) -> torch.Tensor:
-    """The task's training labels on the common grid: N x *spatial, bool, True in any foreground class."""
+) -> list[torch.Tensor]:
+    """The task's training labels on the common grid, bool, True in any foreground class.
+
+    Slices are as many as a volume has, where ``roi_size`` does not say.
+    """
     prepare = Compose(
         [
             LoadImaged(keys="label", reader="NibabelReader", ensure_channel_first=True),
@@ -36,12 +39,9 @@ def region_labels(
             SelectLabelsd(keys="label", values=collection.label_values(task)),
         ]
     )
-    labels = [
-        torch.as_tensor(prepare({"label": item["label"]})["label"]) for item in collection.datalist(task, "train")
-    ]
-    depth = max(label.shape[-1] for label in labels)
-    pad = ResizeWithPadOrCropd(keys="label", spatial_size=[*roi_size, depth][:3])
-    return torch.stack([torch.as_tensor(pad({"label": label})["label"])[0] > 0 for label in labels])
+    pad = ResizeWithPadOrCrop(spatial_size=[*roi_size, -1][:3])
+    labels = [prepare({"label": item["label"]})["label"] for item in collection.datalist(task, "train")]
+    return [torch.as_tensor(pad(label))[0] > 0 for label in labels]
 
 
 def prior_table(
@@ -81,23 +81,33 @@ def prior_table(
             key = (files, tuple(map(tuple, source.label_values(candidate.task))))
             if key not in regions:
                 labels = region_labels(source, candidate.task, spacing=spacing, roi_size=roi_size)
-                regions[key] = roi_similarity(labels, own, spacing=spacing[: labels.ndim - 1])
+                regions[key] = roi_similarity(labels, own, spacing=spacing[: labels[0].ndim])
             row |= regions[key]
         rows.append(row)
     return pd.DataFrame(rows).set_index("source")
 
 
-def roi_similarity(source: torch.Tensor, target: torch.Tensor, *, spacing: Sequence[float]) -> dict[str, float]:
-    """How alike two sets of label volumes (N x *spatial, bool) are, in three ways; higher is more alike."""
-    depth = max(source.shape[-1], target.shape[-1])
-    source, target = (torch.nn.functional.pad(labels, (0, depth - labels.shape[-1])) for labels in (source, target))
-    source, target = source.to(torch.uint8), target.to(torch.uint8)
-    shapes = (shape_descriptors(labels, spacing=spacing) for labels in (source, target))
+def roi_similarity(
+    source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], *, spacing: Sequence[float]
+) -> dict[str, float]:
+    """How alike two sets of label volumes (bool, of any number of slices) are, in three ways; higher is more alike.
+
+    All volumes are laid centre on centre.
+    """
+    depth = max(volume.shape[-1] for volume in (*source, *target))
+    first, second = _stacked(source, depth), _stacked(target, depth)
+    shapes = (shape_descriptors(labels, spacing=spacing) for labels in (first, second))
     return {
-        "ssim": float(pairwise_ssim(source, target).mean()),
-        "roi_dice": float(mean_label_dice(source, target)),
+        "ssim": float(pairwise_ssim(first, second).mean()),
+        "roi_dice": float(mean_label_dice(first, second)),
         "roi_shape": float(shape_similarity(*shapes).mean()),
     }
+
+
+def _stacked(volumes: Sequence[torch.Tensor], depth: int) -> torch.Tensor:
+    """N x *spatial, uint8: volumes with as many empty slices on either end as bring them to one depth."""
+    pad = ResizeWithPadOrCrop(spatial_size=[*volumes[0].shape[:-1], depth])
+    return torch.stack([torch.as_tensor(pad(volume[None].to(torch.uint8)))[0] for volume in volumes])
 
 
 def _own_dice(job: Path | None) -> float:

@@ -386,12 +386,15 @@ def test_a_score_that_cannot_be_resampled_gives_an_order_and_no_verdict(tmp_path
     assert "good 1.000 and poor 0.000" in content["answer"]
 
 
-def test_constant_scores_rank_nothing(tmp_path, no_command):
+def test_constant_scores_rank_nothing(tmp_path, no_command, capsys):
     content = ranked({"one": 0, "two": 0}, tmp_path, decide_by="lp_fu")
     assert "All sources have the same LP x FU: it ranks nothing here." in content["answer"]
     assert "There is no best guess: one and two have the same score." in content["answer"]
     assert content["recommendation"] is None
     assert content["default"] is None
+    assert content["command"] is None
+    assert (tmp_path / "answer.txt").read_text().rstrip() == content["answer"]
+    assert "To use it" not in capsys.readouterr().out
 
 
 def test_a_tie_at_the_top_is_no_pick(tmp_path, no_command):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -29,7 +30,15 @@ from medtl_ext.metrics.leep import compute_leep
 from medtl_ext.metrics.logme import compute_logme
 from medtl_ext.metrics.nce import compute_nce
 from medtl_ext.metrics.transrate import compute_transrate
-from medtl_ext.selection import Maps, Observation, Predictions, filter_by_priors, find_candidates, score_of_counts
+from medtl_ext.selection import (
+    Maps,
+    Observation,
+    Predictions,
+    filter_by_priors,
+    find_candidates,
+    pipeline,
+    score_of_counts,
+)
 from medtl_ext.selection.candidates import built, input_misfit
 from medtl_ext.selection.priors import prior_table, roi_similarity
 from medtl_ext.selection.scores import METRICS, score
@@ -349,6 +358,30 @@ def test_the_same_regions_are_alike_in_any_number_of_slices(depths):
         assert (found["ssim"], found["roi_dice"]) == pytest.approx((1, 1), abs=1e-3)
     # The mean map is 1/2 in the region, against 1: 2 * 1/2 / (1/4 + 1).
     assert roi_similarity([fewer, empty], [fewer], spacing=[1, 1, 1])["roi_dice"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(("split", "expected"), [("val", 0.5), ("train", 0.9), (None, 0.5)])
+def test_a_sources_own_dice_is_on_the_patients_it_was_validated_on(split, expected, tmp_path, regions):
+    rows = [("val", 0.4), ("val", 0.6), ("train", 0.9), ("test", 0.1)]
+    pd.DataFrame(rows, columns=["split", "dice"]).to_csv(tmp_path / "metrics.csv", index=False)
+    if split is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"val_split": split}))
+    (one,) = find_candidates(["A-T1-ED"], target="B-T1-ED", collection=regions)
+    options = {"source_collection": regions, "subjects": 24, "spacing": [1.0, 1.0, 1.0], "roi_size": [20, 20]}
+    one = replace(one, job=tmp_path)
+    table = prior_table([one], target=load_collection(regions), target_task="B-T1-ED", **options)
+    assert table.loc["A-T1-ED", "own_dice"] == pytest.approx(expected)
+
+
+def test_nothing_is_settled_without_validation_patients(monkeypatch, tmp_path):
+    config = {"target_task": "A-T2-ED", "val_split": "train", "bundle_root": str(tmp_path)}
+    monkeypatch.setattr(pipeline, "current_config", lambda: config)
+    monkeypatch.setattr(pipeline, "run_jobs", lambda *_, **__: pytest.fail("training started"))
+    scores = pd.DataFrame({"task": ["B-T2-ED"], "checkpoint": ["x.pt"]}, index=["B-T2-ED"])
+    options = {"output_dir": tmp_path, "seed": 0, "n_jobs": 1, "synthetic": True}
+    message = refused(lambda: pipeline.settle_by_training(["B-T2-ED"], scores, **options))
+    assert "--val_split train leaves none; give --settle false" in message
+    assert "\n" not in message
 
 
 # Filters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -57,8 +58,9 @@ def prior_table(
     """One row per candidate: tags, whether they are the target's, size, and similarity of the regions of interest.
 
     Columns ``kind``, ``modality``, ``objective``, ``institution``, ``same_<tag>`` (NaN where a tag is not known),
-    ``size`` (training subjects), ``own_dice`` (on the source's own validation patients), ``ssim`` (mean over all pairs
-    of label volumes), ``roi_dice`` (Dice of the mean label maps) and ``roi_shape`` (similarity of shape descriptors).
+    ``size`` (training subjects), ``own_dice`` (on the patients its training was validated on), ``ssim`` (mean over all
+    pairs of label volumes), ``roi_dice`` (Dice of the mean label maps) and ``roi_shape`` (similarity of shape
+    descriptors).
     """
     goal = Task(target_task)
     own = region_labels(target, target_task, spacing=spacing, roi_size=roi_size)
@@ -113,8 +115,9 @@ def _stacked(volumes: Sequence[torch.Tensor], depth: int) -> torch.Tensor:
 def _own_dice(job: Path | None) -> float:
     if job is None or not (job / "metrics.csv").is_file():
         return np.nan
-    scores = pd.read_csv(job / "metrics.csv")
-    return float(scores[scores["split"] == "val"]["dice"].mean())
+    scores, config = pd.read_csv(job / "metrics.csv"), job / "config.json"
+    split = json.loads(config.read_text(encoding="utf-8")).get("val_split", "val") if config.is_file() else "val"
+    return float(scores[scores["split"] == split]["dice"].mean())
 
 
 def filter_by_priors(

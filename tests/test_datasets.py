@@ -16,7 +16,7 @@ from monai.networks.nets import DenseNet, ResNet
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from medtl_ext import InputError
+from medtl_ext import InputError, bundle
 from medtl_ext._validation import require_choices
 from medtl_ext.bundle import Job
 from medtl_ext.data.classification import ClassificationDataset, sample_per_class
@@ -492,6 +492,34 @@ def study_table():
             rows.append({"source": name, "auc": auc[name] - 0.01 * number, "target": target, "seed": 0, **scores})
         rows.append({"source": "scratch", "auc": 0.85 if number else 0.95, "target": target, "seed": 0})
     return pd.DataFrame(rows)
+
+
+class Begun(Exception):
+    """The jobs of a study would run now."""
+
+
+def begin(*_, **__):
+    raise Begun
+
+
+def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):
+    """A source of the same name with other weights would be held for the one that was fine-tuned."""
+    monkeypatch.setattr(bundle, "current_config", lambda: {"bundle_root": str(BUNDLE)})
+    monkeypatch.setattr(study, "dataset_path", lambda *_, **__: None)
+    monkeypatch.setattr(study, "find_sources", lambda *_, **__: [])
+    monkeypatch.setattr(study, "run_jobs", begin)
+    one, two = {"name": "A", "checkpoint": "a.pt"}, {"name": "B", "checkpoint": "b.pt"}
+    begun = {"output_dir": str(tmp_path), "targets": ["17-T2-load", "17-T1-load"], "sources": [one], "seeds": [0]}
+    begun |= {"settings": {}, "grid": {"learning_rate": [0.01], "momentum": [0.9], "weight_decay": [0.0]}}
+    with pytest.raises(Begun):
+        study.study_datasets(**begun)
+    (tmp_path / "runs").mkdir()
+    for grown in ({"targets": ["17-T2-load", "17-T1-load", "13-T1-load"]}, {"seeds": [0, 1]}):
+        with pytest.raises(Begun):
+            study.study_datasets(**begun | grown)
+    for sources_now in ([one, two], [one | {"checkpoint": "other.pt"}]):
+        with pytest.raises(InputError, match="has other settings"):
+            study.study_datasets(**begun | {"sources": sources_now})
 
 
 def test_a_study_says_what_its_numbers_say(tmp_path):

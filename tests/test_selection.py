@@ -20,7 +20,7 @@ from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from medtl_ext import InputError
+from medtl_ext import InputError, bundle
 from medtl_ext._validation import require_choices
 from medtl_ext.data import load_collection, write_collection
 from medtl_ext.metrics.features import Samples
@@ -38,6 +38,7 @@ from medtl_ext.selection import (
     find_candidates,
     pipeline,
     score_of_counts,
+    study,
 )
 from medtl_ext.selection.candidates import built, input_misfit
 from medtl_ext.selection.priors import prior_table, roi_similarity
@@ -45,6 +46,7 @@ from medtl_ext.selection.scores import METRICS, score
 from medtl_ext.selection.study import study_report
 from medtl_ext.selection.truth import agreement_table, rankers
 
+BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "source_selection"
 SMALL = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
 
 
@@ -138,7 +140,7 @@ def test_a_3d_network_on_2d_images_is_named(collection):
     )
 
 
-def bundle(folder: Path, config, *, weights=None) -> Path:
+def bundle_in(folder: Path, config, *, weights=None) -> Path:
     (folder / "configs").mkdir(parents=True)
     (folder / "models").mkdir()
     text = config if isinstance(config, str) else json.dumps(config)
@@ -160,7 +162,7 @@ def test_a_bundle_is_read_without_running_it(tmp_path, collection):
         "network_def": SMALL | {"channels": "@channels"},
         "network": "$@network_def.to('cpu')",
     }
-    bundle(tmp_path / "zoo" / "good", config, weights=weights_of(SMALL))
+    bundle_in(tmp_path / "zoo" / "good", config, weights=weights_of(SMALL))
     (one,) = find([{"bundles": str(tmp_path / "zoo")}], collection)
     assert one.left_out is None
     assert one.network == SMALL
@@ -183,22 +185,22 @@ def test_a_bundle_is_read_without_running_it(tmp_path, collection):
     ],
 )
 def test_a_bundle_that_cannot_be_used_is_left_out_with_the_reason(definition, reason, tmp_path, collection):
-    bundle(tmp_path / "zoo" / "bad", {"network_def": definition}, weights=weights_of(SMALL))
+    bundle_in(tmp_path / "zoo" / "bad", {"network_def": definition}, weights=weights_of(SMALL))
     (one,) = find([{"bundles": str(tmp_path / "zoo")}], collection)
     assert reason in one.left_out
 
 
 def test_damaged_bundles_are_left_out_with_the_reason(tmp_path, collection):
-    bundle(tmp_path / "zoo" / "a", "{", weights=weights_of(SMALL))
-    bundle(tmp_path / "zoo" / "b", {"network_def": SMALL})
-    (bundle(tmp_path / "zoo" / "c", {"network_def": SMALL}) / "models" / "model.pt").write_bytes(b"no weights")
+    bundle_in(tmp_path / "zoo" / "a", "{", weights=weights_of(SMALL))
+    bundle_in(tmp_path / "zoo" / "b", {"network_def": SMALL})
+    (bundle_in(tmp_path / "zoo" / "c", {"network_def": SMALL}) / "models" / "model.pt").write_bytes(b"no weights")
     reasons = [one.left_out for one in find([{"bundles": str(tmp_path / "zoo")}], collection)]
     for reason, part in zip(reasons, ["no JSON", "without weights", "cannot be read"], strict=True):
         assert part in reason
 
 
 def test_expressions_are_evaluated_when_the_user_trusts_the_bundle(tmp_path, collection):
-    bundle(tmp_path / "zoo" / "one", {"network_def": SMALL | {"channels": "$[4, 4 + 4]"}}, weights=weights_of(SMALL))
+    bundle_in(tmp_path / "zoo" / "one", {"network_def": SMALL | {"channels": "$[4, 4 + 4]"}}, weights=weights_of(SMALL))
     (one,) = find([{"bundles": str(tmp_path / "zoo")}], collection, trust_bundles=True)
     assert one.left_out is None
     assert one.network["channels"] == [4, 8]
@@ -210,7 +212,7 @@ def test_expressions_are_evaluated_when_the_user_trusts_the_bundle(tmp_path, col
 )
 def test_a_network_that_does_not_take_the_images_is_found_out(change, reason, tmp_path, collection):
     definition = SMALL | change
-    bundle(tmp_path / "zoo" / "one", {"network_def": definition}, weights=weights_of(definition))
+    bundle_in(tmp_path / "zoo" / "one", {"network_def": definition}, weights=weights_of(definition))
     (one,) = find([{"bundles": str(tmp_path / "zoo")}], collection)
     misfit = input_misfit(
         UNet(**{k: v for k, v in definition.items() if k != "_target_"}), one, in_channels=1, roi_size=[16, 16]
@@ -466,6 +468,33 @@ def test_constant_rankers_are_named_alike():
     found = rankers(sources_table(), static={"s0": 1.0})
     assert found["random"].nunique() == 1
     assert found["static"]["s0"] == 1
+
+
+class Begun(Exception):
+    """The jobs of a study would run now."""
+
+
+def begin(*_, **__):
+    raise Begun
+
+
+def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):
+    """Rankings that are done compare what was there: another source would be left out of them without a word."""
+    monkeypatch.setattr(bundle, "current_config", lambda: {"bundle_root": str(BUNDLE)})
+    monkeypatch.setattr(study, "open_collection", lambda *_, **__: None)
+    monkeypatch.setattr(study, "run_jobs", begin)
+    begun = {"output_dir": str(tmp_path), "targets": ["17-T2-ED", "17-T1-ED"], "sources": ["13-T2-ED"], "seeds": [0]}
+    begun |= {"settings": {"source_dir": str(tmp_path / "pool")}}
+    with pytest.raises(Begun):
+        study.study_selection(**begun)
+    (tmp_path / "runs").mkdir()
+    for grown in ({"targets": ["17-T2-ED", "17-T1-ED", "17-T2-ET"]}, {"seeds": [0, 1]}):
+        with pytest.raises(Begun):
+            study.study_selection(**begun | grown)
+    for sources in (["13-T2-ED", "14-T2-ED"], ["14-T2-ED"]):
+        assert "has other settings" in refused(
+            lambda sources=sources: study.study_selection(**begun | {"sources": sources})
+        )
 
 
 def test_a_study_says_what_was_planted(tmp_path, capsys):

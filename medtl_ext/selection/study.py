@@ -37,7 +37,8 @@ def study_selection(
 ) -> pd.DataFrame:
     """Score and fine-tune every source on several targets, with several seeds, and say what the rankings were worth.
 
-    A seed draws the pool's training, the target's slices and the fine-tuning. Runs that are done are kept. Writes
+    A seed draws the pool's training, the target's slices and the fine-tuning. Runs that are done are kept: a
+    study may grow by targets and seeds, not by sources, which every ranking compares. Writes
     ``study.csv`` (one row per target, seed and source), ``agreement.csv``, ``study.md`` and figures.
 
     Args:
@@ -50,7 +51,8 @@ def study_selection(
     """
     if len(targets) < 2:
         raise InputError(f"a study needs two targets or more; found {list(targets)}.")
-    config = study_config(output_dir, settings) | {"check_data": False, "settle": False, "sources": list(sources)}
+    config = study_config(output_dir, settings, sources=list(sources))
+    config |= {"check_data": False, "settle": False, "sources": list(sources)}
     configs = {seed: config | {"pool_seed": seed, "seed": seed} for seed in seeds}
     pool = {
         (task, seed): pretraining_job(configs[seed], config["source_dir"], task, seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -495,6 +496,49 @@ def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):
         assert "has other settings" in refused(
             lambda sources=sources: study.study_selection(**begun | {"sources": sources})
         )
+
+
+def test_a_seed_in_which_a_score_is_constant_counts_as_chance(tmp_path):
+    """Not left out: the mean of a perfect ranking and of none is no perfect ranking."""
+    rows = []
+    for number, (target, seed) in enumerate(product(["A", "B"], [0, 1])):
+        table = sources_table(seed=number)
+        dice = table["h_score"]
+        table = table.assign(dice=dice, target=target, seed=seed, h_score=dice if seed else 0.3)
+        rows += [
+            table.reset_index(),
+            pd.DataFrame([{"source": "scratch", "dice": 0.5, "target": target, "seed": seed}]),
+        ]
+    verdicts = {("A", 0): {"recommendation": None, "tied": ["s0"], "default": None}}
+    agreement = study_report(pd.concat(rows, ignore_index=True), verdicts, tmp_path)
+    tau = agreement.set_index(["ranker", "prior", "target", "seed"])["tau"]["shrunk H-score", "none", "A"]
+    assert np.isnan(tau[0])  # the table of single rankings says what was measured
+    assert tau[1] == pytest.approx(1)
+    page = (tmp_path / "study.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| shrunk H-score | none | 0.500 |")]
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        ([0.1, 0.1, 0.1, 0.0, 0.0, 0.0], "on 3 of 6 targets (sign test p 0.25 without the 3 alike, mean difference"),
+        ([0.1, 0.1, 0.1, -0.1], "on 3 of 4 targets (sign test p 0.62, mean difference"),
+        ([0.0, 0.0], "on 0 of 2 targets (no sign test, mean difference"),
+    ],
+)
+def test_ties_have_no_part_in_the_sign_test(differences, said):
+    rows = [
+        {
+            "target": f"t{number}",
+            "source": source,
+            "same_modality": modality,
+            "same_objective": not modality,
+            "dice": dice,
+        }
+        for number, difference in enumerate(differences)
+        for source, modality, dice in (("m", True, 0.5 + difference), ("o", False, 0.5))
+    ]
+    assert said in study._modality_claim(pd.DataFrame(rows))
 
 
 def test_a_study_says_what_was_planted(tmp_path, capsys):

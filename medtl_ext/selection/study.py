@@ -127,9 +127,10 @@ def study_report(
     folder = Path(output_dir)
     sources = table[table["source"] != "scratch"]
     agreement = agreement_over_targets(sources, agreement_table, outcome="dice")
-    by_target = agreement.groupby(["ranker", "prior", "target"], sort=False)
+    # A ranker that scores all sources alike, as size may, chooses at random: its expected tau is 0, in each seed.
+    tau = agreement["tau"].mask(agreement["tau"].isna() & (agreement["candidates"] > 1), 0.0)
+    by_target = agreement.assign(tau=tau).groupby(["ranker", "prior", "target"], sort=False)
     mean = by_target[["tau", "regret", *(f"footrule_{k}" for k in TOP)]].mean().reset_index()
-    # A ranker that scores all sources alike, as size may, chooses at random: its expected tau is 0.
     plain = mean[mean["prior"] == "none"].fillna({"tau": 0.0})
     tau = plain.pivot(index="target", columns="ranker", values="tau")
     friedman = friedman_nemenyi(tau)
@@ -213,12 +214,15 @@ def _modality_claim(sources: pd.DataFrame) -> str:
     if both.empty:
         return "**Same modality or same task?** No target has sources of both kinds."
     difference = both["modality"] - both["objective"]
-    won = int((difference > 0).sum())
-    p = stats.binomtest(won, len(both)).pvalue
+    won, alike = int((difference > 0).sum()), int((difference == 0).sum())
+    test = "no sign test"
+    if alike < len(both):  # ties say nothing of the sign
+        test = f"sign test p {stats.binomtest(won, len(both) - alike).pvalue:.2g}"
+    test += f" without the {alike} alike" if 0 < alike < len(both) else ""
     return (
         f"**Same modality or same task (PriorSel, Table I)?** Same modality and other objective: mean Dice "
         f"{both['modality'].mean():.3f}; other modality and same objective: {both['objective'].mean():.3f}; same "
-        f"modality is better on {won} of {len(both)} targets (sign test p {p:.2g}, mean difference "
+        f"modality is better on {won} of {len(both)} targets ({test}, mean difference "
         f"{difference.mean():+.3f})."
     )
 

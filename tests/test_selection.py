@@ -406,6 +406,14 @@ def test_the_filters_keep_the_modality_and_the_better_half():
     assert filter_by_priors(table, minimum_ssim=0.4)["kept"].tolist() == [True, False, True, True]
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]], ids=str)
+def test_equal_regions_are_kept_or_dropped_together(order):
+    table = priors(modality=["T2"] * 4, ssim=[0.9, 0.9, 0.9, 0.8]).iloc[order]
+    for top_k in (None, 1, 2):
+        kept = filter_by_priors(table, top_k=top_k)["kept"]
+        assert sorted(kept.index[kept]) == ["s0", "s1", "s2"]
+
+
 def test_what_is_not_known_is_kept_and_said():
     result = filter_by_priors(priors(modality=["T2", None, "T2"], ssim=[0.9, np.nan, 0.5]))
     assert result["kept"].tolist() == [True, True, False]

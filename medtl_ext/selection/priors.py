@@ -128,7 +128,8 @@ def filter_by_priors(
     Args:
         table: see `prior_table`; the candidates that can be used.
         minimum_ssim: keep sources with at least this SSIM of labels.
-        top_k: keep so many with the highest. With neither, the better half (rounded up) is kept.
+        top_k: keep so many with the highest, and what is equal to the last of them. With neither, the better half
+            (rounded up) is kept.
 
     Returns:
         Columns ``kept`` (bool) and ``reason``, one row per source. A source of which a tag or the labels are not known
@@ -155,7 +156,7 @@ def filter_by_priors(
         good, rule = known.index[known >= minimum_ssim], f"at least {minimum_ssim:g}"
     else:
         count = top_k if top_k is not None else (len(known) + 1) // 2
-        good, rule = known.index[:count], f"the best {count} of {len(known)}"
+        good, rule = _highest(known, count), f"the best {count} of {len(known)}"
     if len(known) and not len(good) and len(known) == len(left):
         _fall_back(f"no source has a label SSIM of {rule}", {source: reasons[source] for source in left})
     else:
@@ -168,6 +169,13 @@ def filter_by_priors(
             reasons[source].append(f"label SSIM {ssim[source]:.3f}: {'kept' if kept else 'dropped'} (keeps {rule})")
     result["reason"] = ["; ".join(reasons[source]) for source in table.index]
     return result
+
+
+def _highest(values: pd.Series, count: int) -> pd.Index:
+    """The ``count`` highest and those that are equal to the last of them, but for rounding; values come sorted."""
+    if count >= len(values):
+        return values.index
+    return values.index[values.round(9) >= values.round(9).iloc[count - 1]]
 
 
 def _fall_back(why: str, reasons: Mapping[str, list[str]]) -> None:

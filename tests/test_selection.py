@@ -406,6 +406,16 @@ def test_the_filters_keep_the_modality_and_the_better_half():
     assert filter_by_priors(table, minimum_ssim=0.4)["kept"].tolist() == [True, False, True, True]
 
 
+def test_a_threshold_and_a_number_both_filter():
+    table = priors(modality=["T2"] * 4, ssim=[0.9, 0.85, 0.8, 0.7])
+    result = filter_by_priors(table, minimum_ssim=0.75, top_k=2)
+    assert result["kept"].tolist() == [True, True, False, False]
+    assert "dropped (keeps at least 0.75, of these the best 2 of 3)" in result.loc["s2", "reason"]
+    assert filter_by_priors(table, minimum_ssim=0.87, top_k=2)["kept"].tolist() == [True, False, False, False]
+    for wrong in (0, -1, 1.5, True):
+        assert "at least 1" in refused(lambda wrong=wrong: filter_by_priors(table, top_k=wrong))
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]], ids=str)
 def test_equal_regions_are_kept_or_dropped_together(order):
     table = priors(modality=["T2"] * 4, ssim=[0.9, 0.9, 0.9, 0.8]).iloc[order]

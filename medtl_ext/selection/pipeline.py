@@ -21,7 +21,7 @@ from medtl_ext.data import Collection
 from medtl_ext.ranking import SourceRanking, audit_verdict, baseline_rankings, bootstrap_ranking
 from medtl_ext.selection.candidates import Candidate, usable
 from medtl_ext.selection.observe import Observed
-from medtl_ext.selection.priors import filter_by_priors, prior_table
+from medtl_ext.selection.priors import filter_by_priors, prior_table, require_top_k
 from medtl_ext.selection.scores import LABELS, METRICS, all_scores, score_of_counts, why_no_score
 from medtl_ext.studies import check_data as check_task
 from medtl_ext.studies import open_collection, pretraining_job
@@ -63,8 +63,11 @@ def check_options(
         )
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1.")
-    if current_workflow() is not None and (config := current_config()).get("settle"):
-        _require_validation(config)
+    if current_workflow() is not None:
+        config = current_config()
+        require_top_k(config["top_k"])
+        if config["settle"]:
+            _require_validation(config)
 
 
 def _require_validation(config: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, Spacingd
 
+from medtl_ext._validation import InputError
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.data import Collection, Task
 from medtl_ext.selection.candidates import Candidate
@@ -128,13 +129,17 @@ def filter_by_priors(
     Args:
         table: see `prior_table`; the candidates that can be used.
         minimum_ssim: keep sources with at least this SSIM of labels.
-        top_k: keep so many with the highest, and what is equal to the last of them. With neither, the better half
-            (rounded up) is kept.
+        top_k: keep so many of these with the highest, and what is equal to the last of them. With neither, the better
+            half (rounded up) is kept.
 
     Returns:
         Columns ``kept`` (bool) and ``reason``, one row per source. A source of which a tag or the labels are not known
         is kept. A filter that would leave nothing warns and filters nothing.
+
+    Raises:
+        InputError: ``top_k`` would keep nothing.
     """
+    require_top_k(top_k)
     result = pd.DataFrame({"kept": True, "reason": ""}, index=table.index)
     reasons: dict[str, list[str]] = {source: [] for source in table.index}
     wrong = table["same_modality"].map(lambda same: same is False or same == False)  # noqa: E712 (numpy bools)
@@ -152,11 +157,15 @@ def filter_by_priors(
     left = table.index[result["kept"]]
     ssim = table.loc[left, "ssim"].astype(float)
     known = ssim.dropna().sort_values(ascending=False, kind="stable")
+    good, rules = known, []
     if minimum_ssim is not None:
-        good, rule = known.index[known >= minimum_ssim], f"at least {minimum_ssim:g}"
-    else:
+        good = good[good >= minimum_ssim]
+        rules.append(f"at least {minimum_ssim:g}")
+    if top_k is not None or minimum_ssim is None:
         count = top_k if top_k is not None else (len(known) + 1) // 2
-        good, rule = _highest(known, count), f"the best {count} of {len(known)}"
+        rules.append(f"the best {count} of {len(good)}")
+        good = good[_highest(good, count)]
+    rule = ", of these ".join(rules)
     if len(known) and not len(good) and len(known) == len(left):
         _fall_back(f"no source has a label SSIM of {rule}", {source: reasons[source] for source in left})
     else:
@@ -164,11 +173,17 @@ def filter_by_priors(
             if source not in known.index:
                 reasons[source].append("label SSIM not known")
                 continue
-            kept = source in good
+            kept = source in good.index
             result.loc[source, "kept"] = kept
             reasons[source].append(f"label SSIM {ssim[source]:.3f}: {'kept' if kept else 'dropped'} (keeps {rule})")
     result["reason"] = ["; ".join(reasons[source]) for source in table.index]
     return result
+
+
+def require_top_k(top_k: int | None) -> None:
+    """Refuse to keep fewer than one source."""
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1, or null for the better half.")
 
 
 def _highest(values: pd.Series, count: int) -> pd.Index:

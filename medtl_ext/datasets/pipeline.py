@@ -116,7 +116,7 @@ def rank_sources(
         ranking = _without_interval(ready[decide_by].to_dict(), options)
     else:
         resamples = min(n_resamples, SLOW_RESAMPLES) if decide_by in SLOW else n_resamples
-        functions = resampled_scores(decide_by, observed, list(ready.index))
+        functions = resampled_scores(decide_by, observed, list(ready.index), seed=seed)
         ranking = bootstrap_ranking(functions, patients=units, n_resamples=resamples, **options)
     answer = " ".join(_sentences(ranking, scores, target, decide_by=decide_by, cross_domain=cross_domain))
     winner = ranking.default

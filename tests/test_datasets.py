@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from medtl_ext.datasets.published import reproduce_table2
 from medtl_ext.datasets.scoring import METRICS, observe, score_table
 from medtl_ext.datasets.sources import Source, find_sources, images_to_classify, initialized, open_dataset
 from medtl_ext.metrics import NCTITerms, combine_lp_fu, combine_ncti
+from medtl_ext.metrics.nleep import compute_nleep
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "dataset_transferability"
 NETWORK = {
@@ -296,6 +298,26 @@ def test_every_patient_once_gives_the_score_itself(metric, monkeypatch):
     assert function(np.array([2, 0] * 6)) != pytest.approx(same, rel=1e-3)
 
 
+def test_nleep_ranks_by_the_seed_of_the_run(tmp_path, no_command):
+    """The score that ranks is the one in the table."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 8, generator=generator).double()
+    labels = (features[:, 0] + torch.randn(200, generator=generator) > 0).long()
+    values = {seed: float(compute_nleep(features.abs(), labels, seed=seed)) for seed in (0, 3)}
+    assert abs(values[0] - values[3]) > 1e-4
+    samples = scoring.Samples(features.abs(), labels, torch.arange(200) // 10, tuple(map(str, range(20))))
+    seen = {name: scoring.Seen(samples, None, {"nleep": values[3]}) for name in ("one", "two")}
+    table = score_table([Source(name) for name in seen], seen, metrics=["nleep"])
+    images = np.zeros((400, 4, 4), np.uint8)
+    splits, names = np.repeat(["train", "val"], 200), tuple(str(place // 10) for place in range(400))
+    target = ClassificationDataset("t", images, np.tile(labels.numpy(), 2), splits, ("a", "b"), names)
+    options = {"cross_domain": False, "n_resamples": 1, "minimum_win": 0.95, "minimum_gap": 0.15, "figures": False}
+    ranking = pipeline.rank_sources(
+        table, seen, target=target, decide_by="nleep", seed=3, output_dir=str(tmp_path), **options
+    )
+    assert ranking.table["score"].tolist() == pytest.approx([values[3]] * 2)
+
+
 def seen_with(**values):
     terms = NCTITerms(*(torch.tensor(float(value)) for value in values.pop("ncti", (1, 2, 3))))
     return scoring.Seen(None, None, {"ncti": terms, **values})
@@ -455,6 +477,36 @@ def test_the_auc_is_scikit_learns_and_its_interval_holds_it():
     assert np.isnan(truth.image_auc(table[table["label"] == 0]))
 
 
+class Images(list):
+    """A loader as `score_images` sees it."""
+
+    def __init__(self, count):
+        super().__init__(range(count))
+        items = [{"subject": f"s{place}", "name": f"{place}.png"} for place in range(count)]
+        self.dataset = SimpleNamespace(data=items)
+
+
+@pytest.mark.parametrize("margin", [4, 12, 14])
+def test_the_truth_is_the_auc_of_probabilities_that_were_not_rounded(margin, tmp_path, monkeypatch):
+    """A sure network's probabilities differ from 1 in the seventh digit."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 200)
+    logits = torch.from_numpy(margin + 3 * (labels - 0.5) + generator.normal(0, 1.5, 200)).float()
+    probs = torch.stack([torch.zeros(200), logits], 1).softmax(1)
+    details = {"auc": (probs, torch.nn.functional.one_hot(torch.from_numpy(labels), 2))}
+    evaluator = SimpleNamespace(network=None, run=lambda: None, state=SimpleNamespace(metric_details=details))
+    monkeypatch.setattr(truth, "load_weights", lambda *_, **__: None)
+    options = {"checkpoint": "", "output_dir": str(tmp_path), "method": "m", "seed": 0}
+    metrics = truth.score_images(evaluator, {"val": Images(200), "test": Images(200)}, **options)
+    expected = np.mean([roc_auc_score(labels == label, probs[:, label]) for label in (0, 1)])
+    assert metrics.set_index("split").loc["test", "auc"] == pytest.approx(expected)
+    row = truth.truth_table({"one": Job({}, tmp_path)}).loc["one"]
+    assert row["auc"] == pytest.approx(expected, abs=1e-6)
+    assert row["auc_low"] < expected < row["auc_high"]
+    written = pd.read_csv(tmp_path / "predictions.csv")
+    assert truth.image_auc(written[written["split"] == "test"]) == pytest.approx(expected)
+
+
 def test_a_patient_may_be_called_na(tmp_path):
     """What pandas takes for a missing value is a name like any other."""
     names = ["NA", "null", "nan", "p4"]
@@ -463,7 +515,7 @@ def test_a_patient_may_be_called_na(tmp_path):
     for folder, content in ((named, table), (plain, table.replace({"subject": dict(zip(names, "abcd", strict=True))}))):
         folder.mkdir()
         content.to_csv(folder / "predictions.csv", index=False)
-        pd.DataFrame({"split": ["val"], "auc": [0.5]}).to_csv(folder / "metrics.csv", index=False)
+        pd.DataFrame({"split": ["val", "test"], "auc": [0.5, 0.6]}).to_csv(folder / "metrics.csv", index=False)
     jobs = {folder.name: Job({}, folder) for folder in (named, plain)}
     rows = truth.truth_table(jobs)
     assert rows.loc["named"].equals(rows.loc["plain"])

@@ -136,7 +136,9 @@ def test_a_pool_is_trained_again_when_its_data_or_its_optimizer_change(mnist, tm
         ([{"data": "x.npz", "chekpoint": "y"}], "did you mean 'checkpoint'"),
         (["nowhere.npz"], "does not exist"),
         ([{"name": "a", "checkpoint": "x.pt"}, {"name": "a", "checkpoint": "y.pt"}], "names a twice"),
-        ([{"name": "scratch", "checkpoint": "x.pt"}], "named scratch"),
+        ([{"name": "scratch", "checkpoint": "x.pt"}], "named scratch, which means training without one"),
+        ([{"name": "zero_shot", "checkpoint": "x.pt"}], "named zero_shot"),
+        ([{"checkpoint": "full.pt"}], "named full"),
     ],
     ids=str,
 )

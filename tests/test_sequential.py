@@ -16,6 +16,7 @@ from medtl_ext import InputError
 from medtl_ext.affinity import context_affinity, pairwise_ssim, pairwise_wasserstein, task_affinity
 from medtl_ext.data import generate_phantom, load_collection
 from medtl_ext.graph import TransferPath, task_graph
+from medtl_ext.ranking import paired_comparison
 from medtl_ext.sequential import (
     Arm,
     ContextAffinity,
@@ -290,7 +291,7 @@ class TestStudy:
     def choices(self, gain: float) -> pd.DataFrame:
         rng = np.random.default_rng(0)
         rows = []
-        for target, seed in product(["t1", "t2"], [0, 1]):
+        for target, seed in product(["B-T1-ED", "B-T2-ED"], [0, 1]):
             base = {f"p{i}": rng.uniform(0.4, 0.6) for i in range(6)}
             for (steps, how), more in {
                 ("none", "scratch"): -0.1,
@@ -307,13 +308,77 @@ class TestStudy:
                 rows.append(row | {"dice": dice, "iou": dice})
         return pd.DataFrame(rows)
 
-    def test_differences_are_paired_over_patients_of_all_targets(self):
+    def test_differences_are_paired_over_patients_each_once(self):
         table = differences(self.choices(gain=0.1)).set_index(["first", "second"])
         row = table.loc[("path, near", "single, near")]
-        assert row["patients"] == 12
+        assert row[["patients", "pairs", "left out"]].tolist() == [6, 4, ""]  # both targets are of institution B
         assert float(row["difference"]) == pytest.approx(0.1, abs=0.01)
-        assert float(row["p"]) < 0.01
-        assert float(table.loc[("path, random", "single, random"), "p"]) > 0.01
+        assert row["p"] == "0.0312"  # 2 / 2^6: all six gain
+        assert float(table.loc[("path, random", "single, random"), "p"]) > 0.05
+
+    def test_a_patient_of_several_targets_is_one_patient(self):
+        """The interval is that of the patients' own differences, however many targets ask them."""
+        gain = {"p1": 0.10, "p2": 0.02, "p3": -0.01, "p4": 0.05}
+        rows = []
+        for target, seed in product(["B-T1-ED", "B-T2-ED", "B-T2-ET"], [0, 1]):
+            for steps, how, more in (("single", "near", 0), ("path", "near", 1)):
+                patients = {name: 0.5 + more * value for name, value in gain.items()}
+                rows.append({"target": target, "seed": seed, "steps": steps, "how": how, "patients": patients})
+        row = differences(pd.DataFrame(rows)).iloc[0]
+        expected = paired_comparison(gain, dict.fromkeys(gain, 0.0))
+        assert row["interval"] == f"{expected.low:+.3f} to {expected.high:+.3f}"
+        assert row["patients"] == 4
+
+    def test_patients_of_two_institutions_are_apart(self):
+        choices = self.choices(gain=0.1).replace({"B-T2-ED": "C-T2-ED"})
+        assert set(differences(choices)["patients"]) == {12}
+
+    def test_only_what_both_sides_have_is_compared(self):
+        """Seed 1 of B-T2-ED is harder by 0.2 and has no path: that is not the path's merit."""
+        choices = self.choices(gain=0.1)
+        hard = (choices["target"] == "B-T2-ED") & (choices["seed"] == 1)
+        choices.loc[hard, "patients"] = choices.loc[hard, "patients"].map(
+            lambda of: {name: value - 0.2 for name, value in of.items()}
+        )
+        gone = hard & (choices["steps"].isin(["path", "joint"]) & (choices["how"] == "near"))
+        text = study_text(self.table(), choices[~gone], synthetic=True)
+        table = differences(choices[~gone]).set_index(["first", "second"])
+        row = table.loc[("path, near", "single, near")]
+        assert float(row["difference"]) == pytest.approx(0.1, abs=0.01)
+        assert row[["patients", "pairs", "left out"]].tolist() == [6, 3, "B-T2-ED (seed 1)"]
+        assert table.loc[("single, near", "single, random"), "pairs"] == 4
+        assert "| 6 | 3 | B-T2-ED (seed 1) |" in next(
+            line for line in text.splitlines() if line.startswith("| path, near | single, near |")
+        )
+        one = choices.index[(choices["steps"] == "path") & (choices["how"] == "near")][0]
+        choices.at[one, "patients"] = {"p0": 0.5, "p1": 0.6}
+        found = differences(choices).set_index(["first", "second"]).loc[("path, near", "single, near")]
+        assert found[["patients", "pairs", "left out"]].tolist() == [6, 4, "of a pair: 4 patients"]
+
+    def test_rows_say_how_many_targets_and_seeds_they_stand_for(self):
+        choices = self.choices(gain=0.1)
+        gone = (choices["target"] == "B-T2-ED") & (choices["steps"] == "path") & (choices["how"] == "near")
+        text = study_text(self.table(), choices[~gone], synthetic=True)
+        rows = {tuple(line.split(" | ")[:2]): line for line in text.splitlines()}
+        assert rows["| path", "near"].endswith("| 2 |")
+        assert rows["| single", "near"].endswith("| 4 |")
+        assert "B-T2-ED |" in next(line for line in text.splitlines() if line.startswith("| path, near | single, near"))
+
+    def test_the_spread_of_seeds_is_over_the_same_targets(self):
+        """A seed without a path to the easier target would look like a spread of 0.2."""
+        rows = [
+            {"target": target, "seed": seed, "steps": "path", "how": "near", "dice": dice, "patients": {"p": dice}}
+            for target, dice in {"B-T1-ED": 0.8, "B-T2-ED": 0.4}.items()
+            for seed in (0, 1)
+        ]
+        text = study_text(self.table(), pd.DataFrame(rows[1:]), synthetic=True)
+        assert "| path | near | 0.800 | 0.400 | 0.600 | 0.000 | 3 |" in text
+
+    def test_an_affinity_without_any_path_is_compared_all_the_same(self):
+        choices = self.choices(gain=0.1)
+        without = choices[~(choices["steps"].isin(["path", "joint"]) | choices["how"].str.contains("head"))]
+        found = differences(without).set_index(["first", "second"])
+        assert found.loc[("single, near", "single, random"), "patients"] == 6
 
     def table(self) -> pd.DataFrame:
         dice = {"A-T1-ED": 0.5, "A-T2-ED": 0.3, "A-T2-ED > A-T1-ED": 0.45, "A-T1-ED > A-T2-ED": 0.4}

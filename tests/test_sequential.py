@@ -256,35 +256,40 @@ class TestArms:
             "single_full",
         }
 
-    @pytest.mark.parametrize(
-        ("gain", "words"),
-        [
-            (0.2, "the second step helps"),
-            (0.0, "no evidence for a second step, one is enough"),
-            (-0.2, "the second step harms"),
-        ],
-    )
-    def test_the_second_step_is_judged_against_the_better_single_one(self, gain, words):
+    @staticmethod
+    def rows(gain: float, patients: int, noise: float = 0.01) -> pd.DataFrame:
         rng = np.random.default_rng(0)
         rows = []
-        for patient in range(8):
+        for patient in range(patients):
             base = rng.uniform(0.4, 0.5)
             for suffix in ("", "_full"):
-                dice = {"direct": base - 0.3, "single": base, "sequential": base + gain + rng.normal(0, 0.01)}
-                rows += [
-                    {
-                        "method": name + suffix,
-                        "seed": 0,
-                        "split": "val",
-                        "subject": patient,
-                        "class": "ED",
-                        "dice": value,
-                    }
-                    for name, value in dice.items()
-                ]
-        text = second_step_text(pd.DataFrame(rows).assign(iou=0.5), self.plan())
+                dice = {"direct": base - 0.3, "single": base, "sequential": base + gain + rng.normal(0, noise)}
+                row = {"seed": 0, "split": "val", "subject": patient, "class": "ED", "iou": 0.5}
+                rows += [row | {"method": name + suffix, "dice": value} for name, value in dice.items()]
+        return pd.DataFrame(rows)
+
+    @pytest.mark.parametrize(
+        ("gain", "noise", "words"),
+        [
+            (0.2, 0.01, "the second step helps"),
+            (0.012, 0.0001, "the second step helps"),
+            (0.008, 0.0001, "the second step gains less than 0.01, one is enough"),
+            (0.0, 0.01, "no evidence for a second step, one is enough"),
+            (-0.2, 0.01, "the second step harms"),
+        ],
+    )
+    def test_the_second_step_is_judged_against_the_better_single_one(self, gain, noise, words):
+        text = second_step_text(self.rows(gain, 8, noise), self.plan())
         assert f"All parameters: {words}, the path against the better single source (single_full)" in text
         assert f"decoder only: {words}" in text
+
+    @pytest.mark.parametrize("patients", [1, 2, 3, 4])
+    def test_few_patients_do_not_settle_it(self, patients):
+        """Two patients with nearly the same large gain have a narrow interval."""
+        text = second_step_text(self.rows(0.2, patients, 0.0001), self.plan())
+        assert ("the second step helps" in text) == (patients == 4)
+        assert ("cannot settle whether a second step helps, which takes at least 4;" in text) == (patients < 4)
+        assert "the path against the better single source (single_full) is +0.200 Dice" in text
 
 
 class TestStudy:

@@ -18,13 +18,16 @@ from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection
-from medtl_ext.ranking import Verdict, paired_comparison
+from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
 from medtl_ext.report import audit_report, patient_table
 from medtl_ext.sequential.plan import Plan
 from medtl_ext.studies import open_collection, pretraining_job
 from medtl_ext.transforms import SelectLabelsd
 
 logger = logging.getLogger(__name__)
+
+MARGIN = 0.01
+"""The smallest difference in mean Dice worth acting on, of the audit and of a second step."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ def follow_path(
     if "val" in set(rows["split"]):
         method = "sequential_full" if plan.path else "single_full"
         title = f"Ways to {plan.target}, at equal numbers of patients"
-        verdict = audit_report(rows, folder, method=method, synthetic=synthetic, title=title)
+        verdict = audit_report(rows, folder, method=method, synthetic=synthetic, margin=MARGIN, title=title)
         answer = f"{second_step_text(rows, plan)} {verdict.text}"
     write_text(folder / "answer.txt", answer)
     print(f"{_table_text(_arms_table(rows, arms, plan.target))}\n{answer}")
@@ -259,15 +262,26 @@ def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
             key=lambda name: patients[name].mean(),
         )
         gap = paired_comparison(patients[f"sequential{suffix}"].to_dict(), patients[one].to_dict(), n_resamples=999)
-        figures = f"{gap.difference:+.3f} Dice"
-        figures += "" if pd.isna(gap.low) else f" (95 % interval {gap.low:+.3f} to {gap.high:+.3f})"
-        if gap.low > 0:
-            judgement = "the second step helps"
-        else:
-            judgement = "the second step harms" if gap.high < 0 else "no evidence for a second step, one is enough"
-        sentences.append(f"{what}: {judgement}, the path against the better single source ({one}) is {figures}")
+        figures = f"the path against the better single source ({one}) is {gap.difference:+.3f} Dice"
+        if gap.patients >= MINIMUM_PATIENTS:
+            figures = f"{_judgement(gap)}, {figures} (95 % interval {gap.low:+.3f} to {gap.high:+.3f})"
+        sentences.append(f"{what}: {figures}")
+    if len(patients) < MINIMUM_PATIENTS:
+        count = f"{len(patients)} validation patient{'s' if len(patients) > 1 else ''}"
+        sentences.insert(
+            0, f"{count} cannot settle whether a second step helps, which takes at least {MINIMUM_PATIENTS}"
+        )
     text = "; ".join(sentences)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _judgement(gap: PairedComparison) -> str:
+    """What the path's lead over one step says of the second step."""
+    if gap.low > 0 and gap.difference >= MARGIN:
+        return "the second step helps"
+    if gap.low > 0:
+        return f"the second step gains less than {MARGIN:g}, one is enough"
+    return "the second step harms" if gap.high < 0 else "no evidence for a second step, one is enough"
 
 
 def _table_text(table: pd.DataFrame) -> str:

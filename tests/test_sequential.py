@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise, product
 from pathlib import Path
@@ -28,11 +29,13 @@ from medtl_ext.sequential import (
     arms_of,
     draw_patients,
     find_affinity,
+    fit_weights,
     plan_path,
     plan_text,
     plot_task_graph,
     second_step_text,
     source_graph,
+    study_paths,
     task_volumes,
     write_plan,
 )
@@ -401,6 +404,50 @@ class TestStudy:
         for steps, how in choices[["steps", "how"]].drop_duplicates().itertuples(index=False):
             assert f"| {steps} | {how} |" in text
         assert "**Synthetic**" in text
+
+
+class TestTwoCollections:
+    """Sources in a file of their own, which does not know the target's institution."""
+
+    @pytest.fixture
+    def settings(self, path, tmp_path, monkeypatch) -> dict[str, str]:
+        root = Path(__file__).resolve().parent.parent / "bundles" / "sequential_transfer"
+        monkeypatch.setattr("medtl_ext.bundle.current_config", lambda: {"bundle_root": str(root)})
+        content = json.loads(path.read_text())
+        for name in ("14", "17"):
+            subjects = [subject for subject in content["subjects"] if subject["institution"] == name]
+            path.with_name(f"{name}.json").write_text(json.dumps(content | {"subjects": subjects}))
+        one = {"affinity_patients": 1, "source_patients": None, "source_dir": str(tmp_path / "pool"), "n_clusters": 1}
+        files = {"collection": str(path.with_name("17.json")), "source_collection": str(path.with_name("14.json"))}
+        return one | files
+
+    def test_weights_are_fitted(self, settings, path, tmp_path):
+        transfers = pd.DataFrame({"source": TASKS[:3], "target": "17-T2-ED", "dice": [0.5, 0.3, 0.45]})
+        transfers.to_csv(tmp_path / "measured.csv", index=False)
+        given = {"transfers": str(tmp_path / "measured.csv"), "targets": [], "sources": [], "standardize": False}
+        found = fit_weights(**given, settings=settings, output_dir=str(tmp_path / "two"))
+        whole = settings | {"collection": str(path), "source_collection": "@collection"}
+        assert found == fit_weights(**given, settings=whole, output_dir=str(tmp_path / "one"))
+
+    def test_a_study_trains_each_task_on_its_own(self, settings, tmp_path, monkeypatch):
+        first = []
+
+        def run_jobs(jobs, **how):
+            first.extend(jobs)
+            raise StopIteration
+
+        monkeypatch.setattr("medtl_ext.sequential.study.run_jobs", run_jobs)
+        with pytest.raises(StopIteration):
+            study_paths(
+                output_dir=str(tmp_path / "study"),
+                targets=["17-T2-ED", "17-FLAIR-ED"],
+                sources=TASKS[:3],
+                seeds=[0],
+                affinities=["seqtran"],
+                settings=settings | {"source_patients": 2, "stage_patients": 1},
+            )
+        used = {(job.overrides["target_task"][:2], job.overrides.get("collection", "the target's")) for job in first}
+        assert used == {("14", settings["source_collection"]), ("17", "the target's")}
 
 
 class TestFit:

@@ -67,6 +67,12 @@ def arms_of(plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
     return arms
 
 
+def source_collection(config: Mapping[str, Any]) -> str | None:
+    """The collection file that a bundle's sources are in; None: the phantom."""
+    named = config.get("source_collection")
+    return config.get("collection") if named == "@collection" else named
+
+
 class Chains:
     """The trainings that arms need: each once, in a folder of its own, however many arms share it.
 
@@ -96,8 +102,7 @@ class Chains:
         self.configs = Path(config["bundle_root"]) / "configs"
         patients = config["train_patients"]
         self.patients = config["stage_patients"] if patients == "@stage_patients" else patients
-        named = config.get("source_collection")
-        self.source_collection = config.get("collection") if named == "@collection" else named
+        self.source_collection = source_collection(config)
 
     def sources(self, arm: Arm) -> list[Job]:
         """The pre-training on the first task of an arm, and the fine-tuning on each further one, in their order."""

@@ -54,10 +54,12 @@ def fit_weights(
         table = _measured_transfers(config, folder, targets, sources, n_jobs=n_jobs, backend=backend)
     else:
         table = _read_transfers(Path(transfers))
-    collections = collections_of(config, [*table["source"], *table["target"]])
-    tasks = {name: task_volumes(of, name, patients=config["affinity_patients"]) for name, of in collections.items()}
+    to, of = (
+        {name: task_volumes(where, name, patients=config["affinity_patients"]) for name, where in found.items()}
+        for found in collections_of(config, table["target"], table["source"])
+    )
     affinity = SeqTranAffinity(standardize=standardize)
-    pairs = [(tasks[a], tasks[b]) for a, b in zip(table["source"], table["target"], strict=True)]
+    pairs = [(of[a], to[b]) for a, b in zip(table["source"], table["target"], strict=True)]
     table["distance"] = [affinity.distance(a, b) for a, b in pairs]
     table["similarity"] = [affinity.similarity(a, b) for a, b in pairs]
     content = fit_to_transfers(table) | {"standardize": standardize}
@@ -146,7 +148,7 @@ def _measured_transfers(
     n_jobs: int | None,
     backend: str | None,
 ) -> pd.DataFrame:
-    collections_of(config, [*targets, *sources])
+    collections_of(config, targets, sources)
     rows = []
     for target in targets:
         chains = chains_to(config, folder, target, config["seed"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medtl_ext.data import Collection, Task
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import markdown_table, patient_table
 from medtl_ext.sequential.affinities import Affinity, find_affinity
-from medtl_ext.sequential.chain import Arm, Chains
+from medtl_ext.sequential.chain import Arm, Chains, source_collection
 from medtl_ext.sequential.plan import Plan, plan_path, require_patients, shares, source_graph
 from medtl_ext.studies import open_collection
 
@@ -58,10 +58,10 @@ def study_paths(
         if isinstance(values, str) or not values:
             raise InputError(f"{name} is {values!r}; give a list with at least one.")
     config = study_config(output_dir, settings) | {"check_data": False}
-    where = {"collection": config["collection"], "subjects": config["phantom_subjects"]}
+    where = {"collection": source_collection(config), "subjects": config["phantom_subjects"]}
     require_patients(sources, config["source_patients"], **where)
     folder = Path(output_dir)
-    collections = collections_of(config, [*targets, *sources])
+    collections, _ = collections_of(config, targets, sources)
     found = {name: find_affinity(name) for name in affinities}  # each reads a task's volumes once
     plans = {
         (target, seed, name): _plan(config, sources, target, collections[target], found[name], seed)
@@ -98,12 +98,15 @@ def study_paths(
     return choices
 
 
-def collections_of(config: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Collection]:
-    """The collection of each task; phantoms are made here, not by several processes at once."""
-    return {
-        task: open_collection(config["collection"], task, subjects=config["phantom_subjects"])
-        for task in dict.fromkeys(tasks)
-    }
+def collections_of(
+    config: Mapping[str, Any], targets: Iterable[str], sources: Iterable[str]
+) -> tuple[dict[str, Collection], dict[str, Collection]]:
+    """The collection of each target and of each source; phantoms are made here, not by several processes at once."""
+
+    def opened(path: str | None, tasks: Iterable[str]) -> dict[str, Collection]:
+        return {task: open_collection(path, task, subjects=config["phantom_subjects"]) for task in dict.fromkeys(tasks)}
+
+    return opened(config["collection"], targets), opened(source_collection(config), sources)
 
 
 def chains_to(config: Mapping[str, Any], folder: Path, target: str, seed: int) -> Chains:
@@ -126,7 +129,7 @@ def _plan(
     seed: int,
 ) -> Plan:
     near = [source for source in sources if shares(source, target) and source != target]
-    options = {"collection": config["collection"], "subjects": config["phantom_subjects"], "affinity": affinity}
+    options = {"collection": source_collection(config), "subjects": config["phantom_subjects"], "affinity": affinity}
     options |= {"patients": config["affinity_patients"], "progress": False}
     keys = ("n_clusters", "cluster_weight", "representative_rule")
     graph = source_graph(near, **options, **{key: config[key] for key in keys})

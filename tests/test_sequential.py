@@ -475,6 +475,19 @@ class TestFit:
         assert found["correlation"] < found["correlation_published"]
         assert "No evidence" not in fit_text(found)
 
+    @pytest.mark.filterwarnings("ignore:No weights")
+    def test_a_similarity_that_is_the_same_within_targets_says_nothing(self):
+        """Centring 0.1 and 0.7 leaves 1e-17, which is no reason for a weight of 1e15."""
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            parts = [
+                pd.DataFrame({"dice": rng.uniform(0.4, 0.8, 5), "distance": rng.uniform(5, 40, 5)}).assign(
+                    target=target, similarity=rng.uniform(0.2, 0.95)
+                )
+                for target in "abc"
+            ]
+            assert fit_to_transfers(pd.concat(parts, ignore_index=True))["beta"] == 0
+
     def test_says_when_the_weights_do_not_carry_over(self):
         table = self.transfers(lambda place, distance, _: (0.01, -0.01, 0.01)[place] * distance)
         with pytest.warns(UserWarning, match="nearest"):

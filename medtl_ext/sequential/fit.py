@@ -13,6 +13,7 @@ import pandas as pd
 from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
+from medtl_ext.affinity.tasks import ROUNDING
 from medtl_ext.bundle import study_config
 from medtl_ext.report import patient_table
 from medtl_ext.sequential.affinities import SeqTranAffinity
@@ -92,9 +93,15 @@ def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _within_targets(table: pd.DataFrame) -> pd.DataFrame:
-    """Without what differs between targets: how hard they are, how far from all sources."""
+    """Without what differs between targets: how hard they are, how far from all sources.
+
+    What is the same for all sources of a target becomes 0, not what rounding leaves of it.
+    """
     columns = ["dice", "distance", "similarity"]
-    return table[columns] - table.groupby("target")[columns].transform("mean")
+    groups = table.groupby("target")[columns]
+    spread = groups.transform("max") - groups.transform("min")
+    scale = table[columns].abs().groupby(table["target"]).transform("max")
+    return (table[columns] - groups.transform("mean")).where(spread > ROUNDING * scale, 0.0)
 
 
 def _fit(table: pd.DataFrame) -> tuple[float, float]:
@@ -106,7 +113,7 @@ def _correlation(table: pd.DataFrame, weights: tuple[float, float]) -> float | N
     """Of cost and Dice within targets; None where either is constant."""
     rows = _within_targets(table)
     cost = weights[0] * rows["distance"] - weights[1] * rows["similarity"]
-    if np.isclose(cost, 0, atol=1e-12).all() or np.isclose(rows["dice"], 0, atol=1e-12).all():
+    if not cost.any() or not rows["dice"].any():
         return None
     return float(cost.corr(rows["dice"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -451,13 +452,13 @@ class TestTwoCollections:
 
 
 class TestFit:
-    """Eighteen transfers to three targets, whose Dice and distance from everything differ."""
+    """Six transfers to each of several targets, whose Dice and distance from everything differ."""
 
     @staticmethod
-    def transfers(effect) -> pd.DataFrame:
+    def transfers(effect, targets: str = "abc") -> pd.DataFrame:
         rng = np.random.default_rng(0)
         rows = []
-        for place, (target, level) in enumerate({"a": 0.9, "b": 0.5, "c": 0.2}.items()):
+        for place, (target, level) in enumerate(zip(targets, np.linspace(0.9, 0.2, len(targets)), strict=True)):
             distance, similarity = rng.uniform(10, 20, 6), rng.uniform(0.5, 0.9, 6)
             dice = level + effect(place, distance, similarity) + rng.normal(0, 1e-4, 6)
             # A target that is far from everything and easy all the same: between targets the cost has the wrong sign.
@@ -473,7 +474,49 @@ class TestFit:
         assert found["correlation"] < -0.99
         assert found["correlation_left_out"] < -0.99
         assert found["correlation"] < found["correlation_published"]
-        assert "No evidence" not in fit_text(found)
+        assert "of 3 targets left out, 3 have the predicting sign, and 3 are predicted better" in fit_text(found)
+        assert "No evidence" in fit_text(found)
+        assert "fewer than 5 cannot show it" in fit_text(found)
+
+    def test_five_targets_that_agree_are_evidence(self):
+        found = fit_to_transfers(self.transfers(lambda _, d, s: -0.01 * d - 0.4 * (1 - s), "abcde"))
+        assert [found[f"targets_{kind}"] for kind in ("left_out", "predicted", "better")] == [5, 5, 5]
+        assert "Prefer these weights to the published ones" in fit_text(found)
+
+    def test_both_weights_are_judged_by_the_mean_over_targets(self):
+        """Target a has most of the spread of Dice, so a correlation over all rows is that of a."""
+        table = self.transfers(lambda place, _, s: (1.0, 0.001, -0.001)[place] * s, "abc")
+        found = fit_to_transfers(table)
+        expected = [
+            np.corrcoef(0.0044 * of["distance"] - 2.4756 * of["similarity"], of["dice"])[0, 1]
+            for _, of in table.groupby("target")
+        ]
+        assert found["correlation_published"] == pytest.approx(np.mean(expected))
+
+    @pytest.mark.parametrize("targets", [2, 3, 6])
+    def test_noise_is_no_evidence(self, targets):
+        rng, preferred = np.random.default_rng(targets), 0
+        for _ in range(60):
+            table = pd.DataFrame(
+                {"target": np.repeat(np.arange(targets), 6), "dice": rng.uniform(0.4, 0.8, 6 * targets)}
+            )
+            table["distance"], table["similarity"] = (rng.uniform(*ends, len(table)) for ends in ((5, 40), (0.2, 0.9)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                preferred += "No evidence" not in fit_text(fit_to_transfers(table))
+        assert preferred <= 3
+
+    def test_evidence_takes_both_signs_and_a_lead(self):
+        shared = {"alpha": 1.0, "beta": 1.0, "transfers": 30, "targets_left_out": 5, "correlation": -0.9}
+        good = {
+            "correlation_left_out": -0.5,
+            "correlation_published": -0.3,
+            "targets_predicted": 5,
+            "targets_better": 5,
+        }
+        assert "Prefer" in fit_text(shared | good)
+        for wrong in ({"correlation_published": -0.6}, {"targets_predicted": 4}, {"targets_better": 4}):
+            assert "No evidence" in fit_text(shared | good | wrong)
 
     @pytest.mark.filterwarnings("ignore:No weights")
     def test_a_similarity_that_is_the_same_within_targets_says_nothing(self):

@@ -185,7 +185,7 @@ def _measured_transfers(
         jobs = chains.run(arms, target, n_jobs=n_jobs, backend=backend)
         for source, job in jobs.items():
             scores = patient_table(pd.read_csv(job.output_dir / "metrics.csv"))
-            dice = scores[scores["split"] == "val"]["dice"].mean()
+            dice = scores[scores["split"] == config["val_split"]]["dice"].mean()
             rows.append({"source": source, "target": target, "dice": dice})
     return pd.DataFrame(rows)
 

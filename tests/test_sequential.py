@@ -260,6 +260,13 @@ class TestArms:
             "single_full",
         }
 
+    def test_a_path_of_one_task_is_a_single_step(self):
+        plan = self.plan(path=("a",))
+        names = {arm.name for arm in arms_of(plan)}
+        assert names == {"zero_shot", "scratch", "single", "single_full", "direct", "direct_full"}
+        assert "direct" not in {arm.name for arm in arms_of(self.plan(path=("c",)))}
+        assert second_step_text(self.rows(0.2, 8), plan) == "One step is all there is: max_intermediates is 0."
+
     @staticmethod
     def rows(gain: float, patients: int, noise: float = 0.01) -> pd.DataFrame:
         rng = np.random.default_rng(0)

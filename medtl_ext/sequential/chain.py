@@ -59,7 +59,8 @@ def arms_of(plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
     arms.append(Arm("scratch"))
     ways = {"single": (plan.single,)}
     if plan.path is not None:
-        ways["sequential"] = plan.path
+        if len(plan.path) > 1:
+            ways["sequential"] = plan.path
         if plan.path[0] != plan.single:
             ways["direct"] = plan.path[:1]
     for name, tasks in ways.items():
@@ -237,7 +238,7 @@ def follow_path(
     write_csv(folder / "arms.csv", _arms_table(rows, arms, plan.target))
     verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
     if "val" in set(rows["split"]):
-        method = "sequential_full" if plan.path else "single_full"
+        method = "sequential_full" if any(arm.name == "sequential_full" for arm in arms) else "single_full"
         title = f"Ways to {plan.target}, at equal numbers of patients"
         verdict = audit_report(rows, folder, method=method, synthetic=synthetic, margin=MARGIN, title=title)
         answer = f"{second_step_text(rows, plan)} {verdict.text}"
@@ -258,6 +259,8 @@ def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
     """Whether the intermediate task was worth it on the validation patients, against one step in the same way."""
     if plan.path is None:
         return f"One step is all there is: {plan.no_path}"
+    if len(plan.path) == 1:
+        return "One step is all there is: max_intermediates is 0."
     patients = patient_table(rows)
     patients = patients[patients["split"] == "val"].pivot_table(index="subject", columns="method", values="dice")
     sentences = []

@@ -357,7 +357,7 @@ class TestStudy:
             lambda of: {name: value - 0.2 for name, value in of.items()}
         )
         gone = hard & (choices["steps"].isin(["path", "joint"]) & (choices["how"] == "near"))
-        text = study_text(self.table(), choices[~gone], synthetic=True)
+        text = study_text(self.table(), choices[~gone], synthetic=True, source_patients=10)
         table = differences(choices[~gone]).set_index(["first", "second"])
         row = table.loc[("path, near", "single, near")]
         assert float(row["difference"]) == pytest.approx(0.1, abs=0.01)
@@ -374,7 +374,7 @@ class TestStudy:
     def test_rows_say_how_many_targets_and_seeds_they_stand_for(self):
         choices = self.choices(gain=0.1)
         gone = (choices["target"] == "B-T2-ED") & (choices["steps"] == "path") & (choices["how"] == "near")
-        text = study_text(self.table(), choices[~gone], synthetic=True)
+        text = study_text(self.table(), choices[~gone], synthetic=True, source_patients=10)
         rows = {tuple(line.split(" | ")[:2]): line for line in text.splitlines()}
         assert rows["| path", "near"].endswith("| 2 |")
         assert rows["| single", "near"].endswith("| 4 |")
@@ -387,8 +387,14 @@ class TestStudy:
             for target, dice in {"B-T1-ED": 0.8, "B-T2-ED": 0.4}.items()
             for seed in (0, 1)
         ]
-        text = study_text(self.table(), pd.DataFrame(rows[1:]), synthetic=True)
+        text = study_text(self.table(), pd.DataFrame(rows[1:]), synthetic=True, source_patients=10)
         assert "| path | near | 0.800 | 0.400 | 0.600 | 0.000 | 3 |" in text
+
+    @pytest.mark.parametrize(("source_patients", "equal"), [(10, True), (None, False)])
+    def test_numbers_are_equal_only_where_they_are_set(self, source_patients, equal):
+        text = study_text(self.table(), self.choices(gain=0.0), synthetic=True, source_patients=source_patients)
+        assert text.count("at equal numbers of labelled patients") == 2 * equal
+        assert text.count("each with all patients of its first source") == 2 * (not equal)
 
     def test_an_affinity_without_any_path_is_compared_all_the_same(self):
         choices = self.choices(gain=0.1)
@@ -408,7 +414,7 @@ class TestStudy:
 
     def test_the_page_holds_every_way_to_choose(self):
         choices = self.choices(gain=0.0)
-        text = study_text(self.table(), choices, synthetic=True)
+        text = study_text(self.table(), choices, synthetic=True, source_patients=10)
         for steps, how in choices[["steps", "how"]].drop_duplicates().itertuples(index=False):
             assert f"| {steps} | {how} |" in text
         assert "**Synthetic**" in text

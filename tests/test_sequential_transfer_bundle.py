@@ -146,12 +146,25 @@ def test_what_is_done_is_not_done_again(options, in_this_process):
     assert (Path(options["output_dir"]) / "answer.txt").read_text() == answer
 
 
-def test_without_a_path_one_step_is_taken(options, in_this_process):
-    run(**options, n_clusters=3)
+@pytest.mark.parametrize(
+    ("source_patients", "spent"),
+    [(3, "at equal numbers of labelled patients"), (None, "each with all patients of its first source")],
+)
+def test_without_a_path_one_step_is_taken(options, in_this_process, capsys, source_patients, spent):
+    run(**options, n_clusters=3, source_patients=source_patients)
     folder = Path(options["output_dir"])
+    assert f"On the test patients, {spent}:" in capsys.readouterr().out
     assert "one task each" in json.loads((folder / "plan.json").read_text())["no_path"]
     assert set(pd.read_csv(folder / "arms.csv")["method"]) == {"zero_shot", "scratch", "single", "single_full"}
     assert "One step is all there is" in (folder / "answer.txt").read_text()
+
+
+def test_without_intermediate_tasks_one_step_is_all_there_is(options, in_this_process):
+    run(**options, max_intermediates=0)
+    folder = Path(options["output_dir"])
+    assert len(json.loads((folder / "plan.json").read_text())["paths"][0]["tasks"]) == 1
+    assert not [name for name in pd.read_csv(folder / "arms.csv")["method"] if name.startswith("sequential")]
+    assert "One step is all there is: max_intermediates is 0." in (folder / "answer.txt").read_text()
 
 
 def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_process):

@@ -239,11 +239,12 @@ def follow_path(
     verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
     if "val" in set(rows["split"]):
         method = "sequential_full" if any(arm.name == "sequential_full" for arm in arms) else "single_full"
-        title = f"Ways to {plan.target}, at equal numbers of patients"
+        title = f"Ways to {plan.target}, {spent_text(config['source_patients'])}"
         verdict = audit_report(rows, folder, method=method, synthetic=synthetic, margin=MARGIN, title=title)
         answer = f"{second_step_text(rows, plan)} {verdict.text}"
     write_text(folder / "answer.txt", answer)
-    print(f"{_table_text(_arms_table(rows, arms, plan.target))}\n{answer}")
+    table = _arms_table(rows, arms, plan.target)
+    print(f"{_table_text(table, spent_text(config['source_patients']))}\n{answer}")
     return verdict
 
 
@@ -292,8 +293,13 @@ def _judgement(gap: PairedComparison) -> str:
     return "the second step harms" if gap.high < 0 else "no evidence for a second step, one is enough"
 
 
-def _table_text(table: pd.DataFrame) -> str:
-    shown = table[table["split"] == "test"]
-    return "On the test patients, at equal numbers of labelled patients:\n" + shown.drop(columns="split").to_string(
-        index=False, float_format="{:.3f}".format
-    )
+def spent_text(source_patients: int | None) -> str:
+    """What labelled patients of their sources arms spend, for a title."""
+    if source_patients is None:
+        return "each with all patients of its first source"
+    return "at equal numbers of labelled patients"
+
+
+def _table_text(table: pd.DataFrame, spent: str) -> str:
+    shown = table[table["split"] == "test"].drop(columns="split")
+    return f"On the test patients, {spent}:\n" + shown.to_string(index=False, float_format="{:.3f}".format)

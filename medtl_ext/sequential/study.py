@@ -18,7 +18,7 @@ from medtl_ext.data import Collection, Task
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import markdown_table, patient_table
 from medtl_ext.sequential.affinities import Affinity, find_affinity
-from medtl_ext.sequential.chain import Arm, Chains, source_collection
+from medtl_ext.sequential.chain import Arm, Chains, source_collection, spent_text
 from medtl_ext.sequential.plan import Plan, plan_path, require_patients, shares, source_graph
 from medtl_ext.studies import open_collection
 
@@ -92,7 +92,7 @@ def study_paths(
     synthetic = collections[targets[0]].synthetic
     write_csv(folder / "study.csv", table.drop(columns="patients"))
     write_csv(folder / "choices.csv", choices.drop(columns="patients"))
-    text = study_text(table, choices, synthetic=synthetic)
+    text = study_text(table, choices, synthetic=synthetic, source_patients=config["source_patients"])
     write_text(folder / "study.md", text)
     print(text)
     return choices
@@ -225,14 +225,14 @@ PAIRS = [
 """What is compared with what, over the test patients of all targets; {} is each affinity in turn."""
 
 
-def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool) -> str:
+def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool, source_patients: int | None) -> str:
     """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
+    spent = spent_text(source_patients)
     lines = ["# Sequential transfer: is a second step worth it?", ""]
     seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
     lines += [
         f"Mean Dice of test patients over {targets} targets and {seeds} seeds, all parameters trained at every step, "
-        "all ways with as many labelled patients."
-        + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
+        f"{spent}." + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
         "",
         markdown_table(_means_table(choices)),
         "",
@@ -246,7 +246,7 @@ def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool) -
         markdown_table(differences(choices)),
         "",
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
-        "its two sources alone, at as many labelled patients:",
+        f"its two sources alone, {spent}:",
         "",
         markdown_table(gains(table)),
     ]

@@ -463,6 +463,13 @@ class TestFitWeights:
             with pytest.warns(UserWarning, match="published ones"):
                 assert fit_affinity_weights(*constant) == PUBLISHED_WEIGHTS
 
+    def test_what_varies_by_rounding_alone_is_constant(self, rng):
+        varies, noise = rng.uniform(0, 1, 6), np.array([0, 1, -1, 2, 0, -2]) * 1e-16
+        assert fit_affinity_weights(varies, 0.3 + noise, 5 - 2 * varies) == pytest.approx((2, 0))
+        assert fit_affinity_weights(300 + 1e3 * noise, varies, 2 * varies) == pytest.approx((0, 2))
+        with pytest.warns(UserWarning, match="published ones"):
+            assert fit_affinity_weights(varies, varies, 0.1 + noise) == PUBLISHED_WEIGHTS
+
     def test_rank_correlation(self, rng):
         pytest.importorskip("optuna")
         distance, similarity = rng.uniform(0, 300, 15), rng.uniform(0, 1, 15)

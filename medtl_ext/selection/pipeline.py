@@ -19,6 +19,7 @@ from medtl_ext._validation import InputError, require_choice, require_choices
 from medtl_ext.bundle import Job, current_config, current_workflow, run_command, run_jobs
 from medtl_ext.data import Collection
 from medtl_ext.ranking import SourceRanking, audit_verdict, baseline_rankings, bootstrap_ranking
+from medtl_ext.report import patient_table
 from medtl_ext.selection.candidates import Candidate, usable
 from medtl_ext.selection.observe import Observed
 from medtl_ext.selection.priors import filter_by_priors, prior_table, require_top_k
@@ -413,5 +414,5 @@ def settle_by_training(
 
 def patient_dice(folder: Path, split: str) -> dict[str, float]:
     """Patient -> Dice, averaged over classes, of a finished run."""
-    rows = pd.read_csv(folder / "metrics.csv")
-    return rows[rows["split"] == split].groupby("subject")["dice"].mean().to_dict()
+    patients = patient_table(pd.read_csv(folder / "metrics.csv"))
+    return patients[patients["split"] == split].set_index("subject")["dice"].to_dict()

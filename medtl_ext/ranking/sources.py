@@ -175,7 +175,7 @@ def bootstrap_ranking(
         the resamples **and** leads by at least ``minimum_gap``. There is no verdict with fewer than 4 patients, with
         one source, or with one scored source, and there are no intervals (NaN) with fewer than 3 patients. With two
         sources the gap is the whole range and checks nothing, and the text says so: one of two sources that differ by
-        noise only is preferred about one time in six, one of four in 5 %, one of eight in 1 %.
+        noise only is preferred about one time in five, one of four in 5 %, one of eight in 1 %.
         Resamples that a function refuses with an `InputError` (say, all of their patients lack the region) are left
         out for all sources; warnings about single resamples are not shown.
 

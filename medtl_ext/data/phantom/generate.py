@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 from filelock import FileLock
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
 from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice
@@ -199,15 +199,11 @@ def _write_subjects(folder: Path, settings: dict[str, Any], *, n_jobs: int | Non
     """
     atlas = load_atlas()
     jobs = [(name, index) for name in settings["institutions"] for index in range(settings["subjects"])]
-    bar = {"tqdm_class": tqdm, "desc": "phantom", "unit": "subject", "disable": not progress}
     # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.
-    with threadpool_limits(1):
-        thread_map(
-            lambda job: _write_subject(folder, atlas, *job, settings),
-            jobs,
-            max_workers=n_jobs or joblib.cpu_count(),
-            **bar,
-        )
+    with threadpool_limits(1), ThreadPoolExecutor(n_jobs or joblib.cpu_count()) as pool:
+        made = pool.map(lambda job: _write_subject(folder, atlas, *job, settings), jobs)
+        for _ in tqdm(made, "phantom", total=len(jobs), unit="subject", disable=not progress):
+            pass
 
 
 def _write_subject(folder: Path, atlas: Atlas, institution: str, index: int, settings: dict[str, Any]) -> None:

@@ -70,17 +70,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Subject:
-    """One scan of a patient: where the images (by modality) and label files (by name) are.
-
-    ``patient`` is who it is of, where the collection says so; otherwise every subject is a patient.
-    """
+    """One patient: where the images (by modality) and label files (by name) are."""
 
     id: str
     institution: str
     split: str
     images: Mapping[str, Path]
     labels: Mapping[str, Path]
-    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,8 +153,7 @@ class Collection:
             split: ``train``, ``val`` or ``test``.
 
         Returns:
-            One dictionary a subject: ``image`` and ``label`` (absolute paths), ``subject`` and ``institution``; where
-            the collection names patients also ``patient``, whom scores are averaged over and resampled by.
+            One dictionary a subject: ``image`` and ``label`` (absolute paths), ``subject`` and ``institution``.
 
         Raises:
             InputError: an unknown task or split, or no subject in it.
@@ -166,7 +161,6 @@ class Collection:
         require_choice("split", split, SPLITS)
         task, subjects = Task(str(task)), self.subjects_of(task)
         modality, label = task.modality, self._objective(task).label
-        named = any(subject.patient for subject in subjects)
         datalist = [
             {
                 "image": str(subject.images[modality]),
@@ -174,7 +168,6 @@ class Collection:
                 "subject": subject.id,
                 "institution": subject.institution,
             }
-            | ({"patient": subject.patient or subject.id} if named else {})
             for subject in subjects
             if subject.split == split
         ]
@@ -333,8 +326,7 @@ def _parse_subject(
         _refuse_hyphen(modality, f"{where}: modality '{modality}'")
     for label in files["labels"]:
         require_choice(f"{where}: label", label, labels)
-    patient = entry.get("patient") or None
-    return Subject(entry["id"], entry["institution"], splits[entry["id"]], files["images"], files["labels"], patient)
+    return Subject(entry["id"], entry["institution"], splits[entry["id"]], files["images"], files["labels"])
 
 
 def _refuse_hyphen(name: str, where: str) -> None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
+from medtl_ext.data.collection import load_collection
 
 __all__ = [
     "Job",
@@ -83,6 +84,8 @@ DECIDING = (
     "train#deterministic_transforms",
     "train#random_transforms",
 )
+# The same, of some bundles only: without them, names of pre-trained sources stay as they are.
+DECIDING_WHERE_PRESENT = ("loss_def", "region_loss", "leep")
 LEAST = {"seed": 0, "pool_seed": 0, "num_workers": 0, "epochs": 0, "pool_epochs": 1, "patience": 1}
 LEAST |= {"batch_size": 1, "iterations_per_epoch": 1, "val_interval": 1}
 # What the command line leaves as text, where a config would have a value.
@@ -121,8 +124,8 @@ def start() -> None:
 
     Raises:
         InputError: a top-level key is neither declared nor used by any config of the bundle, which is what a misspelled
-            ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here; a
-            config for several processes runs in one that torchrun did not start.
+            ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here; no
+            epoch would be validated; a config for several processes runs in one that torchrun did not start.
     """
     _show_input_errors_as_one_line()
     torch.set_num_threads(_threads(1))
@@ -137,6 +140,7 @@ def start() -> None:
     config = workflow.parser.get()
     _check_names(config, Path(workflow.config_root_path))
     _check_kinds(config, Path(workflow.config_root_path))
+    _check_validation(config)
     if "RANK" not in os.environ and any("init_process_group" in text for text in _strings(config.get("initialize"))):
         raise InputError(
             "a multi_gpu config is for several processes; start it by `torchrun --nproc_per_node=2 -m monai.bundle run "
@@ -187,6 +191,25 @@ def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
             raise InputError(f"option --{key} is {value!r}; expected {expected}.")
         if key in LEAST and isinstance(value, int | float) and value < LEAST[key]:
             raise InputError(f"option --{key} is {value}; expected at least {LEAST[key]}.")
+
+
+def _check_validation(config: Mapping[str, Any]) -> None:
+    """Refuse a training that would end before its first validation, and so without a best network to score."""
+    interval, epochs = (_number(config, name) for name in ("val_interval", "epochs"))
+    if interval is not None and epochs is not None and interval > epochs > 0:
+        raise InputError(
+            f"--val_interval is {interval}, --epochs {epochs}: no epoch would be validated; give at most --epochs."
+        )
+
+
+def _number(config: Mapping[str, Any], name: str) -> float | None:
+    """The number that a setting is or refers to (``@epochs``); None if it is neither, as an expression."""
+    value = config.get(name)
+    for _ in config:  # so many references at most
+        if not (isinstance(value, str) and value.startswith("@")):
+            break
+        value = config.get(value[1:])
+    return value if isinstance(value, int | float) else None
 
 
 def _is_expression(value: Any) -> bool:
@@ -257,7 +280,7 @@ def deciding_parts(config: Mapping[str, Any]) -> dict[str, Any]:
         for part in name.split("#"):
             value = value.get(part) if isinstance(value, Mapping) else None
         found[name] = value
-    return found
+    return found | {name: config[name] for name in DECIDING_WHERE_PRESENT if config.get(name) is not None}
 
 
 def claim_output(output_dir: str | os.PathLike[str]) -> Path:
@@ -269,22 +292,22 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: the folder cannot be written to, or holds a run with other settings.
     """
-    folder = Path(output_dir)
+    folder = _writable(output_dir)
     config = current_config()
+    config["_content_"] = _content(config)
     record = folder / "config.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
-        ) from error
     if record.is_file() and any(path != record for path in folder.glob("[!.]*")):
         recorded = json.loads(record.read_text(encoding="utf-8"))
         before, now = (settings_of(one) | deciding_parts(one) | {"grid": one.get("grid")} for one in (recorded, config))
+        contents = recorded.get("_content_", {}), config["_content_"]  # none of a run of an earlier version
         for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
+            if all(name in content for content in contents):
+                if contents[0][name] != contents[1][name]:
+                    raise InputError(
+                        f"output folder {folder} holds a run on another {name}, with other patients, splits or files "
+                        f"than {now[name]} has now; give another folder with --output_dir, or delete that one."
+                    )
+            elif before.get(name) != now.get(name):
                 raise InputError(
                     f"output folder {folder} holds a run with {name}={before.get(name)!r}, this one has "
                     f"{now.get(name)!r}; give another folder with --output_dir, or delete that one."
@@ -297,6 +320,27 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
                 "another folder with --output_dir."
             )
         write_json(record, config)
+    return folder
+
+
+def _content(config: Mapping[str, Any]) -> dict[str, str]:
+    """Fingerprints of the collections that a config names, which are the same wherever a collection lies."""
+    named = {name: config.get(name) for name in ("collection", "source_collection")}
+    files = {name: path for name, path in named.items() if isinstance(path, str) and Path(path).is_file()}
+    return {name: load_collection(path).fingerprint for name, path in files.items()}
+
+
+def _writable(output_dir: str | os.PathLike[str]) -> Path:
+    """The folder, made where it is not there."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
+        ) from error
     return folder
 
 
@@ -375,7 +419,15 @@ class Job:
         return (self.output_dir / self.result).is_file()
 
     def run(self, threads: int | None = None) -> None:
-        """Run the config in this process, on so many threads."""
+        """Run the config in this process, on so many threads; whoever runs it meanwhile is waited for.
+
+        The lock is not that of `kept_model`, which is held by another process while the job runs.
+        """
+        with FileLock(_writable(self.output_dir) / ".run.lock"):
+            if not self.done:
+                self._run(threads)
+
+    def _run(self, threads: int | None) -> None:
         if "RANK" in os.environ:
             _be_the_only_rank()
         configs = Path(self.config["bundle_root"]) / "configs"

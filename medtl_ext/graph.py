@@ -231,6 +231,11 @@ def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.isfinite(a) & (np.abs(a - b) <= SAME * b)
 
 
+def _rounded(cost: float) -> float:
+    """A cost as far as it can be compared: sums in another order differ in their last bits."""
+    return float(f"{cost:.12g}")
+
+
 def cluster_representatives(
     graph: nx.Graph, clusters: Sequence[Collection[Hashable]], *, rule: str = "size"
 ) -> list[Hashable]:
@@ -263,7 +268,7 @@ def cluster_representatives(
         near = [other for other in graph[node] if other in cluster and other != node]
         shares = [graph.nodes[other]["size"] if weighted else 1 for other in near]
         joined = [weights.get((node, other), weights.get((other, node))) for other in near]
-        return float(np.average(joined, weights=shares)) if near else math.inf
+        return _rounded(float(np.average(joined, weights=shares))) if near else math.inf
 
     def order(node: Hashable, cluster: Collection[Hashable]) -> tuple[Any, ...]:
         if rule == "size":
@@ -330,23 +335,28 @@ def optimal_transfer_path(
 
     cluster_of = dict(zip(representatives, clusters, strict=True))
     # Costs only grow along a path, so the first complete ones to come off the heap are the cheapest.
-    heap = [(float(target_costs.get(r, math.inf)), False, (str(r),), (r,)) for r in representatives]
-    heapq.heapify(heap)
+    heap: list[tuple[float, bool, tuple[str, ...], tuple[Hashable, ...], float]] = []
+
+    def push(cost: float, complete: bool, names: tuple[str, ...], tasks: tuple[Hashable, ...]) -> None:
+        heapq.heappush(heap, (_rounded(cost), complete, names, tasks, cost))
+
+    for r in representatives:
+        push(float(target_costs.get(r, math.inf)), False, (str(r),), (r,))
     found: list[TransferPath] = []
     while heap and len(found) < k:
-        cost, complete, names, tasks = heapq.heappop(heap)
+        _, complete, names, tasks, cost = heapq.heappop(heap)
         if math.isinf(cost):
             break
         if complete:
             found.append(TransferPath(cost, tasks))
             continue
         if len(tasks) > 1:
-            heapq.heappush(heap, (cost + target_costs.get(tasks[-1], math.inf), True, names, tasks))
+            push(cost + target_costs.get(tasks[-1], math.inf), True, names, tasks)
         elif max_intermediates == 0:
-            heapq.heappush(heap, (cost, True, names, tasks))
+            push(cost, True, names, tasks)
         if len(tasks) <= max_intermediates:
             for task in set(graph[tasks[-1]]) & set(cluster_of[tasks[0]]) - set(tasks):
-                heapq.heappush(heap, (cost + step(tasks[-1], task), False, (*names, str(task)), (*tasks, task)))
+                push(cost + step(tasks[-1], task), False, (*names, str(task)), (*tasks, task))
     if not found:
         raise NoPathError(_why_no_path(target_costs, clusters, representatives))
     return found

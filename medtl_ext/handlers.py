@@ -261,8 +261,9 @@ class EpochSeed:
 class SubjectTable:
     """Scores per patient and class of an evaluator's last pass, as the table ``evaluator.state.subject_table``.
 
-    Columns: subject, class, one per metric, and ``empty``: the class is neither in the truth nor in the prediction of
-    this patient, where Dice and IoU are 1 by the convention of MONAI's ``ignore_empty=False``.
+    Columns: subject, patient (where the data say whose scan it is), class, one per metric, and ``empty``: the class is
+    neither in the truth nor in the prediction of this subject, where Dice and IoU are 1 by the convention of MONAI's
+    ``ignore_empty=False``.
 
     Args:
         class_names: names of the foreground classes, in order.
@@ -273,6 +274,7 @@ class SubjectTable:
         self.class_names = list(class_names)
         self.metrics = tuple(metrics)
         self._subjects: list[str] = []
+        self._patients: list[str] = []
         self._empty: list[Tensor] = []
 
     def attach(self, engine: Evaluator) -> None:
@@ -281,20 +283,21 @@ class SubjectTable:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.tabulate)
 
     def reset(self, engine: Evaluator) -> None:
-        self._subjects, self._empty = [], []
+        self._subjects, self._patients, self._empty = [], [], []
 
     def collect(self, engine: Evaluator) -> None:
         """Note who is in the batch, and which classes are nowhere in truth and prediction (both one-hot)."""
         self._subjects += [item["subject"] for item in engine.state.batch]
+        self._patients += [item.get("patient", "") for item in engine.state.batch]
         for item in engine.state.output:
             present = torch.stack([item[key].flatten(1).any(1) for key in ("label", "pred")]).any(0)
             self._empty.append(~present[1:])
 
     def tabulate(self, engine: Evaluator) -> None:
         """Join subjects and scores; with several processes the metrics' details come gathered in rank order."""
-        subjects, empty = self._subjects, torch.stack(self._empty).int()
+        subjects, patients, empty = self._subjects, self._patients, torch.stack(self._empty).int()
         if idist.get_world_size() > 1:
-            subjects = string_list_all_gather(subjects)
+            subjects, patients = string_list_all_gather(subjects), string_list_all_gather(patients)
             counts = idist.all_gather(len(self._subjects))
             padded = torch.zeros(max(counts), empty.shape[1], dtype=torch.int32, device=idist.device())
             padded[: len(empty)] = empty.to(padded.device)
@@ -303,10 +306,12 @@ class SubjectTable:
         scores = {name: engine.state.metric_details[name].cpu().numpy() for name in self.metrics}
         engine.state.subject_table = pd.DataFrame(
             [
-                {"subject": subject, "class": name}
+                {"subject": subject}
+                | ({"patient": patient} if patient else {})
+                | {"class": name}
                 | {metric: float(values[row, column]) for metric, values in scores.items()}
                 | {"empty": bool(empty[row, column])}
-                for row, subject in enumerate(subjects)
+                for row, (subject, patient) in enumerate(zip(subjects, patients, strict=True))
                 for column, name in enumerate(self.class_names)
             ]
         ).drop_duplicates(["subject", "class"], ignore_index=True)

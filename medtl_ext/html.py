@@ -202,12 +202,13 @@ def _blocks(text: str) -> list[tuple[str, Any]]:
 
 def _tables(path: Path) -> list[dict[str, Any]]:
     """A CSV file as a table, and above scores per patient their mean."""
-    table = pd.read_csv(path, dtype={"subject": str})  # a patient 007 is not 7
+    table = pd.read_csv(path, dtype={"subject": str, "patient": str})  # a patient 007 is not 7
     tables = [_table(path, table, _caption(path))]
     scores = [name for name in ("dice", "iou") if name in table]
     if {"split", "subject", "class"} <= set(table) and scores:
         groups = table.groupby([name for name in ("method", "split", "class") if name in table], sort=False)
-        means = groups.agg(patients=("subject", "nunique"), **{name: (name, "mean") for name in scores})
+        who = "patient" if "patient" in table else "subject"
+        means = groups.agg(patients=(who, "nunique"), **{name: (name, "mean") for name in scores})
         means = means.join(groups[scores].std().add_suffix(" sd")).reset_index()
         tables.insert(0, _table(path, means, "Mean over patients"))
     return tables

@@ -18,6 +18,9 @@ from medtl_ext.metrics._checks import IGNORED, as_plain_tensor, check_labels
 DIRECTIONS = ("hardness", "literal")
 NORMALIZATIONS = ("foreground", "mean", "weights")
 
+# LEEP that differs by less than this share is the same up to rounding, which is no hardness.
+FLAT = 1e-9
+
 
 def risk_map(
     leep_map: torch.Tensor | Sequence[torch.Tensor],
@@ -61,11 +64,12 @@ def risk_map(
     one_tensor = not isinstance(leep_map, (list, tuple))
     maps = [_checked_map(one_map) for one_map in ([leep_map] if one_tensor else leep_map)]
     low, high = _range(maps, clip)
+    varies = high - low > FLAT * max(1, abs(low))
     weights = []
     for one_map in maps:
-        hardness = (high - one_map.clamp(low, high)) / (high - low) if high > low else torch.zeros_like(one_map)
+        hardness = (high - one_map.clamp(low, high)) / (high - low) if varies else torch.zeros_like(one_map)
         if direction == "literal":
-            hardness = 1 - hardness if high > low else hardness
+            hardness = 1 - hardness if varies else hardness
         weight = (base**hardness).nan_to_num(nan=1.0)
         weights.append(weight if size is None else repeat_cells(weight, size))
     return weights[0] if one_tensor else weights

@@ -20,7 +20,7 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.ranking import Verdict, audit_verdict, holm, paired_comparison
+from medtl_ext.ranking import MINIMUM_PATIENTS, Verdict, audit_verdict, holm, paired_comparison
 from medtl_ext.visualize import SPLIT_NAMES, method_group, plot_audit, plot_comparison, save_figure
 
 __all__ = ["Comparison", "audit_report", "compare_report", "markdown_table", "patient_table", "summarize"]
@@ -31,13 +31,16 @@ ALL_PAIRS = "all pairs"
 
 
 def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average the classes of each patient: one row per run and patient, with ``dice``, ``iou`` and ``empty``.
+    """Average the classes and the scans of each patient: one row per run and patient.
 
-    ``empty`` counts the classes that are absent from truth and prediction (and score 1).
+    It has ``dice``, ``iou`` and ``empty``: how many classes are in neither truth nor prediction (and score 1).
 
     Args:
         rows: columns ``method, seed, split, subject, class, dice, iou``, optionally ``pair, slices, source_seed,
-            empty``.
+            empty``, and ``patient``, whom several subjects may be scans of.
+
+    Returns:
+        The patient's name is in ``subject``.
 
     Raises:
         InputError: a column is missing, a score is not finite, or a run has the same patient and class twice.
@@ -62,6 +65,8 @@ def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
             f"{first['subject']}, class {first['class']}. Score an absent class as 1 (ignore_empty=False)."
         )
     rows = rows.assign(empty=rows["empty"].eq(True) if "empty" in rows else False)
+    if "patient" in rows:
+        rows = rows.assign(subject=rows["patient"])
     grouped = rows.groupby([*run, "subject"], sort=False, dropna=False)
     return grouped.agg(dice=("dice", "mean"), iou=("iou", "mean"), empty=("empty", "sum")).reset_index()
 
@@ -395,7 +400,7 @@ def _against_controls(scores: dict[str, dict[str, float]]) -> list[str]:
     for method in (name for name in scores if name.startswith("risk_map") and controls):
         found = {control: paired_comparison(scores[method], scores[control]) for control in controls}
         gaps = [f"{control} {c.difference:+.3f}{_range(c.low, c.high)}" for control, c in found.items()]
-        beats = all(comparison.low > 0 for comparison in found.values())
+        beats = all(comparison.low > 0 for comparison in found.values()) and len(scores[method]) >= MINIMUM_PATIENTS
         end = "it beats all of them" if beats else "no evidence that knowing the source adds to the best of them"
         lines.append(f"{method} against the controls that never saw the source: {', '.join(gaps)}; {end}.")
     return lines
@@ -409,7 +414,7 @@ def _scratch(scores: dict[str, dict[str, float]]) -> list[str]:
         return []
     gap = paired_comparison(scores["scratch"], scores[others[0]])
     figures = f"ahead of {others[0]} by {gap.difference:.3f}{_range(gap.low, gap.high)}"
-    if gap.low > 0:
+    if gap.low > 0 and len(scores["scratch"]) >= MINIMUM_PATIENTS:
         return [f"training from scratch is best, {figures}: do not transfer this source with these methods."]
     return [f"training from scratch has the highest mean, {figures}, which does not settle it."]
 

@@ -75,7 +75,13 @@ def pretrained_source(folder: str, task: str, *, seed: int = 0) -> str:
 
 
 def pretraining_job(config: Mapping[str, Any], folder: str | Path, task: str, *, seed: int) -> Job:
-    """The run of ``pretrain.json`` on ``task``; its folder's name holds a hash of all settings that matter."""
+    """The run of ``pretrain.json`` on ``task``; its folder's name holds a hash of all settings that matter.
+
+    Of a collection it holds the content, wherever it lies: other patients, splits or files give another folder.
+
+    Raises:
+        InputError: the collection is missing or breaks the format.
+    """
     overlay = Path(config["bundle_root"]) / "configs" / "pretrain.json"
     source_collection = config.get("source_collection")
     if source_collection == "@collection":
@@ -90,8 +96,13 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, task: str, *,
         "check_data": True,
     }
     merged = {**config, **json.loads(overlay.read_text()), **overrides}
-    parts = {name: part for name, part in deciding_parts(merged).items() if name != "weight_map"}  # needs a source
-    key = json.dumps([settings_of(merged), parts], sort_keys=True)
+    need_a_source = ("weight_map", "leep")
+    parts = {name: part for name, part in deciding_parts(merged).items() if name not in need_a_source}
+    settings = settings_of(merged)
+    if source_collection is not None:
+        content = load_collection(source_collection).fingerprint
+        settings |= {"collection": content, "source_collection": content}
+    key = json.dumps([settings, parts], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{task}_{digest}", overlays=[overlay], overrides=overrides)
 

@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawing import seed_torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def same_draws_at_every_run():
+    seed_torch()
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,16 @@ def numpy_generator() -> np.random.Generator:
     return np.random.default_rng(_next_seed())
 
 
+def seed_torch() -> None:
+    """What is drawn without a generator is the same at every run too, whatever ran before."""
+    torch.manual_seed(zlib.crc32(f"{RUN_SEED}, {_test()}".encode()))
+
+
+def _test() -> str:
+    return os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]  # without the phase
+
+
 def _next_seed() -> int:
-    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]  # without the phase
-    _draws[test] += 1
+    _draws[_test()] += 1
     print(f"drawn with MEDTL_TEST_SEED={RUN_SEED}")  # pytest shows it when the test fails
-    return zlib.crc32(f"{RUN_SEED}, {test}, {_draws[test]}".encode())
+    return zlib.crc32(f"{RUN_SEED}, {_test()}, {_draws[_test()]}".encode())

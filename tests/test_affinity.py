@@ -463,6 +463,13 @@ class TestFitWeights:
             with pytest.warns(UserWarning, match="published ones"):
                 assert fit_affinity_weights(*constant) == PUBLISHED_WEIGHTS
 
+    def test_what_varies_by_rounding_alone_is_constant(self, rng):
+        varies, noise = rng.uniform(0, 1, 6), np.array([0, 1, -1, 2, 0, -2]) * 1e-16
+        assert fit_affinity_weights(varies, 0.3 + noise, 5 - 2 * varies) == pytest.approx((2, 0))
+        assert fit_affinity_weights(300 + 1e3 * noise, varies, 2 * varies) == pytest.approx((0, 2))
+        with pytest.warns(UserWarning, match="published ones"):
+            assert fit_affinity_weights(varies, varies, 0.1 + noise) == PUBLISHED_WEIGHTS
+
     def test_rank_correlation(self, rng):
         pytest.importorskip("optuna")
         distance, similarity = rng.uniform(0, 300, 15), rng.uniform(0, 1, 15)
@@ -676,6 +683,17 @@ class TestContext:
             assert values[i, j].item() == pytest.approx(context_affinity(*a, *b).item())
         again = [task_context(iter(images[::-1]), iter(labels[::-1])) for images, labels in tasks]
         np.testing.assert_allclose(pairwise_context(contexts, again), pairwise_context(contexts, contexts), atol=1e-12)
+
+    def test_regions_outside_the_crop(self, rng):
+        """Two regions so far apart that neither lies in the box around their middle."""
+        image = np.arange(1.0, 60 * 4 * 4 + 1).reshape(60, 4, 4)
+        far = np.zeros(image.shape, bool)
+        far[[0, -1]] = True
+        near = np.zeros(image.shape, bool)
+        near[28:32] = True
+        options = {"spacing_a": 4, "spacing_b": 4, "crop": 96, "weights": (0, 1, 0)}
+        assert context_affinity([image], [far], [image], [far], **options) == 0
+        assert context_affinity([image], [far], [image], [near], **options).item() == pytest.approx(1)
 
     def test_a_patient_without_roi_counts_for_the_body_only(self, rng):
         images, labels = head(rng)

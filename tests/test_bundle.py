@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,36 @@ def test_an_option_of_a_fitting_kind_is_taken(tmp_path, declared, given):
     run(write_bundle(tmp_path, choice=declared, number="$1 if @choice is None else 2"), choice=given)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "interval", "shown"),
+    [
+        (4, 10, (10, 4)),
+        ("@pool_epochs", 4, (4, 3)),
+        (4, "@number", (5, 4)),
+        (4, "@patience", None),
+        (4, 4, None),
+        (0, 10, None),
+        ("$2 + 2", 10, None),
+        (4, "$2 * @epochs", None),
+        (4, "@epochs", None),
+        (4, "@nothing", None),
+        (None, 3, None),
+        (4, "@val_interval", None),
+    ],
+)
+def test_a_training_without_a_validation_is_refused(tmp_path, epochs, interval, shown):
+    settings = {"epochs": epochs, "val_interval": interval, "pool_epochs": 3, "number": 5, "patience": None}
+    config = write_bundle(tmp_path, **settings, used="$[@epochs, @val_interval, @pool_epochs, @patience]")
+    workflow = ConfigWorkflow(config_file=str(config), workflow_type="train")
+    if shown is None:
+        workflow.initialize()
+        return
+    with pytest.raises(RuntimeError) as caught:
+        workflow.initialize()
+    message = "--val_interval is {}, --epochs {}: no epoch would be validated; give at most --epochs.".format(*shown)
+    assert str(caught.value.__cause__) == message
+
+
 def test_a_run_with_another_loss_is_another_run(tmp_path):
     loss = {"_target_": "torch.nn.CrossEntropyLoss"}
     config = write_bundle(tmp_path, loss=loss)
@@ -122,6 +153,18 @@ def test_a_run_with_another_loss_is_another_run(tmp_path):
         run(config, **{"loss#_target_": "torch.nn.NLLLoss"})
     with pytest.raises(InputError, match="holds a run with loss="):
         raise caught.value.__cause__
+
+
+@pytest.mark.parametrize("part", ["loss", "loss_def", "region_loss", "leep"])
+def test_any_part_of_the_loss_and_of_its_weights_decides(tmp_path, part):
+    config = write_bundle(tmp_path, **{part: {"base": {"_target_": "torch.nn.CrossEntropyLoss"}, "to": "$1 + 1"}})
+    run(config)
+    run(config)
+    for change in ({f"{part}#base#_target_": "torch.nn.NLLLoss"}, {f"{part}#to": "$2"}):
+        with pytest.raises(RuntimeError) as caught:
+            run(config, **change)
+        with pytest.raises(InputError, match=f"holds a run with {part}="):
+            raise caught.value.__cause__
 
 
 def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):
@@ -162,6 +205,36 @@ def test_jobs_run_once_and_a_bad_one_costs_itself_only(tmp_path):
     before = (tmp_path / "one" / "result.txt").stat().st_mtime_ns
     run_jobs([jobs[0], jobs[2]])
     assert (tmp_path / "one" / "result.txt").stat().st_mtime_ns == before
+
+
+def test_a_job_started_twice_at_a_time_runs_once(tmp_path):
+    """Each would clear away what the other is writing; the second waits, and finds the job done."""
+    log = tmp_path / "log.txt"
+    steps = [
+        "$bundle.claim_output(@output_dir)",
+        f"$open({str(log)!r}, 'a').write('run\\n')",
+        "$__import__('time').sleep(0.5)",
+        "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
+    ]
+    config = json.loads(write_bundle(tmp_path, run=steps).read_text()) | {"bundle_root": str(tmp_path)}
+    job = Job(config, tmp_path / "one", result="result.txt")
+    with ThreadPoolExecutor(2) as pool:  # a file lock holds between threads as it does between processes
+        for attempt in [pool.submit(job.run) for _ in range(2)]:
+            attempt.result(120)
+    assert log.read_text() == "run\n"
+    assert (tmp_path / "one" / "result.txt").read_text() == "9"
+    other = Job(config, tmp_path / "one", overrides={"number": 4}, result="other.txt")
+    with pytest.raises(RuntimeError) as caught:  # the lock is no file of the run
+        other.run()
+    assert "holds a run with number=3" in str(caught.value.__cause__)
+
+
+def test_a_folder_that_holds_nothing_but_the_lock_is_free(tmp_path):
+    config = json.loads(write_bundle(tmp_path).read_text()) | {"bundle_root": str(tmp_path)}
+    with pytest.raises(RuntimeError):
+        Job(config | {"run": ["$1 / 0"]}, tmp_path / "one", result="result.txt").run()
+    Job(config, tmp_path / "one", overrides={"number": 5}, result="result.txt").run()
+    assert (tmp_path / "one" / "result.txt").read_text() == "25"
 
 
 def test_a_kept_model_is_trained_once(tmp_path):

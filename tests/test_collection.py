@@ -173,6 +173,14 @@ class TestSplits:
         with pytest.raises(InputError, match="subject 'a' is in splits 'train' and 'test'"):
             load(content)
 
+    def test_a_scan_says_whose_it_is(self, content, load):
+        task = Task("13-T1-ED")
+        assert "patient" not in load(content).datalist(task, "train")[0]
+        content["subjects"].append(subject("a-later", split="train") | {"patient": "a"})
+        found = {item["subject"]: item["patient"] for item in load(content).datalist(task, "train")}
+        assert found["a"] == found["a-later"] == "a"
+        assert set(found.values()) == set(found) - {"a-later"}
+
     def test_duplicate_subject(self, content, load):
         content["subjects"].append(subject("a", institution="14"))
         with pytest.raises(InputError, match="subject 'a' is listed twice"):

@@ -52,9 +52,9 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def collection(tmp_path_factory) -> Path:
-    """Two institutions of eight synthetic patients: three to train on."""
+    """Two institutions of ten synthetic patients: four to train on, the fewest that a verdict takes."""
     folder = tmp_path_factory.mktemp("phantom") / "collection"
-    return generate_phantom(folder, institutions=["14", "17"], subjects=8, n_jobs=1, progress=False)
+    return generate_phantom(folder, institutions=["14", "17"], subjects=10, n_jobs=1, progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys)
     assert table.loc["scratch", "status"] == "no score"
     assert {"random_rank", "source_size_rank", "static_rank", "rank_low", "p_best"} <= set(table.columns)
     content = content_of(folder)
-    assert (content["units"], content["patients_known"], content["synthetic"]) == (3, True, True)
+    assert (content["units"], content["patients_known"], content["synthetic"]) == (4, True, True)
     assert "The paper's LP x FU would pick" in content["answer"]
     words = shlex.split(content["command"])
     assert Path(words[words.index("--source_ckpt") + 1]).is_file()

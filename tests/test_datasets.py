@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from monai.networks.nets import DenseNet, ResNet
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from medtl_ext import InputError
+from medtl_ext import InputError, bundle
 from medtl_ext._validation import require_choices
 from medtl_ext.bundle import Job
 from medtl_ext.data.classification import ClassificationDataset, sample_per_class
@@ -25,6 +26,7 @@ from medtl_ext.datasets.published import reproduce_table2
 from medtl_ext.datasets.scoring import METRICS, observe, score_table
 from medtl_ext.datasets.sources import Source, find_sources, images_to_classify, initialized, open_dataset
 from medtl_ext.metrics import NCTITerms, combine_lp_fu, combine_ncti
+from medtl_ext.metrics.nleep import compute_nleep
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "dataset_transferability"
 NETWORK = {
@@ -134,7 +136,9 @@ def test_a_pool_is_trained_again_when_its_data_or_its_optimizer_change(mnist, tm
         ([{"data": "x.npz", "chekpoint": "y"}], "did you mean 'checkpoint'"),
         (["nowhere.npz"], "does not exist"),
         ([{"name": "a", "checkpoint": "x.pt"}, {"name": "a", "checkpoint": "y.pt"}], "names a twice"),
-        ([{"name": "scratch", "checkpoint": "x.pt"}], "named scratch"),
+        ([{"name": "scratch", "checkpoint": "x.pt"}], "named scratch, which means training without one"),
+        ([{"name": "zero_shot", "checkpoint": "x.pt"}], "named zero_shot"),
+        ([{"checkpoint": "full.pt"}], "named full"),
     ],
     ids=str,
 )
@@ -296,6 +300,26 @@ def test_every_patient_once_gives_the_score_itself(metric, monkeypatch):
     assert function(np.array([2, 0] * 6)) != pytest.approx(same, rel=1e-3)
 
 
+def test_nleep_ranks_by_the_seed_of_the_run(tmp_path, no_command):
+    """The score that ranks is the one in the table."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 8, generator=generator).double()
+    labels = (features[:, 0] + torch.randn(200, generator=generator) > 0).long()
+    values = {seed: float(compute_nleep(features.abs(), labels, seed=seed)) for seed in (0, 3)}
+    assert abs(values[0] - values[3]) > 1e-4
+    samples = scoring.Samples(features.abs(), labels, torch.arange(200) // 10, tuple(map(str, range(20))))
+    seen = {name: scoring.Seen(samples, None, {"nleep": values[3]}) for name in ("one", "two")}
+    table = score_table([Source(name) for name in seen], seen, metrics=["nleep"])
+    images = np.zeros((400, 4, 4), np.uint8)
+    splits, names = np.repeat(["train", "val"], 200), tuple(str(place // 10) for place in range(400))
+    target = ClassificationDataset("t", images, np.tile(labels.numpy(), 2), splits, ("a", "b"), names)
+    options = {"cross_domain": False, "n_resamples": 1, "minimum_win": 0.95, "minimum_gap": 0.15, "figures": False}
+    ranking = pipeline.rank_sources(
+        table, seen, target=target, decide_by="nleep", seed=3, output_dir=str(tmp_path), **options
+    )
+    assert ranking.table["score"].tolist() == pytest.approx([values[3]] * 2)
+
+
 def seen_with(**values):
     terms = NCTITerms(*(torch.tensor(float(value)) for value in values.pop("ncti", (1, 2, 3))))
     return scoring.Seen(None, None, {"ncti": terms, **values})
@@ -386,12 +410,15 @@ def test_a_score_that_cannot_be_resampled_gives_an_order_and_no_verdict(tmp_path
     assert "good 1.000 and poor 0.000" in content["answer"]
 
 
-def test_constant_scores_rank_nothing(tmp_path, no_command):
+def test_constant_scores_rank_nothing(tmp_path, no_command, capsys):
     content = ranked({"one": 0, "two": 0}, tmp_path, decide_by="lp_fu")
     assert "All sources have the same LP x FU: it ranks nothing here." in content["answer"]
     assert "There is no best guess: one and two have the same score." in content["answer"]
     assert content["recommendation"] is None
     assert content["default"] is None
+    assert content["command"] is None
+    assert (tmp_path / "answer.txt").read_text().rstrip() == content["answer"]
+    assert "To use it" not in capsys.readouterr().out
 
 
 def test_a_tie_at_the_top_is_no_pick(tmp_path, no_command):
@@ -452,6 +479,36 @@ def test_the_auc_is_scikit_learns_and_its_interval_holds_it():
     assert np.isnan(truth.image_auc(table[table["label"] == 0]))
 
 
+class Images(list):
+    """A loader as `score_images` sees it."""
+
+    def __init__(self, count):
+        super().__init__(range(count))
+        items = [{"subject": f"s{place}", "name": f"{place}.png"} for place in range(count)]
+        self.dataset = SimpleNamespace(data=items)
+
+
+@pytest.mark.parametrize("margin", [4, 12, 14])
+def test_the_truth_is_the_auc_of_probabilities_that_were_not_rounded(margin, tmp_path, monkeypatch):
+    """A sure network's probabilities differ from 1 in the seventh digit."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 200)
+    logits = torch.from_numpy(margin + 3 * (labels - 0.5) + generator.normal(0, 1.5, 200)).float()
+    probs = torch.stack([torch.zeros(200), logits], 1).softmax(1)
+    details = {"auc": (probs, torch.nn.functional.one_hot(torch.from_numpy(labels), 2))}
+    evaluator = SimpleNamespace(network=None, run=lambda: None, state=SimpleNamespace(metric_details=details))
+    monkeypatch.setattr(truth, "load_weights", lambda *_, **__: None)
+    options = {"checkpoint": "", "output_dir": str(tmp_path), "method": "m", "seed": 0}
+    metrics = truth.score_images(evaluator, {"val": Images(200), "test": Images(200)}, **options)
+    expected = np.mean([roc_auc_score(labels == label, probs[:, label]) for label in (0, 1)])
+    assert metrics.set_index("split").loc["test", "auc"] == pytest.approx(expected)
+    row = truth.truth_table({"one": Job({}, tmp_path)}).loc["one"]
+    assert row["auc"] == pytest.approx(expected, abs=1e-6)
+    assert row["auc_low"] < expected < row["auc_high"]
+    written = pd.read_csv(tmp_path / "predictions.csv")
+    assert truth.image_auc(written[written["split"] == "test"]) == pytest.approx(expected)
+
+
 def test_a_patient_may_be_called_na(tmp_path):
     """What pandas takes for a missing value is a name like any other."""
     names = ["NA", "null", "nan", "p4"]
@@ -460,7 +517,7 @@ def test_a_patient_may_be_called_na(tmp_path):
     for folder, content in ((named, table), (plain, table.replace({"subject": dict(zip(names, "abcd", strict=True))}))):
         folder.mkdir()
         content.to_csv(folder / "predictions.csv", index=False)
-        pd.DataFrame({"split": ["val"], "auc": [0.5]}).to_csv(folder / "metrics.csv", index=False)
+        pd.DataFrame({"split": ["val", "test"], "auc": [0.5, 0.6]}).to_csv(folder / "metrics.csv", index=False)
     jobs = {folder.name: Job({}, folder) for folder in (named, plain)}
     rows = truth.truth_table(jobs)
     assert rows.loc["named"].equals(rows.loc["plain"])
@@ -489,6 +546,34 @@ def study_table():
             rows.append({"source": name, "auc": auc[name] - 0.01 * number, "target": target, "seed": 0, **scores})
         rows.append({"source": "scratch", "auc": 0.85 if number else 0.95, "target": target, "seed": 0})
     return pd.DataFrame(rows)
+
+
+class Begun(Exception):
+    """The jobs of a study would run now."""
+
+
+def begin(*_, **__):
+    raise Begun
+
+
+def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):
+    """A source of the same name with other weights would be held for the one that was fine-tuned."""
+    monkeypatch.setattr(bundle, "current_config", lambda: {"bundle_root": str(BUNDLE)})
+    monkeypatch.setattr(study, "dataset_path", lambda *_, **__: None)
+    monkeypatch.setattr(study, "find_sources", lambda *_, **__: [])
+    monkeypatch.setattr(study, "run_jobs", begin)
+    one, two = {"name": "A", "checkpoint": "a.pt"}, {"name": "B", "checkpoint": "b.pt"}
+    begun = {"output_dir": str(tmp_path), "targets": ["17-T2-load", "17-T1-load"], "sources": [one], "seeds": [0]}
+    begun |= {"settings": {}, "grid": {"learning_rate": [0.01], "momentum": [0.9], "weight_decay": [0.0]}}
+    with pytest.raises(Begun):
+        study.study_datasets(**begun)
+    (tmp_path / "runs").mkdir()
+    for grown in ({"targets": ["17-T2-load", "17-T1-load", "13-T1-load"]}, {"seeds": [0, 1]}):
+        with pytest.raises(Begun):
+            study.study_datasets(**begun | grown)
+    for sources_now in ([one, two], [one | {"checkpoint": "other.pt"}]):
+        with pytest.raises(InputError, match="has other settings"):
+            study.study_datasets(**begun | {"sources": sources_now})
 
 
 def test_a_study_says_what_its_numbers_say(tmp_path):

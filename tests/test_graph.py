@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise, permutations
 
 import networkx as nx
 import numpy as np
@@ -179,6 +179,16 @@ class TestPaths:
         assert [path.tasks for path in found] == [tasks for _, tasks in expected[:4]]
         assert [path.cost for path in found] == pytest.approx([cost for cost, _ in expected[:4]])
 
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_sums_that_differ_in_their_last_bit_are_ties(self, turned):
+        """0.1 + 0.2 + 0.3 is more than 0.3 + 0.2 + 0.1."""
+        graph = nx.Graph([("a", "x", {"weight": 0.2}), ("b", "y", {"weight": 0.2})])
+        costs = {"a": 0.1, "x": 0.3, "b": 0.3, "y": 0.1}
+        if turned:
+            costs = {"a": 0.3, "x": 0.1, "b": 0.1, "y": 0.3}
+        paths = optimal_transfer_path(graph, costs, [{"a", "x"}, {"b", "y"}], ["a", "b"])
+        assert [path.tasks for path in paths] == [("a", "x"), ("b", "y")]
+
     def test_ties_go_by_name(self):
         graph = nx.Graph([(a, b, {"weight": 1.0}) for a, b in ("ac", "ab", "bc")])
         found = optimal_transfer_path(graph, dict.fromkeys("abc", 1.0), [set("cab")], ["a"])
@@ -230,6 +240,16 @@ class TestRepresentatives:
         graph.add_node("f")
         nx.set_node_attributes(graph, sizes, "size")
         assert cluster_representatives(graph, [set("abc"), set("ed"), {"f"}]) == ["b", "d", "f"]
+
+    @pytest.mark.parametrize("rule", ["size", "weighted_centroid"])
+    def test_symmetric_tasks_go_by_name_in_whatever_order_they_came(self, rule):
+        costs = {"ab": 0.1, "ac": 0.2, "ad": 0.3, "bc": 0.3, "bd": 0.2, "cd": 0.1}
+        for order in permutations("abcd"):
+            graph = nx.Graph()
+            graph.add_nodes_from(order, size=5)
+            for a, b in combinations(order, 2):
+                graph.add_edge(a, b, weight=costs["".join(sorted((a, b)))])
+            assert cluster_representatives(graph, [set("abcd")], rule=rule) == ["a"]
 
     def test_centroid_weighs_the_others_by_size(self):
         graph = nx.Graph()

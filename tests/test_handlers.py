@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from drawing import numpy_generator
@@ -281,6 +282,12 @@ def test_the_subject_table_scores_every_patient_and_class(slices):
     evaluator.run()
     table = evaluator.state.subject_table
     assert list(table.columns) == ["subject", "class", "dice", "iou", "empty"]
+    for volume, patient in zip(volumes, ("p1", "p2", "p1"), strict=True):
+        volume["patient"] = patient
+    evaluator.run()
+    scans = evaluator.state.subject_table
+    assert scans.pop("patient").tolist() == ["p1", "p2", "p1"]
+    pd.testing.assert_frame_equal(scans, table)
     assert table.subject.tolist() == ["a", "b", "c"]
     assert table["empty"].tolist() == [False, False, True]
     predicted, real = volumes[0]["image"][0] > 0.5, volumes[0]["label"][0] > 0

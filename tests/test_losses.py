@@ -63,6 +63,9 @@ class TestRiskMap:
             assert torch.equal(risk_map(torch.full((2, 3), torch.nan), direction=direction), torch.ones(2, 3).double())
         weights = risk_map(torch.tensor([0.0, torch.nan, -2.0]), direction="literal")
         assert weights.tolist() == [10, 1, 1]
+        rounding = torch.tensor([-0.3, -0.3 - 1e-16], dtype=torch.float64)
+        assert rounding[0] != rounding[1]
+        assert risk_map(rounding).tolist() == [1, 1]
 
     def test_clipping_an_outlier(self):
         leep_map = torch.linspace(-1, 0, 1001)

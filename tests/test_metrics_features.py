@@ -242,6 +242,11 @@ def hooks(network):
 
 
 class TestEngine:
+    def test_scans_of_a_patient_are_resampled_together(self):
+        metric = FeatureSamples(pixels=None)
+        evaluator(metric, items=[item | {"patient": "p"} for item in slices()]).run()
+        assert metric.samples().names == ("p",)
+
     @pytest.mark.parametrize("layer", ["upcat_1", None])
     def test_reads_the_penultimate_features_inside_the_body(self, layer):
         network = BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(4, 4, 4, 4, 4, 4)).eval()

@@ -302,6 +302,24 @@ class TestVerdict:
         assert result.default == "b"
         assert bootstrap_ranking(shifted, minimum_gap=0.05).recommendation == "b"
 
+    @pytest.mark.parametrize("names", ["abc", "bac", "cba"])
+    @pytest.mark.parametrize("minimum_gap", [0, 0.15])
+    def test_equal_leaders_are_no_best_guess(self, names, minimum_gap):
+        """Whichever comes first in the list."""
+        values = {"a": [0.5] * 40, "b": [0.5] * 40, "c": source(0.1, 0, 10).tolist() * 4}
+        result = bootstrap_ranking({name: values[name] for name in names}, minimum_gap=minimum_gap)
+        assert result.recommendation is result.default is None
+        assert sorted(result.tied) == ["a", "b"]
+        first = [name for name in names if name != "c"]
+        assert f"There is no best guess: {first[0]} and {first[1]} have the same score." in result.text
+        assert "Short fine-tunings of the 2" in result.text
+
+    def test_a_score_that_loses_most_resamples_is_not_behind_its_equal(self):
+        values = {"a": [0.0] * 200, "b": [-199.0] + [1.0] * 199}
+        for names in ("ab", "ba"):
+            result = bootstrap_ranking({n: values[n] for n in names}, minimum_win=0.6, minimum_gap=0, n_resamples=400)
+            assert (result.recommendation, result.default, sorted(result.tied)) == (None, None, ["a", "b"])
+
     def test_far_but_uncertain_is_tied(self):
         noisy = {**CLEAR, "a": CLEAR["b"] - 0.2 + np.array([-2, 2] * 5)}
         result = bootstrap_ranking(noisy)

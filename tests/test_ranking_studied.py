@@ -51,6 +51,15 @@ def test_what_is_known_of_other_targets_leaves_this_one_and_other_seeds_out(sour
     assert known_elsewhere(sources, "t1", 1, outcome="dice") is None
 
 
+def test_sources_that_are_alike_elsewhere_share_their_rank():
+    """No draw decides between them, which would be a ranking of nothing."""
+    rows = [("t1", "a", 0.8), ("t1", "b", 0.6), ("t2", "a", 0.6), ("t2", "b", 0.8), ("t2", "c", 0.1), ("t1", "c", 0.1)]
+    rows += [("t3", name, 0.5) for name in "abcde"]
+    table = pd.DataFrame(rows, columns=["target", "source", "dice"]).assign(seed=0)
+    expected = {"a": -1.5, "b": -1.5, "c": -3, "d": -4.5, "e": -4.5}  # d and e are on no other target
+    assert known_elsewhere(table, "t3", 0, outcome="dice") == expected
+
+
 def test_each_ranking_is_judged_by_its_own_target_with_what_is_known_elsewhere(sources):
     seen = []
 

@@ -41,6 +41,12 @@ class TestTables:
         assert table["empty"].tolist() == [0, 2, 0, 0]
         assert list(table.columns) == ["split", "method", "seed", "subject", "dice", "iou", "empty"]
 
+    def test_scans_of_a_patient_are_one_patient(self, two_runs):
+        table = patient_table(two_runs.assign(patient="p"))
+        assert table["subject"].tolist() == ["p", "p"]
+        assert table["dice"].tolist() == pytest.approx([0.7, 0.75])
+        assert table["empty"].tolist() == [2, 0]
+
     def test_patients_then_runs(self, two_runs):
         (row,) = summarize(two_runs).to_dict("records")
         assert row["mean"] == pytest.approx(0.725)
@@ -99,6 +105,14 @@ class TestAudit:
         assert "synthetic" in verdict.text
         assert sorted(file.name for file in tmp_path.iterdir()) == ["audit.csv", "audit.json", "audit.png"]
         assert (tmp_path / "audit.png").stat().st_size > 5000
+
+    def test_visits_do_not_make_patients(self, audit_rows, tmp_path):
+        """Two patients who were scanned three times each are too few, however clear the six scans."""
+        scans = audit_rows[audit_rows["subject"].isin(["p0", "p1", "t0", "t1"])]
+        rows = [scans.assign(subject=scans["subject"] + f"-visit{n}", patient=scans["subject"]) for n in range(3)]
+        verdict = audit_report(pd.concat(rows, ignore_index=True), tmp_path, method="risk_map", synthetic=True)
+        assert verdict.recommendation is None
+        assert "2 validation patients cannot settle this" in verdict.text
 
     def test_json_is_strict_and_complete(self, audit_rows, tmp_path):
         verdict = audit_report(audit_rows, tmp_path, method="risk_map")

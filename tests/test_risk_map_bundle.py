@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from bundle_runs import REPOSITORY, Bundle, finish, kill_once_there, start
 from ignite.engine import Events
 
 from medtl_ext import InputError, studies
+from medtl_ext.bundle import deciding_parts, settings_of
 from medtl_ext.data import generate_phantom
 from medtl_ext.studies import images_to_segment, pretraining_job
 
@@ -127,6 +129,50 @@ def test_every_method_starts_from_the_same_source(method):
     assert folder(method) == folder()
 
 
+def source_folder(**options) -> str:
+    config = workflow_of(**options).parser.get() | {"bundle_root": str(BUNDLE)}
+    return pretraining_job(config, "sources", "14-FLAIR-ED", seed=0).output_dir.name
+
+
+def test_a_source_is_kept_for_the_content_of_its_collection(collection, tmp_path, monkeypatch):
+    """``collection.json`` of another folder, or with other patients, must not find a network trained on this one."""
+    there, other = (tmp_path / name / "collection.json" for name in ("there", "other"))
+    for path in (there, other):
+        shutil.copytree(collection.parent, path.parent)
+    content = json.loads(other.read_text())
+    content["subjects"] = content["subjects"][1:]
+    other.write_text(json.dumps(content))
+    expected = source_folder(collection=str(collection))
+    assert source_folder(collection=str(there)) == expected
+    monkeypatch.chdir(there.parent)
+    assert source_folder(collection="collection.json") == expected
+    monkeypatch.chdir(other.parent)
+    assert source_folder(collection="collection.json") != expected
+    assert source_folder(collection=str(collection), source_collection="collection.json") == source_folder(
+        collection=str(other)
+    )
+
+    before = source_folder(collection=str(there))
+    (there.parent / "14-000" / "FLAIR.nii.gz").write_bytes(b"another image")
+    assert source_folder(collection=str(there)) != before
+    there.unlink()
+    assert "does not exist" in refused(lambda: source_folder(collection=str(there)))
+
+
+def test_a_source_trained_with_another_loss_is_another():
+    focal = {"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss", "reduction": "none"}}
+    assert source_folder(**focal) != source_folder()
+
+
+def test_the_name_of_a_source_trained_on_the_phantom_holds_its_settings_as_they_are():
+    config = workflow_of().parser.get() | {"bundle_root": str(BUNDLE)}
+    job = pretraining_job(config, "sources", "14-FLAIR-ED", seed=0)
+    merged = config | json.loads((CONFIGS / "pretrain.json").read_text()) | job.overrides
+    parts = {name: part for name, part in deciding_parts(merged).items() if name not in ("weight_map", "leep")}
+    key = json.dumps([settings_of(merged) | {"collection": None, "source_collection": None}, parts], sort_keys=True)
+    assert job.output_dir.name == f"14-FLAIR-ED_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
 def test_four_classes(options, tmp_path):
     run("fets", "scratch", **options | {"output_dir": str(tmp_path / "source")})
     run("fets", **options | {"source_ckpt": str(tmp_path / "source" / "model.pt")})
@@ -206,6 +252,22 @@ def test_files_of_no_known_run_are_not_replaced(options, source, tmp_path):
     scores = table(options["output_dir"])
     ckpt = str(Path(options["output_dir"]) / "model.pt")
     assert "holds a run with" in refused(lambda: run("vanilla", "evaluate", **options, ckpt=ckpt))
+    pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
+
+
+def test_a_run_belongs_to_the_content_of_its_collection(options, collection, tmp_path):
+    here, there = (tmp_path / name / "collection.json" for name in ("here", "there"))
+    shutil.copytree(collection.parent, here.parent)
+    run("vanilla", **options | {"collection": str(here)})
+    scores = table(options["output_dir"])
+    here.parent.rename(there.parent)
+    run("vanilla", **options | {"collection": str(there)})
+    pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
+    content = json.loads(there.read_text())
+    content["subjects"] = content["subjects"][1:]
+    there.write_text(json.dumps(content))
+    message = refused(lambda: run("vanilla", **options | {"collection": str(there)}))
+    assert "holds a run on another collection" in message
     pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
 
 
@@ -490,6 +552,7 @@ def no_training(monkeypatch):
         ({"architecture#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
         ({"freeze": "backbone"}, "matches no parameter"),
         ({"epoch": 1}, "did you mean --epochs"),
+        ({"val_interval": 2}, "--val_interval is 2, --epochs 1: no epoch would be validated"),
         ({"train_slices": 0}, "max_slices must be at least 1"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",

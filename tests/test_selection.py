@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from monai.networks.nets import BasicUNet, UNet
+from monai.transforms import ResizeWithPadOrCrop
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -17,9 +21,9 @@ from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from medtl_ext import InputError
+from medtl_ext import InputError, bundle
 from medtl_ext._validation import require_choices
-from medtl_ext.data import write_collection
+from medtl_ext.data import load_collection, write_collection
 from medtl_ext.metrics.features import Samples
 from medtl_ext.metrics.gbc import compute_gbc
 from medtl_ext.metrics.h_score import compute_h_score, compute_h_score_map
@@ -27,12 +31,23 @@ from medtl_ext.metrics.leep import compute_leep
 from medtl_ext.metrics.logme import compute_logme
 from medtl_ext.metrics.nce import compute_nce
 from medtl_ext.metrics.transrate import compute_transrate
-from medtl_ext.selection import Maps, Observation, Predictions, filter_by_priors, find_candidates, score_of_counts
+from medtl_ext.selection import (
+    Maps,
+    Observation,
+    Predictions,
+    filter_by_priors,
+    find_candidates,
+    pipeline,
+    score_of_counts,
+    study,
+)
 from medtl_ext.selection.candidates import built, input_misfit
+from medtl_ext.selection.priors import prior_table, roi_similarity
 from medtl_ext.selection.scores import METRICS, score
 from medtl_ext.selection.study import study_report
 from medtl_ext.selection.truth import agreement_table, rankers
 
+BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "source_selection"
 SMALL = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
 
 
@@ -94,7 +109,9 @@ def test_the_target_is_not_its_own_source(collection):
         ("B-T2-ED", "give a list"),
         (["B-T2-ED", "B-T2-ED"], "names B-T2-ED twice"),
         (["B-T2-ED", {"name": "B-T2-ED", "checkpoint": "x.pt"}], "names B-T2-ED twice"),
-        ([{"name": "scratch", "checkpoint": "x.pt"}], "named scratch"),
+        ([{"name": "scratch", "checkpoint": "x.pt"}], "named scratch, which means training without one"),
+        ([{"name": "zero_shot", "checkpoint": "x.pt"}], "named zero_shot"),
+        (["B-T2-ED", {"checkpoint": "full.pt"}], "named full"),
         ([{"weights": "x.pt"}], "is no task"),
         ([{"checkpoint": "x.pt", "modalty": "T2"}], "did you mean 'modality'"),
         (["B-T2-EDD"], "did you mean 'ED'"),
@@ -126,7 +143,7 @@ def test_a_3d_network_on_2d_images_is_named(collection):
     )
 
 
-def bundle(folder: Path, config, *, weights=None) -> Path:
+def bundle_in(folder: Path, config, *, weights=None) -> Path:
     (folder / "configs").mkdir(parents=True)
     (folder / "models").mkdir()
     text = config if isinstance(config, str) else json.dumps(config)
@@ -148,7 +165,7 @@ def test_a_bundle_is_read_without_running_it(tmp_path, collection):
         "network_def": SMALL | {"channels": "@channels"},
         "network": "$@network_def.to('cpu')",
     }
-    bundle(tmp_path / "zoo" / "good", config, weights=weights_of(SMALL))
+    bundle_in(tmp_path / "zoo" / "good", config, weights=weights_of(SMALL))
     (one,) = find([{"bundles": str(tmp_path / "zoo")}], collection)
     assert one.left_out is None
     assert one.network == SMALL
@@ -171,22 +188,22 @@ def test_a_bundle_is_read_without_running_it(tmp_path, collection):
     ],
 )
 def test_a_bundle_that_cannot_be_used_is_left_out_with_the_reason(definition, reason, tmp_path, collection):
-    bundle(tmp_path / "zoo" / "bad", {"network_def": definition}, weights=weights_of(SMALL))
+    bundle_in(tmp_path / "zoo" / "bad", {"network_def": definition}, weights=weights_of(SMALL))
     (one,) = find([{"bundles": str(tmp_path / "zoo")}], collection)
     assert reason in one.left_out
 
 
 def test_damaged_bundles_are_left_out_with_the_reason(tmp_path, collection):
-    bundle(tmp_path / "zoo" / "a", "{", weights=weights_of(SMALL))
-    bundle(tmp_path / "zoo" / "b", {"network_def": SMALL})
-    (bundle(tmp_path / "zoo" / "c", {"network_def": SMALL}) / "models" / "model.pt").write_bytes(b"no weights")
+    bundle_in(tmp_path / "zoo" / "a", "{", weights=weights_of(SMALL))
+    bundle_in(tmp_path / "zoo" / "b", {"network_def": SMALL})
+    (bundle_in(tmp_path / "zoo" / "c", {"network_def": SMALL}) / "models" / "model.pt").write_bytes(b"no weights")
     reasons = [one.left_out for one in find([{"bundles": str(tmp_path / "zoo")}], collection)]
     for reason, part in zip(reasons, ["no JSON", "without weights", "cannot be read"], strict=True):
         assert part in reason
 
 
 def test_expressions_are_evaluated_when_the_user_trusts_the_bundle(tmp_path, collection):
-    bundle(tmp_path / "zoo" / "one", {"network_def": SMALL | {"channels": "$[4, 4 + 4]"}}, weights=weights_of(SMALL))
+    bundle_in(tmp_path / "zoo" / "one", {"network_def": SMALL | {"channels": "$[4, 4 + 4]"}}, weights=weights_of(SMALL))
     (one,) = find([{"bundles": str(tmp_path / "zoo")}], collection, trust_bundles=True)
     assert one.left_out is None
     assert one.network["channels"] == [4, 8]
@@ -198,7 +215,7 @@ def test_expressions_are_evaluated_when_the_user_trusts_the_bundle(tmp_path, col
 )
 def test_a_network_that_does_not_take_the_images_is_found_out(change, reason, tmp_path, collection):
     definition = SMALL | change
-    bundle(tmp_path / "zoo" / "one", {"network_def": definition}, weights=weights_of(definition))
+    bundle_in(tmp_path / "zoo" / "one", {"network_def": definition}, weights=weights_of(definition))
     (one,) = find([{"bundles": str(tmp_path / "zoo")}], collection)
     misfit = input_misfit(
         UNet(**{k: v for k, v in definition.items() if k != "_target_"}), one, in_channels=1, roi_size=[16, 16]
@@ -284,15 +301,92 @@ def test_unknown_metrics_are_refused_with_the_known_ones():
 
 def test_predictions_do_not_depend_on_batches_or_their_order():
     probs, labels = torch.rand(5, 2, 3, 3), torch.randint(0, 2, (5, 1, 3, 3))
-    images = [("b", 3), ("a", 1), ("a", 0), ("c", 0), ("b", 1)]
+    images = [("b", 3, "p1"), ("a", 1, "p2"), ("a", 0, "p2"), ("c", 0, "p1"), ("b", 1, "p1")]
     whole, parts = Predictions(), Predictions()
     whole.update(probs, labels, images)
     for index in (4, 0, 3, 1, 2):
         parts.update(probs[[index]], labels[[index]], [images[index]])
     for one, other in zip(whole.compute()[:3], parts.compute()[:3], strict=True):
         assert torch.equal(one, other)
-    assert whole.compute().groups.tolist() == [0, 0, 1, 1, 2]
+    assert whole.compute().groups.tolist() == [1, 1, 0, 0, 0]  # two scans of p1
     assert torch.equal(whole.compute().probs[0], probs[2])
+
+
+# Priors
+
+LEFT, RIGHT = slice(2, 8), slice(12, 18)
+
+
+@pytest.fixture
+def regions(tmp_path) -> str:
+    """Institution A has T1 of patients with a region on the left, and T2 of others with one on the right."""
+
+    def volume(name: str, side: slice) -> str:
+        array = np.zeros((20, 20, 10), np.float32)
+        array[side, side, 2:8] = 1
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name)
+        return name
+
+    subjects = []
+    for site, modality, side in (("A", "T1", LEFT), ("A", "T2", RIGHT), ("B", "T1", LEFT)):
+        for split in ("train", "val", "test"):
+            name = f"{site}-{modality}-{split}"
+            files = {"images": {modality: volume(f"{name}.nii", side)}, "labels": {"t": volume(f"{name}-l.nii", side)}}
+            subjects.append({"id": name, "institution": site, "split": split, **files})
+    objectives = {"ED": {"label": "t", "values": [1]}}
+    content = {"name": "c", "labels": {"t": {"ED": 1}}, "objectives": objectives, "subjects": subjects}
+    return str(write_collection(tmp_path / "collection.json", content))
+
+
+def prior_columns(names: list[str], path: str) -> pd.DataFrame:
+    target, candidates = "B-T1-ED", find_candidates(names, target="B-T1-ED", collection=path)
+    options = {"source_collection": path, "subjects": 24, "spacing": [1.0, 1.0, 1.0], "roi_size": [20, 20]}
+    return prior_table(candidates, target=load_collection(path), target_task=target, **options)
+
+
+@pytest.mark.parametrize("names", [["A-T1-ED", "A-T2-ED"], ["A-T2-ED", "A-T1-ED"]], ids=str)
+def test_every_source_has_the_regions_of_its_own_patients(names, regions):
+    table = prior_columns(names, regions)
+    assert table.loc["A-T1-ED", ["ssim", "roi_dice"]].tolist() == pytest.approx([1, 1], abs=1e-3)
+    assert table.loc["A-T2-ED", "roi_dice"] == 0
+    assert table.loc["A-T2-ED", "ssim"] < 0.95
+
+
+@pytest.mark.parametrize("depths", [(10, 20), (9, 10), (10, 11), (11, 16)], ids=str)
+def test_the_same_regions_are_alike_in_any_number_of_slices(depths):
+    fewer = torch.zeros(20, 20, depths[0], dtype=torch.bool)
+    fewer[5:15, 5:15, 3:7] = True
+    more = ResizeWithPadOrCrop([20, 20, depths[1]])(fewer[None])[0].bool()
+    empty = torch.zeros(20, 20, 21, dtype=torch.bool)  # a patient with more slices moves the others alike
+    for source, target in (([fewer], [more]), ([fewer], [fewer]), ([more], [fewer])):
+        found = roi_similarity(source, target, spacing=[1, 1, 1])
+        assert (found["ssim"], found["roi_dice"]) == pytest.approx((1, 1), abs=1e-3)
+    # The mean map is 1/2 in the region, against 1: 2 * 1/2 / (1/4 + 1).
+    assert roi_similarity([fewer, empty], [fewer], spacing=[1, 1, 1])["roi_dice"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(("split", "expected"), [("val", 0.5), ("train", 0.9), (None, 0.5)])
+def test_a_sources_own_dice_is_on_the_patients_it_was_validated_on(split, expected, tmp_path, regions):
+    rows = [("val", 0.4), ("val", 0.6), ("train", 0.9), ("test", 0.1)]
+    pd.DataFrame(rows, columns=["split", "dice"]).to_csv(tmp_path / "metrics.csv", index=False)
+    if split is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"val_split": split}))
+    (one,) = find_candidates(["A-T1-ED"], target="B-T1-ED", collection=regions)
+    options = {"source_collection": regions, "subjects": 24, "spacing": [1.0, 1.0, 1.0], "roi_size": [20, 20]}
+    one = replace(one, job=tmp_path)
+    table = prior_table([one], target=load_collection(regions), target_task="B-T1-ED", **options)
+    assert table.loc["A-T1-ED", "own_dice"] == pytest.approx(expected)
+
+
+def test_nothing_is_settled_without_validation_patients(monkeypatch, tmp_path):
+    config = {"target_task": "A-T2-ED", "val_split": "train", "bundle_root": str(tmp_path)}
+    monkeypatch.setattr(pipeline, "current_config", lambda: config)
+    monkeypatch.setattr(pipeline, "run_jobs", lambda *_, **__: pytest.fail("training started"))
+    scores = pd.DataFrame({"task": ["B-T2-ED"], "checkpoint": ["x.pt"]}, index=["B-T2-ED"])
+    options = {"output_dir": tmp_path, "seed": 0, "n_jobs": 1, "synthetic": True}
+    message = refused(lambda: pipeline.settle_by_training(["B-T2-ED"], scores, **options))
+    assert "--val_split train leaves none; give --settle false" in message
+    assert "\n" not in message
 
 
 # Filters
@@ -312,6 +406,24 @@ def test_the_filters_keep_the_modality_and_the_better_half():
     assert "label SSIM 0.500: dropped (keeps the best 2 of 3)" in result.loc["s2", "reason"]
     assert filter_by_priors(table, top_k=1)["kept"].tolist() == [True, False, False, False]
     assert filter_by_priors(table, minimum_ssim=0.4)["kept"].tolist() == [True, False, True, True]
+
+
+def test_a_threshold_and_a_number_both_filter():
+    table = priors(modality=["T2"] * 4, ssim=[0.9, 0.85, 0.8, 0.7])
+    result = filter_by_priors(table, minimum_ssim=0.75, top_k=2)
+    assert result["kept"].tolist() == [True, True, False, False]
+    assert "dropped (keeps at least 0.75, of these the best 2 of 3)" in result.loc["s2", "reason"]
+    assert filter_by_priors(table, minimum_ssim=0.87, top_k=2)["kept"].tolist() == [True, False, False, False]
+    for wrong in (0, -1, 1.5, True):
+        assert "at least 1" in refused(lambda wrong=wrong: filter_by_priors(table, top_k=wrong))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]], ids=str)
+def test_equal_regions_are_kept_or_dropped_together(order):
+    table = priors(modality=["T2"] * 4, ssim=[0.9, 0.9, 0.9, 0.8]).iloc[order]
+    for top_k in (None, 1, 2):
+        kept = filter_by_priors(table, top_k=top_k)["kept"]
+        assert sorted(kept.index[kept]) == ["s0", "s1", "s2"]
 
 
 def test_what_is_not_known_is_kept_and_said():
@@ -377,6 +489,76 @@ def test_constant_rankers_are_named_alike():
     found = rankers(sources_table(), static={"s0": 1.0})
     assert found["random"].nunique() == 1
     assert found["static"]["s0"] == 1
+
+
+class Begun(Exception):
+    """The jobs of a study would run now."""
+
+
+def begin(*_, **__):
+    raise Begun
+
+
+def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):
+    """Rankings that are done compare what was there: another source would be left out of them without a word."""
+    monkeypatch.setattr(bundle, "current_config", lambda: {"bundle_root": str(BUNDLE)})
+    monkeypatch.setattr(study, "open_collection", lambda *_, **__: None)
+    monkeypatch.setattr(study, "run_jobs", begin)
+    begun = {"output_dir": str(tmp_path), "targets": ["17-T2-ED", "17-T1-ED"], "sources": ["13-T2-ED"], "seeds": [0]}
+    begun |= {"settings": {"source_dir": str(tmp_path / "pool")}}
+    with pytest.raises(Begun):
+        study.study_selection(**begun)
+    (tmp_path / "runs").mkdir()
+    for grown in ({"targets": ["17-T2-ED", "17-T1-ED", "17-T2-ET"]}, {"seeds": [0, 1]}):
+        with pytest.raises(Begun):
+            study.study_selection(**begun | grown)
+    for sources in (["13-T2-ED", "14-T2-ED"], ["14-T2-ED"]):
+        assert "has other settings" in refused(
+            lambda sources=sources: study.study_selection(**begun | {"sources": sources})
+        )
+
+
+def test_a_seed_in_which_a_score_is_constant_counts_as_chance(tmp_path):
+    """Not left out: the mean of a perfect ranking and of none is no perfect ranking."""
+    rows = []
+    for number, (target, seed) in enumerate(product(["A", "B"], [0, 1])):
+        table = sources_table(seed=number)
+        dice = table["h_score"]
+        table = table.assign(dice=dice, target=target, seed=seed, h_score=dice if seed else 0.3)
+        rows += [
+            table.reset_index(),
+            pd.DataFrame([{"source": "scratch", "dice": 0.5, "target": target, "seed": seed}]),
+        ]
+    verdicts = {("A", 0): {"recommendation": None, "tied": ["s0"], "default": None}}
+    agreement = study_report(pd.concat(rows, ignore_index=True), verdicts, tmp_path)
+    tau = agreement.set_index(["ranker", "prior", "target", "seed"])["tau"]["shrunk H-score", "none", "A"]
+    assert np.isnan(tau[0])  # the table of single rankings says what was measured
+    assert tau[1] == pytest.approx(1)
+    page = (tmp_path / "study.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| shrunk H-score | none | 0.500 |")]
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        ([0.1, 0.1, 0.1, 0.0, 0.0, 0.0], "on 3 of 6 targets (sign test p 0.25 without the 3 alike, mean difference"),
+        ([0.1, 0.1, 0.1, -0.1], "on 3 of 4 targets (sign test p 0.62, mean difference"),
+        ([0.0, 0.0], "on 0 of 2 targets (no sign test, mean difference"),
+    ],
+)
+def test_ties_have_no_part_in_the_sign_test(differences, said):
+    rows = [
+        {
+            "target": f"t{number}",
+            "source": source,
+            "same_modality": modality,
+            "same_objective": not modality,
+            "dice": dice,
+        }
+        for number, difference in enumerate(differences)
+        for source, modality, dice in (("m", True, 0.5 + difference), ("o", False, 0.5))
+    ]
+    assert said in study._modality_claim(pd.DataFrame(rows))
 
 
 def test_a_study_says_what_was_planted(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from medtl_ext import InputError
 from medtl_ext.affinity import context_affinity, pairwise_ssim, pairwise_wasserstein, task_affinity
 from medtl_ext.data import generate_phantom, load_collection
 from medtl_ext.graph import TransferPath, task_graph
+from medtl_ext.ranking import paired_comparison
 from medtl_ext.sequential import (
     Arm,
     ContextAffinity,
@@ -27,11 +30,13 @@ from medtl_ext.sequential import (
     arms_of,
     draw_patients,
     find_affinity,
+    fit_weights,
     plan_path,
     plan_text,
     plot_task_graph,
     second_step_text,
     source_graph,
+    study_paths,
     task_volumes,
     write_plan,
 )
@@ -255,42 +260,54 @@ class TestArms:
             "single_full",
         }
 
-    @pytest.mark.parametrize(
-        ("gain", "words"),
-        [
-            (0.2, "the second step helps"),
-            (0.0, "no evidence for a second step, one is enough"),
-            (-0.2, "the second step harms"),
-        ],
-    )
-    def test_the_second_step_is_judged_against_the_better_single_one(self, gain, words):
+    def test_a_path_of_one_task_is_a_single_step(self):
+        plan = self.plan(path=("a",))
+        names = {arm.name for arm in arms_of(plan)}
+        assert names == {"zero_shot", "scratch", "single", "single_full", "direct", "direct_full"}
+        assert "direct" not in {arm.name for arm in arms_of(self.plan(path=("c",)))}
+        assert second_step_text(self.rows(0.2, 8), plan) == "One step is all there is: max_intermediates is 0."
+
+    @staticmethod
+    def rows(gain: float, patients: int, noise: float = 0.01) -> pd.DataFrame:
         rng = np.random.default_rng(0)
         rows = []
-        for patient in range(8):
+        for patient in range(patients):
             base = rng.uniform(0.4, 0.5)
             for suffix in ("", "_full"):
-                dice = {"direct": base - 0.3, "single": base, "sequential": base + gain + rng.normal(0, 0.01)}
-                rows += [
-                    {
-                        "method": name + suffix,
-                        "seed": 0,
-                        "split": "val",
-                        "subject": patient,
-                        "class": "ED",
-                        "dice": value,
-                    }
-                    for name, value in dice.items()
-                ]
-        text = second_step_text(pd.DataFrame(rows).assign(iou=0.5), self.plan())
+                dice = {"direct": base - 0.3, "single": base, "sequential": base + gain + rng.normal(0, noise)}
+                row = {"seed": 0, "split": "val", "subject": patient, "class": "ED", "iou": 0.5}
+                rows += [row | {"method": name + suffix, "dice": value} for name, value in dice.items()]
+        return pd.DataFrame(rows)
+
+    @pytest.mark.parametrize(
+        ("gain", "noise", "words"),
+        [
+            (0.2, 0.01, "the second step helps"),
+            (0.012, 0.0001, "the second step helps"),
+            (0.008, 0.0001, "the second step gains less than 0.01, one is enough"),
+            (0.0, 0.01, "no evidence for a second step, one is enough"),
+            (-0.2, 0.01, "the second step harms"),
+        ],
+    )
+    def test_the_second_step_is_judged_against_the_better_single_one(self, gain, noise, words):
+        text = second_step_text(self.rows(gain, 8, noise), self.plan())
         assert f"All parameters: {words}, the path against the better single source (single_full)" in text
         assert f"decoder only: {words}" in text
+
+    @pytest.mark.parametrize("patients", [1, 2, 3, 4])
+    def test_few_patients_do_not_settle_it(self, patients):
+        """Two patients with nearly the same large gain have a narrow interval."""
+        text = second_step_text(self.rows(0.2, patients, 0.0001), self.plan())
+        assert ("the second step helps" in text) == (patients == 4)
+        assert ("cannot settle whether a second step helps, which takes at least 4;" in text) == (patients < 4)
+        assert "the path against the better single source (single_full) is +0.200 Dice" in text
 
 
 class TestStudy:
     def choices(self, gain: float) -> pd.DataFrame:
         rng = np.random.default_rng(0)
         rows = []
-        for target, seed in product(["t1", "t2"], [0, 1]):
+        for target, seed in product(["B-T1-ED", "B-T2-ED"], [0, 1]):
             base = {f"p{i}": rng.uniform(0.4, 0.6) for i in range(6)}
             for (steps, how), more in {
                 ("none", "scratch"): -0.1,
@@ -307,13 +324,83 @@ class TestStudy:
                 rows.append(row | {"dice": dice, "iou": dice})
         return pd.DataFrame(rows)
 
-    def test_differences_are_paired_over_patients_of_all_targets(self):
+    def test_differences_are_paired_over_patients_each_once(self):
         table = differences(self.choices(gain=0.1)).set_index(["first", "second"])
         row = table.loc[("path, near", "single, near")]
-        assert row["patients"] == 12
+        assert row[["patients", "pairs", "left out"]].tolist() == [6, 4, ""]  # both targets are of institution B
         assert float(row["difference"]) == pytest.approx(0.1, abs=0.01)
-        assert float(row["p"]) < 0.01
-        assert float(table.loc[("path, random", "single, random"), "p"]) > 0.01
+        assert row["p"] == "0.0312"  # 2 / 2^6: all six gain
+        assert float(table.loc[("path, random", "single, random"), "p"]) > 0.05
+
+    def test_a_patient_of_several_targets_is_one_patient(self):
+        """The interval is that of the patients' own differences, however many targets ask them."""
+        gain = {"p1": 0.10, "p2": 0.02, "p3": -0.01, "p4": 0.05}
+        rows = []
+        for target, seed in product(["B-T1-ED", "B-T2-ED", "B-T2-ET"], [0, 1]):
+            for steps, how, more in (("single", "near", 0), ("path", "near", 1)):
+                patients = {name: 0.5 + more * value for name, value in gain.items()}
+                rows.append({"target": target, "seed": seed, "steps": steps, "how": how, "patients": patients})
+        row = differences(pd.DataFrame(rows)).iloc[0]
+        expected = paired_comparison(gain, dict.fromkeys(gain, 0.0))
+        assert row["interval"] == f"{expected.low:+.3f} to {expected.high:+.3f}"
+        assert row["patients"] == 4
+
+    def test_patients_of_two_institutions_are_apart(self):
+        choices = self.choices(gain=0.1).replace({"B-T2-ED": "C-T2-ED"})
+        assert set(differences(choices)["patients"]) == {12}
+
+    def test_only_what_both_sides_have_is_compared(self):
+        """Seed 1 of B-T2-ED is harder by 0.2 and has no path: that is not the path's merit."""
+        choices = self.choices(gain=0.1)
+        hard = (choices["target"] == "B-T2-ED") & (choices["seed"] == 1)
+        choices.loc[hard, "patients"] = choices.loc[hard, "patients"].map(
+            lambda of: {name: value - 0.2 for name, value in of.items()}
+        )
+        gone = hard & (choices["steps"].isin(["path", "joint"]) & (choices["how"] == "near"))
+        text = study_text(self.table(), choices[~gone], synthetic=True, source_patients=10)
+        table = differences(choices[~gone]).set_index(["first", "second"])
+        row = table.loc[("path, near", "single, near")]
+        assert float(row["difference"]) == pytest.approx(0.1, abs=0.01)
+        assert row[["patients", "pairs", "left out"]].tolist() == [6, 3, "B-T2-ED (seed 1)"]
+        assert table.loc[("single, near", "single, random"), "pairs"] == 4
+        assert "| 6 | 3 | B-T2-ED (seed 1) |" in next(
+            line for line in text.splitlines() if line.startswith("| path, near | single, near |")
+        )
+        one = choices.index[(choices["steps"] == "path") & (choices["how"] == "near")][0]
+        choices.at[one, "patients"] = {"p0": 0.5, "p1": 0.6}
+        found = differences(choices).set_index(["first", "second"]).loc[("path, near", "single, near")]
+        assert found[["patients", "pairs", "left out"]].tolist() == [6, 4, "of a pair: 4 patients"]
+
+    def test_rows_say_how_many_targets_and_seeds_they_stand_for(self):
+        choices = self.choices(gain=0.1)
+        gone = (choices["target"] == "B-T2-ED") & (choices["steps"] == "path") & (choices["how"] == "near")
+        text = study_text(self.table(), choices[~gone], synthetic=True, source_patients=10)
+        rows = {tuple(line.split(" | ")[:2]): line for line in text.splitlines()}
+        assert rows["| path", "near"].endswith("| 2 |")
+        assert rows["| single", "near"].endswith("| 4 |")
+        assert "B-T2-ED |" in next(line for line in text.splitlines() if line.startswith("| path, near | single, near"))
+
+    def test_the_spread_of_seeds_is_over_the_same_targets(self):
+        """A seed without a path to the easier target would look like a spread of 0.2."""
+        rows = [
+            {"target": target, "seed": seed, "steps": "path", "how": "near", "dice": dice, "patients": {"p": dice}}
+            for target, dice in {"B-T1-ED": 0.8, "B-T2-ED": 0.4}.items()
+            for seed in (0, 1)
+        ]
+        text = study_text(self.table(), pd.DataFrame(rows[1:]), synthetic=True, source_patients=10)
+        assert "| path | near | 0.800 | 0.400 | 0.600 | 0.000 | 3 |" in text
+
+    @pytest.mark.parametrize(("source_patients", "equal"), [(10, True), (None, False)])
+    def test_numbers_are_equal_only_where_they_are_set(self, source_patients, equal):
+        text = study_text(self.table(), self.choices(gain=0.0), synthetic=True, source_patients=source_patients)
+        assert text.count("at equal numbers of labelled patients") == 2 * equal
+        assert text.count("each with all patients of its first source") == 2 * (not equal)
+
+    def test_an_affinity_without_any_path_is_compared_all_the_same(self):
+        choices = self.choices(gain=0.1)
+        without = choices[~(choices["steps"].isin(["path", "joint"]) | choices["how"].str.contains("head"))]
+        found = differences(without).set_index(["first", "second"])
+        assert found.loc[("single, near", "single, random"), "patients"] == 6
 
     def table(self) -> pd.DataFrame:
         dice = {"A-T1-ED": 0.5, "A-T2-ED": 0.3, "A-T2-ED > A-T1-ED": 0.45, "A-T1-ED > A-T2-ED": 0.4}
@@ -327,20 +414,64 @@ class TestStudy:
 
     def test_the_page_holds_every_way_to_choose(self):
         choices = self.choices(gain=0.0)
-        text = study_text(self.table(), choices, synthetic=True)
+        text = study_text(self.table(), choices, synthetic=True, source_patients=10)
         for steps, how in choices[["steps", "how"]].drop_duplicates().itertuples(index=False):
             assert f"| {steps} | {how} |" in text
         assert "**Synthetic**" in text
 
 
+class TestTwoCollections:
+    """Sources in a file of their own, which does not know the target's institution."""
+
+    @pytest.fixture
+    def settings(self, path, tmp_path, monkeypatch) -> dict[str, str]:
+        root = Path(__file__).resolve().parent.parent / "bundles" / "sequential_transfer"
+        monkeypatch.setattr("medtl_ext.bundle.current_config", lambda: {"bundle_root": str(root)})
+        content = json.loads(path.read_text())
+        for name in ("14", "17"):
+            subjects = [subject for subject in content["subjects"] if subject["institution"] == name]
+            path.with_name(f"{name}.json").write_text(json.dumps(content | {"subjects": subjects}))
+        one = {"affinity_patients": 1, "source_patients": None, "source_dir": str(tmp_path / "pool"), "n_clusters": 1}
+        files = {"collection": str(path.with_name("17.json")), "source_collection": str(path.with_name("14.json"))}
+        return one | files
+
+    def test_weights_are_fitted(self, settings, path, tmp_path):
+        transfers = pd.DataFrame({"source": TASKS[:3], "target": "17-T2-ED", "dice": [0.5, 0.3, 0.45]})
+        transfers.to_csv(tmp_path / "measured.csv", index=False)
+        given = {"transfers": str(tmp_path / "measured.csv"), "targets": [], "sources": [], "standardize": False}
+        found = fit_weights(**given, settings=settings, output_dir=str(tmp_path / "two"))
+        whole = settings | {"collection": str(path), "source_collection": "@collection"}
+        assert found == fit_weights(**given, settings=whole, output_dir=str(tmp_path / "one"))
+
+    def test_a_study_trains_each_task_on_its_own(self, settings, tmp_path, monkeypatch):
+        first = []
+
+        def run_jobs(jobs, **how):
+            first.extend(jobs)
+            raise StopIteration
+
+        monkeypatch.setattr("medtl_ext.sequential.study.run_jobs", run_jobs)
+        with pytest.raises(StopIteration):
+            study_paths(
+                output_dir=str(tmp_path / "study"),
+                targets=["17-T2-ED", "17-FLAIR-ED"],
+                sources=TASKS[:3],
+                seeds=[0],
+                affinities=["seqtran"],
+                settings=settings | {"source_patients": 2, "stage_patients": 1},
+            )
+        used = {(job.overrides["target_task"][:2], job.overrides.get("collection", "the target's")) for job in first}
+        assert used == {("14", settings["source_collection"]), ("17", "the target's")}
+
+
 class TestFit:
-    """Eighteen transfers to three targets, whose Dice and distance from everything differ."""
+    """Six transfers to each of several targets, whose Dice and distance from everything differ."""
 
     @staticmethod
-    def transfers(effect) -> pd.DataFrame:
+    def transfers(effect, targets: str = "abc") -> pd.DataFrame:
         rng = np.random.default_rng(0)
         rows = []
-        for place, (target, level) in enumerate({"a": 0.9, "b": 0.5, "c": 0.2}.items()):
+        for place, (target, level) in enumerate(zip(targets, np.linspace(0.9, 0.2, len(targets)), strict=True)):
             distance, similarity = rng.uniform(10, 20, 6), rng.uniform(0.5, 0.9, 6)
             dice = level + effect(place, distance, similarity) + rng.normal(0, 1e-4, 6)
             # A target that is far from everything and easy all the same: between targets the cost has the wrong sign.
@@ -356,7 +487,62 @@ class TestFit:
         assert found["correlation"] < -0.99
         assert found["correlation_left_out"] < -0.99
         assert found["correlation"] < found["correlation_published"]
-        assert "No evidence" not in fit_text(found)
+        assert "of 3 targets left out, 3 have the predicting sign, and 3 are predicted better" in fit_text(found)
+        assert "No evidence" in fit_text(found)
+        assert "fewer than 5 cannot show it" in fit_text(found)
+
+    def test_five_targets_that_agree_are_evidence(self):
+        found = fit_to_transfers(self.transfers(lambda _, d, s: -0.01 * d - 0.4 * (1 - s), "abcde"))
+        assert [found[f"targets_{kind}"] for kind in ("left_out", "predicted", "better")] == [5, 5, 5]
+        assert "Prefer these weights to the published ones" in fit_text(found)
+
+    def test_both_weights_are_judged_by_the_mean_over_targets(self):
+        """Target a has most of the spread of Dice, so a correlation over all rows is that of a."""
+        table = self.transfers(lambda place, _, s: (1.0, 0.001, -0.001)[place] * s, "abc")
+        found = fit_to_transfers(table)
+        expected = [
+            np.corrcoef(0.0044 * of["distance"] - 2.4756 * of["similarity"], of["dice"])[0, 1]
+            for _, of in table.groupby("target")
+        ]
+        assert found["correlation_published"] == pytest.approx(np.mean(expected))
+
+    @pytest.mark.parametrize("targets", [2, 3, 6])
+    def test_noise_is_no_evidence(self, targets):
+        rng, preferred = np.random.default_rng(targets), 0
+        for _ in range(60):
+            table = pd.DataFrame(
+                {"target": np.repeat(np.arange(targets), 6), "dice": rng.uniform(0.4, 0.8, 6 * targets)}
+            )
+            table["distance"], table["similarity"] = (rng.uniform(*ends, len(table)) for ends in ((5, 40), (0.2, 0.9)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                preferred += "No evidence" not in fit_text(fit_to_transfers(table))
+        assert preferred <= 3
+
+    def test_evidence_takes_both_signs_and_a_lead(self):
+        shared = {"alpha": 1.0, "beta": 1.0, "transfers": 30, "targets_left_out": 5, "correlation": -0.9}
+        good = {
+            "correlation_left_out": -0.5,
+            "correlation_published": -0.3,
+            "targets_predicted": 5,
+            "targets_better": 5,
+        }
+        assert "Prefer" in fit_text(shared | good)
+        for wrong in ({"correlation_published": -0.6}, {"targets_predicted": 4}, {"targets_better": 4}):
+            assert "No evidence" in fit_text(shared | good | wrong)
+
+    @pytest.mark.filterwarnings("ignore:No weights")
+    def test_a_similarity_that_is_the_same_within_targets_says_nothing(self):
+        """Centring 0.1 and 0.7 leaves 1e-17, which is no reason for a weight of 1e15."""
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            parts = [
+                pd.DataFrame({"dice": rng.uniform(0.4, 0.8, 5), "distance": rng.uniform(5, 40, 5)}).assign(
+                    target=target, similarity=rng.uniform(0.2, 0.95)
+                )
+                for target in "abc"
+            ]
+            assert fit_to_transfers(pd.concat(parts, ignore_index=True))["beta"] == 0
 
     def test_says_when_the_weights_do_not_carry_over(self):
         table = self.transfers(lambda place, distance, _: (0.01, -0.01, 0.01)[place] * distance)

@@ -146,12 +146,25 @@ def test_what_is_done_is_not_done_again(options, in_this_process):
     assert (Path(options["output_dir"]) / "answer.txt").read_text() == answer
 
 
-def test_without_a_path_one_step_is_taken(options, in_this_process):
-    run(**options, n_clusters=3)
+@pytest.mark.parametrize(
+    ("source_patients", "spent"),
+    [(3, "at equal numbers of labelled patients"), (None, "each with all patients of its first source")],
+)
+def test_without_a_path_one_step_is_taken(options, in_this_process, capsys, source_patients, spent):
+    run(**options, n_clusters=3, source_patients=source_patients)
     folder = Path(options["output_dir"])
+    assert f"On the test patients, {spent}:" in capsys.readouterr().out
     assert "one task each" in json.loads((folder / "plan.json").read_text())["no_path"]
     assert set(pd.read_csv(folder / "arms.csv")["method"]) == {"zero_shot", "scratch", "single", "single_full"}
     assert "One step is all there is" in (folder / "answer.txt").read_text()
+
+
+def test_without_intermediate_tasks_one_step_is_all_there_is(options, in_this_process):
+    run(**options, max_intermediates=0)
+    folder = Path(options["output_dir"])
+    assert len(json.loads((folder / "plan.json").read_text())["paths"][0]["tasks"]) == 1
+    assert not [name for name in pd.read_csv(folder / "arms.csv")["method"] if name.startswith("sequential")]
+    assert "One step is all there is: max_intermediates is 0." in (folder / "answer.txt").read_text()
 
 
 def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_process):
@@ -217,22 +230,37 @@ def test_the_graph_alone_serves_any_target(options, no_training, tmp_path, capsy
         assert table.groupby("kind")["cost"].apply(lambda cost: cost.is_monotonic_increasing).all()
 
 
-def test_weights_are_fitted_to_transfers(options, in_this_process, path_collection, tmp_path):
+@pytest.mark.parametrize("val_split", ["val", "train"])
+def test_weights_are_fitted_to_transfers(options, in_this_process, path_collection, tmp_path, val_split):
     settings = SETTINGS | {"collection": str(path_collection), "source_dir": options["source_dir"]}
+    settings |= {"val_split": val_split}
     shared = {"base": "fit", "sources": SOURCES, "targets": ["17-T2-ED"], "settings": settings}
     settings["architecture"] = BUNDLE.content("train")["architecture"]
     settings["architecture"]["features"] = TINY["architecture#features"]
-    run(**shared, output_dir=options["output_dir"])
-    table = pd.read_csv(Path(options["output_dir"]) / "transfers.csv")
+    folder = Path(options["output_dir"])
+    run(**shared, output_dir=str(folder))
+    table = pd.read_csv(folder / "transfers.csv")
     assert list(table["source"]) == SOURCES
-    fitted = json.loads((Path(options["output_dir"]) / "affinity_weights.json").read_text())
-    assert min(fitted["alpha"], fitted["beta"]) >= 0
     before = list(in_this_process)
+
+    # The networks are too small to segment anything, so the Dice of the weights 0.002 and 0.3 is planted.
+    dice = 0.9 - 0.002 * table["distance"] - 0.3 * (1 - table["similarity"])
+    for source, value in zip(table["source"], dice, strict=True):
+        metrics = folder / "runs" / "17-T2-ED" / "seed0" / source / "metrics.csv"
+        rows = pd.read_csv(metrics)
+        assert set(rows["split"]) == {val_split, "test"}
+        rows["dice"] = np.where(rows["split"] == val_split, value, 0.5)
+        rows.to_csv(metrics, index=False)
+    run(**shared, output_dir=str(folder))
+    fitted = json.loads((folder / "affinity_weights.json").read_text())
+    assert (fitted["alpha"], fitted["beta"]) == pytest.approx((0.002, 0.3), rel=1e-3)
+
+    table = pd.read_csv(folder / "transfers.csv")
     table[["source", "target", "dice"]].to_csv(tmp_path / "measured.csv", index=False)
     run(**shared, output_dir=str(tmp_path / "again"), transfers=str(tmp_path / "measured.csv"))
     assert in_this_process == before
     again = json.loads((tmp_path / "again" / "affinity_weights.json").read_text())
-    assert again["alpha"] == pytest.approx(fitted["alpha"], rel=1e-3)
+    assert (again["alpha"], again["beta"]) == pytest.approx((0.002, 0.3), rel=1e-3)
     assert "lacks the column(s) dice" in refused(
         lambda: run(**shared, transfers=_without_dice(tmp_path), output_dir=str(tmp_path / "x"))
     )

@@ -246,6 +246,8 @@ def test_a_pool_of_one_has_a_verdict_that_says_so(options, in_this_process):
         ({"method": "papr"}, "did you mean 'paper'"),
         ({"minimum_win": 0.4}, "minimum_win"),
         ({"n_resamples": 0}, "n_resamples"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"settle": True, "val_split": "train"}, "give --settle false"),
         ({"sources": []}, "at least one source"),
         ({"sources": ["14-T2-ED", "14-T2-ED"]}, "twice"),
         ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),

@@ -278,6 +278,6 @@ class _LabelSums:
 def _soft_dice(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Dice of every map in ``a`` with every one in ``b``, which are stacked along the first axis."""
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    # 2 ab = a^2 + b^2 - (a - b)^2, so that equal maps have exactly 1.
+    # 2 ab = a^2 + b^2 - (a - b)^2, so that equal maps have exactly 1, two empty ones as well.
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)
-    return np.maximum(1 - cdist(a, b, "sqeuclidean") / squares, 0)
+    return np.maximum(1 - cdist(a, b, "sqeuclidean") / np.where(squares > 0, squares, 1), 0)

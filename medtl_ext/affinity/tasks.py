@@ -16,6 +16,7 @@ __all__ = ["PUBLISHED_WEIGHTS", "fit_affinity_weights", "task_affinity"]
 PUBLISHED_WEIGHTS = (0.0044, 2.4756)
 
 TRIALS = 100  # of the Bayesian search
+ROUNDING = 1e-9  # of a column's largest value: what varies by less is constant
 
 
 def task_affinity(
@@ -128,8 +129,12 @@ def _distance_and_similarity(
 
 
 def _standardized(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of mean 0 and norm 1, and what they were divided by; constant ones become 0, and their scale is 0."""
-    centred = np.where(np.ptp(columns, axis=0) > 0, columns - columns.mean(axis=0), 0.0)
+    """Columns of mean 0 and norm 1, and what they were divided by.
+
+    Columns that are constant but for rounding become 0, and their scale is 0.
+    """
+    varies = np.ptp(columns, axis=0) > ROUNDING * np.abs(columns).max(axis=0)
+    centred = np.where(varies, columns - columns.mean(axis=0), 0.0)
     scales = np.linalg.norm(centred, axis=0)
     return centred / np.where(scales > 0, scales, 1.0), scales
 

@@ -70,13 +70,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Subject:
-    """One patient: where the images (by modality) and label files (by name) are."""
+    """One scan of a patient: where the images (by modality) and label files (by name) are.
+
+    ``patient`` is who it is of, where the collection says so; otherwise every subject is a patient.
+    """
 
     id: str
     institution: str
     split: str
     images: Mapping[str, Path]
     labels: Mapping[str, Path]
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ class Collection:
             split: ``train``, ``val`` or ``test``.
 
         Returns:
-            One dictionary a subject: ``image`` and ``label`` (absolute paths), ``subject`` and ``institution``.
+            One dictionary a subject: ``image`` and ``label`` (absolute paths), ``subject`` and ``institution``; where
+            the collection names patients also ``patient``, whom scores are averaged over and resampled by.
 
         Raises:
             InputError: an unknown task or split, or no subject in it.
@@ -161,6 +166,7 @@ class Collection:
         require_choice("split", split, SPLITS)
         task, subjects = Task(str(task)), self.subjects_of(task)
         modality, label = task.modality, self._objective(task).label
+        named = any(subject.patient for subject in subjects)
         datalist = [
             {
                 "image": str(subject.images[modality]),
@@ -168,6 +174,7 @@ class Collection:
                 "subject": subject.id,
                 "institution": subject.institution,
             }
+            | ({"patient": subject.patient or subject.id} if named else {})
             for subject in subjects
             if subject.split == split
         ]
@@ -326,7 +333,8 @@ def _parse_subject(
         _refuse_hyphen(modality, f"{where}: modality '{modality}'")
     for label in files["labels"]:
         require_choice(f"{where}: label", label, labels)
-    return Subject(entry["id"], entry["institution"], splits[entry["id"]], files["images"], files["labels"])
+    patient = entry.get("patient") or None
+    return Subject(entry["id"], entry["institution"], splits[entry["id"]], files["images"], files["labels"], patient)
 
 
 def _refuse_hyphen(name: str, where: str) -> None:

@@ -32,6 +32,7 @@ class _Stack:
     arrays: dict[str, torch.Tensor]
     affine: np.ndarray
     shape: tuple[int, ...]
+    patient: str | None = None
 
     def keep(self, count: int) -> _Stack:
         """The first ``count`` slices, in the order of the volume."""
@@ -52,7 +53,7 @@ class SliceDataset(Dataset):
     that remain run on a slice whenever it is asked for, so they see 2D data.
 
     Args:
-        data: a datalist; every entry has ``image``, usually ``label``, and ``subject``.
+        data: a datalist; every entry has ``image``, usually ``label`` and ``subject``, perhaps ``patient``.
         transform: a MONAI `Compose` or a sequence of transforms; those before the first random one must load ``image``
             as C x X x Y x Z and ``label`` as 1 x X x Y x Z. Every other array of the same spatial shape is cut as well.
         slices: ``"foreground"`` keeps the slices in which the label is above 0 anywhere, ``"all"`` keeps all;
@@ -128,6 +129,7 @@ class SliceDataset(Dataset):
     def _load_stack(self, position: int, slices: str, most: int | None, seed: int) -> _Stack:
         """Prepare one volume and keep the slices that may be drawn, in the order in which they would be."""
         subject = str(self.data[position].get("subject", position))
+        patient = self.data[position].get("patient")
         volume = self.transform(dict(self.data[position]), end=self._random_start, threading=True)
         arrays = {
             key: convert_to_tensor(value, track_meta=False)
@@ -146,7 +148,7 @@ class SliceDataset(Dataset):
         shape = shapes["image"][1:]
         if slices == "volume":
             whole = {key: array[None].contiguous() for key, array in arrays.items()}
-            return _Stack(subject, [0] if (arrays["label"] > 0).any() else [], whole, affine, shape)
+            return _Stack(subject, [0] if (arrays["label"] > 0).any() else [], whole, affine, shape, patient)
         if slices == "foreground":
             candidates = torch.nonzero((arrays["label"] > 0).flatten(0, 2).any(0)).flatten().numpy()
         else:
@@ -154,7 +156,7 @@ class SliceDataset(Dataset):
         if most is not None:
             candidates = np.random.default_rng((seed, position)).permutation(candidates)[:most]
         cut = {key: array[..., candidates].movedim(-1, 0).contiguous() for key, array in arrays.items()}
-        return _Stack(subject, candidates.tolist(), cut, affine, shape)
+        return _Stack(subject, candidates.tolist(), cut, affine, shape, patient)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -164,6 +166,8 @@ class SliceDataset(Dataset):
         # A transform may write in place, so it gets copies; it may also return MetaTensors, which are slow to batch.
         item = {key: array[place].clone() for key, array in stack.arrays.items()}
         item |= {"subject": stack.subject, "slice": stack.slices[place]}
+        if stack.patient is not None:
+            item["patient"] = stack.patient
         if self._random_start is not None:
             item = self.transform(item, start=self._random_start)
         return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in item.items()}
@@ -197,7 +201,7 @@ class SliceDataset(Dataset):
         >>> dataset[0]["weight"].shape
         torch.Size([1, 2, 2])
         """
-        if key in ("image", "label", "subject", "slice"):
+        if key in ("image", "label", "subject", "patient", "slice"):
             raise InputError(f"map key '{key}' is taken by the slices themselves; choose another.")
         if len(maps) != len(self):
             raise InputError(

@@ -116,11 +116,11 @@ def rank_sources(
         ranking = _without_interval(ready[decide_by].to_dict(), options)
     else:
         resamples = min(n_resamples, SLOW_RESAMPLES) if decide_by in SLOW else n_resamples
-        functions = resampled_scores(decide_by, observed, list(ready.index))
+        functions = resampled_scores(decide_by, observed, list(ready.index), seed=seed)
         ranking = bootstrap_ranking(functions, patients=units, n_resamples=resamples, **options)
     answer = " ".join(_sentences(ranking, scores, target, decide_by=decide_by, cross_domain=cross_domain))
-    winner = ranking.default or ranking.table["source"].iloc[0]
-    command = next_command(winner, scores.loc[winner, "checkpoint"])
+    winner = ranking.default
+    command = None if winner is None else next_command(winner, scores.loc[winner, "checkpoint"])
     content = {
         "target": target.name,
         "decided_by": decide_by,
@@ -136,7 +136,9 @@ def rank_sources(
         "baselines": json.loads(ranking.baselines.to_json(orient="records")),
     }
     _write(Path(output_dir), ranking, scores, content, figures=figures)
-    print(f"{answer}\nTo use it:\n{command}")
+    print(answer)
+    if command:
+        print(f"To use it:\n{command}")
     return ranking
 
 
@@ -161,7 +163,8 @@ def _write(
             synthetic=content["synthetic"],
         )
         save_figure(figure, folder / "ranking.png")
-    write_text(folder / "answer.txt", f"{content['answer']}\n\nTo use it:\n{content['command']}")
+    command = content["command"]
+    write_text(folder / "answer.txt", content["answer"] + (f"\n\nTo use it:\n{command}" if command else ""))
 
 
 def _baselines(table: pd.DataFrame, seed: int) -> pd.DataFrame:

@@ -157,15 +157,20 @@ def own_auc(source: Source) -> float:
 
 
 def resampled_scores(
-    metric: str, observed: Mapping[str, Seen], sources: Sequence[str]
+    metric: str, observed: Mapping[str, Seen], sources: Sequence[str], *, seed: int = 0
 ) -> Callable[[np.ndarray], dict[str, float]]:
-    """All sources' scores as a function of how often each target patient counts, for `bootstrap_ranking`."""
+    """All sources' scores as a function of how often each target patient counts, for `bootstrap_ranking`.
+
+    The seed is that of the scores in the table, which NLEEP depends on.
+    """
     if metric == "ncti":
         return lambda counts: combine_ncti(
             {name: compute_ncti(*observed[name].samples.resampled(counts)) for name in sources}
         )
     functions = {
-        name: score_of_counts(metric, Observation(observed[name].samples, observed[name].maps, math.nan, math.nan))
+        name: score_of_counts(
+            metric, Observation(observed[name].samples, observed[name].maps, math.nan, math.nan), seed=seed
+        )
         for name in sources
     }
     return lambda counts: {name: function(counts) for name, function in functions.items()}

@@ -19,7 +19,7 @@ from medtl_ext._validation import InputError, require_choice
 from medtl_ext.bundle import Job, current_config, deciding_parts, run_jobs, settings_of
 from medtl_ext.data.classification import SUFFIXES, ClassificationDataset, load_classification, read_image
 from medtl_ext.networks import load_weights, read_weights
-from medtl_ext.selection.candidates import built
+from medtl_ext.selection.candidates import built, require_source_names
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +161,7 @@ def find_sources(
         raise InputError(f"sources is {sources!r}; give a list with at least one dataset or checkpoint.")
     found = [_source(entry, target, collection, subjects, image_size) for entry in sources]
     names = [source.name for source in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"sources names {twice[0]} twice; give every source its own name.")
-    if "scratch" in names:
-        raise InputError("a source is named scratch, which means training without one; give it another name.")
+    require_source_names(names)
     if all(source.own for source in found):
         raise InputError(f"no source is left: {', '.join(names)} is the target's own model, which is never ranked.")
     return found

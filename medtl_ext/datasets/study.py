@@ -36,8 +36,9 @@ def study_datasets(
     """Score and fine-tune every source on several targets, with several seeds, and say what the rankings were worth.
 
     A seed draws the target's images and the fine-tuning; the pool is the same. A target that is among the sources is
-    scored as its own model, and never ranked. Runs that are done are kept. Writes ``study.csv`` (a row per target, seed
-    and source), ``agreement.csv``, ``study.md`` and ``critical_difference.png``.
+    scored as its own model, and never ranked. Runs that are done are kept: a study may grow by targets and seeds,
+    not by sources, which every ranking compares. Writes ``study.csv`` (a row per target, seed and source),
+    ``agreement.csv``, ``study.md`` and ``critical_difference.png``.
 
     Args:
         output_dir: gets ``runs/`` and the results.
@@ -55,7 +56,7 @@ def study_datasets(
         raise InputError(f"two targets are called alike: {', '.join(names)}; rename a file.")
     if isinstance(seeds, str) or not seeds or not isinstance(settings, Mapping):
         raise InputError(f"seeds is {seeds!r}, settings {settings!r}; expected a list of numbers, and options by name.")
-    config = study_config(output_dir, settings, grid=dict(grid)) | {"sources": list(sources)}
+    config = study_config(output_dir, settings, grid=dict(grid), sources=list(sources)) | {"sources": list(sources)}
     root = Path(config["bundle_root"])
     where = {key: config[name] for key, name in (("collection", "collection"), ("subjects", "phantom_subjects"))}
     for data in targets:

@@ -88,7 +88,10 @@ def score_images(
     metrics.insert(0, "seed", seed)
     metrics.insert(0, "method", method)
     if idist.get_rank() == 0:
-        write_csv(Path(output_dir) / "predictions.csv", pd.concat(tables))
+        written = pd.concat(tables)
+        for column in _probabilities(written):  # in full: six digits make those near 1 equal
+            written[column] = [str(value) for value in written[column]]
+        write_csv(Path(output_dir) / "predictions.csv", written)
         write_csv(Path(output_dir) / "metrics.csv", metrics)
     return metrics
 
@@ -110,7 +113,7 @@ def auc_interval(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float]:
 def _resampled_auc(table: pd.DataFrame, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """AUC with every group of images as often as ``counts`` (resamples x groups) says: the share of pairs won."""
     labels, weights, values = table["label"].to_numpy(), counts[:, groups].astype(float), []
-    for column in [column for column in table if column[0] == "p" and column[1:].isdigit()]:
+    for column in _probabilities(table):
         own, probs = labels == int(column[1:]), table[column].to_numpy()
         if own.all() or not own.any():
             continue
@@ -122,6 +125,10 @@ def _resampled_auc(table: pd.DataFrame, groups: np.ndarray, counts: np.ndarray) 
         with np.errstate(invalid="ignore"):  # a resample without the class
             values.append((weights[:, own] * beaten).sum(1) / (weights[:, own].sum(1) * others.sum(1)))
     return np.nanmean(values, axis=0) if values else np.full(len(counts), np.nan)
+
+
+def _probabilities(table: pd.DataFrame) -> list[str]:
+    return [column for column in table if column[0] == "p" and column[1:].isdigit()]
 
 
 def settings_of_grid(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
@@ -218,13 +225,13 @@ def _predictions(job: Job) -> pd.DataFrame:
 
 
 def truth_table(jobs: Mapping[str, Job]) -> pd.DataFrame:
-    """Source -> AUC of the test images with its interval, best first."""
+    """Source -> AUC of the test images, as it was measured, with its interval, best first."""
     rows = {}
     for name, job in jobs.items():
         table = _predictions(job)
         table = table[table["split"] == "test"]
         low, high = auc_interval(table)
-        rows[name] = {"auc": image_auc(table), "auc_low": low, "auc_high": high, "val_auc": _auc(job, "val")}
+        rows[name] = {"auc": _auc(job, "test"), "auc_low": low, "auc_high": high, "val_auc": _auc(job, "val")}
         rows[name] |= {"test_images": len(table)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("source").sort_values("auc", ascending=False)
 

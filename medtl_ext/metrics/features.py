@@ -514,11 +514,11 @@ def _read_output(output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _read_subjects(batch: Any) -> list[Hashable] | None:
-    """The patients' names in an engine's batch, or None where it does not say."""
+    """The patients' names in an engine's batch (of its scans where it names no patients), or None."""
     if isinstance(batch, Mapping):
-        subjects = batch.get("subject")
+        subjects = batch.get("patient", batch.get("subject"))
     else:
-        subjects = [item.get("subject") if isinstance(item, Mapping) else None for item in batch]
+        subjects = [i.get("patient", i.get("subject")) if isinstance(i, Mapping) else None for i in batch]
     known = isinstance(subjects, Sequence) and not isinstance(subjects, str) and None not in subjects
     return list(subjects) if known else None
 

@@ -272,7 +272,7 @@ def audit_verdict(
         sentences = [words.recommended()]
     else:
         # All arms are trained by now, so cost decides only between means that are the same for all practical purposes.
-        recommendation, default = None, next(arm for arm in by_cost if means[best] - means[arm] < margin)
+        recommendation, default = None, next(arm for arm in by_cost if means[best] - means[arm] <= margin)
         sentences = [words.undecided(tied, default)]
     if harmed:
         sentences.append(words.negative_transfer(harmed))

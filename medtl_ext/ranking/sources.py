@@ -55,7 +55,8 @@ class SourceRanking:
         recommendation: the source there is evidence to prefer, or None.
         tied: the sources that cannot be told from the leader, which comes first (the leader alone when recommended):
             the ones worth a short fine-tuning.
-        default: the recommendation, else the best guess; None with too few patients or without any score.
+        default: the recommendation, else the best guess; None with too few patients, without any score, or where
+            several have the highest.
         patients: number of patients.
         resamples: number of resamples behind the intervals; 0 with fewer than 3 patients.
         text: one paragraph in plain English.
@@ -174,7 +175,7 @@ def bootstrap_ranking(
         the resamples **and** leads by at least ``minimum_gap``. There is no verdict with fewer than 4 patients, with
         one source, or with one scored source, and there are no intervals (NaN) with fewer than 3 patients. With two
         sources the gap is the whole range and checks nothing, and the text says so: one of two sources that differ by
-        noise only is preferred about one time in six, one of four in 5 %, one of eight in 1 %.
+        noise only is preferred about one time in five, one of four in 5 %, one of eight in 1 %.
         Resamples that a function refuses with an `InputError` (say, all of their patients lack the region) are left
         out for all sources; warnings about single resamples are not shown.
 
@@ -210,7 +211,8 @@ def bootstrap_ranking(
     table = _ranking_table(observed, resampled, ranks, confidence)
 
     scored = table[table["score"].notna()]
-    behind = (scored["leader_wins"] >= minimum_win) & (scored["gap"] >= minimum_gap)
+    first = _equal_to_first(scored["score"])
+    behind = (scored["leader_wins"] >= minimum_win) & (scored["gap"] >= minimum_gap) & ~first
     tied = tuple(scored.loc[~behind, "source"])
     picks = _picks(table, ranks)
     words = _Words(table, picks, patients, confidence, minimum_win, minimum_gap, metric)
@@ -224,12 +226,18 @@ def bootstrap_ranking(
     elif len(tied) == 1:
         recommendation, sentences = default, [words.recommended()]
     else:
-        sentences = [words.undecided(tied)]
+        default = default if first.sum() == 1 else None  # the order of the list is no reason
+        sentences = [words.undecided(tied, list(scored.loc[first, "source"]))]
     sentences += words.remarks(n_resamples - len(resampled) if len(resampled) else 0, n_resamples)
     if synthetic:
         sentences.append("These are synthetic data, which say nothing about a clinic.")
     text = " ".join(sentences)
     return SourceRanking(recommendation, tied, default, patients, len(resampled), text, table, picks)
+
+
+def _equal_to_first(scores: pd.Series) -> pd.Series:
+    """Which scores, best first, are equal to the first but for rounding."""
+    return pd.Series(np.isclose(scores, scores.iloc[0], rtol=1e-12, atol=0) if len(scores) else [], scores.index, bool)
 
 
 def _check_options(minimum_win: float, minimum_gap: float, confidence: float, n_resamples: int) -> None:
@@ -492,18 +500,22 @@ class _Words:
             f"{_percent(others['gap'].min())} of the candidates' range; the next is {self.named(others['source'][:1])}."
         )
 
-    def undecided(self, tied: Sequence[str]) -> str:
+    def undecided(self, tied: Sequence[str], first: Sequence[str]) -> str:
         next_one = self.scored.iloc[1]
         rest = len(self.scored) - len(tied)
         text = f"No evidence to prefer: by {self.metric}, {self.named(tied)} cannot be told apart "
         text += f"on {self.on_patients()}"
         text += f"; the other {'source is' if rest == 1 else f'{rest} sources are'} worse. " if rest else ". "
+        settle = (
+            f" Short fine-tunings of the {len(tied)}, finished and compared on validation patients, would settle it."
+        )
+        if len(first) > 1:
+            return f"{text}There is no best guess: {listed(first, 6)} have the same score.{settle}"
         return text + (
             f"The best guess is {tied[0]}, which has the highest {self.metric}: it is ahead of {next_one['source']} in "
             f"{_percent(next_one['leader_wins'])} of the patient resamples and by {_percent(next_one['gap'])} of the "
             f"candidates' range, where a preference takes {_percent(self.minimum_win)} and "
-            f"{_percent(self.minimum_gap)}. Short fine-tunings of the {len(tied)}, finished and compared on validation "
-            "patients, would settle it."
+            f"{_percent(self.minimum_gap)}.{settle}"
         )
 
     def remarks(self, refused: int, n_resamples: int) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from medtl_ext.ranking.sources import baseline_rankings
+from medtl_ext.ranking.sources import _mean_relative_rank
 
 __all__ = ["agreement_over_targets", "known_elsewhere", "verdict_claim"]
 
@@ -41,19 +42,24 @@ def known_elsewhere(sources: pd.DataFrame, target: str, seed: int, *, outcome: s
         outcome: its column, higher is better (``dice``, ``auc``).
 
     Returns:
-        Source -> minus its rank by the mean over them; None where the seed has no other target.
+        Source -> minus its rank by the mean over them, equal ones sharing their mean rank; None where the seed has no
+        other target.
 
     Example:
         >>> rows = [("t1", "a", 0.8), ("t1", "b", 0.6), ("t2", "a", 0.5), ("t2", "b", 0.7)]
         >>> table = pd.DataFrame(rows, columns=["target", "source", "dice"]).assign(seed=0)
         >>> known_elsewhere(table, "t2", 0, outcome="dice")
-        {'a': -1, 'b': -2}
+        {'a': -1.0, 'b': -2.0}
     """
     sources = sources[sources["seed"] == seed]
     others = sources[sources["target"] != target].groupby("target")
     known = {name: group.set_index("source")[outcome].to_dict() for name, group in others}
     names = sorted(set(sources.loc[sources["target"] == target, "source"]))
-    return (-baseline_rankings(names, other_targets=known)["static"]).to_dict() if known else None
+    if not known:
+        return None
+    costs = np.round(_mean_relative_rank(names, known), 9)
+    ranks = stats.rankdata(np.where(np.isnan(costs), np.inf, costs))  # on no other target: last
+    return dict(zip(names, (-ranks).tolist(), strict=True))
 
 
 def verdict_claim(

@@ -27,6 +27,11 @@ from medtl_ext.studies import PHANTOM_SUBJECTS, open_collection
 
 TAGS = ("institution", "modality", "objective")
 CHECKPOINT_KEYS = ("name", "checkpoint", "network", "n_classes", "task", "encoder", *TAGS)
+RESERVED = {
+    "scratch": "training without one",
+    "zero_shot": "a source that is used as it is",
+    "full": "a fine-tuning of all parameters",
+}
 TRUSTED_PACKAGES = ("monai.networks.", "torch.nn.")
 
 
@@ -110,12 +115,21 @@ def find_candidates(
             raise InputError(
                 f'source {source!r} is no task, {{"name": ..., "checkpoint": FILE}} or {{"bundles": FOLDER}}.'
             )
-    names = [candidate.name for candidate in found]
+    require_source_names([candidate.name for candidate in found])
+    return found
+
+
+def require_source_names(names: Sequence[str]) -> None:
+    """Refuse two sources of one name, and names that tables and verdicts have for something else.
+
+    Raises:
+        InputError: such a name.
+    """
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"sources names {twice[0]} twice; give every source its own name.")
-    if "scratch" in names:
-        raise InputError("a source is named scratch, which means training without one; give it another name.")
-    return found
+    for name in names:
+        if name in RESERVED:
+            raise InputError(f"a source is named {name}, which means {RESERVED[name]}; give it another name.")
 
 
 def _task(name: str, target: str, collection: str | None, subjects: int) -> Candidate:

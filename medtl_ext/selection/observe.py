@@ -56,30 +56,31 @@ class Maps(NamedTuple):
 class Predictions(TransferMetric):
     """Keeps the source's probabilities of every image, for scores that need them more than once.
 
-    ``compute()`` returns `Maps` of all processes, in the order of patient and slice whatever the order they came in.
+    ``compute()`` returns `Maps` of all processes, in the order of subject and slice whatever the order they came in.
     Memory: one float32 per class and pixel of the training slices, which the dataset holds in memory as well.
     """
 
     def reset(self) -> None:
         super().reset()
-        self._kept: list[tuple[str, int, torch.Tensor, torch.Tensor]] = []
+        self._kept: list[tuple[str, int, str, torch.Tensor, torch.Tensor]] = []
 
     def update(self, source_probs: torch.Tensor, target_labels: torch.Tensor, images: Sequence[Any] = ()) -> None:
         for number, (probs, labels) in enumerate(zip(source_probs, target_labels, strict=True)):
-            subject, place = images[number] if len(images) else ("", len(self._kept))
+            subject, place, patient = images[number] if len(images) else ("", len(self._kept), "")
             labels = labels[0] if labels.ndim == probs.ndim else labels
-            self._kept.append((str(subject), int(place), probs.float().cpu(), labels.long().cpu()))
+            self._kept.append((str(subject), int(place), str(patient), probs.float().cpu(), labels.long().cpu()))
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
         batch = engine.state.batch
         if not isinstance(batch, dict):
-            batch = {key: [item[key] for item in batch] for key in ("subject", "slice") if key in batch[0]}
+            batch = {key: [item[key] for item in batch] for key in ("subject", "patient", "slice") if key in batch[0]}
         subjects = batch.get("subject")
         if subjects is None:
             raise InputError("the data loader's items have no 'subject'; scores are resampled by patient.")
         places = batch.get("slice", range(len(subjects)))
-        self.update(*probabilities_and_labels(engine.state.output), list(zip(subjects, places, strict=True)))
+        images = zip(subjects, places, batch.get("patient", subjects), strict=True)
+        self.update(*probabilities_and_labels(engine.state.output), list(images))
 
     def merge(self, other: TransferMetric) -> None:
         super().merge(other)
@@ -95,9 +96,10 @@ class Predictions(TransferMetric):
         if not kept:
             raise InputError("Predictions has seen no image; look for an empty data loader.")
         kept = sorted(kept, key=lambda image: image[:2])
-        names = tuple(sorted({image[0] for image in kept}))
-        groups = torch.tensor([names.index(image[0]) for image in kept])
-        return Maps(torch.stack([i[2] for i in kept]), torch.stack([i[3] for i in kept]), groups, names)
+        names = tuple(sorted({image[2] for image in kept}))
+        number = {name: place for place, name in enumerate(names)}
+        groups = torch.tensor([number[image[2]] for image in kept])
+        return Maps(torch.stack([i[3] for i in kept]), torch.stack([i[4] for i in kept]), groups, names)
 
 
 @dataclass(frozen=True)

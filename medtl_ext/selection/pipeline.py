@@ -16,12 +16,13 @@ from filelock import FileLock
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices
-from medtl_ext.bundle import Job, current_config, run_command, run_jobs
+from medtl_ext.bundle import Job, current_config, current_workflow, run_command, run_jobs
 from medtl_ext.data import Collection
 from medtl_ext.ranking import SourceRanking, audit_verdict, baseline_rankings, bootstrap_ranking
+from medtl_ext.report import patient_table
 from medtl_ext.selection.candidates import Candidate, usable
 from medtl_ext.selection.observe import Observed
-from medtl_ext.selection.priors import filter_by_priors, prior_table
+from medtl_ext.selection.priors import filter_by_priors, prior_table, require_top_k
 from medtl_ext.selection.scores import LABELS, METRICS, all_scores, score_of_counts, why_no_score
 from medtl_ext.studies import check_data as check_task
 from medtl_ext.studies import open_collection, pretraining_job
@@ -49,7 +50,8 @@ def check_options(
     """Refuse what cannot work before anything long runs.
 
     Raises:
-        InputError: an unknown method or metric, a number out of range, or no labelled training patient of the target.
+        InputError: an unknown method or metric, a number out of range, no labelled training patient of the target, or
+            ties to settle without validation patients.
     """
     target.datalist(target_task, "train")
     require_choice("method", method, METHODS)
@@ -62,6 +64,20 @@ def check_options(
         )
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}; it must be at least 1.")
+    if current_workflow() is not None:
+        config = current_config()
+        require_top_k(config["top_k"])
+        if config["settle"]:
+            _require_validation(config)
+
+
+def _require_validation(config: Mapping[str, Any]) -> None:
+    """Refuse to settle by validation patients where there are none."""
+    if config["val_split"] != "val":
+        raise InputError(
+            f"--settle compares validation patients, and --val_split {config['val_split']} leaves none; give --settle "
+            "false, or patients to validate on."
+        )
 
 
 def train_pool(
@@ -374,8 +390,12 @@ def settle_by_training(
     Returns:
         ``source`` (what to use, None where the patients cannot tell and there is no guess), ``text``, and the Dice of
         each.
+
+    Raises:
+        InputError: no patient is left to validate on.
     """
     config = current_config()
+    _require_validation(config)
     target = config["target_task"]
     jobs = {
         name: finetuning_job(config, output_dir / name, scores.loc[name].to_dict(), target_task=target, seed=seed)
@@ -394,5 +414,5 @@ def settle_by_training(
 
 def patient_dice(folder: Path, split: str) -> dict[str, float]:
     """Patient -> Dice, averaged over classes, of a finished run."""
-    rows = pd.read_csv(folder / "metrics.csv")
-    return rows[rows["split"] == split].groupby("subject")["dice"].mean().to_dict()
+    patients = patient_table(pd.read_csv(folder / "metrics.csv"))
+    return patients[patients["split"] == split].set_index("subject")["dice"].to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCropd, Spacingd
+from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, Spacingd
 
+from medtl_ext._validation import InputError
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.data import Collection, Task
 from medtl_ext.selection.candidates import Candidate
@@ -26,8 +28,11 @@ TAGS = ("modality", "objective", "institution")
 
 def region_labels(
     collection: Collection, task: str, *, spacing: Sequence[float], roi_size: Sequence[int]
-) -> torch.Tensor:
-    """The task's training labels on the common grid: N x *spatial, bool, True in any foreground class."""
+) -> list[torch.Tensor]:
+    """The task's training labels on the common grid, bool, True in any foreground class.
+
+    Slices are as many as a volume has, where ``roi_size`` does not say.
+    """
     prepare = Compose(
         [
             LoadImaged(keys="label", reader="NibabelReader", ensure_channel_first=True),
@@ -36,12 +41,9 @@ def region_labels(
             SelectLabelsd(keys="label", values=collection.label_values(task)),
         ]
     )
-    labels = [
-        torch.as_tensor(prepare({"label": item["label"]})["label"]) for item in collection.datalist(task, "train")
-    ]
-    depth = max(label.shape[-1] for label in labels)
-    pad = ResizeWithPadOrCropd(keys="label", spatial_size=[*roi_size, depth][:3])
-    return torch.stack([torch.as_tensor(pad({"label": label})["label"])[0] > 0 for label in labels])
+    pad = ResizeWithPadOrCrop(spatial_size=[*roi_size, -1][:3])
+    labels = [prepare({"label": item["label"]})["label"] for item in collection.datalist(task, "train")]
+    return [torch.as_tensor(pad(label))[0] > 0 for label in labels]
 
 
 def prior_table(
@@ -57,14 +59,16 @@ def prior_table(
     """One row per candidate: tags, whether they are the target's, size, and similarity of the regions of interest.
 
     Columns ``kind``, ``modality``, ``objective``, ``institution``, ``same_<tag>`` (NaN where a tag is not known),
-    ``size`` (training subjects), ``own_dice`` (on the source's own validation patients), ``ssim`` (mean over all pairs
-    of label volumes), ``roi_dice`` (Dice of the mean label maps) and ``roi_shape`` (similarity of shape descriptors).
+    ``size`` (training subjects), ``own_dice`` (on the patients its training was validated on), ``ssim`` (mean over all
+    pairs of label volumes), ``roi_dice`` (Dice of the mean label maps) and ``roi_shape`` (similarity of shape
+    descriptors).
     """
     goal = Task(target_task)
     own = region_labels(target, target_task, spacing=spacing, roi_size=roi_size)
 
     rows = []
-    regions: dict[tuple[str, str], dict[str, float]] = {}  # images differ between modalities, labels do not
+    # Tasks of several modalities may have the same label files, though not need to: subjects may lack a modality.
+    regions: dict[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]], dict[str, float]] = {}
     for candidate in candidates:
         row: dict[str, Any] = {"source": candidate.name, "kind": candidate.kind, "size": candidate.size}
         row |= {"task": candidate.task, "checkpoint": candidate.checkpoint}
@@ -75,35 +79,46 @@ def prior_table(
         row["own_dice"] = _own_dice(candidate.job)
         row |= dict.fromkeys(("ssim", "roi_dice", "roi_shape"), np.nan)
         if candidate.task is not None:
-            task = Task(candidate.task)
-            key = (task.institution, task.objective)
+            source = open_collection(source_collection, candidate.task, subjects=subjects)
+            files = tuple(item["label"] for item in source.datalist(candidate.task, "train"))
+            key = (files, tuple(map(tuple, source.label_values(candidate.task))))
             if key not in regions:
-                source = open_collection(source_collection, candidate.task, subjects=subjects)
                 labels = region_labels(source, candidate.task, spacing=spacing, roi_size=roi_size)
-                regions[key] = roi_similarity(labels, own, spacing=spacing[: labels.ndim - 1])
+                regions[key] = roi_similarity(labels, own, spacing=spacing[: labels[0].ndim])
             row |= regions[key]
         rows.append(row)
     return pd.DataFrame(rows).set_index("source")
 
 
-def roi_similarity(source: torch.Tensor, target: torch.Tensor, *, spacing: Sequence[float]) -> dict[str, float]:
-    """How alike two sets of label volumes (N x *spatial, bool) are, in three ways; higher is more alike."""
-    depth = max(source.shape[-1], target.shape[-1])
-    source, target = (torch.nn.functional.pad(labels, (0, depth - labels.shape[-1])) for labels in (source, target))
-    source, target = source.to(torch.uint8), target.to(torch.uint8)
-    shapes = (shape_descriptors(labels, spacing=spacing) for labels in (source, target))
+def roi_similarity(
+    source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], *, spacing: Sequence[float]
+) -> dict[str, float]:
+    """How alike two sets of label volumes (bool, of any number of slices) are, in three ways; higher is more alike.
+
+    All volumes are laid centre on centre.
+    """
+    depth = max(volume.shape[-1] for volume in (*source, *target))
+    first, second = _stacked(source, depth), _stacked(target, depth)
+    shapes = (shape_descriptors(labels, spacing=spacing) for labels in (first, second))
     return {
-        "ssim": float(pairwise_ssim(source, target).mean()),
-        "roi_dice": float(mean_label_dice(source, target)),
+        "ssim": float(pairwise_ssim(first, second).mean()),
+        "roi_dice": float(mean_label_dice(first, second)),
         "roi_shape": float(shape_similarity(*shapes).mean()),
     }
+
+
+def _stacked(volumes: Sequence[torch.Tensor], depth: int) -> torch.Tensor:
+    """N x *spatial, uint8: volumes with as many empty slices on either end as bring them to one depth."""
+    pad = ResizeWithPadOrCrop(spatial_size=[*volumes[0].shape[:-1], depth])
+    return torch.stack([torch.as_tensor(pad(volume[None].to(torch.uint8)))[0] for volume in volumes])
 
 
 def _own_dice(job: Path | None) -> float:
     if job is None or not (job / "metrics.csv").is_file():
         return np.nan
-    scores = pd.read_csv(job / "metrics.csv")
-    return float(scores[scores["split"] == "val"]["dice"].mean())
+    scores, config = pd.read_csv(job / "metrics.csv"), job / "config.json"
+    split = json.loads(config.read_text(encoding="utf-8")).get("val_split", "val") if config.is_file() else "val"
+    return float(scores[scores["split"] == split]["dice"].mean())
 
 
 def filter_by_priors(
@@ -114,12 +129,17 @@ def filter_by_priors(
     Args:
         table: see `prior_table`; the candidates that can be used.
         minimum_ssim: keep sources with at least this SSIM of labels.
-        top_k: keep so many with the highest. With neither, the better half (rounded up) is kept.
+        top_k: keep so many of these with the highest, and what is equal to the last of them. With neither, the better
+            half (rounded up) is kept.
 
     Returns:
         Columns ``kept`` (bool) and ``reason``, one row per source. A source of which a tag or the labels are not known
         is kept. A filter that would leave nothing warns and filters nothing.
+
+    Raises:
+        InputError: ``top_k`` would keep nothing.
     """
+    require_top_k(top_k)
     result = pd.DataFrame({"kept": True, "reason": ""}, index=table.index)
     reasons: dict[str, list[str]] = {source: [] for source in table.index}
     wrong = table["same_modality"].map(lambda same: same is False or same == False)  # noqa: E712 (numpy bools)
@@ -137,11 +157,15 @@ def filter_by_priors(
     left = table.index[result["kept"]]
     ssim = table.loc[left, "ssim"].astype(float)
     known = ssim.dropna().sort_values(ascending=False, kind="stable")
+    good, rules = known, []
     if minimum_ssim is not None:
-        good, rule = known.index[known >= minimum_ssim], f"at least {minimum_ssim:g}"
-    else:
+        good = good[good >= minimum_ssim]
+        rules.append(f"at least {minimum_ssim:g}")
+    if top_k is not None or minimum_ssim is None:
         count = top_k if top_k is not None else (len(known) + 1) // 2
-        good, rule = known.index[:count], f"the best {count} of {len(known)}"
+        rules.append(f"the best {count} of {len(good)}")
+        good = good[_highest(good, count)]
+    rule = ", of these ".join(rules)
     if len(known) and not len(good) and len(known) == len(left):
         _fall_back(f"no source has a label SSIM of {rule}", {source: reasons[source] for source in left})
     else:
@@ -149,11 +173,24 @@ def filter_by_priors(
             if source not in known.index:
                 reasons[source].append("label SSIM not known")
                 continue
-            kept = source in good
+            kept = source in good.index
             result.loc[source, "kept"] = kept
             reasons[source].append(f"label SSIM {ssim[source]:.3f}: {'kept' if kept else 'dropped'} (keeps {rule})")
     result["reason"] = ["; ".join(reasons[source]) for source in table.index]
     return result
+
+
+def require_top_k(top_k: int | None) -> None:
+    """Refuse to keep fewer than one source."""
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1, or null for the better half.")
+
+
+def _highest(values: pd.Series, count: int) -> pd.Index:
+    """The ``count`` highest and those that are equal to the last of them, but for rounding; values come sorted."""
+    if count >= len(values):
+        return values.index
+    return values.index[values.round(9) >= values.round(9).iloc[count - 1]]
 
 
 def _fall_back(why: str, reasons: Mapping[str, list[str]]) -> None:

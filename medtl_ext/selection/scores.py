@@ -136,10 +136,10 @@ class Probe:
         return float(np.mean(values)) if values else float("nan")
 
 
-def score_of_counts(metric: str, seen: Observation) -> ScoreOfCounts:
+def score_of_counts(metric: str, seen: Observation, *, seed: int = 0) -> ScoreOfCounts:
     """One source's score as a function of how often each target patient counts.
 
-    NaN where a source has no such score: OTCE without pixels of the source's own.
+    NaN where a source has no such score: OTCE without pixels of the source's own. The seed is that of NLEEP's mixtures.
     """
     if metric in MOMENTS:
         return _moment_score(MOMENTS[metric](), seen.samples)
@@ -149,7 +149,8 @@ def score_of_counts(metric: str, seen: Observation) -> ScoreOfCounts:
         return lambda counts: OF_PREDICTIONS[metric](replace(seen, maps=seen.maps.resampled(counts)))
     module = importlib.import_module(f"medtl_ext.metrics.{OF_SAMPLES[metric]}")
     compute = getattr(module, f"compute_{metric}")
-    return lambda counts: float(compute(*seen.samples.resampled(counts)))
+    options = {"seed": seed} if metric == "nleep" else {}
+    return lambda counts: float(compute(*seen.samples.resampled(counts), **options))
 
 
 def _moment_score(metric: MomentMetric, samples: Samples) -> ScoreOfCounts:

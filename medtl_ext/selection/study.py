@@ -37,7 +37,8 @@ def study_selection(
 ) -> pd.DataFrame:
     """Score and fine-tune every source on several targets, with several seeds, and say what the rankings were worth.
 
-    A seed draws the pool's training, the target's slices and the fine-tuning. Runs that are done are kept. Writes
+    A seed draws the pool's training, the target's slices and the fine-tuning. Runs that are done are kept: a
+    study may grow by targets and seeds, not by sources, which every ranking compares. Writes
     ``study.csv`` (one row per target, seed and source), ``agreement.csv``, ``study.md`` and figures.
 
     Args:
@@ -50,7 +51,8 @@ def study_selection(
     """
     if len(targets) < 2:
         raise InputError(f"a study needs two targets or more; found {list(targets)}.")
-    config = study_config(output_dir, settings) | {"check_data": False, "settle": False, "sources": list(sources)}
+    config = study_config(output_dir, settings, sources=list(sources))
+    config |= {"check_data": False, "settle": False, "sources": list(sources)}
     configs = {seed: config | {"pool_seed": seed, "seed": seed} for seed in seeds}
     pool = {
         (task, seed): pretraining_job(configs[seed], config["source_dir"], task, seed=seed)
@@ -125,9 +127,10 @@ def study_report(
     folder = Path(output_dir)
     sources = table[table["source"] != "scratch"]
     agreement = agreement_over_targets(sources, agreement_table, outcome="dice")
-    by_target = agreement.groupby(["ranker", "prior", "target"], sort=False)
+    # A ranker that scores all sources alike, as size may, chooses at random: its expected tau is 0, in each seed.
+    tau = agreement["tau"].mask(agreement["tau"].isna() & (agreement["candidates"] > 1), 0.0)
+    by_target = agreement.assign(tau=tau).groupby(["ranker", "prior", "target"], sort=False)
     mean = by_target[["tau", "regret", *(f"footrule_{k}" for k in TOP)]].mean().reset_index()
-    # A ranker that scores all sources alike, as size may, chooses at random: its expected tau is 0.
     plain = mean[mean["prior"] == "none"].fillna({"tau": 0.0})
     tau = plain.pivot(index="target", columns="ranker", values="tau")
     friedman = friedman_nemenyi(tau)
@@ -211,12 +214,15 @@ def _modality_claim(sources: pd.DataFrame) -> str:
     if both.empty:
         return "**Same modality or same task?** No target has sources of both kinds."
     difference = both["modality"] - both["objective"]
-    won = int((difference > 0).sum())
-    p = stats.binomtest(won, len(both)).pvalue
+    won, alike = int((difference > 0).sum()), int((difference == 0).sum())
+    test = "no sign test"
+    if alike < len(both):  # ties say nothing of the sign
+        test = f"sign test p {stats.binomtest(won, len(both) - alike).pvalue:.2g}"
+    test += f" without the {alike} alike" if 0 < alike < len(both) else ""
     return (
         f"**Same modality or same task (PriorSel, Table I)?** Same modality and other objective: mean Dice "
         f"{both['modality'].mean():.3f}; other modality and same objective: {both['objective'].mean():.3f}; same "
-        f"modality is better on {won} of {len(both)} targets (sign test p {p:.2g}, mean difference "
+        f"modality is better on {won} of {len(both)} targets ({test}, mean difference "
         f"{difference.mean():+.3f})."
     )
 

@@ -18,13 +18,16 @@ from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection
-from medtl_ext.ranking import Verdict, paired_comparison
+from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
 from medtl_ext.report import audit_report, patient_table
 from medtl_ext.sequential.plan import Plan
 from medtl_ext.studies import open_collection, pretraining_job
 from medtl_ext.transforms import SelectLabelsd
 
 logger = logging.getLogger(__name__)
+
+MARGIN = 0.01
+"""The smallest difference in mean Dice worth acting on, of the audit and of a second step."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,19 @@ def arms_of(plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
     arms.append(Arm("scratch"))
     ways = {"single": (plan.single,)}
     if plan.path is not None:
-        ways["sequential"] = plan.path
+        if len(plan.path) > 1:
+            ways["sequential"] = plan.path
         if plan.path[0] != plan.single:
             ways["direct"] = plan.path[:1]
     for name, tasks in ways.items():
         arms += [Arm(name, tasks, full=False), Arm(f"{name}_full", tasks)]
     return arms
+
+
+def source_collection(config: Mapping[str, Any]) -> str | None:
+    """The collection file that a bundle's sources are in; None: the phantom."""
+    named = config.get("source_collection")
+    return config.get("collection") if named == "@collection" else named
 
 
 class Chains:
@@ -93,8 +103,7 @@ class Chains:
         self.configs = Path(config["bundle_root"]) / "configs"
         patients = config["train_patients"]
         self.patients = config["stage_patients"] if patients == "@stage_patients" else patients
-        named = config.get("source_collection")
-        self.source_collection = config.get("collection") if named == "@collection" else named
+        self.source_collection = source_collection(config)
 
     def sources(self, arm: Arm) -> list[Job]:
         """The pre-training on the first task of an arm, and the fine-tuning on each further one, in their order."""
@@ -229,12 +238,13 @@ def follow_path(
     write_csv(folder / "arms.csv", _arms_table(rows, arms, plan.target))
     verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
     if "val" in set(rows["split"]):
-        method = "sequential_full" if plan.path else "single_full"
-        title = f"Ways to {plan.target}, at equal numbers of patients"
-        verdict = audit_report(rows, folder, method=method, synthetic=synthetic, title=title)
+        method = "sequential_full" if any(arm.name == "sequential_full" for arm in arms) else "single_full"
+        title = f"Ways to {plan.target}, {spent_text(config['source_patients'])}"
+        verdict = audit_report(rows, folder, method=method, synthetic=synthetic, margin=MARGIN, title=title)
         answer = f"{second_step_text(rows, plan)} {verdict.text}"
     write_text(folder / "answer.txt", answer)
-    print(f"{_table_text(_arms_table(rows, arms, plan.target))}\n{answer}")
+    table = _arms_table(rows, arms, plan.target)
+    print(f"{_table_text(table, spent_text(config['source_patients']))}\n{answer}")
     return verdict
 
 
@@ -250,6 +260,8 @@ def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
     """Whether the intermediate task was worth it on the validation patients, against one step in the same way."""
     if plan.path is None:
         return f"One step is all there is: {plan.no_path}"
+    if len(plan.path) == 1:
+        return "One step is all there is: max_intermediates is 0."
     patients = patient_table(rows)
     patients = patients[patients["split"] == "val"].pivot_table(index="subject", columns="method", values="dice")
     sentences = []
@@ -259,19 +271,35 @@ def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
             key=lambda name: patients[name].mean(),
         )
         gap = paired_comparison(patients[f"sequential{suffix}"].to_dict(), patients[one].to_dict(), n_resamples=999)
-        figures = f"{gap.difference:+.3f} Dice"
-        figures += "" if pd.isna(gap.low) else f" (95 % interval {gap.low:+.3f} to {gap.high:+.3f})"
-        if gap.low > 0:
-            judgement = "the second step helps"
-        else:
-            judgement = "the second step harms" if gap.high < 0 else "no evidence for a second step, one is enough"
-        sentences.append(f"{what}: {judgement}, the path against the better single source ({one}) is {figures}")
+        figures = f"the path against the better single source ({one}) is {gap.difference:+.3f} Dice"
+        if gap.patients >= MINIMUM_PATIENTS:
+            figures = f"{_judgement(gap)}, {figures} (95 % interval {gap.low:+.3f} to {gap.high:+.3f})"
+        sentences.append(f"{what}: {figures}")
+    if len(patients) < MINIMUM_PATIENTS:
+        count = f"{len(patients)} validation patient{'s' if len(patients) > 1 else ''}"
+        sentences.insert(
+            0, f"{count} cannot settle whether a second step helps, which takes at least {MINIMUM_PATIENTS}"
+        )
     text = "; ".join(sentences)
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _table_text(table: pd.DataFrame) -> str:
-    shown = table[table["split"] == "test"]
-    return "On the test patients, at equal numbers of labelled patients:\n" + shown.drop(columns="split").to_string(
-        index=False, float_format="{:.3f}".format
-    )
+def _judgement(gap: PairedComparison) -> str:
+    """What the path's lead over one step says of the second step."""
+    if gap.low > 0 and gap.difference >= MARGIN:
+        return "the second step helps"
+    if gap.low > 0:
+        return f"the second step gains less than {MARGIN:g}, one is enough"
+    return "the second step harms" if gap.high < 0 else "no evidence for a second step, one is enough"
+
+
+def spent_text(source_patients: int | None) -> str:
+    """What labelled patients of their sources arms spend, for a title."""
+    if source_patients is None:
+        return "each with all patients of its first source"
+    return "at equal numbers of labelled patients"
+
+
+def _table_text(table: pd.DataFrame, spent: str) -> str:
+    shown = table[table["split"] == "test"].drop(columns="split")
+    return f"On the test patients, {spent}:\n" + shown.to_string(index=False, float_format="{:.3f}".format)

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
+from medtl_ext.affinity.tasks import ROUNDING
 from medtl_ext.bundle import study_config
 from medtl_ext.report import patient_table
 from medtl_ext.sequential.affinities import SeqTranAffinity
@@ -54,10 +56,12 @@ def fit_weights(
         table = _measured_transfers(config, folder, targets, sources, n_jobs=n_jobs, backend=backend)
     else:
         table = _read_transfers(Path(transfers))
-    collections = collections_of(config, [*table["source"], *table["target"]])
-    tasks = {name: task_volumes(of, name, patients=config["affinity_patients"]) for name, of in collections.items()}
+    to, of = (
+        {name: task_volumes(where, name, patients=config["affinity_patients"]) for name, where in found.items()}
+        for found in collections_of(config, table["target"], table["source"])
+    )
     affinity = SeqTranAffinity(standardize=standardize)
-    pairs = [(tasks[a], tasks[b]) for a, b in zip(table["source"], table["target"], strict=True)]
+    pairs = [(of[a], to[b]) for a, b in zip(table["source"], table["target"], strict=True)]
     table["distance"] = [affinity.distance(a, b) for a, b in pairs]
     table["similarity"] = [affinity.similarity(a, b) for a, b in pairs]
     content = fit_to_transfers(table) | {"standardize": standardize}
@@ -74,25 +78,53 @@ def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
         table: a row per transfer with ``target, dice, distance, similarity``.
 
     Returns:
-        ``alpha``, ``beta``, the number of ``transfers``, and three correlations, None where nothing varies:
-        ``correlation`` with these weights, on the transfers they were fitted to; ``correlation_left_out``, the mean
-        over targets with weights fitted to the other targets' transfers; ``correlation_published``.
+        ``alpha``, ``beta``, the number of ``transfers``, and three correlations, each the mean over the same targets,
+        None where nothing varies: ``correlation`` with these weights, on the transfers they were fitted to;
+        ``correlation_left_out`` with weights fitted to the other targets' transfers; ``correlation_published``. Of the
+        ``targets_left_out``, ``targets_predicted`` have the predicting sign, and on ``targets_better`` the weights of
+        the others beat the published ones.
     """
     alpha, beta = _fit(table)
+    rows = pd.DataFrame([_of_target(table, target, (alpha, beta)) for target in table["target"].unique()], dtype=float)
+    known = rows.dropna()
+    compared = known if len(known) else rows
+    means = {kind: None if np.isnan(value) else float(value) for kind, value in compared.mean().items()}
     return {
         "alpha": alpha,
         "beta": beta,
         "transfers": len(table),
-        "correlation": _correlation(table, (alpha, beta)),
-        "correlation_left_out": _correlation_left_out(table),
-        "correlation_published": _correlation(table, PUBLISHED_WEIGHTS),
+        **means,
+        "targets_left_out": len(known),
+        "targets_predicted": int((known["correlation_left_out"] < 0).sum()),
+        "targets_better": int((known["correlation_left_out"] < known["correlation_published"] - ROUNDING).sum()),
+    }
+
+
+def _of_target(table: pd.DataFrame, target: str, weights: tuple[float, float]) -> dict[str, float | None]:
+    """The three correlations on one target; that with the others' weights is None where those cannot be had."""
+    rows, others = table[table["target"] == target], table[table["target"] != target]
+    left_out = None
+    if len(others) >= 3:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the whole fit it is said
+            left_out = _correlation(rows, _fit(others))
+    return {
+        "correlation": _correlation(rows, weights),
+        "correlation_left_out": left_out,
+        "correlation_published": _correlation(rows, PUBLISHED_WEIGHTS),
     }
 
 
 def _within_targets(table: pd.DataFrame) -> pd.DataFrame:
-    """Without what differs between targets: how hard they are, how far from all sources."""
+    """Without what differs between targets: how hard they are, how far from all sources.
+
+    What is the same for all sources of a target becomes 0, not what rounding leaves of it.
+    """
     columns = ["dice", "distance", "similarity"]
-    return table[columns] - table.groupby("target")[columns].transform("mean")
+    groups = table.groupby("target")[columns]
+    spread = groups.transform("max") - groups.transform("min")
+    scale = table[columns].abs().groupby(table["target"]).transform("max")
+    return (table[columns] - groups.transform("mean")).where(spread > ROUNDING * scale, 0.0)
 
 
 def _fit(table: pd.DataFrame) -> tuple[float, float]:
@@ -104,37 +136,36 @@ def _correlation(table: pd.DataFrame, weights: tuple[float, float]) -> float | N
     """Of cost and Dice within targets; None where either is constant."""
     rows = _within_targets(table)
     cost = weights[0] * rows["distance"] - weights[1] * rows["similarity"]
-    if np.isclose(cost, 0, atol=1e-12).all() or np.isclose(rows["dice"], 0, atol=1e-12).all():
+    if not cost.any() or not rows["dice"].any():
         return None
     return float(cost.corr(rows["dice"]))
 
 
-def _correlation_left_out(table: pd.DataFrame) -> float | None:
-    """The mean over targets, each with the weights that the others' transfers give; None where that cannot be had."""
-    found = []
-    for target, rows in table.groupby("target", sort=False):
-        others = table[table["target"] != target]
-        if len(others) >= 3:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of the whole fit it is said
-                found.append(_correlation(rows, _fit(others)))
-    found = [value for value in found if value is not None]
-    return float(np.mean(found)) if found else None
+def _clear_majority(count: int, of: int) -> bool:
+    """Whether so many heads are more than a fair coin gives (one-sided sign test at 5 %): 5 of 5, 7 of 8."""
+    return of > 0 and stats.binomtest(count, of, alternative="greater").pvalue <= 0.05
 
 
 def fit_text(content: Mapping[str, Any]) -> str:
     """What `fit_to_transfers` says, and whether to prefer its weights."""
     kinds = ("correlation", "correlation_left_out", "correlation_published")
     fitted, left_out, published = ("unknown" if content[kind] is None else f"{content[kind]:+.2f}" for kind in kinds)
+    targets, predicted, better = (content[f"targets_{kind}"] for kind in ("left_out", "predicted", "better"))
     text = (
-        f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g} of {content['transfers']} transfers. Cost and Dice, "
-        f"each less its target's mean, correlate at {fitted} with these weights, which have seen them; at {left_out} "
-        f"on targets left out of the fit; at {published} with the published weights. Lower is better."
+        f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g} of {content['transfers']} transfers. Cost and Dice "
+        f"of a target's sources correlate, in the mean over targets, at {fitted} with these weights, which have seen "
+        f"them; at {left_out} on targets left out of the fit; at {published} with the published weights. Lower is "
+        f"better. "
     )
-    left_out, published = content["correlation_left_out"], content["correlation_published"]
-    if left_out is None or left_out >= min(0.0, published or 0.0):
-        text += " No evidence to prefer these weights to the published ones on another target."
-    return text
+    found = (
+        f"of {targets} targets left out, {predicted} have the predicting sign, and {better} are predicted better than "
+        "by the published weights"
+    )
+    ahead = targets > 0 and content["correlation_left_out"] < content["correlation_published"]
+    if ahead and _clear_majority(predicted, targets) and _clear_majority(better, targets):
+        return f"{text}Prefer these weights to the published ones for further targets of this kind: {found}."
+    few = ", and fewer than 5 cannot show it" if targets < 5 else ""
+    return f"{text}No evidence to prefer these weights to the published ones on another target: {found}{few}."
 
 
 def _measured_transfers(
@@ -146,7 +177,7 @@ def _measured_transfers(
     n_jobs: int | None,
     backend: str | None,
 ) -> pd.DataFrame:
-    collections_of(config, [*targets, *sources])
+    collections_of(config, targets, sources)
     rows = []
     for target in targets:
         chains = chains_to(config, folder, target, config["seed"])
@@ -154,7 +185,7 @@ def _measured_transfers(
         jobs = chains.run(arms, target, n_jobs=n_jobs, backend=backend)
         for source, job in jobs.items():
             scores = patient_table(pd.read_csv(job.output_dir / "metrics.csv"))
-            dice = scores[scores["split"] == "val"]["dice"].mean()
+            dice = scores[scores["split"] == config["val_split"]]["dice"].mean()
             rows.append({"source": source, "target": target, "dice": dice})
     return pd.DataFrame(rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def require_patients(sources: Sequence[str], count: int | None, *, collection: s
     if count is None:
         return
     for task in sources:
-        found = len(open_collection(collection, task, subjects=subjects).datalist(task, "train"))
+        found = len(set(map(_patient, open_collection(collection, task, subjects=subjects).datalist(task, "train"))))
         if found < count:
             raise InputError(
                 f"source {task} has {found} training patients, fewer than source_patients, {count}: arms would not "
@@ -128,7 +128,7 @@ def task_volumes(collection: Collection, task: str, *, patients: int | None, see
         task,
         tuple((item["image"], item["label"]) for item in drawn),
         tuple(tuple(group) for group in collection.label_values(task)),
-        len(items),
+        len({_patient(item) for item in items}),
     )
 
 
@@ -136,14 +136,20 @@ def draw_patients(items: Sequence[dict[str, str]], count: int | None, *, seed: i
     """``count`` of the patients (None: all), drawn at random; a larger draw with the same seed holds the smaller one.
 
     Args:
-        items: a datalist.
+        items: a datalist; all scans of a patient come along.
         count: how many; of fewer there are all.
         seed: of the draw.
     """
     if count is not None and count < 1:
         raise InputError(f"{count} patients were asked for; expected at least one, or null for all.")
-    order = np.random.default_rng(seed).permutation(len(items))
-    return [items[place] for place in sorted(order[:count])]
+    patients = list(dict.fromkeys(map(_patient, items)))
+    order = np.random.default_rng(seed).permutation(len(patients))
+    drawn = {patients[place] for place in order[:count]}
+    return [item for item in items if _patient(item) in drawn]
+
+
+def _patient(item: Mapping[str, str]) -> str:
+    return item.get("patient") or item["subject"]
 
 
 def source_graph(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medtl_ext.data import Collection, Task
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import markdown_table, patient_table
 from medtl_ext.sequential.affinities import Affinity, find_affinity
-from medtl_ext.sequential.chain import Arm, Chains
+from medtl_ext.sequential.chain import Arm, Chains, source_collection, spent_text
 from medtl_ext.sequential.plan import Plan, plan_path, require_patients, shares, source_graph
 from medtl_ext.studies import open_collection
 
@@ -58,10 +58,10 @@ def study_paths(
         if isinstance(values, str) or not values:
             raise InputError(f"{name} is {values!r}; give a list with at least one.")
     config = study_config(output_dir, settings) | {"check_data": False}
-    where = {"collection": config["collection"], "subjects": config["phantom_subjects"]}
+    where = {"collection": source_collection(config), "subjects": config["phantom_subjects"]}
     require_patients(sources, config["source_patients"], **where)
     folder = Path(output_dir)
-    collections = collections_of(config, [*targets, *sources])
+    collections, _ = collections_of(config, targets, sources)
     found = {name: find_affinity(name) for name in affinities}  # each reads a task's volumes once
     plans = {
         (target, seed, name): _plan(config, sources, target, collections[target], found[name], seed)
@@ -92,18 +92,21 @@ def study_paths(
     synthetic = collections[targets[0]].synthetic
     write_csv(folder / "study.csv", table.drop(columns="patients"))
     write_csv(folder / "choices.csv", choices.drop(columns="patients"))
-    text = study_text(table, choices, synthetic=synthetic)
+    text = study_text(table, choices, synthetic=synthetic, source_patients=config["source_patients"])
     write_text(folder / "study.md", text)
     print(text)
     return choices
 
 
-def collections_of(config: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Collection]:
-    """The collection of each task; phantoms are made here, not by several processes at once."""
-    return {
-        task: open_collection(config["collection"], task, subjects=config["phantom_subjects"])
-        for task in dict.fromkeys(tasks)
-    }
+def collections_of(
+    config: Mapping[str, Any], targets: Iterable[str], sources: Iterable[str]
+) -> tuple[dict[str, Collection], dict[str, Collection]]:
+    """The collection of each target and of each source; phantoms are made here, not by several processes at once."""
+
+    def opened(path: str | None, tasks: Iterable[str]) -> dict[str, Collection]:
+        return {task: open_collection(path, task, subjects=config["phantom_subjects"]) for task in dict.fromkeys(tasks)}
+
+    return opened(config["collection"], targets), opened(source_collection(config), sources)
 
 
 def chains_to(config: Mapping[str, Any], folder: Path, target: str, seed: int) -> Chains:
@@ -126,7 +129,7 @@ def _plan(
     seed: int,
 ) -> Plan:
     near = [source for source in sources if shares(source, target) and source != target]
-    options = {"collection": config["collection"], "subjects": config["phantom_subjects"], "affinity": affinity}
+    options = {"collection": source_collection(config), "subjects": config["phantom_subjects"], "affinity": affinity}
     options |= {"patients": config["affinity_patients"], "progress": False}
     keys = ("n_clusters", "cluster_weight", "representative_rule")
     graph = source_graph(near, **options, **{key: config[key] for key in keys})
@@ -191,7 +194,7 @@ def _choices(
         plan = plans[target, seed, affinity]
         picks["single", affinity] = one[one["arm"] == plan.single]
         if plan.path:
-            picks["single", f"{affinity}: head of its path"] = one[one["arm"] == plan.path[0]]
+            picks["single", f"{affinity}{HEAD}"] = one[one["arm"] == plan.path[0]]
             picks["path", affinity] = two[two["arm"] == " > ".join(plan.path)]
             picks["joint", affinity] = table[table["arm"] == " + ".join(plan.path)]
     rows = []
@@ -204,9 +207,13 @@ def _choices(
     return pd.DataFrame(rows)
 
 
+HEAD = ": head of its path"
+NO_AFFINITY = ("random", "LEEP", "best in hindsight")
+"""Ways to choose a single source that are no affinity."""
+
 PAIRS = [
     (("path", "{}"), ("single", "{}")),
-    (("path", "{}"), ("single", "{}: head of its path")),
+    (("path", "{}"), ("single", "{}" + HEAD)),
     (("path", "{}"), ("path", "random")),
     (("path", "{}"), ("joint", "{}")),
     (("path", "{}"), ("none", "scratch")),
@@ -218,28 +225,28 @@ PAIRS = [
 """What is compared with what, over the test patients of all targets; {} is each affinity in turn."""
 
 
-def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool) -> str:
+def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool, source_patients: int | None) -> str:
     """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
-    means = choices.pivot_table(index=["steps", "how"], columns="target", values="dice", sort=False)
-    means["mean"] = means.mean(axis=1)
-    spread = choices.groupby(["steps", "how", "seed"], sort=False)["dice"].mean().groupby(["steps", "how"]).std()
-    means["sd over seeds"] = spread
+    spent = spent_text(source_patients)
     lines = ["# Sequential transfer: is a second step worth it?", ""]
     seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
     lines += [
         f"Mean Dice of test patients over {targets} targets and {seeds} seeds, all parameters trained at every step, "
-        "all ways with as many labelled patients."
-        + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
+        f"{spent}." + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
         "",
-        markdown_table(means.reset_index()),
+        markdown_table(_means_table(choices)),
         "",
-        "Differences in Dice, paired over patients (each averaged over seeds), with 95 % t intervals; p: Wilcoxon, not "
-        "corrected:",
+        f"pairs: target-seed pairs that a row stands for, of {seeds * targets}. Rows with fewer, where a way to choose "
+        "has no path, are means over other targets or seeds and do not compare; the differences below do.",
+        "",
+        "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "
+        "that one who is a patient of several targets counts once), with 95 % t intervals; p: Wilcoxon, not corrected; "
+        "left out: what one of the two lacks:",
         "",
         markdown_table(differences(choices)),
         "",
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
-        "its two sources alone, at as many labelled patients:",
+        f"its two sources alone, {spent}:",
         "",
         markdown_table(gains(table)),
     ]
@@ -247,30 +254,73 @@ def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool) -
 
 
 def differences(choices: pd.DataFrame) -> pd.DataFrame:
-    """The comparisons of `PAIRS` over the patients of all targets."""
-    affinities = [
-        how.split(":")[0] for steps, how in zip(choices["steps"], choices["how"], strict=True) if ": head" in how
-    ]
-    scores: dict[tuple[str, str], dict[Any, list[float]]] = {}
+    """The comparisons of `PAIRS`, over the patients, targets and seeds that both sides have.
+
+    Targets of one institution share their test patients, so a patient's Dice is averaged over targets and seeds before
+    patients are compared: each counts once.
+
+    Returns:
+        One row per comparison; ``pairs`` counts the target-seed pairs compared, ``left out`` names the others.
+    """
+    single = choices["how"][choices["steps"] == "single"].unique()
+    affinities = [how for how in single if how not in NO_AFFINITY and not how.endswith(HEAD)]
+    scores: dict[tuple[str, str], dict[tuple[str, int, Any], float]] = {}
     for row in choices.itertuples():
-        for subject, dice in row.patients.items():
-            scores.setdefault((row.steps, row.how), {}).setdefault((row.target, subject), []).append(dice)
-    means = {key: {who: float(np.mean(values)) for who, values in of.items()} for key, of in scores.items()}
+        of = scores.setdefault((row.steps, row.how), {})
+        of |= {(row.target, row.seed, subject): dice for subject, dice in row.patients.items()}
+    asked = set(zip(choices["target"], choices["seed"], strict=True))
     rows: dict[tuple[Any, Any], dict[str, Any]] = {}
-    for (first, second), affinity in product(PAIRS, dict.fromkeys(affinities)):
+    for (first, second), affinity in product(PAIRS, affinities):
         a, b = ((steps, how.format(affinity)) for steps, how in (first, second))
-        if (a, b) in rows or not means.keys() >= {a, b} or means[a].keys() != means[b].keys():
+        both = [key for key in scores.get(a, {}) if key in scores.get(b, {})]
+        if (a, b) in rows or not both:
             continue
-        found = paired_comparison(means[a], means[b], n_resamples=999)
+        found = paired_comparison(_per_patient(scores[a], both), _per_patient(scores[b], both), n_resamples=999)
+        compared = {key[:2] for key in both}
+        lacking = {key[2] for key in scores[a].keys() ^ scores[b].keys() if key[:2] in compared}
+        left_out = [_pairs_text(asked - compared, asked), f"of a pair: {len(lacking)} patients" if lacking else ""]
         rows[a, b] = {
             "first": ", ".join(a),
             "second": ", ".join(b),
             "difference": f"{found.difference:+.3f}",
-            "interval": f"{found.low:+.3f} to {found.high:+.3f}",
+            "interval": "" if np.isnan(found.low) else f"{found.low:+.3f} to {found.high:+.3f}",
             "p": f"{found.p_wilcoxon:.3g}",
-            "patients": len(means[a]),
+            "patients": found.patients,
+            "pairs": len(compared),
+            "left out": "; ".join(filter(None, left_out)),
         }
     return pd.DataFrame(list(rows.values()))
+
+
+def _per_patient(
+    scores: Mapping[tuple[str, int, Any], float], keys: Sequence[tuple[str, int, Any]]
+) -> dict[tuple[str, Any], float]:
+    """Mean of each patient over the targets and seeds of ``keys``."""
+    values: dict[tuple[str, Any], list[float]] = {}
+    for target, seed, subject in keys:
+        values.setdefault((Task(target).institution, subject), []).append(scores[target, seed, subject])
+    return {patient: float(np.mean(of)) for patient, of in values.items()}
+
+
+def _pairs_text(pairs: Set[tuple[str, int]], asked: Set[tuple[str, int]]) -> str:
+    """Target-seed pairs in words: a target's name alone where it is all its seeds."""
+    texts = []
+    for target in sorted({target for target, _ in pairs}):
+        seeds = [seed for of, seed in sorted(pairs) if of == target]
+        every = len(seeds) == sum(of == target for of, _ in asked)
+        texts.append(target if every else f"{target} (seed {', '.join(map(str, seeds))})")
+    return "; ".join(texts)
+
+
+def _means_table(choices: pd.DataFrame) -> pd.DataFrame:
+    """Mean Dice of every way to choose per target and over them, and how many target-seed pairs that stands for."""
+    means = choices.pivot_table(index=["steps", "how"], columns="target", values="dice", sort=False)
+    means["mean"] = means.mean(axis=1)
+    by_seed = choices.pivot_table(index=["steps", "how", "target"], columns="seed", values="dice", sort=False)
+    by_seed = by_seed.reindex(columns=choices["seed"].unique()).dropna()  # targets that have every seed
+    means["sd over seeds"] = by_seed.groupby(["steps", "how"]).mean().std(axis=1)
+    means["pairs"] = choices.groupby(["steps", "how"]).size()
+    return means.reset_index()
 
 
 def gains(table: pd.DataFrame) -> pd.DataFrame:

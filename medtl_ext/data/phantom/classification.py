@@ -125,6 +125,7 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
             continue
         if objective.label is not None and objective.label not in subject.labels:
             continue
+        whose = subject.patient or subject.id
         label = _volume(subject.labels[objective.label]) if objective.label else np.zeros(1)
         for place, modality in enumerate(modalities):
             image = _volume(subject.images[modality])
@@ -135,7 +136,7 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
                 classes = np.full(len(classes), place)
             held.setdefault(f"{subject.split}_images", []).append(_slices(image)[usable])
             held.setdefault(f"{subject.split}_labels", []).append(classes[usable])
-            held.setdefault(f"{subject.split}_subjects", []).append(np.full(usable.sum(), subject.id))
+            held.setdefault(f"{subject.split}_subjects", []).append(np.full(usable.sum(), whose))
     if missing := [split for split in SPLITS if f"{split}_labels" not in held]:
         raise InputError(
             f"task {task} has no subject in split '{missing[0]}' with {' and '.join(modalities)}"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
 from monai.bundle import ConfigWorkflow
 from tqdm import tqdm
@@ -299,19 +299,7 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
     if record.is_file() and any(path != record for path in folder.glob("[!.]*")):
         recorded = json.loads(record.read_text(encoding="utf-8"))
         before, now = (settings_of(one) | deciding_parts(one) | {"grid": one.get("grid")} for one in (recorded, config))
-        contents = recorded.get("_content_", {}), config["_content_"]  # none of a run of an earlier version
-        for name in sorted(before.keys() | now.keys()):
-            if all(name in content for content in contents):
-                if contents[0][name] != contents[1][name]:
-                    raise InputError(
-                        f"output folder {folder} holds a run on another {name}, with other patients, splits or files "
-                        f"than {now[name]} has now; give another folder with --output_dir, or delete that one."
-                    )
-            elif before.get(name) != now.get(name):
-                raise InputError(
-                    f"output folder {folder} holds a run with {name}={before.get(name)!r}, this one has "
-                    f"{now.get(name)!r}; give another folder with --output_dir, or delete that one."
-                )
+        _require_same(f"output folder {folder} holds a run", before, now, (recorded, config))
     elif int(os.environ.get("RANK", 0)) == 0:
         theirs = [name for name in ("model.pt", "last.pt", "metrics.csv") if (folder / name).exists()]
         if theirs and not record.is_file():
@@ -321,6 +309,25 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
             )
         write_json(record, config)
     return folder
+
+
+def _require_same(
+    holds: str, before: Mapping[str, Any], now: Mapping[str, Any], records: tuple[Mapping[str, Any], Mapping[str, Any]]
+) -> None:
+    """Refuse settings other than those of before; collections are compared by the ``_content_`` of both records."""
+    contents = [record.get("_content_", {}) for record in records]  # none of a run of an earlier version
+    for name in sorted(before.keys() | now.keys()):
+        if all(name in content for content in contents):
+            if contents[0][name] != contents[1][name]:
+                raise InputError(
+                    f"{holds} on another {name}, with other patients, splits or files than {now[name]} has now; "
+                    "give another folder with --output_dir, or delete that one."
+                )
+        elif before.get(name) != now.get(name):
+            raise InputError(
+                f"{holds} with {name}={before.get(name)!r}, this one has {now.get(name)!r}; give another folder with "
+                "--output_dir, or delete that one."
+            )
 
 
 def _content(config: Mapping[str, Any]) -> dict[str, str]:
@@ -369,13 +376,12 @@ def study_config(output_dir: str | os.PathLike[str], settings: Mapping[str, Any]
             raise InputError(f"settings holds {name}, which is no option of this bundle{hint}")
     record = Path(output_dir) / "settings.json"
     now = {"settings": {name: value for name, value in settings.items() if name not in HOW_NOT_WHAT}, **decided}
-    now = json.loads(json.dumps(now))
-    begun = record.is_file() and (Path(output_dir) / "runs").is_dir()
-    if begun and json.loads(record.read_text(encoding="utf-8")) != now:
-        raise InputError(
-            f"the study in {output_dir} has other settings, those of {record.name}; give another folder with "
-            "--output_dir, or delete that one."
-        )
+    now = json.loads(json.dumps(now | {"_content_": _content(settings)}))
+    if record.is_file() and (Path(output_dir) / "runs").is_dir():
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+        records = recorded, now
+        before, after = ({**one["settings"], **{name: one.get(name) for name in decided}} for one in records)
+        _require_same(f"output folder {output_dir} holds a study", before, after, records)
     try:
         write_json(record, now)
     except OSError as error:
@@ -423,9 +429,17 @@ class Job:
 
         The lock is not that of `kept_model`, which is held by another process while the job runs.
         """
-        with FileLock(_writable(self.output_dir) / ".run.lock"):
+        lock = FileLock(_writable(self.output_dir) / ".run.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("waiting for another process, which is running %s", self.output_dir)
+            lock.acquire()
+        try:
             if not self.done:
                 self._run(threads)
+        finally:
+            lock.release()
 
     def _run(self, threads: int | None) -> None:
         if "RANK" in os.environ:

@@ -206,8 +206,10 @@ def _tables(path: Path) -> list[dict[str, Any]]:
     tables = [_table(path, table, _caption(path))]
     scores = [name for name in ("dice", "iou") if name in table]
     if {"split", "subject", "class"} <= set(table) and scores:
-        groups = table.groupby([name for name in ("method", "split", "class") if name in table], sort=False)
         who = "patient" if "patient" in table else "subject"
+        of = [name for name in ("method", "split", "class") if name in table]
+        of_scans = table.groupby([*of, who], sort=False)[scores].mean().reset_index()
+        groups = of_scans.groupby(of, sort=False)
         means = groups.agg(patients=(who, "nunique"), **{name: (name, "mean") for name in scores})
         means = means.join(groups[scores].std().add_suffix(" sd")).reset_index()
         tables.insert(0, _table(path, means, "Mean over patients"))

@@ -37,7 +37,7 @@ def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         rows: columns ``method, seed, split, subject, class, dice, iou``, optionally ``pair, slices, source_seed,
-            empty``, and ``patient``, whom several subjects may be scans of.
+            empty``, and ``patient``, whom several subjects may be scans of (missing: the subject is the patient).
 
     Returns:
         The patient's name is in ``subject``.
@@ -66,7 +66,7 @@ def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
         )
     rows = rows.assign(empty=rows["empty"].eq(True) if "empty" in rows else False)
     if "patient" in rows:
-        rows = rows.assign(subject=rows["patient"])
+        rows = rows.assign(subject=rows["patient"].fillna(rows["subject"]))
     grouped = rows.groupby([*run, "subject"], sort=False, dropna=False)
     return grouped.agg(dice=("dice", "mean"), iou=("iou", "mean"), empty=("empty", "sum")).reset_index()
 

@@ -207,7 +207,7 @@ def test_jobs_run_once_and_a_bad_one_costs_itself_only(tmp_path):
     assert (tmp_path / "one" / "result.txt").stat().st_mtime_ns == before
 
 
-def test_a_job_started_twice_at_a_time_runs_once(tmp_path):
+def test_a_job_started_twice_at_a_time_runs_once(tmp_path, monkeypatch):
     """Each would clear away what the other is writing; the second waits, and finds the job done."""
     log = tmp_path / "log.txt"
     steps = [
@@ -218,9 +218,12 @@ def test_a_job_started_twice_at_a_time_runs_once(tmp_path):
     ]
     config = json.loads(write_bundle(tmp_path, run=steps).read_text()) | {"bundle_root": str(tmp_path)}
     job = Job(config, tmp_path / "one", result="result.txt")
+    said = []
+    monkeypatch.setattr(bundle.logger, "warning", lambda text, *values: said.append(text % values))
     with ThreadPoolExecutor(2) as pool:  # a file lock holds between threads as it does between processes
         for attempt in [pool.submit(job.run) for _ in range(2)]:
             attempt.result(120)
+    assert said == [f"waiting for another process, which is running {tmp_path / 'one'}"]
     assert log.read_text() == "run\n"
     assert (tmp_path / "one" / "result.txt").read_text() == "9"
     other = Job(config, tmp_path / "one", overrides={"number": 4}, result="other.txt")

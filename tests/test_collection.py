@@ -86,6 +86,13 @@ class TestCollection:
         ]
         assert [entry["subject"] for entry in collection.datalist(Task("13-T1-ED"), "test")] == ["c"]
 
+    def test_one_named_patient_gives_every_subject_a_patient(self, content, load):
+        """Tasks of two institutions may be trained on together: their items need the same keys."""
+        tasks = ("13-T1-ED", "St-Olav-FLAIR-WMH")
+        assert all("patient" not in load(content).datalist(task, "train")[0] for task in tasks)
+        content["subjects"][0]["patient"] = "p"
+        assert [load(content).datalist(task, "train")[0]["patient"] for task in tasks] == ["p", "d"]
+
     def test_absolute_paths_stay(self, content, load):
         content["subjects"][0]["images"]["T1"] = "/scans/a.nii.gz"
         assert load(content).datalist("13-T1-ED", "train")[0]["image"] == "/scans/a.nii.gz"

@@ -20,6 +20,7 @@ from torch import nn
 from medtl_ext import InputError, bundle
 from medtl_ext._validation import require_choices
 from medtl_ext.bundle import Job
+from medtl_ext.data import write_collection
 from medtl_ext.data.classification import ClassificationDataset, sample_per_class
 from medtl_ext.datasets import pipeline, scoring, sources, study, truth
 from medtl_ext.datasets.published import reproduce_table2
@@ -115,6 +116,22 @@ def test_a_pool_is_trained_again_when_its_data_or_its_optimizer_change(mnist, tm
     def folder(where, **changes):
         return sources.pretraining_job(config | changes, tmp_path, Source("s", data=str(where)), seed=0).output_dir
 
+    def of_collection(path):
+        merged = config | {"collection": str(path)}
+        return sources.pretraining_job(merged, tmp_path, Source("s", data="13-T1-ED"), seed=0).output_dir
+
+    subjects = [
+        {"id": name, "institution": "13", "split": "train", "images": {"T1": "x.nii"}, "labels": {}} for name in "ab"
+    ]
+    content = {"name": "c", "labels": {"t": {"ED": 1}}, "objectives": {"ED": {"label": "t", "values": [1]}}}
+    (tmp_path / "moved").mkdir()
+    here, moved = (
+        write_collection(tmp_path / at, content | {"subjects": subjects}) for at in ("c.json", "moved/c.json")
+    )
+    before = of_collection(here)
+    assert of_collection(moved) == before
+    subjects[0]["split"] = "test"
+    assert of_collection(write_collection(here, content | {"subjects": subjects})) != before
     images = tmp_path / "images" / "cat"
     images.mkdir(parents=True)
     (images / "1.png").write_bytes(b"one")
@@ -572,7 +589,7 @@ def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):
         with pytest.raises(Begun):
             study.study_datasets(**begun | grown)
     for sources_now in ([one, two], [one | {"checkpoint": "other.pt"}]):
-        with pytest.raises(InputError, match="has other settings"):
+        with pytest.raises(InputError, match="holds a study with"):
             study.study_datasets(**begun | {"sources": sources_now})
 
 

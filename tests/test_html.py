@@ -183,6 +183,10 @@ def test_scores_of_patients_are_averaged_above(finished):
     assert means[0] == ["method", "split", "class", "patients", "dice", "dice sd"]
     assert means[2] == ["full", "test", "ED", "2", "0.600", "0.283"]
     assert page_of(finished).tables[1][1] == ["full", "val", "001", "ED", "0.500"]
+    scans = pd.DataFrame(rows | {"patient": ["a", "b", "c"], "dice": [0.5, 0.4, 0.8]})
+    again = scans.tail(1).assign(subject="004", dice=0.4)  # c has two scans, of 0.6 in the mean
+    pd.concat([scans, again]).to_csv(finished / "metrics.csv", index=False)
+    assert page_of(finished).tables[0][2] == ["full", "test", "ED", "2", "0.500", "0.141"]
 
 
 def test_a_report_in_markdown_is_shown_as_one(finished):

@@ -47,6 +47,10 @@ class TestTables:
         assert table["dice"].tolist() == pytest.approx([0.7, 0.75])
         assert table["empty"].tolist() == [2, 0]
 
+    def test_a_subject_without_a_patient_is_one(self, two_runs):
+        table = patient_table(two_runs.assign(patient=np.where(two_runs["subject"] == "p0", "a", None)))
+        assert table["subject"].tolist() == ["a", "p1"] * 2
+
     def test_patients_then_runs(self, two_runs):
         (row,) = summarize(two_runs).to_dict("records")
         assert row["mean"] == pytest.approx(0.725)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -367,8 +368,10 @@ def test_the_same_regions_are_alike_in_any_number_of_slices(depths):
 
 @pytest.mark.parametrize(("split", "expected"), [("val", 0.5), ("train", 0.9), (None, 0.5)])
 def test_a_sources_own_dice_is_on_the_patients_it_was_validated_on(split, expected, tmp_path, regions):
-    rows = [("val", 0.4), ("val", 0.6), ("train", 0.9), ("test", 0.1)]
-    pd.DataFrame(rows, columns=["split", "dice"]).to_csv(tmp_path / "metrics.csv", index=False)
+    rows = [("val", "1a", "1", 0.3), ("val", "1b", "1", 0.5), ("val", "2", "2", 0.6), ("train", "3", "3", 0.9)]
+    rows = pd.DataFrame([*rows, ("test", "4", "4", 0.1)], columns=["split", "subject", "patient", "dice"])
+    rows = rows.assign(**{"method": "full", "seed": 0, "class": "ED", "iou": 0.5})
+    rows.to_csv(tmp_path / "metrics.csv", index=False)  # two scans of one patient count as one
     if split is not None:
         (tmp_path / "config.json").write_text(json.dumps({"val_split": split}))
     (one,) = find_candidates(["A-T1-ED"], target="B-T1-ED", collection=regions)
@@ -513,9 +516,33 @@ def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):
         with pytest.raises(Begun):
             study.study_selection(**begun | grown)
     for sources in (["13-T2-ED", "14-T2-ED"], ["14-T2-ED"]):
-        assert "has other settings" in refused(
+        assert "holds a study with" in refused(
             lambda sources=sources: study.study_selection(**begun | {"sources": sources})
         )
+
+
+def test_a_study_has_the_patients_it_began_with(monkeypatch, tmp_path, regions):
+    """Runs that are done would be compared with others on new patients, perhaps on those the sources were tested on."""
+    monkeypatch.setattr(bundle, "current_config", lambda: {"bundle_root": str(BUNDLE)})
+    monkeypatch.setattr(study, "run_jobs", begin)
+
+    def started(collection):
+        asked = {"targets": ["B-T1-ED", "A-T2-ED"], "sources": ["A-T1-ED"], "seeds": [0]}
+        asked |= {"settings": {"collection": collection}}
+        study.study_selection(**asked, output_dir=str(tmp_path / "study"))
+
+    with pytest.raises(Begun):
+        started(regions)
+    (tmp_path / "study" / "runs").mkdir()
+    moved = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-moved")) / "collection.json"
+    with pytest.raises(Begun):
+        started(str(moved))
+    content = json.loads(moved.read_text())
+    content["subjects"][0]["split"], content["subjects"][2]["split"] = "test", "train"
+    moved.write_text(json.dumps(content))
+    assert "holds a study on another collection, with other patients, splits or files" in refused(
+        lambda: started(str(moved))
+    )
 
 
 def test_a_seed_in_which_a_score_is_constant_counts_as_chance(tmp_path):

@@ -40,6 +40,7 @@ from medtl_ext.sequential import (
     task_volumes,
     write_plan,
 )
+from medtl_ext.sequential.chain import Chains
 from medtl_ext.sequential.fit import fit_text, fit_to_transfers
 from medtl_ext.sequential.plan import require_patients
 from medtl_ext.sequential.study import differences, gains, study_text
@@ -303,6 +304,24 @@ class TestArms:
         assert "the path against the better single source (single_full) is +0.200 Dice" in text
 
 
+def test_a_joint_training_on_fewer_patients_is_another(tmp_path):
+    """The pool is shared by studies, which may have the same sum of patients in other parts."""
+    root = Path(__file__).resolve().parent.parent / "bundles" / "sequential_transfer"
+    train = json.loads((root / "configs" / "train.json").read_text()) | {"bundle_root": str(root)}
+    arm = Arm("both", ("13-T1-ED", "13-T1-ET"), joint=True)
+    folders = {"folder": tmp_path / "arms", "stage_dir": tmp_path / "stages", "source_dir": tmp_path / "pool"}
+
+    def joint(source_patients, stage_patients):
+        config = train | {"source_patients": source_patients, "stage_patients": stage_patients}
+        (job,) = Chains(config, **folders, seed=0, pool_seed=0).sources(arm)
+        return job
+
+    assert joint(10, 3).output_dir != joint(12, 5).output_dir
+    assert joint(None, 3).output_dir != joint(None, 5).output_dir
+    assert joint(10, 3).output_dir == joint(10, 3).output_dir
+    assert joint(10, 3).overrides["joint_patients"] == 3
+
+
 class TestStudy:
     def choices(self, gain: float) -> pd.DataFrame:
         rng = np.random.default_rng(0)
@@ -345,9 +364,16 @@ class TestStudy:
         assert row["interval"] == f"{expected.low:+.3f} to {expected.high:+.3f}"
         assert row["patients"] == 4
 
-    def test_patients_of_two_institutions_are_apart(self):
-        choices = self.choices(gain=0.1).replace({"B-T2-ED": "C-T2-ED"})
-        assert set(differences(choices)["patients"]) == {12}
+    def test_a_patient_of_two_institutions_is_one_patient(self):
+        """A collection has a name of a subject or of a patient for one person only."""
+        choices = self.choices(gain=0.1)
+        elsewhere = choices.replace({"B-T2-ED": "C-T2-ED"})
+        assert set(differences(elsewhere)["patients"]) == {6}
+        there = elsewhere["target"] == "C-T2-ED"
+        elsewhere.loc[there, "patients"] = elsewhere.loc[there, "patients"].map(
+            lambda of: {f"C{name}": value for name, value in of.items()}
+        )
+        assert set(differences(elsewhere)["patients"]) == {12}
 
     def test_only_what_both_sides_have_is_compared(self):
         """Seed 1 of B-T2-ED is harder by 0.2 and has no path: that is not the path's merit."""

@@ -166,7 +166,7 @@ class Collection:
         require_choice("split", split, SPLITS)
         task, subjects = Task(str(task)), self.subjects_of(task)
         modality, label = task.modality, self._objective(task).label
-        named = any(subject.patient for subject in subjects)
+        named = any(subject.patient for subject in self.subjects)
         datalist = [
             {
                 "image": str(subject.images[modality]),

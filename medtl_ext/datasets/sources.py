@@ -17,6 +17,7 @@ from torch import nn
 
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.bundle import Job, current_config, deciding_parts, run_jobs, settings_of
+from medtl_ext.data import load_collection
 from medtl_ext.data.classification import SUFFIXES, ClassificationDataset, load_classification, read_image
 from medtl_ext.networks import load_weights, read_weights
 from medtl_ext.selection.candidates import built, require_source_names
@@ -267,7 +268,10 @@ def train_pool(sources: Sequence[Source], *, folder: str, seed: int, n_jobs: int
 
 
 def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Source, *, seed: int) -> Job:
-    """The run of ``pretrain.json`` on a source's data; its folder's name holds a hash of all settings that matter."""
+    """The run of ``pretrain.json`` on a source's data; its folder's name holds a hash of all settings that matter.
+
+    Of a collection or of files it holds the content, wherever they lie.
+    """
     overlay = Path(config["bundle_root"]) / "configs" / "pretrain.json"
     overrides: dict[str, Any] = {"source_task": source.data, "target_task": source.data, "seed": seed}
     if source.network:
@@ -275,7 +279,10 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     merged = {**config, **json.loads(overlay.read_text()), **overrides}
     path = Path(source.data)
     content = _content(path) if path.exists() else None
-    key = json.dumps([settings_of(merged), deciding_parts(merged), content], sort_keys=True)
+    settings = settings_of(merged)
+    if settings.get("collection") is not None:
+        settings["collection"] = load_collection(settings["collection"]).fingerprint
+    key = json.dumps([settings, deciding_parts(merged), content], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
 

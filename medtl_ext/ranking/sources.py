@@ -237,7 +237,10 @@ def bootstrap_ranking(
 
 def _equal_to_first(scores: pd.Series) -> pd.Series:
     """Which scores, best first, are equal to the first but for rounding."""
-    return pd.Series(np.isclose(scores, scores.iloc[0], rtol=1e-12, atol=0) if len(scores) else [], scores.index, bool)
+    if not len(scores):
+        return pd.Series([], scores.index, bool)
+    rounding = 1e-12 * np.abs(scores[np.isfinite(scores)]).max()
+    return pd.Series(np.isclose(scores, scores.iloc[0], rtol=0, atol=rounding), scores.index, bool)
 
 
 def _check_options(minimum_win: float, minimum_gap: float, confidence: float, n_resamples: int) -> None:

@@ -277,7 +277,9 @@ def _ranking_table(
 
 
 def _without_priors(ranking: SourceRanking, everything: SourceRanking) -> str:
-    first, other = ranking.default or ranking.table["source"].iloc[0], everything.table["source"].iloc[0]
+    first, other = ranking.default, everything.default
+    if other is None:
+        return f"Without prior knowledge there would be no best guess{' either' if first is None else ''}."
     if first == other:
         return f"Without prior knowledge the first choice is the same, {other}."
     return f"Without prior knowledge the first choice would be {other}."

@@ -17,6 +17,7 @@ from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrC
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.data import Collection, Task
+from medtl_ext.report import patient_table
 from medtl_ext.selection.candidates import Candidate
 from medtl_ext.studies import open_collection
 from medtl_ext.transforms import SelectLabelsd
@@ -116,7 +117,7 @@ def _stacked(volumes: Sequence[torch.Tensor], depth: int) -> torch.Tensor:
 def _own_dice(job: Path | None) -> float:
     if job is None or not (job / "metrics.csv").is_file():
         return np.nan
-    scores, config = pd.read_csv(job / "metrics.csv"), job / "config.json"
+    scores, config = patient_table(pd.read_csv(job / "metrics.csv")), job / "config.json"
     split = json.loads(config.read_text(encoding="utf-8")).get("val_split", "val") if config.is_file() else "val"
     return float(scores[scores["split"] == split]["dice"].mean())
 

@@ -104,6 +104,7 @@ class Chains:
         patients = config["train_patients"]
         self.patients = config["stage_patients"] if patients == "@stage_patients" else patients
         self.source_collection = source_collection(config)
+        self._pretrainings: dict[tuple[str, int | None], Job] = {}
 
     def sources(self, arm: Arm) -> list[Job]:
         """The pre-training on the first task of an arm, and the fine-tuning on each further one, in their order."""
@@ -111,8 +112,7 @@ class Chains:
             return []
         later = arm.tasks[1:]
         patients = self._first_share(len(later))
-        config = self.config | {"train_patients": patients}
-        jobs = [pretraining_job(config, self.source_dir, arm.tasks[0], seed=self.pool_seed)]
+        jobs = [self._pretraining(arm.tasks[0], patients)]
         if arm.joint:
             return [self._joint(jobs[0], *later)]
         for n, task in enumerate(later, start=1):
@@ -121,6 +121,13 @@ class Chains:
             overrides = {"collection": self.source_collection, "train_patients": self.config["stage_patients"]}
             jobs.append(self._stage(folder, task, jobs[-1], full=arm.full, **overrides))
         return jobs
+
+    def _pretraining(self, task: str, patients: int | None) -> Job:
+        """Made once, as it looks at every file of a collection."""
+        if (task, patients) not in self._pretrainings:
+            config = self.config | {"train_patients": patients}
+            self._pretrainings[task, patients] = pretraining_job(config, self.source_dir, task, seed=self.pool_seed)
+        return self._pretrainings[task, patients]
 
     def _first_share(self, n_later: int) -> int | None:
         """Patients of the first task: what the others leave, so that all arms spend as many."""
@@ -137,8 +144,10 @@ class Chains:
         if len(others) != 1:
             raise InputError(f"joint training is for two source tasks; found {1 + len(others)}.")
         overlays = [*first.overlays, self.configs / "joint.json"]
-        folder = first.output_dir.with_name(f"{first.output_dir.name}_with_{others[0]}")
-        overrides = {"joint_task": others[0], "joint_patients": self.config["stage_patients"]}
+        patients = self.config["stage_patients"]
+        some = "" if patients is None else f"_{patients}"
+        folder = first.output_dir.with_name(f"{first.output_dir.name}_with_{others[0]}{some}")
+        overrides = {"joint_task": others[0], "joint_patients": patients}
         return Job(first.config, folder, overlays, {**first.overrides, **overrides})
 
     def target(self, arm: Arm, task: str) -> Job:

@@ -294,11 +294,11 @@ def differences(choices: pd.DataFrame) -> pd.DataFrame:
 
 def _per_patient(
     scores: Mapping[tuple[str, int, Any], float], keys: Sequence[tuple[str, int, Any]]
-) -> dict[tuple[str, Any], float]:
+) -> dict[Any, float]:
     """Mean of each patient over the targets and seeds of ``keys``."""
-    values: dict[tuple[str, Any], list[float]] = {}
+    values: dict[Any, list[float]] = {}
     for target, seed, subject in keys:
-        values.setdefault((Task(target).institution, subject), []).append(scores[target, seed, subject])
+        values.setdefault(subject, []).append(scores[target, seed, subject])
     return {patient: float(np.mean(of)) for patient, of in values.items()}
 
 

@@ -22,7 +22,7 @@ from medtl_ext.data.phantom.generate import cache_root, cached_phantom
 
 __all__ = ["OBJECTIVES", "phantom_classification"]
 
-VERSION = 1  # raise it when the same task gives other images, so that no stale file is read
+VERSION = 2  # raise it when the same task gives other images or patients, so that no stale file is read
 ALL = "ALL"  # stands for the modality where the modality is the question
 # Slices that hold fewer pixels than this of what is asked for can hardly be judged, and are left out.
 LEAST_PIXELS = 20

@@ -234,15 +234,20 @@ def _show_input_errors_as_one_line() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__
-        if cause is None:
-            sys.__excepthook__(kind, error, traceback)
-        else:
+        cause = _innermost_or_input_error(error)
+        if isinstance(cause, InputError):
             print(f"\nerror: {cause}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def _innermost_or_input_error(error: BaseException) -> BaseException:
+    """What a chain of errors began with, or what we say of it, where we do."""
+    while not isinstance(error, InputError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def current_config() -> dict[str, Any]:
@@ -522,10 +527,7 @@ def _attempt(job: Job, threads: int) -> str | None:
         with redirect_stdout(io.StringIO()):
             job.run(threads)
     except Exception as error:  # whatever a user's config raises
-        causes = [error]
-        while causes[-1].__cause__ is not None:
-            causes.append(causes[-1].__cause__)
-        return f"{job.output_dir}: {causes[-1]}"
+        return f"{job.output_dir}: {_innermost_or_input_error(error)}"
     return None
 
 

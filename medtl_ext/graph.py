@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import combinations
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +133,11 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
     Reference: Girvan and Newman, PNAS 2002; the weighted shortest paths are Brandes', 2008.
     """
     weights = _check_graph(graph, weight)
-    if isinstance(n_clusters, bool) or not isinstance(n_clusters, int) or not 1 <= n_clusters <= max(len(graph), 1):
+    if (
+        isinstance(n_clusters, bool)
+        or not isinstance(n_clusters, Integral)
+        or not 1 <= n_clusters <= max(len(graph), 1)
+    ):
         raise InputError(f"n_clusters is {n_clusters!r}; expected a whole number from 1 to {len(graph)}, the tasks.")
     names = sorted(graph, key=str)
     index = {name: i for i, name in enumerate(names)}
@@ -358,22 +363,25 @@ def optimal_transfer_path(
             for task in set(graph[tasks[-1]]) & set(cluster_of[tasks[0]]) - set(tasks):
                 push(cost + step(tasks[-1], task), False, (*names, str(task)), (*tasks, task))
     if not found:
-        raise NoPathError(_why_no_path(target_costs, clusters, representatives))
+        raise NoPathError(_why_no_path(graph, target_costs, clusters, representatives))
     return found
 
 
 def _why_no_path(
+    graph: nx.Graph,
     target_costs: Mapping[Hashable, float],
     clusters: Sequence[Collection[Hashable]],
     representatives: Sequence[Hashable],
 ) -> str:
     joined = {task for task, cost in target_costs.items() if math.isfinite(cost)}
     if not joined:
-        reason = "the target is joined to no task: it shares its modality or objective with none"
+        reason = "the target is joined to no task: no cost to it is finite"
     elif not joined & set(representatives):
         reason = f"the target is joined to none of the representatives ({', '.join(map(str, representatives))})"
     elif all(len(cluster) == 1 for r, cluster in zip(representatives, clusters, strict=True) if r in joined):
-        reason = "the clusters the target can be reached from have one task each; ask for fewer clusters"
+        reason = "the clusters the target can be reached from have one task each"
+        if len(clusters) > nx.number_connected_components(graph):
+            reason += "; ask for fewer clusters"
     else:
         reason = "no task joined to a representative within its cluster is joined to the target"
     return f"there is no path to the target: {reason}. Use the nearest single source, or more source tasks."
@@ -416,12 +424,17 @@ def read_task_graph(path: str | os.PathLike[str]) -> nx.Graph:
     if not path.is_file():
         raise InputError(f"task graph {path} does not exist; give the task_graph.json of a finished run.")
     try:
-        graph = nx.node_link_graph(json.loads(path.read_text(encoding="utf-8")), edges="edges")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        graph = nx.node_link_graph(content, edges="edges")
     except (ValueError, KeyError, TypeError, AttributeError, nx.NetworkXError) as error:
         raise InputError(
             f"{path} holds no task graph ({error}); give the task_graph.json of a finished run."
         ) from error
     _check_graph(graph, "weight")
+    if len(graph) < len(content["nodes"]):
+        raise InputError(f"{path} names a task twice; give the task_graph.json of a finished run.")
+    if without := [task for task, size in graph.nodes(data="size") if size is None]:
+        raise InputError(f"{path} has no size of {without[0]}; give the task_graph.json of a finished run.")
     return graph
 
 

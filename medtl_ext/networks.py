@@ -64,7 +64,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist; give the path of a .pt file.")
+        raise InputError(
+            f"checkpoint {path} does not exist; give the path of a .pt file. If it is of a training that was finished, "
+            "delete its folder, and the same command trains it again."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
@@ -81,6 +84,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # what torch says of it advises to read it unsafely
+        return "it is damaged, or holds more than tensors"
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

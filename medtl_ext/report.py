@@ -306,6 +306,8 @@ def _check(verdict: Verdict, test: pd.DataFrame) -> str:
         return f"{text}."
     chosen = test.set_index("arm").loc[verdict.default]
     if chosen["difference"] == 0:
+        if test["mean"].eq(chosen["mean"]).sum() > 1:
+            return f"{text}; no arm is ahead of {verdict.default} there."
         return f"{text}; {verdict.default} has the highest mean there too."
     best = test["arm"].iloc[0]
     gap, low, high = -chosen[["difference", "difference_high", "difference_low"]]

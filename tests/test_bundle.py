@@ -207,6 +207,16 @@ def test_jobs_run_once_and_a_bad_one_costs_itself_only(tmp_path):
     assert (tmp_path / "one" / "result.txt").stat().st_mtime_ns == before
 
 
+def test_a_failed_job_says_what_we_say_of_it(tmp_path):
+    """Not what the library said that found it: torch's advice on a damaged file names no file, and is dangerous."""
+    (tmp_path / "net.pt").write_bytes(b"no checkpoint")
+    step = f"$__import__('medtl_ext.networks').networks.read_weights({str(tmp_path / 'net.pt')!r})"
+    config = json.loads(write_bundle(tmp_path, run=[step]).read_text()) | {"bundle_root": str(tmp_path)}
+    with pytest.raises(RuntimeError, match=rf"the first: .*checkpoint {tmp_path / 'net.pt'} cannot be read") as caught:
+        run_jobs([Job(config, tmp_path / "one", result="result.txt")], n_jobs=1)
+    assert "weights_only" not in str(caught.value)
+
+
 def test_a_job_started_twice_at_a_time_runs_once(tmp_path, monkeypatch):
     """Each would clear away what the other is writing; the second waits, and finds the job done."""
     log = tmp_path / "log.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from itertools import combinations, pairwise, permutations
@@ -201,7 +202,7 @@ class TestPaths:
             ({"a": math.inf, "b": math.inf}, "the target is joined to no task"),
             ({"b": 1.0}, r"joined to none of the representatives \(a, c\)"),
             ({"a": 1.0}, "no task joined to a representative within its cluster"),
-            ({"c": 1.0}, "have one task each; ask for fewer clusters"),
+            ({"c": 1.0}, r"have one task each\. Use"),
         ],
     )
     def test_says_why_there_is_none(self, costs, reason):
@@ -209,6 +210,11 @@ class TestPaths:
         graph.add_node("c")
         with pytest.raises(InputError, match=reason):
             optimal_transfer_path(graph, costs, [{"a", "b"}, {"c"}], ["a", "c"])
+
+    def test_fewer_clusters_are_advised_only_where_they_can_be_had(self):
+        graph = nx.Graph([("a", "b", {"weight": 1.0})])
+        with pytest.raises(InputError, match="have one task each; ask for fewer clusters"):
+            optimal_transfer_path(graph, {"a": 1.0, "b": 1.0}, [{"a"}, {"b"}], ["a", "b"])
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -304,6 +310,16 @@ class TestTaskGraph:
         write_task_graph(graph, tmp_path / "g.graphml", clusters=[set(self.NAMES)])
         assert nx.read_graphml(tmp_path / "g.graphml").nodes["13-T1-ED"]["cluster"] == 0
         assert snapshot(graph) == snapshot(self.build())
+
+    @pytest.mark.parametrize(
+        ("nodes", "message"),
+        [([{"id": "a", "size": 1}] * 2, "names a task twice"), ([{"id": "a"}], "has no size of a")],
+    )
+    def test_a_damaged_list_of_tasks_is_refused(self, nodes, message, tmp_path):
+        content = {"directed": False, "multigraph": False, "graph": {}, "nodes": nodes, "edges": []}
+        (tmp_path / "bad.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
+            read_task_graph(tmp_path / "bad.json")
 
     def test_what_is_no_graph_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="does not exist"):

@@ -160,6 +160,17 @@ class TestAuditVerdict:
         assert verdict.default == "full"
         assert "best guess is fine-tuning with full, which has the highest mean" in verdict.text
 
+    def test_no_arm_wins_a_tie(self):
+        nothing = {arm: scores([0.0] * 6) for arm in ("full", "scratch", "zero_shot")}
+        text = audit_verdict(nothing).text
+        assert "highest mean" not in text
+        assert (
+            audit_verdict({"full": scores(self.HIGH), "other": scores(self.HIGH)}).text.count(
+                "no arm has a higher mean"
+            )
+            == 1
+        )
+
     def test_a_certain_but_tiny_gap_is_no_reason(self):
         tiny = {"zero_shot": scores(self.HIGH), "full": scores(np.add(self.HIGH, 0.005))}
         assert audit_verdict(tiny).tied == ("zero_shot", "full")

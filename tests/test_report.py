@@ -98,6 +98,12 @@ def audit_rows():
 
 
 class TestAudit:
+    def test_no_arm_wins_where_nothing_is_found(self, audit_rows, tmp_path):
+        text = audit_report(audit_rows.assign(dice=0.0), tmp_path, method="risk_map").text
+        assert "Every mean is 0: no arm has found anything." in text
+        assert "no arm is ahead of zero_shot there" in text
+        assert "highest mean" not in text
+
     def test_says_do_not_transfer_and_writes_it_down(self, audit_rows, tmp_path):
         verdict = audit_report(audit_rows, tmp_path, method="risk_map", synthetic=True)
         assert verdict.recommendation == "scratch"

@@ -27,6 +27,7 @@ from medtl_ext.sequential import (
     SourceGraph,
     TaskVolumes,
     affinity_costs,
+    affinity_name,
     arms_of,
     draw_patients,
     find_affinity,
@@ -114,16 +115,38 @@ class TestAffinities:
         assert find_affinity(max) is max
         assert isinstance(find_affinity("context"), ContextAffinity)
         for wrong in ("seqtra", "no.such.function", "math.pi"):
-            with pytest.raises(InputError, match=r"expected seqtran or context, or the import path"):
+            with pytest.raises(InputError, match=r"expected seqtran or context, an affinity_weights.json"):
                 find_affinity(wrong)
 
+    def test_fitted_weights_are_an_affinity(self, volumes, tmp_path):
+        file = tmp_path / "affinity_weights.json"
+        file.write_text(json.dumps({"alpha": 0.0, "beta": 0.25, "standardize": False, "transfers": 12}))
+        a, b = volumes["14-T2-ED"], volumes["17-T2-ED"]
+        found = find_affinity(str(file))
+        assert found(a, b) == pytest.approx(0.25 * (1 - found.similarity(a, b)))
+        assert affinity_name(str(file)) == "seqtran_0_0.25"
+        with pytest.raises(InputError, match=r"does not exist; give the affinity_weights\.json"):
+            find_affinity(str(tmp_path / "other.json"))
+        file.write_text("{}")
+        with pytest.raises(InputError, match="holds no weights of an affinity"):
+            find_affinity(str(file))
 
-def test_sources_that_cannot_give_as_many_patients_are_refused(path):
-    options = {"collection": str(path), "subjects": 6}
-    require_patients(TASKS, None, **options)
-    require_patients(TASKS, 2, **options)
+    def test_equal_affinities_have_equal_names(self):
+        assert affinity_name(SeqTranAffinity()) == affinity_name("seqtran") == "seqtran"
+        assert affinity_name(SeqTranAffinity(alpha=1, standardize=True)) == "seqtran_1_2.4756_standardized"
+        assert affinity_name(ContextAffinity()) == affinity_name("context") == "context"
+        assert affinity_name("operator.sub") == "operator.sub"
+        assert affinity_name(max) == "max"
+
+
+def test_tasks_that_cannot_give_as_many_patients_are_refused(path):
+    tasks = dict.fromkeys(TASKS, load_collection(path))
+    require_patients(tasks, None)
+    require_patients(tasks, 2)
     with pytest.raises(InputError, match=r"14-T2-ED has \d training patients, fewer than source_patients, 6"):
-        require_patients(TASKS, 6, **options)
+        require_patients(tasks, 6)
+    with pytest.raises(InputError, match="train_patients is 0; expected at least one patient, or null"):
+        require_patients(tasks, 0, option="train_patients")
 
 
 class TestDraws:
@@ -211,9 +234,13 @@ class TestPlans:
 
     def test_one_source_is_a_graph_too(self, path):
         options = {"n_clusters": 3, "cluster_weight": None, "representative_rule": "size"}
-        made = source_graph(TASKS[:1], **self.options(path), **options)
+        with pytest.warns(UserWarning, match="n_clusters is 3, of 1 source task: each is a cluster of its own"):
+            made = source_graph(TASKS[:1], **self.options(path), **options)
         assert made.clusters == [[TASKS[0]]]
         assert self.plan(path, made).single == TASKS[0]
+        for wrong in (None, 0, 1.5, True):
+            with pytest.raises(InputError, match="expected a whole number, 1 or more"):
+                source_graph(TASKS, **self.options(path), **options | {"n_clusters": wrong})
 
 
 def test_the_figure_shows_clusters_sizes_and_the_path(path):
@@ -320,6 +347,19 @@ def test_a_joint_training_on_fewer_patients_is_another(tmp_path):
     assert joint(None, 3).output_dir != joint(None, 5).output_dir
     assert joint(10, 3).output_dir == joint(10, 3).output_dir
     assert joint(10, 3).overrides["joint_patients"] == 3
+
+
+@pytest.mark.parametrize(
+    ("source_patients", "train_patients", "expected"),
+    [(10, "@stage_patients", ["3", "10", "10 + 3", "7 + 3 + 3"]), (None, 5, ["5", "all", "all + 5", "all + 3 + 5"])],
+)
+def test_the_patients_that_an_arm_spends_are_said(source_patients, train_patients, expected, tmp_path):
+    config = {"source_patients": source_patients, "stage_patients": 3, "train_patients": train_patients}
+    config |= {"bundle_root": str(tmp_path), "collection": None, "source_collection": None}
+    chains = Chains(config, folder=tmp_path, stage_dir=tmp_path, source_dir=tmp_path, seed=0, pool_seed=0)
+    one = ("13-T1-ED",)
+    arms = [Arm("scratch"), Arm("zero_shot", one, epochs=0), Arm("single", one), Arm("sequential", (*one, "13-T1-ET"))]
+    assert [chains.spends(arm) for arm in arms] == expected
 
 
 class TestStudy:
@@ -431,12 +471,30 @@ class TestStudy:
     def table(self) -> pd.DataFrame:
         dice = {"A-T1-ED": 0.5, "A-T2-ED": 0.3, "A-T2-ED > A-T1-ED": 0.45, "A-T1-ED > A-T2-ED": 0.4}
         rows = [{"target": "B-T1-ED", "seed": 0, "arm": arm, "dice": value} for arm, value in dice.items()]
-        return pd.DataFrame(rows).assign(steps=[1, 1, 2, 2])
+        rng = np.random.default_rng(0)
+        patients = [
+            {f"p{i}": value + noise for i, noise in enumerate(rng.normal(0, 0.01, 6))} for value in dice.values()
+        ]
+        return pd.DataFrame(rows).assign(steps=[1, 1, 2, 2], patients=patients)
 
     def test_gains_are_against_the_paths_own_sources(self):
-        found = gains(self.table()).set_index(["second step", "target"])
-        assert found.loc[("brings the target's modality", "all")].tolist() == pytest.approx([0.15, -0.05, 1])
-        assert found.loc[("any other", "B-T1-ED")].tolist() == pytest.approx([-0.1, -0.1, 1])
+        table = self.table()
+        found = gains(table).set_index(["second step", "target"])
+        figures = ["paths", "against the first", "against the better"]
+        assert found.loc[("brings the target's modality", "all"), figures].tolist() == pytest.approx([1, 0.15, -0.05])
+        assert found.loc[("any other", "B-T1-ED"), figures].tolist() == pytest.approx([1, -0.1, -0.1])
+        of = table.set_index("arm")["patients"]
+        expected = paired_comparison(of["A-T2-ED > A-T1-ED"], of["A-T2-ED"])
+        interval = f"{expected.low:+.3f} to {expected.high:+.3f}"
+        assert found.loc[("brings the target's modality", "all"), "interval"] == interval
+
+    def test_a_gain_averages_a_patients_paths(self):
+        """Two paths of the same patients are no twelve patients."""
+        table = self.table()
+        again = table.assign(seed=1)
+        once, twice = (gains(rows).set_index(["second step", "target"]) for rows in (table, pd.concat([table, again])))
+        assert once["interval"].tolist() == twice["interval"].tolist()
+        assert (twice["paths"] == 2 * once["paths"]).all()
 
     def test_the_page_holds_every_way_to_choose(self):
         choices = self.choices(gain=0.0)
@@ -468,6 +526,64 @@ class TestTwoCollections:
         found = fit_weights(**given, settings=settings, output_dir=str(tmp_path / "two"))
         whole = settings | {"collection": str(path), "source_collection": "@collection"}
         assert found == fit_weights(**given, settings=whole, output_dir=str(tmp_path / "one"))
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"sources": TASKS[:1]}, r"a fit needs three transfers or more; those from .* are 1\."),
+            ({"targets": ["14-T2-ED"], "sources": TASKS[:1]}, r"are 0\."),
+            ({"sources": [*TASKS[:2], "14-T2-EDD"]}, "objective 'EDD' is unknown"),
+            ({"source_patients": 99}, "fewer than source_patients, 99"),
+            ({"train_patients": 99}, "task 17-T2-ED has .* fewer than train_patients, 99"),
+            ({"stage_patients": 99, "train_patients": 1}, "fewer than stage_patients, 99"),
+        ],
+    )
+    def test_what_cannot_be_fitted_is_not_trained(self, changed, message, settings, path, tmp_path, monkeypatch):
+        monkeypatch.setattr("medtl_ext.sequential.chain.run_jobs", lambda *_, **__: pytest.fail("training started"))
+        whole = settings | {"collection": str(path), "source_collection": "@collection", "train_patients": 1}
+        whole |= {"stage_patients": 1}
+        asked = {"targets": ["17-T2-ED"], "sources": TASKS[:3]}
+        asked |= {name: value for name, value in changed.items() if name in asked}
+        whole |= {name: value for name, value in changed.items() if name not in asked}
+        with pytest.raises(InputError, match=message):
+            fit_weights(transfers=None, **asked, settings=whole, standardize=False, output_dir=str(tmp_path / "fit"))
+
+    @pytest.mark.parametrize(
+        ("dice", "target", "message"),
+        [
+            (math.inf, "17-T2-ED", "line 3 has no dice between 0 and 1"),
+            (55, "17-T2-ED", "line 3 has no dice between 0 and 1"),
+            ("", "17-T2-ED", "line 3 has no dice between 0 and 1"),
+            (0.3, TASKS[1], "line 3 is from a task to itself"),
+        ],
+    )
+    def test_transfers_that_cannot_be_are_named(self, dice, target, message, settings, tmp_path):
+        rows = {"source": TASKS[:3], "target": ["17-T2-ED", target, "17-T2-ED"], "dice": [0.5, dice, 0.4]}
+        pd.DataFrame(rows).to_csv(tmp_path / "measured.csv", index=False)
+        given = {"transfers": str(tmp_path / "measured.csv"), "targets": [], "sources": [], "standardize": False}
+        with pytest.raises(InputError, match=message):
+            fit_weights(**given, settings=settings, output_dir=str(tmp_path / "fit"))
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"targets": ["17-T2-ED", "17-T2-ED"]}, "targets names 17-T2-ED twice"),
+            ({"seeds": [0, 0]}, "seeds names 0 twice"),
+            ({"max_intermediates": 2}, "max_intermediates, which is 1 in a study"),
+            (
+                {"sources": ["14-FLAIR-ET"], "targets": ["17-FLAIR-ED", "17-T2-ED"]},
+                "with the target 17-T2-ED; add such",
+            ),
+        ],
+    )
+    def test_what_cannot_be_studied_is_not_trained(self, changed, message, settings, tmp_path, monkeypatch):
+        monkeypatch.setattr("medtl_ext.sequential.study.run_jobs", lambda *_, **__: pytest.fail("training started"))
+        asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": TASKS[:3], "seeds": [0], "affinities": ["context"]}
+        settings |= {"source_patients": 2, "stage_patients": 1}
+        settings |= {name: value for name, value in changed.items() if name not in asked}
+        asked |= {name: value for name, value in changed.items() if name in asked}
+        with pytest.raises(InputError, match=message):
+            study_paths(output_dir=str(tmp_path / "study"), settings=settings, **asked)
 
     def test_a_study_trains_each_task_on_its_own(self, settings, tmp_path, monkeypatch):
         first = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 from bundle_runs import Bundle, finish, kill_once_there, refused, trainings
 
-from medtl_ext.data import generate_phantom
+from medtl_ext.data import generate_phantom, load_collection, write_collection
 from medtl_ext.graph import read_task_graph
 from medtl_ext.sequential import chain, study
 
@@ -148,7 +151,7 @@ def test_what_is_done_is_not_done_again(options, in_this_process):
 
 @pytest.mark.parametrize(
     ("source_patients", "spent"),
-    [(3, "at equal numbers of labelled patients"), (None, "each with all patients of its first source")],
+    [(3, "at equal numbers of labelled patients (3 of sources)"), (None, "each with all patients of its first source")],
 )
 def test_without_a_path_one_step_is_taken(options, in_this_process, capsys, source_patients, spent):
     run(**options, n_clusters=3, source_patients=source_patients)
@@ -157,6 +160,26 @@ def test_without_a_path_one_step_is_taken(options, in_this_process, capsys, sour
     assert "one task each" in json.loads((folder / "plan.json").read_text())["no_path"]
     assert set(pd.read_csv(folder / "arms.csv")["method"]) == {"zero_shot", "scratch", "single", "single_full"}
     assert "One step is all there is" in (folder / "answer.txt").read_text()
+
+
+def test_the_command_for_own_data_finds_a_path(options, path_collection):
+    """The README's: its tasks and clusters, on two institutions A and B with T1 and FLAIR."""
+    text = (BUNDLE.root / "docs" / "README.md").read_text().split("--collection my/collection.json")[1].split("```")[0]
+    words = dict(pairwise(shlex.split(text.replace("\\\n", " "))))
+    content = path_collection.read_text()
+    for ours, theirs in (('"14', '"A'), ('"17', '"B'), ('"T2"', '"T1"')):
+        content = content.replace(ours, theirs)
+    content = json.loads(content)
+    for subject, found in zip(content["subjects"], load_collection(path_collection).subjects, strict=True):
+        subject["images"] = {"T1": str(found.images["T2"]), "FLAIR": str(found.images["FLAIR"])}
+        subject["labels"] = {name: str(file) for name, file in found.labels.items()}
+    options["collection"] = str(
+        write_collection(Path(options["output_dir"]).parent / "own" / "collection.json", content)
+    )
+    named = {"target_task": words["--target_task"], "sources": ast.literal_eval(words["--sources"])}
+    run("select", **options | named, n_clusters=int(words["--n_clusters"]))
+    plan = json.loads((Path(options["output_dir"]) / "plan.json").read_text())
+    assert len(plan["paths"][0]["tasks"]) == 2
 
 
 def test_without_intermediate_tasks_one_step_is_all_there_is(options, in_this_process):

@@ -405,7 +405,10 @@ class _Words:
             default, f"fine-tuning with {default}"
         )
         if default == self.best:
-            return text + f"The best guess is {does}, which has the highest mean."
+            shared = list(self.means.values()).count(self.means[self.best]) > 1
+            nothing = " Every mean is 0: no arm has found anything." if not any(self.means.values()) else ""
+            ahead = ": no arm has a higher mean." if shared else ", which has the highest mean."
+            return f"{text}The best guess is {does}{ahead}{nothing}"
         gap = self.against[default]
         return text + (
             f"The best guess is {does}, which costs less: its mean is within {gap.difference:.3f} of {self.best} "

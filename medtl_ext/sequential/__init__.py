@@ -6,6 +6,7 @@ from medtl_ext.sequential.affinities import (
     SeqTranAffinity,
     TaskVolumes,
     affinity_costs,
+    affinity_name,
     find_affinity,
 )
 from medtl_ext.sequential.chain import Arm, Chains, arms_of, follow_path, for_task, note_leep, second_step_text
@@ -36,6 +37,7 @@ __all__ = [
     "SourceGraph",
     "TaskVolumes",
     "affinity_costs",
+    "affinity_name",
     "arms_of",
     "check_options",
     "draw_patients",

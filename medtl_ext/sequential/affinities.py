@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -104,6 +106,12 @@ class SeqTranAffinity:
         self._labels: dict[Any, list[tuple[tuple[int, ...], np.ndarray]]] = {}
         self._found: dict[Any, float] = {}
 
+    @property
+    def name(self) -> str:
+        """``seqtran``, with the weights where they are not the published ones."""
+        weights = "" if (self.alpha, self.beta) == PUBLISHED_WEIGHTS else f"_{self.alpha:g}_{self.beta:g}"
+        return f"seqtran{weights}{'_standardized' if self.standardize else ''}"
+
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
         return float(task_affinity(self.distance(a, b), self.similarity(a, b), alpha=self.alpha, beta=self.beta))
 
@@ -145,6 +153,8 @@ class SeqTranAffinity:
 class ContextAffinity:
     """`medtl_ext.affinity.context_affinity`: intensity in and around the RoI, its shape, and the body's intensities."""
 
+    name = "context"
+
     def __init__(self) -> None:
         self._contexts: dict[TaskVolumes, TaskContext] = {}
 
@@ -157,22 +167,35 @@ class ContextAffinity:
         return self._contexts[task]
 
 
+def affinity_name(affinity: str | Affinity) -> str:
+    """For records and folders: equal for equal affinities, wherever a file with their weights lies.
+
+    >>> affinity_name("seqtran"), affinity_name(SeqTranAffinity(alpha=0, beta=0.25))
+    ('seqtran', 'seqtran_0_0.25')
+    """
+    found = find_affinity(affinity)
+    return str(getattr(found, "name", affinity if isinstance(affinity, str) else getattr(found, "__name__", found)))
+
+
 AFFINITIES: dict[str, Callable[[], Affinity]] = {"seqtran": SeqTranAffinity, "context": ContextAffinity}
 
 
 def find_affinity(affinity: str | Affinity) -> Affinity:
-    """The affinity of a name, of a function's import path, or the function itself.
+    """The affinity of a name, of a file of fitted weights, of a function's import path, or the function itself.
 
     Args:
-        affinity: "seqtran", "context", or any function of two `TaskVolumes`, such as ``"my_package.nearness"``.
+        affinity: "seqtran", "context", an ``affinity_weights.json`` of `fit_weights`, or any function of two
+            `TaskVolumes`, such as ``"my_package.nearness"``.
 
     Raises:
-        InputError: neither a known name nor a function that can be imported.
+        InputError: neither a known name, nor a file with weights, nor a function that can be imported.
     """
     if callable(affinity):
         return affinity
     if affinity in AFFINITIES:
         return AFFINITIES[affinity]()
+    if str(affinity).endswith(".json"):
+        return _of_fitted_weights(Path(affinity))
     module, _, name = str(affinity).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -180,10 +203,23 @@ def find_affinity(affinity: str | Affinity) -> Affinity:
         found = None
     if not callable(found):
         raise InputError(
-            f"affinity is {affinity!r}; expected {' or '.join(AFFINITIES)}, or the import path of a function of two "
-            "tasks, such as my_package.nearness."
+            f"affinity is {affinity!r}; expected {' or '.join(AFFINITIES)}, an affinity_weights.json of fit.json, or "
+            "the import path of a function of two tasks, such as my_package.nearness."
         )
     return found
+
+
+def _of_fitted_weights(path: Path) -> SeqTranAffinity:
+    if not path.is_file():
+        raise InputError(f"affinity {path} does not exist; give the affinity_weights.json of a finished fit.json.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        alpha, beta = float(content["alpha"]), float(content["beta"])
+        return SeqTranAffinity(alpha=alpha, beta=beta, standardize=bool(content["standardize"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json."
+        ) from error
 
 
 def affinity_costs(

@@ -20,7 +20,7 @@ from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection
 from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
 from medtl_ext.report import audit_report, patient_table
-from medtl_ext.sequential.plan import Plan
+from medtl_ext.sequential.plan import Plan, best_text
 from medtl_ext.studies import open_collection, pretraining_job
 from medtl_ext.transforms import SelectLabelsd
 
@@ -74,6 +74,12 @@ def source_collection(config: Mapping[str, Any]) -> str | None:
     return config.get("collection") if named == "@collection" else named
 
 
+def target_patients(config: Mapping[str, Any]) -> int | None:
+    """How many labelled patients of the target every arm trains on; None: all."""
+    patients = config["train_patients"]
+    return config["stage_patients"] if patients == "@stage_patients" else patients
+
+
 class Chains:
     """The trainings that arms need: each once, in a folder of its own, however many arms share it.
 
@@ -101,8 +107,7 @@ class Chains:
         self.folder, self.stage_dir, self.source_dir = folder, stage_dir, source_dir
         self.seed, self.pool_seed = seed, pool_seed
         self.configs = Path(config["bundle_root"]) / "configs"
-        patients = config["train_patients"]
-        self.patients = config["stage_patients"] if patients == "@stage_patients" else patients
+        self.patients = target_patients(config)
         self.source_collection = source_collection(config)
         self._pretrainings: dict[tuple[str, int | None], Job] = {}
 
@@ -149,6 +154,13 @@ class Chains:
         folder = first.output_dir.with_name(f"{first.output_dir.name}_with_{others[0]}{some}")
         overrides = {"joint_task": others[0], "joint_patients": patients}
         return Job(first.config, folder, overlays, {**first.overrides, **overrides})
+
+    def spends(self, arm: Arm) -> str:
+        """Labelled patients of each step of an arm, those of the target last: ``7 + 3 + 3``."""
+        later = max(len(arm.tasks) - 1, 0)
+        counts = [self._first_share(later), *[self.config["stage_patients"]] * later] if arm.tasks else []
+        counts += [] if arm.epochs == 0 else [self.patients]
+        return " + ".join("all" if count is None else str(count) for count in counts)
 
     def target(self, arm: Arm, task: str) -> Job:
         """The last step of an arm."""
@@ -244,24 +256,25 @@ def follow_path(
     arms = arms_of(plan, zero_shot=single.n_classes(plan.single) == n_classes)
     jobs = chains.run(arms, plan.target, n_jobs=n_jobs)
     rows = pd.concat([pd.read_csv(job.output_dir / "metrics.csv") for job in jobs.values()], ignore_index=True)
-    write_csv(folder / "arms.csv", _arms_table(rows, arms, plan.target))
+    table = _arms_table(rows, arms, chains, plan.target)
+    write_csv(folder / "arms.csv", table)
     verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
     if "val" in set(rows["split"]):
         method = "sequential_full" if any(arm.name == "sequential_full" for arm in arms) else "single_full"
         title = f"Ways to {plan.target}, {spent_text(config['source_patients'])}"
         verdict = audit_report(rows, folder, method=method, synthetic=synthetic, margin=MARGIN, title=title)
         answer = f"{second_step_text(rows, plan)} {verdict.text}"
-    write_text(folder / "answer.txt", answer)
-    table = _arms_table(rows, arms, plan.target)
+    write_text(folder / "answer.txt", f"{best_text(plan)} {answer}")
     print(f"{_table_text(table, spent_text(config['source_patients']))}\n{answer}")
     return verdict
 
 
-def _arms_table(rows: pd.DataFrame, arms: Sequence[Arm], target: str) -> pd.DataFrame:
-    """Dice and IoU of every arm on each split, the best first."""
+def _arms_table(rows: pd.DataFrame, arms: Sequence[Arm], chains: Chains, target: str) -> pd.DataFrame:
+    """Dice and IoU of every arm on each split, the best first, and the labelled patients that its steps spent."""
     paths = {arm.name: " -> ".join((*arm.tasks, target)) for arm in arms}
     scores = patient_table(rows).groupby(["split", "method"])[["dice", "iou"]].mean().reset_index()
     scores.insert(2, "path", scores["method"].map(paths))
+    scores.insert(3, "patients", scores["method"].map({arm.name: chains.spends(arm) for arm in arms}))
     return scores.sort_values(["split", "dice"], ascending=[True, False])
 
 
@@ -276,7 +289,7 @@ def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
     sentences = []
     for suffix, what in (("_full", "all parameters"), ("", "decoder only")):
         one = max(
-            (name for name in (f"direct{suffix}", f"single{suffix}") if name in patients),
+            (name for name in (f"single{suffix}", f"direct{suffix}") if name in patients),
             key=lambda name: patients[name].mean(),
         )
         gap = paired_comparison(patients[f"sequential{suffix}"].to_dict(), patients[one].to_dict(), n_resamples=999)
@@ -306,7 +319,7 @@ def spent_text(source_patients: int | None) -> str:
     """What labelled patients of their sources arms spend, for a title."""
     if source_patients is None:
         return "each with all patients of its first source"
-    return "at equal numbers of labelled patients"
+    return f"at equal numbers of labelled patients ({source_patients} of sources)"
 
 
 def _table_text(table: pd.DataFrame, spent: str) -> str:

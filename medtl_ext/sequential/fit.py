@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
-from medtl_ext.bundle import study_config
+from medtl_ext.bundle import short_path, study_config
 from medtl_ext.report import patient_table
 from medtl_ext.sequential.affinities import SeqTranAffinity
 from medtl_ext.sequential.chain import Arm
 from medtl_ext.sequential.plan import task_volumes
-from medtl_ext.sequential.study import chains_to, collections_of
+from medtl_ext.sequential.study import chains_to, collections_of, collections_with_patients
+
+PAIR = ["source", "target"]
 
 
 def fit_weights(
@@ -53,21 +56,28 @@ def fit_weights(
             raise InputError(f"{name} is {values!r}; give a list with at least one.")
     config, folder = study_config(output_dir, settings) | {"check_data": False}, Path(output_dir)
     if transfers is None:
-        table = _measured_transfers(config, folder, targets, sources, n_jobs=n_jobs, backend=backend)
+        table = pd.DataFrame([pair for pair in product(sources, targets) if len(set(pair)) == 2], columns=PAIR)
+        if len(table) < 3:
+            asked = f"{list(sources)} to {list(targets)}"
+            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
+        collections_with_patients(config, targets, sources)
     else:
         table = _read_transfers(Path(transfers))
     to, of = (
         {name: task_volumes(where, name, patients=config["affinity_patients"]) for name, where in found.items()}
         for found in collections_of(config, table["target"], table["source"])
     )
+    if transfers is None:
+        table = _measured_transfers(config, folder, table, n_jobs=n_jobs, backend=backend)
     affinity = SeqTranAffinity(standardize=standardize)
     pairs = [(of[a], to[b]) for a, b in zip(table["source"], table["target"], strict=True)]
     table["distance"] = [affinity.distance(a, b) for a, b in pairs]
     table["similarity"] = [affinity.similarity(a, b) for a, b in pairs]
     content = fit_to_transfers(table) | {"standardize": standardize}
     write_csv(folder / "transfers.csv", table)
-    write_json(folder / "affinity_weights.json", content)
-    print(fit_text(content))
+    weights = folder / "affinity_weights.json"
+    write_json(weights, content)
+    print(f"{fit_text(content)} To use them: --affinity {short_path(weights)}")
     return content["alpha"], content["beta"]
 
 
@@ -171,17 +181,15 @@ def fit_text(content: Mapping[str, Any]) -> str:
 def _measured_transfers(
     config: Mapping[str, Any],
     folder: Path,
-    targets: Sequence[str],
-    sources: Sequence[str],
+    pairs: pd.DataFrame,
     *,
     n_jobs: int | None,
     backend: str | None,
 ) -> pd.DataFrame:
-    collections_of(config, targets, sources)
     rows = []
-    for target in targets:
+    for target, of in pairs.groupby("target", sort=False):
         chains = chains_to(config, folder, target, config["seed"])
-        arms = [Arm(source, (source,)) for source in sources if source != target]
+        arms = [Arm(source, (source,)) for source in of["source"]]
         jobs = chains.run(arms, target, n_jobs=n_jobs, backend=backend)
         for source, job in jobs.items():
             scores = patient_table(pd.read_csv(job.output_dir / "metrics.csv"))
@@ -200,8 +208,15 @@ def _read_transfers(path: Path) -> pd.DataFrame:
     if missing := {"source", "target", "dice"} - set(table):
         raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
     table["dice"] = pd.to_numeric(table["dice"], errors="coerce")
-    if len(table) < 3 or table["dice"].isna().any():
-        empty = np.flatnonzero(table["dice"].isna())
-        bad = f"row {empty[0] + 2} has none" if len(empty) else f"found {len(table)}"
-        raise InputError(f"transfers file {path} needs three transfers or more, each with its dice; {bad}.")
-    return table[["source", "target", "dice"]]
+    wrong = {
+        "has no dice between 0 and 1": ~table["dice"].between(0, 1),
+        "is from a task to itself": table["source"] == table["target"],
+    }
+    for what, where in wrong.items():
+        if where.any():
+            raise InputError(
+                f"transfers file {path}: line {np.flatnonzero(where)[0] + 2} {what}; mend it, or leave it out."
+            )
+    if len(table) < 3:
+        raise InputError(f"transfers file {path} needs three transfers or more; found {len(table)}.")
+    return table[[*PAIR, "dice"]]

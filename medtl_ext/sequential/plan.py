@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from medtl_ext.graph import (
     task_graph,
     write_task_graph,
 )
-from medtl_ext.sequential.affinities import Affinity, TaskVolumes, affinity_costs, find_affinity
+from medtl_ext.sequential.affinities import Affinity, TaskVolumes, affinity_costs, affinity_name, find_affinity
 from medtl_ext.sequential.plots import plot_task_graph
 from medtl_ext.studies import open_collection
 from medtl_ext.visualize import save_figure
@@ -72,6 +73,7 @@ def check_options(
     affinity: str | Affinity,
     source_patients: int | None,
     stage_patients: int,
+    train_patients: int | None,
     max_intermediates: int,
     collection: str | None,
     subjects: int,
@@ -80,7 +82,7 @@ def check_options(
 
     Raises:
         InputError: no labelled training patient of the target, the target among the sources, an unknown affinity,
-            numbers of patients that leave none to pre-train on, or a source with fewer than ``source_patients``.
+            numbers of patients that leave none to pre-train on, or a task with fewer patients than it is to give.
     """
     target.datalist(target_task, "train")
     if not sources or isinstance(sources, str):
@@ -98,25 +100,29 @@ def check_options(
             f"{stage_patients} patients leave none to pre-train on; raise source_patients, or give null to use all."
         )
 
-    require_patients(sources, source_patients, collection=collection, subjects=subjects)
+    require_patients({target_task: target}, train_patients, option="train_patients")
+    opened = {task: open_collection(collection, task, subjects=subjects) for task in sources}
+    require_patients(opened, source_patients)
+    if max_intermediates:
+        require_patients(opened, stage_patients, option="stage_patients")
 
 
-def require_patients(sources: Sequence[str], count: int | None, *, collection: str | None, subjects: int) -> None:
-    """Refuse sources that cannot give the labelled patients that every arm is to spend: arms would not be comparable.
+def require_patients(tasks: Mapping[str, Collection], count: int | None, *, option: str = "source_patients") -> None:
+    """Refuse tasks that cannot give the labelled patients that every arm is to spend: arms would not be comparable.
 
     Args:
-        sources: names of tasks.
+        tasks: names of tasks and their collections.
         count: training patients that each must have; None asks for none.
-        collection, subjects: see `source_graph`.
+        option: what asks for them.
     """
-    if count is None:
-        return
-    for task in sources:
-        found = len(set(map(_patient, open_collection(collection, task, subjects=subjects).datalist(task, "train"))))
-        if found < count:
+    if count is not None and count < 1:
+        raise InputError(f"{option} is {count}; expected at least one patient, or null for all there are.")
+    for task, collection in tasks.items():
+        found = len(set(map(_patient, collection.datalist(task, "train"))))
+        if count is not None and found < count:
             raise InputError(
-                f"source {task} has {found} training patients, fewer than source_patients, {count}: arms would not "
-                f"spend as many. Give --source_patients {found} or less, or null to use all of each source."
+                f"task {task} has {found} training patients, fewer than {option}, {count}: arms would not spend as "
+                f"many. Give --{option} {found} or less, or null to use all there are."
             )
 
 
@@ -172,11 +178,14 @@ def source_graph(
         collection: where they are described; None: the phantom of ``subjects`` a site.
         affinity: see `find_affinity`.
         patients: training patients of each task that the affinity looks at; None: all.
-        n_clusters, cluster_weight: see `medtl_ext.graph.girvan_newman_clusters`.
+        n_clusters, cluster_weight: see `medtl_ext.graph.girvan_newman_clusters`; of fewer tasks each is a cluster.
         representative_rule: see `medtl_ext.graph.cluster_representatives`.
         graph: a ``task_graph.json`` made before, for other targets: no cost between sources is computed then.
         progress: show a progress bar on a terminal.
     """
+    if isinstance(n_clusters, bool) or not isinstance(n_clusters, int) or n_clusters < 1:
+        raise InputError(f"n_clusters is {n_clusters!r}; expected a whole number, 1 or more.")
+    name = affinity_name(affinity)
     if graph is None:
         tasks = [
             task_volumes(open_collection(collection, task, subjects=subjects), task, patients=patients)
@@ -184,7 +193,7 @@ def source_graph(
         ]
         costs = affinity_costs(_joined_only(find_affinity(affinity)), tasks, progress=progress)
         joined = task_graph(list(sources), costs, sizes={task.name: task.size for task in tasks})
-        joined.graph["affinity"] = str(affinity)
+        joined.graph["affinity"] = name
     else:
         joined = read_task_graph(graph)
         if set(joined) != set(sources):
@@ -192,12 +201,16 @@ def source_graph(
             raise InputError(
                 f"task graph {graph} and sources differ in {other}; give the graph's own tasks as sources."
             )
-        if joined.graph.get("affinity", str(affinity)) != str(affinity):
+        if joined.graph.get("affinity", name) != name:
             raise InputError(
                 f"task graph {graph} was made with the affinity {joined.graph['affinity']}, whose costs are on another "
-                f"scale than those of {affinity}; give --affinity {joined.graph['affinity']}, or make the graph anew."
+                f"scale than those of {name}; give --affinity {joined.graph['affinity']}, or make the graph anew."
             )
-    clusters = girvan_newman_clusters(joined, min(n_clusters, len(joined)), weight=cluster_weight)
+    if n_clusters > len(joined):
+        tasks_there = f"{len(joined)} source task{'s' if len(joined) > 1 else ''}"
+        warnings.warn(f"n_clusters is {n_clusters}, of {tasks_there}: each is a cluster of its own.", stacklevel=2)
+        n_clusters = len(joined)
+    clusters = girvan_newman_clusters(joined, n_clusters, weight=cluster_weight)
     representatives = cluster_representatives(joined, clusters, rule=representative_rule)
     return SourceGraph(joined, [sorted(cluster) for cluster in clusters], representatives)
 
@@ -210,6 +223,18 @@ def _joined_only(affinity: Affinity) -> Affinity:
 def shares(a: str, b: str) -> bool:
     """Whether two tasks have the modality or the objective in common."""
     return Task(a).modality == Task(b).modality or Task(a).objective == Task(b).objective
+
+
+def joined_to(target: str, sources: Iterable[str]) -> list[str]:
+    """The sources, other than the target itself, that an edge joins to it.
+
+    Raises:
+        InputError: there is none.
+    """
+    near = [source for source in sources if shares(source, target) and source != target]
+    if not near:
+        raise InputError(f"no source shares modality or objective with the target {target}; add such tasks to sources.")
+    return near
 
 
 def plan_path(
@@ -239,11 +264,7 @@ def plan_path(
     Raises:
         InputError: the target shares neither modality nor objective with any source.
     """
-    near = [task for task in sources.graph if shares(task, target_task)]
-    if not near:
-        raise InputError(
-            f"no source shares modality or objective with the target {target_task}; add such tasks to sources."
-        )
+    near = joined_to(target_task, sources.graph)
     tasks = [
         task_volumes(open_collection(collection, task, subjects=subjects), task, patients=patients) for task in near
     ]
@@ -278,19 +299,23 @@ def graph_text(sources: SourceGraph) -> str:
 
 
 def plan_text(sources: SourceGraph, plan: Plan) -> str:
-    """The plan in words: path, expected cost, and the nearest single source."""
-    text = graph_text(sources)
+    """The plan in words: the graph, path, expected cost, and the nearest single source."""
+    return (
+        f"{graph_text(sources)} {best_text(plan)} Costs rank paths among themselves and single sources among "
+        "themselves; whether a second step pays is settled by training."
+    )
+
+
+def best_text(plan: Plan) -> str:
+    """The best path with its expected cost, the next one, and the nearest single source."""
     if plan.path is None:
-        text += f" For {plan.target} {plan.no_path}"
+        text = f"For {plan.target} {plan.no_path}"
     else:
-        text += f" Best path: {' -> '.join((*plan.path, plan.target))}, cost {plan.paths[0].cost:.3f}."
+        text = f"Best path: {' -> '.join((*plan.path, plan.target))}, cost {plan.paths[0].cost:.3f}."
         if len(plan.paths) > 1:
             next_best = plan.paths[1]
             text += f" Next: {' -> '.join((*next_best.tasks, plan.target))}, {next_best.cost:.3f}."
-    return text + (
-        f" Nearest single source: {plan.single}, cost {plan.costs[plan.single]:.3f}. Costs rank paths among themselves "
-        "and single sources among themselves; whether a second step pays is settled by training."
-    )
+    return f"{text} Nearest single source: {plan.single}, cost {plan.costs[plan.single]:.3f}."
 
 
 def write_plan(

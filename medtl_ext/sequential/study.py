@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import product
 from pathlib import Path
@@ -18,8 +19,8 @@ from medtl_ext.data import Collection, Task
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import markdown_table, patient_table
 from medtl_ext.sequential.affinities import Affinity, find_affinity
-from medtl_ext.sequential.chain import Arm, Chains, source_collection, spent_text
-from medtl_ext.sequential.plan import Plan, plan_path, require_patients, shares, source_graph
+from medtl_ext.sequential.chain import Arm, Chains, source_collection, spent_text, target_patients
+from medtl_ext.sequential.plan import Plan, joined_to, plan_path, require_patients, shares, source_graph
 from medtl_ext.studies import open_collection
 
 Jobs = dict[tuple[str, int, str], Job]
@@ -41,7 +42,7 @@ def study_paths(
 
     From these, what every way to choose is worth: at random, by LEEP, by each affinity, in hindsight (the paper's
     Table 4); scratch, one step and two (its Tables 1 and 3). Runs that are done are kept. Writes ``study.csv`` (one row
-    per target, seed and arm), ``choices.csv`` and ``study.md``.
+    per target, seed and arm), ``patients.csv`` (one per patient of these), ``choices.csv`` and ``study.md``.
 
     Args:
         output_dir: gets ``runs/`` and the results.
@@ -57,11 +58,15 @@ def study_paths(
     for name, values in (("targets", targets), ("sources", sources), ("seeds", seeds), ("affinities", affinities)):
         if isinstance(values, str) or not values:
             raise InputError(f"{name} is {values!r}; give a list with at least one.")
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise InputError(f"{name} names {twice[0]} twice; give each once.")
     config = study_config(output_dir, settings) | {"check_data": False}
-    where = {"collection": source_collection(config), "subjects": config["phantom_subjects"]}
-    require_patients(sources, config["source_patients"], **where)
+    if config["max_intermediates"] != 1:
+        raise InputError(
+            "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
+        )
     folder = Path(output_dir)
-    collections, _ = collections_of(config, targets, sources)
+    collections = collections_with_patients(config, targets, sources)
     found = {name: find_affinity(name) for name in affinities}  # each reads a task's volumes once
     plans = {
         (target, seed, name): _plan(config, sources, target, collections[target], found[name], seed)
@@ -92,6 +97,7 @@ def study_paths(
     synthetic = collections[targets[0]].synthetic
     write_csv(folder / "study.csv", table.drop(columns="patients"))
     write_csv(folder / "choices.csv", choices.drop(columns="patients"))
+    write_csv(folder / "patients.csv", _patients_table(table))
     text = study_text(table, choices, synthetic=synthetic, source_patients=config["source_patients"])
     write_text(folder / "study.md", text)
     print(text)
@@ -107,6 +113,17 @@ def collections_of(
         return {task: open_collection(path, task, subjects=config["phantom_subjects"]) for task in dict.fromkeys(tasks)}
 
     return opened(config["collection"], targets), opened(source_collection(config), sources)
+
+
+def collections_with_patients(
+    config: Mapping[str, Any], targets: Sequence[str], sources: Sequence[str]
+) -> dict[str, Collection]:
+    """The targets' collections, if all tasks can give the patients that a study or a fit asks them for."""
+    to, of = collections_of(config, targets, sources)
+    require_patients(of, config["source_patients"])
+    require_patients(of, config["stage_patients"], option="stage_patients")
+    require_patients(to, target_patients(config), option="train_patients")
+    return to
 
 
 def chains_to(config: Mapping[str, Any], folder: Path, target: str, seed: int) -> Chains:
@@ -128,7 +145,7 @@ def _plan(
     affinity: Affinity,
     seed: int,
 ) -> Plan:
-    near = [source for source in sources if shares(source, target) and source != target]
+    near = joined_to(target, sources)
     options = {"collection": source_collection(config), "subjects": config["phantom_subjects"], "affinity": affinity}
     options |= {"patients": config["affinity_patients"], "progress": False}
     keys = ("n_clusters", "cluster_weight", "representative_rule")
@@ -137,7 +154,7 @@ def _plan(
         graph,
         target=collection,
         target_task=target,
-        target_patients=config["stage_patients"],
+        target_patients=target_patients(config),
         max_intermediates=1,
         seed=seed,
         **options,
@@ -146,7 +163,7 @@ def _plan(
 
 def _arms(sources: Sequence[str], target: str, plans: Sequence[Plan]) -> list[Arm]:
     """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
-    near = [source for source in sources if shares(source, target) and source != target]
+    near = joined_to(target, sources)
     arms = [Arm("scratch"), *(Arm(source, (source,)) for source in near)]
     arms += [Arm(f"{a} > {b}", (a, b)) for a, b in product(near, near) if a != b and shares(a, b)]
     chosen = dict.fromkeys(plan.path for plan in plans if plan.path)
@@ -174,6 +191,16 @@ def _results(jobs: Jobs, arms: Mapping[tuple[str, int], Sequence[Arm]]) -> pd.Da
                     "patients": dict(zip(test["subject"], test["dice"], strict=True)),
                 }
             )
+    return pd.DataFrame(rows)
+
+
+def _patients_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Dice of every test patient in every arm, from which all intervals come."""
+    rows = [
+        {"target": row.target, "seed": row.seed, "arm": row.arm, "patient": patient, "dice": dice}
+        for row in table.itertuples()
+        for patient, dice in row.patients.items()
+    ]
     return pd.DataFrame(rows)
 
 
@@ -246,7 +273,8 @@ def study_text(table: pd.DataFrame, choices: pd.DataFrame, *, synthetic: bool, s
         markdown_table(differences(choices)),
         "",
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
-        f"its two sources alone, {spent}:",
+        f"its two sources alone, {spent}. The interval is of the gain against the first source: 95 % t, over patients, "
+        "each averaged over the paths, targets and seeds of the row:",
         "",
         markdown_table(gains(table)),
     ]
@@ -327,23 +355,35 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     """What a second step gains, by whether it brings the target's modality to a network that has not seen it.
 
     Args:
-        table: columns ``target, seed, arm, steps, dice`` of `study_paths`.
+        table: columns ``target, seed, arm, steps, dice, patients`` of `study_paths`.
 
     Returns:
-        One row per kind of path and target, and one over all targets: paths, and mean gain against the path's first
-        source and against the better of its two.
+        One row per kind of path and target, and one over all targets: paths, mean gain over paths against the path's
+        first source and against the better of its two, and the interval of the former over patients.
     """
-    one = table[table["steps"] == 1].set_index(["target", "seed", "arm"])["dice"]
+    alone = table[table["steps"] == 1].set_index(["target", "seed", "arm"])
+    one, of_patients = alone["dice"], alone["patients"]
     rows = []
     for path in table[table["steps"] == 2].itertuples():
         first, second = path.arm.split(" > ")
-        alone = [one[path.target, path.seed, source] for source in (first, second)]
+        singles = [one[path.target, path.seed, source] for source in (first, second)]
+        start = of_patients[path.target, path.seed, first]
         modality = Task(path.target).modality
         brings = Task(first).modality != modality == Task(second).modality
         row = {"second step": "brings the target's modality" if brings else "any other", "target": path.target}
-        rows.append(row | {"against the first": path.dice - alone[0], "against the better": path.dice - max(alone)})
+        row |= {"against the first": path.dice - singles[0], "against the better": path.dice - max(singles)}
+        rows.append(row | {"gains": {patient: dice - start[patient] for patient, dice in path.patients.items()}})
     columns = ["against the first", "against the better"]
-    found = pd.DataFrame(rows, columns=["second step", "target", *columns])
+    found = pd.DataFrame(rows, columns=["second step", "target", *columns, "gains"])
     found = pd.concat([found, found.assign(target="all")])
-    grouped = found.groupby(["second step", "target"], sort=False)[columns]
-    return grouped.mean().join(grouped.size().rename("paths")).reset_index()
+    grouped = found.groupby(["second step", "target"], sort=False)
+    intervals = grouped["gains"].agg(_gain_interval).rename("interval")
+    found = grouped.size().rename("paths").to_frame().join(grouped[columns].mean()).join(intervals)
+    return found[["paths", columns[0], "interval", columns[1]]].reset_index()
+
+
+def _gain_interval(gains_of_paths: pd.Series) -> str:
+    """Of the mean over patients, each averaged over the paths that have him or her."""
+    gain = pd.DataFrame(list(gains_of_paths)).mean().to_dict()
+    found = paired_comparison(gain, dict.fromkeys(gain, 0.0), n_resamples=999)
+    return "" if np.isnan(found.low) else f"{found.low:+.3f} to {found.high:+.3f}"

@@ -266,8 +266,9 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, path_collecti
     assert list(table["source"]) == SOURCES
     before = list(in_this_process)
 
-    # The networks are too small to segment anything, so the Dice of the weights 0.002 and 0.3 is planted.
-    dice = 0.9 - 0.002 * table["distance"] - 0.3 * (1 - table["similarity"])
+    # The networks are too small to segment anything, so the Dice of two weights is planted.
+    alpha, beta = 0.3 / table["distance"].max(), 0.3
+    dice = 0.9 - alpha * table["distance"] - beta * (1 - table["similarity"])
     for source, value in zip(table["source"], dice, strict=True):
         metrics = folder / "runs" / "17-T2-ED" / "seed0" / source / "metrics.csv"
         rows = pd.read_csv(metrics)
@@ -276,14 +277,14 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, path_collecti
         rows.to_csv(metrics, index=False)
     run(**shared, output_dir=str(folder))
     fitted = json.loads((folder / "affinity_weights.json").read_text())
-    assert (fitted["alpha"], fitted["beta"]) == pytest.approx((0.002, 0.3), rel=1e-3)
+    assert (fitted["alpha"], fitted["beta"]) == pytest.approx((alpha, beta), rel=1e-3)
 
     table = pd.read_csv(folder / "transfers.csv")
     table[["source", "target", "dice"]].to_csv(tmp_path / "measured.csv", index=False)
     run(**shared, output_dir=str(tmp_path / "again"), transfers=str(tmp_path / "measured.csv"))
     assert in_this_process == before
     again = json.loads((tmp_path / "again" / "affinity_weights.json").read_text())
-    assert (again["alpha"], again["beta"]) == pytest.approx((0.002, 0.3), rel=1e-3)
+    assert (again["alpha"], again["beta"]) == pytest.approx((alpha, beta), rel=1e-3)
     assert "lacks the column(s) dice" in refused(
         lambda: run(**shared, transfers=_without_dice(tmp_path), output_dir=str(tmp_path / "x"))
     )

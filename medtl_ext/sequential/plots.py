@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from medtl_ext.visualize import CLASS_COLOURS
 
 GREY, BOLD = "#6b6b6b", "#000000"
+CLUSTER_COLOURS = (*CLASS_COLOURS, "#999999", "#8c510a", "#b2df8a")  # the paper's graph has nine clusters
 MOST_EDGES = 400  # more would be a grey disc: then only the shortest are drawn
 
 
@@ -57,7 +58,7 @@ def plot_task_graph(
             places,
             nodelist=list(cluster),
             node_size=[60 + 340 * graph.nodes[task]["size"] / largest for task in cluster],
-            node_color=CLASS_COLOURS[number % len(CLASS_COLOURS)],
+            node_color=CLUSTER_COLOURS[number % len(CLUSTER_COLOURS)],
             edgecolors=["black" if task in representatives else "white" for task in cluster],
             linewidths=[1.6 if task in representatives else 0.6 for task in cluster],
             ax=axes,
@@ -92,7 +93,7 @@ def _layout(graph: nx.Graph) -> dict[str, np.ndarray]:
 def _legend(figure: Figure, n_clusters: int, target: str | None, path: Sequence[str] | None) -> None:
     style = {"marker": "o", "linestyle": "none", "markersize": 8}
     handles = [
-        Line2D([], [], color=CLASS_COLOURS[number % len(CLASS_COLOURS)], label=f"cluster {number}", **style)
+        Line2D([], [], color=CLUSTER_COLOURS[number % len(CLUSTER_COLOURS)], label=f"cluster {number}", **style)
         for number in range(n_clusters)
     ]
     if target is not None:

@@ -20,7 +20,7 @@ from medtl_ext.bundle import Job, current_config, run_jobs
 from medtl_ext.data import Collection
 from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
 from medtl_ext.report import audit_report, patient_table
-from medtl_ext.sequential.plan import Plan, best_text
+from medtl_ext.sequential.plan import Plan, SourceGraph, plan_text
 from medtl_ext.studies import open_collection, pretraining_job
 from medtl_ext.transforms import SelectLabelsd
 
@@ -223,7 +223,14 @@ def note_leep(evaluator: Evaluator, *, output_dir: str) -> None:
 
 
 def follow_path(
-    plan: Plan, *, n_classes: int, output_dir: str, source_dir: str, synthetic: bool, n_jobs: int | None
+    sources: SourceGraph,
+    plan: Plan,
+    *,
+    n_classes: int,
+    output_dir: str,
+    source_dir: str,
+    synthetic: bool,
+    n_jobs: int | None,
 ) -> Verdict | None:
     """Train along the path, and everything it should be compared with at as many labelled patients, and say what won.
 
@@ -231,6 +238,7 @@ def follow_path(
     prints the answer. The folder of each training is kept, so that an interrupted run goes on where it stopped.
 
     Args:
+        sources: of `medtl_ext.sequential.source_graph`.
         plan: of `medtl_ext.sequential.plan_path`.
         n_classes: of the target, background included.
         output_dir: where the files go.
@@ -264,7 +272,7 @@ def follow_path(
         title = f"Ways to {plan.target}, {spent_text(config['source_patients'])}"
         verdict = audit_report(rows, folder, method=method, synthetic=synthetic, margin=MARGIN, title=title)
         answer = f"{second_step_text(rows, plan)} {verdict.text}"
-    write_text(folder / "answer.txt", f"{best_text(plan)} {answer}")
+    write_text(folder / "answer.txt", f"{plan_text(sources, plan)} {answer}")
     print(f"{_table_text(table, spent_text(config['source_patients']))}\n{answer}")
     return verdict
 

@@ -299,23 +299,19 @@ def graph_text(sources: SourceGraph) -> str:
 
 
 def plan_text(sources: SourceGraph, plan: Plan) -> str:
-    """The plan in words: the graph, path, expected cost, and the nearest single source."""
-    return (
-        f"{graph_text(sources)} {best_text(plan)} Costs rank paths among themselves and single sources among "
-        "themselves; whether a second step pays is settled by training."
-    )
-
-
-def best_text(plan: Plan) -> str:
-    """The best path with its expected cost, the next one, and the nearest single source."""
+    """The plan in words: path, expected cost, and the nearest single source."""
+    text = graph_text(sources)
     if plan.path is None:
-        text = f"For {plan.target} {plan.no_path}"
+        text += f" For {plan.target} {plan.no_path}"
     else:
-        text = f"Best path: {' -> '.join((*plan.path, plan.target))}, cost {plan.paths[0].cost:.3f}."
+        text += f" Best path: {' -> '.join((*plan.path, plan.target))}, cost {plan.paths[0].cost:.3f}."
         if len(plan.paths) > 1:
             next_best = plan.paths[1]
             text += f" Next: {' -> '.join((*next_best.tasks, plan.target))}, {next_best.cost:.3f}."
-    return f"{text} Nearest single source: {plan.single}, cost {plan.costs[plan.single]:.3f}."
+    return text + (
+        f" Nearest single source: {plan.single}, cost {plan.costs[plan.single]:.3f}. Costs rank paths among themselves "
+        "and single sources among themselves; whether a second step pays is settled by training."
+    )
 
 
 def write_plan(

@@ -6,6 +6,7 @@ MONAI evaluates a config lazily and knows neither its own folder nor a misspelle
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -88,6 +89,9 @@ DECIDING = (
 DECIDING_WHERE_PRESENT = ("loss_def", "region_loss", "leep")
 LEAST = {"seed": 0, "pool_seed": 0, "num_workers": 0, "epochs": 0, "pool_epochs": 1, "patience": 1}
 LEAST |= {"batch_size": 1, "iterations_per_epoch": 1, "val_interval": 1}
+# Options that may name a file, of which the content counts and not the place.
+WHAT_IS_IN = dict.fromkeys(("collection", "source_collection"), "patients, splits or files")
+WHAT_IS_IN |= {"affinity": "weights"}
 # What the command line leaves as text, where a config would have a value.
 JSON_WORDS = {"true": True, "false": False, "null": None}
 
@@ -325,8 +329,8 @@ def _require_same(
         if all(name in content for content in contents):
             if contents[0][name] != contents[1][name]:
                 raise InputError(
-                    f"{holds} on another {name}, with other patients, splits or files than {now[name]} has now; "
-                    "give another folder with --output_dir, or delete that one."
+                    f"{holds} on another {name}, with other {WHAT_IS_IN[name]} than {now[name]} has now; give another "
+                    "folder with --output_dir, or delete that one."
                 )
         elif before.get(name) != now.get(name):
             raise InputError(
@@ -336,10 +340,16 @@ def _require_same(
 
 
 def _content(config: Mapping[str, Any]) -> dict[str, str]:
-    """Fingerprints of the collections that a config names, which are the same wherever a collection lies."""
-    named = {name: config.get(name) for name in ("collection", "source_collection")}
-    files = {name: path for name, path in named.items() if isinstance(path, str) and Path(path).is_file()}
-    return {name: load_collection(path).fingerprint for name, path in files.items()}
+    """Fingerprints of the collections and weights that a config names, which are the same wherever these lie."""
+    named = {name: config.get(name) for name in WHAT_IS_IN}
+    files = {name: Path(path) for name, path in named.items() if isinstance(path, str) and Path(path).is_file()}
+    return {name: _fingerprint(name, path) for name, path in files.items()}
+
+
+def _fingerprint(name: str, path: Path) -> str:
+    if name == "affinity":
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return load_collection(path).fingerprint
 
 
 def _writable(output_dir: str | os.PathLike[str]) -> Path:

@@ -27,7 +27,7 @@ from medtl_ext.data import Collection, SliceDataset, Task, cached_phantom, check
 from medtl_ext.data.collection import SPLITS
 from medtl_ext.data.integrity import require_volumes
 from medtl_ext.networks import load_weights
-from medtl_ext.report import audit_report, compare_report, patient_table
+from medtl_ext.report import audit_report, compare_report
 from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
 
 __all__ = [
@@ -140,8 +140,10 @@ def score(
     rows = pd.concat(tables, ignore_index=True)
     rows.insert(0, "seed", seed)
     rows.insert(0, "method", method)
-    for split, of in patient_table(rows).groupby("split", sort=False):
-        logger.info("%s: Dice %.3f over %d %s patients", method, of["dice"].mean(), len(of), split)
+    for split, of in rows.groupby("split", sort=False):
+        patients = of["patient"].fillna(of["subject"]) if "patient" in of else of["subject"]
+        dice = of.groupby(patients)["dice"].mean()
+        logger.info("%s: Dice %.3f over %d %s patients", method, dice.mean(), len(dice), split)
     if idist.get_rank() == 0:
         with atomic_path(Path(output_dir) / "metrics.csv") as temporary:
             rows.to_csv(temporary, index=False)

@@ -167,6 +167,19 @@ def test_any_part_of_the_loss_and_of_its_weights_decides(tmp_path, part):
             raise caught.value.__cause__
 
 
+def test_fitted_weights_are_known_by_their_content(tmp_path):
+    config = write_bundle(tmp_path / "bundle", affinity=None)
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text('{"alpha": 1}')
+    second.write_text('{"alpha": 1}')
+    run(config, affinity=str(first))
+    run(config, affinity=str(second))
+    first.write_text('{"alpha": 2}')
+    with pytest.raises(RuntimeError) as caught:
+        run(config, affinity=str(first))
+    assert "holds a run on another affinity, with other weights than" in str(caught.value.__cause__)
+
+
 def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):
     config = write_bundle(tmp_path)
     run(config)

@@ -127,9 +127,14 @@ class TestAffinities:
         assert affinity_name(str(file)) == "seqtran_0_0.25"
         with pytest.raises(InputError, match=r"does not exist; give the affinity_weights\.json"):
             find_affinity(str(tmp_path / "other.json"))
-        file.write_text("{}")
-        with pytest.raises(InputError, match="holds no weights of an affinity"):
-            find_affinity(str(file))
+        for content in (
+            {},
+            {"alpha": -1, "beta": 1, "standardize": False},
+            {"alpha": 0, "beta": 0, "standardize": False},
+        ):
+            file.write_text(json.dumps(content))
+            with pytest.raises(InputError, match="holds no weights of an affinity"):
+                find_affinity(str(file))
 
     def test_equal_affinities_have_equal_names(self):
         assert affinity_name(SeqTranAffinity()) == affinity_name("seqtran") == "seqtran"
@@ -535,7 +540,7 @@ class TestTwoCollections:
             ({"sources": [*TASKS[:2], "14-T2-EDD"]}, "objective 'EDD' is unknown"),
             ({"source_patients": 99}, "fewer than source_patients, 99"),
             ({"train_patients": 99}, "task 17-T2-ED has .* fewer than train_patients, 99"),
-            ({"stage_patients": 99, "train_patients": 1}, "fewer than stage_patients, 99"),
+            ({"sources": [*TASKS[:2], TASKS[0]]}, "sources names 14-T2-ED twice"),
         ],
     )
     def test_what_cannot_be_fitted_is_not_trained(self, changed, message, settings, path, tmp_path, monkeypatch):
@@ -569,6 +574,11 @@ class TestTwoCollections:
         [
             ({"targets": ["17-T2-ED", "17-T2-ED"]}, "targets names 17-T2-ED twice"),
             ({"seeds": [0, 0]}, "seeds names 0 twice"),
+            (
+                {"stage_patients": 99, "train_patients": 1},
+                r"99: .* Give --stage_patients \d or less\.$",
+            ),
+            ({"stage_patients": None, "train_patients": 1}, "stage_patients is None; expected at least one patient"),
             ({"max_intermediates": 2}, "max_intermediates, which is 1 in a study"),
             (
                 {"sources": ["14-FLAIR-ET"], "targets": ["17-FLAIR-ED", "17-T2-ED"]},

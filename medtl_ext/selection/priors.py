@@ -117,7 +117,7 @@ def _stacked(volumes: Sequence[torch.Tensor], depth: int) -> torch.Tensor:
 def _own_dice(job: Path | None) -> float:
     if job is None or not (job / "metrics.csv").is_file():
         return np.nan
-    scores, config = patient_table(pd.read_csv(job / "metrics.csv")), job / "config.json"
+    scores, config = patient_table(pd.read_csv(job / "metrics.csv").dropna(subset=["dice", "iou"])), job / "config.json"
     split = json.loads(config.read_text(encoding="utf-8")).get("val_split", "val") if config.is_file() else "val"
     return float(scores[scores["split"] == split]["dice"].mean())
 

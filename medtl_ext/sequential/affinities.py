@@ -168,13 +168,14 @@ class ContextAffinity:
 
 
 def affinity_name(affinity: str | Affinity) -> str:
-    """For records and folders: equal for equal affinities, wherever a file with their weights lies.
+    """For records and folders: equal for equal weights, wherever a file with them lies.
 
     >>> affinity_name("seqtran"), affinity_name(SeqTranAffinity(alpha=0, beta=0.25))
     ('seqtran', 'seqtran_0_0.25')
     """
     found = find_affinity(affinity)
-    return str(getattr(found, "name", affinity if isinstance(affinity, str) else getattr(found, "__name__", found)))
+    own = affinity if isinstance(affinity, str) else getattr(found, "__name__", type(found).__name__)
+    return str(getattr(found, "name", own))
 
 
 AFFINITIES: dict[str, Callable[[], Affinity]] = {"seqtran": SeqTranAffinity, "context": ContextAffinity}
@@ -215,6 +216,8 @@ def _of_fitted_weights(path: Path) -> SeqTranAffinity:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         alpha, beta = float(content["alpha"]), float(content["beta"])
+        if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
+            raise ValueError(f"alpha {alpha}, beta {beta}")
         return SeqTranAffinity(alpha=alpha, beta=beta, standardize=bool(content["standardize"]))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(

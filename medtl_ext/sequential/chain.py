@@ -289,7 +289,7 @@ def _arms_table(rows: pd.DataFrame, arms: Sequence[Arm], chains: Chains, target:
 def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
     """Whether the intermediate task was worth it on the validation patients, against one step in the same way."""
     if plan.path is None:
-        return f"One step is all there is: {plan.no_path}"
+        return "One step is all there is."  # the plan says why
     if len(plan.path) == 1:
         return "One step is all there is: max_intermediates is 0."
     patients = patient_table(rows)

@@ -16,12 +16,12 @@ from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
-from medtl_ext.bundle import short_path, study_config
+from medtl_ext.bundle import shell_word, short_path, study_config
 from medtl_ext.report import patient_table
 from medtl_ext.sequential.affinities import SeqTranAffinity
 from medtl_ext.sequential.chain import Arm
 from medtl_ext.sequential.plan import task_volumes
-from medtl_ext.sequential.study import chains_to, collections_of, collections_with_patients
+from medtl_ext.sequential.study import chains_to, collections_of, collections_with_patients, require_lists
 
 PAIR = ["source", "target"]
 
@@ -51,9 +51,8 @@ def fit_weights(
         output_dir: gets the trainings and the results.
         n_jobs, backend: see `medtl_ext.bundle.run_jobs`.
     """
-    for name, values in (("targets", targets), ("sources", sources)):
-        if transfers is None and (isinstance(values, str) or not values):
-            raise InputError(f"{name} is {values!r}; give a list with at least one.")
+    if transfers is None:
+        require_lists(targets=targets, sources=sources)
     config, folder = study_config(output_dir, settings) | {"check_data": False}, Path(output_dir)
     if transfers is None:
         table = pd.DataFrame([pair for pair in product(sources, targets) if len(set(pair)) == 2], columns=PAIR)
@@ -77,7 +76,7 @@ def fit_weights(
     write_csv(folder / "transfers.csv", table)
     weights = folder / "affinity_weights.json"
     write_json(weights, content)
-    print(f"{fit_text(content)} To use them: --affinity {short_path(weights)}")
+    print(f"{fit_text(content)} To use them: --affinity {shell_word(str(short_path(weights)))}")
     return content["alpha"], content["beta"]
 
 

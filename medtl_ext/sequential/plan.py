@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ def check_options(
     find_affinity(affinity)
     if isinstance(max_intermediates, bool) or not isinstance(max_intermediates, int) or max_intermediates < 0:
         raise InputError(f"max_intermediates is {max_intermediates!r}; expected a whole number, 0 or more.")
-    if stage_patients is None or stage_patients < 1:
-        raise InputError(f"stage_patients is {stage_patients}; expected at least one patient for each step.")
+    require_stage_patients(stage_patients)
     if source_patients is not None and source_patients <= stage_patients * max_intermediates:
         raise InputError(
             f"source_patients is {source_patients}, of which {max_intermediates} intermediate tasks of "
@@ -105,6 +105,12 @@ def check_options(
     require_patients(opened, source_patients)
     if max_intermediates:
         require_patients(opened, stage_patients, option="stage_patients")
+
+
+def require_stage_patients(count: int | None) -> None:
+    """Refuse anything but a number of patients for each step."""
+    if count is None or count < 1:
+        raise InputError(f"stage_patients is {count}; expected at least one patient for each step.")
 
 
 def require_patients(tasks: Mapping[str, Collection], count: int | None, *, option: str = "source_patients") -> None:
@@ -120,9 +126,10 @@ def require_patients(tasks: Mapping[str, Collection], count: int | None, *, opti
     for task, collection in tasks.items():
         found = len(set(map(_patient, collection.datalist(task, "train"))))
         if count is not None and found < count:
+            or_all = "" if option == "stage_patients" else ", or null to use all there are"
             raise InputError(
                 f"task {task} has {found} training patients, fewer than {option}, {count}: arms would not spend as "
-                f"many. Give --{option} {found} or less, or null to use all there are."
+                f"many. Give --{option} {found} or less{or_all}."
             )
 
 
@@ -183,7 +190,7 @@ def source_graph(
         graph: a ``task_graph.json`` made before, for other targets: no cost between sources is computed then.
         progress: show a progress bar on a terminal.
     """
-    if isinstance(n_clusters, bool) or not isinstance(n_clusters, int) or n_clusters < 1:
+    if isinstance(n_clusters, bool) or not isinstance(n_clusters, Integral) or n_clusters < 1:
         raise InputError(f"n_clusters is {n_clusters!r}; expected a whole number, 1 or more.")
     name = affinity_name(affinity)
     if graph is None:
@@ -204,7 +211,7 @@ def source_graph(
         if joined.graph.get("affinity", name) != name:
             raise InputError(
                 f"task graph {graph} was made with the affinity {joined.graph['affinity']}, whose costs are on another "
-                f"scale than those of {name}; give --affinity {joined.graph['affinity']}, or make the graph anew."
+                f"scale than those of {name}; give the affinity it was made with, or make the graph anew."
             )
     if n_clusters > len(joined):
         tasks_there = f"{len(joined)} source task{'s' if len(joined) > 1 else ''}"

@@ -20,7 +20,15 @@ from medtl_ext.ranking import paired_comparison
 from medtl_ext.report import markdown_table, patient_table
 from medtl_ext.sequential.affinities import Affinity, find_affinity
 from medtl_ext.sequential.chain import Arm, Chains, source_collection, spent_text, target_patients
-from medtl_ext.sequential.plan import Plan, joined_to, plan_path, require_patients, shares, source_graph
+from medtl_ext.sequential.plan import (
+    Plan,
+    joined_to,
+    plan_path,
+    require_patients,
+    require_stage_patients,
+    shares,
+    source_graph,
+)
 from medtl_ext.studies import open_collection
 
 Jobs = dict[tuple[str, int, str], Job]
@@ -55,18 +63,16 @@ def study_paths(
     """
     if len(targets) < 2:
         raise InputError(f"a study needs two targets or more; found {list(targets)}.")
-    for name, values in (("targets", targets), ("sources", sources), ("seeds", seeds), ("affinities", affinities)):
-        if isinstance(values, str) or not values:
-            raise InputError(f"{name} is {values!r}; give a list with at least one.")
-        if twice := [value for value, count in Counter(values).items() if count > 1]:
-            raise InputError(f"{name} names {twice[0]} twice; give each once.")
+    require_lists(targets=targets, sources=sources, seeds=seeds, affinities=affinities)
     config = study_config(output_dir, settings) | {"check_data": False}
     if config["max_intermediates"] != 1:
         raise InputError(
             "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
         )
     folder = Path(output_dir)
-    collections = collections_with_patients(config, targets, sources)
+    require_stage_patients(config["stage_patients"])
+    collections, of = collections_with_patients(config, targets, sources)
+    require_patients(of, config["stage_patients"], option="stage_patients")
     found = {name: find_affinity(name) for name in affinities}  # each reads a task's volumes once
     plans = {
         (target, seed, name): _plan(config, sources, target, collections[target], found[name], seed)
@@ -104,6 +110,15 @@ def study_paths(
     return choices
 
 
+def require_lists(**lists: Sequence[Any]) -> None:
+    """Refuse options that are no list, an empty one, or name something twice."""
+    for name, values in lists.items():
+        if isinstance(values, str) or not values:
+            raise InputError(f"{name} is {values!r}; give a list with at least one.")
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise InputError(f"{name} names {twice[0]} twice; give each once.")
+
+
 def collections_of(
     config: Mapping[str, Any], targets: Iterable[str], sources: Iterable[str]
 ) -> tuple[dict[str, Collection], dict[str, Collection]]:
@@ -117,13 +132,12 @@ def collections_of(
 
 def collections_with_patients(
     config: Mapping[str, Any], targets: Sequence[str], sources: Sequence[str]
-) -> dict[str, Collection]:
-    """The targets' collections, if all tasks can give the patients that a study or a fit asks them for."""
+) -> tuple[dict[str, Collection], dict[str, Collection]]:
+    """The same, if all tasks can give the patients that one step asks them for."""
     to, of = collections_of(config, targets, sources)
     require_patients(of, config["source_patients"])
-    require_patients(of, config["stage_patients"], option="stage_patients")
     require_patients(to, target_patients(config), option="train_patients")
-    return to
+    return to, of
 
 
 def chains_to(config: Mapping[str, Any], folder: Path, target: str, seed: int) -> Chains:

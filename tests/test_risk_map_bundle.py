@@ -279,7 +279,7 @@ def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path)
     assert "method 'vanila' is unknown; did you mean 'vanilla'" in refused(lambda: run(**shared, settings=settings))
     assert "method 'vanila'" in refused(lambda: run(**shared, settings=settings | {"epochs": 2}))  # nothing ran yet
     (tmp_path / "out" / "runs").mkdir()
-    assert "other settings" in refused(lambda: run(**shared, settings=settings))
+    assert "holds a study with epochs=2, this one has 1" in refused(lambda: run(**shared, settings=settings))
 
 
 def test_evaluation_repeats_the_scores_of_training(options, tmp_path):

@@ -133,11 +133,8 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
     Reference: Girvan and Newman, PNAS 2002; the weighted shortest paths are Brandes', 2008.
     """
     weights = _check_graph(graph, weight)
-    if (
-        isinstance(n_clusters, bool)
-        or not isinstance(n_clusters, Integral)
-        or not 1 <= n_clusters <= max(len(graph), 1)
-    ):
+    whole = isinstance(n_clusters, Integral) and not isinstance(n_clusters, bool)
+    if not whole or not 1 <= n_clusters <= max(len(graph), 1):
         raise InputError(f"n_clusters is {n_clusters!r}; expected a whole number from 1 to {len(graph)}, the tasks.")
     names = sorted(graph, key=str)
     index = {name: i for i, name in enumerate(names)}

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bundle_runs import Begun, begin
 from monai.bundle import ConfigParser
 from monai.data import Dataset
 from monai.networks.nets import DenseNet, ResNet
@@ -563,14 +564,6 @@ def study_table():
             rows.append({"source": name, "auc": auc[name] - 0.01 * number, "target": target, "seed": 0, **scores})
         rows.append({"source": "scratch", "auc": 0.85 if number else 0.95, "target": target, "seed": 0})
     return pd.DataFrame(rows)
-
-
-class Begun(Exception):
-    """The jobs of a study would run now."""
-
-
-def begin(*_, **__):
-    raise Begun
 
 
 def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):

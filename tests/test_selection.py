@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bundle_runs import Begun, begin
 from monai.networks.nets import BasicUNet, UNet
 from monai.transforms import ResizeWithPadOrCrop
 from scipy import stats
@@ -492,14 +493,6 @@ def test_constant_rankers_are_named_alike():
     found = rankers(sources_table(), static={"s0": 1.0})
     assert found["random"].nunique() == 1
     assert found["static"]["s0"] == 1
-
-
-class Begun(Exception):
-    """The jobs of a study would run now."""
-
-
-def begin(*_, **__):
-    raise Begun
 
 
 def test_a_study_has_the_sources_it_began_with(monkeypatch, tmp_path):

@@ -127,7 +127,7 @@ def baseline_rankings(
             raise InputError(f"sizes has no entry for {listed(missing, 5)}; give NaN where the size is not known.")
         costs["source_size"] = np.array([-float(sizes[source]) for source in sources])
     if other_targets is not None:
-        costs["static"] = _mean_relative_rank(sources, other_targets)
+        costs["static"] = mean_relative_rank(sources, other_targets)
     places = {name: np.lexsort((chance, cost)).argsort() + 1 for name, cost in costs.items()}  # NaN sorts last
     return pd.DataFrame(places, index=pd.Index(sources, dtype=object))
 
@@ -255,7 +255,8 @@ def _check_options(minimum_win: float, minimum_gap: float, confidence: float, n_
         raise InputError(f"n_resamples must be at least 1; found {n_resamples}.")
 
 
-def _mean_relative_rank(sources: Sequence[str], other_targets: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+def mean_relative_rank(sources: Sequence[str], other_targets: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+    """Mean over the other targets of each source's rank there, from 0, the best, to 1; NaN where it is on none."""
     relative = []
     for values in other_targets.values():
         known = {source: float(values[source]) for source in sources if source in values}

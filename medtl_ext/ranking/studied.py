@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from medtl_ext.ranking.sources import _mean_relative_rank
+from medtl_ext.ranking.sources import mean_relative_rank
 
 __all__ = ["agreement_over_targets", "known_elsewhere", "verdict_claim"]
 
@@ -57,7 +57,7 @@ def known_elsewhere(sources: pd.DataFrame, target: str, seed: int, *, outcome: s
     names = sorted(set(sources.loc[sources["target"] == target, "source"]))
     if not known:
         return None
-    costs = np.round(_mean_relative_rank(names, known), 9)
+    costs = np.round(mean_relative_rank(names, known), 9)
     ranks = stats.rankdata(np.where(np.isnan(costs), np.inf, costs))  # on no other target: last
     return dict(zip(names, (-ranks).tolist(), strict=True))
 

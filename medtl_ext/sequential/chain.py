@@ -150,8 +150,7 @@ class Chains:
             raise InputError(f"joint training is for two source tasks; found {1 + len(others)}.")
         overlays = [*first.overlays, self.configs / "joint.json"]
         patients = self.config["stage_patients"]
-        some = "" if patients is None else f"_{patients}"
-        folder = first.output_dir.with_name(f"{first.output_dir.name}_with_{others[0]}{some}")
+        folder = first.output_dir.with_name(f"{first.output_dir.name}_with_{others[0]}_{patients}")
         overrides = {"joint_task": others[0], "joint_patients": patients}
         return Job(first.config, folder, overlays, {**first.overrides, **overrides})
 

@@ -59,12 +59,13 @@ def fit_weights(
         if len(table) < 3:
             asked = f"{list(sources)} to {list(targets)}"
             raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
-        collections_with_patients(config, targets, sources)
+        collections = collections_with_patients(config, targets, sources)
     else:
         table = _read_transfers(Path(transfers))
+        collections = collections_of(config, table["target"], table["source"])
     to, of = (
         {name: task_volumes(where, name, patients=config["affinity_patients"]) for name, where in found.items()}
-        for found in collections_of(config, table["target"], table["source"])
+        for found in collections
     )
     if transfers is None:
         table = _measured_transfers(config, folder, table, n_jobs=n_jobs, backend=backend)

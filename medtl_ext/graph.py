@@ -15,8 +15,8 @@ import heapq
 import json
 import math
 import os
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from itertools import chain, combinations
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import networkx as nx
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.sparse.csgraph import floyd_warshall
 
 from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice
@@ -87,10 +88,10 @@ def task_graph(tasks: Sequence[str], costs: ArrayLike, *, sizes: Mapping[str, in
     costs = np.asarray(costs, dtype=float)
     if costs.shape != (len(tasks), len(tasks)):
         raise InputError(f"costs has shape {costs.shape}; expected {len(tasks)} x {len(tasks)}, one row for each task.")
-    if twice := [task for task in tasks if list(tasks).count(task) > 1]:
-        raise InputError(f"tasks names {twice[0]} twice; give every task once.")
     graph = nx.Graph()
     for task in tasks:
+        if task in graph:
+            raise InputError(f"tasks names {task} twice; give every task once.")
         parts = task.rsplit("-", 2)
         if len(parts) != 3 or not all(parts):
             raise InputError(f"task {task!r} is not of the form institution-modality-objective, such as 13-T1-ED.")
@@ -102,7 +103,7 @@ def task_graph(tasks: Sequence[str], costs: ArrayLike, *, sizes: Mapping[str, in
             if not math.isclose(costs[i, j], costs[j, i], rel_tol=1e-6, abs_tol=1e-12) and not np.isnan(costs[i, j]):
                 raise InputError(f"costs of {a} and {b} are {costs[i, j]:g} and {costs[j, i]:g}; expected the same.")
             graph.add_edge(a, b, weight=float(costs[i, j]))
-    _check_graph(graph, "weight")
+    _check_graph(graph)
     return graph
 
 
@@ -110,8 +111,7 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
     """Clusters that are left when the edges most shortest paths run through are removed, one after the other.
 
     Removes the edge of highest betweenness, counts betweenness again, and so on, until the graph has fallen into
-    ``n_clusters`` parts or more. Only shortest paths that ran through the removed edge are looked for again, so that 84
-    tasks and 1,722 edges take a second or two.
+    ``n_clusters`` parts or more. 84 tasks and 1,722 edges take two or three seconds.
 
     Args:
         graph: undirected; may have several components, which are clusters to begin with.
@@ -132,105 +132,50 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
 
     Reference: Girvan and Newman, PNAS 2002; the weighted shortest paths are Brandes', 2008.
     """
-    weights = _check_graph(graph, weight)
-    whole = isinstance(n_clusters, Integral) and not isinstance(n_clusters, bool)
-    if not whole or not 1 <= n_clusters <= max(len(graph), 1):
-        raise InputError(f"n_clusters is {n_clusters!r}; expected a whole number from 1 to {len(graph)}, the tasks.")
+    _check_graph(graph, weight)
+    _require_whole("n_clusters", n_clusters, 1, len(graph))
     names = sorted(graph, key=str)
-    index = {name: i for i, name in enumerate(names)}
-    lengths = np.full((len(names), len(names)), np.inf)
-    smallest = LEAST * max(weights.values(), default=1.0) or 1.0
-    for (a, b), value in weights.items():
-        if a != b:
-            lengths[index[a], index[b]] = lengths[index[b], index[a]] = max(value, smallest)
-    paths = _ShortestPaths(lengths)
-    while len(parts := paths.parts()) < n_clusters:
-        before = len(parts)
-        while paths.cut_busiest_edge() and paths.n_parts == before:
-            pass
-    clusters = [{names[i] for i in part} for part in parts]
+    longest = max((values.get(weight, 1.0) for *_, values in graph.edges(data=True)), default=1.0)
+
+    def busiest(remaining: nx.Graph) -> tuple[Hashable, Hashable]:
+        lengths = nx.to_numpy_array(remaining, nodelist=names, weight=weight, nonedge=np.inf)
+        betweenness = _betweenness(np.maximum(lengths / (longest or 1.0), LEAST))
+        first = (betweenness >= betweenness.max() * (1 - TIE)).argmax()
+        u, v = np.unravel_index(first, betweenness.shape)
+        return names[u], names[v]
+
+    levels = chain([tuple(nx.connected_components(graph))], nx.community.girvan_newman(graph, busiest))
+    clusters = next(parts for parts in levels if len(parts) >= n_clusters)
     return sorted(clusters, key=lambda part: (-len(part), min(map(str, part))))
 
 
-class _ShortestPaths:
-    """All shortest paths of a graph, kept up to date while edges are removed.
+def _betweenness(lengths: np.ndarray) -> np.ndarray:
+    """How many shortest paths run along each edge (n x n, symmetric), by Brandes' dependencies.
 
-    Attributes:
-        lengths: n x n, of the edges, inf where there is none.
-        distances: n x n.
-        flow: n x n x n, ``flow[s, v, w]``: how many targets' worth of shortest paths from s go along v -> w.
-        betweenness: n x n, the sum of all flows along v -> w.
-        n_parts: number of connected components.
+    Those of networkx, from all sources at once: a hundred times faster, and without the order of its dictionaries.
     """
-
-    def __init__(self, lengths: np.ndarray) -> None:
-        n = len(lengths)
-        self.lengths = lengths
-        self.distances = np.where(np.eye(n, dtype=bool), 0.0, np.inf)
-        self._shorten(*np.nonzero(~np.eye(n, dtype=bool)))
-        self.flow = self._flow_from(np.arange(n))
-        self.betweenness = self.flow.sum(0)
-        self.n_parts = len(self.parts())
-
-    def parts(self) -> list[np.ndarray]:
-        """Indices of the nodes of each connected component."""
-        first = np.isfinite(self.distances).argmax(axis=1)
-        return [np.flatnonzero(first == root) for root in np.unique(first)]
-
-    def cut_busiest_edge(self) -> bool:
-        """Remove the edge of highest betweenness, the first by name of several; False where there is no edge."""
-        shared = np.triu(self.betweenness + self.betweenness.T)
-        if not shared.any():
-            return False
-        u, v = np.unravel_index((shared >= shared.max() * (1 - TIE)).argmax(), shared.shape)
-        length, reach = self.lengths[u, v], self.distances
-        self.lengths[u, v] = self.lengths[v, u] = np.inf
-        with np.errstate(invalid="ignore"):  # inf - inf between components
-            over = np.minimum(reach[:, [u]] + reach[[v], :], reach[:, [v]] + reach[[u], :]) + length
-            lost = _same(over, reach)
-        self._shorten(*np.nonzero(lost))
-        sources = np.flatnonzero(lost.any(axis=1))
-        self.betweenness -= self.flow[sources].sum(0)
-        self.flow[sources] = self._flow_from(sources)
-        self.betweenness += self.flow[sources].sum(0)
-        if not np.isfinite(self.distances[u, v]):
-            self.n_parts += 1
-            self.betweenness = self.flow.sum(0)  # forget what rounding has left behind
-        return True
-
-    def _shorten(self, starts: np.ndarray, ends: np.ndarray) -> None:
-        """Find the distances between these pairs anew; those of all other pairs are right."""
-        self.distances[starts, ends] = np.inf
-        into = self.lengths[:, ends].T
-        while True:
-            found = (self.distances[starts] + into).min(axis=1, initial=np.inf)
-            if (found >= self.distances[starts, ends]).all():
-                return
-            self.distances[starts, ends] = found
-
-    def _flow_from(self, sources: np.ndarray) -> np.ndarray:
-        """Flow along all edges of the shortest paths that start at these nodes (Brandes' dependencies)."""
-        reach = self.distances[sources]
-        with np.errstate(invalid="ignore"):
-            on_path = _same(reach[:, :, None] + self.lengths, reach[:, None, :]).astype(float)
-        start = (reach == 0).astype(float)
-        counts = start
-        for _ in range(len(self.lengths)):  # no path has more edges
-            before, counts = counts, start + (counts[:, None, :] @ on_path)[:, 0]
-            if np.array_equal(before, counts):
-                break
-        share = on_path * counts[:, :, None] / np.where(counts > 0, counts, 1)[:, None, :]
-        demand = np.ones_like(counts)
-        for _ in range(len(self.lengths)):
-            before, demand = demand, 1 + (share @ demand[:, :, None])[:, :, 0]
-            if np.array_equal(before, demand):
-                break
-        return share * demand[:, None, :]
+    n = len(lengths)
+    reach = floyd_warshall(lengths)
+    tails, heads = np.nonzero(np.isfinite(lengths))
+    with np.errstate(invalid="ignore"):  # inf - inf between components, which is on no path
+        detour = np.abs(reach[:, tails] + lengths[tails, heads] - reach[:, heads])
+    source, edge = np.nonzero(detour <= SAME * reach[:, heads])
+    # A node of the paths from each source has a place of its own.
+    before, after = source * n + tails[edge], source * n + heads[edge]
+    starts = np.eye(n).ravel()
+    counts = _settled(lambda paths: starts + np.bincount(after, paths[before], n * n), starts)
+    share = counts[before] / counts[after]
+    demand = _settled(lambda below: 1 + np.bincount(before, share * below[after], n * n), np.ones(n * n))
+    flow = np.zeros((n, n))
+    flow[tails, heads] = np.bincount(edge, share * demand[after], len(tails))
+    return flow + flow.T
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether finite lengths are equal but for rounding."""
-    return np.isfinite(a) & (np.abs(a - b) <= SAME * b)
+def _settled(step: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """Repeat ``step`` until it changes nothing: as often as the longest path has edges."""
+    while not np.array_equal(values, changed := step(values)):
+        values = changed
+    return values
 
 
 def _rounded(cost: float) -> float:
@@ -260,22 +205,18 @@ def cluster_representatives(
     ['a']
     """
     require_choice("rule", rule, RULES)
-    weights = _check_graph(graph, "weight")
+    _check_graph(graph)
     _check_clusters(graph, clusters)
-    for node in graph:
-        if not graph.nodes[node].get("size", 0) > 0:
-            raise InputError(f"task {node} has size {graph.nodes[node].get('size')!r}; expected its number of samples.")
+    sizes = graph.nodes(data="size")
+    for node, size in sizes:
+        if not (size or 0) > 0:
+            raise InputError(f"task {node} has size {size!r}; expected its number of samples, 1 or more.")
 
-    def cost(node: Hashable, cluster: Collection[Hashable], weighted: bool) -> float:
+    def order(node: Hashable, cluster: Collection[Hashable]) -> tuple[float, float, str]:
         near = [other for other in graph[node] if other in cluster and other != node]
-        shares = [graph.nodes[other]["size"] if weighted else 1 for other in near]
-        joined = [weights.get((node, other), weights.get((other, node))) for other in near]
-        return _rounded(float(np.average(joined, weights=shares))) if near else math.inf
-
-    def order(node: Hashable, cluster: Collection[Hashable]) -> tuple[Any, ...]:
-        if rule == "size":
-            return (-graph.nodes[node]["size"], cost(node, cluster, False), str(node))
-        return (cost(node, cluster, True), str(node))
+        weights = None if rule == "size" else [sizes[other] for other in near]
+        cost = np.average([graph[node][other]["weight"] for other in near], weights=weights) if near else math.inf
+        return -sizes[node] if rule == "size" else 0, _rounded(cost), str(node)
 
     return [min(cluster, key=lambda node: order(node, cluster)) for cluster in clusters]
 
@@ -319,65 +260,55 @@ def optimal_transfer_path(
 
     Reference: SeqTran, eq. 9, and eq. 8 for longer paths.
     """
-    weights = _check_graph(graph, "weight")
+    _check_graph(graph)
     _check_clusters(graph, clusters)
     if len(representatives) != len(clusters) or any(r not in c for r, c in zip(representatives, clusters, strict=True)):
         raise InputError(f"representatives is {list(representatives)}; expected one task of each of the clusters.")
-    for name, value, least in (("max_intermediates", max_intermediates, 0), ("k", k, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} is {value!r}; expected a whole number, {least} or more.")
+    _require_whole("max_intermediates", max_intermediates, 0)
+    _require_whole("k", k, 1)
     for task, cost in target_costs.items():
         if not cost >= 0:
             raise InputError(f"target_costs says {cost} for {task}; expected a cost of 0 or more.")
         if task not in graph:
             raise InputError(f"target_costs names {task}, which is not in the graph.")
 
-    def step(a: Hashable, b: Hashable) -> float:
-        return weights.get((a, b), weights.get((b, a), math.inf))
-
     cluster_of = dict(zip(representatives, clusters, strict=True))
     # Costs only grow along a path, so the first complete ones to come off the heap are the cheapest.
     heap: list[tuple[float, bool, tuple[str, ...], tuple[Hashable, ...], float]] = []
 
-    def push(cost: float, complete: bool, names: tuple[str, ...], tasks: tuple[Hashable, ...]) -> None:
-        heapq.heappush(heap, (_rounded(cost), complete, names, tasks, cost))
+    def push(tasks: tuple[Hashable, ...], cost: float, *, complete: bool) -> None:
+        if math.isfinite(cost):
+            heapq.heappush(heap, (_rounded(cost), complete, tuple(map(str, tasks)), tasks, cost))
 
     for r in representatives:
-        push(float(target_costs.get(r, math.inf)), False, (str(r),), (r,))
+        push((r,), float(target_costs.get(r, math.inf)), complete=max_intermediates == 0)
     found: list[TransferPath] = []
     while heap and len(found) < k:
-        _, complete, names, tasks, cost = heapq.heappop(heap)
-        if math.isinf(cost):
-            break
+        _, complete, _, tasks, cost = heapq.heappop(heap)
         if complete:
             found.append(TransferPath(cost, tasks))
             continue
         if len(tasks) > 1:
-            push(cost + target_costs.get(tasks[-1], math.inf), True, names, tasks)
-        elif max_intermediates == 0:
-            push(cost, True, names, tasks)
+            push(tasks, cost + target_costs.get(tasks[-1], math.inf), complete=True)
         if len(tasks) <= max_intermediates:
             for task in set(graph[tasks[-1]]) & set(cluster_of[tasks[0]]) - set(tasks):
-                push(cost + step(tasks[-1], task), False, (*names, str(task)), (*tasks, task))
+                push((*tasks, task), cost + graph[tasks[-1]][task]["weight"], complete=False)
     if not found:
-        raise NoPathError(_why_no_path(graph, target_costs, clusters, representatives))
+        raise NoPathError(_why_no_path(graph, target_costs, cluster_of))
     return found
 
 
 def _why_no_path(
-    graph: nx.Graph,
-    target_costs: Mapping[Hashable, float],
-    clusters: Sequence[Collection[Hashable]],
-    representatives: Sequence[Hashable],
+    graph: nx.Graph, target_costs: Mapping[Hashable, float], cluster_of: Mapping[Hashable, Collection[Hashable]]
 ) -> str:
     joined = {task for task, cost in target_costs.items() if math.isfinite(cost)}
     if not joined:
         reason = "the target is joined to no task: no cost to it is finite"
-    elif not joined & set(representatives):
-        reason = f"the target is joined to none of the representatives ({', '.join(map(str, representatives))})"
-    elif all(len(cluster) == 1 for r, cluster in zip(representatives, clusters, strict=True) if r in joined):
+    elif not joined & set(cluster_of):
+        reason = f"the target is joined to none of the representatives ({', '.join(map(str, cluster_of))})"
+    elif all(len(cluster) == 1 for r, cluster in cluster_of.items() if r in joined):
         reason = "the clusters the target can be reached from have one task each"
-        if len(clusters) > nx.number_connected_components(graph):
+        if len(cluster_of) > nx.number_connected_components(graph):
             reason += "; ask for fewer clusters"
     else:
         reason = "no task joined to a representative within its cluster is joined to the target"
@@ -402,8 +333,7 @@ def write_task_graph(
     _check_clusters(graph, clusters)
     graph = graph.copy()
     for number, cluster in enumerate(clusters):
-        for node in cluster:
-            graph.nodes[node]["cluster"] = number
+        nx.set_node_attributes(graph, dict.fromkeys(cluster, number), "cluster")
     if path.suffix == ".json":
         write_json(path, nx.node_link_data(graph, edges="edges"))
     else:
@@ -417,35 +347,30 @@ def read_task_graph(path: str | os.PathLike[str]) -> nx.Graph:
     Raises:
         InputError: the file is missing, or holds no task graph.
     """
-    path = Path(path)
+    path, hint = Path(path), "give the task_graph.json of a finished run."
     if not path.is_file():
-        raise InputError(f"task graph {path} does not exist; give the task_graph.json of a finished run.")
+        raise InputError(f"task graph {path} does not exist; {hint}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         graph = nx.node_link_graph(content, edges="edges")
     except (ValueError, KeyError, TypeError, AttributeError, nx.NetworkXError) as error:
-        raise InputError(
-            f"{path} holds no task graph ({error}); give the task_graph.json of a finished run."
-        ) from error
-    _check_graph(graph, "weight")
+        raise InputError(f"{path} holds no task graph ({error}); {hint}") from error
+    _check_graph(graph)
     if len(graph) < len(content["nodes"]):
-        raise InputError(f"{path} names a task twice; give the task_graph.json of a finished run.")
+        raise InputError(f"{path} names a task twice; {hint}")
     if without := [task for task, size in graph.nodes(data="size") if size is None]:
-        raise InputError(f"{path} has no size of {without[0]}; give the task_graph.json of a finished run.")
+        raise InputError(f"{path} has no size of {without[0]}; {hint}")
     return graph
 
 
-def _check_graph(graph: nx.Graph, weight: str | None) -> dict[tuple[Hashable, Hashable], float]:
-    """The edges' weights (1 each without), or an error that names the first bad one."""
+def _check_graph(graph: nx.Graph, weight: str | None = "weight") -> None:
     if not isinstance(graph, nx.Graph) or graph.is_directed() or graph.is_multigraph():
         raise InputError(f"graph is {type(graph).__name__}; expected an undirected networkx.Graph.")
     if len(graph) == 0:
         raise InputError("graph has no task; expected at least one.")
-    weights = {(a, b): 1.0 if weight is None else values.get(weight) for a, b, values in graph.edges(data=True)}
-    for (a, b), value in weights.items():
+    for a, b, value in graph.edges(data=weight) if weight else ():
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < math.inf:
             raise InputError(f"the edge between {a} and {b} has weight {value!r}; expected a finite number >= 0.")
-    return {edge: float(value) for edge, value in weights.items()}
 
 
 def _check_clusters(graph: nx.Graph, clusters: Sequence[Collection[Hashable]]) -> None:
@@ -457,3 +382,9 @@ def _check_clusters(graph: nx.Graph, clusters: Sequence[Collection[Hashable]]) -
             if node not in graph or node in seen:
                 raise InputError(f"clusters names {node} {'twice' if node in seen else 'which is not in the graph'}.")
             seen.add(node)
+
+
+def _require_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+        allowed = f", {least} or more" if most == math.inf else f" from {least} to {most}"
+        raise InputError(f"{name} is {value!r}; expected a whole number{allowed}.")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +20,14 @@ from medtl_ext._validation import InputError, require_choice
 __all__ = [
     "LoadReport",
     "freeze",
-    "initialized",
     "load_weights",
+    "prepared",
     "read_weights",
     "tap_features",
     "trainable_parameters",
 ]
 
 logger = logging.getLogger(__name__)
-
-NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError):  # what torch says of it advises to read it unsafely
+            reason = "it is damaged, or holds more than tensors"
         raise InputError(
-            f"checkpoint {path} cannot be read as weights ({_first_line(error)}); expected a file written by "
+            f"checkpoint {path} cannot be read as weights ({reason}); expected a file written by "
             "torch.save(network.state_dict(), path)."
         ) from error
     for key in ("model", "network", "net", "state_dict"):
@@ -81,12 +83,6 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"checkpoint {path} holds no network weights; expected a state_dict, found {type(content)}.")
     return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # what torch says of it advises to read it unsafely
-        return "it is damaged, or holds more than tensors"
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_weights(
@@ -112,14 +108,11 @@ def load_weights(
     where = "the given weights" if isinstance(weights, Mapping) else str(weights)
     found = weights if isinstance(weights, Mapping) else read_weights(weights)
     own = network.state_dict()
-    fitting = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
+    shared = [name for name in own if name in found]
+    fitting = {name: found[name] for name in shared if found[name].shape == own[name].shape}
     report = LoadReport(
         copied=list(fitting),
-        mismatched={
-            name: (tuple(found[name].shape), tuple(own[name].shape))
-            for name in own
-            if name in found and name not in fitting
-        },
+        mismatched={name: (tuple(found[name].shape), tuple(own[name].shape)) for name in shared if name not in fitting},
         missing=[name for name in own if name not in found],
         unexpected=[name for name in found if name not in own],
     )
@@ -133,28 +126,7 @@ def load_weights(
     return report
 
 
-def initialized(
-    network: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor] | None, *, min_share: float = 0.9
-) -> nn.Module:
-    """`load_weights` for a config: returns the network itself. None leaves the fresh weights (train from scratch)."""
-    if weights is not None:
-        load_weights(network, weights, min_share=min_share)
-    return network
-
-
-class _KeepFrozen:
-    """Forward pre-hook that puts the frozen modules back into eval mode, whatever ``network.train()`` did to them."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        self.names = names
-
-    def __call__(self, network: nn.Module, inputs: object) -> None:
-        for name, module in network.named_modules():
-            if name in self.names:
-                module.training = False
-
-
-def freeze(network: nn.Module, pattern: str | None, *, adapt_norm: bool = False) -> nn.Module:
+def freeze(network: nn.Module, pattern: str | None) -> nn.Module:
     """Freeze every parameter whose name matches ``pattern``, so that training leaves no trace in that part.
 
     Without gradients alone, batch normalisation would still move its running statistics, because a trainer calls
@@ -165,7 +137,6 @@ def freeze(network: nn.Module, pattern: str | None, *, adapt_norm: bool = False)
         network: changed in place. Freeze before wrapping it in `DistributedDataParallel`.
         pattern: regular expression, matched from the start of the names, e.g. ``"conv_0|down_"`` for the encoder of
             MONAI's `BasicUNet`. None freezes nothing.
-        adapt_norm: let the running statistics of frozen normalisation layers follow the target data.
 
     Returns:
         The same network.
@@ -188,13 +159,66 @@ def freeze(network: nn.Module, pattern: str | None, *, adapt_norm: bool = False)
         raise InputError(f"freeze pattern '{pattern}' matches no parameter; the network's parts are: {children}.")
     for parameter in frozen:
         parameter.requires_grad_(False)
-    names = frozenset(
-        name
-        for name, module in network.named_modules()
-        if matches(name) and not (adapt_norm and isinstance(module, NORMALIZATION))
-    )
-    network.register_forward_pre_hook(_KeepFrozen(names))
+    names = {name for name, _ in network.named_modules() if matches(name)}
+    network.register_forward_pre_hook(partial(_keep_in_eval_mode, names))
     return network
+
+
+def _keep_in_eval_mode(names: set[str], network: nn.Module, _: object) -> None:
+    """Before a forward pass, whatever ``network.train()`` did to the frozen modules."""
+    for name, module in network.named_modules():
+        if name in names:
+            module.training = False
+
+
+_freeze = freeze  # `prepared` has an argument of that name
+
+
+def prepared(
+    network: nn.Module,
+    *,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    freeze: str | None = None,
+    device: str | torch.device = "cpu",
+    memory_format: torch.memory_format | None = None,
+    min_share: float = 0.9,
+    replace_head: bool = False,
+) -> nn.Module:
+    """The network as a config needs it: with its weights, frozen where it should be, on the device.
+
+    In a bundle's JSON, with ``"$import medtl_ext.networks as networks"`` among the imports::
+
+        "network": "$networks.prepared(@network_def, weights=@source_ckpt, freeze='conv_0|down_', device=@device)"
+
+    Args:
+        network: changed in place.
+        weights: see `load_weights`; None keeps the fresh ones, to train from scratch.
+        freeze: the pattern of `freeze`; None freezes nothing.
+        device: where to move it.
+        memory_format: such as ``torch.channels_last``; None leaves it as it is.
+        min_share: least share of the network's tensors that must have been copied; 1 for a source as it is.
+        replace_head: keep the head fresh, whatever its size: the target has classes of its own. The head is the last
+            linear or convolution layer.
+
+    Returns:
+        The same network.
+
+    Raises:
+        InputError: of `load_weights` and `freeze`.
+
+    >>> source, target = (nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)) for _ in range(2))
+    >>> _ = prepared(target, weights=source.state_dict(), freeze="0", min_share=0.5, replace_head=True)
+    >>> torch.equal(target[0].weight, source[0].weight), torch.equal(target[1].weight, source[1].weight)
+    (True, False)
+    """
+    if weights is not None and replace_head:
+        kinds = (nn.Linear, nn.modules.conv._ConvNd)
+        head = [name for name, module in network.named_modules() if isinstance(module, kinds)][-1]
+        found = weights if isinstance(weights, Mapping) else read_weights(weights)
+        weights = {name: value for name, value in found.items() if not name.startswith(f"{head}.")}
+    if weights is not None:
+        load_weights(network, weights, min_share=min_share)
+    return _freeze(network, freeze).to(device, memory_format=memory_format)
 
 
 def trainable_parameters(network: nn.Module) -> Iterator[nn.Parameter]:

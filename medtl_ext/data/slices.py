@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Any, Literal
 
 import joblib
@@ -27,21 +27,18 @@ __all__ = ["SliceDataset"]
 class _Stack:
     """The chosen slices of one volume; every array is k x channels x X x Y (x Z if whole), one storage each."""
 
-    subject: str
-    slices: list[int]
+    position: int  # in the datalist
+    names: dict[str, str]  # of the subject and, where that is known, the patient
+    slices: np.ndarray
     arrays: dict[str, torch.Tensor]
     affine: np.ndarray
     shape: tuple[int, ...]
-    patient: str | None = None
 
     def keep(self, count: int) -> _Stack:
         """The first ``count`` slices, in the order of the volume."""
         order = np.argsort(self.slices[:count])
-        return replace(
-            self,
-            slices=[self.slices[place] for place in order],
-            arrays={key: array[order] for key, array in self.arrays.items()},
-        )
+        arrays = {key: array[order] for key, array in self.arrays.items()}
+        return replace(self, slices=self.slices[order], arrays=arrays)
 
 
 class SliceDataset(Dataset):
@@ -98,39 +95,40 @@ class SliceDataset(Dataset):
         self._random_start = self.transform.get_index_of_first(
             lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
         )
-        stacks = self._load_stacks(slices, max_slices, seed, num_workers, progress)
-        quotas = dict(
-            zip(stacks, _take_turns([len(stack.slices) for stack in stacks.values()], max_slices), strict=True)
-        )
-        self._stacks = [stacks.pop(position).keep(quotas[position]) for position in sorted(stacks)]
+        stacks = list(self._load_stacks(slices, max_slices, seed, num_workers, progress))
+        if not stacks:
+            raise InputError(
+                f"none of the {len(self.data)} volumes has foreground (label > 0); check the objective's values, "
+                "and the files with python -m medtl_ext.data check."
+            )
+        turns = sorted((turn, volume) for volume, stack in enumerate(stacks) for turn in range(len(stack.slices)))
+        quotas = Counter(volume for _, volume in turns[:max_slices])
+        for volume, stack in enumerate(stacks):  # one at a time, so that the memory of the others is free
+            stacks[volume] = stack.keep(quotas[volume])
+        self._stacks = sorted(stacks, key=lambda stack: stack.position)
         self._index = [(stack, place) for stack in self._stacks for place in range(len(stack.slices))]
 
     def _load_stacks(
         self, slices: str, most: int | None, seed: int, num_workers: int, progress: bool
-    ) -> dict[int, _Stack]:
-        """The volumes that have slices, by their position in the datalist, in the order in which they take turns."""
+    ) -> Iterator[_Stack]:
+        """The volumes that have slices, in the random order in which they take turns, and no more than are needed."""
         order = np.random.default_rng(seed).permutation(len(self.data)).tolist()
-        stacks: dict[int, _Stack] = {}
-        needed = takewhile(lambda _: len(stacks) != most, order)  # one slice each is enough: spare a large collection
+        given = 0
+        needed = takewhile(lambda _: given != most, order)  # one slice each is enough: spare a large collection
         load = joblib.delayed(self._load_stack)
         threads = joblib.Parallel(num_workers, require="sharedmem", return_as="generator")
         jobs = threads(load(position, slices, most, seed) for position in needed)
-        bar = tqdm(jobs, "loading volumes", total=len(order), unit="volume", disable=None if progress else True)
-        for position, stack in zip(order, bar, strict=False):
-            if stack.slices and len(stacks) != most:
-                stacks[position] = stack
-        if not stacks:
-            raise InputError(
-                f"none of the {len(order)} volumes has foreground (label > 0); check the objective's values, "
-                "and the files with python -m medtl_ext.data check."
-            )
-        return stacks
+        for stack in tqdm(jobs, "loading volumes", len(order), unit="volume", disable=None if progress else True):
+            if len(stack.slices) and given != most:
+                given += 1
+                yield stack
 
     def _load_stack(self, position: int, slices: str, most: int | None, seed: int) -> _Stack:
         """Prepare one volume and keep the slices that may be drawn, in the order in which they would be."""
-        subject = str(self.data[position].get("subject", position))
-        patient = self.data[position].get("patient")
-        volume = self.transform(dict(self.data[position]), end=self._random_start, threading=True)
+        entry = self.data[position]
+        names = {key: str(entry[key]) for key in ("subject", "patient") if entry.get(key) is not None}
+        names.setdefault("subject", str(position))
+        volume = self.transform(dict(entry), end=self._random_start, threading=True)
         arrays = {
             key: convert_to_tensor(value, track_meta=False)
             for key, value in volume.items()
@@ -140,23 +138,21 @@ class SliceDataset(Dataset):
         shapes = {key: tuple(array.shape) for key, array in arrays.items()}
         if not arrays.keys() >= set(needed) or len({shape[1:] for shape in shapes.values()}) > 1:
             raise InputError(
-                f"subject '{subject}': {' and '.join(needed)} must be arrays of channels x X x Y x Z on one grid "
-                f"before the first random transform; found {shapes or 'none'}. Load them with "
+                f"subject '{names['subject']}': {' and '.join(needed)} must be arrays of channels x X x Y x Z on one "
+                f"grid before the first random transform; found {shapes or 'none'}. Load them with "
                 "LoadImaged(ensure_channel_first=True)."
             )
-        affine = np.asarray(getattr(volume["image"], "affine", np.eye(4)), dtype=np.float64)
-        shape = shapes["image"][1:]
+        foreground = (arrays["label"] > 0).flatten(0, 2).any(0).numpy() if "label" in needed else None
         if slices == "volume":
-            whole = {key: array[None].contiguous() for key, array in arrays.items()}
-            return _Stack(subject, [0] if (arrays["label"] > 0).any() else [], whole, affine, shape, patient)
-        if slices == "foreground":
-            candidates = torch.nonzero((arrays["label"] > 0).flatten(0, 2).any(0)).flatten().numpy()
+            candidates = np.arange(int(foreground.any()))
+            chosen = {key: array[None].contiguous() for key, array in arrays.items()}
         else:
-            candidates = np.arange(shape[-1])
-        if most is not None:
-            candidates = np.random.default_rng((seed, position)).permutation(candidates)[:most]
-        cut = {key: array[..., candidates].movedim(-1, 0).contiguous() for key, array in arrays.items()}
-        return _Stack(subject, candidates.tolist(), cut, affine, shape, patient)
+            candidates = np.arange(shapes["image"][-1]) if slices == "all" else np.flatnonzero(foreground)
+            if most is not None:
+                candidates = np.random.default_rng((seed, position)).permutation(candidates)[:most]
+            chosen = {key: array[..., candidates].movedim(-1, 0).contiguous() for key, array in arrays.items()}
+        affine = np.asarray(getattr(volume["image"], "affine", np.eye(4)), dtype=np.float64)
+        return _Stack(position, names, candidates, chosen, affine, shapes["image"][1:])
 
     def __len__(self) -> int:
         return len(self._index)
@@ -165,9 +161,7 @@ class SliceDataset(Dataset):
         stack, place = self._index[index]
         # A transform may write in place, so it gets copies; it may also return MetaTensors, which are slow to batch.
         item = {key: array[place].clone() for key, array in stack.arrays.items()}
-        item |= {"subject": stack.subject, "slice": stack.slices[place]}
-        if stack.patient is not None:
-            item["patient"] = stack.patient
+        item |= {**stack.names, "slice": int(stack.slices[place])}
         if self._random_start is not None:
             item = self.transform(item, start=self._random_start)
         return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in item.items()}
@@ -175,7 +169,7 @@ class SliceDataset(Dataset):
     @property
     def geometry(self) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
         """Affine (4 x 4, voxels to mm) and spatial shape of each subject's volume when it was cut."""
-        return {stack.subject: (stack.affine, stack.shape) for stack in self._stacks}
+        return {stack.names["subject"]: (stack.affine, stack.shape) for stack in self._stacks}
 
     def plain(self) -> SliceDataset:
         """The same slices in the same order without the random transforms, for evaluation; no memory is copied."""
@@ -208,23 +202,12 @@ class SliceDataset(Dataset):
                 f"set_map got {len(maps)} maps for {len(self)} slices; give one for every slice, in order."
             )
         tensors = [torch.as_tensor(one_map, dtype=torch.float32) for one_map in maps]
-        dimensions = self._stacks[0].arrays["image"].ndim - 1
-        tensors = [one_map if one_map.ndim == dimensions else one_map[None] for one_map in tensors]
-        for number, (one_map, (stack, _)) in enumerate(zip(tensors, self._index, strict=True)):
+        for number, (stack, _) in enumerate(self._index):
             expected = (1, *stack.arrays["image"].shape[2:])
-            if tuple(one_map.shape) != expected:
-                raise InputError(f"map {number} has shape {tuple(one_map.shape)}; its slice needs {expected}.")
+            if tensors[number].shape == expected[1:]:
+                tensors[number] = tensors[number][None]
+            if tensors[number].shape != expected:
+                raise InputError(f"map {number} has shape {tuple(tensors[number].shape)}; its slice needs {expected}.")
         remaining = iter(tensors)
         for stack in self._stacks:
-            stack.arrays[key] = torch.stack(list(islice(remaining, len(stack.slices))))
-
-
-def _take_turns(counts: Sequence[int], most: int | None) -> list[int]:
-    """How many slices each volume gives when they take turns, one slice a turn, until there are enough.
-
-    >>> _take_turns([9, 1, 9], 6)
-    [3, 1, 2]
-    """
-    turns = sorted((turn, volume) for volume, count in enumerate(counts) for turn in range(count))
-    given = Counter(volume for _, volume in turns[:most])
-    return [given[volume] for volume in range(len(counts))]
+            stack.arrays[key] = torch.stack([next(remaining) for _ in stack.slices])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -151,21 +152,25 @@ def load_medmnist(path: str | os.PathLike[str]) -> ClassificationDataset:
     """
     path = Path(path)
     content = _read_npz(path)
-    parts = [_medmnist_split(content, split, path) for split in SPLITS]
-    images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-    splits = np.repeat(np.array(SPLITS), [len(part[1]) for part in parts])
-    class_names = _class_names(content, labels, splits, path)
+    images, labels = zip(*(_medmnist_split(content, split, path) for split in SPLITS), strict=True)
+    splits = np.repeat(SPLITS, [len(part) for part in labels])
+    names = tuple(f"{split}/{place}" for split, part in zip(SPLITS, labels, strict=True) for place in range(len(part)))
+    labels = np.concatenate(labels)
+    class_names = tuple(map(str, content.get("class_names", range(labels[splits == "train"].max(initial=0) + 1))))
+    if labels.max(initial=0) >= len(class_names):
+        raise InputError(
+            f"{path} has label {labels.max()}, but {len(class_names)} classes (0 to {len(class_names) - 1}) by its "
+            f"{'class_names' if 'class_names' in content else 'training labels'}; correct the labels."
+        )
+    _require_classes(labels[splits == "train"], len(class_names), path)
     subjects = None
     if all(f"{split}_subjects" in content for split in SPLITS):
         subjects = tuple(str(name) for split in SPLITS for name in content[f"{split}_subjects"])
-        if len(subjects) != len(labels):
-            raise InputError(f"{path} has {len(subjects)} subjects for {len(labels)} images; expected one for each.")
-        _refuse_shared_subjects(subjects, splits, path)
-    names = tuple(
-        f"{split}/{place}" for split, part in zip(SPLITS, parts, strict=True) for place in range(len(part[1]))
-    )
+        _require_one_split_each(subjects, splits, path)
     synthetic = bool(content.get("synthetic", False))
-    return ClassificationDataset(path.stem, images, labels, splits, class_names, subjects, names, synthetic)
+    return ClassificationDataset(
+        path.stem, np.concatenate(images), labels, splits, class_names, subjects, names, synthetic
+    )
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -188,10 +193,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def _medmnist_split(content: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     images, labels = content[f"{split}_images"], content[f"{split}_labels"]
     where = f"{path}: {split}_"
-    if (images.ndim == 4 and images.shape[-1] != 3) or images.ndim > 4:
-        raise InputError(f"{where}images has shape {images.shape}, which is 3D; expected N x H x W or N x H x W x 3.")
-    if images.ndim < 3 or images.dtype != np.uint8:
-        raise InputError(f"{where}images is {images.dtype} of shape {images.shape}; expected uint8, N x H x W (x 3).")
+    if images.ndim < 3 or images.shape[3:] not in ((), (3,)) or images.dtype != np.uint8:
+        raise InputError(
+            f"{where}images is {images.dtype} of shape {images.shape}; expected uint8, N x H x W or N x H x W x 3 (2D)."
+        )
     if labels.ndim == 2 and labels.shape[1] > 1:
         raise InputError(
             f"{where}labels has {labels.shape[1]} labels an image (multi-label, as ChestMNIST); transferability scores "
@@ -207,31 +212,16 @@ def _medmnist_split(content: Mapping[str, np.ndarray], split: str, path: Path) -
     return images, labels.astype(np.int64)
 
 
-def _class_names(
-    content: Mapping[str, np.ndarray], labels: np.ndarray, splits: np.ndarray, path: Path
-) -> tuple[str, ...]:
-    """The names of the classes; every class up to the largest label must have been seen in training."""
-    training = np.bincount(labels[splits == "train"], minlength=1)
-    n_classes = len(content["class_names"]) if "class_names" in content else len(training)
-    if len(labels) and int(labels.max()) >= n_classes:
-        raise InputError(
-            f"{path} has label {int(labels.max())}, but {n_classes} classes (0 to {n_classes - 1}) by its "
-            f"{'class_names' if 'class_names' in content else 'training labels'}; correct the labels."
-        )
-    _require_classes(training[training > 0], n_classes, path)
-    if "class_names" in content:
-        return tuple(str(name) for name in content["class_names"])
-    return tuple(str(label) for label in range(n_classes))
-
-
-def _require_classes(present: Sequence[int], n_classes: int, path: Path) -> None:
+def _require_classes(training: np.ndarray, n_classes: int, path: Path) -> None:
     if n_classes < 2:
         raise InputError(f"{path} has one class in training; expected two or more to tell apart.")
-    if len(present) < n_classes:
-        raise InputError(f"{path} has training images of {len(present)} of its {n_classes} classes; expected all.")
+    if (present := len(np.unique(training))) < n_classes:
+        raise InputError(f"{path} has training images of {present} of its {n_classes} classes; expected all.")
 
 
-def _refuse_shared_subjects(subjects: Sequence[str], splits: np.ndarray, path: Path) -> None:
+def _require_one_split_each(subjects: Sequence[str], splits: np.ndarray, path: Path) -> None:
+    if len(subjects) != len(splits):
+        raise InputError(f"{path} has {len(subjects)} subjects for {len(splits)} images; expected one for each.")
     held: dict[str, str] = {}
     for subject, split in zip(subjects, splits, strict=True):
         if held.setdefault(subject, split) != split:
@@ -277,9 +267,8 @@ def load_image_folder(
         if file.suffix.lower() in SUFFIXES
     ]
     labels = np.array([label for _, label, _ in files], dtype=np.int64)
-    splits = np.array([split for *_, split in files]) if has_splits else _drawn_splits(labels, seed)
-    training = np.bincount(labels[splits == "train"], minlength=1) if len(files) else np.zeros(1, int)
-    _require_classes(training[training > 0], len(classes), path)
+    splits = np.array([split for *_, split in files], dtype=str) if has_splits else _drawn_splits(labels, seed)
+    _require_classes(labels[splits == "train"], len(classes), path)
     images = [read_image(file, size) for file, *_ in tqdm(files, "reading images", disable=None if progress else True)]
     if len({image.shape[:2] for image in images}) > 1:
         raise InputError(f"{path} holds images of several sizes; give size=... to bring them to one.")
@@ -306,17 +295,16 @@ def load_classification(path: str | os.PathLike[str], *, size: int | None = None
         return load_medmnist(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        name, file, class_names = str(content["name"]), content["medmnist"], tuple(map(str, content["class_names"]))
-        dataset = load_medmnist(path.parent / file)
+        file, names = path.parent / content["medmnist"], tuple(map(str, content["class_names"]))
+        name = str(content["name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"{path} describes no MedMNIST file ({error!r}); write one with python -m medtl_ext.data read medmnist."
         ) from error
-    if len(class_names) != dataset.n_classes:
-        raise InputError(f"{path} names {len(class_names)} classes, {file} has {dataset.n_classes}; correct the names.")
-    return replace(dataset, name=name, class_names=class_names)
+    dataset = load_medmnist(file)
+    if len(names) != dataset.n_classes:
+        raise InputError(f"{path} names {len(names)} classes, {file} has {dataset.n_classes}; correct the names.")
+    return replace(dataset, name=name, class_names=names)
 
 
 def _drawn_splits(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -382,18 +370,10 @@ def sample_per_class(
             rows = np.flatnonzero((dataset.splits == split) & (dataset.labels == label))
             if number is not None and len(rows) < number:
                 logger.info("%s: class %s has %d %s images, %d asked", dataset.name, name, len(rows), split, number)
-            drawn.append(_in_turns(dataset, generator.permutation(rows))[:number])
+            rows = generator.permutation(rows)
+            if dataset.subjects is not None:  # every patient once before any twice
+                patients = pd.Series([dataset.subjects[row] for row in rows])
+                rows = rows[np.argsort(patients.groupby(patients).cumcount().to_numpy(), kind="stable")]
+            drawn.append(rows[:number])
         chosen.append(generator.permutation(np.concatenate(drawn)))
     return dataset.select(np.concatenate(chosen))
-
-
-def _in_turns(dataset: ClassificationDataset, rows: np.ndarray) -> np.ndarray:
-    """The rows so that every patient comes once before any comes twice."""
-    if dataset.subjects is None:
-        return rows
-    seen: dict[str, int] = {}
-    turns = [seen.setdefault(dataset.subjects[row], -1) for row in rows]
-    for place, row in enumerate(rows):
-        seen[dataset.subjects[row]] += 1
-        turns[place] = seen[dataset.subjects[row]]
-    return rows[np.argsort(turns, kind="stable")]

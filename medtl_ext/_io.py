@@ -46,7 +46,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
-def write_csv(path: str | os.PathLike[str], table: pd.DataFrame) -> None:
-    """Write a table without its index, whole or not at all; numbers with six digits."""
+def write_csv(path: str | os.PathLike[str], table: pd.DataFrame, *, digits: int | None = 6) -> None:
+    """Write a table without its index, whole or not at all; numbers with so many digits, or (None) in full."""
     with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
+        table.to_csv(temporary, index=False, float_format=digits and f"%.{digits}g")

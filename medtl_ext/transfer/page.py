@@ -15,14 +15,16 @@ import monai
 import numpy as np
 import pandas as pd
 import torch
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
 
 from medtl_ext import __version__
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
-from medtl_ext.bundle import current_config, run_command, shell_word
+from medtl_ext.transfer.config import current_config
+from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word
 
-__all__ = ["html_report"]
+__all__ = ["Report", "html_report"]
 
 CAPTIONS = {
     "agreement": "What each ranking was worth",
@@ -39,70 +41,22 @@ CAPTIONS = {
 LONG, MOST = 12, 300
 """Rows from which a table is folded, and rows of it that are shown."""
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #5d6670; --line: #d9dde1; --paper: #fff; --tint: #f3f5f7; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8ea; --soft: #9aa4ae; --line: #3a4147; --paper: #16191c; --tint: #20252a; } }
-body { margin: 0 auto; padding: 1.2rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0; line-height: 1.25; } h2 { margin: 2.2rem 0 .6rem; } h3 { margin: 1.2rem 0 .3rem; }
-.question, .small, figcaption { color: var(--soft); } .small { font-size: .85rem; }
-.verdict { padding: .3rem 1.1rem; border-left: .3rem solid #0072b2; background: var(--tint); }
-.synthetic { padding: .5rem 1.1rem; border: 2px solid #d55e00; }
-figure { margin: 1.4rem 0; } figure img { max-width: 100%; height: auto; background: #fff; }
-.scroll { overflow-x: auto; } summary { cursor: pointer; padding: .4rem 0; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { background: var(--tint); } th, td { white-space: nowrap; } td.number { text-align: right; }
-td.long { min-width: 9rem; max-width: 24rem; white-space: normal; overflow-wrap: anywhere; }
-tr > :first-child { position: sticky; left: 0; background: var(--tint); }
-pre { padding: .7rem; background: var(--tint); white-space: pre-wrap; font-size: .85rem; }
-@media print { :root { --ink: #000; --soft: #444; --paper: #fff; --tint: #f3f5f7; } body { max-width: none; }
-  figure, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: .6rem; } }
-</style>
-</head>
-<body>
-{% macro inline(text) %}{% for part in text | parts %}
-{% if loop.index0 is odd %}<strong>{{ part }}</strong>{% else %}{{ part }}{% endif %}{% endfor %}{% endmacro %}
-{% macro grid(columns, rows) %}<div class="scroll"><table>
-<thead><tr>{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows %}<tr>{% for cell in row %}
-<td class="{{ "number" if cell | number else "long" if cell | length > 24 }}">{{ inline(cell) }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endmacro %}
-{% macro show(blocks) %}{% for kind, content in blocks %}
-{% if kind == "heading" %}<h3>{{ inline(content) }}</h3>
-{% elif kind == "list" %}<ul>{% for item in content %}<li>{{ inline(item) }}</li>{% endfor %}</ul>
-{% elif kind == "table" %}{{ grid(content[0], content[1:]) }}
-{% elif kind == "command" %}<pre><code>{{ content }}</code></pre>
-{% else %}<p>{{ inline(content) }}</p>{% endif %}{% endfor %}{% endmacro %}
-<header><h1>{{ title }}</h1><p class="question">{{ question }}</p></header>
-<main>
-{% if synthetic %}<p class="synthetic"><strong>Synthetic data.</strong> Everything on this page was computed from
-synthetic images; it says nothing about a clinic.</p>{% endif %}
-{% if verdict %}<section class="verdict">{{ show(verdict) }}</section>{% endif %}
-{% if figures %}<h2>Figures</h2>{% for name, caption, data in figures %}
-<figure><img src="data:image/png;base64,{{ data }}" alt="{{ caption }}">
-<figcaption>{{ caption }} ({{ name }})</figcaption></figure>{% endfor %}{% endif %}
-{% if details or tables %}<h2>Tables</h2>{{ show(details) }}{% for table in tables %}
-<details{% if table.open %} open{% endif %}><summary><strong>{{ table.caption }}</strong>
-<span class="small">({{ table.source }})</span></summary>
-{{ grid(table.columns, table.rows) }}
-{% if table.hidden %}<p class="small">{{ table.hidden }} more rows are in {{ table.source }}.</p>{% endif %}
-</details>{% endfor %}{% endif %}
-<h2>How it was made</h2>
-{% if command %}<p>To do it again:</p><pre><code>{{ command }}</code></pre>{% endif %}
-{% if options %}<details><summary>Options</summary>{{ grid(["option", "value"], options) }}</details>{% endif %}
-<p class="small">{{ versions }}. In the folder of this run: {{ files | join(", ") }}.</p>
-</main>
-</body>
-</html>
-"""
+
+class Report:
+    """A step that writes `html_report` of the run.
+
+    Args:
+        run: whose folder it is of; without figures there is no report.
+        title, question, synthetic: see `html_report`.
+    """
+
+    def __init__(self, *, run: Run, title: str, question: str, synthetic: bool) -> None:
+        self.here, self.page = run, {"title": title, "question": question, "synthetic": synthetic}
+
+    def write(self) -> None:
+        """Write the page, in the first of several processes."""
+        if self.here.figures and self.here.leads:
+            html_report(self.here.folder, **self.page)
 
 
 def html_report(output_dir: str | os.PathLike[str], *, title: str, question: str, synthetic: bool) -> Path:
@@ -136,9 +90,11 @@ def html_report(output_dir: str | os.PathLike[str], *, title: str, question: str
     tables = [t for p in sorted(folder.glob("*.csv")) if not p.with_suffix(".md").is_file() for t in _tables(p)]
     if not (verdict or details or figures or tables):
         raise InputError(f"{folder} holds no text, table or figure to report; give the folder of a finished run.")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"parts": lambda text: re.split(r"\*\*(.+?)\*\*", text), "number": _is_number}
-    page = environment.from_string(_PAGE).render(
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=FileSystemLoader(Path(__file__).parent)
+    )
+    environment.filters |= {"number": _is_number, "markdown": _html}
+    page = environment.get_template("report.html.jinja").render(
         title=title,
         question=question,
         synthetic=synthetic,
@@ -157,52 +113,40 @@ def html_report(output_dir: str | os.PathLike[str], *, title: str, question: str
     return folder / "report.html"
 
 
-def _texts(folder: Path) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
-    """The blocks of all texts: what they conclude, and, from a page's first table on, the rest."""
-    details: list[tuple[str, Any]] = []
-    said = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+def _html(text: str) -> str:
+    """Markdown as our reports are written in it; what would be HTML is escaped, and a command is code."""
+    text = re.sub(r"^(python -m .*)$", r"\n~~~\n\1\n~~~\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^#+ ", "### ", text, flags=re.MULTILINE)
+    rules = ["heading", "list", "table", "fence", "emphasis", "balance_pairs", "fragments_join"]
+    page = MarkdownIt("zero").enable(rules, ignoreInvalid=True).render(text)
+    page = page.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    return page.replace("<th>", '<th scope="col">')
+
+
+def _texts(folder: Path) -> tuple[str, str]:
+    """All texts in Markdown: what they conclude, and, from a page's first table on, the rest."""
+    verdict = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         text = content.get("text") if isinstance(content, dict) and path.name != "config.json" else None
-        if isinstance(text, str) and text not in said:  # an answer may quote the audit
-            said += f"\n\n{text}"
-    verdict = _blocks(said)
+        if isinstance(text, str) and text not in verdict:  # an answer may quote the audit
+            verdict += f"\n\n{text}"
+    details = ""
     for path in sorted(folder.glob("*.md")):
-        blocks = _blocks(path.read_text(encoding="utf-8"))
-        kinds = [kind for kind, _ in blocks]
-        first = kinds.index("table") if "table" in kinds else len(blocks)
+        blocks = re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip())
+        blocks = blocks[blocks[0].startswith("# ") :]  # the page has a title
+        table = next((place for place, block in enumerate(blocks) if block.startswith("|")), len(blocks))
         # A table belongs to the heading above it, or to the line that leads to it.
-        above = [place for place in range(1, first) if kinds[place] == "heading"]
-        cut = first if first == len(blocks) else (above or [max(first - 1, 0)])[-1]
-        verdict += [block for place, block in enumerate(blocks[:cut]) if place or block[0] != "heading"]
-        details += blocks[cut:]
-    return verdict, details
-
-
-def _blocks(text: str) -> list[tuple[str, Any]]:
-    """Headings, lists, tables, commands and paragraphs of the Markdown that our reports are written in."""
-    blocks: list[tuple[str, Any]] = []
-    for block in re.split(r"\n\s*\n|\n(?=python -m )", text.strip()):
-        lines = block.strip().splitlines()
-        if block.startswith("#"):
-            blocks.append(("heading", block.lstrip("# ")))
-        elif block.startswith("- "):
-            items = [line.removeprefix("- ") for line in lines]
-            if blocks and blocks[-1][0] == "list":
-                blocks[-1][1].extend(items)
-            else:
-                blocks.append(("list", items))
-        elif block.startswith("|"):
-            rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in lines]
-            blocks.append(("table", [rows[0], *rows[2:]]))
-        elif block:
-            blocks.append(("command" if block.startswith("python -m ") else "paragraph", block))
-    return blocks
+        above = [place for place in range(table) if blocks[place].startswith("#")]
+        cut = table if table == len(blocks) else (above or [max(table - 1, 0)])[-1]
+        verdict += "\n\n" + "\n\n".join(blocks[:cut])
+        details += "\n\n" + "\n\n".join(blocks[cut:])
+    return verdict.strip(), details.strip()
 
 
 def _tables(path: Path) -> list[dict[str, Any]]:
     """A CSV file as a table, and above scores per patient their mean."""
-    table = pd.read_csv(path, dtype={"subject": str, "patient": str})  # a patient 007 is not 7
+    table = read_table(path)
     tables = [_table(path, table, _caption(path))]
     scores = [name for name in ("dice", "iou") if name in table]
     if {"split", "subject", "class"} <= set(table) and scores:

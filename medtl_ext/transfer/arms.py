@@ -1,0 +1,72 @@
+"""Arms: ways to use the labels that are trained to the end and compared; and the audit of the common ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medtl_ext.ranking import Verdict
+from medtl_ext.transfer.jobs import Arm, Job, Run
+from medtl_ext.transfer.report import audit_report
+from medtl_ext.transfer.sources import Source
+from medtl_ext.transfer.tasks import SegmentationTask
+
+__all__ = ["TransferAudit", "arm_rows", "finetuning_job"]
+
+logger = logging.getLogger(__name__)
+
+
+def finetuning_job(run: Run, folder: Path, source: Source | None, **overrides: Any) -> Job:
+    """The run of ``finetune.json`` from a source, or of ``scratch.json`` (None), in a folder."""
+    overrides = {"seed": run.seed} | ({"check_data": False} if "check_data" in run.config else {}) | overrides
+    if source is None:
+        return run.job(folder, "scratch", source_task=None, source_ckpt=None, **overrides)
+    overrides |= {"source_task": source.task or source.name, "source_ckpt": source.checkpoint}
+    if source.network is not None:
+        # The head is fresh if the target has other classes; what is not this bundle's encoder is not frozen blindly.
+        network = dict(source.network)
+        overrides["network_def"] = network | ({"out_channels": "@n_classes"} if "out_channels" in network else {})
+        overrides |= {"freeze": source.encoder} if "freeze" in run.config else {}
+    return run.job(folder, "finetune", **overrides)
+
+
+def arm_rows(arms: Sequence[Arm]) -> pd.DataFrame:
+    """The scores of all arms in one table, whose column ``method`` is the arm."""
+    return pd.concat([arm.last.read().assign(method=arm.name) for arm in arms], ignore_index=True)
+
+
+class TransferAudit:
+    """A step that finishes the other ways to use the labels, compares all on validation patients, and says what to do.
+
+    Each arm is a run of its own below ``audit`` in the output folder, and is kept. Writes the files of
+    `medtl_ext.transfer.audit_report`. Without patients to validate on there is no audit.
+
+    Args:
+        run, target: what was run (its option ``method`` is one of the arms), and the target task.
+        source: where arms start from. The untouched source is left out where its classes are not the target's.
+        arms: names of overlay configs; none leaves the audit out.
+    """
+
+    def __init__(self, *, run: Run, target: SegmentationTask, source: Source, arms: Sequence[str]) -> None:
+        self.here, self.target, self.source, self.arms = run, target, source, arms
+
+    def run(self) -> Verdict | None:
+        """Train, compare, and write it down; None where there is nothing to compare."""
+        config, folder = self.here.config, self.here.folder
+        if not (self.here.leads and self.arms and config["val_split"] == "val"):
+            return None
+        method, names = config["method"], list(self.arms)
+        if self.source.n_classes != self.target.n_classes and "zero_shot" in names:
+            logger.info("audit without zero-shot: source and target have different numbers of classes")
+            names.remove("zero_shot")
+        options = {"audit#arms": [], "check_data": False}
+        jobs = [self.here.job(folder / "audit" / name, name, **options) for name in names if name != method]
+        arms = [Arm(method, (self.here.job(folder),)), *(Arm(job.output_dir.name, (job,)) for job in jobs)]
+        self.here.train_arms(arms, "transfer audit")
+        verdict = audit_report(arm_rows(arms), folder, method=method, synthetic=self.target.synthetic)
+        logger.info("%s", verdict.text)
+        return verdict

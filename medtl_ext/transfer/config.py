@@ -1,0 +1,343 @@
+"""What bundles' configs need of themselves: where they are, whether the options make sense, and whose folder this is.
+
+MONAI evaluates a config lazily and knows neither its own folder nor a misspelled option: the functions here find the
+`monai.bundle.ConfigWorkflow` that is evaluating them by walking up the call stack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import cpu_count
+from monai.bundle import ConfigWorkflow
+
+from medtl_ext._io import write_json
+from medtl_ext._validation import InputError
+from medtl_ext.data.collection import load_collection
+
+# Settings that say how and where a run is carried out, not what it computes.
+HOW_NOT_WHAT = {"bundle_root", "output_dir", "source_dir", "settle", "figures", "progress", "check_data", "n_jobs"}
+HOW_NOT_WHAT |= {"num_workers", "device", "rank", "imports", "initialize", "run", "finalize"}
+# Settings with parts, which also decide what a run computes.
+DECIDING = ("network_def", "loss", "loss_def", "region_loss", "leep", "optimizer", "lr_scheduler", "early_stopping")
+DECIDING += ("weight_map", "grid", "train#deterministic_transforms", "train#random_transforms")
+LEAST = {"seed": 0, "pool_seed": 0, "num_workers": 0, "epochs": 0, "pool_epochs": 1, "patience": 1}
+LEAST |= {"batch_size": 1, "iterations_per_epoch": 1, "val_interval": 1}
+# Options that may name a file, of which the content counts and not the place.
+WHAT_IS_IN = dict.fromkeys(("collection", "source_collection"), "patients, splits or files")
+WHAT_IS_IN |= {"affinity": "weights"}
+CONTENT = "content {}"
+# What the command line leaves as text, where a config would have a value.
+JSON_WORDS = {"true": True, "false": False, "null": None}
+
+
+def current_workflow() -> ConfigWorkflow | None:
+    """The `ConfigWorkflow` that is evaluating the calling expression, or None outside of one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigWorkflow):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def bundle_root() -> str:
+    """Absolute path of the bundle whose config is being evaluated: the parent of its ``configs`` folder.
+
+    Makes ``"bundle_root": "$bundle.bundle_root()"`` right from the repository root, from inside the bundle and in a
+    copy elsewhere. Outside of a `ConfigWorkflow` (a bare `ConfigParser`) it is the current folder.
+    """
+    workflow = current_workflow()
+    if workflow is None:
+        return str(Path.cwd())
+    folder = Path(workflow.config_root_path).resolve()
+    return str(folder.parent if folder.name == "configs" else folder)
+
+
+def start() -> None:
+    """First line of every ``initialize``: read ``--audit false`` as JSON would, and refuse misspelled options.
+
+    Also lets an `InputError` end the program with one line instead of a traceback, and silences MONAI's own warnings of
+    deprecation.
+
+    Raises:
+        InputError: a top-level key is neither declared nor used by any config of the bundle, which is what a misspelled
+            ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here; no
+            epoch would be validated; a config for several processes runs in one that torchrun did not start.
+    """
+    _show_input_errors_as_one_line()
+    torch.set_num_threads(threads_for(1))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"monai\.")
+    workflow = current_workflow()
+    if workflow is None:
+        return
+    for key, value in workflow.parser.get().items():
+        if isinstance(value, str) and value in JSON_WORDS:
+            workflow.parser[key] = JSON_WORDS[value]
+    config = workflow.parser.get()
+    _check_names(config, Path(workflow.config_root_path))
+    _check_kinds(config, Path(workflow.config_root_path))
+    _check_validation(config)
+    if "RANK" not in os.environ and any("init_process_group" in text for text in _strings(config.get("initialize"))):
+        raise InputError(
+            "a multi_gpu config is for several processes; start it by `torchrun --nproc_per_node=2 -m monai.bundle run "
+            "...`, one process a GPU, or leave it out."
+        )
+
+
+def _declared_options(folder: Path) -> dict[str, set[str]]:
+    """The top-level keys of each config of a bundle: a key that an overlay sets to nothing is still an option."""
+    contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: {key.split("#")[0] for key in content} for name, content in contents.items()}
+
+
+def _check_names(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse options that nothing in this run uses: misspelled ones, and those of another config.
+
+    MONAI does not say which files a config was read from: those whose keys are all in it may be among them.
+    """
+    declared = _declared_options(folder)
+    used = {name for text in _strings(config) for name in re.findall(r"[@%]([A-Za-z_]\w*)", text)}
+    known = used.union(*(keys for keys in declared.values() if keys <= config.keys()))
+    for key in config:
+        if key in known or key.startswith("_"):
+            continue
+        if files := [name for name, keys in declared.items() if key in keys and name != "metadata.json"]:
+            inside = ", which the trainings here take from --settings" if "settings" in config else ""
+            raise InputError(f"option --{key} does nothing here; it is one of {', '.join(files)}{inside}.")
+        docs = "; see the bundle's docs/README.md for the options it has."
+        raise InputError(f"option --{key} is not used by this bundle{_hint(key, known, docs, '--')}")
+
+
+def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse text where the bundle's own configs have numbers, and the like."""
+    kinds: dict[str, set[type]] = {}
+    for path in sorted(folder.glob("*.json")):
+        for key, value in json.loads(path.read_text(encoding="utf-8")).items():
+            if value is not None and not _is_expression(value):
+                kinds.setdefault(key, set()).add(type(value))
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    for key, value in config.items():
+        known = kinds.get(key, set())
+        if not known & names.keys() or value is None or _is_expression(value):
+            continue
+        fits = type(value) in known or (type(value) is int and float in known)
+        if not fits:
+            expected = " or ".join(name for kind, name in names.items() if kind in known)
+            raise InputError(f"option --{key} is {value!r}; expected {expected}.")
+        if key in LEAST and isinstance(value, int | float) and value < LEAST[key]:
+            raise InputError(f"option --{key} is {value}; expected at least {LEAST[key]}.")
+
+
+def _check_validation(config: Mapping[str, Any]) -> None:
+    """Refuse a training that would end before its first validation, and so without a best network to score."""
+    interval, epochs = (_number(config, name) for name in ("val_interval", "epochs"))
+    if interval is not None and epochs is not None and interval > epochs > 0:
+        raise InputError(
+            f"--val_interval is {interval}, --epochs {epochs}: no epoch would be validated; give at most --epochs."
+        )
+
+
+def _number(config: Mapping[str, Any], name: str) -> float | None:
+    """The number that a setting is or refers to (``@epochs``); None if it is neither, as an expression."""
+    value = config.get(name)
+    for _ in config:  # so many references at most
+        if not (isinstance(value, str) and value.startswith("@")):
+            break
+        value = config.get(value[1:])
+    return value if isinstance(value, int | float) else None
+
+
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, str) and value[:1] in ("$", "@", "%")
+
+
+def _strings(config: Any) -> Iterator[str]:
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, Mapping):
+        for value in config.values():
+            yield from _strings(value)
+    elif isinstance(config, Sequence):
+        for value in config:
+            yield from _strings(value)
+
+
+def _show_input_errors_as_one_line() -> None:
+    """On the command line, print an `InputError` without the traceback of the config machinery around it."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    if program is None or program.name != "monai.bundle.__main__":
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        cause = innermost_or_input_error(error)
+        if isinstance(cause, InputError):
+            print(f"\nerror: {cause}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+def innermost_or_input_error(error: BaseException) -> BaseException:
+    """What a chain of errors began with, or what we say of it, where we do."""
+    while not isinstance(error, InputError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def current_config() -> dict[str, Any]:
+    """The config being evaluated as plain JSON content, with every override in it and ``bundle_root`` made absolute.
+
+    Raises:
+        InputError: called outside of a `ConfigWorkflow`, or an override is not a JSON value.
+    """
+    workflow = current_workflow()
+    if workflow is None:
+        raise InputError("a run inside a run needs a ConfigWorkflow: start it with `python -m monai.bundle run`.")
+    content = {key: value for key, value in workflow.parser.get().items() if key != "_meta_"}
+    content["bundle_root"] = workflow.parser.get_parsed_content("bundle_root")
+    try:
+        return json.loads(json.dumps(content))
+    except TypeError as error:
+        raise InputError(
+            f"the config holds a value that is no JSON ({error}); pass overrides as JSON values."
+        ) from error
+
+
+def identity(config: Mapping[str, Any], *, without: Container[str] = ()) -> dict[str, Any]:
+    """What decides what a run of a config computes: its plain settings, and network, loss, optimizer, transforms.
+
+    Of a collection or a file of weights that a setting names it is the content, wherever the file lies.
+
+    Args:
+        config: see `current_config`.
+        without: names of settings that do not count.
+    """
+    plain = (str, int, float, bool, list, type(None))
+    found = {k: v for k, v in config.items() if isinstance(v, plain) and k not in HOW_NOT_WHAT and k[:1] != "_"}
+    for name in DECIDING:
+        value: Any = config
+        for part in name.split("#"):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        found |= {} if value is None else {name: value}
+    found |= {name: CONTENT.format(_fingerprint(name, path)) for name, path in _files_in(config).items()}
+    return {name: value for name, value in sorted(found.items()) if name not in without}
+
+
+def _files_in(config: Mapping[str, Any]) -> dict[str, Path]:
+    named = {name: config.get(name) for name in WHAT_IS_IN}
+    return {name: Path(path) for name, path in named.items() if isinstance(path, str) and Path(path).is_file()}
+
+
+def _fingerprint(name: str, path: Path) -> str:
+    if name == "affinity":
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return load_collection(path).fingerprint
+
+
+def claim_output(output_dir: str | os.PathLike[str]) -> Path:
+    """Make ``output_dir`` ready for this run and no other, and leave the run's config in it as ``config.json``.
+
+    An interrupted or finished run with the same settings is continued; one with other settings is never overwritten,
+    unless it stopped before it wrote anything, as bad input makes it.
+
+    Raises:
+        InputError: the folder cannot be written to, or holds a run with other settings.
+    """
+    folder = writable(output_dir)
+    config = current_config()
+    now, record = identity(config), folder / "config.json"
+    if record.is_file() and any(path != record for path in folder.glob("[!.]*")):
+        _require_same(f"output folder {folder} holds a run", record, now)
+    elif int(os.environ.get("RANK", 0)) == 0:
+        theirs = [name for name in ("model.pt", "last.pt", "metrics.csv") if (folder / name).exists()]
+        if theirs and not record.is_file():
+            raise InputError(
+                f"output folder {folder} holds {theirs[0]} of no run that is known here, which would be replaced; give "
+                "another folder with --output_dir."
+            )
+        write_json(record, config | {"_identity_": now})
+    return folder
+
+
+def _require_same(holds: str, record: Path, now: Mapping[str, Any]) -> None:
+    """Refuse what has another identity than the record of before."""
+    before = json.loads(record.read_text(encoding="utf-8")).get("_identity_", {})
+    for name in sorted(before.keys() | now.keys()):
+        one, other = before.get(name), now.get(name)
+        if one == other:
+            continue
+        what = f"{holds} with {name}={one!r}, this one has {other!r}"
+        if name in WHAT_IS_IN and all(str(value).startswith(CONTENT[:-2]) for value in (one, other)):
+            what = f"{holds} on another {name}, with other {WHAT_IS_IN[name]} than this one has"
+        raise InputError(f"{what}; give another folder with --output_dir, or delete that one.")
+
+
+def writable(output_dir: str | os.PathLike[str]) -> Path:
+    """The folder, made where it is not there."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
+        ) from error
+    return folder
+
+
+def study_config(output_dir: str | os.PathLike[str], settings: Mapping[str, Any], **decided: Any) -> dict[str, Any]:
+    """Content of the bundle's ``train.json`` with the ``settings`` of a study in it, which all its runs share.
+
+    A study may grow: more targets, seeds or methods in the same folder find the runs there done. Its settings may not
+    change once it has runs: they are kept as ``settings.json``.
+
+    Args:
+        output_dir: of the study.
+        settings: options of ``train.json``.
+        decided: what else all runs share.
+
+    Raises:
+        InputError: settings that are none of the bundle's options, or others than those of the study in the folder.
+    """
+    if not isinstance(settings, Mapping):
+        raise InputError(f"settings is {settings!r}; expected options of train.json by name.")
+    root = Path(current_config()["bundle_root"])
+    known = set().union(*_declared_options(root / "configs").values())
+    for name in settings:
+        if name.split("#")[0] not in known:
+            raise InputError(f"settings holds {name}, which is no option of this bundle{_hint(name, known, '.')}")
+    record = writable(output_dir) / "settings.json"
+    now = json.loads(json.dumps(identity(settings) | decided))
+    if record.is_file() and (record.parent / "runs").is_dir():
+        _require_same(f"output folder {output_dir} holds a study", record, now)
+    write_json(record, {"settings": dict(settings), **decided, "_identity_": now})
+    train = json.loads((root / "configs" / "train.json").read_text(encoding="utf-8"))
+    return train | {"source_dir": str(root / "models" / "sources")} | dict(settings) | {"bundle_root": str(root)}
+
+
+def _hint(name: str, known: Collection[str], otherwise: str, option: str = "") -> str:
+    near = get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {option}{near[0]}?" if near else otherwise
+
+
+def threads_for(n_jobs: int) -> int:
+    """Threads for each of several runs: never all cores, for OpenMP threads that wait for a busy core cost far more
+    than the last core gives (measured: 30 times slower on two cores with one busy).
+    """
+    return max(1, cpu_count() // max(n_jobs, 2))

@@ -1,0 +1,160 @@
+"""Steps around a training: read the data before it, train, and score every patient or image after it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import ignite.distributed as idist
+import numpy as np
+import pandas as pd
+from ignite.engine import Events
+from monai.data import DataLoader
+from monai.engines import Evaluator, Trainer
+from monai.handlers import EarlyStopHandler
+
+from medtl_ext._io import write_csv
+from medtl_ext.networks import load_weights
+from medtl_ext.transfer.sources import TargetTask
+from medtl_ext.transfer.tasks import image_auc, probability_columns
+
+__all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining"]
+
+logger = logging.getLogger(__name__)
+
+
+class DataCheck:
+    """A step that reads every file of a task before anything long runs.
+
+    Args:
+        task: the task.
+        splits: those that will be used.
+        enabled: false leaves it out.
+    """
+
+    def __init__(self, *, task: TargetTask, splits: Sequence[str], enabled: bool = True) -> None:
+        self.task, self.splits, self.enabled = task, list(dict.fromkeys(splits)), enabled
+
+    def run(self) -> None:
+        """Raise an `InputError` on the first error, log the warnings."""
+        if self.enabled:
+            self.task.check(self.splits)
+
+
+class StoppedTraining:
+    """A step that trains until validation has not improved for a while, or the epochs are over.
+
+    Args:
+        trainer, evaluator: MONAI engines; the trainer validates by the evaluator.
+        early_stopping: gets the trainer, which does not exist yet when a config makes it.
+    """
+
+    def __init__(self, *, trainer: Trainer, evaluator: Evaluator, early_stopping: EarlyStopHandler) -> None:
+        self.trainer, self.evaluator, self.early_stopping = trainer, evaluator, early_stopping
+
+    def run(self) -> None:
+        self.early_stopping.set_trainer(self.trainer)
+        self.early_stopping.attach(self.evaluator)
+        logging.getLogger("ignite.handlers.early_stopping.EarlyStopping").setLevel(logging.WARNING)  # says it twice
+        self.trainer.run()
+        self.evaluator.remove_event_handler(self.early_stopping, Events.EPOCH_COMPLETED)
+        logger.info("trained for %d of at most %d epochs", self.trainer.state.epoch, self.trainer.state.max_epochs)
+
+
+class ScorePatients:
+    """A step that scores a trained network on the patients of each split and writes ``metrics.csv``.
+
+    Columns: ``method, seed, split``, and those of the evaluator's `medtl_ext.handlers.SubjectTable`.
+
+    Args:
+        evaluator: MONAI evaluator with that handler.
+        splits: their names.
+        loaders: of each split, unshuffled.
+        output_dir, method, seed: where the table goes and what its columns of these names say.
+        checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder.
+    """
+
+    def __init__(
+        self,
+        *,
+        evaluator: Evaluator,
+        splits: Sequence[str],
+        loaders: Sequence[DataLoader],
+        output_dir: str,
+        method: str,
+        seed: int,
+        checkpoint: str | None = None,
+    ) -> None:
+        self.evaluator, self.loaders = evaluator, dict(zip(splits, loaders, strict=True))
+        self.folder, self.method, self.seed = Path(output_dir), method, seed
+        self.checkpoint = checkpoint or str(self.folder / "model.pt")
+
+    def run(self) -> pd.DataFrame:
+        """Score, write, and return the table."""
+        idist.barrier()  # the checkpoint is written by one process
+        network = getattr(self.evaluator.network, "module", self.evaluator.network)
+        load_weights(network, self.checkpoint, min_share=1.0)
+        parts = []
+        for split, loader in self.loaders.items():
+            self.evaluator.data_loader = loader
+            self.evaluator.state.epoch_length = len(loader)
+            self.evaluator.run()
+            parts.append(self._scored(split, loader))
+        table = pd.concat(parts, ignore_index=True)
+        table.insert(0, "seed", self.seed)
+        table.insert(0, "method", self.method)
+        if idist.get_rank() == 0:
+            self._write(table)
+        return table
+
+    def _scored(self, split: str, loader: DataLoader) -> pd.DataFrame:
+        table = self.evaluator.state.subject_table
+        table.insert(0, "split", split)
+        patients = table["patient"].fillna(table["subject"]) if "patient" in table else table["subject"]
+        dice = table.groupby(patients)["dice"].mean()
+        logger.info("%s: Dice %.3f over %d %s patients", self.method, dice.mean(), len(dice), split)
+        return table
+
+    def _write(self, table: pd.DataFrame) -> None:
+        write_csv(self.folder / "metrics.csv", table, digits=None)
+
+
+class ScoreImages(ScorePatients):
+    """The same for classification: writes ``predictions.csv`` (probabilities of all images) and, last, ``metrics.csv``.
+
+    Columns of ``metrics.csv``: ``method, seed, split, images, auc`` (one class against the rest, the mean over classes)
+    and ``accuracy``.
+
+    Args:
+        evaluator: MONAI evaluator whose metric ``auc`` keeps its details (probabilities and one-hot labels).
+        options: see `ScorePatients`; the loaders' datasets have their datalist in ``data``.
+    """
+
+    def _scored(self, split: str, loader: DataLoader) -> pd.DataFrame:
+        probs, labels = (tensor.cpu().numpy() for tensor in self.evaluator.state.metric_details["auc"])
+        # Several processes take images in turn, and their results come one process after the other.
+        items, world = loader.dataset.data, idist.get_world_size()
+        order = np.concatenate([np.arange(rank, len(items), world) for rank in range(world)])
+        table = pd.DataFrame({key: [items[place][key] for place in order] for key in ("subject", "name")})
+        table = table.assign(split=split, label=labels.argmax(1))
+        table[[f"p{label}" for label in range(probs.shape[1])]] = probs
+        logger.info("%s: AUC %.3f over %d %s images", self.method, image_auc(table), len(table), split)
+        return table
+
+    def _write(self, table: pd.DataFrame) -> None:
+        columns = probability_columns(table)
+        rows = [
+            {
+                "method": self.method,
+                "seed": self.seed,
+                "split": split,
+                "images": len(of),
+                "auc": image_auc(of),
+                "accuracy": float((of[columns].to_numpy().argmax(1) == of["label"]).mean()),
+            }
+            for split, of in table.groupby("split", sort=False)
+        ]
+        # In full: six digits make probabilities near 1 equal.
+        write_csv(self.folder / "predictions.csv", table.drop(columns=["method", "seed"]), digits=None)
+        write_csv(self.folder / "metrics.csv", pd.DataFrame(rows))

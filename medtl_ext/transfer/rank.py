@@ -1,0 +1,319 @@
+"""Which source should I transfer from? One pass of each over the target, a ranking with intervals, and a verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from monai.engines import SupervisedEvaluator
+
+from medtl_ext._io import write_csv, write_json, write_text
+from medtl_ext._validation import InputError, require_choice, require_choices
+from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking
+from medtl_ext.ranking._words import listed
+from medtl_ext.transfer.arms import finetuning_job
+from medtl_ext.transfer.jobs import Run, run_command
+from medtl_ext.transfer.scores import SCORES, Observation, observe, patients_of, resampled_scores, score_values
+from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_collection, train_sources
+from medtl_ext.visualize import plot_ranking, save_figure
+
+__all__ = ["RankSources"]
+
+SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
+
+
+class RankSources:
+    """A step that ranks the candidate sources of a target, says which to use and how sure that is, and writes it down.
+
+    The sources are those of the config's option ``sources``. Writes ``ranking.csv``, ``ranking.json``, ``ranking.png``
+    and ``answer.txt``, and prints the answer.
+
+    Args:
+        run, target: what is run, and the target task.
+        evaluator: a MONAI evaluator over the target's training images, with the metrics ``samples`` and
+            ``predictions``.
+        image_shape: channels x *spatial of the images that networks take.
+        metrics: names of scores, see `medtl_ext.transfer.SCORES`.
+        decide_by: the score that decides. One that cannot be resampled has no interval, and so no verdict.
+        n_resamples, minimum_win, minimum_gap: see `medtl_ext.ranking.bootstrap_ranking`.
+        source_dir, pool_seed: where the sources' networks are kept, and the seed of their training.
+        check_data: read every file of a source task before it is trained on.
+        trust_bundles: see `medtl_ext.transfer.find_sources`.
+    """
+
+    scores: Sequence[str] = tuple(SCORES)
+    """Those that ``metrics`` may name."""
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        target: TargetTask,
+        evaluator: SupervisedEvaluator,
+        image_shape: Sequence[int],
+        metrics: Sequence[str],
+        decide_by: str,
+        n_resamples: int,
+        minimum_win: float,
+        minimum_gap: float,
+        source_dir: str,
+        pool_seed: int,
+        check_data: bool = True,
+        trust_bundles: bool = False,
+    ) -> None:
+        self.here, self.target, self.evaluator, self.image_shape = run, target, evaluator, image_shape
+        self.metrics, self.decide_by = metrics, decide_by
+        self.verdict = {"minimum_win": minimum_win, "minimum_gap": minimum_gap, "seed": run.seed}
+        self.n_resamples, self.source_dir, self.pool_seed = n_resamples, source_dir, pool_seed
+        self.check_data, self.trust_bundles = check_data, trust_bundles
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything long runs.
+
+        Raises:
+            InputError: an unknown score, a number out of range, no labelled training image of the target, or sources
+                that cannot be had.
+        """
+        self.target.datalist("train")
+        self.metrics = require_choices("metric", self.metrics, self.scores)
+        require_choice("decide_by", self.decide_by, self.scores)
+        win, gap = self.verdict["minimum_win"], self.verdict["minimum_gap"]
+        if not 0.5 < win <= 1 or not 0 <= gap <= 1:
+            raise InputError(f"minimum_win is {win} and minimum_gap {gap}; they must lie in (0.5, 1] and in [0, 1].")
+        if self.n_resamples < 1:
+            raise InputError(f"n_resamples is {self.n_resamples}; it must be at least 1.")
+
+    # What is known, in the order in which it becomes known
+
+    @cached_property
+    def pool(self) -> dict[str, Source]:
+        """The sources by name, trained where they can be used."""
+        config = self.here.config
+        found = find_sources(
+            config["sources"],
+            self.target,
+            collection=source_collection(config),
+            trust_bundles=self.trust_bundles,
+        )
+        if all(source.left_out for source in found):
+            reasons = "; ".join(f"{source.name}: {source.left_out}" for source in found)
+            raise InputError(f"no source can be used ({reasons}).")
+        trained = train_sources(
+            found, self.here, self.target, folder=self.source_dir, seed=self.pool_seed, check=self.check_data
+        )
+        return {source.name: source for source in trained}
+
+    @cached_property
+    def seen(self) -> dict[str, Observation]:
+        """What each source makes of the target; those that turn out not to fit are left out of the pool."""
+        seen, left_out = observe(
+            [source for source in self.pool.values() if source.left_out is None],
+            evaluator=self.evaluator,
+            network_def=self.here.config["network_def"],
+            image_shape=self.image_shape,
+            per_pixel=self.target.per_pixel,
+            with_fu=bool({"fu", "lp_fu"} & {*self.metrics, self.decide_by}),
+            progress=self.here.progress,
+        )
+        for name, reason in left_out.items():
+            self.pool[name] = replace(self.pool[name], left_out=reason)
+        return seen
+
+    @property
+    def ranked(self) -> list[str]:
+        """The sources that may be ranked: not the target's own model, which is scored only."""
+        return [name for name in self.seen if not self.pool[name].own]
+
+    def observed(self, names: Sequence[str]) -> dict[str, Observation]:
+        return {name: self.seen[name] for name in names}
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row per source: what is known of it beforehand, every score, and why it was left out if it was."""
+        scores = self.values(self.ranked)
+        if own := [name for name in self.seen if self.pool[name].own]:
+            alone = [metric for metric in self.metrics if SCORES[metric].combine is None]
+            mine = score_values(alone, self.observed(own), seed=self.here.seed)
+            scores = {metric: values | mine.get(metric, {}) for metric, values in scores.items()}
+        facts = pd.DataFrame([self.facts(source) for source in self.pool.values()]).set_index("source")
+        table = facts.join(pd.DataFrame(scores, columns=list(self.metrics), dtype=float))
+        left_out = {name: source.left_out for name, source in self.pool.items()}
+        return table.assign(left_out=pd.Series(left_out, dtype=object))
+
+    def values(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Score -> source -> value, where a pool's scores are of these sources."""
+        return score_values(self.metrics, self.observed(names), seed=self.here.seed, **self.score_options)
+
+    @property
+    def score_options(self) -> dict[str, Any]:
+        """Of scores of a whole pool."""
+        return {}
+
+    def facts(self, source: Source) -> dict[str, Any]:
+        """What is known of a source before its network is looked at."""
+        own = np.nan if source.job is None else self.target.own(source.job)
+        return {
+            "source": source.name,
+            "kind": source.kind,
+            self.target.own_task: source.task,
+            self.target.own_size: source.size,
+            self.target.own_outcome: own,
+            "checkpoint": source.checkpoint,
+        }
+
+    # The ranking
+
+    def rank(self, names: Sequence[str]) -> SourceRanking:
+        """The sources of these names by the score that decides, with the verdict."""
+        score, table = SCORES[self.decide_by], self.table.loc[list(names)]
+        options = self.verdict | {"metric": score.label, "synthetic": self.target.synthetic}
+        own = table[self.target.own_outcome].astype(float).dropna().to_dict()
+        sizes = table[self.target.own_size].astype(float)
+        options["baselines"] = baseline_rankings(
+            list(names),
+            sizes=None if sizes.isna().all() else sizes.to_dict(),
+            other_targets={"its own task": own} if own else None,
+            seed=self.here.seed,
+        )
+        observed = self.observed(names)
+        scores = resampled_scores(self.decide_by, observed, seed=self.here.seed, **self.score_options)
+        if score.resamples == 0:
+            return _without_interval(scores(np.ones(patients_of(observed), dtype=int)), options)
+        resamples = min(self.n_resamples, score.resamples)
+        return bootstrap_ranking(scores, patients=patients_of(observed), n_resamples=resamples, **options)
+
+    def candidates(self) -> list[str]:
+        """The sources that are ranked; a method may drop some."""
+        return self.ranked
+
+    def groups(self, ready: pd.DataFrame) -> dict[str, pd.Index]:
+        """Kind of prior knowledge -> the sources that it leaves; see `medtl_ext.transfer.truth.agreement_table`."""
+        return {"none": ready.index}
+
+    def run(self) -> SourceRanking | None:
+        """Rank, decide, and write it down; None in all but the first of several processes."""
+        table = self.table
+        if not self.here.leads:
+            return None
+        ranking = self.rank(self.candidates())
+        sentences = [ranking.text, *self.remarks(ranking)]
+        settled = self.settle(ranking)
+        winner = ranking.default
+        if settled is not None:
+            sentences.append(f"Settled by fine-tuning: {settled['text']}")
+            winner = settled["source"]
+        answer = " ".join(filter(None, sentences))
+        command = None if winner in (None, "scratch") else self.command(self.pool[winner])
+        if self.here.figures:
+            figure = plot_ranking(
+                ranking.table,
+                tied=ranking.tied if ranking.resamples else (),
+                recommended=ranking.recommendation,
+                metric=SCORES[self.decide_by].label,
+                title=f"Which source to transfer from, for {self.target.name}",
+                synthetic=self.target.synthetic,
+            )
+            save_figure(figure, self.here.folder / "ranking.png")
+        self._write(self.ranking_table(table, ranking), ranking, answer, command, settled)
+        print(answer)
+        if command:
+            print(f"To use it:\n{command}")
+        return ranking
+
+    def remarks(self, ranking: SourceRanking) -> list[str]:
+        """What else the answer says."""
+        return []
+
+    def settle(self, ranking: SourceRanking) -> dict[str, Any] | None:
+        """Decide what is tied by finished trainings, where that is asked for."""
+        return None
+
+    def command(self, source: Source) -> str:
+        """What to type next: the fine-tuning from a source."""
+        config = self.here.config
+        default = json.loads((self.here.configs / "train.json").read_text(encoding="utf-8"))
+        job = finetuning_job(self.here, Path(), source)
+        carried = {name: config[name] for name in self.carried if config[name] != default[name]}
+        options = {"target_task": config["target_task"]} | carried
+        options |= {name: value for name, value in job.overrides.items() if name not in ("check_data", "seed")}
+        return run_command([self.here.configs / name for name in ("train.json", "finetune.json")], options)
+
+    carried: Sequence[str] = ()
+    """Options that a fine-tuning must share with the ranking."""
+
+    def ranking_table(self, table: pd.DataFrame, ranking: SourceRanking) -> pd.DataFrame:
+        """The ranked sources, best first, then those that were dropped or left out, and scratch."""
+        table = ranking.table.set_index("source").join(table, how="right")
+        status = {name: "left out" if source.left_out else "own model" for name, source in self.pool.items()}
+        status |= dict.fromkeys(self.ranked, "dropped") | dict.fromkeys(ranking.table["source"], "ranked")
+        table.insert(0, "status", pd.Series(status))
+        table.insert(1, "reason", self.reasons(table))
+        table = table.sort_values("rank", kind="stable", na_position="last").drop(columns="left_out")
+        table = table.reindex([*table.index, "scratch"])
+        table.loc["scratch", ["status", "reason"]] = [
+            "no score",
+            "training from scratch has no score: settle it by training",
+        ]
+        return table.rename_axis("source").reset_index()
+
+    def reasons(self, table: pd.DataFrame) -> pd.Series:
+        """Why each source was kept, dropped or left out."""
+        return table["left_out"].fillna("")
+
+    def _write(
+        self,
+        table: pd.DataFrame,
+        ranking: SourceRanking,
+        answer: str,
+        command: str | None,
+        settled: Mapping[str, Any] | None,
+    ) -> None:
+        folder = self.here.folder
+        write_csv(folder / "ranking.csv", table)
+        content = {
+            "target": self.target.name,
+            "decided_by": self.decide_by,
+            "recommendation": ranking.recommendation,
+            "tied": list(ranking.tied),
+            "default": ranking.default,
+            "patients": ranking.patients,
+            "resamples": ranking.resamples,
+            "synthetic": self.target.synthetic,
+            "answer": answer,
+            "command": command,
+            "settled": settled,
+            **self.said_besides(),
+            "baselines": json.loads(ranking.baselines.to_json(orient="records")),
+            "table": json.loads(table.to_json(orient="records", double_precision=10)),
+        }
+        write_json(folder / "ranking.json", content)
+        write_text(folder / "answer.txt", answer + (f"\n\nTo use it:\n{command}" if command else ""))
+
+    def said_besides(self) -> dict[str, Any]:
+        """Further entries of ``ranking.json``."""
+        return {}
+
+
+def _without_interval(scores: Mapping[str, float], options: Mapping[str, Any]) -> SourceRanking:
+    """The order by a score that cannot be resampled, and no verdict."""
+    ranking = bootstrap_ranking({name: [score] for name, score in scores.items()}, **options)
+    table = ranking.table
+    first = list(table.loc[table["score"] == table["score"].max(), "source"])
+    default = first[0] if len(first) == 1 else None
+    best = f"The best guess is {default}."
+    if default is None:
+        reason = f"{listed(first)} have the same score" if first else "no source has a score"
+        best = f"There is no best guess: {reason}."
+    order = [f"{row.source} {row.score:.3f}" for row in table.itertuples()]
+    text = (
+        f"No evidence to prefer: {options['metric']} has no interval over patients, so no verdict can be had from it. "
+        f"By its value the order is {listed(order, 8)}. {best} None of this says that a transfer beats training from "
+        f"scratch.{f' {SYNTHETIC}' if options['synthetic'] else ''}"
+    )
+    return replace(ranking, recommendation=None, default=default, text=text, patients=0)

@@ -1,0 +1,441 @@
+"""Transferability scores by name: one pass of each source over the target's training images, and all scores from it.
+
+A score is a function of how often each target patient counts, so that a table (everybody once) and a bootstrap over
+patients come from the same code.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine
+from monai.engines import SupervisedEvaluator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from tqdm import tqdm
+
+from medtl_ext import metrics
+from medtl_ext._io import atomic_path
+from medtl_ext._validation import InputError
+from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
+from medtl_ext.metrics.features import MomentMetric, Samples, feature_sums
+from medtl_ext.networks import load_weights
+from medtl_ext.transfer.sources import Source
+
+__all__ = ["SCORES", "KeepPixels", "Maps", "Observation", "Predictions", "Score", "observe", "resampled_scores"]
+
+logger = logging.getLogger(__name__)
+
+PIXELS_FILE = "pixels.npz"
+# Enough for the ten samples of 10,000 that OTCE draws to differ.
+KEPT_PIXELS = 50_000
+
+
+class Maps(NamedTuple):
+    """Predictions of a source and labels of the target, in the order of patient and slice.
+
+    Attributes:
+        probs: N x Z (x *spatial), float32.
+        labels: N (x *spatial), int64.
+        groups: N, int64, the index in ``names`` of each image's patient.
+        names: the patients.
+    """
+
+    probs: torch.Tensor
+    labels: torch.Tensor
+    groups: torch.Tensor
+    names: tuple[Hashable, ...]
+
+    def resampled(self, counts: Sequence[int]) -> Maps:
+        """The images with every patient as often as ``counts`` says."""
+        times = torch.as_tensor(np.asarray(counts))
+        rows = torch.arange(len(self.labels)).repeat_interleave(times[self.groups])
+        return Maps(self.probs[rows], self.labels[rows], self.groups[rows], self.names)
+
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities (M x Z) and labels (M) of all pixels."""
+        return self.probs.movedim(1, -1).flatten(0, -2), self.labels.flatten()
+
+
+class Predictions(TransferMetric):
+    """Keeps the source's probabilities of every image, for scores that need them more than once.
+
+    ``compute()`` returns `Maps` of all processes, in the order of subject and slice whatever the order they came in.
+    Memory: one float32 per class and pixel of the training slices, which the dataset holds in memory as well.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self._kept: list[tuple[str, int, str, torch.Tensor, torch.Tensor]] = []
+
+    def update(self, source_probs: torch.Tensor, target_labels: torch.Tensor, images: Sequence[Any] = ()) -> None:
+        for number, (probs, labels) in enumerate(zip(source_probs, target_labels, strict=True)):
+            subject, place, patient = images[number] if len(images) else ("", len(self._kept), "")
+            labels = labels[0] if labels.ndim == probs.ndim else labels
+            self._kept.append((str(subject), int(place), str(patient), probs.float().cpu(), labels.long().cpu()))
+
+    @torch.no_grad()
+    def iteration_completed(self, engine: Engine) -> None:
+        batch = engine.state.batch
+        if not isinstance(batch, dict):
+            batch = {key: [item[key] for item in batch] for key in ("subject", "patient", "slice") if key in batch[0]}
+        subjects = batch.get("subject")
+        if subjects is None:
+            raise InputError("the data loader's items have no 'subject'; scores are resampled by patient.")
+        places = batch.get("slice", range(len(subjects)))
+        images = zip(subjects, places, batch.get("patient", subjects), strict=True)
+        self.update(*probabilities_and_labels(engine.state.output), list(images))
+
+    def merge(self, other: TransferMetric) -> None:
+        super().merge(other)
+        self._kept += other._kept
+
+    def compute(self) -> Maps:
+        """The images of all processes."""
+        kept = self._kept
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            shares: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, kept)
+            kept = [image for share in shares for image in share]
+        if not kept:
+            raise InputError("Predictions has seen no image; look for an empty data loader.")
+        kept = sorted(kept, key=lambda image: image[:2])
+        names = tuple(sorted({image[2] for image in kept}))
+        number = {name: place for place, name in enumerate(names)}
+        groups = torch.tensor([number[image[2]] for image in kept])
+        return Maps(torch.stack([i[3] for i in kept]), torch.stack([i[4] for i in kept]), groups, names)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one source makes of the target's training images.
+
+    Attributes:
+        samples: penultimate features, of a segmentation those of balanced pixels.
+        maps: its probabilities of every image.
+        fu: its gradient ratio, NaN where nobody asked.
+        source_pixels: softmax and labels of pixels of the source's own data, None where there are none.
+    """
+
+    samples: Samples
+    maps: Maps
+    fu: float = float("nan")
+    source_pixels: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+ScoreOfCounts = Callable[[Sequence[int]], Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A transferability score.
+
+    Attributes:
+        label: what tables and figures call it.
+        of: an observation's value as a function of how often each patient counts.
+        combine: scales the values over all sources, where a score is about a pool.
+        resamples: at most so many resamples: few for what fits a model each time, 0 for what cannot be resampled.
+    """
+
+    label: str
+    of: Callable[[Observation, int], ScoreOfCounts]
+    combine: Callable[[Mapping[str, Any]], dict[str, float]] | None = None
+    resamples: int = 10**9
+
+
+def observe(
+    sources: Sequence[Source],
+    *,
+    evaluator: SupervisedEvaluator,
+    network_def: Mapping[str, Any],
+    image_shape: Sequence[int],
+    per_pixel: bool,
+    with_fu: bool = False,
+    progress: bool = True,
+) -> tuple[dict[str, Observation], dict[str, str]]:
+    """Pass every source over the target's training images, once, with the evaluator.
+
+    Args:
+        sources: with checkpoints.
+        evaluator: with the metrics ``samples`` and ``predictions``; its network is replaced.
+        network_def, image_shape, per_pixel: see `Source.build`.
+        with_fu: run each network backwards too, for FU.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        Source -> what it makes of the target; and, of bundles whose network does not take the target's images, source
+        -> why not.
+
+    Raises:
+        InputError: another source does not fit its weights or the images; no source is left.
+    """
+    seen, left_out = {}, {}
+    for source in tqdm(sources, "scoring", unit="source", disable=None if progress else True):
+        try:
+            network = source.build(network_def, image_shape=image_shape, per_pixel=per_pixel)
+        except InputError as error:
+            if source.kind != "bundle":
+                raise
+            left_out[source.name] = str(error).removeprefix(f"source {source.name}: ")
+            logger.warning("source %s is left out: %s", source.name, left_out[source.name])
+            continue
+        found = _run(evaluator, network, source if with_fu else None)
+        pixels = _source_pixels(source)
+        seen[source.name] = Observation(found["samples"], found["predictions"], found.get("fu", float("nan")), pixels)
+    if not seen:
+        raise InputError("no source's network takes the target's images; see the warnings above.")
+    return seen, left_out
+
+
+def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | None = None) -> dict[str, Any]:
+    """The evaluator's metrics of a network, and FU, which runs the network itself, forwards and backwards."""
+    evaluator.network = network.eval().to(evaluator.state.device)
+    update = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            if for_fu is not None:
+                update = metrics.FeatureUpdate(evaluator.network, convolutions=for_fu.convolutions)
+                update.attach(evaluator, "fu")
+            evaluator.run()
+        except InputError as error:
+            if for_fu is None:
+                raise
+            hint = "; name them as 'convolutions' of the source" if "convolution" in str(error) else ""
+            raise InputError(f"source {for_fu.name}: {str(error).rstrip('.')}{hint}.") from error
+        finally:
+            if update is not None:
+                update.detach(evaluator)
+    return {name: float(value) if name == "fu" else value for name, value in evaluator.state.metrics.items()}
+
+
+def _source_pixels(source: Source) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if source.job is None or not (file := source.job.output_dir / PIXELS_FILE).is_file():
+        return None
+    with np.load(file) as content:
+        return torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
+
+
+class KeepPixels:
+    """A step that writes softmax and labels of pixels of a network's own training data to ``pixels.npz``, for OTCE.
+
+    The pixels are drawn from all pixels alike, for OTCE depends on how frequent labels are.
+
+    Args:
+        evaluator: with the metric ``predictions``, over the training images.
+        network, output_dir: what was trained, and where.
+        seed: of the draw.
+    """
+
+    def __init__(self, *, evaluator: SupervisedEvaluator, network: nn.Module, output_dir: str, seed: int = 0) -> None:
+        self.evaluator, self.network = evaluator, getattr(network, "module", network)
+        self.folder, self.seed = Path(output_dir), seed
+
+    def run(self) -> None:
+        load_weights(self.network, self.folder / "model.pt", min_share=1.0)
+        probs, labels = _run(self.evaluator, self.network)["predictions"].flat()
+        chosen = np.random.default_rng(self.seed).permutation(len(labels))[:KEPT_PIXELS]
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+            with atomic_path(self.folder / PIXELS_FILE) as temporary:
+                np.savez_compressed(
+                    temporary, probs=probs[chosen].numpy(), labels=labels[chosen].numpy().astype(np.uint8)
+                )
+
+
+def _h_score_map(maps: Maps) -> float:
+    """The mean of the map over all pixels; where one label only occurs the map is 0."""
+    probs, labels = maps.probs.flatten(2), maps.labels.flatten(1)
+    several = labels.amin(0) != labels.amax(0)
+    if not bool(several.any()):
+        return 0.0
+    return float(metrics.compute_h_score_map(probs[..., several], labels[:, several]).nansum()) / labels.shape[1]
+
+
+def _otce(seen: Observation, seed: int) -> ScoreOfCounts:
+    def value(counts: Sequence[int]) -> float:
+        if seen.source_pixels is None:
+            return float("nan")
+        probs, labels = seen.maps.resampled(counts).flat()
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: len(seen.source_pixels[1])]
+        # Two channels of a softmax lie on a line, where transport is a matter of sorting; more take a plan.
+        size = {"n_samples": 10_000, "repeats": 10} if probs.shape[1] == 2 else {"n_samples": 1_000, "repeats": 3}
+        return float(metrics.compute_otce(*seen.source_pixels, probs[chosen], labels[chosen], **size))
+
+    return value
+
+
+def _of_sums(metric: MomentMetric, seen: Observation, seed: int) -> ScoreOfCounts:
+    """Sums of every patient, added up as often as the patient counts, which costs next to nothing.
+
+    `medtl_ext.metrics.PatientScores` does the same over processes; here the samples of all have been gathered already.
+    """
+    features, labels, groups, names = seen.samples
+    held = [
+        feature_sums(features[groups == group], labels[groups == group], metric.needs) for group in range(len(names))
+    ]
+    n_classes = int(labels.max()) + 1
+    stacked = {}
+    for what, first in held[0].items():
+        by_class = what in ("count", "total", "squares", "class_gram")
+        stacked[what] = first.new_zeros(len(held), *((n_classes, *first.shape[1:]) if by_class else first.shape))
+        for row, sums in zip(stacked[what], held, strict=True):
+            row[: len(sums[what])] = sums[what]
+
+    def value(counts: Sequence[int]) -> float:
+        weights = torch.as_tensor(np.asarray(counts), dtype=torch.float64, device=features.device)
+        return float(metric._evaluate({what: torch.tensordot(weights, sums, 1) for what, sums in stacked.items()}))
+
+    return value
+
+
+def _of_samples(compute: Callable[..., Any], seen: Observation, seed: int) -> ScoreOfCounts:
+    return lambda counts: compute(*seen.samples.resampled(counts))
+
+
+def _of_maps(compute: Callable[[Maps], Any], seen: Observation, seed: int) -> ScoreOfCounts:
+    return lambda counts: float(compute(seen.maps.resampled(counts)))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Held-out class probabilities of a linear probe, each patient's by a probe that never saw the patient.
+
+    Attributes:
+        probs: M x K, for the classes in order; NaN rows where the other patients had one class only.
+        labels, groups: M each.
+        classes: K.
+    """
+
+    probs: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    classes: np.ndarray
+
+    @classmethod
+    def fit(cls, seen: Observation) -> Probe:
+        """Logistic regression on standardised features, leaving one patient out at a time."""
+        features, labels, groups = (tensor.cpu().numpy() for tensor in seen.samples[:3])
+        classes = np.unique(labels)
+        probs = np.full((len(labels), len(classes)), np.nan)
+        for patient in np.unique(groups):
+            out = groups == patient
+            present = np.unique(labels[~out])
+            if len(present) < 2:
+                continue
+            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
+            probe.fit(features[~out], labels[~out])
+            rows = np.zeros((out.sum(), len(classes)))
+            rows[:, np.searchsorted(classes, present)] = probe.predict_proba(features[out])
+            probs[out] = rows
+        return cls(probs, labels, groups, classes)
+
+    def auc(self, counts: Sequence[int]) -> float:
+        """Area under the ROC curve over all patients' pixels; of several classes the mean of one against the rest."""
+        weights = np.asarray(counts, float)[self.groups]
+        known = ~np.isnan(self.probs[:, 0]) & (weights > 0)
+        labels, probs, weights = self.labels[known], self.probs[known], weights[known]
+        places = [1] if len(self.classes) == 2 else range(len(self.classes))
+        values = [
+            roc_auc_score(labels == self.classes[place], probs[:, place], sample_weight=weights)
+            for place in places
+            if 0 < (labels == self.classes[place]).sum() < len(labels)
+        ]
+        return float(np.mean(values)) if values else float("nan")
+
+
+def _label_prediction(seen: Observation, seed: int) -> ScoreOfCounts:
+    return _of_samples(metrics.compute_label_prediction, seen, seed)
+
+
+def _lp_and_fu(seen: Observation, seed: int) -> ScoreOfCounts:
+    lp = _label_prediction(seen, seed)
+    return lambda counts: (float(lp(counts)), seen.fu)
+
+
+def combine_lp_fu(values: Mapping[str, tuple[float, float]], *, cross_domain: bool = False) -> dict[str, float]:
+    """LP x FU of every source, each scaled over all of them; see `medtl_ext.metrics.combine_lp_fu`."""
+    lp, fu = ({name: pair[place] for name, pair in values.items()} for place in (0, 1))
+    return metrics.combine_lp_fu(lp, fu, cross_domain=cross_domain)
+
+
+SLOW, FITTED = 200, 100
+SCORES: dict[str, Score] = {
+    "h_score": Score("shrunk H-score", partial(_of_sums, metrics.HScore(shrinkage="ledoit_wolf"))),
+    "logme": Score("LogME", partial(_of_sums, metrics.LogME())),
+    "gbc": Score("GBC", partial(_of_sums, metrics.GBC())),
+    "transrate": Score("TransRate", partial(_of_sums, metrics.TransRate())),
+    "probe_auc": Score("linear-probe AUC", lambda seen, seed: Probe.fit(seen).auc),
+    "leep": Score("LEEP", partial(_of_maps, lambda maps: metrics.compute_leep(maps.probs, maps.labels)), None, SLOW),
+    "nce": Score(
+        "NCE", partial(_of_maps, lambda maps: metrics.compute_nce(maps.probs.argmax(1), maps.labels)), None, SLOW
+    ),
+    "h_score_map": Score("H-score map", partial(_of_maps, _h_score_map), None, SLOW),
+    "otce": Score("OTCE", _otce, None, SLOW),
+    "sfda": Score("SFDA", partial(_of_samples, metrics.compute_sfda), None, FITTED),
+    "nleep": Score(
+        "NLEEP",
+        lambda seen, seed: _of_samples(partial(metrics.compute_nleep, seed=seed), seen, seed),
+        None,
+        FITTED,
+    ),
+    "parc": Score("PARC", partial(_of_samples, metrics.compute_parc), None, FITTED),
+    "ncti": Score("NCTI", partial(_of_samples, metrics.compute_ncti), metrics.combine_ncti, FITTED),
+    # LP learns a map of the features and FU runs the network backwards: no thousand resamples of that.
+    "lp": Score("LP", _label_prediction, None, 0),
+    "fu": Score("FU", lambda seen, seed: lambda counts: seen.fu, None, 0),
+    "lp_fu": Score("LP x FU", _lp_and_fu, combine_lp_fu, 0),
+}
+"""Every score by its name in configs and tables."""
+
+
+def resampled_scores(
+    name: str, seen: Mapping[str, Observation], *, seed: int = 0, **options: Any
+) -> Callable[[Sequence[int]], dict[str, float]]:
+    """A score of all sources as a function of how often each target patient counts, for `bootstrap_ranking`.
+
+    Args:
+        name: of `SCORES`.
+        seen: of `observe`.
+        seed: of NLEEP's mixtures.
+        options: of the score's ``combine``, such as LP x FU's ``cross_domain``.
+    """
+    score = SCORES[name]
+    functions = {source: score.of(one, seed) for source, one in seen.items()}
+
+    def values(counts: Sequence[int]) -> dict[str, float]:
+        found = {source: function(counts) for source, function in functions.items()}
+        if score.combine is not None:
+            return score.combine(found, **options)
+        return {source: float(value) for source, value in found.items()}
+
+    return values
+
+
+def patients_of(seen: Mapping[str, Observation]) -> int:
+    """How many patients ``counts`` counts."""
+    return len(next(iter(seen.values())).maps.names)
+
+
+def score_values(
+    names: Sequence[str], seen: Mapping[str, Observation], *, seed: int = 0, **options: Any
+) -> dict[str, dict[str, float]]:
+    """Score -> source -> value with every patient once."""
+    everybody = np.ones(patients_of(seen), dtype=int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return {
+            name: resampled_scores(name, seen, seed=seed, **(options if name == "lp_fu" else {}))(everybody)
+            for name in names
+        }

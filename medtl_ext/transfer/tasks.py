@@ -1,0 +1,325 @@
+"""A task as a config uses it: what is asked, of whose images, and how its patients are scored.
+
+Segmentation and classification differ in their dataset, in what a network must give for an image, and in the score of a
+patient: the two classes here say all of it, and the rest of the flow does not know which of them it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medtl_ext._validation import InputError
+from medtl_ext.data import ClassificationDataset, Collection, Task, cached_phantom, check_collection, load_collection
+from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
+from medtl_ext.data.integrity import require_volumes
+from medtl_ext.ranking import bootstrap_interval
+from medtl_ext.transfer.jobs import Job
+from medtl_ext.transfer.report import patient_table
+
+__all__ = ["ClassificationTask", "SegmentationTask", "images_to_classify", "images_to_segment"]
+
+logger = logging.getLogger(__name__)
+
+PHANTOM_SUBJECTS = 24
+N_RESAMPLES = 500
+
+
+class SegmentationTask:
+    """A question asked of a collection: find this objective, on this modality, at this institution.
+
+    Args:
+        name: such as ``17-T2-ED``.
+        collection: the collection's file; None: phantoms of the task's institution.
+        phantom_subjects: how many of these.
+
+    Attributes:
+        collection: the `medtl_ext.data.Collection`.
+        institution, modality, objective: the parts of its name.
+        class_names, label_values, n_classes: of the foreground; with the background.
+        synthetic: no patient was scanned.
+    """
+
+    outcome, unit, counted = "dice", "Dice", "patients"
+    """Column of the score that a source is worth, what it is called, and the column of how many it is measured on."""
+    tags = ("institution", "modality", "objective")
+    per_pixel, scores_own_model = True, False
+    own_task, own_size, own_outcome = "task", "size", "own_dice"
+    """Columns of what is known of a source: what and how many it was trained on, and how well it does its own task."""
+
+    def __init__(self, name: str, *, collection: str | None = None, phantom_subjects: int = PHANTOM_SUBJECTS) -> None:
+        task = Task(name)
+        self.name, self.file, self.phantom_subjects = name, collection, phantom_subjects
+        if collection is None:
+            collection = cached_phantom(institutions=[task.institution], subjects=phantom_subjects, seed=0)
+        self.collection: Collection = load_collection(collection)
+        self.institution, self.modality, self.objective = task.institution, task.modality, task.objective
+        self.class_names, self.label_values = self.collection.class_names(task), self.collection.label_values(task)
+        self.n_classes = len(self.label_values) + 1
+        self.synthetic = self.collection.synthetic
+
+    def other(self, name: str, *, collection: str | None = None) -> SegmentationTask:
+        """Another task, of this collection file or of another one."""
+        return SegmentationTask(name, collection=collection, phantom_subjects=self.phantom_subjects)
+
+    @property
+    def folder(self) -> str:
+        """Where its collection lies."""
+        return str(self.collection.path.parent)
+
+    @property
+    def size(self) -> int:
+        """Training scans."""
+        return len(self.datalist("train"))
+
+    def is_same(self, name: str) -> bool:
+        """Whether a source of this name has seen the target's own data."""
+        return name == self.name
+
+    def datalist(self, split: str) -> list[dict[str, str]]:
+        """See `medtl_ext.data.Collection.datalist`."""
+        return self.collection.datalist(self.name, split)
+
+    def check(self, splits: Iterable[str]) -> None:
+        """Read every file before anything long runs; raise on the first error, log the warnings."""
+        for split in splits:
+            self.datalist(split)  # raises where a split has no subject
+        report = check_collection(self.collection, [Task(self.name)], progress=False)
+        report.raise_for_errors()
+        for issue in report.warnings:
+            logger.warning("%s", issue)
+
+    @staticmethod
+    def patients(job: Job, split: str) -> dict[str, float]:
+        """Patient -> Dice, averaged over classes, of a finished training."""
+        patients = patient_table(job.read())
+        return patients[patients["split"] == split].set_index("subject")["dice"].to_dict()
+
+    @classmethod
+    def measure(cls, job: Job, split: str) -> dict[str, float]:
+        """Mean Dice over the patients of a split with its bootstrap interval, and how many they are."""
+        values = list(cls.patients(job, split).values())
+        low, high, _ = bootstrap_interval(values)
+        return {"dice": float(np.mean(values)), "dice_low": low, "dice_high": high, "patients": len(values)}
+
+    @staticmethod
+    def own(job: Job) -> float:
+        """Mean Dice of a source on the patients that its own training was validated on."""
+        table = patient_table(job.read().dropna(subset=["dice", "iou"]))
+        record = job.output_dir / "config.json"
+        split = json.loads(record.read_text(encoding="utf-8")).get("val_split", "val") if record.is_file() else "val"
+        return float(table[table["split"] == split]["dice"].mean())
+
+
+class ClassificationTask:
+    """Which class is this image of? A MedMNIST file, a folder of images, or a task of the phantom.
+
+    Args:
+        name: a ``.npz`` file, or the ``.json`` that describes one; a folder of images; or a task such as
+            ``17-T1-tumour``, which is cut from a collection.
+        collection, phantom_subjects: see `medtl_ext.data.phantom.classification.phantom_classification`.
+        image_size: what images of a folder are brought to.
+        in_channels: of the networks, 1 or 3; 3 repeats grey images.
+        train_per_class, val_per_class, seed: images drawn of each class, see `sample_per_class`; None: all.
+
+    Attributes:
+        name: what tables call it; ``where`` is what was given.
+        class_names, n_classes, synthetic, size: of the dataset; training images.
+    """
+
+    outcome, unit, counted = "auc", "AUC", "test_images"
+    tags = ()
+    per_pixel, scores_own_model = False, True
+    own_task, own_size, own_outcome = "data", "images", "own_auc"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        collection: str | None = None,
+        phantom_subjects: int = PHANTOM_SUBJECTS,
+        image_size: int | None = None,
+        in_channels: int = 1,
+        train_per_class: int | None = None,
+        val_per_class: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.where, self.file, self.phantom_subjects = name, collection, phantom_subjects
+        self.image_size, self.in_channels = image_size, in_channels
+        self.path = _dataset_path(name, collection, phantom_subjects)
+        dataset = load_classification(self.path, size=image_size)
+        self.name = dataset.name if self.path.is_dir() else dataset_name(name)
+        self.class_names, self.n_classes, self.synthetic = dataset.class_names, dataset.n_classes, dataset.synthetic
+        self.size = sum(dataset.counts("train"))
+        self._all = replace(dataset, name=self.name)
+        self._drawn = {"train": train_per_class, "val": val_per_class, "seed": seed}
+
+    @cached_property
+    def dataset(self) -> ClassificationDataset:
+        """The images as they are drawn."""
+        return sample_per_class(self._all, **self._drawn)
+
+    def other(self, name: str, *, collection: str | None = None) -> ClassificationTask:
+        """Another dataset, all of it."""
+        return ClassificationTask(
+            name,
+            collection=collection,
+            phantom_subjects=self.phantom_subjects,
+            image_size=self.image_size,
+            in_channels=self.in_channels,
+        )
+
+    @property
+    def folder(self) -> str:
+        return str(self.path.parent)
+
+    def is_same(self, name: str) -> bool:
+        """Whether a name or path means the same images, if only by another path, a copy or a description."""
+        if name == self.where or not all(Path(where).exists() for where in (name, self.where)):
+            return name == self.where  # a phantom task has one name
+        return content_of(Path(name)) == content_of(Path(self.where))
+
+    def datalist(self, split: str) -> list[dict[str, Any]]:
+        """See `medtl_ext.data.ClassificationDataset.datalist`."""
+        return self.dataset.datalist(split, channels=self.in_channels)
+
+    def check(self, splits: Iterable[str]) -> None:
+        """Refuse a split without an image, and images that the networks cannot take."""
+        for split in splits:
+            self.datalist(split)
+
+    @staticmethod
+    def measure(job: Job, split: str) -> dict[str, float]:
+        """AUC of a split's images with its interval over patients, that of validation, and how many images they are."""
+        predictions, metrics = job.read("predictions.csv"), job.read().set_index("split")["auc"]
+        predictions = predictions[predictions["split"] == split]
+        low, high = auc_interval(predictions)
+        found = {"auc": float(metrics[split]), "auc_low": low, "auc_high": high, "val_auc": float(metrics["val"])}
+        return found | {"test_images": len(predictions)}
+
+    @staticmethod
+    def own(job: Job) -> float:
+        """Validation AUC of a source on its own task."""
+        return float(job.read().set_index("split").loc["val", "auc"])
+
+
+def _dataset_path(where: str, collection: str | None, subjects: int) -> Path:
+    path = Path(where)
+    if path.suffix in (".npz", ".json") or path.is_dir():
+        return path
+    if path.suffix or "/" in where or "\\" in where:
+        raise InputError(f"dataset {where} is no .npz file, no folder of images, and no task such as 17-T1-tumour.")
+    from medtl_ext.data.phantom.classification import phantom_classification  # brings nilearn
+
+    return phantom_classification(where, collection=collection, subjects=subjects)
+
+
+def dataset_name(where: str) -> str:
+    """What tables call it: the task, or the name of the file or folder."""
+    path = Path(where)
+    return path.stem if path.suffix in (".npz", ".json") else path.name
+
+
+def content_of(path: Path) -> str:
+    """A hash of a dataset's images and labels: of the file, of the one that a description names, of all in a folder."""
+    if path.suffix == ".json":
+        try:
+            path = path.parent / str(json.loads(path.read_text(encoding="utf-8"))["medmnist"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return str(path.resolve())  # what is wrong with it is said when it is read
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("**/*")):
+        if file.suffix.lower() in SUFFIXES and file.is_file():
+            digest.update(str(file.relative_to(path)).encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def image_auc(table: pd.DataFrame) -> float:
+    """Area under the ROC curve, one class against the rest, the mean over the classes that are there."""
+    every_image_once = np.ones((1, len(table)))
+    return float(_resampled_auc(table, np.arange(len(table)), every_image_once)[0])
+
+
+def auc_interval(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of `image_auc` over patients, or over images where patients are not known."""
+    groups, names = pd.factorize(table["subject"])
+    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), N_RESAMPLES)
+    low, high = np.nanquantile(_resampled_auc(table, groups, draws), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _resampled_auc(table: pd.DataFrame, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """AUC with every group of images as often as ``counts`` (resamples x groups) says: the share of pairs won."""
+    labels, weights, values = table["label"].to_numpy(), counts[:, groups].astype(float), []
+    for column in probability_columns(table):
+        own, probs = labels == int(column[1:]), table[column].to_numpy()
+        if own.all() or not own.any():
+            continue
+        order = np.argsort(probs)
+        others = np.where(own, 0, weights)
+        below = np.concatenate([np.zeros((len(counts), 1)), np.cumsum(others[:, order], axis=1)], axis=1)
+        ends = [np.searchsorted(probs, probs[own], side, sorter=order) for side in ("left", "right")]
+        beaten = (below[:, ends[0]] + below[:, ends[1]]) / 2  # equal ones count half
+        with np.errstate(invalid="ignore"):  # a resample without the class
+            values.append((weights[:, own] * beaten).sum(1) / (weights[:, own].sum(1) * others.sum(1)))
+    return np.nanmean(values, axis=0) if values else np.full(len(counts), np.nan)
+
+
+def probability_columns(table: pd.DataFrame) -> list[str]:
+    return [column for column in table if column[0] == "p" and column[1:].isdigit()]
+
+
+def images_to_segment(input_dir: str | None, task: str) -> list[dict[str, str]]:
+    """The NIfTI images in a folder, or (None) those of the phantom's test patients of ``task``.
+
+    Raises:
+        InputError: there is no such folder, no NIfTI file in it, or one that is not a single 3D volume.
+    """
+    if input_dir is None:
+        return [{"image": item["image"]} for item in SegmentationTask(task).datalist("test")]
+    path = Path(input_dir)
+    files = [path] if path.is_file() else sorted(path.glob("*"))
+    images = [file for file in files if file.name.lower().endswith((".nii", ".nii.gz"))]
+    if not images:
+        raise InputError(f"no NIfTI image (*.nii, *.nii.gz) in {input_dir}; give an image or their folder.")
+    stems = [file.name.split(".nii")[0] for file in images]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise InputError(f"{input_dir} holds two images called {twice[0]}, whose segmentations would be one file.")
+    require_volumes(images, progress=True)
+    return [{"image": str(image)} for image in images]
+
+
+def images_to_classify(
+    input_dir: str | None, task: str, *, in_channels: int, image_size: int, phantom_subjects: int = PHANTOM_SUBJECTS
+) -> list[dict[str, Any]]:
+    """The images of a folder, of a MedMNIST file's test split, or (None) the phantom's test images of ``task``.
+
+    Raises:
+        InputError: there is no such folder, or no image in it.
+    """
+    if input_dir is None or str(input_dir).endswith(".npz"):
+        where = ClassificationTask(input_dir or task, in_channels=in_channels, phantom_subjects=phantom_subjects)
+        return where.datalist("test")
+    files = sorted(path for path in Path(input_dir).glob("**/*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"no image ({', '.join(SUFFIXES)}) in {input_dir}; give their folder with --input_dir.")
+    items = []
+    for file in files:
+        image = read_image(file, image_size)
+        channels = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+        if len(channels) > in_channels:
+            raise InputError(f"{file} is RGB, the network takes grey images; convert it first.")
+        name = str(file.relative_to(input_dir))
+        items.append({"image": channels.repeat(in_channels // len(channels), axis=0), "name": name})
+    return items

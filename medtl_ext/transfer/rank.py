@@ -236,13 +236,16 @@ class RankSources:
 
     def command(self, source: Source) -> str:
         """What to type next: the fine-tuning from a source."""
+        overrides = finetuning_job(self.here, Path(), source).overrides
+        options = {"target_task": self.here.config["target_task"]} | self.changed()
+        options |= {name: value for name, value in overrides.items() if name not in ("check_data", "seed")}
+        return run_command([self.here.configs / name for name in ("train.json", "finetune.json")], options)
+
+    def changed(self) -> dict[str, Any]:
+        """The options that a fine-tuning must share with the ranking and that are not as ``train.json`` has them."""
         config = self.here.config
         default = json.loads((self.here.configs / "train.json").read_text(encoding="utf-8"))
-        job = finetuning_job(self.here, Path(), source)
-        carried = {name: config[name] for name in self.carried if config[name] != default[name]}
-        options = {"target_task": config["target_task"]} | carried
-        options |= {name: value for name, value in job.overrides.items() if name not in ("check_data", "seed")}
-        return run_command([self.here.configs / name for name in ("train.json", "finetune.json")], options)
+        return {name: config[name] for name in self.carried if config[name] != default[name]}
 
     carried: Sequence[str] = ()
     """Options that a fine-tuning must share with the ranking."""

@@ -656,13 +656,3 @@ def _common_limits(panels: Sequence[Axes]) -> tuple[float, float]:
     low, high = min(limit.x0 for limit in limits), max(limit.x1 for limit in limits)
     space = 0.04 * (high - low) or 0.05
     return low - space, high + space
-
-
-def plot_scores_against_outcome(table, *, outcome, labels, scratch, title="", synthetic=False):
-    """To be replaced."""
-    return Figure()
-
-
-def plot_priors_against_dice(sources, *, synthetic=False):
-    """To be replaced."""
-    return Figure()

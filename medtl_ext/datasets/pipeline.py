@@ -25,8 +25,7 @@ from medtl_ext.datasets.scoring import (
     resampled_scores,
 )
 from medtl_ext.datasets.sources import source_name
-from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking
-from medtl_ext.ranking._words import listed
+from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.visualize import plot_ranking, save_figure
 
 # What a fine-tuning must share with the ranking.

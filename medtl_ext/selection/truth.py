@@ -93,7 +93,7 @@ def finetunings(config: Mapping[str, Any], folder: Path, ready: pd.DataFrame, ta
 def _truth_table(patients: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     rows = []
     for name, values in patients.items():
-        low, high, _ = bootstrap_interval(list(values.values()))
+        low, high = bootstrap_interval(list(values.values()))
         mean = float(np.mean(list(values.values())))
         rows.append({"source": name, "dice": mean, "dice_low": low, "dice_high": high, "patients": len(values)})
     return pd.DataFrame(rows).set_index("source").sort_values("dice", ascending=False, kind="stable")

@@ -214,8 +214,7 @@ def _checked_table(table: pd.DataFrame) -> pd.DataFrame:
     except (TypeError, ValueError) as error:
         raise InputError(f"table must hold numbers only; {error}.") from None
     if values.shape[0] < 2 or values.shape[1] < 3:
-        found = "{} by {}".format(*values.shape)
-        raise InputError(f"table must have at least 2 targets (rows) and 3 methods (columns); found {found}.")
+        raise InputError(f"table must have at least 2 targets (rows) and 3 methods (columns); found {values.shape}.")
     for what, names in (("target", values.index), ("method", values.columns)):
         if names.has_duplicates:
             raise InputError(f"table has {what} {names[names.duplicated()][0]} twice; keep one row per target.")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -110,26 +109,19 @@ def paired_comparison(a: Mapping[str, float], b: Mapping[str, float], *, n_resam
     # Rounding removes the float noise that would otherwise break ties between equal differences.
     differences = np.round(np.array([float(a[subject]) - float(b[subject]) for subject in a]), 12)
     differences = _finite_vector("the paired differences", differences)
-    mean, low, high, p = _paired_t(differences)
-    p_wilcoxon = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
-    win = np.nan
-    if len(differences) >= 3:
+    count, mean = len(differences), float(differences.mean())
+    low = high = p = win = np.nan
+    if count > 1 and np.ptp(differences) == 0:  # the interval has no width and the sign is certain
+        low, high, p = mean, mean, float(mean == 0)
+    elif count > 1:
+        test = stats.ttest_1samp(differences, 0)
+        low, high, p = (float(value) for value in (*test.confidence_interval(CONFIDENCE), test.pvalue))
+    if count > 2:
         options = {"n_resamples": n_resamples, "method": "percentile", "rng": np.random.default_rng(0)}
         means = stats.bootstrap((differences,), np.mean, **options).bootstrap_distribution
         win = float(np.heaviside(means, 0.5).mean())
-    return PairedComparison(len(differences), mean, low, high, p, p_wilcoxon, win)
-
-
-def _paired_t(differences: np.ndarray) -> tuple[float, float, float, float]:
-    """Mean, interval and p of a paired t test; without spread the interval has no width and the sign is certain."""
-    mean = float(differences.mean())
-    if len(differences) < 2:
-        return mean, np.nan, np.nan, np.nan
-    if np.ptp(differences) == 0:
-        return mean, mean, mean, 1.0 if mean == 0 else 0.0
-    test = stats.ttest_1samp(differences, 0)
-    interval = test.confidence_interval(CONFIDENCE)
-    return mean, float(interval.low), float(interval.high), float(test.pvalue)
+    p_wilcoxon = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+    return PairedComparison(count, mean, low, high, p, p_wilcoxon, win)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -219,108 +211,99 @@ def audit_verdict(
     """
     if len(scores) < 2:
         raise InputError(f"An audit compares at least two arms; found {', '.join(scores) or 'none'}.")
-    values = {arm: _finite_vector(f"the scores of {arm}", list(dict(of).values())) for arm, of in scores.items()}
-    means = pd.Series({arm: numbers.mean() for arm, numbers in values.items()}).sort_values(
-        ascending=False, kind="stable"
-    )
-    best = means.index[0]
-    compare = partial(paired_comparison, n_resamples=n_resamples)
-    against = {arm: compare(scores[best], scores[arm]) for arm in scores if arm != best}
-    p_holm = dict(zip(against, holm([found.p for found in against.values()]), strict=True))
-    beaten = {
-        arm
-        for arm, found in against.items()
-        if p_holm[arm] < 1 - CONFIDENCE and found.win >= CONFIDENCE and found.difference >= margin
-    }
+    table = _audit_table(scores, n_resamples)
+    arms = table.set_index("arm")
+    patients = int(table["patients"][0])
+    is_beaten = (arms["p_holm"] < 1 - CONFIDENCE) & (arms["best_wins"] >= CONFIDENCE) & (arms["difference"] <= -margin)
     by_cost = sorted(scores, key=lambda arm: COST.get(arm, 2))
-    tied = tuple(arm for arm in by_cost if arm not in beaten)
-    recommendation, default, harmed = None, None, {}
-    on_patients = number_of_patients(len(values[best]), split)
-    if len(values[best]) < MINIMUM_PATIENTS:
-        tied = tuple(by_cost)
+    on_patients = number_of_patients(patients, split)
+    recommendation, default, tied, harmed = None, None, tuple(by_cost), {}
+    if patients < MINIMUM_PATIENTS:
         text = (
             f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}, a fine one more. "
-            f"Mean Dice was {_named(means)}."
+            f"Mean Dice was {_named(arms)}."
         )
     else:
+        tied = tuple(arm for arm in by_cost if not is_beaten[arm])
         if len(tied) == 1:
-            recommendation = default = best
-            text = _preferred_text(means, against, on_patients)
+            recommendation = default = arms.index[0]
+            text = _preferred_text(arms, on_patients)
         else:
             # All arms are trained by now, so cost decides only between means that are alike for all practical purposes.
-            default = next(arm for arm in by_cost if means[best] - means[arm] <= margin)
-            text = _undecided_text(means, against, on_patients, tied, default)
+            default = next(arm for arm in by_cost if arms["mean"].max() - arms.loc[arm, "mean"] <= margin)
+            worse = [arm for arm in scores if is_beaten[arm]]
+            text = _undecided_text(arms, arms.loc[list(tied)], arms.loc[worse], default, on_patients)
         if "scratch" in scores:  # each on its own comparison: a warning is not corrected for the others
-            tuned = {arm: compare(scores["scratch"], scores[arm]) for arm in scores if arm not in COST}
-            harmed = {arm: found for arm, found in tuned.items() if found.low > 0}
+            tuned = [arm for arm in scores if arm not in COST]
+            found = {arm: paired_comparison(scores["scratch"], scores[arm], n_resamples=n_resamples) for arm in tuned}
+            harmed = {arm: comparison for arm, comparison in found.items() if comparison.low > 0}
     if harmed:
-        worse = [f"{arm} is worse than scratch by {c.difference:.3f} {_interval(c)}" for arm, c in harmed.items()]
-        text += f" {listed(worse)}: negative transfer."
+        gaps = [f"{arm} is worse than scratch by {_gap(c.difference, c.low, c.high)}" for arm, c in harmed.items()]
+        text += f" {listed(gaps)}: negative transfer."
     if runs == 1:
         text += " One training run per arm: the spread between seeds is not in these figures."
-    table = _audit_table(values, against, p_holm, n_resamples=n_resamples)
-    return Verdict(recommendation, tied, default, tuple(harmed), f"{text} {SYNTHETIC}" if synthetic else text, table)
+    if synthetic:
+        text += f" {SYNTHETIC}"
+    return Verdict(recommendation, tied, default, tuple(harmed), text, table)
 
 
 def _finite_vector(name: str, values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or values.size == 0:
-        raise InputError(f"{name} must be a list of at least one number, one per patient; found shape {values.shape}.")
-    if not np.isfinite(values).all():
-        raise InputError(f"{name} must be finite; {np.sum(~np.isfinite(values))} of {values.size} are NaN or infinite.")
+    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+        raise InputError(f"{name} must be finite numbers, one per patient and at least one; found {values.tolist()}.")
     return values
 
 
-def _audit_table(
-    values: Mapping[str, np.ndarray],
-    against: Mapping[str, PairedComparison],
-    p_holm: Mapping[str, float],
-    **options: int,
-) -> pd.DataFrame:
+def _audit_table(scores: Mapping[str, Mapping[str, float]], n_resamples: int) -> pd.DataFrame:
+    """A row per arm, the highest mean first; see `Verdict`."""
+    values = {arm: _finite_vector(f"the scores of {arm}", list(dict(of).values())) for arm, of in scores.items()}
+    best = max(values, key=lambda arm: values[arm].mean())
     records = []
     for arm, of in values.items():
-        low, high = bootstrap_interval(of, **options)
+        low, high = bootstrap_interval(of, n_resamples=n_resamples)
         record = {"arm": arm, "patients": len(of), "mean": of.mean(), "low": low, "high": high, "difference": 0.0}
-        if found := against.get(arm):
+        if arm != best:
+            found = paired_comparison(scores[best], scores[arm], n_resamples=n_resamples)
             record |= {"difference": -found.difference, "difference_low": -found.high, "difference_high": -found.low}
-            record |= {"p": found.p, "p_holm": p_holm[arm], "p_wilcoxon": found.p_wilcoxon, "best_wins": found.win}
+            record |= {"p": found.p, "p_holm": np.nan, "p_wilcoxon": found.p_wilcoxon, "best_wins": found.win}
         records.append(record)
-    return pd.DataFrame(records).sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+    table = pd.DataFrame(records).sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+    return table.assign(p_holm=holm(table["p"]))
 
 
-def _interval(found: PairedComparison) -> str:
-    return f"({100 * CONFIDENCE:g} % interval {found.low:.3f} to {found.high:.3f})"
+def _gap(difference: float, low: float, high: float, over: str = "") -> str:
+    return f"{difference:.3f}{over} ({100 * CONFIDENCE:g} % interval {low:.3f} to {high:.3f})"
 
 
-def _named(means: pd.Series) -> str:
-    return listed([f"{arm} {mean:.3f}" for arm, mean in means.items()])
+def _behind(arm: pd.Series, over: str = "") -> str:
+    return _gap(-arm["difference"], -arm["difference_high"], -arm["difference_low"], over)
 
 
-def _preferred_text(means: pd.Series, against: Mapping[str, PairedComparison], on_patients: str) -> str:
-    best = means.index[0]
+def _named(arms: pd.DataFrame) -> str:
+    return listed([f"{arm} {mean:.3f}" for arm, mean in arms["mean"].items()])
+
+
+def _preferred_text(arms: pd.DataFrame, on_patients: str) -> str:
+    best, others = arms.index[0], arms.iloc[1:]
     lead = {
         "zero_shot": "Use the source as it is",
         "scratch": "Do not transfer this source, training from scratch is better",
     }.get(best, f"Fine-tune with {best}")
-    nearest = sorted(against.items(), key=lambda item: item[1].difference)
-    gaps = [f"{arm} by {found.difference:.3f} {_interval(found)}" for arm, found in nearest]
-    return f"{lead}: its mean Dice on {on_patients} is {means[best]:.3f}, ahead of {listed(gaps)}."
+    gaps = [f"{arm} by {_behind(row)}" for arm, row in others.iterrows()]
+    return f"{lead}: its mean Dice on {on_patients} is {arms['mean'].iloc[0]:.3f}, ahead of {listed(gaps)}."
 
 
-def _undecided_text(
-    means: pd.Series, against: Mapping[str, PairedComparison], on_patients: str, tied: Sequence[str], default: str
-) -> str:
-    best, worse = means.index[0], [arm for arm in against if arm not in tied]
-    ranked = means[list(tied)].sort_values(ascending=False, kind="stable")
+def _undecided_text(arms: pd.DataFrame, tied: pd.DataFrame, worse: pd.DataFrame, default: str, on_patients: str) -> str:
+    best, means = arms.index[0], arms["mean"]
+    ranked = tied.sort_values("mean", ascending=False, kind="stable")
     text = f"No evidence to prefer: {_named(ranked)} mean Dice cannot be told apart on {on_patients}"
-    text += f"; {_named(means[worse])} {'is' if len(worse) == 1 else 'are'} worse. " if worse else ". "
+    text += f"; {_named(worse)} {'is' if len(worse) == 1 else 'are'} worse. " if len(worse) else ". "
     does = {
         "zero_shot": "using the source as it is (zero_shot)",
         "scratch": "training from scratch",
     }.get(default, f"fine-tuning with {default}")
     text += f"The best guess is {does}"
     if default != best:
-        gap = f"{against[default].difference:.3f} of {best} {_interval(against[default])}"
-        return f"{text}, which costs less: its mean is within {gap}."
-    text += ": no arm has a higher mean." if means.eq(means[best]).sum() > 1 else ", which has the highest mean."
+        return f"{text}, which costs less: its mean is within {_behind(arms.loc[default], f' of {best}')}."
+    text += ": no arm has a higher mean." if means.eq(means.max()).sum() > 1 else ", which has the highest mean."
     return text if means.any() else f"{text} Every mean is 0: no arm has found anything."

@@ -37,6 +37,7 @@ ScoreOfCounts = Callable[[np.ndarray], Any]
 """From how often each patient was drawn, an integer array, to one source's score."""
 PoolOfCounts = Callable[[np.ndarray], Mapping[str, Any]]
 """The same for all sources at once: source -> score."""
+Scores = PoolOfCounts | Mapping[str, ScoreOfCounts | Mapping[str, float] | ArrayLike]
 COLUMNS = ["score", "low", "high", "rank", "rank_low", "rank_high", "rank_mean"]
 COLUMNS += ["p_best", "leader_wins", "gap", "undefined"]
 
@@ -125,7 +126,7 @@ def baseline_rankings(
 
 
 def bootstrap_ranking(
-    scores: PoolOfCounts | Mapping[str, ScoreOfCounts | Mapping[str, float] | ArrayLike],
+    scores: Scores,
     *,
     patients: int | None = None,
     baselines: pd.DataFrame | None = None,
@@ -244,9 +245,7 @@ def mean_relative_rank(sources: Sequence[str], other_targets: Mapping[str, Mappi
     return pd.DataFrame(relative).reindex(columns=sources).mean().astype(float).round(9)
 
 
-def _as_pool(
-    scores: PoolOfCounts | Mapping[str, ScoreOfCounts | Mapping[str, float] | ArrayLike], patients: int | None
-) -> tuple[PoolOfCounts, int]:
+def _as_pool(scores: Scores, patients: int | None) -> tuple[PoolOfCounts, int]:
     """One function of the counts to all scores, whatever form they came in, and the number of patients."""
     vectors = {}
     if not callable(scores):
@@ -257,8 +256,7 @@ def _as_pool(
         first = next(iter(vectors))
         if len(unpaired := vector.index.symmetric_difference(vectors[first].index)):
             raise InputError(
-                f"scores of {source} and {first} are not of the same patients; only one has {listed(unpaired, 5)}. "
-                "Score every source on the same patients."
+                f"scores of {source} and {first} must be of the same patients; only one has {listed(unpaired, 5)}."
             )
         if patients not in (None, len(vector)):
             raise InputError(f"scores of {source} are of {len(vector)} patients; patients says {patients}.")
@@ -277,11 +275,9 @@ def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Ser
     """The values in an order of patients that does not depend on the order they came in."""
     keyed = hasattr(values, "keys")
     try:
-        vector = pd.Series(dict(values) if keyed else np.atleast_1d(values), dtype=float)
+        vector = pd.Series(dict(values) if keyed else np.asarray([*values]), dtype=float)
     except (TypeError, ValueError):
-        raise InputError(
-            f"scores of {source} must be one number per patient or a function of counts; found {type(values).__name__}."
-        ) from None
+        raise InputError(f"scores of {source} must be numbers, one per patient; found {values!r}.") from None
     return vector.sort_index(key=lambda names: names.astype(str)) if keyed else vector
 
 

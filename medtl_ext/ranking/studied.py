@@ -71,8 +71,7 @@ def verdict_claim(
     called = {key: verdict["recommendation"] for key, verdict in verdicts.items() if verdict["recommendation"]}
     right = sum(truth[key].idxmax() == source for key, source in called.items())
     held = sum(truth[key].idxmax() in verdict["tied"] for key, verdict in verdicts.items())
-    guessed = {key: verdict["default"] for key, verdict in verdicts.items() if verdict["default"]}
-    regret = [truth[key].max() - truth[key][source] for key, source in guessed.items()]
+    regret = [truth[key].max() - truth[key][told["default"]] for key, told in verdicts.items() if told["default"]]
     sizes = [len(verdict["tied"]) for verdict in verdicts.values()]
     return (
         f"**Is the verdict calibrated?** Of {len(verdicts)} rankings {len(called)} name one source, {right} of them "

@@ -262,9 +262,7 @@ def _as_pool(scores: Scores, patients: int | None) -> tuple[PoolOfCounts, int]:
             raise InputError(f"scores of {source} are of {len(vector)} patients; patients says {patients}.")
         patients = len(vector)
     if isinstance(patients, bool) or not isinstance(patients, (int, np.integer)) or patients < 1:
-        raise InputError(
-            f"patients, the number that functions count, must be an integer of at least 1; found {patients}."
-        )
+        raise InputError(f"patients, which functions count, must be an integer of at least 1; found {patients!r}.")
     if callable(scores):
         return scores, int(patients)
     functions = scores | {source: partial(np.average, vector, None) for source, vector in vectors.items()}  # by weight
@@ -277,7 +275,9 @@ def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Ser
     try:
         vector = pd.Series(dict(values) if keyed else np.asarray([*values]), dtype=float)
     except (TypeError, ValueError):
-        raise InputError(f"scores of {source} must be numbers, one per patient; found {values!r}.") from None
+        raise InputError(
+            f"scores of {source} must be numbers, one per patient; found {type(values).__name__}."
+        ) from None
     return vector.sort_index(key=lambda names: names.astype(str)) if keyed else vector
 
 

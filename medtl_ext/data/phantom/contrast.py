@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from medtl_ext.data.phantom.anatomy import Anatomy
-from medtl_ext.data.phantom.fields import smooth_noise
+from medtl_ext.data.phantom.fields import SHAPE, smooth_noise
 
 CLASSES = ("CSF", "GM", "WM", "ventricle", "ED", "NCR", "ET", "WMH")
 MODALITIES = ("T1", "T1CE", "T2", "FLAIR")
@@ -34,11 +34,6 @@ TEXTURE_MIX = {"T1": (0.7, 0.7), "T1CE": (-0.7, 0.7), "T2": (0.7, -0.7), "FLAIR"
 ISOINTENSE = 0.55  # share of the grey-white contrast that is left at about six months of age
 
 
-def draw_textures(anatomy: Anatomy, stream: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The two texture fields (fine, coarse) that all modalities of a subject share."""
-    return smooth_noise(stream, anatomy.grid, 4), smooth_noise(stream, anatomy.grid, 7)
-
-
 def render(
     anatomy: Anatomy,
     textures: tuple[np.ndarray, np.ndarray],
@@ -50,33 +45,23 @@ def render(
 ) -> np.ndarray:
     """The ideal image of ``anatomy`` in ``modality``: no blur, noise or bias yet; 0 outside the brain.
 
-    ``protocol_shift`` is added to each class's mean signal (the site's sequence parameters); ``isointense`` brings
-    grey and white matter together, as in the first year of life.
+    ``textures`` (fine, coarse) are what all modalities of a subject share; ``protocol_shift`` is added to each class's
+    mean signal (the site's sequence parameters); ``isointense`` brings grey and white matter together, as in the first
+    year of life.
     """
-    means = class_means(modality, stream, isointense=isointense)
-    fine, coarse = TEXTURE_MIX[modality]
-    texture = fine * textures[0] + coarse * textures[1]
-    image = np.zeros(anatomy.grid.shape, np.float32)
-    for name, spread in zip(CLASSES, TEXTURE, strict=True):
-        if name in anatomy.fractions:
-            mean = np.float32(means[name] + protocol_shift[name])
-            image += anatomy.fractions[name] * (mean + np.float32(spread) * texture)
-    if modality == "T1CE":
-        image += _vessels(anatomy, stream)
-    return np.clip(image, 0, None) * anatomy.brain
-
-
-def class_means(modality: str, stream: np.random.Generator, *, isointense: bool) -> dict[str, float]:
-    """One subject's mean signal of every class."""
     drawn = stream.normal(SIGNAL[modality], SUBJECT_SPREAD[modality])
     means = dict(zip(CLASSES, drawn.tolist(), strict=True))
     if isointense:
         middle = (means["GM"] + means["WM"]) / 2
         means |= {name: middle + ISOINTENSE * (means[name] - middle) for name in ("GM", "WM")}
-    return means
-
-
-def _vessels(anatomy: Anatomy, stream: np.random.Generator) -> np.ndarray:
-    """Vessels in the sulci take up contrast agent."""
-    threads = smooth_noise(stream, anatomy.grid, 5)
-    return 0.55 * np.clip(1.5 * threads - 2.2, 0, 1.2) * (anatomy.fractions["CSF"] > 0.35)
+    fine, coarse = TEXTURE_MIX[modality]
+    texture = fine * textures[0] + coarse * textures[1]
+    image = np.zeros(SHAPE, np.float32)
+    for name, spread in zip(CLASSES, TEXTURE, strict=True):
+        if name in anatomy.fractions:
+            mean = np.float32(means[name] + protocol_shift[name])
+            image += anatomy.fractions[name] * (mean + np.float32(spread) * texture)
+    if modality == "T1CE":  # vessels in the sulci take up contrast agent
+        threads = smooth_noise(stream, 5)
+        image += 0.55 * np.clip(1.5 * threads - 2.2, 0, 1.2) * (anatomy.fractions["CSF"] > 0.35)
+    return np.clip(image, 0, None) * anatomy.brain

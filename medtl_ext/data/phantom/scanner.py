@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from medtl_ext._validation import require_choice
 from medtl_ext.data.phantom.contrast import CLASSES, MODALITIES
-from medtl_ext.data.phantom.fields import Grid, random_stream, smooth_noise
+from medtl_ext.data.phantom.fields import SHAPE, SPACING, random_stream, smooth_noise
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,14 @@ class Cohort:
     isointense: bool = False  # grey and white matter hard to tell apart, as at six months
 
 
-COHORTS = {
-    "tumour": Cohort(("tumour", "tissue", "wmh"), size=0.92, atrophy=(0.6, 2.2), wmh_load=(0.1, 0.5)),
-    "older": Cohort(("tissue", "wmh"), size=0.92, atrophy=(1.8, 3.2), wmh_load=(0.8, 1.3)),
-    "infant": Cohort(("tissue",), size=0.86, atrophy=(0.3, 0.5), wmh_load=(0.0, 0.0), isointense=True),
-}
-INSTITUTIONS = {
-    **dict.fromkeys(("01", "04", "06", "13", "14", "17", "18", "20"), "tumour"),
-    **dict.fromkeys(("I1", "I2"), "infant"),
-    **dict.fromkeys(("S", "U"), "older"),
-}
+TUMOUR = Cohort(("tumour", "tissue", "wmh"), size=0.92, atrophy=(0.6, 2.2), wmh_load=(0.1, 0.5))
+OLDER = Cohort(("tissue", "wmh"), size=0.92, atrophy=(1.8, 3.2), wmh_load=(0.8, 1.3))
+INFANT = Cohort(("tissue",), size=0.86, atrophy=(0.3, 0.5), wmh_load=(0.0, 0.0), isointense=True)
+INSTITUTIONS = (
+    dict.fromkeys(("01", "04", "06", "13", "14", "17", "18", "20"), TUMOUR)
+    | dict.fromkeys(("I1", "I2"), INFANT)
+    | dict.fromkeys(("S", "U"), OLDER)
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def get_institution(name: str) -> Institution:
     Raises:
         InputError: the phantom has no such institution.
     """
-    cohort = COHORTS[INSTITUTIONS[require_choice("institution", name, INSTITUTIONS)]]
+    cohort = INSTITUTIONS[require_choice("institution", name, INSTITUTIONS)]
     stream = random_stream("institution", name)
     return Institution(
         name=name,
@@ -96,17 +94,15 @@ def _draw_scanner(stream: np.random.Generator) -> Scanner:
     )
 
 
-def acquire(
-    image: np.ndarray, brain: np.ndarray, grid: Grid, scanner: Scanner, stream: np.random.Generator
-) -> np.ndarray:
+def acquire(image: np.ndarray, brain: np.ndarray, scanner: Scanner, stream: np.random.Generator) -> np.ndarray:
     """What the scanner makes of an ideal ``image``: raw int16 values, at least 1 in the brain and 0 outside it."""
-    blur = scanner.blur / grid.spacing[0]
+    blur = scanner.blur / SPACING[0]
     image = ndimage.gaussian_filter(image, (blur, blur, 0.15))
     image = np.clip(image, 0, None) ** np.float32(scanner.gamma)
-    coil = smooth_noise(stream, grid, 90)
+    coil = smooth_noise(stream, 90)
     image *= np.exp(np.float32(scanner.bias * stream.uniform(0.5, 1.2)) * coil)
     sigma = np.float32(scanner.noise * stream.uniform(0.8, 1.3))
-    real, imaginary = sigma * stream.standard_normal((2, *grid.shape), dtype=np.float32)
+    real, imaginary = sigma * stream.standard_normal((2, *SHAPE), dtype=np.float32)
     magnitude = np.hypot(image + real, imaginary)
     gain = scanner.gain * stream.lognormal(0, 0.05)
     return np.where(brain, np.clip(np.rint(gain * magnitude), 1, 32767), 0).astype(np.int16)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,9 @@ def generate_phantom(
         return out / "collection.json"
     with atomic_path(out) as folder:
         folder.mkdir()
-        _write_subjects(folder, settings, n_jobs=n_jobs, progress=progress)
-        write_json(folder / "collection.json", _collection(settings))
+        content = _collection(settings)
+        _write_subjects(folder, content, n_jobs=n_jobs, progress=progress)
+        write_json(folder / "collection.json", content)
     return out / "collection.json"
 
 
@@ -164,38 +166,34 @@ def _already_made(out: Path, settings: dict[str, Any]) -> bool:
         return False
     try:
         found = json.loads((out / "collection.json").read_text(encoding="utf-8"))["generator"]
-        there = {key: found[key] for key in settings}
+        other = [f"{key} {found[key]} there, {value} asked" for key, value in settings.items() if found[key] != value]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{out} exists and is not a phantom; give a new folder, nothing is overwritten.") from None
-    if there == settings:
-        return True
-    differences = "; ".join(
-        f"{key} {there[key]} there, {settings[key]} asked" for key in settings if there[key] != settings[key]
-    )
-    raise InputError(f"{out} holds another phantom ({differences}); give a new folder or delete that one.")
+    if other:
+        raise InputError(f"{out} holds another phantom ({'; '.join(other)}); give a new folder or delete that one.")
+    return True
 
 
-def _write_subjects(folder: Path, settings: dict[str, Any], *, n_jobs: int | None, progress: bool) -> None:
+def _write_subjects(folder: Path, content: dict[str, Any], *, n_jobs: int | None, progress: bool) -> None:
     """Make all subjects, several at a time.
 
     Threads, because nearly all the time is spent in NumPy, SciPy and zlib, which run side by side: they share the
     atlas and start at once, where fresh processes would first import everything. When one fails, those under way
     end before the error is raised, so that none writes into a folder that is being removed.
     """
-    atlas = load_atlas()
+    atlas, settings, subjects = load_atlas(), content["generator"], content["subjects"]
+    how = {"seed": settings["seed"], "modalities": settings["modalities"]}
 
-    def write(institution: str, index: int) -> None:
-        target = folder / _subject_id(institution, index)
+    def write(entry: dict[str, Any], index: int) -> None:
+        target = folder / entry["id"]
         target.mkdir()
-        how = {"seed": settings["seed"], "modalities": settings["modalities"]}
-        for name, values in make_subject(atlas, get_institution(institution), index, **how).items():
+        for name, values in make_subject(atlas, get_institution(entry["institution"]), index, **how).items():
             _write_nifti(target / f"{name}.nii.gz", values)
 
-    jobs = [(name, index) for name in settings["institutions"] for index in range(settings["subjects"])]
     # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.
     with threadpool_limits(1), ThreadPoolExecutor(n_jobs or joblib.cpu_count()) as pool:
-        made = pool.map(write, *zip(*jobs, strict=True))
-        for _ in tqdm(made, "phantom", total=len(jobs), unit="subject", disable=not progress):
+        made = pool.map(write, subjects, cycle(range(settings["subjects"])))
+        for _ in tqdm(made, "phantom", total=len(subjects), unit="subject", disable=not progress):
             pass
 
 
@@ -209,22 +207,11 @@ def _write_nifti(path: Path, values: np.ndarray) -> None:
 
 def _collection(settings: dict[str, Any]) -> dict[str, Any]:
     """The content of ``collection.json``, with the labels and objectives that some subject has."""
-    label_files = {name: INSTITUTIONS[name].labels for name in settings["institutions"]}
-    present = [label for label in LABELS if any(label in files for files in label_files.values())]
-    subjects = []
-    for institution, labels in label_files.items():
-        for index in range(settings["subjects"]):
-            subject = _subject_id(institution, index)
-            files = {name: f"{subject}/{name}.nii.gz" for name in (*settings["modalities"], *labels)}
-            subjects.append(
-                {
-                    "id": subject,
-                    "institution": institution,
-                    "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
-                    "images": {name: files[name] for name in settings["modalities"]},
-                    "labels": {name: files[name] for name in labels},
-                }
-            )
+    modalities = settings["modalities"]
+    subjects = [
+        _entry(name, index, modalities) for name in settings["institutions"] for index in range(settings["subjects"])
+    ]
+    present = [label for label in LABELS if any(label in entry["labels"] for entry in subjects)]
     return {
         "name": "phantom",
         "description": DESCRIPTION,
@@ -237,5 +224,12 @@ def _collection(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _subject_id(institution: str, index: int) -> str:
-    return f"{institution}-{index:03d}"
+def _entry(institution: str, index: int, modalities: Sequence[str]) -> dict[str, Any]:
+    subject = f"{institution}-{index:03d}"
+    return {
+        "id": subject,
+        "institution": institution,
+        "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
+        "images": {name: f"{subject}/{name}.nii.gz" for name in modalities},
+        "labels": {name: f"{subject}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
+    }

@@ -25,7 +25,7 @@ from medtl_ext.data.phantom.atlas import load_atlas
 from medtl_ext.data.phantom.contrast import MODALITIES
 from medtl_ext.data.phantom.fields import AFFINE
 from medtl_ext.data.phantom.lesions import TUMOUR_LABELS, WMH_LABELS
-from medtl_ext.data.phantom.scanner import INSTITUTIONS, get_institution
+from medtl_ext.data.phantom.scanner import INSTITUTIONS, Institution
 from medtl_ext.data.phantom.subject import make_subject
 
 GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no stale cache is read
@@ -187,7 +187,7 @@ def _write_subjects(folder: Path, content: dict[str, Any], *, n_jobs: int | None
     def write(entry: dict[str, Any], index: int) -> None:
         target = folder / entry["id"]
         target.mkdir()
-        for name, values in make_subject(atlas, get_institution(entry["institution"]), index, **how).items():
+        for name, values in make_subject(atlas, Institution(entry["institution"]), index, **how).items():
             _write_nifti(target / f"{name}.nii.gz", values)
 
     # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.

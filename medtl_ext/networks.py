@@ -63,20 +63,16 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"checkpoint {path} does not exist; give the path of a .pt file. If it is of a training that was finished, "
-            "delete its folder, and the same command trains it again."
-        )
+        hint = "give a .pt file; if it is of a training that was finished, delete its folder and train it again"
+        raise InputError(f"checkpoint {path} does not exist; {hint}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, pickle.UnpicklingError):  # what torch says of it advises to read it unsafely
             reason = "it is damaged, or holds more than tensors"
-        raise InputError(
-            f"checkpoint {path} cannot be read as weights ({reason}); expected a file written by "
-            "torch.save(network.state_dict(), path)."
-        ) from error
+        expected = "expected a file written by torch.save(network.state_dict(), path)"
+        raise InputError(f"checkpoint {path} cannot be read as weights ({reason}); {expected}.") from error
     for key in ("model", "network", "net", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -117,10 +113,8 @@ def load_weights(
         unexpected=[name for name in found if name not in own],
     )
     if len(fitting) < min_share * len(own):
-        raise InputError(
-            f"{where} does not fit this {type(network).__name__}: {report}; expected at least {min_share:.0%}. "
-            "Was it trained with another architecture or number of classes?"
-        )
+        expected = f"expected at least {min_share:.0%}. Was it trained with another architecture or number of classes?"
+        raise InputError(f"{where} does not fit this {type(network).__name__}: {report}; {expected}")
     network.load_state_dict(fitting, strict=False)
     logger.info("%s: %s", where, report)
     return report

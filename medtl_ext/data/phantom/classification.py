@@ -20,8 +20,8 @@ from filelock import FileLock
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data.collection import SPLITS, Collection, Task, load_collection
-from medtl_ext.data.phantom.contrast import MODALITIES
 from medtl_ext.data.phantom.generate import cache_root, cached_phantom
+from medtl_ext.data.phantom.scanner import MODALITIES
 
 __all__ = ["OBJECTIVES", "phantom_classification"]
 
@@ -96,9 +96,7 @@ def phantom_classification(task: str, *, collection: str | os.PathLike[str] | No
     parts = Task(task)
     objective = OBJECTIVES[require_choice("objective", parts.objective, OBJECTIVES)]
     if (parts.modality == ALL) != (parts.objective == "modality"):
-        raise InputError(
-            f"task {task} is not there; the modality is {ALL} for the objective 'modality', and only then."
-        )
+        raise InputError(f"task {task}: the modality is {ALL} for the objective 'modality', and only then.")
     path = collection or cached_phantom(institutions=[parts.institution], subjects=subjects, seed=0)
     found = load_collection(path)
     folder = cache_root() / "classification"
@@ -131,10 +129,8 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
             held[f"{subject.split}_labels"].append(classes[usable])
             held[f"{subject.split}_subjects"].append(np.full(usable.sum(), subject.patient or subject.id))
     if missing := [split for split in SPLITS if f"{split}_labels" not in held]:
-        raise InputError(
-            f"task {task} has no subject in split '{missing[0]}' with {' and '.join(modalities)}"
-            f"{f' and the label file {objective.label}' if objective.label else ''}; choose another task."
-        )
+        files = " and ".join([*modalities, *needed])
+        raise InputError(f"task {task} has no subject in split '{missing[0]}' with {files}; choose another task.")
     arrays = {key: np.concatenate(parts) for key, parts in held.items()}
     arrays |= {"class_names": np.array(objective.class_names), "synthetic": np.array(collection.synthetic)}
     with atomic_path(file) as temporary:

@@ -22,10 +22,9 @@ from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice, require_choices
 from medtl_ext.data.phantom.anatomy import TISSUE_LABELS
 from medtl_ext.data.phantom.atlas import load_atlas
-from medtl_ext.data.phantom.contrast import MODALITIES
 from medtl_ext.data.phantom.fields import AFFINE
 from medtl_ext.data.phantom.lesions import TUMOUR_LABELS, WMH_LABELS
-from medtl_ext.data.phantom.scanner import INSTITUTIONS, Institution
+from medtl_ext.data.phantom.scanner import INSTITUTIONS, MODALITIES, Institution
 from medtl_ext.data.phantom.subject import make_subject
 
 GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no stale cache is read

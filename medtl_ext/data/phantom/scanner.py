@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from scipy import ndimage
-
 from medtl_ext._validation import require_choice
-from medtl_ext.data.phantom.contrast import CLASSES, MODALITIES
-from medtl_ext.data.phantom.fields import SHAPE, SPACING, random_stream, smooth_noise
+from medtl_ext.data.phantom.fields import random_stream
+
+MODALITIES = ("T1", "T1CE", "T2", "FLAIR")
+CLASSES = ("CSF", "GM", "WM", "ventricle", "ED", "NCR", "ET", "WMH")
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,3 @@ class Scanner:
         self.noise = stream.uniform(0.015, 0.055)  # standard deviation of the Rician noise, in units of the signal
         self.bias = stream.uniform(0.03, 0.14)  # strength of the coil's bias field: log-signal standard deviation
         self.gain = stream.uniform(300, 600)  # raw units for a signal of 1
-
-
-def acquire(image: np.ndarray, brain: np.ndarray, scanner: Scanner, stream: np.random.Generator) -> np.ndarray:
-    """What the scanner makes of an ideal ``image``: raw int16 values, at least 1 in the brain and 0 outside it."""
-    blur = scanner.blur / SPACING[0]
-    image = ndimage.gaussian_filter(image, (blur, blur, 0.15))
-    image = np.clip(image, 0, None) ** np.float32(scanner.gamma)
-    coil = smooth_noise(stream, 90)
-    image *= np.exp(np.float32(scanner.bias * stream.uniform(0.5, 1.2)) * coil)
-    sigma = np.float32(scanner.noise * stream.uniform(0.8, 1.3))
-    real, imaginary = sigma * stream.standard_normal((2, *SHAPE), dtype=np.float32)
-    magnitude = np.hypot(image + real, imaginary)
-    gain = scanner.gain * stream.lognormal(0, 0.05)
-    return np.where(brain, np.clip(np.rint(gain * magnitude), 1, 32767), 0).astype(np.int16)

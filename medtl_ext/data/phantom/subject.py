@@ -8,10 +8,10 @@ import numpy as np
 
 from medtl_ext.data.phantom.anatomy import deform, grow_brain
 from medtl_ext.data.phantom.atlas import Atlas
-from medtl_ext.data.phantom.contrast import render
+from medtl_ext.data.phantom.contrast import acquire, render
 from medtl_ext.data.phantom.fields import random_stream, smooth_noise
 from medtl_ext.data.phantom.lesions import add_tumour, add_white_matter_hyperintensities, place_tumour
-from medtl_ext.data.phantom.scanner import Institution, acquire
+from medtl_ext.data.phantom.scanner import Institution
 
 
 def make_subject(
@@ -40,11 +40,10 @@ def make_subject(
             labels[name][labels["tumour"] > 0] = 0
 
     texture = stream("texture")
-    textures = smooth_noise(texture, 4), smooth_noise(texture, 7)
+    textures = [smooth_noise(texture, length) for length in (4, 7)]
     images = {}
     for modality in modalities:
-        scanner, noise = institution.scanners[modality], stream(modality)
-        shift, isointense = scanner.protocol_shift, cohort.isointense
-        ideal = render(anatomy, textures, modality, noise, protocol_shift=shift, isointense=isointense)
-        images[modality] = acquire(ideal, anatomy.brain, scanner, noise)
+        noise = stream(modality)
+        ideal = render(anatomy, institution, modality, textures, noise)
+        images[modality] = acquire(ideal, anatomy.brain, institution.scanners[modality], noise)
     return images | labels

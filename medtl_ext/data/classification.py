@@ -213,10 +213,8 @@ def _require_classes(training: np.ndarray, n_classes: int, path: Path) -> None:
         raise InputError(f"{path} has {found}; expected all, and two or more to tell apart.")
 
 
-def load_image_folder(
-    path: str | os.PathLike[str], *, size: int | None = None, seed: int = 0, progress: bool = True
-) -> ClassificationDataset:
-    """Read a folder ``split/class/image.png``, or ``class/image.png`` with a split drawn from the seed.
+def load_image_folder(path: str | os.PathLike[str], *, size: int | None = None) -> ClassificationDataset:
+    """Read a folder ``split/class/image.png``, or ``class/image.png`` with a split drawn at random, always the same.
 
     A drawn split is stratified: a half of each class's images to train, a quarter each to val and test. It knows
     nothing of patients: if one has several images, sort them into split folders yourself.
@@ -224,8 +222,6 @@ def load_image_folder(
     Args:
         path: folder of ``train``, ``val`` and ``test`` folders, or of classes. PNG, JPEG, BMP and TIFF of 8 bit.
         size: bring all images to so many pixels square; None asks that they are of one size already.
-        seed: of the split, where one is drawn.
-        progress: show a progress bar on a terminal.
 
     Raises:
         InputError: no such folder, fewer than two classes, an image that is damaged or not of 8 bit, or several sizes.
@@ -248,9 +244,9 @@ def load_image_folder(
         if file.suffix.lower() in SUFFIXES
     ]
     labels = np.array([label for _, label, _ in files], dtype=np.int64)
-    splits = np.array([split for *_, split in files], dtype=str) if has_splits else _drawn_splits(labels, seed)
+    splits = np.array([split for *_, split in files], dtype=str) if has_splits else _drawn_splits(labels)
     _require_classes(labels[splits == "train"], len(classes), path)
-    images = [read_image(file, size) for file, *_ in tqdm(files, "reading images", disable=None if progress else True)]
+    images = [read_image(file, size) for file, *_ in tqdm(files, "reading images", disable=None)]
     if len({image.shape[:2] for image in images}) > 1:
         raise InputError(f"{path} holds images of several sizes; give size=... to bring them to one.")
     if len({image.ndim for image in images}) > 1:
@@ -287,10 +283,10 @@ def load_classification(path: str | os.PathLike[str], *, size: int | None = None
     return replace(dataset, name=name, class_names=names)
 
 
-def _drawn_splits(labels: np.ndarray, seed: int) -> np.ndarray:
+def _drawn_splits(labels: np.ndarray) -> np.ndarray:
     splits = np.empty(len(labels), dtype="<U5")
     cycle = np.array(["train", "val", "test", "train"])
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
         splits[rows] = cycle[np.arange(len(rows)) % len(cycle)]

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from medtl_ext._validation import InputError
-from medtl_ext.affinity._volumes import Reader, binary, bounding_box, finite, standardized, voxel_size
+from medtl_ext.affinity._volumes import NamedVolume, Reader, binary, bounding_box, finite, standardized, voxel_size
 from medtl_ext.affinity.images import mass_quantiles, mean_distances
 from medtl_ext.affinity.labels import soft_dice
 from medtl_ext.transforms import body_mask
@@ -66,22 +66,8 @@ def task_context(images: Iterable[ArrayLike], labels: Iterable[ArrayLike], *, sp
     """
     found: dict[str, list[np.ndarray]] = {"roi": [], "ring": [], "body": [], "crop": []}
     for index, (image, label) in enumerate(Reader().pairs(images=images, labels=labels)):
-        name, scores, label = image[0], finite(*image), binary(*label)
-        body = body_mask(scores)
-        if not body.any():
-            raise InputError(f"{name} is zero everywhere; expected an image.")
-        scores = standardized(scores, scores[body])
-        found["body"].append(mass_quantiles(scores[body], CONTEXT_QUANTILES))
-        if label.any():
-            voxel = voxel_size(spacing, index, label.ndim)
-            near = bounding_box(label, margin=np.ceil(RING / voxel).astype(int))
-            scores, label, body = scores[near], label[near], body[near]
-            distance = ndimage.distance_transform_edt(label == 0, sampling=voxel)
-            around = scores[(distance > 0) & (distance <= RING) & body]
-            if around.size:
-                found["ring"].append(mass_quantiles(around, CONTEXT_QUANTILES))
-            found["roi"].append(mass_quantiles(scores[label == 1], CONTEXT_QUANTILES))
-            found["crop"].append(_cropped(label, CROP / CROP_SAMPLES / voxel))
+        for part, values in _parts(image, label, spacing, index).items():
+            found[part].append(values)
     if not found["roi"]:
         raise InputError("labels has no labelled voxel in any volume; expected a task with an RoI.")
     if not found["ring"]:
@@ -140,6 +126,27 @@ def pairwise_context(
     intensity = (mean_distances(*stacked("roi")) + mean_distances(*stacked("ring"))) / 2
     costs = np.stack([intensity, 1 - soft_dice(*stacked("crop")), mean_distances(*stacked("body"))])
     return torch.from_numpy(np.tensordot(share, costs, axes=1))
+
+
+def _parts(named_image: NamedVolume, named_label: NamedVolume, spacing: ArrayLike, index: int) -> dict[str, np.ndarray]:
+    """One patient's share in each part of a `TaskContext`."""
+    scores, label = finite(*named_image), binary(*named_label)
+    body = body_mask(scores)
+    if not body.any():
+        raise InputError(f"{named_image[0]} is zero everywhere; expected an image.")
+    scores = standardized(scores, scores[body])
+    parts = {"body": mass_quantiles(scores[body], CONTEXT_QUANTILES)}
+    if label.any():
+        voxel = voxel_size(spacing, index, label.ndim)
+        near = bounding_box(label, margin=np.ceil(RING / voxel).astype(int))
+        scores, label, body = scores[near], label[near], body[near]
+        distance = ndimage.distance_transform_edt(label == 0, sampling=voxel)
+        around = scores[(distance > 0) & (distance <= RING) & body]
+        if around.size:
+            parts["ring"] = mass_quantiles(around, CONTEXT_QUANTILES)
+        parts["roi"] = mass_quantiles(scores[label == 1], CONTEXT_QUANTILES)
+        parts["crop"] = _cropped(label, CROP / CROP_SAMPLES / voxel)
+    return parts
 
 
 def _cropped(label: np.ndarray, step: np.ndarray) -> np.ndarray:

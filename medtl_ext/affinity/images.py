@@ -122,25 +122,27 @@ def _quantiles(
         raise InputError(f"size is {size}; expected a whole number of voxels, at least 2.")
     if not 0 < variance < 1:
         raise InputError(f"variance is {variance}; expected a share of the variance in (0, 1).")
-    rows = []
-    for item, image in reader.volumes(name, images):
-        scores = _leading_scores(item, image, size, variance, standardize)
-        if scores is None:
-            warn(f"{item} has no contrast, so its distances say nothing about transfer.")
-            scores = np.zeros(1)
-        rows.append(mass_quantiles(scores, QUANTILES))
-    return np.stack(rows)
+    images = reader.volumes(name, images)
+    return np.stack([mass_quantiles(_scores(*named, size, variance, standardize), QUANTILES) for named in images])
 
 
-def _leading_scores(name: str, image: np.ndarray, size: int, variance: float, standardize: bool) -> np.ndarray | None:
+def _scores(name: str, image: np.ndarray, size: int, variance: float, standardize: bool) -> np.ndarray:
+    box, scores = bounding_box(image != 0), None
+    if box is not None:
+        part = finite(name, image[box])  # zeros around the body add nothing to what follows
+        if standardize:
+            _standardize(part, part != 0)
+        resizing = [_resizing(n, size)[:, side] for n, side in zip(image.shape, box, strict=True)]
+        scores = _leading_scores(part, resizing, variance)
+    if scores is None:
+        warn(f"{name} has no contrast, so its distances say nothing about transfer.")
+        return np.zeros(1)
+    return scores
+
+
+def _leading_scores(part: np.ndarray, resizing: list[sparse.csr_array], variance: float) -> np.ndarray | None:
     """Scores of the resized image's rows on its leading components, None if it has no contrast."""
-    box = bounding_box(image != 0)
-    if box is None:
-        return None
-    part = finite(name, image[box])  # zeros around the body add nothing to what follows
-    if standardize:
-        _standardize(part, part != 0)
-    *leading, last = (_resizing(n, size)[:, side] for n, side in zip(image.shape, box, strict=True))
+    *leading, last = resizing
     rows = _resized(part, leading)
     peak = np.abs(rows).max()
     rows -= rows.mean(axis=0)

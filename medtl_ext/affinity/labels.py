@@ -178,8 +178,6 @@ def _windowed_ssim(a: Volumes, b: Volumes, c1: float, c2: float, window: int) ->
     shape = a[0].shape
     if min(shape) < window:
         raise InputError(f"window is {window} voxels wide, but the labels are {shape}: give a smaller one.")
-    inner = (slice(window // 2, -(window // 2)),) * len(shape)
-    factor = window ** len(shape) / (window ** len(shape) - 1)  # of sample covariances, as scikit-image has them
     # A window that sees no label has SSIM 1, so only what is near the labels need be looked at.
     near_a, near_b = ([bounding_box(volume, margin=window - 1) for volume in side] for side in (a, b))
     result = np.ones((len(a), len(b)))
@@ -187,11 +185,17 @@ def _windowed_ssim(a: Volumes, b: Volumes, c1: float, c2: float, window: int) ->
         if b is a and j < i:
             result[i, j] = result[j, i]
         elif (near := _union(near_a[i], near_b[j])) is not None:
-            first, second = (volume[near].astype(np.float64) for volume in (a[i], b[j]))
-            shares = (ndimage.uniform_filter(part, window)[inner] for part in (first, second, first * second))
-            missing = 1 - _ssim(*shares, c1, c2, (factor, factor))
-            result[i, j] -= missing.sum() / np.prod(np.subtract(shape, window - 1))
+            result[i, j] -= _missing(a[i][near], b[j][near], c1, c2, window) / np.prod(np.subtract(shape, window - 1))
     return result
+
+
+def _missing(a: np.ndarray, b: np.ndarray, c1: float, c2: float, window: int) -> float:
+    """What all windows together lack of an SSIM of 1 each."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    inner = (slice(window // 2, -(window // 2)),) * a.ndim
+    factor = window**a.ndim / (window**a.ndim - 1)  # of sample covariances, as scikit-image has them
+    shares = (ndimage.uniform_filter(labelled, window)[inner] for labelled in (a, b, a * b))
+    return float((1 - _ssim(*shares, c1, c2, (factor, factor))).sum())
 
 
 def _union(first: tuple[slice, ...] | None, second: tuple[slice, ...] | None) -> tuple[slice, ...] | None:

@@ -20,16 +20,8 @@ SHAPE_DESCRIPTORS = {
 
 #: The difference in each descriptor that counts as one in `shape_similarity`: on 38 tasks of the phantom, the standard
 #: deviation between the means of tasks or that between the patients of one task, whichever is larger, rounded.
-SHAPE_SCALES = {
-    "log_volume": 2.0,
-    "log_components": 1.5,
-    "elongation": 0.1,
-    "flatness": 0.1,
-    "compactness": 1.5,
-    "centre_0": 0.1,
-    "centre_1": 0.1,
-    "centre_2": 0.1,
-}
+SHAPE_SCALES = {"log_volume": 2.0, "log_components": 1.5, "elongation": 0.1, "flatness": 0.1, "compactness": 1.5}
+SHAPE_SCALES |= dict.fromkeys(("centre_0", "centre_1", "centre_2"), 0.1)
 
 
 def shape_descriptors(labels: Iterable[ArrayLike], spacing: ArrayLike = 1.0) -> torch.Tensor:

@@ -33,6 +33,7 @@ __all__ = ["SPLITS", "Collection", "Objective", "Subject", "Task", "load_collect
 
 Split = Literal["train", "val", "test"]
 SPLITS = get_args(Split)
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, order=True)
@@ -295,7 +296,7 @@ class Collection(BaseModel, frozen=True):
         return self.objectives[require_choice("objective", Task(str(task)).objective, self.objectives)]
 
 
-def load_collection(path: str | os.PathLike[str]) -> Collection:
+def load_collection(path: PathLike) -> Collection:
     """Read and validate a collection file. Images and labels are not opened: that is `check_collection`'s work.
 
     Where no subject has a ``split``, one is drawn patient-wise in every institution: a half to train, a quarter each to
@@ -311,7 +312,7 @@ def load_collection(path: str | os.PathLike[str]) -> Collection:
     return _validate(read_json(path), path)
 
 
-def write_collection(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+def write_collection(path: PathLike, content: Mapping[str, Any]) -> Path:
     """Validate a collection's content and write its file, whole or not at all. Images are never copied or touched.
 
     Args:

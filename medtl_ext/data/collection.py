@@ -164,6 +164,12 @@ def _settle_splits(subjects: list[Subject]) -> list[Subject]:
     return [subject.model_copy(update={"split": drawn[subject.patient or subject.id]}) for subject in subjects]
 
 
+def count_splits(subjects: Iterable[Subject]) -> str:
+    """Such as ``train 6, val 3, test 3``."""
+    counts = Counter(subject.split for subject in subjects)
+    return ", ".join(f"{split} {counts[split]}" for split in SPLITS)
+
+
 def shuffled(names: Iterable[str], seed: int = 0) -> list[str]:
     """The names in the order of their hashes: the same on every machine, whatever the order they come in."""
     return sorted(names, key=lambda name: hashlib.sha256(f"split {seed} {name}".encode()).digest())
@@ -268,11 +274,9 @@ class Collection(BaseModel, frozen=True):
             if subject.split == split
         ]
         if not datalist:
-            counts = Counter(subject.split for subject in subjects)
-            found = ", ".join(f"{name} {counts[name]}" for name in SPLITS)
             raise InputError(
                 f"task {task} has no subject in split '{split}' of {self.path} (subjects with {modality} and label "
-                f"'{label}': {found}); choose another task or split, or add subjects."
+                f"'{label}': {count_splits(subjects)}); choose another task or split, or add subjects."
             )
         return datalist
 

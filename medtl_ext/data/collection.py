@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, product
@@ -196,13 +196,11 @@ class Collection(BaseModel, frozen=True):
             where = f"objective '{name}'"
             declared = self.labels[require_choice(f"{where}: label", objective.label, self.labels)]
             values = [value for group in objective.values for value in group]
-            for value in values:
-                if value not in declared.values():
-                    raise InputError(
-                        f"{where}: value {value} is not declared for label '{objective.label}' ({declared})"
-                    )
-            if len(set(values)) < len(values):
-                raise InputError(f"{where}: 'values' must name each value once, such as [1, [2, 3]]; found {values}")
+            if not set(values) <= set(declared.values()) or len(set(values)) < len(values):
+                raise InputError(
+                    f"{where}: values must be declared for label '{objective.label}' ({declared}), and each be there "
+                    f"once, such as [1, [2, 3]]; found {objective.values}."
+                )
         for subject in self.subjects:
             for label in subject.labels:
                 require_choice(f"subject '{subject.id}': label", label, self.labels)
@@ -346,6 +344,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold an object of JSON; found a {type(content).__name__}.")
     return content
+
+
+def refuse_to_replace(path: PathLike, recognise: Callable[[Path], Any], kind: str) -> None:
+    """A file is written again where it is of the kind; nothing else is, such as the list that a reader was given."""
+    try:
+        ours = not Path(path).exists() or recognise(Path(path))
+    except ValueError:  # which an `InputError` is too
+        ours = False
+    if not ours:
+        raise InputError(f"{path} exists and is no {kind}, so it is not replaced; give another file to write.")
 
 
 def _validate(content: Mapping[str, Any], path: Path) -> Collection:

@@ -12,7 +12,15 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from medtl_ext._validation import InputError
-from medtl_ext.data.collection import SPLITS, PathLike, load_collection, read_json, shuffled, write_collection
+from medtl_ext.data.collection import (
+    SPLITS,
+    PathLike,
+    load_collection,
+    read_json,
+    refuse_to_replace,
+    shuffled,
+    write_collection,
+)
 
 __all__ = ["FRACTIONS", "draw_folds", "draw_splits", "split_collection", "write_splits"]
 
@@ -141,15 +149,15 @@ def split_collection(
     content["subjects"] = [{**entry, "split": drawn[entry["id"]]} for entry in content["subjects"]]
     if fractions is None and folds is None:
         fractions = FRACTIONS
-    options = {"fractions": fractions, "folds": folds, "seed": seed, "keep_test": keep_test}
-    return write_splits(content, out, folder=collection.path.parent, **options)
+    folder = collection.path.parent
+    return write_splits(content, out, folder, fractions=fractions, folds=folds, seed=seed, keep_test=keep_test)
 
 
 def write_splits(
     content: Mapping[str, Any],
     out: PathLike,
-    *,
     folder: Path,
+    *,
     fractions: Sequence[float] | None = None,
     folds: int | None = None,
     seed: int = 0,
@@ -197,18 +205,9 @@ def write_splits(
             for turn, entries in turns
         }
     for path in files:
-        _refuse_other_file(path)
+        refuse_to_replace(path, load_collection, "collection")
     about = {key: value for key, value in content.items() if key != "drawn"}
     return [write_collection(path, about | entries) for path, entries in files.items()]
-
-
-def _refuse_other_file(path: Path) -> None:
-    """A collection may be written again; nothing else is, such as the ``dataset.json`` that a reader was given."""
-    if path.exists():
-        try:
-            load_collection(path)
-        except InputError as error:
-            raise InputError(f"{path} exists and is not a collection; give another file to write.") from error
 
 
 def _undecided(entry: Mapping[str, Any], keep_test: bool) -> dict[str, Any]:

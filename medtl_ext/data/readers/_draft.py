@@ -189,8 +189,8 @@ class Draft:
                 f"{'; left out: ' + _first(reasons, 2) if reasons else ''}. Check the root and the reader's name."
             )
         content = {"synthetic": False, **about, "subjects": self.subjects}
-        options = {"fractions": self.split, "folds": self.folds, "seed": self.seed, "keep_test": self.keep_test}
-        paths = write_splits(content, self.out, folder=self.root, **options)
+        draw = {"fractions": self.split, "folds": self.folds, "seed": self.seed, "keep_test": self.keep_test}
+        paths = write_splits(content, self.out, self.root, **draw)
         report = check_collection(load_collection(paths[0]), progress=self.progress) if self.check else None
         return Reading(paths, self.left_out, report)
 

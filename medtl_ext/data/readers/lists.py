@@ -189,12 +189,7 @@ def read_nnunet(root: PathLike, out: PathLike, **options: Any) -> Reading:
 
 
 def read_csv(
-    root: PathLike,
-    out: PathLike,
-    *,
-    file: PathLike | None = None,
-    labels: Mapping[str, int] | None = None,
-    **options: Any,
+    root: PathLike, out: PathLike, *, file: PathLike | None = None, labels: dict[str, int] | None = None, **options: Any
 ) -> Reading:
     """A table with the columns subject, institution, modality, image and label, and, if wanted, split and patient.
 

@@ -9,8 +9,7 @@ import pandas as pd
 
 from medtl_ext._io import write_csv
 from medtl_ext._validation import InputError
-from medtl_ext.ranking import SourceRanking
-from medtl_ext.ranking._words import listed
+from medtl_ext.ranking import SourceRanking, listed
 from medtl_ext.transfer import SCORES, ClassificationTask, Job, RankSources, Study
 from medtl_ext.transfer.jobs import read_table
 from medtl_ext.transfer.study import Key

@@ -15,8 +15,7 @@ from monai.engines import SupervisedEvaluator
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices
-from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking
-from medtl_ext.ranking._words import listed
+from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Run, run_command
 from medtl_ext.transfer.scores import SCORES, Observation, observe, patients_of, resampled_scores, score_values

@@ -346,7 +346,9 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
         load_collection(overrides["collection"])  # a missing one has no content
     merged = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}
     path = Path(source.task)
-    key = identity(merged, without=("weight_map", "leep", "grid")) | {"data": content_of(path) if path.exists() else None}
+    key = identity(merged, without=("weight_map", "leep", "grid")) | {
+        "data": content_of(path) if path.exists() else None
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
 

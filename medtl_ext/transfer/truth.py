@@ -74,7 +74,7 @@ class FineTuneSources:
             figure = plot_scores_against_outcome(
                 table.drop("scratch"),
                 outcome=target.outcome,
-                labels={metric: score.label for metric, score in SCORES.items()},
+                scores={metric: score.label for metric, score in SCORES.items()},
                 scratch=truth.loc["scratch", target.outcome],
                 title=f"{name}: score against {target.unit} after fine-tuning",
                 synthetic=target.synthetic,

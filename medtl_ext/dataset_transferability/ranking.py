@@ -37,14 +37,14 @@ class RankDatasets(RankSources):
         self.cross_domain = cross_domain
 
     def check(self) -> None:
+        channels, size = self.image_shape[:2]
+        if channels not in (1, 3) or size < 16:
+            raise InputError(f"in_channels is {channels}, image_size {size}; expected 1 or 3, and at least 16.")
         super().check()
         if self.decide_by not in self.metrics:
             raise InputError(
                 f"decide_by is {self.decide_by}, which is not in metrics; add it there: {', '.join(self.metrics)}."
             )
-        channels, size = self.image_shape[:2]
-        if channels not in (1, 3) or size < 16:
-            raise InputError(f"in_channels is {channels}, image_size {size}; expected 1 or 3, and at least 16.")
         self.target.check(["train", "val", "test"])
 
     @property

@@ -113,11 +113,11 @@ class Source:
         declared = definition.get("spatial_dims", definition.get("dimensions", dims))
         if declared != dims:
             raise InputError(f"its network is {declared}D, the target's images are {dims}D")
-        weights = read_weights(self.checkpoint)
         channels = next((definition[key] for key in CHANNEL_KEYS if key in definition), in_channels)
-        first = next((value for value in weights.values() if value.ndim == dims + 2), None)
-        if in_channels == 1 and first is not None and first.shape[1] == 3:
-            channels = 3  # the definition took them from the target, the weights did not
+        if channels == in_channels == 1:  # the definition may take them from the target; the weights do not
+            weights = read_weights(self.checkpoint).values()
+            first = next((tuple(value.shape) for value in weights if value.ndim == dims + 2), (0, 1))
+            channels = 3 if first[1] == 3 else 1
         if channels != in_channels:
             hint = "; give --in_channels 3, which repeats grey images" if channels == 3 else ""
             raise InputError(f"its network takes {channels} channels, the target's images have {in_channels}{hint}")

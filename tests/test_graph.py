@@ -100,6 +100,10 @@ class TestClusters:
         for n_clusters in (1, 2):
             assert girvan_newman_clusters(graph, n_clusters, weight=None) == [{0, 1, 2}, {3, 4}]
 
+    def test_edges_that_only_rounding_tells_apart_go_by_name(self):
+        grid = nx.convert_node_labels_to_integers(nx.grid_2d_graph(3, 3))
+        assert girvan_newman_clusters(grid, 2, weight=None) == [{3, 4, 5, 6, 7, 8}, {0, 1, 2}]
+
     def test_eighty_four_tasks_in_nine_clusters(self):
         """The size of the paper's graph: a few seconds, where networkx alone would take minutes."""
         names = ["-".join(p) for p in product("0123456", ("T1", "T1CE", "T2", "FLAIR"), ("ED", "ET", "NCR"))]

@@ -243,9 +243,9 @@ class TestRepresentatives:
             assert cluster_representatives(graph, [set("abcd")], rule=rule) == ["a"]
 
     def test_centroid_weighs_the_others_by_size(self):
-        graph = graph_of(("ab", 1.0), ("ac", 4.0), ("bc", 2.0))
+        graph = graph_of(("ab", 1.0), ("ac", 2.0), ("bc", 4.0))
         nx.set_node_attributes(graph, {"a": 100, "b": 1, "c": 1}, "size")
-        # a: (1 + 4) / 2; b: (100 + 2) / 101; c: (400 + 2) / 101
+        # a: (1 + 2) / 2; b: (100 + 4) / 101, where the mean without sizes is 2.5; c: (200 + 4) / 101
         assert cluster_representatives(graph, [set("abc")], rule="weighted_centroid") == ["b"]
 
     def test_refuses(self):

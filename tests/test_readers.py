@@ -375,6 +375,10 @@ class TestTumours:
         (error,) = read("brats2021", root, check=True).check.errors
         assert (error.subject, "undeclared values 3" in error.problem) == ("BraTS2021_00003", True)
 
+    def test_fets_has_the_names_until_2022(self, make):
+        root = make("brats2023")
+        refuses("no subject found.*found 25 image files", "fets", root, institutions=root / "none.csv")
+
     def test_visits_stay_together(self, make):
         first, second, *_ = read("brats2023", make("brats2023")).collection.subjects
         assert first.id[:-4] == second.id[:-4] == first.patient

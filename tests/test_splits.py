@@ -151,6 +151,8 @@ class TestSplitCollection:
         assert {subject.id: subject.split for subject in load_collection(path).subjects} == expected
         (again,) = split_collection(path, tmp_path / "data/again.json", fractions=FRACTIONS, seed=7)
         assert again.read_bytes() == path.read_bytes()
+        (other,) = split_collection(path, tmp_path / "data/again.json")
+        assert json.loads(other.read_text())["drawn"] == {"fractions": [0.5, 0.25, 0.25], "seed": 0}
 
     def test_paths_hold_in_another_folder(self, collection, tmp_path):
         (path,) = split_collection(collection, tmp_path / "elsewhere/out.json")
@@ -209,7 +211,7 @@ class TestSplitCollection:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--split", "0.5", "0.25", "0.25", "--seed", "1"], ["out.json: train 6, val 3, test 3"]),
+        (["--split", "0.25", "0.5", "0.25", "--seed", "1"], ["out.json: train 3, val 6, test 3"]),
         (["--folds", "3"], [f"out_fold{turn}.json: train 4, val 4, test 4" for turn in range(3)]),
         (["--folds", "3", "--keep-test"], [f"out_fold{turn}.json: train 6, val 3, test 3" for turn in range(3)]),
     ],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +81,8 @@ class TaskVolumes:
         steps = [
             LoadImaged(list(files), reader="NibabelReader", ensure_channel_first=True),
             Orientationd(list(files), "RAS", labels=None),
+            SelectLabelsd("label", values=self.label_values, allow_missing_keys=True),
         ]
-        if "label" in files:
-            steps.append(SelectLabelsd("label", values=self.label_values))
         return Compose(steps)(files)
 
 
@@ -117,19 +116,17 @@ class SeqTranAffinity:
 
     def distance(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean Wasserstein distance of images."""
-
-        def compare() -> float:
-            return float(quantile_distance(self._image_set(a), self._image_set(b)).mean())
-
-        return self._once((a.image_files, b.image_files), compare)
+        pair = frozenset((a.image_files, b.image_files))
+        if pair not in self._found:
+            self._found[pair] = float(quantile_distance(self._image_set(a), self._image_set(b)).mean())
+        return self._found[pair]
 
     def similarity(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean structural similarity of labels."""
-
-        def compare() -> float:
-            return float(pairwise_ssim(self._label_set(a), self._label_set(b)).mean())
-
-        return self._once((a.regions, b.regions), compare)
+        pair = frozenset((a.regions, b.regions))
+        if pair not in self._found:
+            self._found[pair] = float(pairwise_ssim(self._label_set(a), self._label_set(b)).mean())
+        return self._found[pair]
 
     def _image_set(self, task: TaskVolumes) -> torch.Tensor:
         if task.image_files not in self._quantiles:
@@ -143,12 +140,6 @@ class SeqTranAffinity:
         for shape, bits in self._labels[task.regions]:
             yield np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
 
-    def _once(self, pair: tuple[Any, Any], compare: Callable[[], float]) -> float:
-        key = frozenset(pair)
-        if key not in self._found:
-            self._found[key] = compare()
-        return self._found[key]
-
 
 class ContextAffinity:
     """`medtl_ext.affinity.pairwise_context`: intensity in and around the RoI, its shape, and the body's intensities."""
@@ -159,12 +150,10 @@ class ContextAffinity:
         self._contexts: dict[TaskVolumes, TaskContext] = {}
 
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
-        return float(pairwise_context([self._context(a)], [self._context(b)]))
-
-    def _context(self, task: TaskVolumes) -> TaskContext:
-        if task not in self._contexts:
-            self._contexts[task] = task_context(task.images(), task.labels(), spacing=task.spacing())
-        return self._contexts[task]
+        for task in (a, b):
+            if task not in self._contexts:
+                self._contexts[task] = task_context(task.images(), task.labels(), spacing=task.spacing())
+        return float(pairwise_context([self._contexts[a]], [self._contexts[b]]))
 
 
 def affinity_name(affinity: str | Affinity) -> str:
@@ -197,9 +186,8 @@ def find_affinity(affinity: str | Affinity) -> Affinity:
         return AFFINITIES[affinity]()
     if str(affinity).endswith(".json"):
         return _of_fitted_weights(Path(affinity))
-    module, _, name = str(affinity).rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = pkgutil.resolve_name(str(affinity))
     except (ImportError, ValueError, AttributeError):
         found = None
     if not callable(found):
@@ -220,9 +208,8 @@ def _of_fitted_weights(path: Path) -> SeqTranAffinity:
             raise ValueError(f"alpha {alpha}, beta {beta}")
         return SeqTranAffinity(alpha=alpha, beta=beta, standardize=bool(content["standardize"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json."
-        ) from error
+        what = f"holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json"
+        raise InputError(f"{path} {what}.") from error
 
 
 def affinity_costs(
@@ -239,13 +226,11 @@ def affinity_costs(
     """
     columns = tasks if others is None else others
     costs = np.zeros((len(tasks), len(columns)))
-    pairs = [(i, j) for i in range(len(tasks)) for j in range(len(columns)) if others is not None or i < j]
+    pairs = [(i, j) for i, j in np.ndindex(*costs.shape) if others is not None or i < j]
     for i, j in tqdm(pairs, "task affinity", unit="pair", disable=None if progress else True):
         costs[i, j] = affinity(tasks[i], columns[j])
         if not 0 <= costs[i, j] < np.inf:
             raise InputError(
                 f"the affinity of {tasks[i].name} and {columns[j].name} is {costs[i, j]}; expected a finite cost >= 0."
             )
-        if others is None:
-            costs[j, i] = costs[i, j]
-    return costs
+    return costs + costs.T if others is None else costs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -24,6 +25,7 @@ from medtl_ext.sequential.plan import task_volumes
 from medtl_ext.sequential.study import chains_to, collections_of, collections_with_patients, require_lists
 
 PAIR = ["source", "target"]
+CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]
 
 
 def fit_weights(
@@ -53,15 +55,16 @@ def fit_weights(
     """
     if transfers is None:
         require_lists(targets=targets, sources=sources)
-    config, folder = study_config(output_dir, settings) | {"check_data": False}, Path(output_dir)
-    if transfers is None:
         table = pd.DataFrame([pair for pair in product(sources, targets) if len(set(pair)) == 2], columns=PAIR)
-        if len(table) < 3:
-            asked = f"{list(sources)} to {list(targets)}"
-            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
-        collections = collections_with_patients(config, targets, sources)
     else:
         table = _read_transfers(Path(transfers))
+    if len(table) < 3:
+        asked = transfers or f"{list(sources)} to {list(targets)}"
+        raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
+    config, folder = study_config(output_dir, settings) | {"check_data": False}, Path(output_dir)
+    if transfers is None:
+        collections = collections_with_patients(config, targets, sources)
+    else:
         collections = collections_of(config, table["target"], table["source"])
     to, of = (
         {name: task_volumes(where, name, patients=config["affinity_patients"]) for name, where in found.items()}
@@ -94,34 +97,27 @@ def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
         ``targets_left_out``, ``targets_predicted`` have the predicting sign, and on ``targets_better`` the weights of
         the others beat the published ones.
     """
-    alpha, beta = _fit(table)
-    rows = pd.DataFrame([_of_target(table, target, (alpha, beta)) for target in table["target"].unique()], dtype=float)
-    known = rows.dropna()
-    compared = known if len(known) else rows
-    means = {kind: None if np.isnan(value) else float(value) for kind, value in compared.mean().items()}
+    rows = _within_targets(table)
+    weights = _fit(rows)
+    found = []
+    for _, own in rows.groupby("target", sort=False):
+        others, left_out = rows.drop(own.index), math.nan
+        if len(others) >= 3:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of the whole fit it is said
+                left_out = _correlation(own, _fit(others))
+        found.append([_correlation(own, weights), left_out, _correlation(own, PUBLISHED_WEIGHTS)])
+    compared = pd.DataFrame(found, columns=CORRELATIONS)
+    known = compared.dropna()
+    means = (known if len(known) else compared).mean()
     return {
-        "alpha": alpha,
-        "beta": beta,
+        "alpha": weights[0],
+        "beta": weights[1],
         "transfers": len(table),
-        **means,
+        **{kind: None if math.isnan(value) else value for kind, value in means.items()},
         "targets_left_out": len(known),
         "targets_predicted": int((known["correlation_left_out"] < 0).sum()),
         "targets_better": int((known["correlation_left_out"] < known["correlation_published"] - ROUNDING).sum()),
-    }
-
-
-def _of_target(table: pd.DataFrame, target: str, weights: tuple[float, float]) -> dict[str, float | None]:
-    """The three correlations on one target; that with the others' weights is None where those cannot be had."""
-    rows, others = table[table["target"] == target], table[table["target"] != target]
-    left_out = None
-    if len(others) >= 3:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the whole fit it is said
-            left_out = _correlation(rows, _fit(others))
-    return {
-        "correlation": _correlation(rows, weights),
-        "correlation_left_out": left_out,
-        "correlation_published": _correlation(rows, PUBLISHED_WEIGHTS),
     }
 
 
@@ -130,25 +126,21 @@ def _within_targets(table: pd.DataFrame) -> pd.DataFrame:
 
     What is the same for all sources of a target becomes 0, not what rounding leaves of it.
     """
-    columns = ["dice", "distance", "similarity"]
-    groups = table.groupby("target")[columns]
+    values = table.reset_index(drop=True).set_index("target", append=True)[["dice", "distance", "similarity"]]
+    groups = values.groupby("target")
     spread = groups.transform("max") - groups.transform("min")
-    scale = table[columns].abs().groupby(table["target"]).transform("max")
-    return (table[columns] - groups.transform("mean")).where(spread > ROUNDING * scale, 0.0)
+    scale = values.abs().groupby("target").transform("max")
+    return (values - groups.transform("mean")).where(spread > ROUNDING * scale, 0.0)
 
 
-def _fit(table: pd.DataFrame) -> tuple[float, float]:
-    rows = _within_targets(table)
+def _fit(rows: pd.DataFrame) -> tuple[float, float]:
     return fit_affinity_weights(rows["distance"] - rows["distance"].min(), rows["similarity"], rows["dice"])
 
 
-def _correlation(table: pd.DataFrame, weights: tuple[float, float]) -> float | None:
-    """Of cost and Dice within targets; None where either is constant."""
-    rows = _within_targets(table)
+def _correlation(rows: pd.DataFrame, weights: tuple[float, float]) -> float:
+    """Of cost and Dice within a target; NaN where either is constant."""
     cost = weights[0] * rows["distance"] - weights[1] * rows["similarity"]
-    if not cost.any() or not rows["dice"].any():
-        return None
-    return float(cost.corr(rows["dice"]))
+    return float(cost.corr(rows["dice"])) if cost.any() and rows["dice"].any() else math.nan
 
 
 def _clear_majority(count: int, of: int) -> bool:
@@ -158,8 +150,8 @@ def _clear_majority(count: int, of: int) -> bool:
 
 def fit_text(content: Mapping[str, Any]) -> str:
     """What `fit_to_transfers` says, and whether to prefer its weights."""
-    kinds = ("correlation", "correlation_left_out", "correlation_published")
-    fitted, left_out, published = ("unknown" if content[kind] is None else f"{content[kind]:+.2f}" for kind in kinds)
+    values = (content[kind] for kind in CORRELATIONS)
+    fitted, left_out, published = ("unknown" if value is None else f"{value:+.2f}" for value in values)
     targets, predicted, better = (content[f"targets_{kind}"] for kind in ("left_out", "predicted", "better"))
     text = (
         f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g} of {content['transfers']} transfers. Cost and Dice "
@@ -179,12 +171,7 @@ def fit_text(content: Mapping[str, Any]) -> str:
 
 
 def _measured_transfers(
-    config: Mapping[str, Any],
-    folder: Path,
-    pairs: pd.DataFrame,
-    *,
-    n_jobs: int | None,
-    backend: str | None,
+    config: Mapping[str, Any], folder: Path, pairs: pd.DataFrame, *, n_jobs: int | None, backend: str | None
 ) -> pd.DataFrame:
     rows = []
     for target, of in pairs.groupby("target", sort=False):
@@ -199,11 +186,9 @@ def _measured_transfers(
 
 
 def _read_transfers(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise InputError(f"transfers file {path} does not exist; give a CSV file with columns source, target, dice.")
     try:
         table = pd.read_csv(path)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"transfers file {path} cannot be read as CSV ({error}).") from error
     if missing := {"source", "target", "dice"} - set(table):
         raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
@@ -214,9 +199,6 @@ def _read_transfers(path: Path) -> pd.DataFrame:
     }
     for what, where in wrong.items():
         if where.any():
-            raise InputError(
-                f"transfers file {path}: line {np.flatnonzero(where)[0] + 2} {what}; mend it, or leave it out."
-            )
-    if len(table) < 3:
-        raise InputError(f"transfers file {path} needs three transfers or more; found {len(table)}.")
+            line = f"line {np.flatnonzero(where)[0] + 2}"
+            raise InputError(f"transfers file {path}: {line} {what}; mend it, or leave it out.")
     return table[[*PAIR, "dice"]]

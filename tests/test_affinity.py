@@ -164,6 +164,8 @@ class TestGlobalSSIM:
         """Float32 has no odd number above 2 ** 24; one voxel more or less would show in the seventh digit."""
         shape = (3, 2**23)
         a, b = (rng.integers(0, 20, shape, dtype=np.uint8) > 0 for _ in range(2))
+        a[0, 0] = b[0, 0] = True
+        b[0, 0] = np.count_nonzero(a & b) % 2
         n, shares = a.size, np.array([a.mean(), b.mean()])
         both = np.count_nonzero(a & b)
         assert both > 2**24
@@ -202,7 +204,7 @@ class TestGlobalSSIM:
 
 
 class TestWindowedSSIM:
-    @pytest.mark.parametrize("window", [3, 7])
+    @pytest.mark.parametrize("window", [3, 13])
     @pytest.mark.parametrize("shape", [(19, 13, 16), (31, 24)])
     def test_equals_scikit_image(self, rng, window, shape):
         a, b = blobs(rng, 4, shape), blobs(rng, 3, shape)
@@ -573,7 +575,6 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("labels", "message"),
         [
-            ([], "labels_b is empty"),
             (iter(()), "labels_b is empty"),
             (None, "labels_b is NoneType"),
             ("labels.nii.gz", "labels_b is str"),
@@ -620,7 +621,6 @@ class TestBadInput:
             (task_affinity, ([-1.0], [0.5]), {}, "image_distance .* below 0"),
             (task_affinity, ([], []), {}, "image_distance is empty"),
             (task_affinity, ([np.nan], [0.5]), {}, "image_distance holds nan"),
-            (task_affinity, ([1.0], [np.inf]), {}, "label_similarity holds inf"),
             (task_affinity, ([1.0], [0.5, 0.4]), {}, r"label_similarity have the shapes \(1,\), \(2,\)"),
             (fit_affinity_weights, (SOME, SOME, SOME[:2]), {}, r"performance have the shapes \(3,\), \(3,\), \(2,\)"),
             (fit_affinity_weights, (SOME[:2], SOME[:2], SOME[:2]), {}, "at least three transfers"),

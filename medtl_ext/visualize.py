@@ -360,7 +360,7 @@ def plot_ranking(
     firsts.barh(places, table["p_best"].fillna(0), height=0.55, color=colours)
     scores.set(title=metric, xlabel="higher is better")
     ranks.set(title="rank", xlabel="1 is best", xlim=(0.4, len(names) + 0.6))
-    ranks.locator_params(axis="x", integer=True)
+    ranks.locator_params(axis="x", integer=True, nbins=10)
     firsts.set(title="ranked first", xlabel="share of resamples", xlim=(0, 1))
     lead = "preferred" if recommended else "tied at the top" if len(tied) > 1 else "best guess"
     key = ({lead: ORANGE} if tied else {}) | ({"others": BLUE} if len(tied) < len(names) else {})
@@ -413,8 +413,7 @@ def plot_critical_difference(
     for group in groups:
         alike.loc[list(group), list(group)] = 1.0
     inches = 0.9 + 0.08 * max(len(name) for name in ranks.index)  # what a name and its number take beside the axis
-    rows = (len(ranks) + 1) // 2 + len(groups) + 4
-    figure = Figure(figsize=(4.5 + 2 * inches, 0.5 + 0.27 * rows), layout="constrained")
+    figure = Figure(figsize=(4.5 + 2 * inches, 1.7 + 0.27 * (len(ranks) / 2 + len(groups))), layout="constrained")
     panel = figure.subplots()
     drawn = critical_difference_diagram(
         ranks,
@@ -489,8 +488,7 @@ def _finish(figure: Figure, title: str, synthetic: bool, note: str) -> Figure:
     """Title and small print, wrapped: an inch holds 10 bold or 19 small characters, a legend takes 1.3 inches."""
     width, left = figure.get_figwidth(), {"x": 0.01, "ha": "left"}
     if title:
-        wrapped = textwrap.fill(title, max(20, int(10 * (width - 1.3))))
-        figure.suptitle(wrapped, fontsize=11, fontweight="bold", **left)
+        figure.suptitle(textwrap.fill(title, max(20, int(10 * (width - 1.3)))), fontsize=11, fontweight="bold", **left)
     note = f"synthetic phantom; {note}" if synthetic else note
     figure.supxlabel(textwrap.fill(note, int(19 * width)), fontsize=7, color=_GREY, **left)
     return figure

@@ -361,8 +361,9 @@ def _undecided_text(
             f"{_percent(runner_up['leader_wins'])} of the patient resamples and by {_percent(runner_up['gap'])} of the "
             f"candidates' range, where a preference takes {demanded}."
         )
-    settle = "finished and compared on validation patients, would settle it."
-    return f"{text} Short fine-tunings of the {len(tied)}, {settle}"
+    return (
+        f"{text} Short fine-tunings of the {len(tied)}, finished and compared on validation patients, would settle it."
+    )
 
 
 def _remarks(table: pd.DataFrame, picks: pd.DataFrame, patients: int, refused: str) -> str:

@@ -40,7 +40,7 @@ class TestFootrule:
         for kept in (6, 4):
             chosen = rng.choice(SOURCES, kept, replace=False)
             for scores in (rng.random(kept), rng.integers(0, 3, kept), np.where(rng.random(kept) < 0.4, np.nan, 1.0)):
-                scores = dict(zip(chosen, scores, strict=True))
+                scores = dict(zip(chosen, scores, strict=True))  # in an order of its own
                 for k in range(1, kept + 1):
                     assert spearman_footrule(scores, truth, k) == pytest.approx(brute_footrule(scores, truth, k))
 
@@ -50,19 +50,6 @@ class TestFootrule:
         assert [spearman_footrule(reversed_scores, truth, k) for k in (1, 2, 3, 4)] == [3, 4, 5, 8]
         assert spearman_footrule(truth, truth, 4) == 0
         assert spearman_footrule({"b": 2, "c": 1}, named([0.9, 0.8, 0.8]), 2) == 1 + 0  # equal truths: the better rank
-
-    def test_only_the_order_of_the_scores_matters_and_no_order_of_the_dicts(self):
-        rng = np.random.default_rng(0)
-        scores, truth = named(rng.random(6)), named(rng.random(6))
-        expected = spearman_footrule(scores, truth, 4)
-        assert spearman_footrule({s: np.exp(9 * v) - 7 for s, v in reversed(scores.items())}, truth, 4) == expected
-        assert spearman_footrule(scores, dict(sorted(truth.items(), key=lambda item: item[1])), 4) == expected
-
-    def test_constant_scores_give_what_chance_is_expected_to_give(self):
-        truth = named([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-        rng = np.random.default_rng(0)
-        drawn = [spearman_footrule(named(rng.random(6)), truth, 3) for _ in range(3000)]
-        assert spearman_footrule(named([7] * 6), truth, 3) == pytest.approx(np.mean(drawn), abs=0.1)
 
     def test_takes_tensors_and_numpy_integers(self):
         scores = {"a": torch.tensor(0.1, dtype=torch.float64), "b": torch.tensor(0.2)}
@@ -135,8 +122,6 @@ class TestWeightedKendall:
     def test_bad_input(self):
         with pytest.raises(InputError, match="no value for a and b"):
             weighted_kendall({"a": 1, "b": 2}, {"c": 1})
-        with pytest.raises(InputError, match="truth of source a is nan"):
-            weighted_kendall({"a": 1}, {"a": np.nan})
 
 
 def table_of(values):
@@ -146,13 +131,12 @@ def table_of(values):
 
 class TestFriedmanNemenyi:
     @pytest.mark.parametrize("tied", [False, True])
-    def test_friedman_is_scipys(self, tied):
+    def test_friedman_is_the_textbooks_with_ties(self, tied):
         rng = np.random.default_rng(3)
-        values = rng.integers(0, 4, (9, 5)).astype(float) if tied else rng.random((9, 5))
-        result = friedman_nemenyi(table_of(values))
-        expected = stats.friedmanchisquare(*values.T)
-        assert result.chi_square == pytest.approx(expected.statistic)
-        assert result.p == pytest.approx(expected.pvalue)
+        result = friedman_nemenyi(table_of(rng.integers(0, 4, (9, 5)) if tied else rng.random((9, 5))))
+        off = result.table.to_numpy() - 3
+        assert result.chi_square == pytest.approx(4 * (off.sum(axis=0) ** 2).sum() / (off**2).sum())
+        assert result.p == pytest.approx(stats.chi2.sf(result.chi_square, 4))
 
     def test_ranks_and_nan_last(self):
         result = friedman_nemenyi(table_of([[0.5, np.nan, 0.7], [0.2, np.nan, np.nan], [0.1, 0.1, 0.3]]))
@@ -184,26 +168,20 @@ class TestFriedmanNemenyi:
         rng = np.random.default_rng(seed)
         table = table_of(rng.random((8, 7)) + np.linspace(0, 2.5, 7))
         result = friedman_nemenyi(table)
-        alike = posthoc_nemenyi_friedman(result.table) > 0.05
-        cliques = [
-            set(some)
-            for n in range(2, 8)
-            for some in combinations(table, n)
-            if alike.loc[[*some], [*some]].all(axis=None)
-        ]
-        maximal = [clique for clique in cliques if not any(clique < other for other in cliques)]
-        assert sorted(map(sorted, result.groups)) == sorted(map(sorted, maximal))
+        p = posthoc_nemenyi_friedman(result.table)
+        together = {frozenset(pair) for group in result.groups for pair in combinations(group, 2)}
+        assert together == {frozenset(pair) for pair in combinations(table, 2) if p.loc[pair] > 0.05}
+        assert not any(set(group) <= set(other) for group, other in permutations(result.groups, 2))
         firsts = [result.average_ranks[group[0]] for group in result.groups]
         assert firsts == sorted(firsts)
 
     def test_a_method_apart_from_all_is_in_no_group(self):
-        table = table_of([[9.0, 1 + 0.1 * (i % 2), 1.05] for i in range(30)])
-        result = friedman_nemenyi(table)
+        result = friedman_nemenyi(table_of([[9.0, 1 + 0.1 * (i % 2), 1.05] for i in range(30)]))
         assert [set(group) for group in result.groups] == [{"m1", "m2"}]
-        assert result.text.startswith("The 3 methods differ over 30 targets (Friedman chi-square ")
-        assert (
-            "m0 has the best average rank, 1.00; with a critical difference of 0.61 it is better than m" in result.text
+        assert result.text.startswith(
+            "The 3 methods differ over 30 targets (Friedman chi-square 45.000, p 1.7e-10). m0 "
         )
+        assert "has the best average rank, 1.00; with a critical difference of 0.61 it is better than m" in result.text
         assert "cannot be told" not in result.text
 
     def test_text_of_who_can_be_told_from_the_best(self):
@@ -217,12 +195,6 @@ class TestFriedmanNemenyi:
         assert result.average_ranks.tolist() == [2, 2, 2]
         assert result.text.startswith("No evidence that the 3 methods differ over 3 targets (Friedman chi-square 0.000")
         assert [len(group) for group in result.groups] == [3]
-
-    def test_order_of_targets_and_methods_does_not_matter(self):
-        table = table_of(np.random.default_rng(0).random((6, 4)))
-        result, shuffled = friedman_nemenyi(table), friedman_nemenyi(table.iloc[::-1, [2, 0, 3, 1]])
-        assert shuffled.chi_square == pytest.approx(result.chi_square)
-        assert shuffled.average_ranks.to_dict() == pytest.approx(result.average_ranks.to_dict())
 
     @pytest.mark.parametrize(
         ("table", "message"),

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from monai.data import MetaTensor
 from torch import nn
 
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.metrics._checks import IGNORED, as_plain_tensor, check_labels
+from medtl_ext._validation import IGNORED, InputError, as_plain_tensor, check_labels, require_choice
 
 DIRECTIONS = ("hardness", "literal")
 NORMALIZATIONS = ("foreground", "mean", "weights")

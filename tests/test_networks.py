@@ -10,7 +10,7 @@ from monai.networks.nets import BasicUNet, DynUNet
 from torch import nn
 
 from medtl_ext import InputError
-from medtl_ext.networks import freeze, initialized, load_weights, read_weights, tap_features, trainable_parameters
+from medtl_ext.networks import freeze, initialized, load_weights, read_weights, trainable_parameters
 
 
 def unet(out_channels=2, features=(4, 4, 8, 8, 16, 4), spatial_dims=2):
@@ -145,12 +145,3 @@ def test_a_checkpoint_without_tensors_says_so(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "model.pt")
     with pytest.raises(InputError, match="holds no network weights"):
         read_weights(tmp_path / "model.pt")
-
-
-def test_a_tapped_layer_keeps_what_an_activation_in_place_overwrites():
-    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
-    inputs = torch.randn(20, 2)
-    with tap_features(network, ["0"]) as tapped:
-        network(inputs)
-    assert torch.equal(tapped["0"][0], network[0](inputs))
-    assert float(tapped["0"][0].detach().min()) < 0

@@ -236,7 +236,8 @@ def all_reduce_sums(sums: Mapping[str, torch.Tensor], *, growing_axes: int = 1) 
     for name in sorted(set().union(*shapes)):
         shape = _common_shape(name, [held[name] for held in shapes if name in held], growing_axes)
         own = sums.get(name, torch.zeros([0] * len(shape), device=device))
-        total = grown(own.to(device, torch.float64, copy=True), shape)
+        # Reduced in the order of memory, which must be the same for all.
+        total = grown(own.to(device, torch.float64, copy=True), shape).contiguous()
         dist.all_reduce(total)
         reduced[name] = total.to(own.device)
     return reduced

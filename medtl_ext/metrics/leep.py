@@ -220,8 +220,8 @@ class LEEPMap(_StreamingLEEP):
     metric; without one, ``LEEPMap().attach(evaluator, "leep_map")`` does it.
 
     Args:
-        stride, estimator, smoothing, ignore_index: as in `compute_leep_map`.
-        output_transform: see `TransferMetric`.
+        stride, estimator, smoothing: as in `compute_leep_map`.
+        options: ignore_index and output_transform, see `TransferMetric`.
 
     >>> metric = LEEPMap()
     >>> metric.update(torch.tensor([[[[0.75, 0.5]]]]), torch.tensor([[[1, 1]]]))

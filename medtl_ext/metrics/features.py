@@ -309,7 +309,7 @@ class MomentMetric(FeatureMetric):
 
     def of(self, features: Any, target_labels: Any) -> Any:
         """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
-        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index)
+        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index, minimum=2)
         rows = rows - rows[0]  # makes constant features exactly zero
         return self._evaluate(feature_sums(rows.sub_(rows.mean(0)), labels, self.needs))
 

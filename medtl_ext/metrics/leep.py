@@ -15,7 +15,7 @@ they keep J in memory, and the predictions, in their own dtype, in a `Prediction
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +63,7 @@ def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | N
     Reference: Nguyen et al., ICML 2020, eq. 2. A source class that no sample is given any probability of is left out
     (0/0 in the usual implementation).
     """
-    batch = _Batch.checked(source_probs, target_labels, ignore_index)
-    return _mean(_log_sums(batch, _conditional(_joint(batch))).view(2, -1).sum(1))
+    return LEEP(ignore_index=ignore_index).of(source_probs, target_labels)
 
 
 def compute_leep_map(
@@ -103,10 +102,8 @@ def compute_leep_map(
 
     Reference: Duan et al., *Transfer Risk Map*, eq. 4; stride 4 is Tan et al., ICIP 2023.
     """
-    metric = LEEPMap(stride=stride, estimator=estimator, smoothing=smoothing)
-    batch = _Batch.checked(source_probs, target_labels, ignore_index)
-    table = metric._table(metric._batch_joint(batch))
-    return _mean(metric._pool(_log_sums(batch, table), leading=1))
+    metric = LEEPMap(stride=stride, estimator=estimator, smoothing=smoothing, ignore_index=ignore_index)
+    return metric.of(source_probs, target_labels)
 
 
 def compute_leep_image_maps(
@@ -148,11 +145,10 @@ def compute_leep_image_maps(
             )
             for probs, labels in zip(source_probs, target_labels, strict=True)
         ]
-    if len({batch.probs.shape[1] for batch in batches}) > 1:
-        raise InputError("source_probs has images with different numbers of channels; expected one source network's.")
-    n_classes = max(batch.n_classes for batch in batches)
-    joint = sum(_joint(batch._replace(n_classes=n_classes)) for batch in batches)
-    return _image_maps(batches, _conditional(joint))
+    metric = LEEPImageMaps()
+    for batch in batches:
+        metric._add(**metric._batch_sums(batch))
+    return _image_maps(batches, _conditional(metric._sums["joint"]))
 
 
 class _StreamingLEEP(TransferMetric):
@@ -165,7 +161,7 @@ class _StreamingLEEP(TransferMetric):
     def update(self, source_probs: Any, target_labels: Any) -> None:
         """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
         batch = _Batch.checked(source_probs, target_labels, self.ignore_index)
-        self._add(joint=self._batch_joint(batch))
+        self._add(**self._batch_sums(batch))
         self._spool.append(batch.probs, batch.labels.to(torch.int16))
 
     def merge(self, other: TransferMetric) -> None:
@@ -173,8 +169,22 @@ class _StreamingLEEP(TransferMetric):
         for batch in other._spool:
             self._spool.append(*batch)
 
-    def _batch_joint(self, batch: _Batch) -> torch.Tensor:
-        return _joint(batch)
+    def of(self, source_probs: Any, target_labels: Any) -> torch.Tensor:
+        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
+        batch = _Batch.checked(source_probs, target_labels, self.ignore_index)
+        return _mean(sum(self._log_sums(self._batch_sums(batch), [batch])))
+
+    def _batch_sums(self, batch: _Batch) -> dict[str, torch.Tensor]:
+        return {"joint": _joint(batch)}
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
+        # Those of the batches of this process, then those of all processes.
+        total = sum(self._log_sums(sums, self._batches(sums["joint"].device)))
+        return _mean(all_reduce_sums({"log_sums": total} if isinstance(total, torch.Tensor) else {})["log_sums"])
+
+    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
+        """Of each batch the sum of the log-likelihoods and their number, 2 (x *cells)."""
+        raise NotImplementedError
 
     def _batches(self, device: torch.device) -> Iterator[_Batch]:
         return (_Batch.of(probs.to(device), labels.to(device)) for probs, labels in self._spool)
@@ -197,9 +207,9 @@ class LEEP(_StreamingLEEP):
     tensor(-0.4700, dtype=torch.float64)
     """
 
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
         table = _conditional(sums["joint"])
-        return _mean(_reduced(_log_sums(batch, table).view(2, -1).sum(1) for batch in self._batches(table.device)))
+        return (_log_sums(batch, table).view(2, -1).sum(1) for batch in batches)
 
 
 class LEEPMap(_StreamingLEEP):
@@ -238,44 +248,21 @@ class LEEPMap(_StreamingLEEP):
             raise InputError("smoothing pulls local tables towards the global one; with estimator='global' leave it 0.")
         super().__init__(**options)
 
-    def reset(self) -> None:
-        super().reset()
-        self._grid: tuple[int, ...] | None = None
-
-    def merge(self, other: TransferMetric) -> None:
-        if isinstance(other, LEEPMap) and other._grid is not None:
-            self._require_grid(other._grid)
-        super().merge(other)
-
-    def _batch_joint(self, batch: _Batch) -> torch.Tensor:
-        """J summed over the batch: C x Z x *cells, or C x Z for the global estimator."""
+    def _batch_sums(self, batch: _Batch) -> dict[str, torch.Tensor]:
         if batch.labels.ndim < 2:
             raise InputError(f"source_probs has shape {tuple(batch.probs.shape)}; a map needs N x Z x *spatial.")
-        self._require_grid(tuple(batch.labels.shape[1:]))
-        if self.estimator == "global":
-            return _joint(batch)
-        return self._pool(_joint(batch, located=True), leading=2)
+        joint = _joint(batch) if self.estimator == "global" else self._pool(_joint(batch, located=True), leading=2)
+        # Of no other use than its shape, which sums of other images must have, too.
+        return {"joint": joint, "grid": joint.new_zeros(1, *batch.labels.shape[1:])}
 
-    def _require_grid(self, grid: tuple[int, ...]) -> None:
-        if self._grid is None:
-            self._grid = grid
-        elif self._grid != grid:
-            raise InputError(
-                f"source_probs is on a grid of {grid}, the earlier images on {self._grid}; a map per coordinate "
-                "needs one grid: resample the images, or use LEEPImageMaps."
-            )
+    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
+        table = self._table(sums["joint"], sums["grid"].shape[1:])
+        return (self._pool(_log_sums(batch, table), leading=1) for batch in batches)
 
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-        table = self._table(sums["joint"])
-        batches = self._batches(table.device)
-        return _mean(_reduced(self._pool(_log_sums(batch, table), leading=1) for batch in batches))
-
-    def _table(self, joint: torch.Tensor) -> torch.Tensor:
+    def _table(self, joint: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         """P(y|z), C x Z x *grid, or C x Z for the global estimator."""
         if self.estimator == "global":
             return _conditional(joint)
-        # A process without data has no grid of its own, but has nothing to look up either.
-        grid = self._grid or joint.shape[2:]
         if self.smoothing:
             pooled = joint.flatten(2).sum(2)
             joint = joint + self.smoothing * (pooled / pooled.sum()).view(*pooled.shape, *(1 for _ in grid))
@@ -473,12 +460,6 @@ def _image_maps(batches: Iterable[_Batch], table: torch.Tensor) -> torch.Tensor 
             found[block.images, block.pixels] = likelihood.log_().clamp_(max=0)
         maps.extend(found.view(labels.shape))
     return torch.stack(maps) if len({image.shape for image in maps}) == 1 else maps
-
-
-def _reduced(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Add up the log sums of the batches of this process, and those of all processes."""
-    total = sum(parts)
-    return all_reduce_sums({"log_sums": total} if isinstance(total, torch.Tensor) else {})["log_sums"]
 
 
 def _mean(log_sums: torch.Tensor) -> torch.Tensor:

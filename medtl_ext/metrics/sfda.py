@@ -96,7 +96,7 @@ class SFDA(SampleMetric):
     """
 
     def of(self, features: Any, target_labels: Any) -> torch.Tensor:
-        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index)
+        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index, minimum=2)
         batch = rows, labels, torch.zeros_like(labels)
         posterior, count = _posterior_sums(lambda: [batch], n_owners=1, reduce=dict)[0]
         return posterior / count

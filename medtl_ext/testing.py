@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -218,6 +219,10 @@ class _Suite:
             explained = name in text or any(f"{name}:" in other for other in inherited)
             assert explained, f"{self._name}: the docstring does not explain {name}"
 
+    @cached_property
+    def _whole(self) -> Any:
+        return self._value(self.example)
+
     @property
     def _name(self) -> str:
         return self.metric.__name__
@@ -240,7 +245,7 @@ class _Suite:
 
     def _same(self, value: Any, what: str, expected: Any = None, *, tolerance: float = EXACT) -> None:
         """Hold a value against another one, or that of all samples in one batch."""
-        expected = self._value(self.example) if expected is None else expected
+        expected = self._whole if expected is None else expected
         how = {"rtol": tolerance, "atol": tolerance, "equal_nan": True, "check_device": False}
         message = f"{self._name}: {what} gives another value. {{}}".format
         torch.testing.assert_close(_tensors(value), _tensors(expected), **how, msg=message)

@@ -99,17 +99,15 @@ class TestReferenceVectors:
     @pytest.mark.parametrize("layer", [0, 1])
     def test_terms(self, data, sides, layer):
         cases = [
-            ccfv._Case(torch.tensor(x).double(), torch.tensor(y))
+            (torch.tensor(x).double(), torch.tensor(y))
             for x, y in zip(*map(list, (sides[0][layer], sides[1][layer])), strict=True)
         ]
-        distances = torch.cat(
-            [ccfv._pairwise_wasserstein([case.features[case.labels == c] for case in cases]) for c in (1, 2)]
-        )
+        distances = torch.cat([ccfv._pairwise_wasserstein([x[y == c] for x, y in cases]) for c in (1, 2)])
         np.testing.assert_allclose(distances, data[f"pairwise_l{layer}"], atol=2e-6)
         if layer == 0:
             assert distances[0].item() == pytest.approx(data["w_distance_0_1"], abs=2e-6)
         # The vector named variety is the energy; the score has its inverse.
-        energy = ccfv._energy(torch.stack([case.features.mean(0) for case in cases]), 1e-3)
+        energy = ccfv._energy(torch.stack([x.mean(0) for x, _ in cases]), 1e-3)
         assert energy.item() == pytest.approx(data[f"variety_l{layer}"], abs=2e-6)
 
 

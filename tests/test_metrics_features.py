@@ -27,8 +27,17 @@ from medtl_ext.metrics.features import (
     check_features,
     content_keys,
     feature_sums,
+    tap_features,
 )
-from medtl_ext.networks import tap_features
+
+
+def test_a_tapped_layer_keeps_what_an_activation_in_place_overwrites():
+    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+    inputs = torch.randn(20, 2)
+    with tap_features(network, ["0"]) as tapped:
+        network(inputs)
+    assert torch.equal(tapped["0"][0], network[0](inputs))
+    assert float(tapped["0"][0].detach().min()) < 0
 
 
 class TotalVariance(MomentMetric):

@@ -501,7 +501,7 @@ class TestBadInput:
             compute_leep_image_maps(list(probs), list(labels)[:1])
         with pytest.raises(InputError, match="target_labels lists 0 images"):
             compute_leep_image_maps([], [])
-        with pytest.raises(InputError, match="different numbers of channels"):
+        with pytest.raises(InputError, match="differs between batches"):
             compute_leep_image_maps([probs[0], probs[1, :1]], list(labels))
 
     def test_nce(self):

@@ -221,8 +221,8 @@ class TestDegenerateInput:
     @pytest.mark.parametrize("variety", ["cases", "voxels"])
     def test_constant_features(self, value, variety):
         features, labels = draw()
+        constant = each(lambda case: torch.full_like(case, value), features)
         with pytest.warns(UserWarning, match=NOTHING):
-            constant = each(lambda case: torch.full_like(case, value), features)
             assert compute_ccfv(constant, labels, variety=variety) == 0
 
     @pytest.mark.parametrize("eps", [1e-3, 0.0])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from numbers import Integral
+from typing import Any
 
 
 class InputError(ValueError):
@@ -40,3 +43,10 @@ def require_choices(name: str, values: Sequence[str], choices: Iterable[str]) ->
     if isinstance(values, str) or not values:
         raise InputError(f"{name}s is {values!r}; give a list of at least one of {', '.join(choices)}.")
     return list(dict.fromkeys(require_choice(name, value, choices) for value in values))
+
+
+def require_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
+    """Refuse what is no whole number from ``least`` to ``most``; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+        allowed = f", {least} or more" if most == math.inf else f" from {least} to {most}"
+        raise InputError(f"{name} is {value!r}; expected a whole number{allowed}.")

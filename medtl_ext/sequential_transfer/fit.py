@@ -18,10 +18,10 @@ from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
 from medtl_ext.bundle import shell_word, short_path, study_config
 from medtl_ext.report import patient_table
-from medtl_ext.sequential.affinities import SeqTranAffinity
-from medtl_ext.sequential.chain import Arm
-from medtl_ext.sequential.plan import task_volumes
-from medtl_ext.sequential.study import chains_to, collections_of, collections_with_patients, require_lists
+from medtl_ext.sequential_transfer.affinities import SeqTranAffinity
+from medtl_ext.sequential_transfer.chain import Arm
+from medtl_ext.sequential_transfer.plan import task_volumes
+from medtl_ext.sequential_transfer.study import chains_to, collections_of, collections_with_patients, require_lists
 
 PAIR = ["source", "target"]
 

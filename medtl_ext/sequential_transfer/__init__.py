@@ -1,6 +1,6 @@
 """Which path of sources leads to my target, and is it worth it? What the bundle ``sequential_transfer`` is made of."""
 
-from medtl_ext.sequential.affinities import (
+from medtl_ext.sequential_transfer.affinities import (
     Affinity,
     ContextAffinity,
     SeqTranAffinity,
@@ -9,9 +9,9 @@ from medtl_ext.sequential.affinities import (
     affinity_name,
     find_affinity,
 )
-from medtl_ext.sequential.chain import Arm, Chains, arms_of, follow_path, for_task, note_leep, second_step_text
-from medtl_ext.sequential.fit import fit_weights
-from medtl_ext.sequential.plan import (
+from medtl_ext.sequential_transfer.chain import Arm, Chains, arms_of, follow_path, for_task, note_leep, second_step_text
+from medtl_ext.sequential_transfer.fit import fit_weights
+from medtl_ext.sequential_transfer.plan import (
     Plan,
     SourceGraph,
     check_options,
@@ -24,8 +24,8 @@ from medtl_ext.sequential.plan import (
     task_volumes,
     write_plan,
 )
-from medtl_ext.sequential.plots import plot_task_graph
-from medtl_ext.sequential.study import study_paths, study_text
+from medtl_ext.sequential_transfer.plots import plot_task_graph
+from medtl_ext.sequential_transfer.study import study_paths, study_text
 
 __all__ = [
     "Affinity",

@@ -16,7 +16,7 @@ from bundle_runs import Bundle, finish, kill_once_there, refused, trainings
 
 from medtl_ext.data import generate_phantom, load_collection, write_collection
 from medtl_ext.graph import read_task_graph
-from medtl_ext.sequential import chain, study
+from medtl_ext.transfer import jobs
 
 SOURCES = ["14-T2-ED", "14-FLAIR-ED", "14-T2-ET"]
 TINY = {
@@ -29,7 +29,7 @@ TINY = {
     "stage_patients": 1,
     "spacing": [6.0, 6.0, 8.0],
     "roi_size": [32, 32],
-    "architecture#features": [4, 4, 8, 8, 8, 4],
+    "network_def#features": [4, 4, 8, 8, 8, 4],
     "pool_epochs": 1,
     "epochs": 1,
     "iterations_per_epoch": 4,
@@ -72,12 +72,12 @@ def options(path_collection, pool, tmp_path) -> dict:
 
 @pytest.fixture
 def in_this_process(run_jobs_here) -> list[Path]:
-    return run_jobs_here(chain, study)
+    return run_jobs_here(jobs)
 
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(chain, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
+    monkeypatch.setattr(jobs, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -226,9 +226,9 @@ def test_overlays_reach_every_step(options, in_this_process, overlay, path_colle
 
 
 def test_three_dimensions(options, in_this_process):
-    small = {"architecture#filters": [4, 4, 8, 8], "roi_size": [32, 32, 24], "batch_size": 1}
+    small = {"network_def#filters": [4, 4, 8, 8], "roi_size": [32, 32, 24], "batch_size": 1}
     tiny = (
-        {key: value for key, value in TINY.items() if key != "architecture#features"}
+        {key: value for key, value in TINY.items() if key != "network_def#features"}
         | options
         | small
         | {"n_clusters": 3}
@@ -259,7 +259,7 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, path_collecti
     settings |= {"val_split": val_split}
     shared = {"base": "fit", "sources": SOURCES, "targets": ["17-T2-ED"], "settings": settings}
     settings["architecture"] = BUNDLE.content("train")["architecture"]
-    settings["architecture"]["features"] = TINY["architecture#features"]
+    settings["architecture"]["features"] = TINY["network_def#features"]
     folder = Path(options["output_dir"])
     run(**shared, output_dir=str(folder))
     table = pd.read_csv(folder / "transfers.csv")
@@ -400,7 +400,7 @@ def test_a_step_on_two_processes(options, tmp_path):
 @pytest.mark.slow
 def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path, path_collection):
     architecture = BUNDLE.content("train")["architecture"]
-    architecture["features"] = TINY["architecture#features"]
+    architecture["features"] = TINY["network_def#features"]
     settings = SETTINGS | {"collection": str(path_collection), "architecture": architecture, "n_clusters": 1}
     settings |= {"source_dir": str(tmp_path / "pool")}
     whole = {

@@ -1,7 +1,11 @@
-"""Which path of sources leads to my target, and is it worth it? What the bundle ``sequential_transfer`` is made of."""
+"""Which path of sources leads to my target, and is it worth it? What the bundle ``sequential_transfer`` is made of.
+
+- `affinities`, `plots`: how near two tasks are, a part that can be exchanged, and the picture of it.
+- `plan`: source graph and path. `chain`: the trainings along it, and what it is compared with.
+- `study`, `fit`: several targets, and weights of the affinity fitted to transfers.
+"""
 
 from medtl_ext.sequential_transfer.affinities import (
-    Affinity,
     ContextAffinity,
     SeqTranAffinity,
     TaskVolumes,
@@ -9,52 +13,26 @@ from medtl_ext.sequential_transfer.affinities import (
     affinity_name,
     find_affinity,
 )
-from medtl_ext.sequential_transfer.chain import Arm, Chains, arms_of, follow_path, for_task, note_leep, second_step_text
-from medtl_ext.sequential_transfer.fit import fit_weights
-from medtl_ext.sequential_transfer.plan import (
-    Plan,
-    SourceGraph,
-    check_options,
-    draw_patients,
-    graph_text,
-    plan_path,
-    plan_text,
-    shares,
-    source_graph,
-    task_volumes,
-    write_plan,
-)
+from medtl_ext.sequential_transfer.chain import FollowPath, NoteLEEP
+from medtl_ext.sequential_transfer.fit import FitWeights
+from medtl_ext.sequential_transfer.plan import PlanPath, SourceGraph, shares, task_volumes
 from medtl_ext.sequential_transfer.plots import plot_task_graph
-from medtl_ext.sequential_transfer.study import study_paths, study_text
+from medtl_ext.sequential_transfer.study import StudyPaths
 
 __all__ = [
-    "Affinity",
-    "Arm",
-    "Chains",
     "ContextAffinity",
-    "Plan",
+    "FitWeights",
+    "FollowPath",
+    "NoteLEEP",
+    "PlanPath",
     "SeqTranAffinity",
     "SourceGraph",
+    "StudyPaths",
     "TaskVolumes",
     "affinity_costs",
     "affinity_name",
-    "arms_of",
-    "check_options",
-    "draw_patients",
     "find_affinity",
-    "fit_weights",
-    "follow_path",
-    "for_task",
-    "graph_text",
-    "note_leep",
-    "plan_path",
-    "plan_text",
     "plot_task_graph",
-    "second_step_text",
     "shares",
-    "source_graph",
-    "study_paths",
-    "study_text",
     "task_volumes",
-    "write_plan",
 ]

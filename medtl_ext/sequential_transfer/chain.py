@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ import pandas as pd
 from monai.engines import Evaluator
 
 from medtl_ext._io import write_csv, write_json, write_text
-from medtl_ext._validation import InputError
 from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
-from medtl_ext.sequential_transfer.plan import Plan, PlanPath
+from medtl_ext.sequential_transfer.plan import Plan, PlanPath, first_share
 from medtl_ext.transfer.arms import arm_rows, finetuning_job
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.report import audit_report, patient_table
@@ -25,6 +24,7 @@ MARGIN = 0.01
 """The smallest difference in mean Dice worth acting on, of the audit and of a second step."""
 
 
+@dataclass(kw_only=True)
 class Chains:
     """Arms that lead to a target: each training once, in a folder of its own, however many arms share it.
 
@@ -36,20 +36,13 @@ class Chains:
         source_dir, pool_seed: of the pre-trainings, which later runs find there.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        target: SegmentationTask,
-        *,
-        folder: Path,
-        stage_dir: Path,
-        source_dir: str,
-        pool_seed: int,
-    ) -> None:
-        self.here, self.target, self.folder, self.stage_dir = run, target, folder, stage_dir
-        self.source_dir, self.pool_seed = source_dir, pool_seed
-        self.each = run.config["stage_patients"]
-        self._pretrainings: dict[tuple[str, int | None], Job] = {}
+    run: Run
+    target: SegmentationTask
+    folder: Path
+    stage_dir: Path
+    source_dir: str
+    pool_seed: int
+    _pretrainings: dict[tuple[str, int | None], Job] = field(default_factory=dict)
 
     def arm(self, name: str, *tasks: str, full: bool = True, joint: bool = False, **options: Any) -> Arm:
         """Pre-train on the first task, fine-tune on the others in turn, then on the target.
@@ -58,60 +51,53 @@ class Chains:
             name: of the arm.
             tasks: the sources, first to last; none to train from scratch.
             full: train all parameters at every step, not the decoder alone.
-            joint: train on the sources together, not one after the other.
+            joint: train on the two sources together, not one after the other.
             options: of the last step.
         """
-        jobs = self._joint(*tasks) if joint else self._sources(tasks, full=full)
-        options |= {"train_patients": self.target.train_patients}
-        if not jobs:
-            last = finetuning_job(self.here, self.folder / name, None, target_task=self.target.name, **options)
+        folder, options = self.folder / name, options | {"train_patients": self.target.train_patients}
+        if not tasks:
+            return Arm(name, (finetuning_job(self.run, folder, None, target_task=self.target.name, **options),))
+        jobs = [self._pretraining(tasks[0], len(tasks) - 1)]
+        if joint:
+            jobs = [self._joint(jobs[0], *tasks[1:])]
         else:
-            last = self._step(self.folder / name, self.target.name, jobs[-1], full=full, method=name, **options)
-        return Arm(name, (*jobs, last))
-
-    def _sources(self, tasks: Sequence[str], *, full: bool) -> list[Job]:
-        jobs = [self._pretraining(tasks[0], len(tasks) - 1)] if tasks else []
-        for n, task in enumerate(tasks[1:], start=2):
-            folder = self.stage_dir / jobs[0].output_dir.name / "_".join(tasks[1:n])
-            folder /= f"{'full' if full else 'decoder'}_seed{self.here.seed}"
-            where = {"collection": source_collection(self.here.config), "train_patients": self.each}
-            jobs.append(self._step(folder, task, jobs[-1], full=full, **where))
-        return jobs
+            where = {"collection": source_collection(self.run.config)}
+            where |= {"train_patients": self.run.config["stage_patients"]}
+            for n, task in enumerate(tasks[1:], start=2):
+                stage = self.stage_dir / jobs[0].output_dir.name / "_".join(tasks[1:n])
+                stage /= f"{'full' if full else 'decoder'}_seed{self.run.seed}"
+                jobs.append(self._step(stage, task, jobs[-1], full=full, **where))
+        return Arm(name, (*jobs, self._step(folder, self.target.name, jobs[-1], full=full, method=name, **options)))
 
     def _step(self, folder: Path, task: str, before: Job, *, full: bool, **options: Any) -> Job:
         source = Source(before.overrides["target_task"], "task", checkpoint=before.model)
-        options |= {"target_task": task} | ({"freeze": None} if full else {})
-        return finetuning_job(self.here, folder, source, overlay="stage", **options)
+        options |= {"freeze": None} if full else {}
+        return finetuning_job(self.run, folder, source, overlay="stage", target_task=task, **options)
 
     def _pretraining(self, task: str, n_later: int) -> Job:
-        """On the patients that the later tasks leave, so that all arms spend as many; made once, for it reads files."""
-        total = self.here.config["source_patients"]
-        patients = None if total is None else total - n_later * self.each
-        if patients is not None and patients < 1:
-            raise InputError(
-                f"source_patients is {total}, of which {n_later} intermediate tasks of {self.each} patients leave none "
-                "to pre-train on; raise source_patients."
-            )
+        """Made once, as it looks at every file of a collection."""
+        config = self.run.config
+        patients = first_share(config["source_patients"], config["stage_patients"], n_later)
         if (task, patients) not in self._pretrainings:
-            config, source = self.here.config | {"train_patients": patients}, Source(task, "task", task=task)
+            config, source = config | {"train_patients": patients}, Source(task, "task", task=task)
             self._pretrainings[task, patients] = pretraining_job(config, self.source_dir, source, seed=self.pool_seed)
         return self._pretrainings[task, patients]
 
-    def _joint(self, first: str, second: str) -> list[Job]:
+    def _joint(self, first: Job, second: str) -> Job:
         """One network trained on the patients of both tasks together."""
-        job = self._pretraining(first, 1)
-        folder = job.output_dir.with_name(f"{job.output_dir.name}_with_{second}_{self.each}")
-        overlays = [*job.overlays, self.here.configs / "joint.json"]
-        overrides = {**job.overrides, "joint_task": second, "joint_patients": self.each}
-        return [replace(job, output_dir=folder, overlays=overlays, overrides=overrides)]
+        patients = self.run.config["stage_patients"]
+        folder = first.output_dir.with_name(f"{first.output_dir.name}_with_{second}_{patients}")
+        overrides = {**first.overrides, "joint_task": second, "joint_patients": patients}
+        overlays = [*first.overlays, self.run.configs / "joint.json"]
+        return replace(first, output_dir=folder, overlays=overlays, overrides=overrides)
 
 
-def steps_of(arm: Arm) -> Iterator[tuple[str, str]]:
-    """Task and labelled patients of each step of an arm, those of the target last; None where nothing is trained."""
-    for job in arm.jobs:
-        settings = {**job.config, **job.overrides}
-        patients = settings["train_patients"]
-        yield settings["target_task"], None if settings["epochs"] == 0 else "all" if patients is None else str(patients)
+def steps_of(arm: Arm) -> tuple[str, str]:
+    """Tasks of an arm's steps and the labelled patients of each training: ``a -> b -> target``, ``7 + 3 + 3``."""
+    settings = [{**job.config, **job.overrides} for job in arm.jobs]
+    patients = [of["train_patients"] for of in settings if of["epochs"] != 0]
+    path = " -> ".join(of["target_task"] for of in settings)
+    return path, " + ".join("all" if count is None else str(count) for count in patients)
 
 
 def arms_of(chains: Chains, plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
@@ -132,6 +118,7 @@ def arms_of(chains: Chains, plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
     return arms
 
 
+@dataclass(kw_only=True)
 class NoteLEEP:
     """A step that writes ``leep.json``: LEEP of the source network on the images that it will be fine-tuned on.
 
@@ -140,15 +127,16 @@ class NoteLEEP:
         output_dir: where it goes.
     """
 
-    def __init__(self, *, evaluator: Evaluator, output_dir: str) -> None:
-        self.evaluator, self.file = evaluator, Path(output_dir) / "leep.json"
+    evaluator: Evaluator
+    output_dir: str
 
     def run(self) -> None:
         self.evaluator.run()
         if idist.get_rank() == 0:
-            write_json(self.file, {"leep": float(self.evaluator.state.metrics["leep"])})
+            write_json(Path(self.output_dir) / "leep.json", {"leep": float(self.evaluator.state.metrics["leep"])})
 
 
+@dataclass(kw_only=True)
 class FollowPath:
     """A step that trains along the path, and all that it is compared with at as many labelled patients.
 
@@ -160,34 +148,30 @@ class FollowPath:
         source_dir, pool_seed: where pre-trained networks are kept, and the seed of their training.
     """
 
-    def __init__(self, *, plan: PlanPath, source_dir: str, pool_seed: int) -> None:
-        self.here, self.plan, self.source_dir, self.pool_seed = plan.here, plan, source_dir, pool_seed
+    plan: PlanPath
+    source_dir: str
+    pool_seed: int
 
     def run(self) -> Verdict | None:
         """The verdict of the validation patients; None without any, and in all but the first of several processes."""
-        if not self.here.leads:
+        here, target, plan = self.plan.graph.run, self.plan.target, self.plan.plan
+        if not here.leads:
             return None
-        folder, target, plan = self.here.folder, self.plan.target, self.plan.plan
-        chains = Chains(
-            self.here,
-            target,
-            folder=folder / "arms",
-            stage_dir=folder / "stages",
-            source_dir=self.source_dir,
-            pool_seed=self.pool_seed,
-        )
+        pool = {"source_dir": self.source_dir, "pool_seed": self.pool_seed}
+        folders = {"folder": here.folder / "arms", "stage_dir": here.folder / "stages"}
+        chains = Chains(run=here, target=target, **folders, **pool)
         arms = arms_of(chains, plan, zero_shot=self.plan.graph.open(plan.single).n_classes == target.n_classes)
-        self.here.train_arms(arms, f"paths to {target.name}")
+        here.train_arms(arms, f"paths to {target.name}")
         rows, spent = arm_rows(arms), spent_text(self.plan.source_patients)
         table = arms_table(rows, arms)
-        write_csv(folder / "arms.csv", table)
+        write_csv(here.folder / "arms.csv", table)
         verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
         if "val" in set(rows["split"]):
             method = "sequential_full" if "sequential_full" in set(rows["method"]) else "single_full"
-            title = f"Ways to {target.name}, {spent}"
-            verdict = audit_report(rows, folder, method=method, synthetic=target.synthetic, margin=MARGIN, title=title)
+            said = {"title": f"Ways to {target.name}, {spent}", "synthetic": target.synthetic}
+            verdict = audit_report(rows, here.folder, method=method, margin=MARGIN, **said)
             answer = f"{second_step_text(rows, plan)} {verdict.text}"
-        write_text(folder / "answer.txt", f"{self.plan.text} {answer}")
+        write_text(here.folder / "answer.txt", f"{self.plan.text} {answer}")
         shown = table[table["split"] == "test"].drop(columns="split")
         print(f"On the test patients, {spent}:\n{shown.to_string(index=False, float_format='{:.3f}'.format)}\n{answer}")
         return verdict
@@ -202,11 +186,10 @@ def spent_text(source_patients: int | None) -> str:
 
 def arms_table(rows: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
     """Dice and IoU of every arm on each split, the best first, and the labelled patients that its steps spent."""
-    scores = patient_table(rows).groupby(["split", "method"])[["dice", "iou"]].mean().reset_index()
-    steps = {arm.name: list(zip(*steps_of(arm), strict=True)) for arm in arms}
-    scores.insert(2, "path", [" -> ".join(steps[name][0]) for name in scores["method"]])
-    scores.insert(3, "patients", [" + ".join(filter(None, steps[name][1])) for name in scores["method"]])
-    return scores.sort_values(["split", "dice"], ascending=[True, False])
+    scores = patient_table(rows).groupby(["split", "method"])[["dice", "iou"]].mean()
+    steps = pd.DataFrame({arm.name: steps_of(arm) for arm in arms}, index=["path", "patients"]).T
+    table = scores.reset_index().join(steps, on="method").sort_values(["split", "dice"], ascending=[True, False])
+    return table[["split", "method", "path", "patients", "dice", "iou"]]
 
 
 def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:

@@ -16,69 +16,86 @@ from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
-from medtl_ext.bundle import shell_word, short_path, study_config
-from medtl_ext.report import patient_table
-from medtl_ext.sequential_transfer.affinities import SeqTranAffinity
-from medtl_ext.sequential_transfer.chain import Arm
+from medtl_ext.sequential_transfer.affinities import SeqTranAffinity, TaskVolumes
 from medtl_ext.sequential_transfer.plan import task_volumes
-from medtl_ext.sequential_transfer.study import chains_to, collections_of, collections_with_patients, require_lists
+from medtl_ext.sequential_transfer.study import study_chains, study_target
+from medtl_ext.transfer.config import study_config
+from medtl_ext.transfer.jobs import Run, shell_word, short_path
+from medtl_ext.transfer.sources import source_collection
+from medtl_ext.transfer.study import require_lists
+from medtl_ext.transfer.tasks import SegmentationTask
 
 PAIR = ["source", "target"]
 
 
-def fit_weights(
-    *,
-    transfers: str | None,
-    targets: Sequence[str],
-    sources: Sequence[str],
-    settings: Mapping[str, Any],
-    standardize: bool,
-    output_dir: str,
-    n_jobs: int | None = None,
-    backend: str | None = None,
-) -> tuple[float, float]:
-    """Fit ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
+class FitWeights:
+    """A step that fits ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
 
     An affinity is to rank the sources of one target, so distance, similarity and Dice each count less their mean over
-    the target's sources. Writes ``transfers.csv`` (source, target, distance, similarity, dice) and
-    ``affinity_weights.json``, which says too what the weights are worth on a target that is left out of the fit.
+    the target's sources. Trainings have the options of ``train.json`` in the config's ``settings``. Writes
+    ``transfers.csv`` (source, target, distance, similarity, dice) and ``affinity_weights.json``, which says too what
+    the weights are worth on a target that is left out of the fit.
 
     Args:
+        run: where it writes, and how its trainings are carried out.
         transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
         targets, sources: tasks, where ``transfers`` is None.
-        settings: options of ``train.json``.
         standardize: see `SeqTranAffinity`.
-        output_dir: gets the trainings and the results.
-        n_jobs, backend: see `medtl_ext.bundle.run_jobs`.
     """
-    if transfers is None:
-        require_lists(targets=targets, sources=sources)
-    config, folder = study_config(output_dir, settings) | {"check_data": False}, Path(output_dir)
-    if transfers is None:
-        table = pd.DataFrame([pair for pair in product(sources, targets) if len(set(pair)) == 2], columns=PAIR)
-        if len(table) < 3:
-            asked = f"{list(sources)} to {list(targets)}"
-            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
-        collections = collections_with_patients(config, targets, sources)
-    else:
-        table = _read_transfers(Path(transfers))
-        collections = collections_of(config, table["target"], table["source"])
-    to, of = (
-        {name: task_volumes(where, name, patients=config["affinity_patients"]) for name, where in found.items()}
-        for found in collections
-    )
-    if transfers is None:
-        table = _measured_transfers(config, folder, table, n_jobs=n_jobs, backend=backend)
-    affinity = SeqTranAffinity(standardize=standardize)
-    pairs = [(of[a], to[b]) for a, b in zip(table["source"], table["target"], strict=True)]
-    table["distance"] = [affinity.distance(a, b) for a, b in pairs]
-    table["similarity"] = [affinity.similarity(a, b) for a, b in pairs]
-    content = fit_to_transfers(table) | {"standardize": standardize}
-    write_csv(folder / "transfers.csv", table)
-    weights = folder / "affinity_weights.json"
-    write_json(weights, content)
-    print(f"{fit_text(content)} To use them: --affinity {shell_word(str(short_path(weights)))}")
-    return content["alpha"], content["beta"]
+
+    def __init__(
+        self, *, run: Run, transfers: str | None, targets: Sequence[str], sources: Sequence[str], standardize: bool
+    ) -> None:
+        self.here, self.transfers, self.targets, self.sources = run, transfers, targets, sources
+        self.standardize = standardize
+
+    def run(self) -> tuple[float, float]:
+        """Train what is to be trained, fit, write it down, and say it; the two weights."""
+        folder = self.here.folder
+        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
+        table = self._asked() if self.transfers is None else _read_transfers(Path(self.transfers))
+        targets = {name: study_target(config, name, config["seed"]) for name in table["target"].unique()}
+        any_target, where = next(iter(targets.values())), source_collection(config)
+        if self.transfers is None:
+            for source in self.sources:
+                any_target.other(source, collection=where, train_patients=config["source_patients"]).datalist("train")
+            table["dice"] = self._measured(config, table, targets)
+
+        def volumes(column: str, collection: str | None) -> list[TaskVolumes]:
+            tasks = {name: any_target.other(name, collection=collection) for name in table[column].unique()}
+            found = {name: task_volumes(task, patients=config["affinity_patients"]) for name, task in tasks.items()}
+            return [found[name] for name in table[column]]
+
+        affinity = SeqTranAffinity(standardize=self.standardize)
+        pairs = list(zip(volumes("source", where), volumes("target", config["collection"]), strict=True))
+        table["distance"] = [affinity.distance(*pair) for pair in pairs]
+        table["similarity"] = [affinity.similarity(*pair) for pair in pairs]
+        content = fit_to_transfers(table) | {"standardize": self.standardize}
+        write_csv(folder / "transfers.csv", table)
+        weights = folder / "affinity_weights.json"
+        write_json(weights, content)
+        print(f"{fit_text(content)} To use them: --affinity {shell_word(str(short_path(weights)))}")
+        return content["alpha"], content["beta"]
+
+    def _asked(self) -> pd.DataFrame:
+        require_lists(targets=self.targets, sources=self.sources)
+        asked = [(source, target) for target, source in product(self.targets, self.sources) if source != target]
+        if len(asked) < 3:
+            lists = f"{list(self.sources)} to {list(self.targets)}"
+            raise InputError(f"a fit needs three transfers or more; those from {lists} are {len(asked)}.")
+        return pd.DataFrame(asked, columns=PAIR)
+
+    def _measured(
+        self, config: Mapping[str, Any], table: pd.DataFrame, targets: Mapping[str, SegmentationTask]
+    ) -> list[float]:
+        """Dice of each transfer on the patients that trainings are validated on."""
+        run, split = self.here.seeded(config, config["seed"]), config["val_split"]
+        for target in targets.values():
+            target.datalist("train")
+        chains = {name: study_chains(run, target) for name, target in targets.items()}
+        arms = [chains[target].arm(source, source) for source, target in table[PAIR].itertuples(index=False)]
+        self.here.train_arms(arms, "transfers")
+        return [float(np.mean(list(SegmentationTask.patients(arm.last, split).values()))) for arm in arms]
 
 
 def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
@@ -176,26 +193,6 @@ def fit_text(content: Mapping[str, Any]) -> str:
         return f"{text}Prefer these weights to the published ones for further targets of this kind: {found}."
     few = ", and fewer than 5 cannot show it" if targets < 5 else ""
     return f"{text}No evidence to prefer these weights to the published ones on another target: {found}{few}."
-
-
-def _measured_transfers(
-    config: Mapping[str, Any],
-    folder: Path,
-    pairs: pd.DataFrame,
-    *,
-    n_jobs: int | None,
-    backend: str | None,
-) -> pd.DataFrame:
-    rows = []
-    for target, of in pairs.groupby("target", sort=False):
-        chains = chains_to(config, folder, target, config["seed"])
-        arms = [Arm(source, (source,)) for source in of["source"]]
-        jobs = chains.run(arms, target, n_jobs=n_jobs, backend=backend)
-        for source, job in jobs.items():
-            scores = patient_table(pd.read_csv(job.output_dir / "metrics.csv"))
-            dice = scores[scores["split"] == config["val_split"]]["dice"].mean()
-            rows.append({"source": source, "target": target, "dice": dice})
-    return pd.DataFrame(rows)
 
 
 def _read_transfers(path: Path) -> pd.DataFrame:

@@ -6,30 +6,16 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 
 import networkx as nx
 import pandas as pd
 
+from medtl_ext import graph as graphs
 from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError, require_whole
 from medtl_ext.data import Task
-from medtl_ext.graph import (
-    NoPathError,
-    TransferPath,
-    cluster_representatives,
-    girvan_newman_clusters,
-    optimal_transfer_path,
-    read_task_graph,
-    task_graph,
-    write_task_graph,
-)
-from medtl_ext.sequential_transfer.affinities import (
-    Affinity,
-    TaskVolumes,
-    affinity_costs,
-    affinity_name,
-    find_affinity,
-)
+from medtl_ext.sequential_transfer.affinities import Affinity, TaskVolumes, affinity_costs, affinity_name, find_affinity
 from medtl_ext.sequential_transfer.plots import plot_task_graph
 from medtl_ext.transfer.jobs import Run
 from medtl_ext.transfer.study import require_lists
@@ -61,32 +47,26 @@ def task_volumes(task: SegmentationTask, *, patients: int | None = None) -> Task
     return TaskVolumes(task.name, files, tuple(map(tuple, task.label_values)), len(patients_of(items)))
 
 
-def require_patients(tasks: Iterable[SegmentationTask], count: int | None, *, option: str = "source_patients") -> None:
-    """Refuse tasks that cannot give the labelled patients that every arm is to spend: arms would not be comparable.
+def first_share(source_patients: int | None, stage_patients: int, n_later: int) -> int | None:
+    """Labelled patients of a path's first task: what the later ones leave, so that all arms spend as many.
 
-    Args:
-        tasks: to look at.
-        count: training patients that each must have; None asks for none.
-        option: what asks for them.
+    Raises:
+        InputError: they leave none.
     """
-    if count is None:
-        return
-    require_whole(option, count, 1)
-    for task in tasks:
-        found = len(patients_of(task.collection.datalist(task.name, "train")))
-        if found < count:
-            or_all = "" if option == "stage_patients" else ", or null to use all there are"
-            raise InputError(
-                f"task {task.name} has {found} training patients, fewer than {option}, {count}: arms would not spend "
-                f"as many. Give --{option} {found} or less{or_all}."
-            )
+    if source_patients is None:
+        return None
+    left = source_patients - n_later * stage_patients
+    if left < 1:
+        raise InputError(
+            f"source_patients is {source_patients}, of which {n_later} intermediate tasks of {stage_patients} patients "
+            "leave none to pre-train on; raise source_patients, or give null to use all."
+        )
+    return left
 
 
+@dataclass(kw_only=True)
 class SourceGraph:
-    """A step that joins the source tasks, clusters them and chooses a representative of each cluster.
-
-    Writes ``task_graph.json``, ``task_graph.graphml``, ``clusters.csv``, and ``task_graph.png`` with clusters in
-    colours and sizes of tasks.
+    """The source tasks, joined where they share modality or objective, in clusters with a representative each.
 
     Args:
         run: where it writes.
@@ -99,62 +79,58 @@ class SourceGraph:
         task_graph: a ``task_graph.json`` made before, for other targets: no cost between sources is computed then.
     """
 
-    def __init__(
-        self,
-        *,
-        run: Run,
-        sources: Sequence[str],
-        collection: str | None,
-        phantom_subjects: int,
-        affinity: str | Affinity,
-        affinity_patients: int | None,
-        n_clusters: int,
-        cluster_weight: str | None,
-        representative_rule: str,
-        task_graph: str | None = None,
-    ) -> None:
-        self.here, self.sources, self.file = run, sources, task_graph
-        self.collection, self.phantom_subjects = collection, phantom_subjects
-        self.affinity, self.name, self.patients = find_affinity(affinity), affinity_name(affinity), affinity_patients
-        self.n_clusters, self.weight, self.rule = n_clusters, cluster_weight, representative_rule
+    run: Run
+    sources: Sequence[str]
+    collection: str | None
+    phantom_subjects: int
+    affinity: str | Affinity
+    affinity_patients: int | None
+    n_clusters: int
+    cluster_weight: str | None
+    representative_rule: str
+    task_graph: str | None = None
 
-    def open(self, source: str) -> SegmentationTask:
+    def open(self, source: str, *, train_patients: int | None = None) -> SegmentationTask:
         """A source task by its name."""
-        return SegmentationTask(source, collection=self.collection, phantom_subjects=self.phantom_subjects)
+        where = {"collection": self.collection, "phantom_subjects": self.phantom_subjects}
+        return SegmentationTask(source, train_patients=train_patients, **where)
 
     def volumes(self, sources: Iterable[str]) -> list[TaskVolumes]:
         """What the affinity looks at."""
-        return [task_volumes(self.open(source), patients=self.patients) for source in sources]
+        return [task_volumes(self.open(source), patients=self.affinity_patients) for source in sources]
+
+    @cached_property
+    def cost(self) -> Affinity:
+        """Found once, as it keeps what it has read."""
+        return find_affinity(self.affinity)
 
     @cached_property
     def graph(self) -> nx.Graph:
         """See `medtl_ext.graph.task_graph`."""
         require_lists(sources=self.sources)
         require_whole("n_clusters", self.n_clusters, 1)
-        if self.file is not None:
-            return self._read()
-        tasks = self.volumes(self.sources)
-
-        def joined_only(a: TaskVolumes, b: TaskVolumes) -> float:
-            return self.affinity(a, b) if shares(a.name, b.name) else 0.0
-
-        costs = affinity_costs(joined_only, tasks, progress=self.here.progress)
-        joined = task_graph(list(self.sources), costs, sizes={task.name: task.size for task in tasks})
-        joined.graph["affinity"] = self.name
-        return joined
-
-    def _read(self) -> nx.Graph:
-        joined = read_task_graph(self.file)
+        name = affinity_name(self.affinity)
+        if self.task_graph is None:
+            tasks = self.volumes(self.sources)
+            costs = affinity_costs(self._joined_only, tasks, progress=self.run.progress)
+            joined = graphs.task_graph(self.sources, costs, sizes={task.name: task.size for task in tasks})
+            joined.graph["affinity"] = name
+            return joined
+        joined = graphs.read_task_graph(self.task_graph)
         if other := sorted(set(joined) ^ set(self.sources)):
             raise InputError(
-                f"task graph {self.file} and sources differ in {other[0]}; give the graph's own tasks as sources."
+                f"task graph {self.task_graph} and sources differ in {other[0]}; give the graph's own tasks as sources."
             )
-        if joined.graph.get("affinity", self.name) != self.name:
+        if joined.graph.get("affinity", name) != name:
             raise InputError(
-                f"task graph {self.file} was made with the affinity {joined.graph['affinity']}, whose costs are on "
-                f"another scale than those of {self.name}; give the affinity it was made with, or make the graph anew."
+                f"task graph {self.task_graph} was made with the affinity {joined.graph['affinity']}, whose costs are "
+                f"on another scale than those of {name}; give the affinity it was made with, or make the graph anew."
             )
         return joined
+
+    def _joined_only(self, a: TaskVolumes, b: TaskVolumes) -> float:
+        """Spare the pairs that no edge will join."""
+        return self.cost(a, b) if shares(a.name, b.name) else 0.0
 
     @cached_property
     def clusters(self) -> list[list[str]]:
@@ -162,12 +138,12 @@ class SourceGraph:
         if self.n_clusters > most:
             tasks = f"{most} source task{'s' if most > 1 else ''}"
             warnings.warn(f"n_clusters is {self.n_clusters}, of {tasks}: each is a cluster of its own.", stacklevel=2)
-        clusters = girvan_newman_clusters(self.graph, min(self.n_clusters, most), weight=self.weight)
+        clusters = graphs.girvan_newman_clusters(self.graph, min(self.n_clusters, most), weight=self.cluster_weight)
         return [sorted(cluster) for cluster in clusters]
 
     @cached_property
     def representatives(self) -> list[str]:
-        return cluster_representatives(self.graph, self.clusters, rule=self.rule)
+        return graphs.cluster_representatives(self.graph, self.clusters, rule=self.representative_rule)
 
     @property
     def synthetic(self) -> bool:
@@ -185,36 +161,29 @@ class SourceGraph:
             f"clusters: {'; '.join(clusters)}."
         )
 
-    def run(self) -> None:
-        """Write it down, and say it."""
-        if self.here.leads:
-            self.write()
-            print(self.text)
-
     def write(self, plan: Plan | None = None) -> None:
-        """Write the files, with the path of a plan in bold in the picture."""
-        folder = self.here.folder
+        """Write ``task_graph.json``, ``task_graph.graphml``, ``clusters.csv`` and ``task_graph.png``, and say it.
+
+        The picture shows clusters in colours, sizes of tasks, and the path of a plan in bold.
+        """
+        if not self.run.leads:
+            return
+        folder, sizes = self.run.folder, self.graph.nodes(data="size")
         for name in ("task_graph.json", "task_graph.graphml"):
-            write_task_graph(self.graph, folder / name, clusters=self.clusters)
-        sizes = self.graph.nodes(data="size")
+            graphs.write_task_graph(self.graph, folder / name, clusters=self.clusters)
         rows = [
             {"cluster": number, "task": task, "size": sizes[task], "representative": task == first}
             for number, (cluster, first) in enumerate(zip(self.clusters, self.representatives, strict=True))
             for task in cluster
         ]
         write_csv(folder / "clusters.csv", pd.DataFrame(rows))
-        if self.here.figures:
-            figure = plot_task_graph(
-                self.graph,
-                self.clusters,
-                representatives=self.representatives,
-                path=plan.path if plan else None,
-                target=plan.target if plan else None,
-                target_costs=plan.costs if plan else None,
-                title="Task graph" + (f" and the path to {plan.target}" if plan and plan.path else ""),
-                synthetic=self.synthetic,
-            )
+        if self.run.figures:
+            shown = {"path": plan.path, "target": plan.target, "target_costs": plan.costs} if plan else {}
+            title = "Task graph" + (f" and the path to {plan.target}" if plan and plan.path else "")
+            parts = (self.graph, self.clusters, self.representatives)
+            figure = plot_task_graph(*parts, title=title, synthetic=self.synthetic, **shown)
             save_figure(figure, folder / "task_graph.png")
+        print(self.text)
 
 
 @dataclass(frozen=True)
@@ -231,7 +200,7 @@ class Plan:
 
     target: str
     costs: dict[str, float]
-    paths: list[TransferPath]
+    paths: list[graphs.TransferPath]
     single: str
     no_path: str | None = None
 
@@ -242,18 +211,17 @@ class Plan:
 
     @property
     def text(self) -> str:
-        """Path, expected cost, and the nearest single source in words."""
-        if self.path is None:
-            text = f"For {self.target} {self.no_path}"
-        else:
-            said = [f"{' -> '.join((*path.tasks, self.target))}, {{}}{path.cost:.3f}." for path in self.paths[:2]]
-            text = f"Best path: {said[0].format('cost ')}" + "".join(f" Next: {next_.format('')}" for next_ in said[1:])
+        """Paths, expected costs, and the nearest single source in words."""
+        best = zip(("Best path", "Next"), self.paths, strict=False)
+        said = [f"{what}: {' -> '.join((*path.tasks, self.target))}, cost {path.cost:.3f}." for what, path in best]
         return (
-            f"{text} Nearest single source: {self.single}, cost {self.costs[self.single]:.3f}. Costs rank paths among "
-            "themselves and single sources among themselves; whether a second step pays is settled by training."
+            f"{' '.join(said) or f'For {self.target} {self.no_path}'} Nearest single source: {self.single}, cost "
+            f"{self.costs[self.single]:.3f}. Costs rank paths among themselves and single sources among themselves; "
+            "whether a second step pays is settled by training."
         )
 
 
+@dataclass(kw_only=True)
 class PlanPath:
     """A step that finds the cheapest paths to the target, and beside them the nearest single source.
 
@@ -267,17 +235,11 @@ class PlanPath:
             intermediate task.
     """
 
-    def __init__(
-        self,
-        *,
-        graph: SourceGraph,
-        target: SegmentationTask,
-        max_intermediates: int,
-        source_patients: int | None,
-        stage_patients: int,
-    ) -> None:
-        self.here, self.graph, self.target, self.max_intermediates = graph.here, graph, target, max_intermediates
-        self.source_patients, self.stage_patients = source_patients, stage_patients
+    graph: SourceGraph
+    target: SegmentationTask
+    max_intermediates: int
+    source_patients: int | None
+    stage_patients: int
 
     def check(self) -> None:
         """Refuse what cannot work before anything long runs.
@@ -286,22 +248,17 @@ class PlanPath:
             InputError: no labelled training patient of the target, the target among the sources, numbers of patients
                 that leave none to pre-train on, or a task with fewer patients than it is to give.
         """
-        sources, target, spent, each = self.graph.sources, self.target, self.source_patients, self.stage_patients
+        sources, target = self.graph.sources, self.target
         require_lists(sources=sources)
         if target.name in sources:
             raise InputError(f"the target {target.name} is one of the sources; leave it out of sources.")
         require_whole("max_intermediates", self.max_intermediates, 0)
-        require_whole("stage_patients", each, 1)
-        if spent is not None and spent <= each * self.max_intermediates:
-            raise InputError(
-                f"source_patients is {spent}, of which {self.max_intermediates} intermediate tasks of {each} patients "
-                "leave none to pre-train on; raise source_patients, or give null to use all."
-            )
-        require_patients([target], target.train_patients, option="train_patients")
-        opened = [self.graph.open(source) for source in sources]
-        require_patients(opened, spent)
-        if self.max_intermediates:
-            require_patients(opened, each, option="stage_patients")
+        require_whole("stage_patients", self.stage_patients, 1)
+        first_share(self.source_patients, self.stage_patients, self.max_intermediates)
+        target.datalist("train")
+        spent = [self.source_patients, self.stage_patients] if self.max_intermediates else [self.source_patients]
+        for source, patients in product(sources, spent):
+            self.graph.open(source, train_patients=patients).datalist("train")
 
     @cached_property
     def plan(self) -> Plan:
@@ -310,20 +267,17 @@ class PlanPath:
         Raises:
             InputError: the target shares neither modality nor objective with any source.
         """
-        graph, target = self.graph, self.target.name
-        near = joined_to(target, graph.graph)
-        goal = [task_volumes(self.target)]
-        costs = affinity_costs(graph.affinity, graph.volumes(near), goal, progress=self.here.progress)[:, 0]
+        sources = self.graph
+        near = joined_to(self.target.name, sources.graph)
+        goal, progress = [task_volumes(self.target)], sources.run.progress
+        costs = affinity_costs(sources.cost, sources.volumes(near), goal, progress=progress)[:, 0]
         to_target = dict(zip(near, costs.tolist(), strict=True))
-        plan = Plan(target, to_target, [], single=min(to_target, key=lambda task: (to_target[task], task)))
-        many = self.max_intermediates
+        plan = Plan(self.target.name, to_target, [], single=min(to_target, key=lambda task: (to_target[task], task)))
+        parts = (sources.graph, to_target, sources.clusters, sources.representatives)
         try:
-            paths = optimal_transfer_path(
-                graph.graph, to_target, graph.clusters, graph.representatives, max_intermediates=many
-            )
-        except NoPathError as reason:
+            return replace(plan, paths=graphs.optimal_transfer_path(*parts, max_intermediates=self.max_intermediates))
+        except graphs.NoPathError as reason:
             return replace(plan, no_path=str(reason))
-        return replace(plan, paths=paths)
 
     @property
     def text(self) -> str:
@@ -332,14 +286,14 @@ class PlanPath:
 
     def run(self) -> None:
         """Find them, write them down, and say it."""
-        if not self.here.leads:
+        if not self.graph.run.leads:
             return
-        plan, folder = self.plan, self.here.folder
+        plan, folder = self.plan, self.graph.run.folder
         self.graph.write(plan)
-        content = asdict(plan) | {"paths": [{"cost": path.cost, "tasks": list(path.tasks)} for path in plan.paths]}
-        write_json(folder / "plan.json", content | {"text": self.text, "synthetic": self.target.synthetic})
-        steps = [{"kind": "path", "tasks": " -> ".join(path.tasks), "cost": path.cost} for path in plan.paths]
-        singles = sorted(plan.costs.items(), key=lambda item: item[::-1])
-        steps += [{"kind": "single", "tasks": task, "cost": cost} for task, cost in singles]
-        write_csv(folder / "paths.csv", pd.DataFrame(steps))
-        print(self.text)
+        paths = [{"cost": path.cost, "tasks": list(path.tasks)} for path in plan.paths]
+        content = asdict(plan) | {"paths": paths, "text": self.text, "synthetic": self.target.synthetic}
+        write_json(folder / "plan.json", content)
+        steps = [("path", " -> ".join(path.tasks), path.cost) for path in plan.paths]
+        steps += sorted((("single", *item) for item in plan.costs.items()), key=lambda step: (step[2], step[1]))
+        write_csv(folder / "paths.csv", pd.DataFrame(steps, columns=["kind", "tasks", "cost"]))
+        print(plan.text)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
-from medtl_ext._validation import InputError, require_whole
+from medtl_ext._validation import InputError
 from medtl_ext.data import Task
 from medtl_ext.ranking import PairedComparison, paired_comparison
 from medtl_ext.sequential_transfer.affinities import Affinity, find_affinity
 from medtl_ext.sequential_transfer.chain import Chains, spent_text
-from medtl_ext.sequential_transfer.plan import Plan, PlanPath, SourceGraph, joined_to, require_patients, shares
+from medtl_ext.sequential_transfer.plan import Plan, PlanPath, SourceGraph, joined_to, shares
 from medtl_ext.transfer.config import study_config
 from medtl_ext.transfer.jobs import Arm, Run
 from medtl_ext.transfer.report import markdown_table, patient_table
@@ -62,13 +62,7 @@ class StudyPaths:
     """
 
     def __init__(
-        self,
-        *,
-        run: Run,
-        targets: Sequence[str],
-        sources: Sequence[str],
-        seeds: Sequence[int],
-        affinities: Sequence[str],
+        self, *, run: Run, targets: Sequence[str], sources: Sequence[str], seeds: Sequence[int], affinities: list[str]
     ) -> None:
         self.here, self.targets, self.sources, self.seeds = run, targets, sources, seeds
         self.affinities, self.synthetic = affinities, False
@@ -78,31 +72,31 @@ class StudyPaths:
         if len(self.targets) < 2:
             raise InputError(f"a study needs two targets or more; found {list(self.targets)}.")
         require_lists(targets=self.targets, sources=self.sources, seeds=self.seeds, affinities=self.affinities)
-        config = study_config(self.here.folder, self.here.config["settings"]) | {"check_data": False}
+        folder = self.here.folder
+        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
         if config["max_intermediates"] != 1:
             raise InputError(
                 "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
             )
-        require_whole("stage_patients", config["stage_patients"], 1)
         targets = {key: study_target(config, *key) for key in product(self.targets, self.seeds)}
-        sources = study_sources(config, self.sources, targets.values())
-        require_patients(sources, config["stage_patients"], option="stage_patients")
+        runs = {seed: self.here.seeded(config, seed) for seed in self.seeds}
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
-        plans, arms = {}, {}
-        for key, target in targets.items():
-            run, near = self.here.seeded(config, key[1]), joined_to(key[0], self.sources)
-            plans[key] = {name: _plan(run, near, target, affinity) for name, affinity in found.items()}
-            arms[key] = _arms(study_chains(run, target), near, plans[key].values())
+        paths = {
+            key: {name: _plan(runs[target.seed], target, self.sources, affinity) for name, affinity in found.items()}
+            for key, target in targets.items()
+        }
+        for path in chain.from_iterable(of.values() for of in paths.values()):
+            path.check()
+        plans = {key: {name: path.plan for name, path in of.items()} for key, of in paths.items()}
+        arms = {key: _arms(runs[key[1]], target, self.sources, plans[key].values()) for key, target in targets.items()}
         self.here.train_arms([arm for of in arms.values() for arm in of], "study")
         table, patients = _results(arms)
         choices, scores = _choices(table, patients, plans)
-        folder = self.here.folder
-        write_csv(folder / "study.csv", table)
-        write_csv(folder / "choices.csv", choices)
-        write_csv(folder / "patients.csv", patients)
+        for name, rows in {"study": table, "choices": choices, "patients": patients}.items():
+            write_csv(folder / f"{name}.csv", rows)
         self.synthetic = next(iter(targets.values())).synthetic
-        spent = spent_text(config["source_patients"])
-        text = study_text(table, patients, choices, scores, synthetic=self.synthetic, spent=spent)
+        said = {"synthetic": self.synthetic, "spent": spent_text(config["source_patients"])}
+        text = study_text(table, patients, choices, scores, **said)
         write_text(folder / "study.md", text)
         print(text)
         return choices
@@ -110,50 +104,30 @@ class StudyPaths:
 
 def study_target(config: Mapping[str, Any], task: str, seed: int) -> SegmentationTask:
     """A target with the patients that all its arms train on."""
+    where = {"collection": config["collection"], "phantom_subjects": config["phantom_subjects"]}
     patients = config["train_patients"]
-    return SegmentationTask(
-        task,
-        collection=config["collection"],
-        phantom_subjects=config["phantom_subjects"],
-        train_patients=config["stage_patients"] if patients == "@stage_patients" else patients,
-        seed=seed,
-    )
-
-
-def study_sources(
-    config: Mapping[str, Any], sources: Sequence[str], targets: Iterable[SegmentationTask]
-) -> list[SegmentationTask]:
-    """The sources, if they and the targets can give the patients that one step asks them for."""
-    where = {"collection": source_collection(config), "phantom_subjects": config["phantom_subjects"]}
-    opened = [SegmentationTask(task, **where) for task in sources]
-    require_patients(opened, config["source_patients"])
-    for target in targets:
-        require_patients([target], target.train_patients, option="train_patients")
-    return opened
+    patients = config["stage_patients"] if patients == "@stage_patients" else patients
+    return SegmentationTask(task, train_patients=patients, seed=seed, **where)
 
 
 def study_chains(run: Run, target: SegmentationTask) -> Chains:
-    runs = run.folder / "runs"
-    return Chains(
-        run,
-        target,
-        folder=runs / target.name / f"seed{run.seed}",
-        stage_dir=runs / "stages",
-        source_dir=run.config["source_dir"],
-        pool_seed=run.seed,
-    )
+    """All trainings of a study lie below ``runs``, the pre-trainings in the pool of its seed."""
+    runs, pool = run.folder / "runs", {"source_dir": run.config["source_dir"], "pool_seed": run.seed}
+    folder = runs / target.name / f"seed{run.seed}"
+    return Chains(run=run, target=target, folder=folder, stage_dir=runs / "stages", **pool)
 
 
-def _plan(run: Run, sources: Sequence[str], target: SegmentationTask, affinity: Affinity) -> Plan:
+def _plan(run: Run, target: SegmentationTask, sources: Sequence[str], affinity: Affinity) -> PlanPath:
     keys = ("phantom_subjects", "affinity_patients", "n_clusters", "cluster_weight", "representative_rule")
     options = {key: run.config[key] for key in keys} | {"collection": source_collection(run.config)}
-    graph = SourceGraph(run=run, sources=sources, affinity=affinity, **options)
-    spent = {"source_patients": run.config["source_patients"], "stage_patients": run.config["stage_patients"]}
-    return PlanPath(graph=graph, target=target, max_intermediates=1, **spent).plan
+    graph = SourceGraph(run=run, sources=joined_to(target.name, sources), affinity=affinity, **options)
+    spent = {key: run.config[key] for key in ("source_patients", "stage_patients")}
+    return PlanPath(graph=graph, target=target, max_intermediates=1, **spent)
 
 
-def _arms(chains: Chains, sources: Sequence[str], plans: Iterable[Plan]) -> list[Arm]:
+def _arms(run: Run, target: SegmentationTask, sources: Sequence[str], plans: Iterable[Plan]) -> list[Arm]:
     """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
+    chains, sources = study_chains(run, target), joined_to(target.name, sources)
     arms = [chains.arm("scratch"), *(chains.arm(source, source) for source in sources)]
     arms += [chains.arm(f"{a} > {b}", a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
     chosen = dict.fromkeys(plan.path for plan in plans if plan.path)

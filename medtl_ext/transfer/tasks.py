@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_whole
 from medtl_ext.data import ClassificationDataset, Collection, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
 from medtl_ext.data.integrity import require_volumes
@@ -78,9 +78,10 @@ class SegmentationTask:
         self.n_classes = len(self.label_values) + 1
         self.synthetic = self.collection.synthetic
 
-    def other(self, name: str, *, collection: str | None = None) -> SegmentationTask:
+    def other(self, name: str, *, collection: str | None = None, train_patients: int | None = None) -> SegmentationTask:
         """Another task, of this collection file or of another one."""
-        return SegmentationTask(name, collection=collection, phantom_subjects=self.phantom_subjects)
+        drawn = {"train_patients": train_patients, "seed": self.seed}
+        return SegmentationTask(name, collection=collection, phantom_subjects=self.phantom_subjects, **drawn)
 
     @property
     def folder(self) -> str:
@@ -99,7 +100,15 @@ class SegmentationTask:
     def datalist(self, split: str) -> list[dict[str, str]]:
         """See `medtl_ext.data.Collection.datalist`."""
         items = self.collection.datalist(self.name, split)
-        return draw_patients(items, self.train_patients, seed=self.seed) if split == "train" else items
+        if split != "train" or self.train_patients is None:
+            return items
+        require_whole("the number of patients to train on", self.train_patients, 1)
+        if (found := len(patients_of(items))) < self.train_patients:
+            raise InputError(
+                f"task {self.name} has {found} training patients, fewer than the {self.train_patients} that are to be "
+                f"spent on it; ask for {found} or less, or give null to use all there are."
+            )
+        return draw_patients(items, self.train_patients, seed=self.seed)
 
     def check(self, splits: Iterable[str]) -> None:
         """Read every file before anything long runs; raise on the first error, log the warnings."""
@@ -134,8 +143,6 @@ class SegmentationTask:
 
 def draw_patients(items: Sequence[dict[str, str]], count: int | None, *, seed: int) -> list[dict[str, str]]:
     """All scans of ``count`` patients of a datalist (None: of all), drawn at random; of fewer there are all."""
-    if count is not None and count < 1:
-        raise InputError(f"{count} patients were asked for; expected at least one, or null for all.")
     patients = patients_of(items)
     order = np.random.default_rng(seed).permutation(len(patients))
     drawn = {patients[place] for place in order[:count]}

@@ -373,11 +373,8 @@ def _check_graph(graph: nx.Graph, weight: str | None = "weight") -> None:
 
 
 def _check_clusters(graph: nx.Graph, clusters: Sequence[Collection[Hashable]]) -> None:
-    seen: set[Hashable] = set()
-    for cluster in clusters:
-        if not cluster:
-            raise InputError("clusters holds an empty one; expected at least one task in each.")
-        for node in cluster:
-            if node not in graph or node in seen:
-                raise InputError(f"clusters names {node} {'twice' if node in seen else 'which is not in the graph'}.")
-            seen.add(node)
+    members = [node for cluster in clusters for node in cluster]
+    if not all(clusters) or len(set(members)) < len(members) or not set(members) <= set(graph):
+        raise InputError(
+            f"clusters is {list(clusters)}; expected sets of the graph's tasks, none empty, no task in two."
+        )

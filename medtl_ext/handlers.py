@@ -16,6 +16,7 @@ import torch
 from ignite.engine import Events
 from monai.data import set_rnd
 from monai.engines import Evaluator
+from monai.handlers import TensorBoardStatsHandler, from_engine
 from monai.utils import string_list_all_gather
 from torch import Tensor
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ignite.engine import Engine
     from monai.engines import Trainer
 
-__all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "WeightMap"]
+__all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurves", "WeightMap"]
 
 logger = logging.getLogger(__name__)
 
@@ -256,6 +257,26 @@ class EpochSeed:
         torch.manual_seed(seed)
         set_rnd(self.dataset, seed)
         engine.set_data(engine.state.dataloader)  # a new order of samples, from its beginning
+
+
+class TensorBoardCurves(TensorBoardStatsHandler):
+    """A training's loss by iteration and its validation scores by epoch, for TensorBoard.
+
+    Args:
+        log_dir: where TensorBoard finds them.
+        validator: the validation engine. What it scores after the training is no point of a curve.
+    """
+
+    def __init__(self, *, log_dir: str | Path, validator: Evaluator) -> None:
+        def write_validation(engine: Engine, writer: Any) -> None:
+            if validator.state.epoch == engine.state.epoch:  # validated in this epoch
+                for name, value in validator.state.metrics.items():
+                    writer.add_scalar(f"validation {name}", value, engine.state.epoch)
+
+        loss = from_engine(["loss"], first=True)
+        super().__init__(
+            log_dir=str(log_dir), tag_name="loss", output_transform=loss, epoch_event_writer=write_validation
+        )
 
 
 class SubjectTable:

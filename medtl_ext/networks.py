@@ -8,7 +8,6 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,39 +16,9 @@ from torch import Tensor, nn
 
 from medtl_ext._validation import InputError, require_choice
 
-__all__ = [
-    "LoadReport",
-    "freeze",
-    "load_weights",
-    "prepared",
-    "read_weights",
-    "tap_features",
-    "trainable_parameters",
-]
+__all__ = ["freeze", "load_weights", "prepared", "read_weights", "tap_features", "trainable_parameters"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_weights` did: names of the network's tensors, and of those in the file that it has no place for."""
-
-    copied: list[str]
-    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # name -> (shape in the file, shape in the network)
-    missing: list[str]
-    unexpected: list[str]
-
-    def __str__(self) -> str:
-        total = len(self.copied) + len(self.mismatched) + len(self.missing)
-        text = f"{len(self.copied)} of {total} tensors copied"
-        if self.mismatched:
-            name, (found, expected) = next(iter(self.mismatched.items()))
-            text += f", {len(self.mismatched)} of another shape ({name}: {found} in the file, {expected} here)"
-        if self.missing:
-            text += f", {len(self.missing)} not in the file ({self.missing[0]})"
-        if self.unexpected:
-            text += f", {len(self.unexpected)} in the file without a place here ({self.unexpected[0]})"
-        return text
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -63,20 +32,16 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"checkpoint {path} does not exist; give the path of a .pt file. If it is of a training that was finished, "
-            "delete its folder, and the same command trains it again."
-        )
+        hint = "give a .pt file; if it is of a training that was finished, delete its folder and train it again"
+        raise InputError(f"checkpoint {path} does not exist; {hint}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, pickle.UnpicklingError):  # what torch says of it advises to read it unsafely
             reason = "it is damaged, or holds more than tensors"
-        raise InputError(
-            f"checkpoint {path} cannot be read as weights ({reason}); expected a file written by "
-            "torch.save(network.state_dict(), path)."
-        ) from error
+        expected = "expected a file written by torch.save(network.state_dict(), path)"
+        raise InputError(f"checkpoint {path} cannot be read as weights ({reason}); {expected}.") from error
     for key in ("model", "network", "net", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -87,7 +52,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def load_weights(
     network: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor], *, min_share: float = 0.9
-) -> LoadReport:
+) -> str:
     """Copy every tensor that fits by name and shape into ``network``, say what was done, and refuse a poor fit.
 
     A head of another number of classes does not fit and keeps its fresh values: that is what transfer needs. Weights of
@@ -97,6 +62,9 @@ def load_weights(
         network: the network to fill, in place.
         weights: a checkpoint file (see `read_weights`) or a ``state_dict``.
         min_share: least share of the network's tensors that must have been copied, in [0, 1]. 1 asks for all of them.
+
+    Returns:
+        What was done, in words: how many tensors were copied, are of another shape, missing, or without a place here.
 
     Raises:
         InputError: fewer tensors fit than ``min_share`` asks for. The network is then unchanged.
@@ -108,19 +76,20 @@ def load_weights(
     where = "the given weights" if isinstance(weights, Mapping) else str(weights)
     found = weights if isinstance(weights, Mapping) else read_weights(weights)
     own = network.state_dict()
-    shared = [name for name in own if name in found]
-    fitting = {name: found[name] for name in shared if found[name].shape == own[name].shape}
-    report = LoadReport(
-        copied=list(fitting),
-        mismatched={name: (tuple(found[name].shape), tuple(own[name].shape)) for name in shared if name not in fitting},
-        missing=[name for name in own if name not in found],
-        unexpected=[name for name in found if name not in own],
-    )
+    fitting = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
+    others = [name for name in own if name in found and name not in fitting]
+    shapes = [f"{name}: {tuple(found[name].shape)} in the file, {tuple(own[name].shape)} here" for name in others]
+    report = f"{len(fitting)} of {len(own)} tensors copied"
+    for what, names in (
+        ("of another shape", shapes),
+        ("not in the file", [name for name in own if name not in found]),
+        ("in the file without a place here", [name for name in found if name not in own]),
+    ):
+        if names:
+            report += f", {len(names)} {what} ({names[0]})"
     if len(fitting) < min_share * len(own):
-        raise InputError(
-            f"{where} does not fit this {type(network).__name__}: {report}; expected at least {min_share:.0%}. "
-            "Was it trained with another architecture or number of classes?"
-        )
+        expected = f"expected at least {min_share:.0%}. Was it trained with another architecture or number of classes?"
+        raise InputError(f"{where} does not fit this {type(network).__name__}: {report}; {expected}")
     network.load_state_dict(fitting, strict=False)
     logger.info("%s: %s", where, report)
     return report

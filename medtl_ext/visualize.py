@@ -1,4 +1,4 @@
-"""Figures: brain slices with labels, risk maps, overlays, and plots of an audit, a comparison or a ranking.
+"""Figures: brain slices with labels, risk maps, overlays, and plots of audits, comparisons, rankings and their worth.
 
 Every function returns a `matplotlib.figure.Figure` made without pyplot, so it needs no display and leaves no global
 state; `save_figure` writes it. Slices come in as (X, Y) arrays in RAS (x to the patient's right, y to the front) and
@@ -12,12 +12,13 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -34,8 +35,10 @@ __all__ = [
     "plot_critical_difference",
     "plot_montage",
     "plot_overlay",
+    "plot_priors_against_dice",
     "plot_ranking",
     "plot_risk_maps",
+    "plot_scores_against_outcome",
     "save_figure",
     "to_display",
 ]
@@ -52,11 +55,12 @@ METHOD_GROUPS = {
     "prior_shift": "control",
 }
 """Methods that are not loss weightings: baselines, and controls that weight without having seen the source."""
-GROUP_COLOURS = {"baseline": "#0072B2", "weighting": "#D55E00", "control": "#009E73", "all parameters": "#CC79A7"}
+BLUE, ORANGE = "#0072B2", "#D55E00"
+GROUP_COLOURS = {"baseline": BLUE, "weighting": ORANGE, "control": "#009E73", "all parameters": "#CC79A7"}
 
 SPLIT_NAMES = {"train": "training", "val": "validation"}
-
-Colour = tuple[float, ...]
+OUTCOME_NAMES = {"dice": "Dice", "auc": "AUC"}
+PRIOR_NAMES = {"ssim": "label SSIM", "roi_dice": "Dice of mean label maps", "roi_shape": "shape similarity"}
 
 _GREY = "#6b6b6b"
 _STYLE = {
@@ -72,8 +76,11 @@ _STYLE = {
     "ytick.color": _GREY,
     "ytick.labelcolor": "black",
     "legend.frameon": False,
+    "legend.fontsize": 8,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
 }
-_RANKING_COLOURS = {True: GROUP_COLOURS["weighting"], False: GROUP_COLOURS["baseline"]}
+_LEADING_COLOURS = {True: ORANGE, False: BLUE}
 _BASELINE_MARKS = [
     {"marker": marker, "markersize": size, "color": _GREY, "markerfacecolor": "none", "linestyle": "none"}
     for marker, size in (("s", 8.5), ("o", 5.0), ("^", 6.5), ("v", 6.5), ("P", 6.5), ("X", 6.5))
@@ -145,20 +152,12 @@ def plot_montage(
                 _show_panel(axes[i, j], np.asarray(panels[column]))
             if i == 0:
                 axes[i, j].set_title(column, loc="center")
-        _row_label(axes[i, 0], row)
+        axes[i, 0].set_ylabel(row)
     _mark_sides(axes[0, 0])
     for column, names in (class_names or {}).items():
-        handles = _class_handles(names)
-        axes[-1, columns.index(column)].legend(
-            handles=handles,
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0),
-            fontsize=7,
-            handlelength=0.9,
-            ncols=len(handles),
-            columnspacing=0.9,
-            handletextpad=0.4,
-        )
+        legend = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "fontsize": 7, "ncols": len(names)}
+        legend |= {"handlelength": 0.9, "columnspacing": 0.9, "handletextpad": 0.4}
+        axes[-1, columns.index(column)].legend(handles=_class_handles(names), **legend)
     return _finish(figure, title, synthetic, _RADIOLOGICAL)
 
 
@@ -248,6 +247,8 @@ def plot_overlay(
     >>> [axes.get_title() for axes in figure.axes]
     ['image', 'truth', 'full\\nDice of the slice 1.00']
     """
+    from sklearn.metrics import f1_score  # slow to import
+
     for name, of in {"images": images, "truths": truths, **predictions}.items():
         if len(of) != len(subjects):
             raise InputError(f"plot_overlay has {len(subjects)} subjects but {len(of)} slices in '{name}'.")
@@ -256,17 +257,18 @@ def plot_overlay(
         outlines = {"image": None, "truth": truths[i], **{name: of[i] for name, of in predictions.items()}}
         for panel, (name, labels) in zip(axes[i], outlines.items(), strict=True):
             _show_panel(panel, np.asarray(images[i], dtype=float))
-            heading = name if i == 0 else ""
+            heading = [name] if i == 0 else []
             if labels is not None:
                 _outline(panel, labels, len(class_names))
             if name in predictions:
-                dice = _slice_dice(truths[i], labels, len(class_names))
-                figures = "nothing to segment" if np.isnan(dice) else f"Dice of the slice {dice:.2f}"
-                heading = f"{heading}\n{figures}".strip()
-            panel.set_title(heading, loc="center")
-        _row_label(axes[i, 0], subject)
+                pixels = np.ravel(truths[i]), np.ravel(labels)
+                classes = range(1, len(class_names) + 1)
+                dice = f1_score(*pixels, labels=classes, average="macro", zero_division=np.nan)  # F1 of pixels is Dice
+                heading.append("nothing to segment" if np.isnan(dice) else f"Dice of the slice {dice:.2f}")
+            panel.set_title("\n".join(heading), loc="center")
+        axes[i, 0].set_ylabel(subject)
     _mark_sides(axes[0, 0])
-    figure.legend(handles=_class_handles(class_names), loc="outside right upper", fontsize=8, handlelength=1)
+    figure.legend(handles=_class_handles(class_names), loc="outside right upper", handlelength=1)
     return _finish(figure, title, synthetic, _RADIOLOGICAL)
 
 
@@ -290,24 +292,28 @@ def plot_audit(
         synthetic: print "synthetic phantom" below.
     """
     splits = list(dict.fromkeys(table["split"]))
-    decisive = table[table["split"] == splits[0]].reset_index(drop=True)
-    arms = list(decisive["arm"])
-    figure = Figure(figsize=(3.0 * (len(splits) + 1) + 0.6, 1.7 + 0.42 * len(arms)), layout="constrained")
-    panels = figure.subplots(1, len(splits) + 1, sharey=True, squeeze=False)[0]
-    scores, differences = [panels[0], *panels[2:]], panels[1]
-    for panel, split in zip(scores, splits, strict=True):
-        _arm_scores(panel, patients[patients["split"] == split], table[table["split"] == split].set_index("arm"), arms)
-        name = SPLIT_NAMES.get(split, split)
-        count = patients.loc[patients["split"] == split, "subject"].nunique()
-        panel.set_title(f"{name}: {count} patient{'s' if count > 1 else ''}")
-        panel.set_xlabel("mean Dice over classes")
-    limits = _common_limits(scores)
-    for panel in scores:
-        panel.set_xlim(*limits)
-    _arm_differences(differences, decisive, arms)
-    differences.set_title(f"{SPLIT_NAMES.get(splits[0], splits[0])}: difference to the best")
-    differences.set_xlabel("Dice, arm minus best")
-    _name_rows(panels[0], arms, bold={recommended})
+    tables = {split: table[table["split"] == split].set_index("arm") for split in splits}
+    arms = list(tables[splits[0]].index)
+    size = (3.0 * (len(splits) + 1) + 0.6, 1.7 + 0.42 * len(arms))
+    figure, (first, differences, *others) = _row_panels(arms, len(splits) + 1, size, bold={recommended})
+    for panel, split in zip([first, *others], splits, strict=True):
+        of, jitter = patients[patients["split"] == split], np.random.default_rng(0)
+        for row, arm in enumerate(arms):
+            dice = of.loc[of["method"] == arm, "dice"]
+            height = row + 0.05 + jitter.uniform(0.05, 0.25, len(dice))
+            panel.scatter(dice, height, s=11, color=_GREY, alpha=0.55, linewidths=0)
+            _interval(panel, tables[split].loc[arm, ["mean", "low", "high"]], row - 0.08, _method_colour(arm))
+        count = of["subject"].nunique()
+        title_of = f"{SPLIT_NAMES.get(split, split)}: {count} patient{'s' if count > 1 else ''}"
+        panel.set(title=title_of, xlabel="mean Dice over classes")
+        if panel is not first:
+            panel.sharex(first)
+    differences.axvline(0, color=_GREY, linewidth=0.8, zorder=0)
+    columns = ["difference", "difference_low", "difference_high"]
+    for row, arm in enumerate(arms):
+        _interval(differences, tables[splits[0]].loc[arm, columns], row, _method_colour(arm))
+    title_of = f"{SPLIT_NAMES.get(splits[0], splits[0])}: difference to the best"
+    differences.set(title=title_of, xlabel="Dice, arm minus best")
     note = "dots: patients; diamonds: mean with 95 % bootstrap interval; differences: 95 % paired t interval"
     return _finish(figure, title, synthetic, note)
 
@@ -335,23 +341,27 @@ def plot_comparison(
     for group in groups:  # a blank row keeps the groups apart
         rows += [*([""] if rows else []), *(m for m in dict.fromkeys(summary["method"]) if method_group(m) == group)]
 
-    figure = Figure(figsize=(3.2 + 2.7 * len(pairs), 1.5 + 0.26 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
-    offsets = np.linspace(-0.17, 0.17, len(sizes)) if len(sizes) > 1 else [0.0]
+    size = (3.2 + 2.7 * len(pairs), 1.5 + 0.26 * len(rows))
+    figure, panels = _row_panels(rows, len(pairs), size, bold={reference})
+    strengths = np.linspace(0, 1, len(sizes)) if len(sizes) > 1 else [1.0]
     for panel, pair in zip(panels, pairs, strict=True):
-        for rank, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
-            cell = summary[(summary["pair"] == pair) & (summary["slices"] == size)].set_index("method")
+        for slices, strength in zip(sizes, strengths, strict=True):
+            cell = summary[(summary["pair"] == pair) & (summary["slices"] == slices)].set_index("method")
             if reference in cell.index:
                 panel.axvline(cell.loc[reference, "mean"], color=_GREY, linestyle="--", linewidth=0.8, zorder=0)
             for method, row in cell.iterrows():
-                colour = GROUP_COLOURS[method_group(method)]
-                face = _tint(colour, rank, len(sizes))
-                _method_dot(panel, row, rows.index(method) + offset, colour=colour, face=face)
-        panel.set_title(pair)
-        panel.set_xlabel("mean Dice")
-        panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
-    _name_rows(panels[0], rows, bold={reference})
-    _comparison_legend(figure, groups, sizes)
+                height = rows.index(method) + (0.34 * (strength - 0.5) if len(sizes) > 1 else 0.0)
+                style = _dot(_method_colour(method), strength)
+                panel.errorbar(row["mean"], height, xerr=row["sd"], elinewidth=1.3, **style)
+                if row["p_holm"] < 0.05:
+                    end = row["mean"] + np.nan_to_num(row["sd"])
+                    panel.annotate("*", (end, height), xytext=(2, -4), textcoords="offset points")
+        panel.set(title=pair, xlabel="mean Dice")
+    handles = [Line2D([], [], label=group, **_dot(GROUP_COLOURS[group])) for group in groups]
+    if len(sizes) > 1:
+        shades = zip(sizes, strengths, strict=True)
+        handles += [Line2D([], [], label=f"{slices} slices", **_dot(_GREY, strength)) for slices, strength in shades]
+    figure.legend(handles=handles, loc="outside right upper")
     note = (
         f"dots: mean, bars: sd over runs; vertical line: {reference}; "
         f"*: differs from {reference} (Wilcoxon over patients, Holm, p < .05)"
@@ -390,29 +400,32 @@ def plot_ranking(
     table = table.reset_index(drop=True)
     names = list(table["source"])
     baselines = [column for column in table if column.endswith("_rank")]
-    figure = Figure(figsize=(9.2, 1.9 + 0.3 * len(names)), layout="constrained")
-    scores, ranks, firsts = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 1.3])
+    size = (9.2, 1.9 + 0.3 * len(names))
+    figure, panels = _row_panels(names, 3, size, bold=set(tied), width_ratios=[3, 3, 1.3])
+    scores, ranks, firsts = panels
+    marks = list(zip(cycle(_BASELINE_MARKS), baselines, strict=False))
     for place, row in table.iterrows():
-        colour = _RANKING_COLOURS[row["source"] in tied]
+        colour = _LEADING_COLOURS[row["source"] in tied]
         if np.isfinite(row["score"]):
-            _interval(scores, row["score"], row["low"], row["high"], place, colour)
             raised = place - 0.15 if baselines else place
-            _interval(ranks, row["rank"], row["rank_low"], row["rank_high"], raised, colour)
+            _interval(scores, row[["score", "low", "high"]], place, colour)
+            _interval(ranks, row[["rank", "rank_low", "rank_high"]], raised, colour)
         else:
             scores.text(0.02, place, "no score", transform=scores.get_yaxis_transform(), va="center", color=_GREY)
-        for style, column in zip(cycle(_BASELINE_MARKS), baselines, strict=False):
+        for style, column in marks:
             ranks.plot([row[column]], [place + 0.2], **style)
         firsts.barh(place, np.nan_to_num(row["p_best"]), height=0.55, color=colour)
     scores.set(title=metric, xlabel="higher is better")
     ranks.set(title="rank", xlabel="1 is best", xlim=(0.4, len(names) + 0.6))
     ranks.xaxis.set_major_locator(MaxNLocator(integer=True))
     firsts.set(title="ranked first", xlabel="share of resamples", xlim=(0, 1))
-    for panel in (scores, ranks, firsts):
-        panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
-    _name_rows(scores, names, bold=set(tied))
     lead = "preferred" if recommended else "tied at the top" if len(tied) > 1 else "best guess"
     shown = ([(lead, True)] if tied else []) + ([("others", False)] if len(tied) < len(names) else [])
-    _ranking_legend(figure, shown, [column.removesuffix("_rank") for column in baselines])
+    diamond = {"marker": "D", "linestyle": "none"}
+    handles = [Line2D([], [], label=label, color=_LEADING_COLOURS[leads], **diamond) for label, leads in shown]
+    for style, column in marks:
+        handles.append(Line2D([], [], label=f"by {column.removesuffix('_rank').replace('_', ' ')}", **style))
+    figure.legend(handles=handles, loc="outside right upper")
     note = "diamonds: score and rank on all patients; bars: patient bootstrap interval"
     return _finish(figure, title, synthetic, f"{note}; hollow: rank by a baseline" if baselines else note)
 
@@ -447,29 +460,89 @@ def plot_critical_difference(
     >>> [text.get_text() for text in figure.axes[0].texts][:4]
     ['1', '2', '3', 'critical difference 1.10']
     """
-    ranks = dict(sorted(dict(average_ranks).items(), key=lambda item: item[1]))
+    from scikit_posthocs import critical_difference_diagram  # slow to import
+
+    ranks = pd.Series(average_ranks).sort_values(kind="stable")
     if len(ranks) < 2:
         raise InputError(f"A critical-difference diagram needs at least two methods; found {len(ranks)}.")
-    if unknown := [method for group in groups for method in group if method not in ranks]:
-        raise InputError(f"groups names {unknown[0]}, which has no average rank. Known: {', '.join(ranks)}.")
-    names, drop = list(ranks), 0.35 * len(groups)
-    rows = (len(names) + 1) // 2
-    inches = 0.9 + 0.08 * max(len(name) for name in names)  # what a name and its number take, beside 4.5 for the axis
-    margin = inches * (len(names) - 1) / 4.5
-    figure = Figure(figsize=(4.5 + 2 * inches, 0.7 + 0.27 * (rows + drop + 3)), layout="constrained")
+    alike = pd.DataFrame(0.0, ranks.index, ranks.index)
+    for group in groups:
+        if unknown := [method for method in group if method not in ranks]:
+            raise InputError(f"groups names {unknown[0]}, which has no average rank. Known: {', '.join(ranks.index)}.")
+        alike.loc[list(group), list(group)] = 1.0
+    inches = 0.9 + 0.08 * max(len(name) for name in ranks.index)  # what a name and its number take beside the axis
+    figure = Figure(figsize=(4.5 + 2 * inches, 3), layout="constrained")
     panel = figure.subplots()
-    panel.set(xlim=(1 - margin, max(len(names) + margin, 1.1 + critical_difference)), ylim=(-drop - rows - 0.4, 2.6))
-    panel.axis("off")
-    _rank_axis(panel, len(names), critical_difference)
-    for place, group in enumerate(groups):
-        ends = [f([ranks[method] for method in group]) for f in (min, max)]
-        panel.plot(ends, [-0.4 - 0.35 * place] * 2, color=_GREY, linewidth=4, solid_capstyle="round")
-    for place, (name, rank) in enumerate(ranks.items()):
-        left = place < rows
-        row = place if left else len(names) - 1 - place  # the outermost method ends highest, so that no lines cross
-        _rank_label(panel, name, rank, left=left, count=len(names), height=-drop - 0.8 - row, best=place == 0)
+    drawn = critical_difference_diagram(
+        ranks,
+        alike,
+        ax=panel,
+        color_palette={name: _LEADING_COLOURS[name == ranks.index[0]] for name in ranks.index},
+        label_fmt_left="{label}  {rank:.2f}",
+        label_fmt_right="{rank:.2f}  {label}",
+        text_h_margin=0.015 * (len(ranks) - 1),
+        elbow_props={"linewidth": 1.1, "clip_on": False},
+        marker_props={"s": 12, "clip_on": False},
+        crossbar_props={"color": _GREY, "linewidth": 4, "solid_capstyle": "round"},
+    )
+    drawn["labels"][0].set_fontweight("bold")
+    lowest = min(label.get_position()[1] for label in drawn["labels"])
+    figure.set_figheight(0.7 + 0.27 * (3 - lowest))
+    panel.set(xlim=(1, len(ranks)), ylim=(lowest - 0.5, 2.3), xticks=range(1, len(ranks) + 1))
+    panel.spines["top"].set_visible(True)
+    end = 1 + critical_difference
+    panel.plot([1, end], [1.6, 1.6], color="black", linewidth=1.5, marker="|", markersize=6, clip_on=False)
+    panel.text((1 + end) / 2, 1.75, f"critical difference {critical_difference:.2f}", ha="center", va="bottom")
     note = "average rank over targets, 1 is best; a bar joins what cannot be told apart"
     return _finish(figure, title, synthetic, note)
+
+
+@matplotlib.rc_context(_STYLE)
+def plot_scores_against_outcome(
+    table: pd.DataFrame,
+    *,
+    scores: Mapping[str, str],
+    outcome: str,
+    scratch: float,
+    title: str = "",
+    synthetic: bool = False,
+) -> Figure:
+    """A panel for each score: score (x) against what fine-tuning gave (y), one dot per source.
+
+    Args:
+        table: one row per source with the scores and the outcome; with ``same_modality``, that is the colour.
+        scores: column -> what it is called. One without a value, or not in the table, gets no panel.
+        outcome: column of the truth, ``dice`` or ``auc``.
+        scratch: outcome of training from scratch, a dashed line.
+        title: above the figure.
+        synthetic: print "synthetic phantom" below.
+
+    >>> table = pd.DataFrame({"leep": [-0.4, -0.3], "gbc": [np.nan, np.nan], "auc": [0.7, 0.8]}, index=["a", "b"])
+    >>> scores = {"leep": "LEEP", "gbc": "GBC", "parc": "PARC"}
+    >>> figure = plot_scores_against_outcome(table, scores=scores, outcome="auc", scratch=0.6)
+    >>> [axes.get_title(loc="left") for axes in figure.axes]
+    ['LEEP']
+    """
+    found = {column: name for column, name in scores.items() if column in table and table[column].notna().any()}
+    figure, note = _scatter_panels(table, found, table[outcome], OUTCOME_NAMES[outcome])
+    for panel in figure.axes:
+        panel.axhline(scratch, color=_GREY, linestyle="--", linewidth=0.8)
+    title = title or f"Score against {OUTCOME_NAMES[outcome]} after fine-tuning"
+    return _finish(figure, title, synthetic, f"{note}dashed: training from scratch")
+
+
+@matplotlib.rc_context(_STYLE)
+def plot_priors_against_dice(sources: pd.DataFrame, *, synthetic: bool = False) -> Figure:
+    """Similarity of the regions of interest against Dice less the target's mean, one dot per source, target and seed.
+
+    Args:
+        sources: columns ``target, seed, dice, same_modality, ssim, roi_dice, roi_shape``.
+        synthetic: print "synthetic phantom" below.
+    """
+    gain = sources["dice"] - sources.groupby(["target", "seed"])["dice"].transform("mean")
+    figure, note = _scatter_panels(sources, PRIOR_NAMES, gain, "Dice less the target's mean")
+    title = "Similarity of the region of interest and Dice after transfer"
+    return _finish(figure, title, synthetic, note.removesuffix("; "))
 
 
 def _finish(figure: Figure, title: str, synthetic: bool, note: str) -> Figure:
@@ -499,10 +572,9 @@ def _show_panel(panel: Axes, array: np.ndarray) -> None:
         low, high = np.nanpercentile(array, [1, 99])
         panel.imshow(to_display(array), cmap="gray", vmin=low, vmax=high if high > low else low + 1)
         return
-    colours = ListedColormap(["black", *CLASS_COLOURS])
     # More classes than colours share the last one; a label panel is for a handful of classes.
-    norm = BoundaryNorm(np.arange(len(CLASS_COLOURS) + 2) - 0.5, colours.N, clip=True)
-    panel.imshow(to_display(array.astype(int)), cmap=colours, norm=norm, interpolation="nearest")
+    colours = ListedColormap(["black", *CLASS_COLOURS])
+    panel.imshow(to_display(array), cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest")
 
 
 def _outline(panel: Axes, labels: ArrayLike, n_classes: int) -> None:
@@ -513,146 +585,70 @@ def _outline(panel: Axes, labels: ArrayLike, n_classes: int) -> None:
             panel.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=1.1)
 
 
-def _slice_dice(truth: ArrayLike, prediction: ArrayLike, n_classes: int) -> float:
-    """Mean Dice over the classes in either slice; NaN where there is none."""
-    truth, prediction = np.asarray(truth), np.asarray(prediction)
-    scores = [
-        2 * np.sum((truth == index) & (prediction == index)) / total
-        for index in range(1, n_classes + 1)
-        if (total := np.sum(truth == index) + np.sum(prediction == index))
-    ]
-    return float(np.mean(scores)) if scores else np.nan
-
-
 def _middle_slice(array: ArrayLike) -> np.ndarray:
     array = np.asarray(array, dtype=float)
     return array[..., array.shape[-1] // 2] if array.ndim == 3 else array
 
 
-def _row_label(panel: Axes, text: str) -> None:
-    panel.set_ylabel(text, fontsize=9)
-
-
 def _mark_sides(panel: Axes) -> None:
+    box = {"boxstyle": "square,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
+    style = {"transform": panel.transAxes, "color": "white", "fontsize": 7, "bbox": box}
     for x, side in ((0.03, "R"), (0.97, "L")):
-        panel.text(
-            x,
-            0.5,
-            side,
-            transform=panel.transAxes,
-            color="white",
-            fontsize=7,
-            va="center",
-            ha="center",
-            bbox={"boxstyle": "square,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.6},
-        )
+        panel.text(x, 0.5, side, va="center", ha="center", **style)
 
 
 def _class_handles(class_names: Sequence[str]) -> list[Patch]:
     return [Patch(color=CLASS_COLOURS[i % len(CLASS_COLOURS)], label=name) for i, name in enumerate(class_names)]
 
 
-def _comparison_legend(figure: Figure, groups: Sequence[str], sizes: Sequence[int]) -> None:
-    def dot(label: str, colour: str, face: Colour, line: str) -> Line2D:
-        return Line2D([], [], color=colour, marker="o", markersize=5, markerfacecolor=face, linestyle=line, label=label)
-
-    handles = [dot(group, GROUP_COLOURS[group], to_rgb(GROUP_COLOURS[group]), "-") for group in groups]
-    if len(sizes) > 1:
-        for rank, size in enumerate(sizes):
-            handles.append(dot(f"{size} slices", _GREY, _tint(_GREY, rank, len(sizes)), "none"))
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-
-
-def _arm_scores(panel: Axes, patients: pd.DataFrame, table: pd.DataFrame, arms: Sequence[str]) -> None:
-    jitter = np.random.default_rng(0)
-    for row, arm in enumerate(arms):
-        dice = patients.loc[patients["method"] == arm, "dice"]
-        height = row + 0.05 + jitter.uniform(0.05, 0.25, len(dice))
-        panel.scatter(dice, height, s=11, color=_GREY, alpha=0.55, linewidths=0)
-        mean, low, high = table.loc[arm, ["mean", "low", "high"]]
-        _interval(panel, mean, low, high, row - 0.08, _arm_colour(arm))
-    panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
+def _row_panels(
+    names: Sequence[str], columns: int, size: tuple[float, float], *, bold: set[str | None], **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """Panels side by side whose shared vertical axis names the rows, first row at the top."""
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, columns, sharey=True, squeeze=False, **options)[0]
+    named = [(row, name) for row, name in enumerate(names) if name]
+    panels[0].set_yticks([row for row, _ in named], [name for _, name in named])
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    for tick in panels[0].get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() in bold else "normal")
+    for panel in panels:
+        panel.grid(axis="x")
+    return figure, panels
 
 
-def _arm_differences(panel: Axes, table: pd.DataFrame, arms: Sequence[str]) -> None:
-    panel.axvline(0, color=_GREY, linewidth=0.8, zorder=0)
-    for row, arm in enumerate(arms):
-        difference, low, high = table.loc[row, ["difference", "difference_low", "difference_high"]]
-        _interval(panel, difference, low, high, row, _arm_colour(arm))
-    panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
+def _scatter_panels(
+    table: pd.DataFrame, columns: Mapping[str, str], outcome: pd.Series, label: str
+) -> tuple[Figure, str]:
+    """A panel for each column of the table against the outcome, and what the colours mean."""
+    across = min(4, len(columns))
+    down = -(-len(columns) // across)
+    figure = Figure(figsize=(2.6 * across + 0.4, 2.4 * down + 0.8), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharey=True)
+    known = "same_modality" in table
+    colours = [_LEADING_COLOURS[same > 0] for same in table["same_modality"].astype(float)] if known else BLUE
+    for panel in panels[:, 0]:
+        panel.set_ylabel(label)
+    for panel, (column, name) in zip(panels.flat, columns.items(), strict=False):
+        panel.scatter(table[column].astype(float), outcome, s=22, color=colours, alpha=0.8, linewidths=0)
+        panel.set_title(name)
+    for panel in panels.flat[len(columns) :]:
+        panel.remove()
+    return figure, "orange: same modality as the target, blue: another; " if known else ""
 
 
-def _arm_colour(arm: str) -> str:
-    return GROUP_COLOURS[method_group(arm)]
+def _method_colour(method: str) -> str:
+    return GROUP_COLOURS[method_group(method)]
 
 
-def _interval(panel: Axes, centre: float, low: float, high: float, row: float, colour: str) -> None:
-    """A diamond and its bar; no bar where the interval is NaN."""
+def _interval(panel: Axes, ends: Sequence[float], row: float, colour: str) -> None:
+    """A diamond at the first of three numbers and a bar between the others; no bar where they are NaN."""
+    centre, low, high = ends
     panel.plot([low, high], [row, row], color=colour, linewidth=2, solid_capstyle="round")
     panel.plot([centre], [row], marker="D", color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
 
 
-def _method_dot(panel: Axes, row: pd.Series, height: float, *, colour: str, face: Colour) -> None:
-    if np.isfinite(row["sd"]):
-        panel.plot([row["mean"] - row["sd"], row["mean"] + row["sd"]], [height, height], color=colour, linewidth=1.3)
-    panel.plot([row["mean"]], [height], marker="o", color=colour, markerfacecolor=face, markersize=4.8)
-    if row["p_holm"] < 0.05:
-        end = row["mean"] + np.nan_to_num(row["sd"])
-        panel.annotate("*", (end, height), xytext=(2, -4), textcoords="offset points")
-
-
-def _ranking_legend(figure: Figure, sources: Sequence[tuple[str, bool]], baselines: Sequence[str]) -> None:
-    handles = [
-        Line2D([], [], marker="D", color=_RANKING_COLOURS[leads], linestyle="none", label=label)
-        for label, leads in sources
-    ]
-    for style, name in zip(cycle(_BASELINE_MARKS), baselines, strict=False):
-        handles.append(Line2D([], [], label=f"by {name.replace('_', ' ')}", **style))
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-
-
-def _rank_axis(panel: Axes, count: int, critical_difference: float) -> None:
-    panel.plot([1, count], [0, 0], color="black", linewidth=1)
-    for rank in range(1, count + 1):
-        panel.plot([rank, rank], [0, 0.15], color="black", linewidth=1)
-        panel.text(rank, 0.25, str(rank), ha="center", va="bottom")
-    end = 1 + critical_difference
-    panel.plot([1, end], [1.5, 1.5], color="black", linewidth=1.5, marker="|", markersize=6)
-    panel.text((1 + end) / 2, 1.65, f"critical difference {critical_difference:.2f}", ha="center", va="bottom")
-
-
-def _rank_label(panel: Axes, name: str, rank: float, *, left: bool, count: int, height: float, best: bool) -> None:
-    """A line from the rank on the axis down and out to the name, left or right."""
-    colour, side, gap = _RANKING_COLOURS[best], 1 if left else count, 0.015 * (count - 1)
-    panel.plot([rank, rank, side], [0, height, height], color=colour, linewidth=1.1)
-    panel.text(
-        side - gap if left else side + gap,
-        height,
-        f"{name}  {rank:.2f}" if left else f"{rank:.2f}  {name}",
-        ha="right" if left else "left",
-        va="center",
-        color=colour,
-        fontweight="bold" if best else "normal",
-    )
-
-
-def _tint(colour: str, rank: int, count: int) -> Colour:
-    """White for the first of several, the full colour for the last."""
-    strength = rank / (count - 1) if count > 1 else 1.0
-    return tuple(1 - strength * (1 - channel) for channel in to_rgb(colour))
-
-
-def _name_rows(panel: Axes, names: Sequence[str], *, bold: set[str | None]) -> None:
-    """Name the rows on the shared vertical axis, first row at the top."""
-    named = [(row, name) for row, name in enumerate(names) if name]
-    panel.set_yticks([row for row, _ in named], [name for _, name in named])
-    panel.set_ylim(len(names) - 0.4, -0.6)
-    for tick in panel.get_yticklabels():
-        tick.set_fontweight("bold" if tick.get_text() in bold else "normal")
-
-
-def _common_limits(panels: Sequence[Axes]) -> tuple[float, float]:
-    limits = [panel.dataLim for panel in panels]
-    low, high = min(limit.x0 for limit in limits), max(limit.x1 for limit in limits)
-    space = 0.04 * (high - low) or 0.05
-    return low - space, high + space
+def _dot(colour: str, strength: float = 1.0) -> dict[str, Any]:
+    """A circle filled from white (0) to the full colour (1)."""
+    face = tuple(1 - strength * (1 - channel) for channel in to_rgb(colour))
+    return {"color": colour, "marker": "o", "markerfacecolor": face, "markersize": 4.8, "linestyle": "none"}

@@ -113,15 +113,6 @@ def trainings(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("last.pt")}
 
 
-class Begun(Exception):
-    """The jobs of a study would run now."""
-
-
-def begin(*_: Any, **__: Any) -> None:
-    """In the place of ``run_jobs``: a study gets as far as its trainings, and no further."""
-    raise Begun
-
-
 def refused(action: Callable[[], Any]) -> str:
     """The text of the `InputError` that stopped it, which is one line."""
     with pytest.raises((InputError, RuntimeError)) as caught:

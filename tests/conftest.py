@@ -9,6 +9,8 @@ import pytest
 import torch
 from drawing import seed_torch
 
+from medtl_ext.transfer import jobs
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -40,20 +42,26 @@ def no_determinism_left_behind():
 
 
 @pytest.fixture
-def run_jobs_here(monkeypatch):
-    """Run the jobs of these modules in this process, for speed; returns the folders of those that ran."""
+def in_this_process(monkeypatch) -> list[Path]:
+    """Trainings run in this process, for speed; the folders of those that ran."""
+    trained: list[Path] = []
 
-    def patch(*modules) -> list[Path]:
-        trained: list[Path] = []
+    def run_here(waiting, **how):
+        for job in waiting:
+            if not job.done:
+                trained.append(job.output_dir)
+                job.run()
 
-        def run_here(jobs, **how):
-            for job in jobs:
-                if not job.done:
-                    trained.append(job.output_dir)
-                    job.run()
+    monkeypatch.setattr(jobs, "run_jobs", run_here)
+    return trained
 
-        for module in modules:
-            monkeypatch.setattr(module, "run_jobs", run_here)
-        return trained
 
-    return patch
+@pytest.fixture
+def no_training(monkeypatch):
+    """A test fails when a training begins that is not done."""
+
+    def run_none(waiting, **how):
+        if not all(job.done for job in waiting):
+            pytest.fail("training started")
+
+    monkeypatch.setattr(jobs, "run_jobs", run_none)

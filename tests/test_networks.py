@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,24 +11,23 @@ from monai.networks.nets import BasicUNet, DynUNet
 from torch import nn
 
 from medtl_ext import InputError
-from medtl_ext.networks import freeze, initialized, load_weights, read_weights, tap_features, trainable_parameters
+from medtl_ext.networks import freeze, load_weights, prepared, read_weights, tap_features, trainable_parameters
 
 
-def unet(out_channels=2, features=(4, 4, 8, 8, 16, 4), spatial_dims=2):
-    return BasicUNet(spatial_dims, 1, out_channels, features=features, norm="batch", upsample="deconv")
+def unet(out_channels=2, features=(4, 4, 8, 8, 16, 4)):
+    return BasicUNet(2, 1, out_channels, features=features, norm="batch", upsample="deconv")
 
 
 def dynunet():
-    return DynUNet(
-        3,
-        1,
-        2,
-        kernel_size=[3, 3, 3],
-        strides=[1, 2, 2],
-        upsample_kernel_size=[2, 2],
-        filters=[4, 4, 8],
-        norm_name="batch",
-    )
+    options = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 4, 8]}
+    return DynUNet(3, 1, 2, norm_name="batch", **options)
+
+
+def changed(network, before):
+    return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+
+
+# Freezing
 
 
 @pytest.mark.parametrize(
@@ -47,23 +47,12 @@ def test_frozen_parameters_and_buffers_are_bit_identical_after_training(network,
         optimizer.zero_grad()
         network(image).square().mean().backward()
         optimizer.step()
-    import re
-
     frozen = {name for name in before if re.match(pattern, name)}
-    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    trained = changed(network, before)
     assert frozen
-    assert not changed & frozen
-    assert any("running_mean" in name for name in changed)  # the rest did train
-    assert any("weight" in name for name in changed)
-
-
-def test_adapt_norm_lets_statistics_follow_but_not_parameters():
-    network = freeze(unet(), "conv_0", adapt_norm=True)
-    before = copy.deepcopy(network.state_dict())
-    network.train()(torch.rand(2, 1, 32, 32) + 5)
-    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    assert any(name.startswith("conv_0") and "running_mean" in name for name in changed)
-    assert not any(name.startswith("conv_0") and name.endswith("weight") for name in changed)
+    assert not trained & frozen
+    assert any("running_mean" in name for name in trained)
+    assert any("weight" in name for name in trained)
 
 
 def test_a_copy_of_a_frozen_network_is_frozen_too():
@@ -78,18 +67,22 @@ def test_a_pattern_that_matches_nothing_names_the_parts():
         freeze(unet(), "encoder")
 
 
-def test_no_pattern_freezes_nothing():
-    assert all(parameter.requires_grad for parameter in freeze(unet(), None).parameters())
+# Loading
 
 
 def test_a_head_of_another_size_keeps_its_fresh_values():
     source, target = unet(4), unet(2)
-    head = target.final_conv.weight.clone()
+    before = copy.deepcopy(target.state_dict())
     report = load_weights(target, source.state_dict())
-    assert set(report.mismatched) == {"final_conv.weight", "final_conv.bias"}
-    assert torch.equal(target.final_conv.weight, head)
+    assert not changed(target, before) & {"final_conv.weight", "final_conv.bias"}
     assert torch.equal(target.conv_0.conv_0.conv.weight, source.conv_0.conv_0.conv.weight)
-    assert "2 of another shape (final_conv.weight: (4, 4, 1, 1) in the file, (2, 4, 1, 1) here)" in str(report)
+    assert report.startswith(f"{len(before) - 2} of {len(before)} tensors copied, ")
+    assert "2 of another shape (final_conv.weight: (4, 4, 1, 1) in the file, (2, 4, 1, 1) here)" in report
+
+
+def test_tensors_that_only_one_side_has_are_named():
+    report = load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "scale": torch.ones(1)}, min_share=0.5)
+    assert report == "1 of 2 tensors copied, 1 not in the file (bias), 1 in the file without a place here (scale)"
 
 
 def test_weights_of_another_architecture_raise_and_change_nothing():
@@ -99,12 +92,7 @@ def test_weights_of_another_architecture_raise_and_change_nothing():
         load_weights(network, unet(features=(8, 8, 16, 16, 32, 8)).state_dict())
     with pytest.raises(InputError, match=r"0 of .* tensors copied"):
         load_weights(network, dynunet().state_dict())
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
-def test_a_source_with_more_classes_than_declared_raises():
-    with pytest.raises(InputError, match="number of classes"):
-        initialized(unet(2), unet(4).state_dict(), min_share=1.0)
+    assert not changed(network, before)
 
 
 @pytest.mark.parametrize(
@@ -117,17 +105,26 @@ def test_reads_the_usual_checkpoint_forms(tmp_path, wrap):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "cannot be read"), (b"not a checkpoint", "cannot be read"), (None, "does not exist")]
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "cannot be read as weights"),
+        (b"not a checkpoint", "cannot be read as weights"),
+        ({"model": nn.Linear(2, 1)}, r"\(it is damaged, or holds more than tensors\)"),  # code in it, which is not run
+        ({"epoch": 3}, "holds no network weights"),
+    ],
 )
-def test_a_missing_or_damaged_checkpoint_says_so(tmp_path, content, message):
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, message):
     path = tmp_path / "model.pt"
-    if content is not None:
+    if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
     with pytest.raises(InputError, match=message):
         read_weights(path)
 
 
-def test_a_truncated_checkpoint_says_so(tmp_path):
+def test_a_truncated_checkpoint_is_refused(tmp_path):
     path = tmp_path / "model.pt"
     torch.save(unet().state_dict(), path)
     path.write_bytes(path.read_bytes()[:2000])
@@ -135,16 +132,39 @@ def test_a_truncated_checkpoint_says_so(tmp_path):
         read_weights(path)
 
 
-def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
-    torch.save({"model": unet()}, tmp_path / "model.pt")
-    with pytest.raises(InputError, match="cannot be read as weights"):
-        read_weights(tmp_path / "model.pt")
+# A network as a config asks for it
 
 
-def test_a_checkpoint_without_tensors_says_so(tmp_path):
-    torch.save({"epoch": 3}, tmp_path / "model.pt")
-    with pytest.raises(InputError, match="holds no network weights"):
-        read_weights(tmp_path / "model.pt")
+def test_a_prepared_network_has_its_weights_frozen_where_asked_on_its_device(tmp_path):
+    source, target = unet(), unet()
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    how = {"freeze": "conv_0|down_", "min_share": 1.0, "memory_format": torch.channels_last}
+    assert prepared(target, weights=tmp_path / "source.pt", **how) is target
+    assert not changed(target, source.state_dict())
+    assert target.conv_0.conv_1.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    names = {name for name, parameter in target.named_parameters() if not parameter.requires_grad}
+    assert names == {name for name, _ in target.named_parameters() if re.match("conv_0|down_", name)}
+    assert next(prepared(target, device="meta").parameters()).is_meta
+
+
+def test_a_network_prepared_from_nothing_is_fresh_and_trains_in_full():
+    network = unet()
+    before = copy.deepcopy(network.state_dict())
+    assert not changed(prepared(network), before)
+    assert len(list(trainable_parameters(network))) == len(list(network.parameters()))
+
+
+def test_a_head_is_replaced_though_it_would_fit():
+    source, target = unet(), unet()
+    head = target.final_conv.weight.clone()
+    prepared(target, weights=source.state_dict(), replace_head=True)
+    assert changed(target, source.state_dict()) == {"final_conv.weight", "final_conv.bias"}
+    assert torch.equal(target.final_conv.weight, head)
+
+
+def test_a_source_with_more_classes_than_declared_raises():
+    with pytest.raises(InputError, match="number of classes"):
+        prepared(unet(2), weights=unet(4).state_dict(), min_share=1.0)
 
 
 def test_a_tapped_layer_keeps_what_an_activation_in_place_overwrites():

@@ -17,10 +17,11 @@ import torch
 from bundle_runs import REPOSITORY, Bundle, finish, kill_once_there, start
 from ignite.engine import Events
 
-from medtl_ext import InputError, studies
-from medtl_ext.bundle import deciding_parts, settings_of
+from medtl_ext import InputError
+from medtl_ext.transfer.config import identity
 from medtl_ext.data import generate_phantom
-from medtl_ext.studies import images_to_segment, pretraining_job
+from medtl_ext.transfer import images_to_segment
+from medtl_ext.transfer.sources import Source, pretraining_job
 
 BUNDLE = REPOSITORY / "bundles" / "risk_map"
 CONFIGS = BUNDLE / "configs"
@@ -37,7 +38,7 @@ TINY = {
     "batch_size": 4,
     "train_slices": 8,
     "n_jobs": 1,
-    "audit": False,
+    "audit#arms": [],
     "figures": False,
     "progress": False,
     "check_data": False,

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from medtl_ext import InputError
-from medtl_ext.affinity import context_affinity, pairwise_ssim, pairwise_wasserstein, task_affinity
+from medtl_ext.affinity import pairwise_context, pairwise_ssim, pairwise_wasserstein, task_affinity, task_context
 from medtl_ext.data import generate_phantom, load_collection
 from medtl_ext.graph import TransferPath, task_graph
 from medtl_ext.ranking import paired_comparison
@@ -85,9 +85,9 @@ class TestAffinities:
 
     def test_context_is_that_of_the_volumes(self, volumes):
         a, b = volumes["14-T2-ED"], volumes["17-T2-ED"]
-        sizes = {"spacing_a": a.spacing(), "spacing_b": b.spacing()}
         assert np.allclose(a.spacing(), np.abs(nib.load(a.items[0][0]).header.get_zooms()))
-        expected = float(context_affinity(*arrays(a), *arrays(b), **sizes))
+        contexts = [[task_context(*arrays(task), spacing=task.spacing())] for task in (a, b)]
+        expected = float(pairwise_context(*contexts))
         assert ContextAffinity()(a, b) == pytest.approx(expected, rel=1e-5)
 
     def test_what_is_shared_is_read_once(self, volumes, monkeypatch):

@@ -17,7 +17,7 @@ SeqTran: Yang et al., *Selecting the Best Sequential Transfer Path for Medical I
 Data*. PriorSel: Li et al., *Finding the Most Transferable Tasks for Brain Image Segmentation*, BIBM 2022.
 """
 
-from medtl_ext.affinity.context import TaskContext, context_affinity, pairwise_context, task_context
+from medtl_ext.affinity.context import TaskContext, pairwise_context, task_context
 from medtl_ext.affinity.images import image_quantiles, pairwise_wasserstein, quantile_distance
 from medtl_ext.affinity.labels import mean_label_dice, pairwise_ssim
 from medtl_ext.affinity.shape import SHAPE_DESCRIPTORS, SHAPE_SCALES, shape_descriptors, shape_similarity
@@ -28,7 +28,6 @@ __all__ = [
     "SHAPE_DESCRIPTORS",
     "SHAPE_SCALES",
     "TaskContext",
-    "context_affinity",
     "fit_affinity_weights",
     "image_quantiles",
     "mean_label_dice",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -14,33 +14,40 @@ from numpy.typing import ArrayLike
 
 from medtl_ext._validation import InputError
 
+NamedVolume = tuple[str, np.ndarray]
 
-def _warn(message: str) -> None:
+
+def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
-class _Reader:
+class Reader:
     """Reads the arguments of one call; remembers what its volumes must share, and the device they came from."""
 
     def __init__(self) -> None:
         self._device = torch.device("cpu")
         self._first: tuple[str, int] | None = None
 
-    def array(self, name: str, value: Any, *, allow_nan: bool = False) -> np.ndarray:
-        """``value`` as finite float64."""
-        array = self._numbers(name, value).astype(np.float64)
-        bad = np.isinf(array) if allow_nan else ~np.isfinite(array)
-        if bad.any():
-            raise InputError(f"{name} holds {array[bad].flat[0]}; expected finite numbers.")
-        return array
+    def arrays(self, **given: ArrayLike) -> list[np.ndarray]:
+        """Finite float64 arrays, all of one shape."""
+        arrays = [self._array(name, value) for name, value in given.items()]
+        shapes = [str(array.shape) for array in arrays]
+        if len(set(shapes)) > 1:
+            raise InputError(f"{', '.join(given)} have the shapes {', '.join(shapes)}; expected the same.")
+        return arrays
 
-    def matrix(self, name: str, value: Any, *, allow_nan: bool = False) -> np.ndarray:
-        array = self.array(name, value, allow_nan=allow_nan)
-        if array.ndim != 2 or array.size == 0:
-            raise InputError(f"{name} has shape {array.shape}; expected at least one row and one column.")
-        return array
+    def tables(self, *, allow_nan: bool = False, **given: ArrayLike) -> list[np.ndarray]:
+        """Float64 matrices, all with as many columns."""
+        tables = [self._array(name, value, allow_nan=allow_nan) for name, value in given.items()]
+        for name, table in zip(given, tables, strict=True):
+            if table.ndim != 2 or table.size == 0:
+                raise InputError(f"{name} has shape {table.shape}; expected at least one row and one column.")
+        columns = [str(table.shape[1]) for table in tables]
+        if len(set(columns)) > 1:
+            raise InputError(f"{' and '.join(given)} have {' and '.join(columns)} columns; expected as many.")
+        return tables
 
-    def volumes(self, name: str, volumes: Any) -> Iterator[tuple[str, np.ndarray]]:
+    def volumes(self, name: str, volumes: Any) -> Iterator[NamedVolume]:
         """One volume after the other, with its name."""
         if isinstance(volumes, (str, bytes, Mapping)) or not isinstance(volumes, Iterable):
             raise InputError(f"{name} is {type(volumes).__name__}; expected a list, or any iterable, of volumes.")
@@ -50,8 +57,27 @@ class _Reader:
         if index < 0:
             raise InputError(f"{name} is empty; expected at least one volume.")
 
+    def pairs(self, **given: Any) -> Iterator[tuple[NamedVolume, NamedVolume]]:
+        """Volumes of two arguments, which come in the same order and are of the same shapes."""
+        (a, volumes_a), (b, volumes_b) = given.items()
+        for first, second in zip_longest(self.volumes(a, volumes_a), self.volumes(b, volumes_b)):
+            if first is None or second is None:
+                more, fewer = (a, b) if second is None else (b, a)
+                raise InputError(f"{more} has more volumes than {fewer}; expected as many, in the same order.")
+            if first[1].shape != second[1].shape:
+                (a, volume_a), (b, volume_b) = first, second
+                raise InputError(f"{b} has shape {volume_b.shape}, {a} {volume_a.shape}; expected the same.")
+            yield first, second
+
     def tensor(self, values: Any) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.float64).to(self._device)
+
+    def _array(self, name: str, value: Any, *, allow_nan: bool = False) -> np.ndarray:
+        array = self._numbers(name, value).astype(np.float64)
+        bad = np.isinf(array) if allow_nan else ~np.isfinite(array)
+        if bad.any():
+            raise InputError(f"{name} holds {array[bad].flat[0]}; expected finite numbers.")
+        return array
 
     def _numbers(self, name: str, value: Any) -> np.ndarray:
         if isinstance(value, torch.Tensor):
@@ -81,60 +107,31 @@ class _Reader:
         return volume
 
 
-class _Partners:
-    """Volumes that come in the same order as those of another argument."""
-
-    def __init__(self, reader: _Reader, name: str, volumes: Any) -> None:
-        self._name = name
-        self._volumes = reader.volumes(name, volumes)
-
-    def next(self, partner: str, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
-        name, volume = next(self._volumes, (None, None))
-        if volume is None:
-            raise InputError(f"{self._name} has no volume for {partner}; expected as many, in the same order.")
-        if volume.shape != shape:
-            raise InputError(f"{name} has shape {volume.shape}, {partner} {shape}; expected the same.")
-        return name, volume
-
-    def end(self, partners: str) -> None:
-        if next(self._volumes, None) is not None:
-            raise InputError(f"{self._name} has more volumes than {partners}; expected as many, in the same order.")
+def voxel_size(spacing: ArrayLike, index: int, ndim: int) -> np.ndarray:
+    """In mm along each axis, of volume ``index``."""
+    sizes = np.asarray(spacing, dtype=np.float64)
+    if sizes.ndim == 2 and index < len(sizes):
+        sizes = sizes[index]
+    if sizes.shape not in ((), (ndim,)) or not (np.isfinite(sizes) & (sizes > 0)).all():
+        expected = f"mm > 0: a number, {ndim} of them, or a row of {ndim} for each volume"
+        raise InputError(f"spacing is {spacing}; expected {expected}.")
+    return np.broadcast_to(sizes, ndim)
 
 
-@dataclass(frozen=True)
-class _Spacing:
-    name: str
-    value: ArrayLike
-
-    def of(self, index: int, ndim: int) -> np.ndarray:
-        """Size in mm of the voxels of volume ``index`` along each axis."""
-        sizes = np.asarray(self.value, dtype=np.float64)
-        if sizes.ndim == 2 and index < len(sizes):
-            sizes = sizes[index]
-        if sizes.shape not in ((), (ndim,)) or not (np.isfinite(sizes) & (sizes > 0)).all():
-            raise InputError(
-                f"{self.name} is {self.value}; expected mm > 0: a number, {ndim} of them, or a row of {ndim} for each "
-                "volume."
-            )
-        return np.broadcast_to(sizes, ndim)
-
-
-def _binary(name: str, volume: np.ndarray) -> np.ndarray:
+def binary(name: str, volume: np.ndarray) -> np.ndarray:
     """The volume as uint8; no copy is made of what is that, or bool, already."""
     if volume.dtype == bool:
         return volume.view(np.uint8)
     if volume.dtype == np.uint8 and volume.max() <= 1:
         return volume
     ones = volume == 1
-    other = ~ones & (volume != 0)
-    if other.any():
-        value = volume[other][0]
-        advice = "" if not np.isfinite(value) else f", one class at a time (labels == {value:g})"
-        raise InputError(f"{name} holds {value:g}; expected 0 and 1 only{advice}.")
+    other = volume[~ones & (volume != 0)]
+    if other.size:
+        raise InputError(f"{name} holds {other[0]:g}; expected 0 and 1 only, one class at a time (labels == value).")
     return ones.view(np.uint8)
 
 
-def _finite(name: str, image: np.ndarray) -> np.ndarray:
+def finite(name: str, image: np.ndarray) -> np.ndarray:
     """A float64 copy."""
     image = image.astype(np.float64)
     if not np.isfinite(image).all():
@@ -142,11 +139,17 @@ def _finite(name: str, image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
+def standardized(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """In standard deviations of the reference, from its mean."""
+    return (values - reference.mean()) / (reference.std() if np.ptp(reference) > 0 else 1.0)
+
+
+def bounding_box(mask: np.ndarray, margin: ArrayLike = 0) -> tuple[slice, ...] | None:
+    """Around what is not zero, and so many voxels more on each side, where there are any."""
     box = []
-    for axis in range(mask.ndim):
+    for axis, more in enumerate(np.broadcast_to(margin, mask.ndim)):
         occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
         if not occupied.size:
             return None
-        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+        box.append(slice(max(int(occupied[0] - more), 0), int(occupied[-1] + more) + 1))
     return tuple(box)

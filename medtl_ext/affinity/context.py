@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,25 +11,25 @@ from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from medtl_ext._validation import InputError
-from medtl_ext.affinity._volumes import _binary, _bounding_box, _finite, _Partners, _Reader, _Spacing
-from medtl_ext.affinity.images import _mass_quantiles, _mean_distances
-from medtl_ext.affinity.labels import _soft_dice
+from medtl_ext.affinity._volumes import NamedVolume, Reader, binary, bounding_box, finite, standardized, voxel_size
+from medtl_ext.affinity.images import mass_quantiles, mean_distances
+from medtl_ext.affinity.labels import soft_dice
 from medtl_ext.transforms import body_mask
 
-__all__ = ["TaskContext", "context_affinity", "pairwise_context", "task_context"]
-
 CONTEXT_QUANTILES = 256  # parts of equal mass in which intensities in a task's context are kept
-CROP_SAMPLES = 48  # along each side of the box around an RoI
+RING, CROP = 6.0, 96.0  # mm around an RoI, and a side of the box around its centre of mass
+CROP_SAMPLES = 48  # along each side of the box
 
 
 @dataclass(frozen=True, eq=False)
 class TaskContext:
-    """What `context_affinity` knows of a task: means over its patients, made by `task_context`.
+    """What `pairwise_context` knows of a task: means over its patients, made by `task_context`.
 
     Attributes:
-        roi, ring, body: 256 quantiles each of the intensity in the RoI, in a ring around it, and in the whole body, as
-            distance from the body's mean in standard deviations of the body.
-        crop: how often each place in a box around the RoI's centre of mass belongs to the RoI, 48 samples a side.
+        roi, ring, body: 256 quantiles each of the intensity in the RoI, in the body up to 6 mm around it, and in the
+            whole body, as distance from the body's mean in standard deviations of the body.
+        crop: how often each place in a box around the RoI's centre of mass belongs to the RoI: 96 mm or 48 samples a
+            side. What lies outside it is not seen.
     """
 
     roi: np.ndarray
@@ -39,14 +38,7 @@ class TaskContext:
     crop: np.ndarray
 
 
-def task_context(
-    images: Iterable[ArrayLike],
-    labels: Iterable[ArrayLike],
-    *,
-    spacing: ArrayLike = 1.0,
-    ring: float = 6.0,
-    crop: float = 96.0,
-) -> TaskContext:
+def task_context(images: Iterable[ArrayLike], labels: Iterable[ArrayLike], *, spacing: ArrayLike = 1.0) -> TaskContext:
     """Intensities in and around the RoI, its shape, and intensities of the body: means over a task's patients.
 
     Intensities are standardised by their mean and standard deviation inside `medtl_ext.transforms.body_mask`. In one
@@ -56,8 +48,6 @@ def task_context(
         images: N images of one modality, 2D or 3D, zero or nearly so outside the body. Read one at a time.
         labels: N label volumes of 0 and 1, of the same shapes.
         spacing: size of a voxel in mm: a number, one per axis, or N rows of one per axis.
-        ring: how far from the RoI the ring around it reaches, in mm; it stays inside the body.
-        crop: side of the box around the RoI, in mm. What lies outside it is not seen.
 
     Returns:
         The task's summary, some hundred kilobytes. A patient without RoI counts for the body only.
@@ -68,14 +58,21 @@ def task_context(
 
     Example:
         >>> image = np.arange(1.0, 82.0).reshape(9, 9)
-        >>> context = task_context([image], [image > 70], ring=2)
+        >>> context = task_context([image], [image > 70], spacing=3)
         >>> context.roi.shape, context.crop.shape
         ((256,), (48, 48))
         >>> bool(context.roi.mean() > context.ring.mean() > context.body.mean())
         True
     """
-    around = _Surroundings.checked(ring, crop)
-    return around.summarize(_Reader(), ("images", images), ("labels", labels), _Spacing("spacing", spacing))
+    found: dict[str, list[np.ndarray]] = {"roi": [], "ring": [], "body": [], "crop": []}
+    for index, (image, label) in enumerate(Reader().pairs(images=images, labels=labels)):
+        for part, values in _parts(image, label, spacing, index).items():
+            found[part].append(values)
+    if not found["roi"]:
+        raise InputError("labels has no labelled voxel in any volume; expected a task with an RoI.")
+    if not found["ring"]:
+        raise InputError(f"labels has no RoI with body within {RING:g} mm around it; is spacing, in mm, right?")
+    return TaskContext(**{part: np.mean(values, axis=0) for part, values in found.items()})
 
 
 def pairwise_context(
@@ -84,57 +81,7 @@ def pairwise_context(
     *,
     weights: Sequence[float] = (0.5, 0.25, 0.25),
 ) -> torch.Tensor:
-    """`context_affinity` between every task of one list and every one of another, from their summaries.
-
-    Args:
-        contexts_a: Na tasks, from `task_context`.
-        contexts_b: Nb tasks, made with the same settings.
-        weights: of intensity, shape and body, as in `context_affinity`.
-
-    Returns:
-        Na x Nb costs, float64, >= 0, lower is nearer; 0 between a task and itself.
-
-    Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
-
-    Example:
-        >>> image = np.arange(1.0, 82.0).reshape(9, 9)
-        >>> tasks = [task_context([image], [image > 70], ring=2), task_context([image], [image < 10], ring=2)]
-        >>> pairwise_context(tasks, tasks)
-        tensor([[0.0000, 1.5323],
-                [1.5323, 0.0000]], dtype=torch.float64)
-    """
-    share = np.asarray(weights, dtype=float)
-    if share.shape != (3,) or not (np.isfinite(share) & (share >= 0)).all():
-        raise InputError(f"weights is {weights}; expected three finite numbers >= 0: of intensity, shape and body.")
-    sides = list(contexts_a), list(contexts_b)
-    for name, contexts in zip(("contexts_a", "contexts_b"), sides, strict=True):
-        if not contexts or not all(isinstance(context, TaskContext) for context in contexts):
-            raise InputError(f"{name} must list at least one task, each as task_context returns it.")
-    if len({context.crop.shape for contexts in sides for context in contexts}) > 1:
-        raise InputError("contexts_a and contexts_b mix tasks in 2D and in 3D; expected one of the two.")
-    roi, ring, body, crop = (
-        [np.stack([getattr(context, part) for context in contexts]) for contexts in sides]
-        for part in ("roi", "ring", "body", "crop")
-    )
-    intensity = (_mean_distances(*roi) + _mean_distances(*ring)) / 2
-    costs = np.stack([intensity, 1 - _soft_dice(*crop), _mean_distances(*body)])
-    return torch.from_numpy(np.tensordot(share, costs, axes=1))
-
-
-def context_affinity(
-    images_a: Iterable[ArrayLike],
-    labels_a: Iterable[ArrayLike],
-    images_b: Iterable[ArrayLike],
-    labels_b: Iterable[ArrayLike],
-    *,
-    spacing_a: ArrayLike = 1.0,
-    spacing_b: ArrayLike = 1.0,
-    ring: float = 6.0,
-    crop: float = 96.0,
-    weights: Sequence[float] = (0.5, 0.25, 0.25),
-) -> torch.Tensor:
-    """Cost between two tasks from the context of their RoI; lower is nearer.
+    """Cost between every task of one list and every one of another from the context of their RoI; lower is nearer.
 
     The weighted sum of three terms, each 0 between a task and itself:
 
@@ -144,94 +91,66 @@ def context_affinity(
        shape, wherever in the body. In [0, 1];
     3. body: the Wasserstein distance between intensities in the whole body: the same modality. In standard deviations.
 
-    Intensities are standardised in each image, and quantiles are averaged over patients (see `task_context`). For more
-    than two tasks `task_context` and `pairwise_context` read each task once.
-
     Args:
-        images_a, labels_a: one task's images, and its label volumes of 0 and 1, as in `task_context`.
-        images_b, labels_b: the other's. Sizes may differ, but both are in 2D or both in 3D.
-        spacing_a, spacing_b: size of a voxel in mm: a number, one per axis, or such a row for each volume.
-        ring, crop: as in `task_context`.
+        contexts_a: Na tasks, from `task_context`.
+        contexts_b: Nb tasks, made with the same settings.
         weights: of intensity, shape and body, >= 0. The default served well in a small study on synthetic MRI and was
             not tuned.
 
     Returns:
-        The cost, a float64 scalar >= 0. The order of the tasks does not matter.
+        Na x Nb costs, float64, >= 0. The order of two tasks does not matter.
 
     Raises:
         InputError: a ValueError that names the argument and what is wrong with it.
 
     Example:
         >>> image = np.arange(1.0, 82.0).reshape(9, 9)
-        >>> context_affinity([image], [image > 70], [image], [image < 10], ring=2)
-        tensor(1.5323, dtype=torch.float64)
+        >>> tasks = [task_context([image], [image > 70], spacing=3), task_context([image], [image < 10], spacing=3)]
+        >>> pairwise_context(tasks, tasks)
+        tensor([[0.0000, 1.3173],
+                [1.3173, 0.0000]], dtype=torch.float64)
     """
-    around, reader = _Surroundings.checked(ring, crop), _Reader()
-    a = around.summarize(reader, ("images_a", images_a), ("labels_a", labels_a), _Spacing("spacing_a", spacing_a))
-    b = around.summarize(reader, ("images_b", images_b), ("labels_b", labels_b), _Spacing("spacing_b", spacing_b))
-    return reader.tensor(pairwise_context([a], [b], weights=weights)[0, 0])
+    share = np.asarray(weights, dtype=float)
+    if share.shape != (3,) or not (np.isfinite(share) & (share >= 0)).all():
+        raise InputError(f"weights is {weights}; expected three finite numbers >= 0: of intensity, shape and body.")
+    sides = {"contexts_a": list(contexts_a), "contexts_b": list(contexts_b)}
+    for name, contexts in sides.items():
+        if not contexts or not all(isinstance(context, TaskContext) for context in contexts):
+            raise InputError(f"{name} must list at least one task, each as task_context returns it.")
+    if len({context.crop.ndim for contexts in sides.values() for context in contexts}) > 1:
+        raise InputError("contexts_a and contexts_b mix tasks in 2D and in 3D; expected one of the two.")
+
+    def stacked(part: str) -> list[np.ndarray]:
+        return [np.stack([getattr(context, part) for context in contexts]) for contexts in sides.values()]
+
+    intensity = (mean_distances(*stacked("roi")) + mean_distances(*stacked("ring"))) / 2
+    costs = np.stack([intensity, 1 - soft_dice(*stacked("crop")), mean_distances(*stacked("body"))])
+    return torch.from_numpy(np.tensordot(share, costs, axes=1))
 
 
-@dataclass(frozen=True)
-class _Surroundings:
-    """What is looked at around an RoI, in mm."""
-
-    ring: float
-    crop: float
-
-    @classmethod
-    def checked(cls, ring: float, crop: float) -> _Surroundings:
-        for name, value in (("ring", ring), ("crop", crop)):
-            if not 0 < value < np.inf:
-                raise InputError(f"{name} is {value}; expected a finite length in mm > 0.")
-        return cls(ring, crop)
-
-    def summarize(
-        self, reader: _Reader, images: tuple[str, Any], labels: tuple[str, Any], spacing: _Spacing
-    ) -> TaskContext:
-        found: dict[str, list[np.ndarray]] = {"roi": [], "ring": [], "body": [], "crop": []}
-        partners = _Partners(reader, *labels)
-        for index, (name, image) in enumerate(reader.volumes(*images)):
-            label = _binary(*partners.next(name, image.shape))
-            scores = _finite(name, image)
-            body = body_mask(scores)
-            if not body.any():
-                raise InputError(f"{name} is zero everywhere; expected an image.")
-            inside = scores[body]
-            scores = (scores - inside.mean()) / (inside.std() if np.ptp(inside) > 0 else 1.0)
-            found["body"].append(_mass_quantiles(scores[body], CONTEXT_QUANTILES))
-            if label.any():
-                self._look_around(found, scores, label, body, spacing.of(index, image.ndim))
-        partners.end(images[0])
-        if not found["roi"]:
-            raise InputError(f"{labels[0]} has no labelled voxel in any volume; expected a task with an RoI.")
-        if not found["ring"]:
-            raise InputError(f"ring is {self.ring} mm, within which no RoI of {labels[0]} has body around it.")
-        return TaskContext(**{part: np.mean(values, axis=0) for part, values in found.items()})
-
-    def _look_around(
-        self,
-        found: dict[str, list[np.ndarray]],
-        scores: np.ndarray,
-        label: np.ndarray,
-        body: np.ndarray,
-        spacing: np.ndarray,
-    ) -> None:
-        margins = np.ceil(self.ring / spacing).astype(int)
-        near = tuple(
-            slice(max(side.start - margin, 0), side.stop + margin)
-            for side, margin in zip(_bounding_box(label), margins, strict=True)
-        )
+def _parts(named_image: NamedVolume, named_label: NamedVolume, spacing: ArrayLike, index: int) -> dict[str, np.ndarray]:
+    """One patient's share in each part of a `TaskContext`."""
+    scores, label = finite(*named_image), binary(*named_label)
+    body = body_mask(scores)
+    if not body.any():
+        raise InputError(f"{named_image[0]} is zero everywhere; expected an image.")
+    scores = standardized(scores, scores[body])
+    parts = {"body": mass_quantiles(scores[body], CONTEXT_QUANTILES)}
+    if label.any():
+        voxel = voxel_size(spacing, index, label.ndim)
+        near = bounding_box(label, margin=np.ceil(RING / voxel).astype(int))
         scores, label, body = scores[near], label[near], body[near]
-        distance = ndimage.distance_transform_edt(label == 0, sampling=spacing)
-        around = scores[(distance > 0) & (distance <= self.ring) & body]
-        found["roi"].append(_mass_quantiles(scores[label == 1], CONTEXT_QUANTILES))
+        distance = ndimage.distance_transform_edt(label == 0, sampling=voxel)
+        around = scores[(distance > 0) & (distance <= RING) & body]
         if around.size:
-            found["ring"].append(_mass_quantiles(around, CONTEXT_QUANTILES))
-        found["crop"].append(self._cropped(label, spacing))
+            parts["ring"] = mass_quantiles(around, CONTEXT_QUANTILES)
+        parts["roi"] = mass_quantiles(scores[label == 1], CONTEXT_QUANTILES)
+        parts["crop"] = _cropped(label, CROP / CROP_SAMPLES / voxel)
+    return parts
 
-    def _cropped(self, label: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-        steps = ((np.arange(CROP_SAMPLES) + 0.5) / CROP_SAMPLES - 0.5) * self.crop
-        axes = [centre + steps / side for centre, side in zip(np.argwhere(label).mean(axis=0), spacing, strict=True)]
-        places = np.meshgrid(*axes, indexing="ij")
-        return ndimage.map_coordinates(label.astype(np.float64), places, order=1, mode="grid-constant")
+
+def _cropped(label: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """The label around its centre of mass, a sample each so many voxels; there is none beyond the volume's border."""
+    start = np.argwhere(label).mean(axis=0) - step * (CROP_SAMPLES - 1) / 2
+    grid = {"offset": start, "output_shape": (CROP_SAMPLES,) * label.ndim, "order": 1, "mode": "grid-constant"}
+    return ndimage.affine_transform(label.astype(np.float64), np.diag(step), **grid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -14,9 +13,7 @@ from scipy.spatial.distance import cdist
 from skimage.transform import resize
 
 from medtl_ext._validation import InputError
-from medtl_ext.affinity._volumes import _bounding_box, _finite, _Reader, _warn
-
-__all__ = ["image_quantiles", "pairwise_wasserstein", "quantile_distance"]
+from medtl_ext.affinity._volumes import Reader, bounding_box, finite, standardized, warn
 
 QUANTILES = 2**14  # parts of equal mass in which the distribution of an image's scores is kept
 
@@ -62,10 +59,10 @@ def pairwise_wasserstein(
     Reference: SeqTran, whose eq. 2 is a distance between multivariate distributions; its code has this one. It depends
     on the signs of the components, which an eigensolver leaves open: here the loading of largest magnitude is positive.
     """
-    reader, settings = _Reader(), _Components.checked(size, variance, standardize)
-    a = settings.quantiles(reader, "images_a", images_a)
-    b = a if images_b is images_a else settings.quantiles(reader, "images_b", images_b)
-    return reader.tensor(_mean_distances(a, b))
+    reader, settings = Reader(), {"size": size, "variance": variance, "standardize": standardize}
+    a = _quantiles(reader, "images_a", images_a, **settings)
+    b = a if images_b is images_a else _quantiles(reader, "images_b", images_b, **settings)
+    return reader.tensor(mean_distances(a, b))
 
 
 def image_quantiles(
@@ -89,8 +86,8 @@ def image_quantiles(
         >>> image_quantiles([np.arange(64.0).reshape(4, 4, 4)]).shape
         torch.Size([1, 16384])
     """
-    reader = _Reader()
-    return reader.tensor(_Components.checked(size, variance, standardize).quantiles(reader, "images", images))
+    reader = Reader()
+    return reader.tensor(_quantiles(reader, "images", images, size=size, variance=variance, standardize=standardize))
 
 
 def quantile_distance(quantiles_a: ArrayLike, quantiles_b: ArrayLike) -> torch.Tensor:
@@ -114,70 +111,54 @@ def quantile_distance(quantiles_a: ArrayLike, quantiles_b: ArrayLike) -> torch.T
         >>> quantile_distance([[0.0, 1.0, 2.0]], [[0.0, 1.0, 2.0], [0.5, 1.5, 4.0]])
         tensor([[0., 1.]], dtype=torch.float64)
     """
-    reader = _Reader()
-    a, b = reader.matrix("quantiles_a", quantiles_a), reader.matrix("quantiles_b", quantiles_b)
-    if a.shape[1] != b.shape[1]:
-        raise InputError(f"quantiles_b has {b.shape[1]} columns, quantiles_a {a.shape[1]}; expected as many.")
-    return reader.tensor(_mean_distances(a, b))
+    reader = Reader()
+    return reader.tensor(mean_distances(*reader.tables(quantiles_a=quantiles_a, quantiles_b=quantiles_b)))
 
 
-# Distribution of principal component scores
+def _quantiles(
+    reader: Reader, name: str, images: Iterable[ArrayLike], *, size: int, variance: float, standardize: bool
+) -> np.ndarray:
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 2:
+        raise InputError(f"size is {size}; expected a whole number of voxels, at least 2.")
+    if not 0 < variance < 1:
+        raise InputError(f"variance is {variance}; expected a share of the variance in (0, 1).")
+    images = reader.volumes(name, images)
+    return np.stack([mass_quantiles(_scores(*named, size, variance, standardize), QUANTILES) for named in images])
 
 
-@dataclass(frozen=True)
-class _Components:
-    """How an image becomes a distribution of scores."""
-
-    size: int
-    variance: float
-    standardize: bool
-
-    @classmethod
-    def checked(cls, size: int, variance: float, standardize: bool) -> _Components:
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 2:
-            raise InputError(f"size is {size}; expected a whole number of voxels, at least 2.")
-        if not 0 < variance < 1:
-            raise InputError(f"variance is {variance}; expected a share of the variance in (0, 1).")
-        return cls(int(size), variance, standardize)
-
-    def quantiles(self, reader: _Reader, name: str, images: Iterable[ArrayLike]) -> np.ndarray:
-        return np.stack(
-            [_mass_quantiles(self._scores(item, image), QUANTILES) for item, image in reader.volumes(name, images)]
-        )
-
-    def _scores(self, name: str, image: np.ndarray) -> np.ndarray:
-        box = _bounding_box(image != 0)
-        scores = None
-        if box is not None:
-            part = _finite(name, image[box])  # zeros around the body add nothing to what follows
-            if self.standardize:
-                inside = part != 0
-                part[inside] = _standard_scores(part[inside])
-            sides = zip(image.shape, box, strict=True)
-            scores = self._leading_scores(part, [_resizing(n, self.size)[:, side] for n, side in sides])
-        if scores is None:
-            _warn(f"{name} has no contrast, so its distances say nothing about transfer.")
-            return np.zeros(1)
-        return scores
-
-    def _leading_scores(self, part: np.ndarray, resizing: list[sparse.csr_array]) -> np.ndarray | None:
-        """Scores of the resized image's rows on its leading components, None if it has no contrast."""
-        *leading, last = resizing
-        rows = _resized(part, leading)
-        peak = np.abs(rows).max()
-        rows -= rows.mean(axis=0)
-        variances, loadings = linalg.eigh(last @ (last @ (rows.T @ rows)).T)
-        variances, loadings = variances[::-1].clip(min=0), loadings[:, ::-1]
-        if variances.sum() <= rows.size * (1e-12 * peak) ** 2:
-            return None
-        explained = np.cumsum(variances) / variances.sum()
-        loadings = loadings[:, : 1 + np.searchsorted(explained, self.variance, side="right")]
-        largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
-        return rows @ (last.T @ (loadings * np.sign(largest)))
+def _scores(name: str, image: np.ndarray, size: int, variance: float, standardize: bool) -> np.ndarray:
+    box, scores = bounding_box(image != 0), None
+    if box is not None:
+        part = finite(name, image[box])  # zeros around the body add nothing to what follows
+        if standardize:
+            _standardize(part, part != 0)
+        resizing = [_resizing(n, size)[:, side] for n, side in zip(image.shape, box, strict=True)]
+        scores = _leading_scores(part, resizing, variance)
+    if scores is None:
+        warn(f"{name} has no contrast, so its distances say nothing about transfer.")
+        return np.zeros(1)
+    return scores
 
 
-def _standard_scores(values: np.ndarray) -> np.ndarray:
-    return (values - values.mean()) / (values.std() if np.ptp(values) > 0 else 1.0)
+def _leading_scores(part: np.ndarray, resizing: list[sparse.csr_array], variance: float) -> np.ndarray | None:
+    """Scores of the resized image's rows on its leading components, None if it has no contrast."""
+    *leading, last = resizing
+    rows = _resized(part, leading)
+    peak = np.abs(rows).max()
+    rows -= rows.mean(axis=0)
+    variances, loadings = linalg.eigh(last @ (last @ (rows.T @ rows)).T)
+    variances, loadings = variances[::-1].clip(min=0), loadings[:, ::-1]
+    if variances.sum() <= rows.size * (1e-12 * peak) ** 2:
+        return None
+    explained = np.cumsum(variances) / variances.sum()
+    loadings = loadings[:, : 1 + np.searchsorted(explained, variance, side="right")]
+    largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
+    return rows @ (last.T @ (loadings * np.sign(largest)))
+
+
+def _standardize(image: np.ndarray, inside: np.ndarray) -> None:
+    values = image[inside]
+    image[inside] = standardized(values, values)
 
 
 @lru_cache(maxsize=256)
@@ -199,7 +180,7 @@ def _resized(part: np.ndarray, leading: list[sparse.csr_array]) -> np.ndarray:
     return image.reshape(-1, part.shape[-1])
 
 
-def _mass_quantiles(values: np.ndarray, parts: int) -> np.ndarray:
+def mass_quantiles(values: np.ndarray, parts: int) -> np.ndarray:
     """Means of successive parts of equal mass of the sorted values, of which there may be fewer than parts."""
     values = np.sort(values, axis=None)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -207,5 +188,5 @@ def _mass_quantiles(values: np.ndarray, parts: int) -> np.ndarray:
     return np.diff(np.interp(edges, np.arange(len(sums)), sums)) * (parts / len(values))
 
 
-def _mean_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def mean_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return cdist(a, b, "cityblock") / a.shape[1]

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,8 @@ class ClassificationDataset:
         require_choice("split", split, SPLITS)
         channels = channels or self.channels
         if channels not in (self.channels, 3):
-            raise InputError(
-                f"{self.name} has RGB images, the network takes {channels} channel(s); give --in_channels 3, which "
-                "repeats grey images."
-            )
+            takes = f"the network takes {channels} channel(s); give --in_channels 3, which repeats grey images"
+            raise InputError(f"{self.name} has RGB images, {takes}.")
         rows = np.flatnonzero(self.splits == split)
         if not len(rows):
             raise InputError(f"{self.name} has no image in split '{split}' ({len(self.labels)} images in all).")
@@ -158,15 +156,20 @@ def load_medmnist(path: str | os.PathLike[str]) -> ClassificationDataset:
     labels = np.concatenate(labels)
     class_names = tuple(map(str, content.get("class_names", range(labels[splits == "train"].max(initial=0) + 1))))
     if labels.max(initial=0) >= len(class_names):
+        source = "class_names" if "class_names" in content else "training labels"
         raise InputError(
-            f"{path} has label {labels.max()}, but {len(class_names)} classes (0 to {len(class_names) - 1}) by its "
-            f"{'class_names' if 'class_names' in content else 'training labels'}; correct the labels."
+            f"{path} has label {labels.max()}, but {len(class_names)} classes by its {source}; correct it."
         )
     _require_classes(labels[splits == "train"], len(class_names), path)
     subjects = None
     if all(f"{split}_subjects" in content for split in SPLITS):
         subjects = tuple(str(name) for split in SPLITS for name in content[f"{split}_subjects"])
-        _require_one_split_each(subjects, splits, path)
+        if len(subjects) != len(labels):
+            raise InputError(f"{path} has {len(subjects)} subjects for {len(labels)} images; expected one for each.")
+        held = pd.Series(splits).groupby(np.array(subjects)).unique()
+        for subject, found in held[held.map(len) > 1].items():
+            where = " and ".join(f"'{split}'" for split in found)
+            raise InputError(f"{path}: subject '{subject}' is in {where}; keep it in one split.")
     synthetic = bool(content.get("synthetic", False))
     return ClassificationDataset(
         path.stem, np.concatenate(images), labels, splits, class_names, subjects, names, synthetic
@@ -183,57 +186,35 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} cannot be read as a .npz file of plain arrays ({error}).") from error
     needed = [f"{split}_{what}" for split in SPLITS for what in ("images", "labels")]
     if missing := [key for key in needed if key not in content]:
-        raise InputError(
-            f"{path} has no '{missing[0]}'; found the keys {', '.join(sorted(content)) or 'none'}, expected MedMNIST's "
-            f"{', '.join(needed)}."
-        )
+        found = ", ".join(sorted(content)) or "none"
+        raise InputError(f"{path} has no '{missing[0]}'; found the keys {found}, expected {', '.join(needed)}.")
     return content
 
 
 def _medmnist_split(content: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = content[f"{split}_images"], content[f"{split}_labels"]
+    images, labels = content[f"{split}_images"], content[f"{split}_labels"].reshape(-1)
     where = f"{path}: {split}_"
     if images.ndim < 3 or images.shape[3:] not in ((), (3,)) or images.dtype != np.uint8:
-        raise InputError(
-            f"{where}images is {images.dtype} of shape {images.shape}; expected uint8, N x H x W or N x H x W x 3 (2D)."
-        )
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        raise InputError(
-            f"{where}labels has {labels.shape[1]} labels an image (multi-label, as ChestMNIST); transferability scores "
-            "need one class an image, which is why the paper has no ChestMNIST target. As a source, give a checkpoint."
-        )
-    labels = labels.reshape(-1)
+        expected = "expected uint8, N x H x W or N x H x W x 3 (2D)"
+        raise InputError(f"{where}images is {images.dtype} of shape {images.shape}; {expected}.")
     if len(labels) != len(images):
-        raise InputError(f"{where}labels holds {len(labels)} labels for {len(images)} images; expected one for each.")
-    if labels.size and (not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0):
-        raise InputError(
-            f"{where}labels holds {labels.dtype} values from {labels.min()}; expected classes 0, 1, 2, ..."
-        )
+        expected = "expected one for each (of multi-label data, as ChestMNIST, give a checkpoint as a source)"
+        raise InputError(f"{where}labels holds {len(labels)} labels for {len(images)} images; {expected}.")
+    if labels.size and (not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0):
+        found = f"{labels.dtype} values from {labels.min()}"
+        raise InputError(f"{where}labels holds {found}; expected classes 0, 1, 2, ...")
     return images, labels.astype(np.int64)
 
 
 def _require_classes(training: np.ndarray, n_classes: int, path: Path) -> None:
-    if n_classes < 2:
-        raise InputError(f"{path} has one class in training; expected two or more to tell apart.")
-    if (present := len(np.unique(training))) < n_classes:
-        raise InputError(f"{path} has training images of {present} of its {n_classes} classes; expected all.")
+    present = len(np.unique(training))
+    if not 2 <= present == n_classes:
+        found = f"training images of {present} of its {n_classes} class(es)"
+        raise InputError(f"{path} has {found}; expected all, and two or more to tell apart.")
 
 
-def _require_one_split_each(subjects: Sequence[str], splits: np.ndarray, path: Path) -> None:
-    if len(subjects) != len(splits):
-        raise InputError(f"{path} has {len(subjects)} subjects for {len(splits)} images; expected one for each.")
-    held: dict[str, str] = {}
-    for subject, split in zip(subjects, splits, strict=True):
-        if held.setdefault(subject, split) != split:
-            raise InputError(
-                f"{path}: subject '{subject}' is in '{held[subject]}' and '{split}'; keep it in one split."
-            )
-
-
-def load_image_folder(
-    path: str | os.PathLike[str], *, size: int | None = None, seed: int = 0, progress: bool = True
-) -> ClassificationDataset:
-    """Read a folder ``split/class/image.png``, or ``class/image.png`` with a split drawn from the seed.
+def load_image_folder(path: str | os.PathLike[str], *, size: int | None = None) -> ClassificationDataset:
+    """Read a folder ``split/class/image.png``, or ``class/image.png`` with a split drawn at random, always the same.
 
     A drawn split is stratified: a half of each class's images to train, a quarter each to val and test. It knows
     nothing of patients: if one has several images, sort them into split folders yourself.
@@ -241,8 +222,6 @@ def load_image_folder(
     Args:
         path: folder of ``train``, ``val`` and ``test`` folders, or of classes. PNG, JPEG, BMP and TIFF of 8 bit.
         size: bring all images to so many pixels square; None asks that they are of one size already.
-        seed: of the split, where one is drawn.
-        progress: show a progress bar on a terminal.
 
     Raises:
         InputError: no such folder, fewer than two classes, an image that is damaged or not of 8 bit, or several sizes.
@@ -253,10 +232,8 @@ def load_image_folder(
     folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
     has_splits = folders >= set(SPLITS)
     if not has_splits and (odd := sorted(name for name in folders if name.lower() in SPLIT_WORDS)):
-        raise InputError(
-            f"{path} has the folder(s) {', '.join(odd)} but not all of {', '.join(SPLITS)}; name the splits so, or "
-            "give a folder of classes alone, from which splits are drawn."
-        )
+        hint = f"name the splits {', '.join(SPLITS)}, or give a folder of classes alone"
+        raise InputError(f"{path} has the folder(s) {', '.join(odd)} but not all splits; {hint}.")
     roots = [path / split for split in SPLITS] if has_splits else [path]
     classes = sorted({folder.name for root in roots for folder in root.iterdir() if folder.is_dir()})
     files = [
@@ -267,9 +244,9 @@ def load_image_folder(
         if file.suffix.lower() in SUFFIXES
     ]
     labels = np.array([label for _, label, _ in files], dtype=np.int64)
-    splits = np.array([split for *_, split in files], dtype=str) if has_splits else _drawn_splits(labels, seed)
+    splits = np.array([split for *_, split in files], dtype=str) if has_splits else _drawn_splits(labels)
     _require_classes(labels[splits == "train"], len(classes), path)
-    images = [read_image(file, size) for file, *_ in tqdm(files, "reading images", disable=None if progress else True)]
+    images = [read_image(file, size) for file, *_ in tqdm(files, "reading images", disable=None)]
     if len({image.shape[:2] for image in images}) > 1:
         raise InputError(f"{path} holds images of several sizes; give size=... to bring them to one.")
     if len({image.ndim for image in images}) > 1:
@@ -298,19 +275,18 @@ def load_classification(path: str | os.PathLike[str], *, size: int | None = None
         file, names = path.parent / content["medmnist"], tuple(map(str, content["class_names"]))
         name = str(content["name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} describes no MedMNIST file ({error!r}); write one with python -m medtl_ext.data read medmnist."
-        ) from error
+        hint = "write one with python -m medtl_ext.data read medmnist"
+        raise InputError(f"{path} describes no MedMNIST file ({error!r}); {hint}.") from error
     dataset = load_medmnist(file)
     if len(names) != dataset.n_classes:
         raise InputError(f"{path} names {len(names)} classes, {file} has {dataset.n_classes}; correct the names.")
     return replace(dataset, name=name, class_names=names)
 
 
-def _drawn_splits(labels: np.ndarray, seed: int) -> np.ndarray:
+def _drawn_splits(labels: np.ndarray) -> np.ndarray:
     splits = np.empty(len(labels), dtype="<U5")
     cycle = np.array(["train", "val", "test", "train"])
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
         splits[rows] = cycle[np.arange(len(rows)) % len(cycle)]
@@ -356,10 +332,8 @@ def sample_per_class(
     for split in ("val", "test"):
         present = [name for name, count in zip(dataset.class_names, dataset.counts(split), strict=True) if count]
         if len(present) == 1 < dataset.n_classes:
-            raise InputError(
-                f"{dataset.name} has {split} images of the class {present[0]} only, so there is no AUC; give {split} "
-                "images of two classes or more."
-            )
+            found = f"{split} images of the class {present[0]} only"
+            raise InputError(f"{dataset.name} has {found}, so there is no AUC; give two classes or more.")
     chosen = [np.flatnonzero(dataset.splits == "test")]
     for split, number in (("train", train), ("val", val)):
         if number is not None and number < 1:

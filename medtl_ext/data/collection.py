@@ -5,20 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError, require_choice
 
 __all__ = ["SPLITS", "Collection", "Objective", "Subject", "Task", "load_collection", "write_collection"]
 
-SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test"]
+SPLITS = get_args(Split)
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, order=True)
@@ -40,7 +55,7 @@ class Task:
     name: str
 
     def __post_init__(self) -> None:
-        parts = self.name.rsplit("-", 2) if isinstance(self.name, str) else []
+        parts = str(self.name).rsplit("-", 2)
         if len(parts) != 3 or not all(parts):
             raise InputError(f"task {self.name!r} is not of the form institution-modality-objective, such as 13-T1-ED.")
 
@@ -68,45 +83,128 @@ class Task:
         return self.name
 
 
-@dataclass(frozen=True)
-class Subject:
+def _part_of_a_task(name: str) -> str:
+    if not name or "-" in name:
+        raise ValueError("the name must not be empty or contain '-', which separates the parts of a task")
+    return name
+
+
+def _beside_the_collection(file: Any, info: Any) -> Path:
+    if not isinstance(file, str) or not file:
+        raise ValueError(f"must be the path of a file; found {file!r}")
+    return info.context.parent / file
+
+
+def _as_group(values: Any) -> Any:
+    return values if isinstance(values, list | tuple) else [values]
+
+
+def _of_different_values(label: dict[str, int]) -> dict[str, int]:
+    if len(set(label.values())) < len(label):
+        raise ValueError(f"two names share a value in {label}; give every name its own")
+    return label
+
+
+_Text = Annotated[str, Field(min_length=1)]
+_Name = Annotated[str, AfterValidator(_part_of_a_task)]
+_File = Annotated[Path, BeforeValidator(_beside_the_collection)]
+_Value = Annotated[StrictInt, Field(ge=1)]  # 0 is background
+_Group = Annotated[list[_Value], BeforeValidator(_as_group), Field(min_length=1)]
+_Label = Annotated[dict[str, _Value], Field(min_length=1), AfterValidator(_of_different_values)]
+
+
+class Subject(BaseModel, frozen=True):
     """One scan of a patient: where the images (by modality) and label files (by name) are.
 
     ``patient`` is who it is of, where the collection says so; otherwise every subject is a patient.
     """
 
-    id: str
-    institution: str
-    split: str
-    images: Mapping[str, Path]
-    labels: Mapping[str, Path]
+    id: _Text
+    institution: _Text
+    split: Split | None = None  # of a collection that was loaded, never None
+    images: dict[_Name, _File]
+    labels: dict[str, _File]
     patient: str | None = None
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What to segment: a label file, and for every foreground class its name and its values in that file."""
+class Objective(BaseModel, frozen=True):
+    """What to segment: a label file, and for every foreground class its values in that file."""
 
     label: str
-    class_names: tuple[str, ...]
-    values: tuple[tuple[int, ...], ...]
+    values: Annotated[list[_Group], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Collection:
+def _settle_splits(subjects: list[Subject]) -> list[Subject]:
+    """The subjects with their splits, as written or, where none is written, drawn: each patient in one of them."""
+    ids: set[str] = set()
+    written: dict[str, str | None] = {}
+    institutions: dict[str, dict[str, None]] = {}
+    for subject in subjects:
+        patient, split = subject.patient or subject.id, subject.split
+        if written.setdefault(patient, split) != split:
+            raise InputError(
+                f"patient '{patient}' (subject '{subject.id}') is in splits '{written[patient]}' and '{split}'; keep "
+                "all of a patient in one split."
+            )
+        if subject.id in ids:
+            raise InputError(f"subject '{subject.id}' is listed twice; give every subject its own id, once.")
+        ids.add(subject.id)
+        institutions.setdefault(subject.institution, {})[patient] = None
+    without = [subject.id for subject in subjects if subject.split is None]
+    if not without:
+        return subjects
+    if len(without) < len(subjects):
+        raise InputError(
+            f"{len(without)} of {len(subjects)} subjects have no 'split' (first: '{without[0]}'); write it for all of "
+            "them, or for none to have one drawn."
+        )
+    drawn: dict[str, str] = {}  # a patient seen at two institutions stays where it was drawn first
+    for patients in institutions.values():
+        drawn = dict(zip(shuffled(patients), cycle(("train", "val", "test", "train")), strict=False)) | drawn
+    return [subject.model_copy(update={"split": drawn[subject.patient or subject.id]}) for subject in subjects]
+
+
+def count_splits(subjects: Iterable[Subject]) -> str:
+    """Such as ``train 6, val 3, test 3``."""
+    counts = Counter(subject.split for subject in subjects)
+    return ", ".join(f"{split} {counts[split]}" for split in SPLITS)
+
+
+def shuffled(names: Iterable[str], seed: int = 0) -> list[str]:
+    """The names in the order of their hashes: the same on every machine, whatever the order they come in."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"split {seed} {name}".encode()).digest())
+
+
+class Collection(BaseModel, frozen=True):
     """Subjects with images and labels, and the objectives that can be asked of them; made by `load_collection`.
 
     ``labels`` maps each label file's name to its declared values, as ``{"tumour": {"ED": 1, "ET": 2}}``.
     """
 
     path: Path
-    name: str
-    description: str
-    license: str
-    synthetic: bool
-    labels: Mapping[str, Mapping[str, int]]
-    objectives: Mapping[str, Objective]
-    subjects: tuple[Subject, ...]
+    name: _Text
+    description: str = ""
+    license: str = ""
+    synthetic: StrictBool = False
+    labels: dict[str, _Label]
+    objectives: Annotated[dict[_Name, Objective], Field(min_length=1)]
+    subjects: Annotated[list[Subject], Field(min_length=1), AfterValidator(_settle_splits)]
+
+    @model_validator(mode="after")
+    def _labels_are_declared(self) -> Collection:
+        for name, objective in self.objectives.items():
+            where = f"objective '{name}'"
+            declared = self.labels[require_choice(f"{where}: label", objective.label, self.labels)]
+            values = [value for group in objective.values for value in group]
+            if not set(values) <= set(declared.values()) or len(set(values)) < len(values):
+                raise InputError(
+                    f"{where}: values must be declared for label '{objective.label}' ({declared}), and each be there "
+                    f"once, such as [1, [2, 3]]; found {objective.values}."
+                )
+        for subject in self.subjects:
+            for label in subject.labels:
+                require_choice(f"subject '{subject.id}': label", label, self.labels)
+        return self
 
     @property
     def institutions(self) -> list[str]:
@@ -125,13 +223,8 @@ class Collection:
 
     def tasks(self) -> list[Task]:
         """Every task that at least one subject has both the image and the label file for."""
-        return [
-            Task.of(institution, modality, objective)
-            for institution in self.institutions
-            for modality in self.modalities
-            for objective in self.objectives
-            if self.subjects_of(Task.of(institution, modality, objective))
-        ]
+        tasks = (Task.of(*parts) for parts in product(self.institutions, self.modalities, self.objectives))
+        return [task for task in tasks if self.subjects_of(task)]
 
     def subjects_of(self, task: Task | str) -> list[Subject]:
         """The subjects of the task's institution that have its modality and its label file, in all splits.
@@ -146,7 +239,7 @@ class Collection:
         return [
             subject
             for subject in self.subjects
-            if (subject.institution == task.institution and task.modality in subject.images and label in subject.labels)
+            if subject.institution == task.institution and task.modality in subject.images and label in subject.labels
         ]
 
     def datalist(self, task: Task | str, split: str) -> list[dict[str, str]]:
@@ -179,17 +272,19 @@ class Collection:
             if subject.split == split
         ]
         if not datalist:
-            counts = Counter(subject.split for subject in subjects)
-            found = ", ".join(f"{name} {counts[name]}" for name in SPLITS)
             raise InputError(
                 f"task {task} has no subject in split '{split}' of {self.path} (subjects with {modality} and label "
-                f"'{label}': {found}); choose another task or split, or add subjects."
+                f"'{label}': {count_splits(subjects)}); choose another task or split, or add subjects."
             )
         return datalist
 
     def class_names(self, task: Task | str) -> list[str]:
         """Names of the foreground classes in order; an objective of one class lends it its own name."""
-        return list(self._objective(task).class_names)
+        objective = self._objective(task)
+        if len(objective.values) == 1:
+            return [Task(str(task)).objective]
+        names = {value: name for name, value in self.labels[objective.label].items()}
+        return ["+".join(names[value] for value in group) for group in objective.values]
 
     def n_classes(self, task: Task | str) -> int:
         """Number of classes including the background."""
@@ -203,7 +298,7 @@ class Collection:
         return self.objectives[require_choice("objective", Task(str(task)).objective, self.objectives)]
 
 
-def load_collection(path: str | os.PathLike[str]) -> Collection:
+def load_collection(path: PathLike) -> Collection:
     """Read and validate a collection file. Images and labels are not opened: that is `check_collection`'s work.
 
     Where no subject has a ``split``, one is drawn patient-wise in every institution: a half to train, a quarter each to
@@ -216,16 +311,10 @@ def load_collection(path: str | os.PathLike[str]) -> Collection:
         InputError: the file is missing, is not JSON, or breaks the format; one line names the file and the key.
     """
     path = Path(path).absolute()
-    if not path.is_file():
-        raise InputError(f"collection file {path} does not exist; give the path of a collection's JSON file.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise InputError(f"collection file {path} is not valid JSON ({error}); correct it there.") from error
-    return _parse(content, path)
+    return _validate(read_json(path), path)
 
 
-def write_collection(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+def write_collection(path: PathLike, content: Mapping[str, Any]) -> Path:
     """Validate a collection's content and write its file, whole or not at all. Images are never copied or touched.
 
     Args:
@@ -239,149 +328,47 @@ def write_collection(path: str | os.PathLike[str], content: Mapping[str, Any]) -
         InputError: the content breaks the format; nothing is written.
     """
     path = Path(path).absolute()
-    _parse(content, path)
+    _validate(content, path)
     write_json(path, content)
     return path
 
 
-def _parse(content: Any, path: Path) -> Collection:
-    where = str(path)
-    if not isinstance(content, Mapping):
-        raise InputError(f"{where}: the file must hold an object with 'name', 'labels', 'objectives' and 'subjects'.")
-    labels = {
-        name: _parse_label(name, values, f"{where}: labels '{name}'")
-        for name, values in _get(content, "labels", Mapping, where).items()
-    }
-    objectives = {
-        name: _parse_objective(name, entry, labels, f"{where}: objective '{name}'")
-        for name, entry in _get(content, "objectives", Mapping, where).items()
-    }
-    entries = _get(content, "subjects", Sequence, where)
-    if not entries or not objectives:
-        raise InputError(f"{where}: 'subjects' and 'objectives' must hold at least one entry each; add it.")
-    splits = _parse_splits(entries, where)
-    return Collection(
-        path=path,
-        name=_get(content, "name", str, where),
-        description=_get(content, "description", str, where, default=""),
-        license=_get(content, "license", str, where, default=""),
-        synthetic=_get(content, "synthetic", bool, where, default=False),
-        labels=labels,
-        objectives=objectives,
-        subjects=tuple(_parse_subject(entry, splits, labels, path) for entry in entries),
-    )
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; correct the path.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise InputError(f"{path} is not valid JSON ({error}); correct it there.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold an object of JSON; found a {type(content).__name__}.")
+    return content
 
 
-_KINDS = {Mapping: "an object", Sequence: "a list", str: "text", bool: "true or false"}
-_REQUIRED = object()
+def refuse_to_replace(path: PathLike, recognise: Callable[[Path], Any], kind: str) -> None:
+    """A file is written again where it is of the kind; nothing else is, such as the list that a reader was given."""
+    try:
+        ours = not Path(path).exists() or recognise(Path(path))
+    except ValueError:  # which an `InputError` is too
+        ours = False
+    if not ours:
+        raise InputError(f"{path} exists and is no {kind}, so it is not replaced; give another file to write.")
 
 
-def _get(entry: Any, key: str, kind: type, where: str, default: Any = _REQUIRED) -> Any:
-    """Return ``entry[key]`` if it has the right kind; ``where`` begins the error message."""
-    if not isinstance(entry, Mapping):
-        raise InputError(f"{where} must be an object; found {entry!r}.")
-    if key not in entry:
-        if default is _REQUIRED:
-            raise InputError(f"{where}: key '{key}' is missing; it must be {_KINDS[kind]}.")
-        return default
-    value = entry[key]
-    if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str)):
-        raise InputError(f"{where}: '{key}' must be {_KINDS[kind]}; found {value!r}.")
-    if value == "" and default is _REQUIRED:
-        raise InputError(f"{where}: '{key}' must not be empty.")
-    return value
-
-
-def _parse_label(name: str, values: Any, where: str) -> dict[str, int]:
-    if not isinstance(values, Mapping) or not values:
-        raise InputError(f'{where} must map names to values, such as {{"{name}": 1}}; found {values!r}.')
-    for value in values.values():
-        if type(value) is not int or value < 1:
-            raise InputError(f"{where}: every value must be a whole number from 1 (0 is background); found {value!r}.")
-    if len(set(values.values())) < len(values):
-        raise InputError(f"{where}: two names share a value in {dict(values)}; give every name its own.")
-    return dict(values)
-
-
-def _parse_objective(name: str, entry: Any, labels: Mapping[str, Mapping[str, int]], where: str) -> Objective:
-    _refuse_hyphen(name, where)
-    label = require_choice(f"{where}: label", _get(entry, "label", str, where), labels)
-    groups = [
-        tuple(group) if isinstance(group, Sequence) and not isinstance(group, str) else (group,)
-        for group in _get(entry, "values", Sequence, where)
-    ]
-    names = {value: value_name for value_name, value in labels[label].items()}
-    flat = [value for group in groups for value in group]
-    for value in flat:
-        if type(value) is not int or value not in names:
-            raise InputError(f"{where}: value {value!r} is not declared for label '{label}' ({dict(labels[label])}).")
-    if not flat or not all(groups) or len(set(flat)) < len(flat):
-        raise InputError(f"{where}: 'values' must name label values, each once, such as [1, [2, 3]]; found {groups}.")
-    merged = ("+".join(names[value] for value in group) for group in groups)
-    return Objective(label=label, class_names=(name,) if len(groups) == 1 else tuple(merged), values=tuple(groups))
-
-
-def _parse_subject(
-    entry: Mapping[str, Any], splits: Mapping[str, str], labels: Mapping[str, Any], path: Path
-) -> Subject:
-    where = f"{path}: subject '{entry['id']}'"
-    files: dict[str, dict[str, Path]] = {}
-    for kind in ("images", "labels"):
-        names = _get(entry, kind, Mapping, where)
-        files[kind] = {name: path.parent / _get(names, name, str, f"{where}: {kind}") for name in names}
-    for modality in files["images"]:
-        _refuse_hyphen(modality, f"{where}: modality '{modality}'")
-    for label in files["labels"]:
-        require_choice(f"{where}: label", label, labels)
-    patient = entry.get("patient") or None
-    return Subject(entry["id"], entry["institution"], splits[entry["id"]], files["images"], files["labels"], patient)
-
-
-def _refuse_hyphen(name: str, where: str) -> None:
-    if not name or "-" in name:
-        raise InputError(f"{where}: the name must not be empty or contain '-', which separates the parts of a task.")
-
-
-def _parse_splits(entries: Sequence[Any], where: str) -> dict[str, str]:
-    """The split of every subject id, as written or, where none is written, drawn."""
-    written: dict[str, str | None] = {}
-    patients: dict[str, str] = {}
-    institutions: dict[str, list[str]] = {}
-    for number, entry in enumerate(entries):
-        subject = _get(entry, "id", str, f"{where}: subjects[{number}]")
-        subject_where = f"{where}: subject '{subject}'"
-        split = _get(entry, "split", str, subject_where, default=None)
-        if split is not None:
-            require_choice(f"{subject_where}: split", split, SPLITS)
-        if subject in written and written[subject] != split:
-            raise InputError(f"{subject_where} is in splits '{written[subject]}' and '{split}'; keep it in one split.")
-        if subject in written:
-            raise InputError(f"{subject_where} is listed twice; give every subject its own id, and list it once.")
-        written[subject] = split
-        patients[subject] = _get(entry, "patient", str, subject_where, default=None) or subject
-        institutions.setdefault(_get(entry, "institution", str, subject_where), []).append(subject)
-    of_patient: dict[str, str | None] = {}
-    for subject, split in written.items():
-        if of_patient.setdefault(patients[subject], split) != split:
-            raise InputError(
-                f"{where}: patient '{patients[subject]}' (subject '{subject}') is in splits "
-                f"'{of_patient[patients[subject]]}' and '{split}'; keep all of a patient in one split."
-            )
-    without = [subject for subject, split in written.items() if split is None]
-    if not without:
-        return {subject: str(split) for subject, split in written.items()}
-    if len(without) < len(written):
-        raise InputError(
-            f"{where}: {len(without)} of {len(written)} subjects have no 'split' (first: '{without[0]}'); "
-            "write it for all of them, or for none to have one drawn."
-        )
-    drawn: dict[str, str] = {}  # a patient seen at two institutions stays where it was drawn first
-    for ids in institutions.values():
-        drawn = _draw_splits(list(dict.fromkeys(patients[subject] for subject in ids))) | drawn
-    return {subject: drawn[patients[subject]] for subject in written}
-
-
-def _draw_splits(ids: Sequence[str]) -> dict[str, str]:
-    """Deal the subjects out in the order of a hash of their ids: the same on every machine, whatever their order."""
-    shuffled = sorted(ids, key=lambda subject: hashlib.sha256(f"split 0 {subject}".encode()).digest())
-    return dict(zip(shuffled, cycle(("train", "val", "test", "train")), strict=False))
+def _validate(content: Mapping[str, Any], path: Path) -> Collection:
+    """The collection that a file's content describes; the first thing wrong with it is said in one line."""
+    try:
+        return Collection.model_validate({**content, "path": path}, context=path)
+    except ValidationError as error:
+        first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "[key]"]
+    if len(place) > 2 and place[0] == "subjects" and (subject := content["subjects"][int(place[1])].get("id")):
+        place[:2] = [f"subject '{subject}'"]
+    where = ": ".join([str(path), *place])
+    if first["type"] == "value_error":
+        raise InputError(f"{where}: {first['ctx']['error']}")
+    if first["type"] == "missing":
+        raise InputError(f"{where} is missing; add it.")
+    must = re.sub(r"^\w+ should| or instance of \w+| after validation.*", "", first["msg"])
+    raise InputError(f"{where} must{must}; found {reprlib.repr(first['input'])}.")

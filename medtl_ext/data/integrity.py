@@ -6,10 +6,10 @@ import gzip
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import product
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import joblib
 import nibabel
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from medtl_ext._io import atomic_path
+from medtl_ext._io import write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import Collection, Subject, Task
 
@@ -30,8 +30,7 @@ _MAX_THREADS = 8
 _SAME_AFFINE_MM = 1e-3
 
 
-@dataclass(frozen=True)
-class Issue:
+class Issue(NamedTuple):
     """One thing that is wrong with the data, and what to do about it.
 
     An error spoils training or evaluation; a warning may be as it should be. ``subject`` and ``file`` are empty where
@@ -83,8 +82,7 @@ class IntegrityReport:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the issues as a table: severity, subject, file, problem, advice."""
-        with atomic_path(path) as temporary:
-            pd.DataFrame(self.issues, columns=[column.name for column in fields(Issue)]).to_csv(temporary, index=False)
+        write_csv(path, pd.DataFrame(self.issues, columns=Issue._fields))
 
 
 def check_collection(
@@ -113,12 +111,12 @@ def check_collection(
     scans = _for_each(lambda file: _scan(file, collection.labels), files, progress=progress)
     readable = [scan for scan in scans if scan.shape is not None]
     issues = [
-        *(_issue(collection, scan.file, *problem) for scan in scans for problem in scan.problems),
-        *_grid_issues(collection, readable),
-        *_duplicate_issues(collection, readable),
+        *chain.from_iterable(scan.issues for scan in scans),
+        *_grid_issues(readable),
+        *_duplicate_issues(readable),
         *_foreground_issues(collection, chosen, readable),
     ]
-    return IntegrityReport(collection.path, len({file.subject.id for file in files}), len(files), issues)
+    return IntegrityReport(collection.path, len({scan.subject.id for scan in scans}), len(scans), issues)
 
 
 def require_volumes(paths: Sequence[Path], *, progress: bool = False) -> None:
@@ -130,7 +128,7 @@ def require_volumes(paths: Sequence[Path], *, progress: bool = False) -> None:
 
     def problem(path: Path) -> str | None:
         try:
-            _usable_volume(path)
+            _read_volume(path)
         except _Unusable as reason:
             return f"{path}: {'; '.join(reason.args)}"
         return None
@@ -148,32 +146,30 @@ def _for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: boo
     return list(tqdm(jobs, "checking files", total=len(files), unit="file", disable=None if progress else True))
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file of the collection; ``name`` is the modality of an image or the name of a label."""
+@dataclass
+class _Scan:
+    """A file of the collection and what is kept of it once it was read: never the voxels."""
 
     subject: Subject
     kind: Literal["image", "label"]
-    name: str
+    name: str  # of the modality, or of the label
     path: Path
-
-
-@dataclass
-class _Scan:
-    """What is kept of a file that was read: never the voxels."""
-
-    file: _File
-    problems: list[tuple[str, str, str]] = field(default_factory=list)  # severity, problem, advice
+    shown: str  # the path below the collection's folder
+    issues: list[Issue] = field(default_factory=list)
     shape: tuple[int, ...] | None = None  # of a 3D volume that could be read
     affine: np.ndarray | None = None
     values: frozenset[float] | None = None  # of a label
     digest: str | None = None  # of an image, unless it is constant
 
+    def issue(self, severity: Literal["error", "warning"], problem: str, advice: str) -> Issue:
+        return Issue(severity, self.subject.id, self.shown, problem, advice)
 
-def _list_files(collection: Collection, tasks: Sequence[Task] | None) -> list[_File]:
+
+def _list_files(collection: Collection, tasks: Sequence[Task] | None) -> list[_Scan]:
     """All files of the collection, or those that the tasks use."""
+    folder = collection.path.parent
     files = [
-        _File(subject, kind, name, path)
+        _Scan(subject, kind, name, path, str(path.relative_to(folder) if path.is_relative_to(folder) else path))
         for subject in collection.subjects
         for kind, paths in (("image", subject.images), ("label", subject.labels))
         for name, path in paths.items()
@@ -189,118 +185,95 @@ def _list_files(collection: Collection, tasks: Sequence[Task] | None) -> list[_F
     return [file for file in files if (file.subject.id, file.kind, file.name) in wanted]
 
 
-def _issue(collection: Collection, file: _File, severity: str, problem: str, advice: str) -> Issue:
-    path = file.path
-    if path.is_relative_to(collection.path.parent):
-        path = path.relative_to(collection.path.parent)
-    return Issue(severity, file.subject.id, str(path), problem, advice)
-
-
-def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine, every byte of the file read."""
-    image = nibabel.load(path)
-    if path.suffix == ".gz":
-        # nibabel stops at the last voxel; decompressing everything also compares the checksum behind it.
-        image = image.from_bytes(gzip.decompress(path.read_bytes()))
-    voxels = np.asanyarray(image.dataobj)
-    if voxels.shape[3:] == (1,):  # as Analyze files often have it; MONAI takes it as the channel
-        voxels = voxels[..., 0]
-    return voxels, image.affine
-
-
 class _Unusable(Exception):
     """The problem, and what to do about it."""
 
 
-def _usable_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine of a file that holds one 3D volume of numbers."""
+def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of a file that holds one 3D volume of numbers, every byte of it read."""
     if not path.is_file():
         raise _Unusable("the file does not exist", "correct its path in the collection, or restore it")
     try:
-        voxels, affine = _read_volume(path)
+        image = nibabel.load(path)
+        if path.suffix == ".gz":
+            # nibabel stops at the last voxel; decompressing everything also compares the checksum behind it.
+            image = image.from_bytes(gzip.decompress(path.read_bytes()))
+        voxels, affine = np.asanyarray(image.dataobj), image.affine
     except Exception as error:  # a broken file fails in a dozen ways, and none of them may end the check
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise _Unusable(f"the file cannot be read ({reason})", "copy or convert it again") from error
+    if voxels.shape[3:] == (1,):  # as Analyze files often have it; MONAI takes it as the channel
+        voxels = voxels[..., 0]
     if voxels.ndim != 3 or voxels.size == 0 or voxels.dtype.kind not in "biuf":
         problem = f"the volume has shape {voxels.shape} and voxels of type {voxels.dtype}"
         raise _Unusable(problem, "store one 3D volume of numbers a file")
     return voxels, affine
 
 
-def _scan(file: _File, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
+def _scan(scan: _Scan, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
     """Read one file and look at it by itself."""
-    scan = _Scan(file)
+
+    def note(*issue: str) -> None:
+        scan.issues.append(scan.issue(*issue))
+
     try:
-        voxels, scan.affine = _usable_volume(file.path)
+        voxels, scan.affine = _read_volume(scan.path)
     except _Unusable as reason:
-        scan.problems.append(("error", *reason.args))
+        note("error", *reason.args)
         return scan
     scan.shape = voxels.shape
     if not np.isfinite(voxels).all():
-        scan.problems.append(("error", "it holds NaN or infinite values", "replace them, or leave the subject out"))
-    elif file.kind == "image":
-        _scan_image(scan, voxels)
+        note("error", "it holds NaN or infinite values", "replace them, or leave the subject out")
+    elif scan.kind == "label":
+        declared, scan.values = labels[scan.name], frozenset(np.unique(voxels).tolist())
+        fractional = sorted(value for value in scan.values if value != round(value))
+        undeclared = sorted(scan.values - {0, *declared.values()} - set(fractional))
+        if fractional:
+            problem = f"the label holds fractional values, such as {fractional[0]:g}"
+            note("error", problem, "resample labels with nearest-neighbour interpolation")
+        if undeclared:
+            found = ", ".join(f"{value:g}" for value in undeclared[:5]) + (", ..." if len(undeclared) > 5 else "")
+            problem = f"the label holds undeclared values {found} (declared: {declared})"
+            note("error", problem, f"declare them under labels '{scan.name}', or correct the file")
+    elif voxels.min() == voxels.max():
+        problem = f"every voxel of the image is {voxels.flat[0]:g}"
+        note("warning", problem, "look at it, and leave the subject out if it is empty")
     else:
-        _scan_label(scan, voxels, labels[file.name])
+        scan.digest = joblib.hash(np.asarray(voxels, dtype=np.float32))
     return scan
 
 
-def _scan_image(scan: _Scan, voxels: np.ndarray) -> None:
-    if voxels.min() == voxels.max():
-        problem = f"every voxel of the image is {voxels.flat[0]:g}"
-        scan.problems.append(("warning", problem, "look at it, and leave the subject out if it is empty"))
-    else:
-        scan.digest = joblib.hash(np.asarray(voxels, dtype=np.float32))
-
-
-def _scan_label(scan: _Scan, voxels: np.ndarray, declared: Mapping[str, int]) -> None:
-    scan.values = frozenset(np.unique(voxels).tolist())
-    fractional = sorted(value for value in scan.values if value != round(value))
-    undeclared = sorted(scan.values - {0, *declared.values()} - set(fractional))
-    if fractional:
-        problem = f"the label holds fractional values, such as {fractional[0]:g}"
-        scan.problems.append(("error", problem, "resample labels with nearest-neighbour interpolation"))
-    if undeclared:
-        problem = f"the label holds undeclared values {_list(undeclared)} (declared: {dict(declared)})"
-        scan.problems.append(("error", problem, f"declare them under labels '{scan.file.name}', or correct the file"))
-
-
-def _list(values: Sequence[float], most: int = 5) -> str:
-    return ", ".join(f"{value:g}" for value in values[:most]) + (", ..." if len(values) > most else "")
-
-
-def _grid_issues(collection: Collection, scans: Sequence[_Scan]) -> Iterator[Issue]:
+def _grid_issues(scans: Sequence[_Scan]) -> Iterator[Issue]:
     """Every image is compared with every label of its subject."""
-    by_subject = defaultdict(lambda: {"image": [], "label": []})
+    labels = defaultdict(list)
     for scan in scans:
-        by_subject[scan.file.subject.id][scan.file.kind].append(scan)
+        if scan.kind == "label":
+            labels[scan.subject.id].append(scan)
     advice = "resample one onto the grid of the other"
-    for kinds in by_subject.values():
-        for image, label in product(kinds["image"], kinds["label"]):
-            against = f"of label '{label.file.name}'"
+    for image in scans:
+        for label in labels[image.subject.id] if image.kind == "image" else ():
+            against = f"of label '{label.name}'"
             if image.shape != label.shape:
                 problem = f"image shape {image.shape} differs from shape {label.shape} {against}"
-                yield _issue(collection, image.file, "error", problem, advice)
+                yield image.issue("error", problem, advice)
             elif not np.allclose(image.affine, label.affine, atol=_SAME_AFFINE_MM):
                 apart = np.abs(image.affine - label.affine).max()
                 problem = f"the image's affine differs from that {against} by up to {apart:.3g} mm"
-                yield _issue(collection, image.file, "error", problem, advice)
+                yield image.issue("error", problem, advice)
 
 
-def _duplicate_issues(collection: Collection, scans: Sequence[_Scan]) -> Iterator[Issue]:
+def _duplicate_issues(scans: Sequence[_Scan]) -> Iterator[Issue]:
     """The same voxels under two subject ids, each later one against the first."""
-    first: dict[str, _File] = {}
+    first: dict[str, _Scan] = {}
     for scan in scans:
-        if scan.digest is None:
+        twin = first.setdefault(scan.digest, scan) if scan.digest else scan
+        if scan.subject.id == twin.subject.id:
             continue
-        file, twin = scan.file, first.setdefault(scan.digest, scan.file)
-        if file.subject.id == twin.subject.id:
-            continue
-        shared = file.subject.split == twin.subject.split
-        where = f"both in {file.subject.split}" if shared else f"in {twin.subject.split} and {file.subject.split}"
+        splits = twin.subject.split, scan.subject.split
+        where = f"both in {splits[0]}" if splits[0] == splits[1] else f"in {splits[0]} and {splits[1]}"
         problem = f"the image is identical to {twin.name} of subject {twin.subject.id} ({where})"
-        advice = "list a patient once, or all its scans in one split"
-        yield _issue(collection, file, "warning" if shared else "error", problem, advice)
+        severity = "warning" if splits[0] == splits[1] else "error"
+        yield scan.issue(severity, problem, "list a patient once, or all its scans in one split")
 
 
 def _foreground_issues(collection: Collection, tasks: Sequence[Task], scans: Sequence[_Scan]) -> Iterator[Issue]:
@@ -308,19 +281,16 @@ def _foreground_issues(collection: Collection, tasks: Sequence[Task], scans: Seq
     for institution, name in dict.fromkeys((task.institution, task.objective) for task in tasks):
         objective = collection.objectives[name]
         foreground = {value for group in objective.values for value in group}
-        labels = [
-            scan
-            for scan in scans
-            if scan.values is not None
-            and (scan.file.name, scan.file.subject.institution) == (objective.label, institution)
-        ]
-        for scan in labels:
+        shown = []  # whether each training subject does
+        for scan in scans:
+            if scan.values is None or (scan.name, scan.subject.institution) != (objective.label, institution):
+                continue
             if not foreground & scan.values:
                 advice = f"nothing to do if {name} is absent in this patient"
-                yield _issue(collection, scan.file, "warning", f"no voxel of objective {name}", advice)
-        train = [scan for scan in labels if scan.file.subject.split == "train"]
-        if train and not any(foreground & scan.values for scan in train):
-            problem = f"none of the {len(train)} training subjects of institution {institution} shows objective {name}"
-            yield Issue(
-                "error", "", "", problem, "correct the objective's values, or move subjects that show it to train"
-            )
+                yield scan.issue("warning", f"no voxel of objective {name}", advice)
+            if scan.subject.split == "train":
+                shown.append(bool(foreground & scan.values))
+        if shown and not any(shown):
+            problem = f"none of the {len(shown)} training subjects of institution {institution} shows objective {name}"
+            advice = "correct the objective's values, or move subjects that show it to train"
+            yield Issue("error", "", "", problem, advice)

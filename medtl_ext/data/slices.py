@@ -97,10 +97,8 @@ class SliceDataset(Dataset):
         )
         stacks = list(self._load_stacks(slices, max_slices, seed, num_workers, progress))
         if not stacks:
-            raise InputError(
-                f"none of the {len(self.data)} volumes has foreground (label > 0); check the objective's values, "
-                "and the files with python -m medtl_ext.data check."
-            )
+            hint = "check the objective's values, and the files with python -m medtl_ext.data check"
+            raise InputError(f"none of the {len(self.data)} volumes has foreground (label > 0); {hint}.")
         turns = sorted((turn, volume) for volume, stack in enumerate(stacks) for turn in range(len(stack.slices)))
         quotas = Counter(volume for _, volume in turns[:max_slices])
         for volume, stack in enumerate(stacks):  # one at a time, so that the memory of the others is free
@@ -137,11 +135,10 @@ class SliceDataset(Dataset):
         needed = ["image"] if slices == "all" else ["image", "label"]
         shapes = {key: tuple(array.shape) for key, array in arrays.items()}
         if not arrays.keys() >= set(needed) or len({shape[1:] for shape in shapes.values()}) > 1:
-            raise InputError(
-                f"subject '{names['subject']}': {' and '.join(needed)} must be arrays of channels x X x Y x Z on one "
-                f"grid before the first random transform; found {shapes or 'none'}. Load them with "
-                "LoadImaged(ensure_channel_first=True)."
-            )
+            expected = "must be arrays of channels x X x Y x Z on one grid before the first random transform"
+            hint = "Load them with LoadImaged(ensure_channel_first=True)"
+            whose = f"subject '{names['subject']}': {' and '.join(needed)}"
+            raise InputError(f"{whose} {expected}; found {shapes or 'none'}. {hint}.")
         foreground = (arrays["label"] > 0).flatten(0, 2).any(0).numpy() if "label" in needed else None
         if slices == "volume":
             candidates = np.arange(int(foreground.any()))
@@ -198,9 +195,7 @@ class SliceDataset(Dataset):
         if key in ("image", "label", "subject", "patient", "slice"):
             raise InputError(f"map key '{key}' is taken by the slices themselves; choose another.")
         if len(maps) != len(self):
-            raise InputError(
-                f"set_map got {len(maps)} maps for {len(self)} slices; give one for every slice, in order."
-            )
+            raise InputError(f"set_map got {len(maps)} maps for {len(self)} slices; give one for each, in order.")
         tensors = [torch.as_tensor(one_map, dtype=torch.float32) for one_map in maps]
         for number, (stack, _) in enumerate(self._index):
             expected = (1, *stack.arrays["image"].shape[2:])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,15 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from medtl_ext._validation import InputError
-from medtl_ext.data.collection import SPLITS, load_collection, write_collection
+from medtl_ext.data.collection import (
+    SPLITS,
+    PathLike,
+    load_collection,
+    read_json,
+    refuse_to_replace,
+    shuffled,
+    write_collection,
+)
 
 __all__ = ["FRACTIONS", "draw_folds", "draw_splits", "split_collection", "write_splits"]
 
@@ -111,8 +117,8 @@ def draw_folds(subjects: Sequence[Mapping[str, Any]], *, folds: int, seed: int =
 
 
 def split_collection(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    path: PathLike,
+    out: PathLike,
     *,
     fractions: Sequence[float] | None = None,
     folds: int | None = None,
@@ -138,20 +144,20 @@ def split_collection(
     collection = load_collection(path)
     if folds is None and Path(out).exists() and os.path.samefile(out, collection.path):
         raise InputError(f"{path} is the collection itself, which is not changed; give another file to write.")
-    content = json.loads(collection.path.read_text(encoding="utf-8"))
+    content = read_json(collection.path)
     drawn = {subject.id: subject.split for subject in collection.subjects}  # also where the file leaves them out
     content["subjects"] = [{**entry, "split": drawn[entry["id"]]} for entry in content["subjects"]]
     if fractions is None and folds is None:
         fractions = FRACTIONS
-    options = {"fractions": fractions, "folds": folds, "seed": seed, "keep_test": keep_test}
-    return write_splits(content, out, folder=collection.path.parent, **options)
+    folder = collection.path.parent
+    return write_splits(content, out, folder, fractions=fractions, folds=folds, seed=seed, keep_test=keep_test)
 
 
 def write_splits(
     content: Mapping[str, Any],
-    out: str | os.PathLike[str],
-    *,
+    out: PathLike,
     folder: Path,
+    *,
     fractions: Sequence[float] | None = None,
     folds: int | None = None,
     seed: int = 0,
@@ -178,40 +184,30 @@ def write_splits(
     if folds is not None and fractions is not None:
         raise InputError("split fractions and folds exclude each other; give one of them.")
     out = Path(os.path.abspath(out))
-    content = {key: value for key, value in content.items() if key != "drawn"}
     subjects = [_relocate(entry, folder, out.parent) for entry in content["subjects"]]
-    redraw = fractions is not None or folds is not None
-    if redraw:
+    if fractions is not None or folds is not None:
         subjects = [_undecided(entry, keep_test) for entry in subjects]
-    given = {entry.get("split") for entry in subjects}
-    if keep_test and "test" not in given:
+    elif {entry.get("split") for entry in subjects} in ({None}, {None, "test"}):
+        fractions = FRACTIONS
+    if keep_test and not _held_out(subjects):
         raise InputError("there is no test set to keep; draw one with fractions, or do not ask to keep it.")
-    if not redraw and given not in ({None}, {None, "test"}):
-        files = {out: {"subjects": subjects}}
-    elif folds is None:
-        fractions = FRACTIONS if fractions is None else fractions
+    files: dict[Path, dict[str, Any]] = {out: {"subjects": subjects}}
+    if fractions is not None:
         drawn = {"fractions": list(fractions), "seed": seed}
-        files = {out: {"drawn": drawn, "subjects": draw_splits(subjects, fractions=fractions, seed=seed)}}
-    else:
+        files[out] = {"drawn": drawn, "subjects": draw_splits(subjects, fractions=fractions, seed=seed)}
+    elif folds is not None:
+        turns = enumerate(draw_folds(subjects, folds=folds, seed=seed))
         files = {
             out.with_name(f"{out.stem}_fold{turn}{out.suffix}"): {
                 "drawn": {"folds": folds, "fold": turn, "seed": seed},
                 "subjects": entries,
             }
-            for turn, entries in enumerate(draw_folds(subjects, folds=folds, seed=seed))
+            for turn, entries in turns
         }
     for path in files:
-        _refuse_other_file(path)
-    return [write_collection(path, {**content, **entries}) for path, entries in files.items()]
-
-
-def _refuse_other_file(path: Path) -> None:
-    """A collection may be written again; nothing else is, such as the ``dataset.json`` that a reader was given."""
-    if path.exists():
-        try:
-            load_collection(path)
-        except InputError as error:
-            raise InputError(f"{path} exists and is not a collection; give another file to write.") from error
+        refuse_to_replace(path, load_collection, "collection")
+    about = {key: value for key, value in content.items() if key != "drawn"}
+    return [write_collection(path, about | entries) for path, entries in files.items()]
 
 
 def _undecided(entry: Mapping[str, Any], keep_test: bool) -> dict[str, Any]:
@@ -229,9 +225,8 @@ def _relocate(entry: Mapping[str, Any], source: Path, folder: Path) -> dict[str,
         path = path.parent.resolve() / path.name if ".." in path.parts else Path(os.path.abspath(path))
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
-    return dict(entry) | {
-        kind: {name: rewrite(path) for name, path in entry[kind].items()} for kind in ("images", "labels")
-    }
+    files = {kind: {name: rewrite(path) for name, path in entry[kind].items()} for kind in ("images", "labels")}
+    return {**entry, **files}
 
 
 def _patient(entry: Mapping[str, Any]) -> str:
@@ -253,11 +248,9 @@ def _strata(subjects: Sequence[Mapping[str, Any]], *, without: set[str], seed: i
     home: dict[str, str] = {}
     for entry in subjects:
         home[_patient(entry)] = min(entry["institution"], home.get(_patient(entry), entry["institution"]))
-    strata: dict[str, list[str]] = {institution: [] for institution in sorted(set(home.values()))}
-    for patient in sorted(home, key=lambda name: hashlib.sha256(f"split {seed} {name}".encode()).digest()):
-        if patient not in without:
-            strata[home[patient]].append(patient)
-    return {institution: patients for institution, patients in strata.items() if patients}
+    patients = [patient for patient in shuffled(home, seed) if patient not in without]
+    institutions = sorted({home[patient] for patient in patients})
+    return {institution: [name for name in patients if home[name] == institution] for institution in institutions}
 
 
 def _deal(count: int, shares: np.ndarray) -> list[str]:

@@ -6,10 +6,10 @@
 - `studied`: what the rankings of a study were worth, and its verdicts.
 """
 
+from medtl_ext.ranking._words import listed
 from medtl_ext.ranking.agreement import FriedmanNemenyi, friedman_nemenyi, spearman_footrule, weighted_kendall
 from medtl_ext.ranking.paired import (
     MINIMUM_PATIENTS,
-    Interval,
     PairedComparison,
     Verdict,
     audit_verdict,
@@ -23,7 +23,6 @@ from medtl_ext.ranking.studied import agreement_over_targets, known_elsewhere, v
 __all__ = [
     "MINIMUM_PATIENTS",
     "FriedmanNemenyi",
-    "Interval",
     "PairedComparison",
     "SourceRanking",
     "Verdict",
@@ -35,6 +34,7 @@ __all__ = [
     "friedman_nemenyi",
     "holm",
     "known_elsewhere",
+    "listed",
     "paired_comparison",
     "spearman_footrule",
     "verdict_claim",

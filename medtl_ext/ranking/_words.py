@@ -1,17 +1,23 @@
-"""Lists as a sentence needs them."""
+"""Words that the sentences of several verdicts share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+
+SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
 
 
-def listed(parts: Sequence[str], most: int | None = None) -> str:
+def listed(parts: Iterable[object], most: int | None = None) -> str:
     """Join with commas and an "and"; beyond ``most`` the rest is only counted.
 
     >>> listed(["a", "b", "c"]), listed(["a", "b", "c", "d"], 2)
     ('a, b and c', 'a, b and 2 more')
     """
-    parts = list(parts)
+    parts = [str(part) for part in parts]
     if most is not None and len(parts) > most + 1:
         parts = [*parts[:most], f"{len(parts) - most} more"]
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return "".join(parts) if len(parts) < 2 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def number_of_patients(count: int, split: str) -> str:
+    return f"{count} {split} patient{'s' if count > 1 else ''}"

@@ -22,7 +22,7 @@ from scipy import stats
 from medtl_ext._validation import InputError
 from medtl_ext.ranking._words import listed
 
-__all__ = ["FriedmanNemenyi", "friedman_nemenyi", "spearman_footrule", "weighted_kendall"]
+ALPHA = 0.05
 
 
 def spearman_footrule(scores: Mapping[str, float], truth: Mapping[str, float], k: int) -> float:
@@ -58,15 +58,13 @@ def spearman_footrule(scores: Mapping[str, float], truth: Mapping[str, float], k
     scores, truth = _same_sources(scores, truth)
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(scores):
         raise InputError(f"k must be an integer from 1 to the {len(scores)} candidates in scores; found {k!r}.")
-    true_ranks = pd.Series(stats.rankdata(-truth, method="min"), truth.index)[scores.index].to_numpy()
-    place = stats.rankdata(_losing(scores), method="min").astype(int)  # of the first of each group of equal scores
+    true_ranks = truth.rank(ascending=False, method="min")[scores.index]
     distance = 0.0
-    for first in np.unique(place):
-        group = true_ranks[place == first]
+    for first, group in true_ranks.groupby(scores.rank(ascending=False, method="min", na_option="bottom")):
         places = np.arange(first, min(first + len(group), k + 1))
-        # Each member is as likely as any other to stand at each of the group's places.
-        distance += float(np.abs(places[:, None] - group).mean(axis=1).sum())
-    return distance
+        # Each of the group's equal scores is as likely as any other to stand at each of its places.
+        distance += np.abs(places[:, None] - group.to_numpy()).mean(axis=1).sum()
+    return float(distance)
 
 
 def weighted_kendall(scores: Mapping[str, float], truth: Mapping[str, float]) -> float:
@@ -101,7 +99,7 @@ def weighted_kendall(scores: Mapping[str, float], truth: Mapping[str, float]) ->
     scores, truth = _same_sources(scores, truth)
     if len(scores) < 2:
         return float("nan")
-    return float(stats.weightedtau(-_losing(scores), truth[scores.index].to_numpy()).statistic)
+    return float(stats.weightedtau(scores.fillna(-np.inf), truth[scores.index]).statistic)
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,6 @@ class FriedmanNemenyi:
         chi_square, p: Friedman's test that all methods rank alike.
         critical_difference: average ranks that differ by less cannot be told apart (Nemenyi).
         average_ranks: method -> average rank, best first (1 is best).
-        groups: the largest sets of methods that cannot be told apart, best first; a method in none is told from all.
-        text: one paragraph in plain English.
         table: the rank of every method (columns) on every target (rows), equal values sharing their mean rank.
     """
 
@@ -121,34 +117,57 @@ class FriedmanNemenyi:
     p: float
     critical_difference: float
     average_ranks: pd.Series = field(compare=False, repr=False)
-    groups: tuple[tuple[str, ...], ...]
-    text: str
     table: pd.DataFrame = field(compare=False, repr=False)
 
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The largest sets of methods that cannot be told apart, best first; a method in none is told from all."""
+        ranks, groups = self.average_ranks, []
+        for best in ranks:
+            group = tuple(ranks.index[(ranks >= best) & (ranks < best + self.critical_difference)])
+            if len(group) > 1 and not (groups and set(group) <= set(groups[-1])):
+                groups.append(group)
+        return tuple(groups)
 
-def friedman_nemenyi(table: pd.DataFrame, *, higher_is_better: bool = True, alpha: float = 0.05) -> FriedmanNemenyi:
-    r"""Friedman's test over targets, and Nemenyi's critical difference between average ranks.
+    @property
+    def text(self) -> str:
+        """One paragraph in plain English."""
+        count, best, lowest = len(self.average_ranks), self.average_ranks.index[0], self.average_ranks.iloc[0]
+        test = f"over {len(self.table)} targets (Friedman chi-square {self.chi_square:.3f}, p {self.p:.2g})"
+        lead = f"{best} has the best average rank, {lowest:.2f}"
+        if self.p >= ALPHA:
+            return f"No evidence that the {count} methods differ {test}. {lead}, which may be chance."
+        behind = {f"{method} {rank:.2f}": rank - lowest for method, rank in self.average_ranks.iloc[1:].items()}
+        worse = [method for method, gap in behind.items() if gap >= self.critical_difference]
+        alike = [method for method in behind if method not in worse]
+        text = (
+            f"The {count} methods differ {test}. {lead}; with a critical difference of {self.critical_difference:.2f} "
+        )
+        text += f"it is better than {listed(worse)}" if worse else "it is better than none of them"
+        return text + (f" and cannot be told from {listed(alike)}." if alike else ".")
 
-    With :math:`r_{ij}` the rank of method j of k on target i of N, and :math:`R_j` their sum over targets,
 
-    .. math::
-        \chi^2 = (k - 1) \frac{\sum_j (R_j - N (k+1)/2)^2}{\sum_{ij} (r_{ij} - (k+1)/2)^2}, \qquad
-        CD = q_\alpha(k) \sqrt{\frac{k (k + 1)}{6 N}}
+def friedman_nemenyi(table: pd.DataFrame, *, higher_is_better: bool = True) -> FriedmanNemenyi:
+    r"""Friedman's test over targets (`scipy.stats.friedmanchisquare`), and Nemenyi's critical difference at level .05.
 
-    on k - 1 degrees of freedom, which includes the usual correction for ties; :math:`q_\alpha(k)` is the quantile of
-    the studentized range of k means (infinite degrees of freedom) over :math:`\sqrt 2`.
+    Average ranks of k methods on N targets that differ by less than
+
+    .. math:: CD = q_\alpha(k) \sqrt{\frac{k (k + 1)}{6 N}}
+
+    cannot be told apart; :math:`q_\alpha(k)` is the quantile of the studentized range of k means (infinite degrees of
+    freedom) over :math:`\sqrt 2`.
 
     Args:
         table: one row per target, one column per method; NaN counts as last.
         higher_is_better: False for a table of ranks or of distances such as the footrule.
-        alpha: of the text's judgement and of the critical difference, in (0, 1).
 
     Returns:
         The test, the ranks, and what they say. All ranks equal: chi-square 0, p 1. Fewer than about ten targets leave
         the chi-square approximate.
 
     Raises:
-        InputError: fewer than two targets or methods, a name that is there twice, or a value that is no number.
+        InputError: fewer than two targets or three methods (compare two with `paired_comparison`), a name that is
+            there twice, or a value that is no number.
 
     Example:
         >>> table = pd.DataFrame({"LEEP": [0.2, 0.3, 0.1, 0.4], "LogME": [0.5, 0.4, 0.6, 0.5], "SFDA": [0, 0, 0, 0.1]})
@@ -163,89 +182,42 @@ def friedman_nemenyi(table: pd.DataFrame, *, higher_is_better: bool = True, alph
     Reference: Demšar, *Statistical comparisons of classifiers over multiple data sets*, JMLR 7, 2006. DatasetTr prints
     the critical difference 2.792 for 7 methods on 11 targets, which takes q for 8; it is 2.716.
     """
-    values = _checked_table(table)
-    if not 0 < alpha < 1:
-        raise InputError(f"alpha must lie between 0 and 1; found {alpha:g}.")
-    losing = -values if higher_is_better else values
-    ranks = pd.DataFrame(
-        stats.rankdata(losing.fillna(np.inf), axis=1, method="average"), index=values.index, columns=values.columns
-    )
+    ranks = _checked_table(table).rank(axis=1, ascending=not higher_is_better, na_option="bottom")
     n_targets, n_methods = ranks.shape
-    off = ranks.to_numpy() - (n_methods + 1) / 2
-    spread = np.sum(off**2)
-    chi_square = float((n_methods - 1) * np.sum(off.sum(axis=0) ** 2) / spread) if spread else 0.0
-    p = float(stats.chi2.sf(chi_square, n_methods - 1))
-    q = stats.studentized_range.ppf(1 - alpha, n_methods, np.inf) / np.sqrt(2)
+    all_equal = (ranks.nunique(axis=1) == 1).all()
+    chi_square, p = (0.0, 1.0) if all_equal else stats.friedmanchisquare(*ranks.to_numpy().T)
+    q = stats.studentized_range.ppf(1 - ALPHA, n_methods, np.inf) / np.sqrt(2)
     critical = float(q * np.sqrt(n_methods * (n_methods + 1) / (6 * n_targets)))
     average = ranks.mean().sort_values(kind="stable").rename("average_rank")
-    groups = _indistinct(average, critical)
-    text = _friedman_text(chi_square, p, critical, average, n_targets, alpha)
-    return FriedmanNemenyi(chi_square, p, critical, average, groups, text, ranks)
+    return FriedmanNemenyi(float(chi_square), float(p), critical, average, ranks)
 
 
 def _same_sources(scores: Mapping[str, float], truth: Mapping[str, float]) -> tuple[pd.Series, pd.Series]:
-    series = {}
+    found = []
     for name, values in (("scores", scores), ("truth", truth)):
-        values = dict(values)
-        if not values:
+        series = pd.Series({source: float(value) for source, value in dict(values).items()}, dtype=float)
+        if series.empty:
             raise InputError(f"{name} is empty; expected a value per source.")
-        array = np.array([float(value) for value in values.values()])
-        bad = np.isinf(array) if name == "scores" else ~np.isfinite(array)
-        if bad.any():
-            source = list(values)[int(np.argmax(bad))]
-            raise InputError(f"{name} of source {source} is {array[bad][0]}; expected a finite number.")
-        series[name] = pd.Series(array, pd.Index(list(values), dtype=object))
-    if unknown := [str(source) for source in series["scores"].index if source not in series["truth"].index]:
+        bad = series[np.isinf(series) if name == "scores" else ~np.isfinite(series)]
+        if len(bad):
+            raise InputError(f"{name} of source {bad.index[0]} is {bad.iloc[0]}; expected a finite number.")
+        found.append(series)
+    scores, truth = found
+    if unknown := [source for source in scores.index if source not in truth.index]:
         raise InputError(f"truth has no value for {listed(unknown, 5)}; expected one for every source in scores.")
-    return series["scores"], series["truth"]
-
-
-def _losing(scores: pd.Series) -> np.ndarray:
-    """Turned so that the smallest is best, NaN worst."""
-    return -np.where(np.isnan(scores), -np.inf, scores)
+    return scores, truth
 
 
 def _checked_table(table: pd.DataFrame) -> pd.DataFrame:
-    if not isinstance(table, pd.DataFrame):
-        raise InputError(f"table must be a DataFrame of targets by methods; found {type(table).__name__}.")
-    if table.shape[0] < 2 or table.shape[1] < 2:
-        raise InputError(
-            f"table has {table.shape[0]} targets (rows) and {table.shape[1]} methods (columns); at least 2 of each are "
-            "needed to compare methods over targets."
-        )
-    for what, names in (("target", table.index), ("method", table.columns)):
-        if names.has_duplicates:
-            raise InputError(f"table has {what} {names[names.duplicated()][0]} twice; keep one row per target.")
     try:
-        values = table.astype(float)
+        values = pd.DataFrame(table).astype(float)
     except (TypeError, ValueError) as error:
         raise InputError(f"table must hold numbers only; {error}.") from None
-    if np.isinf(values.to_numpy()).any():
+    if values.shape[0] < 2 or values.shape[1] < 3:
+        raise InputError(f"table must have at least 2 targets (rows) and 3 methods (columns); found {values.shape}.")
+    for what, names in (("target", values.index), ("method", values.columns)):
+        if names.has_duplicates:
+            raise InputError(f"table has {what} {names[names.duplicated()][0]} twice; keep one row per target.")
+    if np.isinf(values).any(axis=None):
         raise InputError("table holds an infinite value; give NaN for a method that has no value on a target.")
     return values
-
-
-def _indistinct(average: pd.Series, critical: float) -> tuple[tuple[str, ...], ...]:
-    ranks, groups, reached = average.to_numpy(), [], 0
-    for first in range(len(ranks)):
-        end = int(np.searchsorted(ranks, ranks[first] + critical))  # one as large as the critical one counts
-        if end > max(reached, first + 1):
-            groups.append(tuple(average.index[first:end]))
-            reached = end
-    return tuple(groups)
-
-
-def _friedman_text(
-    chi_square: float, p: float, critical: float, average: pd.Series, n_targets: int, alpha: float
-) -> str:
-    test = f"over {n_targets} targets (Friedman chi-square {chi_square:.3f}, p {p:.2g})"
-    best = average.index[0]
-    lead = f"{best} has the best average rank, {average[best]:.2f}"
-    if p >= alpha:
-        return f"No evidence that the {len(average)} methods differ {test}. {lead}, which may be chance."
-    named = {True: [], False: []}
-    for method, rank in average.iloc[1:].items():
-        named[bool(rank - average[best] < critical)].append(f"{method} {rank:.2f}")
-    text = f"The {len(average)} methods differ {test}. {lead}; with a critical difference of {critical:.2f} it "
-    text += f"is better than {listed(named[False])}" if named[False] else "is better than none of them"
-    return text + (f" and cannot be told from {listed(named[True])}." if named[True] else ".")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,64 +24,42 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from medtl_ext._validation import InputError
-from medtl_ext.ranking._words import listed
-
-__all__ = [
-    "Interval",
-    "PairedComparison",
-    "Verdict",
-    "audit_verdict",
-    "bootstrap_interval",
-    "holm",
-    "paired_comparison",
-]
+from medtl_ext.ranking._words import SYNTHETIC, listed, number_of_patients
 
 MINIMUM_PATIENTS = 4
 """With fewer validation patients no verdict is given: three differences agree in sign by chance once in four times."""
+CONFIDENCE = 0.95
+COST = {"zero_shot": 0, "scratch": 1}
+"""Nothing to train; nothing to obtain; all other arms have a source to obtain and to train on."""
 
 
-class Interval(NamedTuple):
-    """Lower and upper end, and the reason where there is something to say (too few values, no spread)."""
-
-    low: float
-    high: float
-    reason: str = ""
-
-
-def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0
-) -> Interval:
-    """Bias-corrected and accelerated bootstrap interval of a mean over patients.
+def bootstrap_interval(values: ArrayLike, *, n_resamples: int = 9999) -> tuple[float, float]:
+    """Bias-corrected and accelerated 95 % bootstrap interval of a mean over patients.
 
     Args:
         values: one number per patient, shape (n,).
-        confidence: nominal coverage, in (0, 1). With few patients the true coverage is lower (about .88 at n = 6).
-        n_resamples: bootstrap samples drawn.
-        seed: of the resampling; the same values and seed give the same interval.
+        n_resamples: bootstrap samples drawn; the same values give the same interval.
 
     Returns:
-        The interval; NaN at both ends with a reason below three values, of zero width with a reason when all are equal.
+        Lower and upper end; NaN below three values, of zero width when all are equal. With few patients the true
+        coverage is lower (about .88 at n = 6).
 
     Raises:
         InputError: ``values`` is not one-dimensional, empty or not finite.
 
-    >>> low, high, reason = bootstrap_interval([0.61, 0.55, 0.72, 0.64, 0.58, 0.70])
-    >>> round(low, 2), round(high, 2), reason
-    (0.59, 0.68, '')
-    >>> bootstrap_interval([0.5, 0.6]).reason
-    '2 patients are too few for an interval'
+    >>> low, high = bootstrap_interval([0.61, 0.55, 0.72, 0.64, 0.58, 0.70])
+    >>> round(low, 2), round(high, 2)
+    (0.59, 0.68)
     """
     values = _finite_vector("values", values)
-    mean = float(values.mean())
     if len(values) < 3:
-        count = "1 patient is" if len(values) == 1 else "2 patients are"
-        return Interval(np.nan, np.nan, f"{count} too few for an interval")
+        return np.nan, np.nan
     if np.ptp(values) < 1e-12:
-        return Interval(mean, mean, "all values are equal")
+        return float(values.mean()), float(values.mean())
     result = stats.bootstrap(
-        (values,), np.mean, confidence_level=confidence, n_resamples=n_resamples, rng=np.random.default_rng(seed)
+        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=n_resamples, rng=np.random.default_rng(0)
     )
-    return Interval(float(result.confidence_interval.low), float(result.confidence_interval.high))
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 @dataclass(frozen=True)
@@ -107,20 +84,12 @@ class PairedComparison:
     win: float
 
 
-def paired_comparison(
-    a: Mapping[str, float],
-    b: Mapping[str, float],
-    *,
-    confidence: float = 0.95,
-    n_resamples: int = 9999,
-    seed: int = 0,
-) -> PairedComparison:
+def paired_comparison(a: Mapping[str, float], b: Mapping[str, float], *, n_resamples: int = 9999) -> PairedComparison:
     """Compare two arms patient by patient.
 
     Args:
         a, b: value per subject (a dict or a pandas Series), higher is better; the same subjects in any order.
-        confidence: of the paired t interval.
-        n_resamples, seed: of the patient bootstrap behind ``win``.
+        n_resamples: of the patient bootstrap behind ``win``.
 
     Raises:
         InputError: the subjects differ, there are none, or a value is not finite.
@@ -134,22 +103,25 @@ def paired_comparison(
     a, b = dict(a), dict(b)
     if unpaired := sorted(map(str, a.keys() ^ b.keys())):
         raise InputError(
-            f"Paired comparison needs the same subjects on both sides; only one side has {', '.join(unpaired[:5])}"
-            f"{' ...' if len(unpaired) > 5 else ''}. Evaluate both on the same split."
+            f"Paired comparison needs the same subjects on both sides; only one side has {listed(unpaired, 5)}. "
+            "Evaluate both on the same split."
         )
     # Rounding removes the float noise that would otherwise break ties between equal differences.
     differences = np.round(np.array([float(a[subject]) - float(b[subject]) for subject in a]), 12)
     differences = _finite_vector("the paired differences", differences)
-    mean, low, high, p = _paired_t(differences, confidence)
-    return PairedComparison(
-        patients=len(differences),
-        difference=mean,
-        low=low,
-        high=high,
-        p=p,
-        p_wilcoxon=float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0,
-        win=_win_probability(differences, n_resamples, seed),
-    )
+    count, mean = len(differences), float(differences.mean())
+    low = high = p = win = np.nan
+    if count > 1 and np.ptp(differences) == 0:  # the interval has no width and the sign is certain
+        low, high, p = mean, mean, float(mean == 0)
+    elif count > 1:
+        test = stats.ttest_1samp(differences, 0)
+        low, high, p = (float(value) for value in (*test.confidence_interval(CONFIDENCE), test.pvalue))
+    if count > 2:
+        options = {"n_resamples": n_resamples, "method": "percentile", "rng": np.random.default_rng(0)}
+        means = stats.bootstrap((differences,), np.mean, **options).bootstrap_distribution
+        win = float(np.heaviside(means, 0.5).mean())
+    p_wilcoxon = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+    return PairedComparison(count, mean, low, high, p, p_wilcoxon, win)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -169,8 +141,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
         raise InputError(f"p_values must lie in [0, 1]; found {np.nanmin(p_values):g} to {np.nanmax(p_values):g}.")
     adjusted = np.full_like(p_values, np.nan)
     order = np.argsort(p_values)[: np.isfinite(p_values).sum()]  # NaN sorts last
-    factors = np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(factors * p_values[order]), 1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1)), 1)
     return adjusted
 
 
@@ -201,20 +172,18 @@ def audit_verdict(
     scores: Mapping[str, Mapping[str, float]],
     *,
     margin: float = 0.01,
-    confidence: float = 0.95,
     split: str = "validation",
     runs: int = 1,
     synthetic: bool = False,
     n_resamples: int = 9999,
-    seed: int = 0,
 ) -> Verdict:
     """Say which arm of a transfer audit to use, if the patients can tell.
 
     The arm with the highest mean is recommended when, against **every** other arm, the Holm-adjusted paired t test is
-    below ``1 - confidence``, it is ahead in at least ``confidence`` of the patient bootstraps, and its mean is ahead by
-    at least ``margin``. Otherwise the arms that fail one of the three are tied with it, there is no evidence to prefer,
-    and the best guess is the highest mean, or the cheapest arm within ``margin`` of it (zero_shot, then scratch, then
-    the others in the order given).
+    below .05, it is ahead in at least 95 % of the patient bootstraps, and its mean is ahead by at least ``margin``.
+    Otherwise the arms that fail one of the three are tied with it, there is no evidence to prefer, and the best guess
+    is the highest mean, or the cheapest arm within ``margin`` of it (zero_shot, then scratch, then the others in the
+    order given).
     The winner has to beat all others, so choosing the best of several does not inflate the error: with 6 patients a
     wrong preference comes up in under 1 % of audits of four equal arms, and in 5 % when two arms tie at the top.
 
@@ -222,11 +191,10 @@ def audit_verdict(
         scores: arm -> subject -> value, higher is better (mean Dice over classes, averaged over runs). The arms
             ``zero_shot`` and ``scratch`` have a meaning of their own; all others count as fine-tuned from the source.
         margin: smallest difference in mean worth acting on, in units of the score.
-        confidence: of all intervals, of the test and of the bootstrap.
         split: what the patients are called in the text.
         runs: training runs averaged per arm; with one, the text says that seeds were not looked at.
         synthetic: the text says that the data are synthetic.
-        n_resamples, seed: of the patient bootstrap.
+        n_resamples: of the patient bootstrap.
 
     Raises:
         InputError: fewer than two arms, arms with different subjects, or a value that is not finite.
@@ -243,181 +211,99 @@ def audit_verdict(
     """
     if len(scores) < 2:
         raise InputError(f"An audit compares at least two arms; found {', '.join(scores) or 'none'}.")
-    scores = {arm: dict(values) for arm, values in scores.items()}
-    means = {arm: _mean(f"the scores of {arm}", values) for arm, values in scores.items()}
-    best = max(means, key=means.__getitem__)
-    options = {"confidence": confidence, "n_resamples": n_resamples, "seed": seed}
-    against = {arm: paired_comparison(scores[best], scores[arm], **options) for arm in scores if arm != best}
-    table = _audit_table(scores, means, best, against, options)
-
-    patients = len(scores[best])
-    beaten = {
-        arm
-        for arm, p_holm in zip(table["arm"], table["p_holm"], strict=True)
-        if arm != best
-        and p_holm < 1 - confidence
-        and against[arm].win >= confidence
-        and against[arm].difference >= margin
-    }
-    by_cost = sorted(scores, key=_cost)
-    tied = tuple(arm for arm in by_cost if arm not in beaten)
-    harmed = _negative_transfer(scores, options) if patients >= MINIMUM_PATIENTS else {}
-
-    words = _Words(means, against, best, patients, split, confidence)
+    table = _audit_table(scores, n_resamples)
+    arms = table.set_index("arm")
+    patients = int(table["patients"][0])
+    is_beaten = (arms["p_holm"] < 1 - CONFIDENCE) & (arms["best_wins"] >= CONFIDENCE) & (arms["difference"] <= -margin)
+    by_cost = sorted(scores, key=lambda arm: COST.get(arm, 2))
+    on_patients = number_of_patients(patients, split)
+    recommendation, default, tied, harmed = None, None, tuple(by_cost), {}
     if patients < MINIMUM_PATIENTS:
-        recommendation, default, tied = None, None, tuple(by_cost)
-        sentences = [words.too_few()]
-    elif len(tied) == 1:
-        recommendation = default = best
-        sentences = [words.recommended()]
+        text = (
+            f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}, a fine one more. "
+            f"Mean Dice was {_named(arms)}."
+        )
     else:
-        # All arms are trained by now, so cost decides only between means that are the same for all practical purposes.
-        recommendation, default = None, next(arm for arm in by_cost if means[best] - means[arm] <= margin)
-        sentences = [words.undecided(tied, default)]
+        tied = tuple(arm for arm in by_cost if not is_beaten[arm])
+        if len(tied) == 1:
+            recommendation = default = arms.index[0]
+            text = _preferred_text(arms, on_patients)
+        else:
+            # All arms are trained by now, so cost decides only between means that are alike for all practical purposes.
+            default = next(arm for arm in by_cost if arms["mean"].max() - arms.loc[arm, "mean"] <= margin)
+            worse = [arm for arm in scores if is_beaten[arm]]
+            text = _undecided_text(arms, arms.loc[list(tied)], arms.loc[worse], default, on_patients)
+        if "scratch" in scores:  # each on its own comparison: a warning is not corrected for the others
+            tuned = [arm for arm in scores if arm not in COST]
+            found = {arm: paired_comparison(scores["scratch"], scores[arm], n_resamples=n_resamples) for arm in tuned}
+            harmed = {arm: comparison for arm, comparison in found.items() if comparison.low > 0}
     if harmed:
-        sentences.append(words.negative_transfer(harmed))
+        gaps = [f"{arm} is worse than scratch by {_gap(c.difference, c.low, c.high)}" for arm, c in harmed.items()]
+        text += f" {listed(gaps)}: negative transfer."
     if runs == 1:
-        sentences.append("One training run per arm: the spread between seeds is not in these figures.")
+        text += " One training run per arm: the spread between seeds is not in these figures."
     if synthetic:
-        sentences.append("These are synthetic data, which say nothing about a clinic.")
-    return Verdict(recommendation, tied, default, tuple(harmed), " ".join(sentences), table)
+        text += f" {SYNTHETIC}"
+    return Verdict(recommendation, tied, default, tuple(harmed), text, table)
 
 
 def _finite_vector(name: str, values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or values.size == 0:
-        raise InputError(f"{name} must be a list of at least one number, one per patient; found shape {values.shape}.")
-    if not np.isfinite(values).all():
-        raise InputError(f"{name} must be finite; {np.sum(~np.isfinite(values))} of {values.size} are NaN or infinite.")
+    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+        raise InputError(f"{name} must be finite numbers, one per patient and at least one; found {values.tolist()}.")
     return values
 
 
-def _mean(name: str, values: Mapping[str, float]) -> float:
-    return float(_finite_vector(name, list(values.values())).mean())
-
-
-def _paired_t(differences: np.ndarray, confidence: float) -> tuple[float, float, float, float]:
-    """Mean, interval and p of a paired t test; without spread the interval has no width and the sign is certain."""
-    mean = float(differences.mean())
-    if len(differences) < 2:
-        return mean, np.nan, np.nan, np.nan
-    if np.ptp(differences) == 0:
-        return mean, mean, mean, 1.0 if mean == 0 else 0.0
-    test = stats.ttest_1samp(differences, 0)
-    interval = test.confidence_interval(confidence)
-    return mean, float(interval.low), float(interval.high), float(test.pvalue)
-
-
-def _win_probability(differences: np.ndarray, n_resamples: int, seed: int) -> float:
-    if len(differences) < 3:
-        return np.nan
-    if np.ptp(differences) == 0:
-        return float(np.heaviside(differences[0], 0.5))
-    means = stats.bootstrap(
-        (differences,), np.mean, n_resamples=n_resamples, method="percentile", rng=np.random.default_rng(seed)
-    ).bootstrap_distribution
-    return float(np.heaviside(means, 0.5).mean())
-
-
-def _cost(arm: str) -> int:
-    """Nothing to train; nothing to obtain; a source to obtain and to train on."""
-    return {"zero_shot": 0, "scratch": 1}.get(arm, 2)
-
-
-def _audit_table(
-    scores: Mapping[str, Mapping[str, float]],
-    means: Mapping[str, float],
-    best: str,
-    against: Mapping[str, PairedComparison],
-    options: Mapping[str, float],
-) -> pd.DataFrame:
+def _audit_table(scores: Mapping[str, Mapping[str, float]], n_resamples: int) -> pd.DataFrame:
+    """A row per arm, the highest mean first; see `Verdict`."""
+    values = {arm: _finite_vector(f"the scores of {arm}", list(dict(of).values())) for arm, of in scores.items()}
+    best = max(values, key=lambda arm: values[arm].mean())
     records = []
-    for arm in sorted(means, key=means.__getitem__, reverse=True):
-        low, high, _ = bootstrap_interval(list(scores[arm].values()), **options)
-        record = {"arm": arm, "patients": len(scores[arm]), "mean": means[arm], "low": low, "high": high}
-        if arm == best:
-            record |= {"difference": 0.0}
-        else:
-            other = against[arm]
-            record |= {"difference": -other.difference, "difference_low": -other.high, "difference_high": -other.low}
-            record |= {"p": other.p, "p_wilcoxon": other.p_wilcoxon, "best_wins": other.win}
+    for arm, of in values.items():
+        low, high = bootstrap_interval(of, n_resamples=n_resamples)
+        record = {"arm": arm, "patients": len(of), "mean": of.mean(), "low": low, "high": high, "difference": 0.0}
+        if arm != best:
+            found = paired_comparison(scores[best], scores[arm], n_resamples=n_resamples)
+            record |= {"difference": -found.difference, "difference_low": -found.high, "difference_high": -found.low}
+            record |= {"p": found.p, "p_holm": np.nan, "p_wilcoxon": found.p_wilcoxon, "best_wins": found.win}
         records.append(record)
-    table = pd.DataFrame(records)
-    table.insert(table.columns.get_loc("p") + 1, "p_holm", holm(table["p"]))
-    return table
+    table = pd.DataFrame(records).sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+    return table.assign(p_holm=holm(table["p"]))
 
 
-def _negative_transfer(
-    scores: Mapping[str, Mapping[str, float]], options: Mapping[str, float]
-) -> dict[str, PairedComparison]:
-    """The fine-tuned arms that scratch beats, each on its own comparison: a warning is not corrected for the others."""
-    if "scratch" not in scores:
-        return {}
-    tuned = [arm for arm in scores if _cost(arm) == 2]
-    comparisons = {arm: paired_comparison(scores["scratch"], scores[arm], **options) for arm in tuned}
-    return {arm: c for arm, c in comparisons.items() if c.difference > 0 and c.p < 1 - options["confidence"]}
+def _gap(difference: float, low: float, high: float, over: str = "") -> str:
+    return f"{difference:.3f}{over} ({100 * CONFIDENCE:g} % interval {low:.3f} to {high:.3f})"
 
 
-@dataclass(frozen=True)
-class _Words:
-    """The sentences of a verdict."""
+def _behind(arm: pd.Series, over: str = "") -> str:
+    return _gap(-arm["difference"], -arm["difference_high"], -arm["difference_low"], over)
 
-    means: Mapping[str, float]
-    against: Mapping[str, PairedComparison]
-    best: str
-    patients: int
-    split: str
-    confidence: float
 
-    def interval(self, low: float, high: float) -> str:
-        return f"({100 * self.confidence:g} % interval {low:.3f} to {high:.3f})"
+def _named(arms: pd.DataFrame) -> str:
+    return listed([f"{arm} {mean:.3f}" for arm, mean in arms["mean"].items()])
 
-    def on_patients(self) -> str:
-        return f"{self.patients} {self.split} patient{'s' if self.patients > 1 else ''}"
 
-    def listed(self, arms: Sequence[str]) -> str:
-        return listed([f"{arm} {self.means[arm]:.3f}" for arm in arms])
+def _preferred_text(arms: pd.DataFrame, on_patients: str) -> str:
+    best, others = arms.index[0], arms.iloc[1:]
+    lead = {
+        "zero_shot": "Use the source as it is",
+        "scratch": "Do not transfer this source, training from scratch is better",
+    }.get(best, f"Fine-tune with {best}")
+    gaps = [f"{arm} by {_behind(row)}" for arm, row in others.iterrows()]
+    return f"{lead}: its mean Dice on {on_patients} is {arms['mean'].iloc[0]:.3f}, ahead of {listed(gaps)}."
 
-    def too_few(self) -> str:
-        arms = sorted(self.means, key=self.means.__getitem__, reverse=True)
-        return (
-            f"{self.on_patients()} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}, a fine one more. "
-            f"Mean Dice was {self.listed(arms)}."
-        )
 
-    def recommended(self) -> str:
-        lead = {
-            "zero_shot": "Use the source as it is",
-            "scratch": "Do not transfer this source, training from scratch is better",
-        }.get(self.best, f"Fine-tune with {self.best}")
-        gaps = [
-            f"{arm} by {c.difference:.3f} {self.interval(c.low, c.high)}"
-            for arm, c in sorted(self.against.items(), key=lambda item: item[1].difference)
-        ]
-        return f"{lead}: its mean Dice on {self.on_patients()} is {self.means[self.best]:.3f}, ahead of {listed(gaps)}."
-
-    def undecided(self, tied: Sequence[str], default: str) -> str:
-        ranked = sorted(tied, key=self.means.__getitem__, reverse=True)
-        worse = [arm for arm in self.means if arm not in tied]
-        text = f"No evidence to prefer: {self.listed(ranked)} mean Dice cannot be told apart on {self.on_patients()}"
-        text += f"; {self.listed(worse)} {'is' if len(worse) == 1 else 'are'} worse. " if worse else ". "
-        does = {"zero_shot": "using the source as it is (zero_shot)", "scratch": "training from scratch"}.get(
-            default, f"fine-tuning with {default}"
-        )
-        if default == self.best:
-            shared = list(self.means.values()).count(self.means[self.best]) > 1
-            nothing = " Every mean is 0: no arm has found anything." if not any(self.means.values()) else ""
-            ahead = ": no arm has a higher mean." if shared else ", which has the highest mean."
-            return f"{text}The best guess is {does}{ahead}{nothing}"
-        gap = self.against[default]
-        return text + (
-            f"The best guess is {does}, which costs less: its mean is within {gap.difference:.3f} of {self.best} "
-            f"{self.interval(gap.low, gap.high)}."
-        )
-
-    def negative_transfer(self, harmed: Mapping[str, PairedComparison]) -> str:
-        gaps = [
-            f"{arm} is worse than scratch by {c.difference:.3f} {self.interval(c.low, c.high)}"
-            for arm, c in harmed.items()
-        ]
-        return f"{listed(gaps)}: negative transfer."
+def _undecided_text(arms: pd.DataFrame, tied: pd.DataFrame, worse: pd.DataFrame, default: str, on_patients: str) -> str:
+    best, means = arms.index[0], arms["mean"]
+    ranked = tied.sort_values("mean", ascending=False, kind="stable")
+    text = f"No evidence to prefer: {_named(ranked)} mean Dice cannot be told apart on {on_patients}"
+    text += f"; {_named(worse)} {'is' if len(worse) == 1 else 'are'} worse. " if len(worse) else ". "
+    does = {
+        "zero_shot": "using the source as it is (zero_shot)",
+        "scratch": "training from scratch",
+    }.get(default, f"fine-tuning with {default}")
+    text += f"The best guess is {does}"
+    if default != best:
+        return f"{text}, which costs less: its mean is within {_behind(arms.loc[default], f' of {best}')}."
+    text += ": no arm has a higher mean." if means.eq(means.max()).sum() > 1 else ", which has the highest mean."
+    return text if means.any() else f"{text} Every mean is 0: no arm has found anything."

@@ -19,9 +19,7 @@ The draws are balanced: over all of them every patient comes up equally often.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,21 +28,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
-from tqdm import tqdm
 
 from medtl_ext._validation import InputError
-from medtl_ext.ranking._words import listed
-from medtl_ext.ranking.paired import MINIMUM_PATIENTS
-
-__all__ = ["SourceRanking", "baseline_rankings", "bootstrap_ranking"]
+from medtl_ext.ranking._words import SYNTHETIC, listed, number_of_patients
+from medtl_ext.ranking.paired import CONFIDENCE, MINIMUM_PATIENTS
 
 ScoreOfCounts = Callable[[np.ndarray], Any]
 """From how often each patient was drawn, an integer array, to one source's score."""
 PoolOfCounts = Callable[[np.ndarray], Mapping[str, Any]]
 """The same for all sources at once: source -> score."""
-BATCH = 100
-"""Resamples handed at a time to functions that take several."""
+Scores = PoolOfCounts | Mapping[str, ScoreOfCounts | Mapping[str, float] | ArrayLike]
+COLUMNS = ["score", "low", "high", "rank", "rank_low", "rank_high", "rank_mean"]
+COLUMNS += ["p_best", "leader_wins", "gap", "undefined"]
 
 
 @dataclass(frozen=True)
@@ -115,10 +110,8 @@ def baseline_rankings(
         17-T1-ET       1            3       2
     """
     sources = list(sources)
-    if not sources:
-        raise InputError("sources is empty; expected the names of the candidates.")
-    if twice := [source for source in sources if sources.count(source) > 1]:
-        raise InputError(f"sources names {twice[0]} twice; give every source its own name.")
+    if not sources or len(set(sources)) < len(sources):
+        raise InputError(f"sources must name at least one candidate, and none twice; found {listed(sources, 9)}.")
     shuffled = np.random.default_rng(seed).permutation(sorted(sources))  # sorted: the order of the list decides nothing
     chance = pd.Series(np.arange(len(sources)), shuffled)[sources].to_numpy()
     costs = {"random": chance}
@@ -133,19 +126,16 @@ def baseline_rankings(
 
 
 def bootstrap_ranking(
-    scores: PoolOfCounts | Mapping[str, ScoreOfCounts | Mapping[str, float] | ArrayLike],
+    scores: Scores,
     *,
     patients: int | None = None,
-    batched: bool = False,
     baselines: pd.DataFrame | None = None,
     minimum_win: float = 0.95,
     minimum_gap: float = 0.15,
-    confidence: float = 0.95,
     n_resamples: int = 1000,
     seed: int = 0,
     metric: str = "score",
     synthetic: bool = False,
-    progress: bool = False,
 ) -> SourceRanking:
     """Rank the candidate sources of one target, say how sure that is, and which one to prefer if any.
 
@@ -157,18 +147,14 @@ def bootstrap_ranking(
             FU, NCTI). NaN is no score: the source ranks last, and is never preferred nor tied.
         patients: number of patients; needed only when ``scores`` holds nothing but functions. They must all count the
             patients in one order.
-        batched: the functions take resamples x patients and give a score for each row, which is faster for
-            ``lambda counts: scores.resampled(counts)["logme"]`` with a `medtl_ext.metrics.PatientScores`.
         baselines: what `baseline_rankings` returned, or any table of ranks with a row per source and a column per
             ranker; shown beside the ranking.
         minimum_win: share of resamples in which the leader must be ahead of another source to be preferred to it.
         minimum_gap: difference of their scores, as a share of the range of all scores, that it must have besides.
-        confidence: of the intervals of score and rank.
         n_resamples: resamples of the patients.
         seed: of the resampling; the same scores and seed give the same result.
         metric: what the score is called in the text.
         synthetic: the text says that the data are synthetic.
-        progress: show a progress bar on a terminal.
 
     Returns:
         The ranking. A source is recommended when against every other scored one it wins at least ``minimum_win`` of
@@ -196,351 +182,209 @@ def bootstrap_ranking(
         >>> ranking.table[["source", "rank_low", "rank_high"]].to_dict("list")
         {'source': ['13-T1-ED', '14-T2-ED', '17-T1-ET'], 'rank_low': [1.0, 1.0, 3.0], 'rank_high': [2.0, 2.0, 3.0]}
     """
-    _check_options(minimum_win, minimum_gap, confidence, n_resamples)
-    pool, patients = _as_pool(scores, patients, batched)
-    found = _called(pool, np.ones((1, patients), dtype=np.int64))
-    if not found:
-        raise InputError("scores returned no source; expected at least one candidate.")
-    observed = pd.Series({source: score[0] for source, score in found.items()}, pd.Index(list(found), dtype=object))
-    ranks = _checked_baselines(baselines, observed.index)
-    if patients < 3:
-        resampled = np.full((0, len(observed)), np.nan)
-    else:
-        draws = _balanced_draws(patients, n_resamples, seed)
-        resampled = _resample(pool, draws, observed, BATCH if batched else 1, progress)
-    table = _ranking_table(observed, resampled, ranks, confidence)
-
-    scored = table[table["score"].notna()]
-    first = _equal_to_first(scored["score"])
-    behind = (scored["leader_wins"] >= minimum_win) & (scored["gap"] >= minimum_gap) & ~first
-    tied = tuple(scored.loc[~behind, "source"])
-    picks = _picks(table, ranks)
-    words = _Words(table, picks, patients, confidence, minimum_win, minimum_gap, metric)
-    recommendation, default = None, tied[0] if tied else None
-    if not len(scored):
-        sentences = [words.nothing()]
-    elif len(scored) == 1:
-        sentences = [words.alone()]
-    elif patients < MINIMUM_PATIENTS:
-        default, tied, sentences = None, tuple(scored["source"]), [words.too_few()]
-    elif len(tied) == 1:
-        recommendation, sentences = default, [words.recommended()]
-    else:
-        default = default if first.sum() == 1 else None  # the order of the list is no reason
-        sentences = [words.undecided(tied, list(scored.loc[first, "source"]))]
-    sentences += words.remarks(n_resamples - len(resampled) if len(resampled) else 0, n_resamples)
-    if synthetic:
-        sentences.append("These are synthetic data, which say nothing about a clinic.")
-    text = " ".join(sentences)
-    return SourceRanking(recommendation, tied, default, patients, len(resampled), text, table, picks)
-
-
-def _equal_to_first(scores: pd.Series) -> pd.Series:
-    """Which scores, best first, are equal to the first but for rounding."""
-    if not len(scores):
-        return pd.Series([], scores.index, bool)
-    rounding = 1e-12 * np.abs(scores[np.isfinite(scores)]).max()
-    return pd.Series(np.isclose(scores, scores.iloc[0], rtol=0, atol=rounding), scores.index, bool)
-
-
-def _check_options(minimum_win: float, minimum_gap: float, confidence: float, n_resamples: int) -> None:
     # A win probability of one half or less would prefer the loser of a pair.
     if not 0.5 < minimum_win <= 1:
         raise InputError(f"minimum_win must lie above 0.5 and at most at 1; found {minimum_win:g}.")
     if not 0 <= minimum_gap <= 1:
         raise InputError(f"minimum_gap must lie in [0, 1]; found {minimum_gap:g}.")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence must lie between 0 and 1; found {confidence:g}.")
     if n_resamples < 1:
         raise InputError(f"n_resamples must be at least 1; found {n_resamples}.")
+    pool, patients = _as_pool(scores, patients)
+    observed = pd.Series(_called(pool, np.ones(patients, dtype=np.int64)), dtype=float)
+    if observed.empty:
+        raise InputError("scores returned no source; expected at least one candidate.")
+    ranks = pd.DataFrame({} if baselines is None else baselines).reindex(observed.index)
+    if len(unranked := ranks.index[ranks.isna().any(axis=1)]):
+        raise InputError(f"baselines has no rank for {listed(unranked, 5)}; give it the same sources as scores.")
+    resampled = _resampled(pool, patients, observed, n_resamples if patients >= 3 else 0, seed)
+    table = _ranking_table(observed, resampled)
+    picks = table.loc[ranks.idxmin(), ["score", "rank", "leader_wins", "gap"]].reset_index(names="pick")
+    picks.insert(0, "baseline", list(ranks))
+
+    scored = table[table["score"].notna()]
+    first = scored["score"] >= scored["score"].max() - 1e-12 * scored["score"].abs().max()  # equal but for rounding
+    alike = scored[(scored["leader_wins"] < minimum_win) | (scored["gap"] < minimum_gap) | first]
+    recommendation, default, tied = None, None, tuple(scored.index)
+    on_patients = number_of_patients(patients, "target")
+    if scored.empty:
+        text = f"No verdict: no source has a score ({metric}) on {on_patients}."
+    elif len(scored) == 1:
+        default = tied[0]
+        text = (
+            f"{_named(scored)} is the only candidate{'' if len(table) == 1 else ' with a score'}: by {metric} there is "
+            "nothing to compare it with, and no evidence to prefer it."
+        )
+    elif patients < MINIMUM_PATIENTS:
+        text = (
+            f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}. "
+            f"By {metric} the order was {_named(scored)}."
+        )
+    elif len(alike) == 1:
+        recommendation, default, tied = tied[0], tied[0], tied[:1]
+        text = _preferred_text(scored, metric, on_patients)
+    else:
+        tied = tuple(alike.index)
+        default = tied[0] if first.sum() == 1 else None  # the order of the list is no reason
+        demanded = f"{_percent(minimum_win)} and {_percent(minimum_gap)}"
+        text = _undecided_text(scored, alike, scored.index[first], metric, on_patients, demanded)
+    refused = len(resampled) and n_resamples - len(resampled)
+    text += _remarks(table, picks, patients, f"{refused} of {n_resamples}" if refused else "")
+    if synthetic:
+        text += f" {SYNTHETIC}"
+    table = table.join(ranks.add_suffix("_rank")).rename_axis("source").reset_index()
+    return SourceRanking(recommendation, tied, default, patients, len(resampled), text, table, picks)
 
 
-def mean_relative_rank(sources: Sequence[str], other_targets: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+def mean_relative_rank(sources: Sequence[str], other_targets: Mapping[str, Mapping[str, float]]) -> pd.Series:
     """Mean over the other targets of each source's rank there, from 0, the best, to 1; NaN where it is on none."""
     relative = []
     for values in other_targets.values():
-        known = {source: float(values[source]) for source in sources if source in values}
+        known = pd.Series({source: float(values[source]) for source in sources if source in values}, dtype=float)
         if len(known) > 1:  # a source alone on a target was compared with nothing
-            ranks = stats.rankdata(_losing(np.array(list(known.values()))))
-            relative.append(pd.Series((ranks - 1) / (len(known) - 1), list(known)))
-    if not relative:
-        return np.full(len(sources), np.nan)
-    return pd.concat(relative, axis=1).reindex(sources).mean(axis=1).to_numpy()
+            relative.append((known.rank(ascending=False, na_option="bottom") - 1) / (len(known) - 1))
+    return pd.DataFrame(relative).reindex(columns=sources).mean().astype(float).round(9)
 
 
-def _as_pool(
-    scores: PoolOfCounts | Mapping[str, ScoreOfCounts | Mapping[str, float] | ArrayLike],
-    patients: int | None,
-    batched: bool,
-) -> tuple[PoolOfCounts, int]:
-    """One function from resamples x patients to all scores, whatever form they came in, and the number of patients."""
-    if callable(scores):
-        patients = _checked_patients(patients, {})
-        return scores if batched else lambda counts: _in_rows(scores(counts[0])), patients
-    if not (scores := dict(scores)):
-        raise InputError("scores holds no source; expected at least one candidate.")
-    aligned = _aligned({source: dict(values) for source, values in scores.items() if hasattr(values, "keys")})
-    functions, lengths = {}, {}
-    for source, values in scores.items():
-        if callable(values):
-            functions[source] = values if batched else partial(_of_one, values)
-            continue
-        try:
-            vector = np.asarray(aligned.get(source, values), dtype=float)
-        except (TypeError, ValueError):
-            found = type(values).__name__
-            raise InputError(f"scores of {source} must be numbers or a function of counts; found {found}.") from None
-        if vector.ndim != 1 or not vector.size:
-            raise InputError(f"scores of {source} must be one number per patient; found shape {vector.shape}.")
-        functions[source], lengths[source] = partial(_weighted_mean, vector), len(vector)
-    patients = _checked_patients(patients, lengths)
-    return lambda counts: {source: score(counts) for source, score in functions.items()}, patients
-
-
-def _in_rows(scores: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {source: [score] for source, score in scores.items()}
-
-
-def _of_one(score: ScoreOfCounts, counts: np.ndarray) -> list[Any]:
-    return [score(counts[0])]
-
-
-def _aligned(keyed: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
-    """The values of each source in one order of patients, which does not depend on the order they came in."""
-    aligned = {}
-    for source, values in keyed.items():
-        first = next(iter(keyed))
-        if unpaired := sorted(map(str, values.keys() ^ keyed[first].keys())):
+def _as_pool(scores: Scores, patients: int | None) -> tuple[PoolOfCounts, int]:
+    """One function of the counts to all scores, whatever form they came in, and the number of patients."""
+    vectors = {}
+    if not callable(scores):
+        if not (scores := dict(scores)):
+            raise InputError("scores holds no source; expected at least one candidate.")
+        vectors = {source: _per_patient(source, values) for source, values in scores.items() if not callable(values)}
+    for source, vector in vectors.items():
+        first = next(iter(vectors))
+        if len(unpaired := vector.index.symmetric_difference(vectors[first].index)):
             raise InputError(
-                f"scores of {source} and {first} are not of the same patients; only one has {listed(unpaired, 5)}. "
-                "Score every source on the same patients."
+                f"scores of {source} and {first} must be of the same patients; only one has {listed(unpaired, 5)}."
             )
-        aligned[source] = [values[patient] for patient in sorted(values, key=str)]
-    return aligned
+        if patients not in (None, len(vector)):
+            raise InputError(f"scores of {source} are of {len(vector)} patients; patients says {patients}.")
+        patients = len(vector)
+    if isinstance(patients, bool) or not isinstance(patients, (int, np.integer)) or patients < 1:
+        raise InputError(f"patients, which functions count, must be an integer of at least 1; found {patients!r}.")
+    if callable(scores):
+        return scores, int(patients)
+    functions = scores | {source: partial(np.average, vector, None) for source, vector in vectors.items()}  # by weight
+    return lambda counts: {source: score(counts) for source, score in functions.items()}, int(patients)
 
 
-def _weighted_mean(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return counts @ values / counts.sum(axis=-1)
+def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Series:
+    """The values in an order of patients that does not depend on the order they came in."""
+    keyed = hasattr(values, "keys")
+    try:
+        vector = pd.Series(dict(values) if keyed else np.asarray([*values]), dtype=float)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"scores of {source} must be numbers, one per patient; found {type(values).__name__}."
+        ) from None
+    return vector.sort_index(key=lambda names: names.astype(str)) if keyed else vector
 
 
-def _checked_patients(patients: int | None, lengths: Mapping[str, int]) -> int:
-    found = dict(lengths) if patients is None else {"patients": patients, **lengths}
-    if not found:
-        raise InputError("patients is needed where scores are functions: the number of patients they count.")
-    if len(set(found.values())) > 1:
-        counts = [f"{name} {count}" for name, count in found.items()]
-        raise InputError(f"scores must be of the same patients; found the numbers {listed(counts, 5)}.")
-    number = next(iter(found.values()))
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
-        raise InputError(f"patients must be an integer of at least 1; found {number!r}.")
-    return int(number)
-
-
-def _called(pool: PoolOfCounts, counts: np.ndarray) -> dict[str, list[float]]:
-    """Source -> score in each resample, checked."""
-    scores = {}
-    for source, values in pool(counts).items():
-        scores[source] = [float(value) for value in values]
-        if len(scores[source]) != len(counts):
-            raise InputError(f"the function of {source} gave {len(scores[source])} scores for {len(counts)} resamples.")
-        if any(map(math.isinf, scores[source])):
-            raise InputError(f"the score of {source} is infinite; expected a number, or NaN where there is none.")
+def _called(pool: PoolOfCounts, counts: np.ndarray) -> dict[str, float]:
+    scores = {source: float(score) for source, score in pool(counts).items()}
+    if infinite := [source for source, score in scores.items() if np.isinf(score)]:
+        raise InputError(f"the score of {infinite[0]} is infinite; expected a number, or NaN where there is none.")
     return scores
 
 
-def _balanced_draws(patients: int, n_resamples: int, seed: int) -> np.ndarray:
-    """How often each patient (columns) is in each resample (rows); over all resamples every one equally often.
+def _resampled(pool: PoolOfCounts, patients: int, observed: pd.Series, n_resamples: int, seed: int) -> pd.DataFrame:
+    """Scores of all sources (columns) in each usable resample (rows), each source's mean moved to its score.
 
-    The mean of a resampled mean is then exactly the mean, so that moving resampled scores to their score leaves it be.
+    Over all resamples every patient is drawn equally often: the mean of a resampled mean is then exactly the mean, so
+    that moving resampled scores to their score leaves it be.
     """
     drawn = np.random.default_rng(seed).permutation(np.tile(np.arange(patients), n_resamples))
-    cells = np.repeat(np.arange(n_resamples), patients) * patients + drawn
-    return np.bincount(cells, minlength=n_resamples * patients).reshape(n_resamples, patients)
-
-
-def _resample(pool: PoolOfCounts, draws: np.ndarray, observed: pd.Series, batch: int, progress: bool) -> np.ndarray:
-    """Scores of all sources (columns) in each usable resample (rows), each source's mean moved to its score."""
-    resampled = _scored(pool, draws, observed.index, batch, progress)
-    resampled[:, observed.isna()] = np.nan
-    valid = np.isfinite(resampled)
-    means = np.where(valid, resampled, 0).sum(axis=0) / np.maximum(valid.sum(axis=0), 1)
-    resampled += observed.to_numpy() - means
-    # Rounding keeps equal scores equal, which the last bit of the shift would tell apart.
-    unit = observed.abs().max() if observed.any() else 1.0
-    return np.round(resampled / unit, 12) * unit
-
-
-def _scored(pool: PoolOfCounts, draws: np.ndarray, sources: pd.Index, batch: int, progress: bool) -> np.ndarray:
     rows, refusal = [], None
-    waiting = deque(draws[start : start + batch] for start in range(0, len(draws), batch))
-    bar = tqdm(desc="resampling patients", total=len(draws), unit="resample", disable=None if progress else True)
-    with bar, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        while waiting:
-            counts = waiting.popleft()
+        for draw in drawn.reshape(n_resamples, patients):
             try:
-                scores = _called(pool, counts)
+                rows.append(_called(pool, np.bincount(draw, minlength=patients)))
             except InputError as error:
                 refusal = error
-                if len(counts) > 1:  # which of them it was
-                    waiting.extendleft(reversed(np.split(counts, len(counts))))
-                    continue
-            else:
-                nothing = [np.nan] * len(counts)
-                rows.append(np.column_stack([scores.get(source, nothing) for source in sources]))
-            bar.update(len(counts))
-    usable = sum(map(len, rows))
-    if usable < len(draws) / 2:
-        raise InputError(f"only {usable} of {len(draws)} resamples of the patients have scores: {refusal}")
-    return np.concatenate(rows)
+    if len(rows) < n_resamples / 2:
+        raise InputError(f"only {len(rows)} of {n_resamples} resamples of the patients have scores: {refusal}")
+    resampled = pd.DataFrame(rows, columns=observed.index, dtype=float)
+    resampled.loc[:, observed.isna()] = np.nan
+    resampled += observed - resampled.mean()
+    # Rounding keeps equal scores equal, which the last bit of the shift would tell apart.
+    unit = observed.abs().max() or 1.0
+    return (resampled / unit).round(12) * unit
 
 
-def _ranking_table(
-    observed: pd.Series, resampled: np.ndarray, baselines: pd.DataFrame, confidence: float
-) -> pd.DataFrame:
-    order = np.argsort(_losing(observed.to_numpy()), kind="stable")
-    score, resampled = observed.to_numpy()[order], resampled[:, order]
-    table = pd.DataFrame({"source": observed.index[order], "score": score})
-    # Half of what is left of the confidence, at either end.
-    ends = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    ranks = stats.rankdata(_losing(resampled), axis=1) if len(resampled) else resampled
-    table["low"], table["high"] = _quantiles(resampled, ends, "linear")
-    table["rank"] = stats.rankdata(_losing(score), method="min").astype(int)
-    table["rank_low"], table["rank_high"] = _quantiles(ranks, ends, "inverted_cdf")
-    table["rank_mean"] = ranks.mean(axis=0) if len(ranks) else np.nan
-    table["p_best"] = _share_of_first(resampled) if len(ranks) else np.nan
-    ahead = np.heaviside(ranks - ranks[:, :1], 0.5)
-    table["leader_wins"] = ahead.mean(axis=0) if len(ranks) else np.nan
-    spread = np.ptp(score[np.isfinite(score)]) if np.isfinite(score[0]) else np.nan
-    table["gap"] = (score[0] - score) / (spread or 1.0)
-    table.loc[0, "leader_wins"] = np.nan  # against itself
-    table["undefined"] = np.isnan(resampled).mean(axis=0) if len(ranks) else np.nan
-    for name in baselines:
-        table[f"{name}_rank"] = baselines.loc[table["source"], name].to_numpy()
-    return table
+def _ranking_table(observed: pd.Series, resampled: pd.DataFrame) -> pd.DataFrame:
+    observed = observed.sort_values(ascending=False, kind="stable")
+    table = pd.DataFrame({"score": observed})
+    table["rank"] = observed.rank(ascending=False, method="min", na_option="bottom").astype(int)
+    table["gap"] = (observed.max() - observed) / ((observed.max() - observed.min()) or 1.0)
+    if len(resampled):
+        resampled, leader = resampled[observed.index], observed.index[0]
+        ranks = resampled.rank(axis=1, ascending=False, na_option="bottom")
+        first = ranks.eq(ranks.min(axis=1), axis=0)
+        # Half of what is left of the confidence, at either end.
+        ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+        table["low"], table["high"] = resampled.quantile(ends).to_numpy()
+        table["rank_low"], table["rank_high"] = np.quantile(ranks, ends, axis=0, method="inverted_cdf")
+        table["rank_mean"] = ranks.mean()
+        table["p_best"] = first.div(first.sum(axis=1), axis=0).mean()
+        table["leader_wins"] = np.heaviside(ranks.sub(ranks[leader], axis=0), 0.5).mean()
+        table.loc[leader, "leader_wins"] = np.nan  # against itself
+        table["undefined"] = resampled.isna().mean()
+    return table.reindex(columns=COLUMNS)
 
 
-def _losing(scores: np.ndarray) -> np.ndarray:
-    """Turned so that the smallest is best, and no score is worst."""
-    return np.where(np.isnan(scores), np.inf, -scores)
+def _preferred_text(scored: pd.DataFrame, metric: str, on_patients: str) -> str:
+    leader, others = scored.iloc[0], scored.iloc[1:]
+    wins = others["leader_wins"].min()
+    return (
+        f"Transfer from {scored.index[0]}: its {metric} of {_number(leader['score'])} ({100 * CONFIDENCE:g} % interval "
+        f"{_number(leader['low'])} to {_number(leader['high'])}) is the highest of {len(scored)} sources on "
+        f"{on_patients}. It is ahead of each of the others in "
+        f"{'all' if wins == 1 else f'at least {_percent(wins)} of the'} patient resamples and by at least "
+        f"{_percent(others['gap'].min())} of the candidates' range; the next is {_named(others[:1])}."
+    )
 
 
-def _quantiles(values: np.ndarray, ends: np.ndarray, method: str) -> np.ndarray:
-    """Of each column, over what is no NaN."""
-    columns = [column[~np.isnan(column)] for column in values.T]
-    return np.array([np.quantile(c, ends, method=method) if len(c) else [np.nan] * 2 for c in columns]).T
-
-
-def _share_of_first(resampled: np.ndarray) -> np.ndarray:
-    losing = _losing(resampled)
-    first = losing == losing.min(axis=1, keepdims=True)
-    return (first / first.sum(axis=1, keepdims=True)).mean(axis=0)
-
-
-def _checked_baselines(baselines: pd.DataFrame | None, sources: pd.Index) -> pd.DataFrame:
-    if baselines is None:
-        return pd.DataFrame(index=sources)
-    baselines = pd.DataFrame(baselines).reindex(sources)
-    if (unranked := baselines.isna().any(axis=1)).any():
-        missing = [str(source) for source in sources[unranked]]
-        raise InputError(f"baselines has no rank for {listed(missing, 5)}; give it the same sources as scores.")
-    return baselines
-
-
-def _picks(table: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
-    chosen = [baselines[name].idxmin() for name in baselines]
-    rows = table.set_index("source").loc[chosen, ["score", "rank", "leader_wins", "gap"]].reset_index(names="pick")
-    rows.insert(0, "baseline", list(baselines))
-    return rows
-
-
-@dataclass(frozen=True)
-class _Words:
-    """The sentences of a verdict."""
-
-    table: pd.DataFrame
-    picks: pd.DataFrame
-    patients: int
-    confidence: float
-    minimum_win: float
-    minimum_gap: float
-    metric: str
-
-    @property
-    def scored(self) -> pd.DataFrame:
-        return self.table[self.table["score"].notna()]
-
-    def on_patients(self) -> str:
-        return f"{self.patients} target patient{'s' if self.patients > 1 else ''}"
-
-    def named(self, sources: Sequence[str]) -> str:
-        scores = self.table.set_index("source")["score"]
-        return listed([f"{source} {_number(scores[source])}" for source in sources], 6)
-
-    def nothing(self) -> str:
-        return f"No verdict: no source has a score ({self.metric}) on {self.on_patients()}."
-
-    def alone(self) -> str:
-        pool = "the only candidate" if len(self.table) == 1 else "the only candidate with a score"
-        return (
-            f"{self.named([self.scored['source'].iloc[0]])} is {pool}: by {self.metric} there is nothing to compare it "
-            "with, and no evidence to prefer it."
+def _undecided_text(
+    scored: pd.DataFrame, tied: pd.DataFrame, first: Sequence[str], metric: str, on_patients: str, demanded: str
+) -> str:
+    rest = len(scored) - len(tied)
+    text = f"No evidence to prefer: by {metric}, {_named(tied)} cannot be told apart on {on_patients}"
+    text += f"; the other {'source is' if rest == 1 else f'{rest} sources are'} worse. " if rest else ". "
+    if len(first) > 1:
+        text += f"There is no best guess: {listed(first, 6)} have the same score."
+    else:
+        runner_up = scored.iloc[1]
+        text += (
+            f"The best guess is {tied.index[0]}, which has the highest {metric}: it is ahead of {runner_up.name} in "
+            f"{_percent(runner_up['leader_wins'])} of the patient resamples and by {_percent(runner_up['gap'])} of the "
+            f"candidates' range, where a preference takes {demanded}."
         )
+    settle = "finished and compared on validation patients, would settle it."
+    return f"{text} Short fine-tunings of the {len(tied)}, {settle}"
 
-    def too_few(self) -> str:
-        return (
-            f"{self.on_patients()} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}. "
-            f"By {self.metric} the order was {self.named(self.scored['source'])}."
-        )
 
-    def recommended(self) -> str:
-        leader, others = self.scored.iloc[0], self.scored.iloc[1:]
-        wins = others["leader_wins"].min()
-        return (
-            f"Transfer from {leader['source']}: its {self.metric} of {_number(leader['score'])} "
-            f"({100 * self.confidence:g} % interval {_number(leader['low'])} to {_number(leader['high'])}) is the "
-            f"highest of {len(self.scored)} sources on {self.on_patients()}. It is ahead of each of the others in "
-            f"{'all' if wins == 1 else f'at least {_percent(wins)} of the'} patient resamples and by at least "
-            f"{_percent(others['gap'].min())} of the candidates' range; the next is {self.named(others['source'][:1])}."
+def _remarks(table: pd.DataFrame, picks: pd.DataFrame, patients: int, refused: str) -> str:
+    """What has to be known besides the verdict."""
+    unscored = table.index[table["score"].isna()]
+    text = f" No score: {listed(unscored, 6)}." if 0 < len(unscored) < len(table) else ""
+    if len(table) - len(unscored) == 2 and patients >= MINIMUM_PATIENTS:
+        text += (
+            " With two scores the gap is all of the range and checks nothing: the bootstrap alone, which is "
+            "over-confident, decides."
         )
+    if refused:
+        text += f" {refused} resamples of the patients could not be scored."
+    if len(picks) and len(table) > 1:
+        names = {"random": "chance", "source_size": "source size", "static": "a static ranking"}
+        said = [f"{names.get(row.baseline, row.baseline)} would pick {row.pick}" for row in picks.itertuples()]
+        text += f" Without looking at the target, {listed(said)}."
+    return f"{text} None of this says that a transfer beats training from scratch."
 
-    def undecided(self, tied: Sequence[str], first: Sequence[str]) -> str:
-        next_one = self.scored.iloc[1]
-        rest = len(self.scored) - len(tied)
-        text = f"No evidence to prefer: by {self.metric}, {self.named(tied)} cannot be told apart "
-        text += f"on {self.on_patients()}"
-        text += f"; the other {'source is' if rest == 1 else f'{rest} sources are'} worse. " if rest else ". "
-        settle = (
-            f" Short fine-tunings of the {len(tied)}, finished and compared on validation patients, would settle it."
-        )
-        if len(first) > 1:
-            return f"{text}There is no best guess: {listed(first, 6)} have the same score.{settle}"
-        return text + (
-            f"The best guess is {tied[0]}, which has the highest {self.metric}: it is ahead of {next_one['source']} in "
-            f"{_percent(next_one['leader_wins'])} of the patient resamples and by {_percent(next_one['gap'])} of the "
-            f"candidates' range, where a preference takes {_percent(self.minimum_win)} and "
-            f"{_percent(self.minimum_gap)}.{settle}"
-        )
 
-    def remarks(self, refused: int, n_resamples: int) -> list[str]:
-        """What has to be known besides the verdict."""
-        remarks = []
-        unscored = self.table.loc[self.table["score"].isna(), "source"]
-        if len(unscored) and len(self.scored):
-            remarks.append(f"No score: {listed(list(unscored), 6)}.")
-        if len(self.scored) == 2 and self.patients >= MINIMUM_PATIENTS:
-            remarks.append(
-                "With two scores the gap is all of the range and checks nothing: the bootstrap alone, which is "
-                "over-confident, decides."
-            )
-        if refused:
-            remarks.append(f"{refused} of {n_resamples} resamples of the patients could not be scored.")
-        if len(self.picks) and len(self.table) > 1:
-            names = {"random": "chance", "source_size": "source size", "static": "a static ranking"}
-            said = [f"{names.get(row.baseline, row.baseline)} would pick {row.pick}" for row in self.picks.itertuples()]
-            remarks.append(f"Without looking at the target, {listed(said)}.")
-        remarks.append("None of this says that a transfer beats training from scratch.")
-        return remarks
+def _named(scored: pd.DataFrame) -> str:
+    return listed([f"{source} {_number(score)}" for source, score in scored["score"].items()], 6)
 
 
 def _number(value: float) -> str:

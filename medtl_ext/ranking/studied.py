@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from medtl_ext.ranking.sources import mean_relative_rank
-
-__all__ = ["agreement_over_targets", "known_elsewhere", "verdict_claim"]
 
 
 def agreement_over_targets(sources: pd.DataFrame, judge: Callable[..., pd.DataFrame], *, outcome: str) -> pd.DataFrame:
@@ -53,13 +50,10 @@ def known_elsewhere(sources: pd.DataFrame, target: str, seed: int, *, outcome: s
     """
     sources = sources[sources["seed"] == seed]
     others = sources[sources["target"] != target].groupby("target")
-    known = {name: group.set_index("source")[outcome].to_dict() for name, group in others}
-    names = sorted(set(sources.loc[sources["target"] == target, "source"]))
-    if not known:
+    if not (known := {name: group.set_index("source")[outcome] for name, group in others}):
         return None
-    costs = np.round(mean_relative_rank(names, known), 9)
-    ranks = stats.rankdata(np.where(np.isnan(costs), np.inf, costs))  # on no other target: last
-    return dict(zip(names, (-ranks).tolist(), strict=True))
+    costs = mean_relative_rank(sorted(set(sources.loc[sources["target"] == target, "source"])), known)
+    return (-costs.rank(na_option="bottom")).to_dict()  # on no other target: last
 
 
 def verdict_claim(
@@ -77,8 +71,7 @@ def verdict_claim(
     called = {key: verdict["recommendation"] for key, verdict in verdicts.items() if verdict["recommendation"]}
     right = sum(truth[key].idxmax() == source for key, source in called.items())
     held = sum(truth[key].idxmax() in verdict["tied"] for key, verdict in verdicts.items())
-    guessed = {key: verdict["default"] for key, verdict in verdicts.items() if verdict["default"]}
-    regret = [truth[key].max() - truth[key][source] for key, source in guessed.items()]
+    regret = [truth[key].max() - truth[key][told["default"]] for key, told in verdicts.items() if told["default"]]
     sizes = [len(verdict["tied"]) for verdict in verdicts.values()]
     return (
         f"**Is the verdict calibrated?** Of {len(verdicts)} rankings {len(called)} name one source, {right} of them "

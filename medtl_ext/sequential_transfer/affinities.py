@@ -151,7 +151,7 @@ class SeqTranAffinity:
 
 
 class ContextAffinity:
-    """`medtl_ext.affinity.context_affinity`: intensity in and around the RoI, its shape, and the body's intensities."""
+    """`medtl_ext.affinity.pairwise_context`: intensity in and around the RoI, its shape, and the body's intensities."""
 
     name = "context"
 

@@ -16,7 +16,7 @@ from medtl_ext.transfer.page import Report, html_report
 from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table, summarize
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Maps, Observation, Predictions, Score
-from medtl_ext.transfer.sources import Source, find_sources, single_source
+from medtl_ext.transfer.sources import SingleSource, Source, find_sources
 from medtl_ext.transfer.study import Study
 from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, images_to_classify, images_to_segment
 from medtl_ext.transfer.truth import FineTuneSources
@@ -39,6 +39,7 @@ __all__ = [
     "ScoreImages",
     "ScorePatients",
     "SegmentationTask",
+    "SingleSource",
     "Source",
     "StoppedTraining",
     "Study",
@@ -56,7 +57,6 @@ __all__ = [
     "patient_table",
     "run_command",
     "run_jobs",
-    "single_source",
     "start",
     "summarize",
 ]

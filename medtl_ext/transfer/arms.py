@@ -12,7 +12,7 @@ import pandas as pd
 from medtl_ext.ranking import Verdict
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.report import audit_report
-from medtl_ext.transfer.sources import Source
+from medtl_ext.transfer.sources import SingleSource, Source
 from medtl_ext.transfer.tasks import SegmentationTask
 
 __all__ = ["TransferAudit", "arm_rows", "finetuning_job"]
@@ -53,7 +53,7 @@ class TransferAudit:
         arms: names of overlay configs; none leaves the audit out.
     """
 
-    def __init__(self, *, run: Run, target: SegmentationTask, source: Source, arms: Sequence[str]) -> None:
+    def __init__(self, *, run: Run, target: SegmentationTask, source: SingleSource, arms: Sequence[str]) -> None:
         self.here, self.target, self.source, self.arms = run, target, source, arms
 
     def run(self) -> Verdict | None:

@@ -15,8 +15,7 @@ from monai.engines import SupervisedEvaluator
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices
-from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking
-from medtl_ext.ranking._words import listed
+from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Run, run_command
 from medtl_ext.transfer.scores import SCORES, Observation, observe, patients_of, resampled_scores, score_values
@@ -236,13 +235,16 @@ class RankSources:
 
     def command(self, source: Source) -> str:
         """What to type next: the fine-tuning from a source."""
+        overrides = finetuning_job(self.here, Path(), source).overrides
+        options = {"target_task": self.here.config["target_task"]} | self.changed()
+        options |= {name: value for name, value in overrides.items() if name not in ("check_data", "seed")}
+        return run_command([self.here.configs / name for name in ("train.json", "finetune.json")], options)
+
+    def changed(self) -> dict[str, Any]:
+        """The options that a fine-tuning must share with the ranking and that are not as ``train.json`` has them."""
         config = self.here.config
         default = json.loads((self.here.configs / "train.json").read_text(encoding="utf-8"))
-        job = finetuning_job(self.here, Path(), source)
-        carried = {name: config[name] for name in self.carried if config[name] != default[name]}
-        options = {"target_task": config["target_task"]} | carried
-        options |= {name: value for name, value in job.overrides.items() if name not in ("check_data", "seed")}
-        return run_command([self.here.configs / name for name in ("train.json", "finetune.json")], options)
+        return {name: config[name] for name in self.carried if config[name] != default[name]}
 
     carried: Sequence[str] = ()
     """Options that a fine-tuning must share with the ranking."""

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from medtl_ext.transfer.config import identity
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, content_of, dataset_name
 
-__all__ = ["Source", "find_sources", "pretraining_job", "single_source", "train_sources"]
+__all__ = ["SingleSource", "Source", "find_sources", "pretraining_job", "train_sources"]
 
 TargetTask = SegmentationTask | ClassificationTask
 KINDS = {"name": str, "task": str, "checkpoint": str, "network": Mapping, "n_classes": int, "encoder": str}
@@ -121,7 +122,7 @@ class Source:
             hint = "; give --in_channels 3, which repeats grey images" if channels == 3 else ""
             raise InputError(f"its network takes {channels} channels, the target's images have {in_channels}{hint}")
         network = built(definition)
-        load_weights(network, weights, min_share=1.0)
+        load_weights(network, self.checkpoint, min_share=1.0)
         return network
 
 
@@ -345,7 +346,9 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
         load_collection(overrides["collection"])  # a missing one has no content
     merged = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}
     path = Path(source.task)
-    key = identity(merged, without=("weight_map", "leep")) | {"data": content_of(path) if path.exists() else None}
+    key = identity(merged, without=("weight_map", "leep", "grid")) | {
+        "data": content_of(path) if path.exists() else None
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
 
@@ -393,20 +396,51 @@ def train_sources(
     ]
 
 
-def single_source(
-    run: Run, target: TargetTask, *, task: str | None, checkpoint: str | None, folder: str, check: bool = True
-) -> Source:
-    """The one source of a fine-tuning: a checkpoint, or a network that is trained on a task here, once.
+class SingleSource:
+    """The one source of a fine-tuning: a checkpoint, or a network that is trained on a task here, once, when needed.
 
     Args:
         run, target: see `train_sources`.
-        task: what the source was trained on, or will be.
+        task: what it was trained on, or will be.
         checkpoint: its weights, if there are.
-        folder, check: see `train_sources`.
+        n_classes: of its head; None: those of the task.
+        folder, check: see `train_sources`; no folder: nothing is trained here, so that a checkpoint has to be given.
     """
-    if task is None and checkpoint is None:
-        raise InputError("--source_task (or --source_ckpt) is not given, and this config starts from it; give it.")
-    if checkpoint is not None:
-        return Source(task or Path(checkpoint).stem, "checkpoint", task=task, checkpoint=checkpoint)
-    source = Source(dataset_name(task), "task", task=task)
-    return train_sources([source], run, target, folder=folder, seed=0, check=check)[0]
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        target: TargetTask,
+        task: str | None,
+        checkpoint: str | None,
+        folder: str | None,
+        n_classes: int | None = None,
+        check: bool = True,
+    ) -> None:
+        self.here, self.target, self.task, self.checkpoint = run, target, task, checkpoint
+        self.folder, self.check, self._n_classes = folder, check, n_classes
+
+    @cached_property
+    def n_classes(self) -> int:
+        if self._n_classes is not None:
+            return self._n_classes
+        return self.target.other(self.task, collection=source_collection(self.here.config)).n_classes
+
+    @cached_property
+    def file(self) -> str:
+        """Its weights, which are trained if there are none yet."""
+        if self.checkpoint is not None:
+            return self.checkpoint
+        if self.task is None or self.folder is None:
+            what = "--source_ckpt" if self.folder is None else "--source_task (or --source_ckpt)"
+            raise InputError(f"{what} is not given, and this config starts from it; give it.")
+        source = Source(dataset_name(self.task), "task", task=self.task)
+        (trained,) = train_sources([source], self.here, self.target, folder=self.folder, seed=0, check=self.check)
+        return trained.checkpoint
+
+    def network(self, image_shape: Sequence[int]) -> nn.Module:
+        """The untouched source; see `Source.build`."""
+        source = Source(self.task or "given", "checkpoint", checkpoint=self.file, n_classes=self.n_classes)
+        definition = self.here.config["network_def"]
+        return source.build(definition, image_shape=image_shape, per_pixel=self.target.per_pixel)

@@ -38,15 +38,15 @@ def require_lists(**lists: Sequence[Any]) -> None:
 class Study:
     """A step that scores and fine-tunes every source on several targets, with several seeds, and writes what it shows.
 
-    A seed draws the target's images and the fine-tuning. Runs that are done are kept: a study may grow by targets and
-    seeds, not by sources, which every ranking compares. Writes ``study.csv`` (one row per target, seed and source),
-    ``agreement.csv``, ``study.md`` and ``critical_difference.png``.
+    The runs share the options of ``train.json`` in the config's ``settings``. A seed draws the target's images and the
+    fine-tuning. Runs that are done are kept: a study may grow by targets and seeds, not by sources, which every ranking
+    compares. Writes ``study.csv`` (one row per target, seed and source), ``agreement.csv``, ``study.md`` and
+    ``critical_difference.png``.
 
     Args:
         run: where it writes, and how its trainings are carried out.
         targets, sources: a target that is among the sources is not its own source.
         seeds: the repetitions.
-        settings: options of ``train.json`` for all runs.
         grid: see `medtl_ext.transfer.FineTuneSources`.
     """
 
@@ -63,11 +63,10 @@ class Study:
         targets: Sequence[str],
         sources: Sequence[Any],
         seeds: Sequence[int],
-        settings: Mapping[str, Any],
         grid: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.here, self.targets, self.sources, self.seeds, self.grid = run, targets, sources, seeds, grid
-        self.settings = settings
+        self.synthetic = False
 
     def open(self, name: str, config: Mapping[str, Any]) -> TargetTask:
         """A target by its name."""
@@ -77,7 +76,7 @@ class Study:
         """What else a method's study says; ``mean`` has tau, regret and footrule per ranker, prior and target."""
         return []
 
-    def figures(self, sources: pd.DataFrame, synthetic: bool) -> None:
+    def figures(self, sources: pd.DataFrame) -> None:
         """Further figures of a method's study."""
 
     def run(self) -> pd.DataFrame:
@@ -86,10 +85,11 @@ class Study:
         if len(self.targets) < 2:
             raise InputError(f"a study needs two targets or more; found {list(self.targets)}.")
         decided = {"sources": list(self.sources)} | ({} if self.grid is None else {"grid": dict(self.grid)})
-        config = study_config(self.here.folder, self.settings, **decided) | decided
+        config = study_config(self.here.folder, self.here.config["settings"], **decided) | decided
         config |= {name: False for name in ("check_data", "settle") if name in config}
         # What is made on the way, as phantoms are, is made here, and not by several processes at once.
         targets = {name: self.open(name, config) for name in self.targets}
+        self.synthetic = any(target.synthetic for target in targets.values())
         names = [target.name for target in targets.values()]
         if len(set(names)) < len(names):
             raise InputError(f"two targets are called alike: {', '.join(names)}; rename a file.")
@@ -122,7 +122,7 @@ class Study:
 
     def report(self, table: pd.DataFrame, jobs: Mapping[Key, Job], target: TargetTask) -> None:
         """Write what the rankings were worth over the targets."""
-        folder, outcome, synthetic = self.here.folder, target.outcome, target.synthetic
+        folder, outcome = self.here.folder, target.outcome
         sources = table[table["source"] != "scratch"]
 
         def judge(ready: pd.DataFrame, truth: pd.Series, static: Mapping[str, float] | None) -> pd.DataFrame:
@@ -149,10 +149,10 @@ class Study:
             critical_difference=test.critical_difference,
             groups=test.groups,
             title="Rankers over targets, by weighted Kendall",
-            synthetic=synthetic,
+            synthetic=self.synthetic,
         )
         save_figure(figure, folder / "critical_difference.png")
-        self.figures(sources, synthetic)
+        self.figures(sources)
         print("\n".join(claims))
 
     def groups(self, ready: pd.DataFrame) -> dict[str, pd.Index]:
@@ -163,7 +163,7 @@ class Study:
         sources = table.loc[table["source"] != "scratch", "source"].nunique()
         counts = {"targets": table["target"].nunique(), "sources": sources, "seeds": table["seed"].nunique()}
         head = self.head.format(**counts)
-        if target.synthetic:
+        if self.synthetic:
             head += " **Synthetic phantom: these numbers say nothing about a clinic.**"
         outcome = table.groupby(["source", "target"], sort=False)[target.outcome].mean().unstack()
         note = "Footrule of the top k: 0 is perfect. Tau: weighted Kendall over the candidates left. Empty: fewer "

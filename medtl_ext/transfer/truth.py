@@ -55,7 +55,7 @@ class FineTuneSources:
         rows = {one: target.measure(best_of(runs, target), "test") for one, runs in jobs.items()}
         truth = pd.DataFrame.from_dict(rows, orient="index").rename_axis("source")
         truth = truth.sort_values(target.outcome, ascending=False, kind="stable")
-        table = truth.join(ready.drop(columns=["left_out"]))
+        table = truth.join(ready.drop(columns=["left_out", "checkpoint", "network", "encoder"], errors="ignore"))
         sources = truth[target.outcome].drop("scratch")
         agreement = agreement_table(ready, sources, target=target, groups=self.ranking.groups(ready))
         text = _text(name, truth, agreement, target)
@@ -74,7 +74,7 @@ class FineTuneSources:
             figure = plot_scores_against_outcome(
                 table.drop("scratch"),
                 outcome=target.outcome,
-                labels={metric: score.label for metric, score in SCORES.items()},
+                scores={metric: score.label for metric, score in SCORES.items()},
                 scratch=truth.loc["scratch", target.outcome],
                 title=f"{name}: score against {target.unit} after fine-tuning",
                 synthetic=target.synthetic,
@@ -193,6 +193,6 @@ def _text(name: str, truth: pd.DataFrame, agreement: pd.DataFrame, target: Targe
         f"{best[column]:.3f} (95 % interval {best[f'{column}_low']:.3f} to {best[f'{column}_high']:.3f}) on "
         f"{int(best[target.counted])} test {'patients' if target.per_pixel else 'images'}; the worst has "
         f"{worst[column]:.3f}, training from scratch {scratch:.3f}, better than "
-        f"{int((sources[column] < scratch).sum())} of {len(sources)} sources. {by.idxmin()} has the smallest regret, {by.min():.3f}; a random choice loses "
-        f"{by['random']:.3f} on average."
+        f"{int((sources[column] < scratch).sum())} of {len(sources)} sources. {by.idxmin()} has the smallest regret, "
+        f"{by.min():.3f}; a random choice loses {by['random']:.3f} on average."
     )

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from medtl_ext.data.phantom.atlas import Atlas
-from medtl_ext.data.phantom.fields import Grid, smooth_noise
+from medtl_ext.data.phantom.fields import grid_points, smooth_noise
 
 TISSUE_LABELS = {"CSF": 1, "GM": 2, "WM": 3}
 
@@ -23,9 +23,8 @@ ELASTIC = ((70.0, 2.2), (30.0, 1.1), (12.0, 0.7))
 
 @dataclass
 class Anatomy:
-    """A brain on a grid. ``fractions`` of all classes sum to 1 in every voxel; distances in mm, negative inside."""
+    """A subject's brain. ``fractions`` of all classes sum to 1 in every voxel; distances in mm, negative inside."""
 
-    grid: Grid
     brain: np.ndarray
     to_brain: np.ndarray
     to_ventricles: np.ndarray
@@ -44,7 +43,7 @@ class Anatomy:
         return values[winner] * self.brain
 
 
-def deform(grid: Grid, stream: np.random.Generator, *, size: float) -> np.ndarray:
+def deform(stream: np.random.Generator, *, size: float) -> np.ndarray:
     """Where in the atlas each voxel of the subject comes from: MNI positions (3, X, Y, Z).
 
     ``size`` is the mean length of the cohort's brains relative to the atlas.
@@ -52,17 +51,17 @@ def deform(grid: Grid, stream: np.random.Generator, *, size: float) -> np.ndarra
     rotation = Rotation.from_euler("xyz", stream.normal(0, ROTATION), degrees=True).as_matrix()
     scale = size * np.clip(stream.normal(1, SIZE_SPREAD, 3), *SIZE_RANGE)
     translation = stream.normal(0, TRANSLATION, 3)
-    offset = grid.points() - BRAIN_CENTRE[:, None, None, None]
+    offset = grid_points() - BRAIN_CENTRE[:, None, None, None]
     affine = (rotation / scale).astype(np.float32)  # the inverse scaling: from the subject back to the atlas
     points = np.einsum("ij,jxyz->ixyz", affine, offset)
     points += (BRAIN_CENTRE + translation).astype(np.float32)[:, None, None, None]
     for length, displacement in ELASTIC:
         for axis in range(3):
-            points[axis] += displacement * smooth_noise(stream, grid, length)
+            points[axis] += displacement * smooth_noise(stream, length)
     return points
 
 
-def grow_brain(atlas: Atlas, grid: Grid, points: np.ndarray, stream: np.random.Generator, *, atrophy: float) -> Anatomy:
+def grow_brain(atlas: Atlas, points: np.ndarray, stream: np.random.Generator, *, atrophy: float) -> Anatomy:
     """Tissue fractions at atlas positions ``points``. ``atrophy`` (mm, 1 = the atlas) widens ventricles and sulci."""
     to_brain = atlas.to_brain.at(points)
     widening = 0.8 * (atrophy - 1) + stream.normal(0, 0.6)  # of the ventricles, mm
@@ -72,19 +71,15 @@ def grow_brain(atlas: Atlas, grid: Grid, points: np.ndarray, stream: np.random.G
     grey, white = atlas.grey.at(points), atlas.white.at(points)
     fluid = np.where(to_brain > 0, 1, np.clip(1 - grey - white, 0, 1))
     # The atlas is an average with a blurred cortex: sharper posteriors and a subject's own noise bring back the folds.
-    sulci, cortex = smooth_noise(stream, grid, 6), smooth_noise(stream, grid, 10)
-    scores = np.stack(
-        [
-            _log(fluid) + 0.25 * (atrophy - 1) + 0.35 * sulci,
-            _log(grey) + 0.35 * cortex,
-            _log(white) - 0.35 * cortex,
-        ]
-    )
+    sulci, cortex = smooth_noise(stream, 6), smooth_noise(stream, 10)
+    scores = np.log(np.clip([fluid, grey, white], 0.005, 1))
+    scores[0] += 0.25 * (atrophy - 1)
+    scores += [0.35 * sulci, 0.35 * cortex, -0.35 * cortex]
     posteriors = np.exp(1.8 * (scores - scores.max(axis=0)))
     posteriors /= posteriors.sum(axis=0)
 
     fractions = dict(zip(("CSF", "GM", "WM"), posteriors.astype(np.float32), strict=True))
-    anatomy = Anatomy(grid, to_brain < rim, to_brain, to_ventricles, fractions)
+    anatomy = Anatomy(to_brain < rim, to_brain, to_ventricles, fractions)
     anatomy.replace("ventricle", soft_step(-to_ventricles, width=0.9))
     return anatomy
 
@@ -92,7 +87,3 @@ def grow_brain(atlas: Atlas, grid: Grid, points: np.ndarray, stream: np.random.G
 def soft_step(distance: np.ndarray, *, width: float) -> np.ndarray:
     """0 to 1 as ``distance`` (mm) passes 0, over about four times ``width``: partial volume at a boundary."""
     return (1 / (1 + np.exp(-np.clip(distance / width, -20, 20)))).astype(np.float32)
-
-
-def _log(fraction: np.ndarray) -> np.ndarray:
-    return np.log(np.clip(fraction, 0.005, 1))

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
-MARGIN = 12  # mm of empty space kept around the brain, so that a deformed brain still finds background there
+MARGIN = 12  # mm (and voxels) of empty space around the brain, so that a deformed brain finds background there
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ def load_atlas() -> Atlas:
     from nilearn import datasets  # slow to import, and only generating needs it
 
     template = datasets.load_mni152_template(resolution=1)
-    maps = [template, datasets.load_mni152_gm_template(resolution=1), datasets.load_mni152_wm_template(resolution=1)]
-    t1, grey, white = (np.asarray(image.dataobj, dtype=np.float32) for image in maps)
+    tissues = datasets.load_mni152_gm_template(resolution=1), datasets.load_mni152_wm_template(resolution=1)
+    t1, grey, white = (np.asarray(image.dataobj, dtype=np.float32) for image in (template, *tissues))
 
-    box = tuple(_extent(t1 > 0.1, axis) for axis in range(3))
+    (inside,) = ndimage.find_objects((t1 > 0.1).astype(np.uint8))
+    box = tuple(slice(max(part.start - MARGIN, 0), part.stop + MARGIN) for part in inside)
     origin = template.affine[:3, 3] + [part.start for part in box]
     t1, grey, white = (np.ascontiguousarray(values[box]) for values in (t1, grey, white))
 
@@ -58,18 +59,10 @@ def load_atlas() -> Atlas:
     to_brain = _signed_distance(brain, spacing=2.0)
     fluid = brain & (tissue_2mm < 0.5) & (t1_2mm < 0.55)
     ventricles = _ventricles(fluid & (to_brain < -6), origin)
-    return Atlas(
-        grey=ScalarMap(grey, 1.0, origin),
-        white=ScalarMap(white, 1.0, origin),
-        to_brain=ScalarMap(to_brain, 2.0, origin),
-        to_ventricles=ScalarMap(_signed_distance(ventricles, spacing=2.0), 2.0, origin),
-    )
-
-
-def _extent(mask: np.ndarray, axis: int) -> slice:
-    """Where ``mask`` is along ``axis``, with the margin (the template's voxels are 1 mm)."""
-    inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-    return slice(max(inside[0] - MARGIN, 0), inside[-1] + 1 + MARGIN)
+    to_ventricles = _signed_distance(ventricles, spacing=2.0)
+    tissues = (ScalarMap(values, 1.0, origin) for values in (grey, white))
+    distances = (ScalarMap(values, 2.0, origin) for values in (to_brain, to_ventricles))
+    return Atlas(*tissues, *distances)
 
 
 def _signed_distance(mask: np.ndarray, spacing: float) -> np.ndarray:

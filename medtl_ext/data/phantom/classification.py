@@ -7,7 +7,9 @@ form with the patients beside, and read back like any real one.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data.collection import SPLITS, Collection, Task, load_collection
 from medtl_ext.data.phantom.generate import cache_root, cached_phantom
+from medtl_ext.data.phantom.scanner import MODALITIES
 
 __all__ = ["OBJECTIVES", "phantom_classification"]
 
@@ -29,7 +32,6 @@ LEAST_PIXELS = 20
 LEAST_BRAIN = 400
 # Pixels of 4 square millimetres: a load above is large.
 LARGE_LOAD = 300
-MODALITIES = ("T1", "T1CE", "T2", "FLAIR")
 
 
 class Objective(NamedTuple):
@@ -43,18 +45,10 @@ class Objective(NamedTuple):
     classes_of: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _presence(*values: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    def classes(label: np.ndarray, image: np.ndarray) -> np.ndarray:
-        pixels = np.isin(label, values).sum((0, 1))
-        return np.where(pixels >= LEAST_PIXELS, 1, np.where(pixels == 0, 0, -1))
-
-    return classes
-
-
-def _load(label: np.ndarray, image: np.ndarray) -> np.ndarray:
-    pixels = (label > 0).sum((0, 1))
-    grade = np.where(pixels > LARGE_LOAD, 2, 1)
-    return np.where(pixels >= LEAST_PIXELS, grade, np.where(pixels == 0, 0, -1))
+def _amount(label: np.ndarray, image: np.ndarray, *, values: tuple[int, ...] = (), large: float = np.inf) -> np.ndarray:
+    """0 where there is none of the values (no values: of any), 1 where there is some, 2 where its area is large."""
+    pixels = (np.isin(label, values) if values else label > 0).sum((0, 1))
+    return np.select([pixels == 0, pixels < LEAST_PIXELS, pixels <= large], [0, -1, 1], 2)
 
 
 def _level(label: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -65,10 +59,10 @@ def _level(label: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 OBJECTIVES = {
-    "tumour": Objective("tumour", ("no tumour", "tumour"), _presence(1, 2, 3)),
-    "enhancing": Objective("tumour", ("not enhancing", "enhancing"), _presence(2)),
-    "load": Objective("tumour", ("no tumour", "small", "large"), _load),
-    "WMH": Objective("wmh", ("no WMH", "WMH"), _presence(1)),
+    "tumour": Objective("tumour", ("no tumour", "tumour"), partial(_amount, values=(1, 2, 3))),
+    "enhancing": Objective("tumour", ("not enhancing", "enhancing"), partial(_amount, values=(2,))),
+    "load": Objective("tumour", ("no tumour", "small", "large"), partial(_amount, large=LARGE_LOAD)),
+    "WMH": Objective("wmh", ("no WMH", "WMH"), partial(_amount, values=(1,))),
     "level": Objective(None, ("cerebellum", "base", "ventricles", "vertex"), _level),
     "modality": Objective(None, MODALITIES, lambda label, image: np.zeros(image.shape[-1], int)),
 }
@@ -102,9 +96,7 @@ def phantom_classification(task: str, *, collection: str | os.PathLike[str] | No
     parts = Task(task)
     objective = OBJECTIVES[require_choice("objective", parts.objective, OBJECTIVES)]
     if (parts.modality == ALL) != (parts.objective == "modality"):
-        raise InputError(
-            f"task {task} is not there; the modality is {ALL} for the objective 'modality', and only then."
-        )
+        raise InputError(f"task {task}: the modality is {ALL} for the objective 'modality', and only then.")
     path = collection or cached_phantom(institutions=[parts.institution], subjects=subjects, seed=0)
     found = load_collection(path)
     folder = cache_root() / "classification"
@@ -119,14 +111,13 @@ def phantom_classification(task: str, *, collection: str | os.PathLike[str] | No
 def _write(file: Path, collection: Collection, task: Task, objective: Objective) -> None:
     require_choice("institution", task.institution, collection.institutions)
     modalities = MODALITIES if task.modality == ALL else (require_choice("modality", task.modality, MODALITIES),)
-    held: dict[str, list[np.ndarray]] = {}
+    needed = {objective.label} - {None}
+    held: dict[str, list[np.ndarray]] = defaultdict(list)
     for subject in collection.subjects:
-        if subject.institution != task.institution or not set(modalities) <= set(subject.images):
+        there = subject.images.keys() >= set(modalities) and subject.labels.keys() >= needed
+        if subject.institution != task.institution or not there:
             continue
-        if objective.label is not None and objective.label not in subject.labels:
-            continue
-        whose = subject.patient or subject.id
-        label = _volume(subject.labels[objective.label]) if objective.label else np.zeros(1)
+        label = _volume(subject.labels[objective.label]) if needed else np.zeros(1)
         for place, modality in enumerate(modalities):
             image = _volume(subject.images[modality])
             classes = objective.classes_of(label, image)
@@ -134,19 +125,16 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
             if task.modality == ALL:  # each slice in one modality: the question is not who the patient is
                 usable &= np.arange(len(classes)) % len(modalities) == place
                 classes = np.full(len(classes), place)
-            held.setdefault(f"{subject.split}_images", []).append(_slices(image)[usable])
-            held.setdefault(f"{subject.split}_labels", []).append(classes[usable])
-            held.setdefault(f"{subject.split}_subjects", []).append(np.full(usable.sum(), whose))
+            held[f"{subject.split}_images"].append(_slices(image)[usable])
+            held[f"{subject.split}_labels"].append(classes[usable])
+            held[f"{subject.split}_subjects"].append(np.full(usable.sum(), subject.patient or subject.id))
     if missing := [split for split in SPLITS if f"{split}_labels" not in held]:
-        raise InputError(
-            f"task {task} has no subject in split '{missing[0]}' with {' and '.join(modalities)}"
-            f"{f' and the label file {objective.label}' if objective.label else ''}; choose another task."
-        )
+        files = " and ".join([*modalities, *needed])
+        raise InputError(f"task {task} has no subject in split '{missing[0]}' with {files}; choose another task.")
     arrays = {key: np.concatenate(parts) for key, parts in held.items()}
+    arrays |= {"class_names": np.array(objective.class_names), "synthetic": np.array(collection.synthetic)}
     with atomic_path(file) as temporary:
-        np.savez_compressed(
-            temporary, **arrays, class_names=np.array(objective.class_names), synthetic=np.array(collection.synthetic)
-        )
+        np.savez_compressed(temporary, **arrays)
 
 
 def _volume(path: Path) -> np.ndarray:

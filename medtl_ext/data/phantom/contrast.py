@@ -1,16 +1,13 @@
-"""How bright each tissue is in each modality, before any scanner touches it."""
+"""The images: how bright each tissue is in each modality, and what the scanner makes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
+from scipy import ndimage
 
 from medtl_ext.data.phantom.anatomy import Anatomy
-from medtl_ext.data.phantom.fields import smooth_noise
-
-CLASSES = ("CSF", "GM", "WM", "ventricle", "ED", "NCR", "ET", "WMH")
-MODALITIES = ("T1", "T1CE", "T2", "FLAIR")
+from medtl_ext.data.phantom.fields import SHAPE, SPACING, smooth_noise
+from medtl_ext.data.phantom.scanner import CLASSES, Institution, Scanner
 
 # Mean signal; white matter on T1 is about 0.9. What shows a lesion: FLAIR oedema and WMH, T1CE the rim and its core.
 SIGNAL = {
@@ -34,49 +31,40 @@ TEXTURE_MIX = {"T1": (0.7, 0.7), "T1CE": (-0.7, 0.7), "T2": (0.7, -0.7), "FLAIR"
 ISOINTENSE = 0.55  # share of the grey-white contrast that is left at about six months of age
 
 
-def draw_textures(anatomy: Anatomy, stream: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The two texture fields (fine, coarse) that all modalities of a subject share."""
-    return smooth_noise(stream, anatomy.grid, 4), smooth_noise(stream, anatomy.grid, 7)
-
-
 def render(
-    anatomy: Anatomy,
-    textures: tuple[np.ndarray, np.ndarray],
-    modality: str,
-    stream: np.random.Generator,
-    *,
-    protocol_shift: Mapping[str, float],
-    isointense: bool,
+    anatomy: Anatomy, institution: Institution, modality: str, textures: list[np.ndarray], stream: np.random.Generator
 ) -> np.ndarray:
     """The ideal image of ``anatomy`` in ``modality``: no blur, noise or bias yet; 0 outside the brain.
 
-    ``protocol_shift`` is added to each class's mean signal (the site's sequence parameters); ``isointense`` brings
-    grey and white matter together, as in the first year of life.
+    ``textures`` (fine, coarse) are what all modalities of a subject share.
     """
-    means = class_means(modality, stream, isointense=isointense)
+    drawn = stream.normal(SIGNAL[modality], SUBJECT_SPREAD[modality])
+    means = dict(zip(CLASSES, drawn.tolist(), strict=True))
+    if institution.cohort.isointense:
+        middle = (means["GM"] + means["WM"]) / 2
+        means |= {name: middle + ISOINTENSE * (means[name] - middle) for name in ("GM", "WM")}
     fine, coarse = TEXTURE_MIX[modality]
     texture = fine * textures[0] + coarse * textures[1]
-    image = np.zeros(anatomy.grid.shape, np.float32)
+    image = np.zeros(SHAPE, np.float32)
     for name, spread in zip(CLASSES, TEXTURE, strict=True):
         if name in anatomy.fractions:
-            mean = np.float32(means[name] + protocol_shift[name])
+            mean = np.float32(means[name] + institution.scanners[modality].protocol_shift[name])
             image += anatomy.fractions[name] * (mean + np.float32(spread) * texture)
-    if modality == "T1CE":
-        image += _vessels(anatomy, stream)
+    if modality == "T1CE":  # vessels in the sulci take up contrast agent
+        threads = smooth_noise(stream, 5)
+        image += 0.55 * np.clip(1.5 * threads - 2.2, 0, 1.2) * (anatomy.fractions["CSF"] > 0.35)
     return np.clip(image, 0, None) * anatomy.brain
 
 
-def class_means(modality: str, stream: np.random.Generator, *, isointense: bool) -> dict[str, float]:
-    """One subject's mean signal of every class."""
-    drawn = stream.normal(SIGNAL[modality], SUBJECT_SPREAD[modality])
-    means = dict(zip(CLASSES, drawn.tolist(), strict=True))
-    if isointense:
-        middle = (means["GM"] + means["WM"]) / 2
-        means |= {name: middle + ISOINTENSE * (means[name] - middle) for name in ("GM", "WM")}
-    return means
-
-
-def _vessels(anatomy: Anatomy, stream: np.random.Generator) -> np.ndarray:
-    """Vessels in the sulci take up contrast agent."""
-    threads = smooth_noise(stream, anatomy.grid, 5)
-    return 0.55 * np.clip(1.5 * threads - 2.2, 0, 1.2) * (anatomy.fractions["CSF"] > 0.35)
+def acquire(image: np.ndarray, brain: np.ndarray, scanner: Scanner, stream: np.random.Generator) -> np.ndarray:
+    """What the scanner makes of an ideal ``image``: raw int16 values, at least 1 in the brain and 0 outside it."""
+    blur = scanner.blur / SPACING[0]
+    image = ndimage.gaussian_filter(image, (blur, blur, 0.15))
+    image = np.clip(image, 0, None) ** np.float32(scanner.gamma)
+    coil = smooth_noise(stream, 90)
+    image *= np.exp(np.float32(scanner.bias * stream.uniform(0.5, 1.2)) * coil)
+    sigma = np.float32(scanner.noise * stream.uniform(0.8, 1.3))
+    real, imaginary = sigma * stream.standard_normal((2, *SHAPE), dtype=np.float32)
+    magnitude = np.hypot(image + real, imaginary)
+    gain = scanner.gain * stream.lognormal(0, 0.05)
+    return np.where(brain, np.clip(np.rint(gain * magnitude), 1, 32767), 0).astype(np.int16)

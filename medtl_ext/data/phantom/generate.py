@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from medtl_ext._io import atomic_path, write_json
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, require_choice, require_choices
 from medtl_ext.data.phantom.anatomy import TISSUE_LABELS
-from medtl_ext.data.phantom.atlas import Atlas, load_atlas
-from medtl_ext.data.phantom.contrast import MODALITIES
-from medtl_ext.data.phantom.fields import Grid
+from medtl_ext.data.phantom.atlas import load_atlas
+from medtl_ext.data.phantom.fields import AFFINE
 from medtl_ext.data.phantom.lesions import TUMOUR_LABELS, WMH_LABELS
-from medtl_ext.data.phantom.scanner import INSTITUTIONS, get_institution
+from medtl_ext.data.phantom.scanner import INSTITUTIONS, MODALITIES, Institution
 from medtl_ext.data.phantom.subject import make_subject
 
 GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no stale cache is read
@@ -108,19 +108,14 @@ def generate_phantom(
         return out / "collection.json"
     with atomic_path(out) as folder:
         folder.mkdir()
-        _write_subjects(folder, settings, n_jobs=n_jobs, progress=progress)
-        write_json(folder / "collection.json", _collection(settings))
+        content = _collection(settings)
+        _write_subjects(folder, content, n_jobs=n_jobs, progress=progress)
+        write_json(folder / "collection.json", content)
     return out / "collection.json"
 
 
 def cached_phantom(
-    *,
-    institutions: Sequence[str],
-    subjects: int,
-    seed: int = 0,
-    modalities: Sequence[str] | None = None,
-    n_jobs: int | None = None,
-    progress: bool = True,
+    *, institutions: Sequence[str], subjects: int, seed: int = 0, modalities: Sequence[str] | None = None, **how: Any
 ) -> Path:
     """`generate_phantom` into a cache shared by all runs: made once, then only looked up. Same arguments, but ``out``.
 
@@ -134,13 +129,7 @@ def cached_phantom(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         return generate_phantom(
-            folder / name,
-            institutions=institutions,
-            subjects=subjects,
-            seed=seed,
-            modalities=modalities,
-            n_jobs=n_jobs,
-            progress=progress,
+            folder / name, institutions=institutions, subjects=subjects, seed=seed, modalities=modalities, **how
         )
 
 
@@ -154,12 +143,9 @@ def _settings(
     institutions: Sequence[str], subjects: int, seed: int, modalities: Sequence[str] | None
 ) -> dict[str, Any]:
     """The checked request, in the phantom's own order: what a collection is recognised by."""
-    for name in institutions:
-        require_choice("institution", name, INSTITUTIONS)
+    institutions = require_choices("institution", institutions, INSTITUTIONS)
     for name in modalities or ():
         require_choice("modality", name, MODALITIES)
-    if not institutions:
-        raise InputError(f"No institution was asked for; name at least one of {', '.join(INSTITUTIONS)}.")
     if subjects < 1:
         raise InputError(f"subjects is {subjects}; ask for at least one subject per institution.")
     if seed < 0:
@@ -179,68 +165,52 @@ def _already_made(out: Path, settings: dict[str, Any]) -> bool:
         return False
     try:
         found = json.loads((out / "collection.json").read_text(encoding="utf-8"))["generator"]
-        there = {key: found[key] for key in settings}
+        other = [f"{key} {found[key]} there, {value} asked" for key, value in settings.items() if found[key] != value]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{out} exists and is not a phantom; give a new folder, nothing is overwritten.") from None
-    if there == settings:
-        return True
-    differences = [
-        f"{key} {there[key]} there, {settings[key]} asked" for key in settings if there[key] != settings[key]
-    ]
-    raise InputError(f"{out} holds another phantom ({'; '.join(differences)}); give a new folder or delete that one.")
+    if other:
+        raise InputError(f"{out} holds another phantom ({'; '.join(other)}); give a new folder or delete that one.")
+    return True
 
 
-def _write_subjects(folder: Path, settings: dict[str, Any], *, n_jobs: int | None, progress: bool) -> None:
+def _write_subjects(folder: Path, content: dict[str, Any], *, n_jobs: int | None, progress: bool) -> None:
     """Make all subjects, several at a time.
 
     Threads, because nearly all the time is spent in NumPy, SciPy and zlib, which run side by side: they share the
     atlas and start at once, where fresh processes would first import everything. When one fails, those under way
     end before the error is raised, so that none writes into a folder that is being removed.
     """
-    atlas = load_atlas()
-    jobs = [(name, index) for name in settings["institutions"] for index in range(settings["subjects"])]
+    atlas, settings, subjects = load_atlas(), content["generator"], content["subjects"]
+    how = {"seed": settings["seed"], "modalities": settings["modalities"]}
+
+    def write(entry: dict[str, Any], index: int) -> None:
+        target = folder / entry["id"]
+        target.mkdir()
+        for name, values in make_subject(atlas, Institution(entry["institution"]), index, **how).items():
+            _write_nifti(target / f"{name}.nii.gz", values)
+
     # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.
     with threadpool_limits(1), ThreadPoolExecutor(n_jobs or joblib.cpu_count()) as pool:
-        made = pool.map(lambda job: _write_subject(folder, atlas, *job, settings), jobs)
-        for _ in tqdm(made, "phantom", total=len(jobs), unit="subject", disable=not progress):
+        made = pool.map(write, subjects, cycle(range(settings["subjects"])))
+        for _ in tqdm(made, "phantom", total=len(subjects), unit="subject", disable=not progress):
             pass
 
 
-def _write_subject(folder: Path, atlas: Atlas, institution: str, index: int, settings: dict[str, Any]) -> None:
-    subject = make_subject(
-        atlas, get_institution(institution), index, seed=settings["seed"], modalities=settings["modalities"]
-    )
-    target = folder / _subject_id(institution, index)
-    target.mkdir()
-    for name, values in {**subject.images, **subject.labels}.items():
-        _write_nifti(target / f"{name}.nii.gz", values, subject.grid)
-
-
-def _write_nifti(path: Path, values: np.ndarray, grid: Grid) -> None:
-    image = nibabel.Nifti1Image(values, grid.affine)
-    image.set_sform(grid.affine, code="mni")
-    image.set_qform(grid.affine, code="mni")
+def _write_nifti(path: Path, values: np.ndarray) -> None:
+    image = nibabel.Nifti1Image(values, AFFINE)
+    image.set_sform(AFFINE, code="mni")
+    image.set_qform(AFFINE, code="mni")
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
 
 
 def _collection(settings: dict[str, Any]) -> dict[str, Any]:
     """The content of ``collection.json``, with the labels and objectives that some subject has."""
-    label_files = {name: get_institution(name).cohort.labels for name in settings["institutions"]}
-    present = [label for label in LABELS if any(label in files for files in label_files.values())]
-    subjects = []
-    for institution, labels in label_files.items():
-        for index in range(settings["subjects"]):
-            subject = _subject_id(institution, index)
-            subjects.append(
-                {
-                    "id": subject,
-                    "institution": institution,
-                    "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
-                    "images": {name: f"{subject}/{name}.nii.gz" for name in settings["modalities"]},
-                    "labels": {name: f"{subject}/{name}.nii.gz" for name in labels},
-                }
-            )
+    modalities = settings["modalities"]
+    subjects = [
+        _entry(name, index, modalities) for name in settings["institutions"] for index in range(settings["subjects"])
+    ]
+    present = [label for label in LABELS if any(label in entry["labels"] for entry in subjects)]
     return {
         "name": "phantom",
         "description": DESCRIPTION,
@@ -253,5 +223,12 @@ def _collection(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _subject_id(institution: str, index: int) -> str:
-    return f"{institution}-{index:03d}"
+def _entry(institution: str, index: int, modalities: Sequence[str]) -> dict[str, Any]:
+    subject = f"{institution}-{index:03d}"
+    return {
+        "id": subject,
+        "institution": institution,
+        "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
+        "images": {name: f"{subject}/{name}.nii.gz" for name in modalities},
+        "labels": {name: f"{subject}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
+    }

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-
-import numpy as np
-from scipy import ndimage
 
 from medtl_ext._validation import require_choice
-from medtl_ext.data.phantom.contrast import CLASSES, MODALITIES
-from medtl_ext.data.phantom.fields import Grid, random_stream, smooth_noise
+from medtl_ext.data.phantom.fields import random_stream
+
+MODALITIES = ("T1", "T1CE", "T2", "FLAIR")
+CLASSES = ("CSF", "GM", "WM", "ventricle", "ED", "NCR", "ET", "WMH")
 
 
 @dataclass(frozen=True)
@@ -24,89 +22,45 @@ class Cohort:
     isointense: bool = False  # grey and white matter hard to tell apart, as at six months
 
 
-COHORTS = {
-    "tumour": Cohort(("tumour", "tissue", "wmh"), size=0.92, atrophy=(0.6, 2.2), wmh_load=(0.1, 0.5)),
-    "older": Cohort(("tissue", "wmh"), size=0.92, atrophy=(1.8, 3.2), wmh_load=(0.8, 1.3)),
-    "infant": Cohort(("tissue",), size=0.86, atrophy=(0.3, 0.5), wmh_load=(0.0, 0.0), isointense=True),
-}
-INSTITUTIONS = {
-    **dict.fromkeys(("01", "04", "06", "13", "14", "17", "18", "20"), "tumour"),
-    **dict.fromkeys(("I1", "I2"), "infant"),
-    **dict.fromkeys(("S", "U"), "older"),
-}
+TUMOUR = Cohort(("tumour", "tissue", "wmh"), size=0.92, atrophy=(0.6, 2.2), wmh_load=(0.1, 0.5))
+OLDER = Cohort(("tissue", "wmh"), size=0.92, atrophy=(1.8, 3.2), wmh_load=(0.8, 1.3))
+INFANT = Cohort(("tissue",), size=0.86, atrophy=(0.3, 0.5), wmh_load=(0.0, 0.0), isointense=True)
+INSTITUTIONS = (
+    dict.fromkeys(("01", "04", "06", "13", "14", "17", "18", "20"), TUMOUR)
+    | dict.fromkeys(("I1", "I2"), INFANT)
+    | dict.fromkeys(("S", "U"), OLDER)
+)
 
 
-@dataclass(frozen=True)
-class Scanner:
-    """How an institution acquires one modality."""
-
-    protocol_shift: dict[str, float]  # added to the mean signal of each class
-    gamma: float  # exponent of the signal: 1 = linear
-    blur: float  # in-plane standard deviation, mm
-    noise: float  # standard deviation of the Rician noise, in units of the signal
-    bias: float  # strength of the coil's bias field: log-signal standard deviation
-    gain: float  # raw units for a signal of 1
-
-
-@dataclass(frozen=True)
 class Institution:
-    """An institution's character; lengths in mm."""
-
-    name: str
-    cohort: Cohort
-    scanners: dict[str, Scanner]
-    atrophy: float
-    wmh_load: float
-    core_radius: float  # typical radius of a tumour's core
-    oedema: float  # how far oedema reaches, 1 = typical
-    necrosis: float  # how much of the core is necrotic, 0 to 1
-    annotator_offset: float  # annotators draw tumours this much too wide
-
-
-@lru_cache(maxsize=len(INSTITUTIONS))
-def get_institution(name: str) -> Institution:
-    """The institution ``name``: the same character whatever the seed of the subjects.
+    """An institution's character, the same whatever the seed of the subjects; lengths in mm.
 
     Raises:
         InputError: the phantom has no such institution.
     """
-    cohort = COHORTS[INSTITUTIONS[require_choice("institution", name, INSTITUTIONS)]]
-    stream = random_stream("institution", name)
-    return Institution(
-        name=name,
-        cohort=cohort,
-        scanners={modality: _draw_scanner(random_stream("scanner", name, modality)) for modality in MODALITIES},
-        atrophy=stream.uniform(*cohort.atrophy),
-        wmh_load=stream.uniform(*cohort.wmh_load),
-        core_radius=stream.uniform(13.5, 18.5),
-        oedema=stream.uniform(0.8, 1.3),
-        necrosis=stream.uniform(0.35, 0.8),
-        annotator_offset=stream.uniform(-0.8, 0.8),
-    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cohort = INSTITUTIONS[require_choice("institution", name, INSTITUTIONS)]
+        self.scanners = {modality: Scanner(name, modality) for modality in MODALITIES}
+        stream = random_stream("institution", name)
+        self.atrophy = stream.uniform(*self.cohort.atrophy)
+        self.wmh_load = stream.uniform(*self.cohort.wmh_load)
+        self.core_radius = stream.uniform(13.5, 18.5)  # typical radius of a tumour's core
+        self.oedema = stream.uniform(0.8, 1.3)  # how far oedema reaches, 1 = typical
+        self.necrosis = stream.uniform(0.35, 0.8)  # how much of the core is necrotic, 0 to 1
+        self.annotator_offset = stream.uniform(-0.8, 0.8)  # annotators draw tumours this much too wide
 
 
-def _draw_scanner(stream: np.random.Generator) -> Scanner:
-    return Scanner(
-        protocol_shift=dict(zip(CLASSES, stream.normal(0, 0.035, len(CLASSES)).tolist(), strict=True)),
-        gamma=stream.lognormal(0, 0.12),
-        blur=stream.uniform(0.5, 1.6),
-        noise=stream.uniform(0.015, 0.055),
-        bias=stream.uniform(0.03, 0.14),
-        gain=stream.uniform(300, 600),
-    )
+class Scanner:
+    """How an institution acquires one modality."""
 
-
-def acquire(
-    image: np.ndarray, brain: np.ndarray, grid: Grid, scanner: Scanner, stream: np.random.Generator
-) -> np.ndarray:
-    """What the scanner makes of an ideal ``image``: raw int16 values, at least 1 in the brain and 0 outside it."""
-    blur = scanner.blur / grid.spacing[0]
-    image = ndimage.gaussian_filter(image, (blur, blur, 0.15))
-    image = np.clip(image, 0, None) ** np.float32(scanner.gamma)
-    coil = smooth_noise(stream, grid, 90)
-    image *= np.exp(np.float32(scanner.bias * stream.uniform(0.5, 1.2)) * coil)
-    sigma = np.float32(scanner.noise * stream.uniform(0.8, 1.3))
-    real, imaginary = sigma * stream.standard_normal((2, *grid.shape), dtype=np.float32)
-    magnitude = np.hypot(image + real, imaginary)
-    gain = scanner.gain * stream.lognormal(0, 0.05)
-    return np.where(brain, np.clip(np.rint(gain * magnitude), 1, 32767), 0).astype(np.int16)
+    def __init__(self, institution: str, modality: str) -> None:
+        stream = random_stream("scanner", institution, modality)
+        shifts = stream.normal(0, 0.035, len(CLASSES)).tolist()
+        self.protocol_shift = dict(zip(CLASSES, shifts, strict=True))  # added to the mean signal of each class
+        self.gamma = stream.lognormal(0, 0.12)  # exponent of the signal: 1 = linear
+        self.blur = stream.uniform(0.5, 1.6)  # in-plane standard deviation, mm
+        self.noise = stream.uniform(0.015, 0.055)  # standard deviation of the Rician noise, in units of the signal
+        self.bias = stream.uniform(0.03, 0.14)  # strength of the coil's bias field: log-signal standard deviation
+        self.gain = stream.uniform(300, 600)  # raw units for a signal of 1

@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import os
-from collections.abc import Callable
 from typing import Any
 
 from medtl_ext._validation import require_choice
+from medtl_ext.data.collection import PathLike
 from medtl_ext.data.readers._draft import Draft, Reading
 from medtl_ext.data.readers.bids import read_bids
-from medtl_ext.data.readers.brats import read_brats, read_fets
-from medtl_ext.data.readers.datalist import read_datalist
-from medtl_ext.data.readers.iseg import read_iseg
+from medtl_ext.data.readers.challenges import read_brats, read_fets, read_iseg, read_wmh
+from medtl_ext.data.readers.lists import read_csv, read_datalist, read_nnunet
 from medtl_ext.data.readers.medmnist import ClassificationReading, read_medmnist
-from medtl_ext.data.readers.nnunet import read_nnunet
-from medtl_ext.data.readers.table import read_csv
-from medtl_ext.data.readers.wmh import read_wmh
 
-__all__ = [
-    "READERS",
-    "Reading",
-    "read_bids",
-    "read_brats",
-    "read_collection",
-    "read_csv",
-    "read_datalist",
-    "read_fets",
-    "read_iseg",
-    "read_medmnist",
-    "read_nnunet",
-    "read_wmh",
-]
-
-READERS: dict[str, Callable[..., Reading | ClassificationReading]] = {
-    "fets": read_fets,
-    "brats": read_brats,
-    "iseg": read_iseg,
-    "wmh": read_wmh,
-    "msd": read_datalist,
-    "datalist": read_datalist,
-    "nnunet": read_nnunet,
-    "bids": read_bids,
-    "csv": read_csv,
-    "medmnist": read_medmnist,
-}
+_ALL = (read_fets, read_brats, read_iseg, read_wmh, read_datalist, read_nnunet, read_bids, read_csv, read_medmnist)
+READERS = {reader.__name__.removeprefix("read_"): reader for reader in _ALL} | {"msd": read_datalist}
+__all__ = ["READERS", "Reading", "read_collection", *(reader.__name__ for reader in _ALL)]
 
 
-def read_collection(
-    name: str, root: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any
-) -> Reading | ClassificationReading:
+def read_collection(name: str, root: PathLike, out: PathLike, **options: Any) -> Reading | ClassificationReading:
     """Write a collection for a dataset in its own layout, and check every file of it.
 
     What does not fit is never passed over: a subject without label, or without files, is left out, one without some

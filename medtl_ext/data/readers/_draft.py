@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from medtl_ext._validation import InputError
-from medtl_ext.data.collection import SPLITS, Collection, load_collection
+from medtl_ext.data.collection import Collection, PathLike, count_splits, load_collection
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.splits import write_splits
 
-_SUFFIX = re.compile(r"\.(nii\.gz|nii|img|hdr)$", re.IGNORECASE)  # in the order of preference
+_SUFFIX = re.compile(r"\.(nii\.gz|nii|img|hdr)$", re.IGNORECASE)
+_PREFERENCE = (".nii.gz", ".nii", ".img")
+_PARTNERS = {".hdr": ".img", ".img": ".hdr", ".HDR": ".IMG", ".IMG": ".HDR"}  # of the Analyze format
+_CLASS_VALUES = TypeAdapter(int | list[int])
 SUBJECT_COLUMNS = ("subject", "subject_id", "participant_id", "id")
 INSTITUTION_COLUMNS = ("institution", "partition_id", "site", "center", "centre")
 
@@ -44,27 +47,25 @@ class Reading:
         return self.left_out + (self.check.issues if self.check else [])
 
     def __str__(self) -> str:
-        collection = self.collection
-        splits = Counter(subject.split for subject in collection.subjects)
-        rows: dict[tuple[str, str], list[str]] = {}
+        collection, rows = self.collection, defaultdict(list)
         for issue in self.left_out:
-            rows.setdefault((issue.problem, issue.advice), []).append(issue.subject or issue.file)
+            rows[f"{issue.problem}; {issue.advice}"].append(issue.subject or issue.file)
         lines = [
-            f"{len(collection.subjects)} subjects ({', '.join(f'{split} {splits[split]}' for split in SPLITS)}) of "
+            f"{len(collection.subjects)} subjects ({count_splits(collection.subjects)}) of "
             f"{len(collection.institutions)} institutions, modalities {', '.join(collection.modalities)}, "
             f"objectives {', '.join(collection.objectives)}",
             *(f"Collection written to {path}" for path in self.paths),
             f"Noted while reading: {len(self.left_out)}",
-            *(f"{problem}; {advice}: {_first(names)}" for (problem, advice), names in rows.items()),
+            *(f"{problem}: {_first(names, 5)}" for problem, names in rows.items()),
         ]
-        return "\n".join([*lines, str(self.check) if self.check else "The files were not checked."])
+        return "\n".join([*lines, str(self.check or "The files were not checked.")])
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
+    def to_csv(self, path: PathLike) -> None:
         """Write the issues as a table: severity, subject, file, problem, advice."""
         IntegrityReport(self.paths[0], 0, 0, self.issues).to_csv(path)
 
 
-def _first(names: Sequence[str], most: int = 5) -> str:
+def _first(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
@@ -72,22 +73,20 @@ def _first(names: Sequence[str], most: int = 5) -> str:
 class Draft:
     """A collection in the making. Its options are those that every reader takes, as `read_collection` tells."""
 
-    root: str | os.PathLike[str]
-    out: str | os.PathLike[str]
-    institutions: str | os.PathLike[str] | None = None
+    root: PathLike
+    out: PathLike
+    institutions: PathLike | None = None
     split: Sequence[float] | None = None
     folds: int | None = None
     seed: int = 0
     keep_test: bool = False
     check: bool = True
     progress: bool = True
-    layout: str = field(default="", init=False)  # what the reader expects, in a few words
-    about: dict[str, Any] = field(default_factory=dict, init=False)  # the collection, but for its subjects
-    subjects: list[dict[str, Any]] = field(default_factory=list, init=False)
-    left_out: list[Issue] = field(default_factory=list, init=False)
-    found: str = field(default="none", init=False)  # in a few words, for the message when no subject is
 
     def __post_init__(self) -> None:
+        self.subjects: list[dict[str, Any]] = []
+        self.left_out: list[Issue] = []
+        self.found = "none"  # in a few words, for the message when no subject is
         self._names: set[str] = set()
         self.root = Path(os.path.abspath(self.root))
         if not self.root.is_dir():
@@ -108,47 +107,40 @@ class Draft:
         **more: str | None,
     ) -> None:
         """Add a subject, or note why not. A file is None where none was found; ``more`` may name patient and split."""
-        entry: dict[str, Any] = {"id": subject, "institution": institution}
-        entry |= {key: value for key, value in more.items() if value}
-        missing = []
-        for kind, files in (("images", images), ("labels", labels)):
-            entry[kind] = {name: str(path) for name, path in files.items() if path is not None and path.is_file()}
-            missing += [(kind, name, path or "") for name, path in files.items() if name not in entry[kind]]
-            missing += [] if files else [(kind, "", "")]
         if comparable(subject) in self._names:
             self.note(subject, "", "the subject is there twice", "the second is left out")
             return
         self._names.add(comparable(subject))
-        for kind, name, path in missing:
-            problem = f"no {kind.removesuffix('s')} {name}".rstrip()
-            kept = entry["images"] and entry["labels"]
-            self.note(subject, path, problem, "kept without it" if kept else "the subject is left out")
-        if entry["images"] and entry["labels"]:
+        entry = {"id": subject, "institution": institution, **{key: value for key, value in more.items() if value}}
+        wanted = {"images": images, "labels": labels}
+        for kind, files in wanted.items():
+            entry[kind] = {name: str(path) for name, path in files.items() if path is not None and path.is_file()}
+        usable = entry["images"] and entry["labels"]
+        for kind, files in wanted.items():
+            for name, path in (files or {"": None}).items():
+                if name not in entry[kind]:
+                    problem = f"no {kind.removesuffix('s')} {name}".rstrip()
+                    consequence = "kept without it" if usable else "the subject is left out"
+                    self.note(subject, path or "", problem, consequence)
+        if usable:
             self.subjects.append(entry)
 
     def find_images(self) -> Iterator[Path]:
         """NIfTI and Analyze files below the root, of a header and its image the image; hidden ones are skipped."""
-        walk = os.walk(self.root, onerror=self._note_unreadable, followlinks=True)
+
+        def unreadable(error: OSError) -> None:
+            self.note("", str(error.filename), f"cannot be listed ({error.strerror})", "what is in it is not used")
+
+        walk = os.walk(self.root, onerror=unreadable, followlinks=True)
         for folder, folders, names in tqdm(walk, "reading", unit="folder", disable=None if self.progress else True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
+            for name in sorted(name for name in names if not name.startswith(".") and _SUFFIX.search(name)):
                 path = Path(folder, name)
-                suffix = "" if name.startswith(".") else image_suffix(path)
-                if not suffix or (suffix == ".hdr" and self._partner(path).is_file()):
-                    continue
-                if suffix in (".hdr", ".img") and not self._partner(path).is_file():
-                    self.note("", path, f"no {self._partner(path).suffix} beside it", "the file is not used")
-                else:
+                partner = path.with_suffix(_PARTNERS.get(path.suffix, path.suffix))
+                if partner != path and not partner.is_file():
+                    self.note("", path, f"no {partner.suffix} beside it", "the file is not used")
+                elif path.suffix.lower() != ".hdr":
                     yield path
-
-    def _note_unreadable(self, error: OSError) -> None:
-        self.note("", str(error.filename), f"cannot be listed ({error.strerror})", "what is in it is not used")
-
-    @staticmethod
-    def _partner(path: Path) -> Path:
-        """The image of an Analyze header, or the header of an image, in the case of its name."""
-        partner = {".hdr": ".img", ".img": ".hdr", ".HDR": ".IMG", ".IMG": ".HDR"}
-        return path.with_suffix(partner.get(path.suffix, ".hdr"))
 
     def group(self, pattern: str, ignore: str = "(?!)") -> list[tuple[re.Match[str], dict[str, Path]]]:
         """Sort the images into subjects by their names.
@@ -162,9 +154,13 @@ class Draft:
         Returns:
             For every subject the match of one of its files, and the file of each role (in lower case).
         """
+
+        def place(match: re.Match[str]) -> str:
+            return comparable(match.groupdict().get("place") or match.string[: match.start("subject")])
+
         found: dict[str, tuple[re.Match[str], dict[str, Path]]] = {}
         paths = list(self.find_images())
-        for path in sorted(paths, key=lambda path: [".nii.gz", ".nii", ".img"].index(image_suffix(path))):
+        for path in sorted(paths, key=lambda path: _PREFERENCE.index(_SUFFIX.search(path.name)[0].lower())):
             name = _SUFFIX.sub("", path.relative_to(self.root).as_posix())
             match = re.fullmatch(pattern, name, re.IGNORECASE)
             if not match:
@@ -172,40 +168,44 @@ class Draft:
                     self.note("", path, "the name is not one of this dataset's", "the file is not used")
                 continue
             first, files = found.setdefault(comparable(match["subject"]), (match, {}))
-            if _place(match) != _place(first) or files.setdefault(match["role"].lower(), path) is not path:
+            if place(match) != place(first) or files.setdefault(match["role"].lower(), path) is not path:
                 self.note(match["subject"], path, "the subject has this image already", "the file is not used")
         self.found = f"{len(paths)} image files" + (f", such as {paths[0].relative_to(self.root)}" if paths else "")
         return [found[key] for key in sorted(found)]
 
-    def write(self) -> Reading:
-        """Split and write the collection, then check every file of it."""
+    def write(self, layout: str, **about: Any) -> Reading:
+        """Split and write the collection, then check every file of it.
+
+        Args:
+            layout: what the reader expects, in a few words, for the message when there is no subject.
+            **about: the collection but for its subjects.
+        """
         if self.institutions is not None and self.subjects:
             self._assign_institutions(Path(self.institutions))
         if not self.subjects:
             reasons = [f"{issue.subject}: {issue.problem}" for issue in self.left_out if issue.subject]
             raise InputError(
-                f"no subject found below {self.root}; expected {self.layout}, found {self.found}"
+                f"no subject found below {self.root}; expected {layout}, found {self.found}"
                 f"{'; left out: ' + _first(reasons, 2) if reasons else ''}. Check the root and the reader's name."
             )
-        content = {"synthetic": False, **self.about, "subjects": self.subjects}
-        options = {"fractions": self.split, "folds": self.folds, "seed": self.seed, "keep_test": self.keep_test}
-        paths = write_splits(content, self.out, folder=self.root, **options)
+        content = {"synthetic": False, **about, "subjects": self.subjects}
+        draw = {"fractions": self.split, "folds": self.folds, "seed": self.seed, "keep_test": self.keep_test}
+        paths = write_splits(content, self.out, self.root, **draw)
         report = check_collection(load_collection(paths[0]), progress=self.progress) if self.check else None
         return Reading(paths, self.left_out, report)
 
     def _assign_institutions(self, path: Path) -> None:
         """Take the institutions from a table of subjects; both ways, who is not in the other is noted."""
         table = read_table(path, {"subject": SUBJECT_COLUMNS, "institution": INSTITUTION_COLUMNS})
-        names = table.subject.map(comparable)
-        if table.institution.groupby(names).nunique().max() > 1:
+        sites = table.groupby(table.subject.map(comparable)).institution.agg(["first", "nunique"])
+        if sites["nunique"].max() > 1:
             raise InputError(f"{path} lists a subject at two institutions; list every subject once.")
         met = {comparable(issue.subject) for issue in self.left_out} | self._names
-        for subject in table.subject[~names.isin(met)]:
+        for subject in table.subject[~table.subject.map(comparable).isin(met)]:
             self.note(subject, "", f"listed in {path.name}, but has no files", "the subject is left out")
-        sites, subjects = dict(zip(names, table.institution, strict=True)), self.subjects
-        self.subjects = []
+        subjects, self.subjects = self.subjects, []
         for entry in subjects:
-            if institution := sites.get(comparable(entry["id"])):
+            if institution := sites["first"].get(comparable(entry["id"])):
                 self.subjects.append(entry | {"institution": institution})
             else:
                 self.note(entry["id"], "", f"has no institution in {path.name}", "the subject is left out")
@@ -216,19 +216,9 @@ def comparable(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _place(match: re.Match[str]) -> str:
-    return comparable(match.groupdict().get("place") or match.string[: match.start("subject")])
-
-
 def stem(path: Path) -> str:
     """The file's name without its suffix."""
     return _SUFFIX.sub("", path.name)
-
-
-def image_suffix(path: Path) -> str:
-    """``.nii.gz``, ``.nii``, ``.img`` or ``.hdr``, else nothing."""
-    match = _SUFFIX.search(path.name)
-    return match[0].lower() if match else ""
 
 
 def clean(name: str) -> str:
@@ -240,7 +230,7 @@ def clean(name: str) -> str:
     return re.sub(r"[\s/-]+", "_", name.strip())
 
 
-def objectives(label: str, values: Mapping[str, int | Sequence[int]]) -> dict[str, Any]:
+def objectives(label: str, values: Mapping[str, int | list[int]]) -> dict[str, Any]:
     """The entries ``labels`` and ``objectives`` of a collection: each class, and all of them at once.
 
     A class of several values (a region) is one class of the objective; regions may overlap, so there is no ``All``.
@@ -248,53 +238,29 @@ def objectives(label: str, values: Mapping[str, int | Sequence[int]]) -> dict[st
     >>> objectives("tissue", {"GM": 150, "WM": 250})["objectives"]["All"]
     {'label': 'tissue', 'values': [150, 250]}
     """
-    groups = {name: [value] if isinstance(value, int) else list(value) for name, value in values.items()}
+    groups = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
     declared = {name: group[0] for name, group in groups.items() if len(group) == 1}
     rest = sorted({value for group in groups.values() for value in group} - set(declared.values()))
-    asked = {
-        name: {"label": label, "values": [group if len(group) > 1 else group[0]]} for name, group in groups.items()
+    asked = {name: group if len(group) == 1 else [group] for name, group in groups.items()}
+    if 1 < len(groups) == len(declared):
+        asked.setdefault("All", list(declared.values()))
+    return {
+        "labels": {label: declared | {f"value{value}": value for value in rest}},
+        "objectives": {name: {"label": label, "values": classes} for name, classes in asked.items()},
     }
-    if 1 < len(groups) == len(declared) and "All" not in groups:
-        asked["All"] = {"label": label, "values": list(declared.values())}
-    return {"labels": {label: declared | {f"value{value}": value for value in rest}}, "objectives": asked}
 
 
 def parse_labels(labels: Any, path: Path) -> dict[str, int | list[int]]:
     """Values by name, from either form: ``{"1": "tumour"}`` or ``{"tumour": 1}``, where a region lists its values."""
-    values: dict[str, int | list[int]] = {}
     try:
-        for key, value in labels.items():
-            name, value = (value, key) if str(key).isdigit() and isinstance(value, str) else (key, value)
-            value = [_whole(one) for one in value] if isinstance(value, list) else _whole(value)
-            if value == 0:
-                continue
-            if name == "background" or clean(name) in values:
-                raise InputError(f"{path}: labels give {name} the value {value} besides another; rename it.")
-            values[clean(name)] = value
-    except InputError:
-        raise
-    except (AttributeError, TypeError, ValueError) as error:
+        items = [(v, k) if str(k).isdigit() and isinstance(v, str) else (k, v) for k, v in labels.items()]
+        values = [(clean(name), _CLASS_VALUES.validate_python(value)) for name, value in items]
+    except (AttributeError, ValueError) as error:
         raise InputError(f"{path}: labels must map names to whole numbers; found {labels!r}.") from error
-    return values
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError
-    return int(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give the folder that holds {path.name}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); correct it there.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object; found a {type(content).__name__}.")
-    return content
+    foreground = [(name, value) for name, value in values if value != 0]
+    if len(dict(foreground)) < len(foreground) or "background" in dict(foreground):
+        raise InputError(f"{path}: labels give one name two values, or background one besides 0: {labels!r}; rename.")
+    return dict(foreground)
 
 
 def read_table(

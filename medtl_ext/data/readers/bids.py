@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from medtl_ext._validation import InputError
+from medtl_ext.data.collection import PathLike, read_json
 from medtl_ext.data.readers._draft import (
     INSTITUTION_COLUMNS,
     SUBJECT_COLUMNS,
@@ -15,7 +16,6 @@ from medtl_ext.data.readers._draft import (
     clean,
     objectives,
     parse_labels,
-    read_json,
     read_table,
 )
 
@@ -24,7 +24,7 @@ _LABELS = ("dseg", "mask")
 _NATIVE = {None, "T1w", "orig", "individual"}  # spaces of the scanner
 
 
-def read_bids(root: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Reading:
+def read_bids(root: PathLike, out: PathLike, **options: Any) -> Reading:
     """A BIDS dataset with derivatives, or a derivatives dataset by itself; needs ``pip install pybids``.
 
     Labels are ``_dseg`` (values named by the ``index`` and ``name`` of a ``dseg.tsv``) and ``_mask`` (value 1, named by
@@ -42,21 +42,22 @@ def read_bids(root: str | os.PathLike[str], out: str | os.PathLike[str], **optio
     except ImportError as error:
         raise InputError("reading BIDS needs pybids; install it with: pip install pybids") from error
     draft = Draft(root, out, **options)
-    draft.layout = "anat/sub-01_T1w.nii.gz and a derivative such as sub-01_label-lesion_mask.nii.gz"
     described = read_json(draft.root / "dataset_description.json")
     try:
         layout = BIDSLayout(draft.root, validate=False, derivatives=(draft.root / "derivatives").is_dir())
     except Exception as error:  # pybids has an exception of its own for every fault of a dataset
         raise InputError(f"{draft.root} is not a BIDS dataset: {' '.join(str(error).split())}") from error
-    name = clean(str(described.get("Name") or draft.root.name))
-    about = {"name": name, "license": str(described.get("License") or "")}
-    draft.about = about | {"labels": {}, "objectives": {}}
+    about = {
+        "name": clean(str(described.get("Name") or draft.root.name)),
+        "license": str(described.get("License") or ""),
+        "labels": {},
+        "objectives": {},
+    }
     sites = _sites(draft.root / "participants.tsv")
-    places: dict[tuple[str, str, str], list[Any]] = {}
-    for file in layout.get(extension=[".nii", ".nii.gz"], datatype="anat"):
-        if _role(file):
-            places.setdefault(_place(file), []).append(file)
-    for (subject, session, space), files in sorted(places.items()):
+    images = layout.get(extension=[".nii", ".nii.gz"], datatype="anat")
+    used = sorted((file for file in images if _role(file)), key=_place)
+    for (subject, session, space), group in groupby(used, key=_place):
+        files = list(group)
         # The label's own dataset comes first: it may hold the images as they were when the label was drawn.
         datasets = {_dataset(file, draft.root) for file in files if file.entities["suffix"] in _LABELS}
         chosen: dict[str, Any] = {}
@@ -64,18 +65,15 @@ def read_bids(root: str | os.PathLike[str], out: str | os.PathLike[str], **optio
             if chosen.setdefault(_role(file), file) is not file:
                 problem = f"{chosen[_role(file)].filename} is there too"
                 draft.note(f"sub-{subject}", Path(file.path), problem, "the file is not used")
-        labels = {role: file for role, file in chosen.items() if file.entities["suffix"] in _LABELS}
-        for label, file in labels.items():
-            _declare(draft, label, file, layout)
+        paths: dict[bool, dict[str, Path]] = {True: {}, False: {}}  # of labels, and of images
+        for role, file in chosen.items():
+            paths[file.entities["suffix"] in _LABELS][role] = Path(file.path)
+            if file.entities["suffix"] in _LABELS and role not in about["labels"]:
+                _declare(about, role, file, layout)
         parts = [f"sub-{subject}", session and f"ses-{session}", space and f"space-{space}"]
-        draft.add(
-            "_".join(part for part in parts if part),
-            sites.get(f"sub-{subject}") or name,
-            {role: Path(file.path) for role, file in chosen.items() if role not in labels},
-            {label: Path(file.path) for label, file in labels.items()},
-            patient=f"sub-{subject}",
-        )
-    return draft.write()
+        institution = sites.get(f"sub-{subject}") or about["name"]
+        draft.add("_".join(filter(None, parts)), institution, paths[False], paths[True], patient=f"sub-{subject}")
+    return draft.write("anat/sub-01_T1w.nii.gz and a derivative such as sub-01_label-lesion_mask.nii.gz", **about)
 
 
 def _role(file: Any) -> str:
@@ -101,27 +99,22 @@ def _dataset(file: Any, root: Path) -> tuple[str, ...]:
     return parts[:2] if parts[0] == "derivatives" else ()
 
 
-def _declare(draft: Draft, label: str, file: Any, layout: Any) -> None:
-    """Declare a label and its objectives when it is first seen."""
-    if label in draft.about["labels"]:
-        return
+def _declare(about: dict[str, Any], label: str, file: Any, layout: Any) -> None:
+    """Declare a label and its objectives."""
     values = {label: 1}
     if file.entities["suffix"] == "dseg":
         own = file.entities.items()
-        tables = [
-            table
-            for table in layout.get(suffix="dseg", extension=".tsv")
-            if table.entities.items() - {("extension", ".tsv")} <= own
-        ]
+        tables = layout.get(suffix="dseg", extension=".tsv")
+        tables = [table for table in tables if table.entities.items() - {("extension", ".tsv")} <= own]
         if not tables:
             raise InputError(f"no dseg.tsv names the values of {file.path}; add one with columns index and name.")
-        nearest = max(tables, key=lambda table: len(table.entities))  # its names hold for all files with its entities
-        rows = read_table(Path(nearest.path), {"name": ("name",), "value": ("index",)})
-        values = parse_labels(dict(zip(rows.name, rows.value, strict=True)), Path(nearest.path))
+        nearest = Path(max(tables, key=lambda table: len(table.entities)).path)  # holds for all with its entities
+        rows = read_table(nearest, {"name": ("name",), "value": ("index",)})
+        values = parse_labels(dict(zip(rows.name, rows.value, strict=True)), nearest)
     part = objectives(label, values)
-    draft.about["labels"] |= part["labels"]
+    about["labels"] |= part["labels"]
     for name, objective in part["objectives"].items():
-        draft.about["objectives"][f"{label}_{name}" if name in draft.about["objectives"] else name] = objective
+        about["objectives"][f"{label}_{name}" if name in about["objectives"] else name] = objective
 
 
 def _sites(path: Path) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import pandas as pd
 from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.data.classification import ClassificationDataset, load_classification, load_medmnist
-from medtl_ext.data.collection import SPLITS
+from medtl_ext.data.collection import SPLITS, PathLike, read_json, refuse_to_replace
 
 
 @dataclass(frozen=True)
@@ -38,14 +36,14 @@ class ClassificationReading:
             f"Dataset written to {self.path}\nNext: --target_task {self.path}, in bundles/dataset_transferability"
         )
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
+    def to_csv(self, path: PathLike) -> None:
         """Write `counts` as a table."""
         write_csv(path, self.counts)
 
 
 def read_medmnist(
-    root: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    root: PathLike,
+    out: PathLike,
     *,
     file: str | None = None,
     labels: Mapping[str, int] | None = None,
@@ -68,20 +66,12 @@ def read_medmnist(
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(f"{folder} should hold one .npz file; found {names}. Choose one with --file.")
-    if out.exists():
-        try:
-            ours = "medmnist" in json.loads(out.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
-            ours = False
-        if not ours:
-            raise InputError(f"{out} exists and describes no MedMNIST file, so it is not replaced; give another --out.")
+    refuse_to_replace(out, lambda path: "medmnist" in read_json(path), "description of a MedMNIST file")
     dataset = load_medmnist(found[0])
-    names = list(dataset.class_names)
+    names, most = list(dataset.class_names), dataset.n_classes - 1
     for name, label in (labels or {}).items():
-        if not 0 <= label < dataset.n_classes:
-            raise InputError(
-                f"labels gives {name} the number {label}; {found[0].name} has 0 to {dataset.n_classes - 1}."
-            )
+        if not 0 <= label <= most:
+            raise InputError(f"labels gives {name} the number {label}; {found[0].name} has 0 to {most}.")
         names[label] = name
     path = found[0].absolute()
     relative = path.relative_to(out.parent) if path.is_relative_to(out.parent) else path

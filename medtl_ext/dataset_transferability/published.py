@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.metrics.label_prediction import combine_lp_fu
-from medtl_ext.ranking import friedman_nemenyi, weighted_kendall
+from medtl_ext.ranking import FriedmanNemenyi, friedman_nemenyi, weighted_kendall
+from medtl_ext.transfer import Run
 from medtl_ext.visualize import plot_critical_difference, save_figure
 
 METHODS = {"logme": "LogME", "parc": "PARC", "sfda": "SFDA", "ncti": "NCTI", "leep": "LEEP", "nleep": "NLEEP"}
@@ -18,20 +17,41 @@ PRINTED_CD = 2.792
 PRECISION = 0.005 + 1e-9  # of two decimals
 
 
-def reproduce_table2(*, scores: str, printed: str, output_dir: str) -> pd.DataFrame:
-    """Compute the table's weighted Kendall correlations, ranks and tests from the raw scores, beside the printed ones.
+class ReproduceTable2:
+    """A step that computes the table's weighted Kendall correlations, ranks and tests from the raw scores.
 
     Writes ``table2.csv`` (a row per target and method: printed, computed, ranks), ``table2.md`` and
     ``critical_difference.png``, and prints what was found.
 
     Args:
+        run: where the files go.
         scores: CSV with ``target, source, auc`` and a column per metric, ``lp`` and ``fu``: the authors' raw results.
         printed: CSV with ``target, method, wtau, rank`` as printed; empty where the paper prints no number.
-        output_dir: where the files go.
-
-    Returns:
-        The content of ``table2.csv``.
     """
+
+    def __init__(self, *, run: Run, scores: str, printed: str) -> None:
+        self.here, self.scores, self.printed = run, scores, printed
+
+    def run(self) -> pd.DataFrame:
+        """The content of ``table2.csv``."""
+        table, test, lines = _compared(self.scores, self.printed)
+        folder = self.here.folder
+        write_csv(folder / "table2.csv", table)
+        text = "\n".join(f"- {line}" for line in lines)
+        write_text(folder / "table2.md", f"# Table 2 of Juodelyte et al., from the raw scores\n\n{text}")
+        figure = plot_critical_difference(
+            test.average_ranks.to_dict(),
+            critical_difference=test.critical_difference,
+            groups=test.groups,
+            title="Juodelyte et al., Table 2, corrected critical difference",
+        )
+        save_figure(figure, folder / "critical_difference.png")
+        print("\n".join(lines))
+        return table
+
+
+def _compared(scores: str, printed: str) -> tuple[pd.DataFrame, FriedmanNemenyi, list[str]]:
+    """The table beside the printed one, its test, and what was found."""
     raw = _read(scores, {"target", "source", "auc", "lp", "fu", *METHODS})
     table = _read(printed, {"target", "method", "wtau", "rank"})
     computed = pd.DataFrame({target: _column(target, models) for target, models in raw.groupby("target")}).T
@@ -61,19 +81,7 @@ def reproduce_table2(*, scores: str, printed: str, output_dir: str) -> pd.DataFr
         f"their word, the printed ranks would give chi-square {others.chi_square:.3f}.",
         f"With the corrected value: {test.text}",
     ]
-    folder = Path(output_dir)
-    write_csv(folder / "table2.csv", table)
-    text = "\n".join(f"- {line}" for line in lines)
-    write_text(folder / "table2.md", f"# Table 2 of Juodelyte et al., from the raw scores\n\n{text}")
-    figure = plot_critical_difference(
-        test.average_ranks.to_dict(),
-        critical_difference=test.critical_difference,
-        groups=test.groups,
-        title="Juodelyte et al., Table 2, corrected critical difference",
-    )
-    save_figure(figure, folder / "critical_difference.png")
-    print("\n".join(lines))
-    return table
+    return table, test, lines
 
 
 def _read(path: str, columns: set[str]) -> pd.DataFrame:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from bundle_runs import refused
 from monai.bundle import ConfigWorkflow
 
-from medtl_ext import InputError, bundle
-from medtl_ext.bundle import Job, run_jobs
+from medtl_ext.transfer import Job, bundle_root, jobs, run_jobs
 
 
 def write_bundle(root: Path, **extra) -> Path:
@@ -18,15 +19,15 @@ def write_bundle(root: Path, **extra) -> Path:
     configs = root / "configs"
     configs.mkdir(parents=True)
     config = {
-        "imports": ["$import medtl_ext.bundle as bundle", "$from pathlib import Path"],
-        "bundle_root": "$bundle.bundle_root()",
+        "imports": ["$import medtl_ext.transfer as transfer", "$from pathlib import Path"],
+        "bundle_root": "$transfer.bundle_root()",
         "number": 3,
         "progress": True,
         "figures": True,
         "output_dir": "$@bundle_root + '/eval'",
-        "initialize": ["$bundle.start()"],
+        "initialize": ["$transfer.start()"],
         "run": [
-            "$bundle.claim_output(@output_dir)",
+            "$transfer.claim_output(@output_dir)",
             "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
         ],
     } | extra
@@ -43,6 +44,10 @@ def run(config: Path, **overrides):
     workflow.initialize()
     workflow.run()
     return workflow
+
+
+def refusal(config: Path, **overrides) -> str:
+    return refused(lambda: run(config, **overrides))
 
 
 def test_the_root_is_found_from_anywhere(tmp_path, monkeypatch):
@@ -66,20 +71,14 @@ def test_the_root_is_found_from_anywhere(tmp_path, monkeypatch):
     ],
 )
 def test_a_misspelled_option_names_the_nearest(tmp_path, option, message):
-    with pytest.raises(RuntimeError) as caught:
-        run(write_bundle(tmp_path), **{option: 4})
-    with pytest.raises(InputError, match=message):
-        raise caught.value.__cause__
+    assert re.search(message, refusal(write_bundle(tmp_path), **{option: 4}))
 
 
 def test_an_option_of_another_config_is_refused_where_it_does_nothing(tmp_path):
     config = write_bundle(tmp_path)
     (config.parent / "infer.json").write_text(json.dumps({"images": ".", "spacing": [1.0, 1.0], "output_dir": None}))
     (config.parent / "plain.json").write_text(json.dumps({"colour": "grey"}))  # an overlay
-    with pytest.raises(RuntimeError) as caught:
-        run(config, images="there")
-    with pytest.raises(InputError, match=r"option --images does nothing here; it is one of infer\.json"):
-        raise caught.value.__cause__
+    assert re.search(r"option --images does nothing here; it is one of infer\.json", refusal(config, images="there"))
     ConfigWorkflow(config_file=[str(config), str(config.parent / "plain.json")], colour="red").initialize()
 
 
@@ -103,10 +102,12 @@ def test_options_are_read_as_json_words(tmp_path, text, value):
     ],
 )
 def test_an_option_of_another_kind_is_refused(tmp_path, declared, given, expected):
-    with pytest.raises(RuntimeError) as caught:
-        run(write_bundle(tmp_path, choice=declared, number="$1 if @choice is None else 2"), choice=given)
-    with pytest.raises(InputError, match=f"option --choice is .*{expected}"):
-        raise caught.value.__cause__
+    assert re.search(
+        f"option --choice is .*{expected}",
+        refused(
+            lambda: run(write_bundle(tmp_path, choice=declared, number="$1 if @choice is None else 2"), choice=given)
+        ),
+    )
 
 
 @pytest.mark.parametrize(("declared", "given"), [(0.5, 1), (3, 4), (3, None), (True, "$1 > 2"), ("text", 3)])
@@ -149,10 +150,7 @@ def test_a_run_with_another_loss_is_another_run(tmp_path):
     config = write_bundle(tmp_path, loss=loss)
     run(config)
     run(config)
-    with pytest.raises(RuntimeError) as caught:
-        run(config, **{"loss#_target_": "torch.nn.NLLLoss"})
-    with pytest.raises(InputError, match="holds a run with loss="):
-        raise caught.value.__cause__
+    assert re.search("holds a run with loss=", refusal(config, **{"loss#_target_": "torch.nn.NLLLoss"}))
 
 
 @pytest.mark.parametrize("part", ["loss", "loss_def", "region_loss", "leep"])
@@ -161,10 +159,7 @@ def test_any_part_of_the_loss_and_of_its_weights_decides(tmp_path, part):
     run(config)
     run(config)
     for change in ({f"{part}#base#_target_": "torch.nn.NLLLoss"}, {f"{part}#to": "$2"}):
-        with pytest.raises(RuntimeError) as caught:
-            run(config, **change)
-        with pytest.raises(InputError, match=f"holds a run with {part}="):
-            raise caught.value.__cause__
+        assert f"holds a run with {part}=" in refusal(config, **change)
 
 
 def test_fitted_weights_are_known_by_their_content(tmp_path):
@@ -175,19 +170,16 @@ def test_fitted_weights_are_known_by_their_content(tmp_path):
     run(config, affinity=str(first))
     run(config, affinity=str(second))
     first.write_text('{"alpha": 2}')
-    with pytest.raises(RuntimeError) as caught:
-        run(config, affinity=str(first))
-    assert "holds a run on another affinity, with other weights than" in str(caught.value.__cause__)
+    assert "holds a run on another affinity, with other weights than" in refused(
+        lambda: run(config, affinity=str(first))
+    )
 
 
 def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):
     config = write_bundle(tmp_path)
     run(config)
     run(config)
-    with pytest.raises(RuntimeError) as caught:
-        run(config, number=4)
-    assert isinstance(caught.value.__cause__, InputError)
-    assert "holds a run with number=3, this one has 4" in str(caught.value.__cause__)
+    assert "holds a run with number=3, this one has 4" in refusal(config, number=4)
     assert (tmp_path / "eval" / "result.txt").read_text() == "9"
     run(config, number=4, output_dir=str(tmp_path / "other"))
     assert (tmp_path / "other" / "result.txt").read_text() == "16"
@@ -195,10 +187,9 @@ def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):
 
 def test_an_output_folder_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeError) as caught:
-        run(write_bundle(tmp_path), output_dir=str(tmp_path / "file" / "eval"))
-    assert isinstance(caught.value.__cause__, InputError)
-    assert "cannot be written to" in str(caught.value.__cause__)
+    assert "cannot be written to" in refused(
+        lambda: run(write_bundle(tmp_path), output_dir=str(tmp_path / "file" / "eval"))
+    )
 
 
 def test_the_config_left_behind_can_be_run_again(tmp_path):
@@ -234,7 +225,7 @@ def test_a_job_started_twice_at_a_time_runs_once(tmp_path, monkeypatch):
     """Each would clear away what the other is writing; the second waits, and finds the job done."""
     log = tmp_path / "log.txt"
     steps = [
-        "$bundle.claim_output(@output_dir)",
+        "$transfer.claim_output(@output_dir)",
         f"$open({str(log)!r}, 'a').write('run\\n')",
         "$__import__('time').sleep(0.5)",
         "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
@@ -242,7 +233,7 @@ def test_a_job_started_twice_at_a_time_runs_once(tmp_path, monkeypatch):
     config = json.loads(write_bundle(tmp_path, run=steps).read_text()) | {"bundle_root": str(tmp_path)}
     job = Job(config, tmp_path / "one", result="result.txt")
     said = []
-    monkeypatch.setattr(bundle.logger, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(jobs.logger, "warning", lambda text, *values: said.append(text % values))
     with ThreadPoolExecutor(2) as pool:  # a file lock holds between threads as it does between processes
         for attempt in [pool.submit(job.run) for _ in range(2)]:
             attempt.result(120)
@@ -263,15 +254,6 @@ def test_a_folder_that_holds_nothing_but_the_lock_is_free(tmp_path):
     assert (tmp_path / "one" / "result.txt").read_text() == "25"
 
 
-def test_a_kept_model_is_trained_once(tmp_path):
-    config = json.loads(write_bundle(tmp_path).read_text()) | {"bundle_root": str(tmp_path)}
-    job = Job(config, tmp_path / "models" / "source", result="result.txt")
-    path = Path(bundle.kept_model(job, result="result.txt"))
-    before = path.stat().st_mtime_ns
-    assert bundle.kept_model(job, result="result.txt") == str(path)
-    assert path.stat().st_mtime_ns == before
-
-
 def test_outside_of_a_workflow_the_root_is_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert bundle.bundle_root() == str(tmp_path)
+    assert bundle_root() == str(tmp_path)

@@ -1,0 +1,235 @@
+"""Datasets that a list describes: a Decathlon or MONAI ``dataset.json``, nnU-Net's, or a plain table."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import nibabel
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from medtl_ext._validation import InputError
+from medtl_ext.data.collection import SPLITS, PathLike, read_json
+from medtl_ext.data.readers._draft import (
+    INSTITUTION_COLUMNS,
+    SUBJECT_COLUMNS,
+    Draft,
+    Reading,
+    clean,
+    objectives,
+    parse_labels,
+    read_table,
+    stem,
+)
+
+_SECTIONS = {"training": "train", "validation": "val", "testing": "test", "test": "test"}
+_Text = Annotated[str | None, Field(coerce_numbers_to_str=True)]
+_Files = Annotated[list[str], BeforeValidator(lambda files: [files] if isinstance(files, str) else files)]
+
+
+class _Case(BaseModel):
+    """An entry of a list."""
+
+    image: Annotated[_Files, Field(min_length=1)]
+    label: str | None = None
+    split: str
+    subject: _Text = None
+    institution: _Text = None
+    patient: _Text = None
+    fold: Any = None
+
+
+def read_datalist(
+    root: PathLike,
+    out: PathLike,
+    *,
+    file: PathLike | None = None,
+    labels: Mapping[str, int] | None = None,
+    modalities: Sequence[str] | None = None,
+    **options: Any,
+) -> Reading:
+    """A Decathlon task or a MONAI datalist: ``training``, ``validation`` and ``test`` list ``image`` and ``label``.
+
+    ``image`` is one file, or a list with one file a modality. Where labelled cases are in several sections, the
+    sections are the splits. An entry may name its ``subject`` and ``institution``; otherwise its image names it, and
+    the list is the institution.
+
+    Args:
+        root: the folder that paths in the list start from.
+        out: the collection file to write.
+        file: the list; ``dataset.json`` in the root if not given.
+        labels: values by name; those of the list (``labels``) if not given.
+        modalities: in the order of the images; those of the list (``modality``) if not given.
+        **options: as `read_collection` tells.
+
+    Raises:
+        InputError: also where several modalities share one 4D file, as in Task01_BrainTumour and Task05_Prostate: a
+            collection takes one 3D file a modality.
+    """
+    draft = Draft(root, out, **options)
+    path = draft.root / "dataset.json" if file is None else Path(file)
+    content = read_json(path)
+    labels = labels or content.get("labels")
+    if not labels:
+        raise InputError(f"{path} names no labels; give labels with their values, such as lesion=1.")
+    about = _about(content, clean(str(content.get("name") or path.stem)), parse_labels(labels, path))
+    names = _parse_modalities(modalities or content.get("modality"), path)
+    cases = [
+        _parse_case(entry, split, f"{path}: {section}")
+        for section, split in _SECTIONS.items()
+        for entry in content.get(section) or []
+    ]
+    # Where no labelled cases are for validation, train is shared out.
+    fixed = SPLITS if any(case.split == "val" and case.label for case in cases) else ("test",)
+    for case, subject in zip(cases, _subjects(cases), strict=True):
+        images = [draft.root / image for image in case.image]
+        if not draft.subjects:
+            _refuse_channels(images, names, path, draft.root)
+        if len(images) != len(names):
+            draft.note(subject, "", f"{len(images)} images for {len(names)} modalities", "the subject is left out")
+            continue
+        target = {"label": draft.root / case.label if case.label else None}
+        split = case.split if case.split in fixed else None
+        institution, files = case.institution or about["name"], dict(zip(names, images, strict=True))
+        draft.add(subject, institution, files, target, split=split, patient=case.patient)
+    if any(case.fold is not None for case in cases):
+        draft.note("", path, "the list's own folds are not used", "draw splits or folds")
+    return draft.write("entries with image and label under training", **about)
+
+
+def _about(content: Mapping[str, Any], name: str, labels: Mapping[str, int | list[int]]) -> dict[str, Any]:
+    """The collection that a ``dataset.json`` describes, but for its subjects."""
+    return {
+        "name": name,
+        "description": str(content.get("description") or ""),
+        "license": str(content.get("licence") or content.get("license") or "as agreed with the provider"),
+        **objectives("label", labels),
+    }
+
+
+def _parse_modalities(listed: Any, path: Path) -> list[str]:
+    """Names by channel, from ``{"0": "T1", "1": "T2"}`` or a list."""
+    try:
+        names = [listed[number] for number in sorted(listed, key=int)] if isinstance(listed, Mapping) else list(listed)
+        names = [clean(name) for name in names]
+    except (AttributeError, TypeError, ValueError):
+        names = []
+    if not names or isinstance(listed, str) or len(set(names)) < len(names):
+        raise InputError(f"{path} must name every modality, each differently, such as T1; found {listed!r}.")
+    return names
+
+
+def _parse_case(entry: Any, split: str, where: str) -> _Case:
+    """Unlabelled cases are plain paths in the Decathlon."""
+    try:
+        return _Case.model_validate((entry if isinstance(entry, dict) else {"image": entry}) | {"split": split})
+    except ValidationError as error:
+        raise InputError(f"{where} must hold the paths of 'image' and 'label' files; found {entry!r}.") from error
+
+
+def _subjects(cases: Sequence[_Case]) -> list[str]:
+    """The entries' own names, else their first image's, with its folders where names alone are not unique."""
+    paths = [Path(case.image[0]) for case in cases]
+    short = [case.subject or stem(path) for case, path in zip(cases, paths, strict=True)]
+    if len(set(short)) == len(short):
+        return short
+    long = [path.with_name(stem(path)).as_posix().replace("/", "_") for path in paths]
+    return [case.subject or name for case, name in zip(cases, long, strict=True)]
+
+
+def _refuse_channels(images: Sequence[Path], names: Sequence[str], path: Path, root: Path) -> None:
+    """Refuse several modalities in one file, as the names or the header of an image tell."""
+    shape: tuple[int, ...] = ()
+    with contextlib.suppress(Exception):  # missing or broken, which is said elsewhere
+        shape = nibabel.load(images[0]).shape
+    if len(images) == 1 and (len(names) > 1 or max(shape[3:], default=1) > 1):
+        raise InputError(
+            f"{path}: {images[0].name} (shape {shape}) holds several modalities in one file ({', '.join(names)}), but "
+            "a collection takes one 3D file a modality. Write every channel to a file of its own, such as by nnU-Net's "
+            f"'nnUNetv2_convert_MSD_dataset -i {root}', and read the result as nnunet."
+        )
+
+
+def read_nnunet(root: PathLike, out: PathLike, **options: Any) -> Reading:
+    """A dataset in nnU-Net's raw format, version 1 or 2: ``imagesTr/CASE_0000.nii.gz`` and ``labelsTr/CASE.nii.gz``.
+
+    ``labelsTs``, where it is there, makes a test split of ``imagesTs``. A region (several values under one name)
+    becomes an objective that merges them. The value ``ignore`` is declared but no objective: it counts as background.
+
+    Args:
+        root: the dataset's folder, such as ``Dataset005_Prostate``.
+        out: the collection file to write.
+        **options: as `read_collection` tells. All subjects are of one institution, the dataset's name, unless
+            ``institutions`` is given.
+    """
+    draft = Draft(root, out, **options)
+    path = draft.root / "dataset.json"
+    content = read_json(path)
+    ending = content.get("file_ending", ".nii.gz")
+    if ending.lower() not in (".nii.gz", ".nii"):
+        raise InputError(f"{path}: files end in {ending}; a collection takes NIfTI. Convert them to .nii.gz first.")
+    modalities = _parse_modalities(content.get("channel_names") or content.get("modality"), path)
+    values = parse_labels(content.get("labels") or {}, path)
+    ignored = values.pop("ignore", None)
+    about = _about(content, clean(re.sub(r"^(Dataset|Task)\d+_", "", draft.root.name)), values)
+    if ignored is not None:
+        about["labels"]["label"]["ignore"] = ignored
+        draft.note("", path, f"value {ignored} is to be ignored, which a collection cannot say", "it is background")
+    labels_or_images = r"(?:(?P<images>images)|labels)(?P<place>T[rs])"  # a role is what tells channels apart
+    for match, files in draft.group(rf"{labels_or_images}/(?P<subject>.+?)(?P<role>(?(images)_\d{{4}}|))"):
+        images = {modality: files.pop(f"_{number:04d}", None) for number, modality in enumerate(modalities)}
+        split = "test" if match["place"].lower() == "ts" else None
+        draft.add(match["subject"], about["name"], images, {"label": files.pop("", None)}, split=split)
+        for path in files.values():
+            draft.note(match["subject"], path, "the channel is not in dataset.json", "the file is not used")
+    return draft.write(f"imagesTr/CASE_0000{ending} and labelsTr/CASE{ending}", **about)
+
+
+def read_csv(
+    root: PathLike, out: PathLike, *, file: PathLike | None = None, labels: dict[str, int] | None = None, **options: Any
+) -> Reading:
+    """A table with the columns subject, institution, modality, image and label, and, if wanted, split and patient.
+
+    One row an image. A subject's rows agree on its institution, split and patient, and on its label, which one of them
+    has to name. Columns are separated by commas, semicolons or tabs.
+
+    Args:
+        root: the folder that paths in the table start from.
+        out: the collection file to write.
+        file: the table; the only CSV file in the root if not given.
+        labels: the values in the label files by name, such as ``{"lesion": 1}``; required.
+        **options: as `read_collection` tells.
+    """
+    draft = Draft(root, out, **options)
+    tables = [Path(file)] if file is not None else sorted(draft.root.glob("*.csv"))
+    if len(tables) != 1:
+        raise InputError(f"{len(tables)} CSV files in {draft.root}; give the table with file.")
+    if not labels:
+        raise InputError("a table does not say what its label files hold; give labels, such as lesion=1.")
+    columns = {"subject": SUBJECT_COLUMNS, "institution": INSTITUTION_COLUMNS}
+    columns |= {name: (name,) for name in ("modality", "image", "label")}
+    table = read_table(tables[0], columns, {"split": ("split",), "patient": ("patient",)})
+    for subject, rows in table.groupby("subject", sort=False):
+        own = {}
+        for column in ("institution", "label", "split", "patient"):
+            values = sorted(set(rows[column]) - {""})
+            if len(values) > 1:
+                raise InputError(
+                    f"{tables[0]}: subject '{subject}' has several values of {column}: {values}; keep one."
+                )
+            own[column] = values[0] if values else None
+        modalities = rows.modality.map(clean)
+        twice = modalities[modalities.duplicated()]
+        if not subject or not own["institution"] or len(twice):
+            problem = f"two images of {twice.iloc[0]}" if len(twice) else "no subject or no institution"
+            draft.note(str(subject), tables[0], problem, "the subject is left out")
+            continue
+        files = [draft.root / image if image else None for image in rows.image]
+        target = {"label": draft.root / own["label"] if own["label"] else None}
+        images = dict(zip(modalities, files, strict=True))
+        draft.add(subject, own["institution"], images, target, split=own["split"], patient=own["patient"])
+    about = {"name": clean(tables[0].stem), "license": "", **objectives("label", parse_labels(labels, tables[0]))}
+    return draft.write("rows with subject, institution, modality, image and label", **about)

@@ -1,0 +1,127 @@
+"""Source datasets ranked for a classification target, with what the paper's LP x FU says and the target's own model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from medtl_ext._io import write_csv
+from medtl_ext._validation import InputError
+from medtl_ext.ranking import SourceRanking, listed
+from medtl_ext.transfer import SCORES, ClassificationTask, Job, RankSources, Study
+from medtl_ext.transfer.jobs import read_table
+from medtl_ext.transfer.study import Key
+
+__all__ = ["DatasetStudy", "RankDatasets", "RankOwnModel"]
+
+
+class RankDatasets(RankSources):
+    """The ranking of `medtl_ext.transfer.RankSources` for classification.
+
+    The target's own model is scored and never ranked. Where a score cannot be resampled over patients, as LP, FU and
+    LP x FU, the answer is an order and never a preference.
+
+    Args:
+        cross_domain: LP x FU is turned round, for sources of another domain than the target.
+        options: see `medtl_ext.transfer.RankSources`.
+    """
+
+    scores = ("lp_fu", "lp", "fu", "leep", "nleep", "logme", "parc", "sfda", "ncti", "gbc", "h_score")
+    carried = ("collection", "phantom_subjects", "train_per_class", "val_per_class", "image_size", "in_channels")
+    carried += ("network_def", "seed")
+
+    def __init__(self, *, cross_domain: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.cross_domain = cross_domain
+
+    def check(self) -> None:
+        super().check()
+        if self.decide_by not in self.metrics:
+            raise InputError(
+                f"decide_by is {self.decide_by}, which is not in metrics; add it there: {', '.join(self.metrics)}."
+            )
+        channels, size = self.image_shape[:2]
+        if channels not in (1, 3) or size < 16:
+            raise InputError(f"in_channels is {channels}, image_size {size}; expected 1 or 3, and at least 16.")
+        self.target.check(["train", "val", "test"])
+
+    @property
+    def score_options(self) -> dict[str, Any]:
+        return {"cross_domain": self.cross_domain}
+
+    def remarks(self, ranking: SourceRanking) -> list[str]:
+        ready, dataset, said = self.table.loc[self.ranked], self.target.dataset, []
+        if len(ready) > 1 and ready[self.decide_by].nunique(dropna=True) == 1:
+            said.append(f"All sources have the same {SCORES[self.decide_by].label}: it ranks nothing here.")
+        if dataset.subjects is None and ranking.resamples:
+            said.append(
+                "Which images are of one patient is not known, so every image counts as a patient of its own: if some "
+                "share one, the intervals are too narrow."
+            )
+        if self.decide_by != "lp_fu" and "lp_fu" in ready and ready["lp_fu"].notna().any():
+            turned = " (turned round for sources of another domain)" if self.cross_domain else ""
+            first = list(ready.index[ready["lp_fu"] == ready["lp_fu"].max()])
+            alike = " (all alike)" if len(first) > 1 else ""
+            said.append(f"The paper's LP x FU{turned} would pick {listed(first)}{alike}.")
+        if own := [name for name in self.seen if self.pool[name].own]:
+            said.append(f"{listed(own)} is the target's own model: scored, not ranked.")
+        counts = zip(dataset.class_names, dataset.counts("train"), dataset.counts("val"), strict=True)
+        images = ", ".join(f"{name} {train} and {val}" for name, train, val in counts)
+        return [*said, f"Training and validation images by class: {images}."]
+
+    def said_besides(self) -> dict[str, Any]:
+        units = len(next(iter(self.seen.values())).maps.names)
+        return {"units": units, "patients_known": self.target.dataset.subjects is not None}
+
+
+class RankOwnModel:
+    """A step that says where each score would rank the target's own model, had it been a candidate: ``own_model.csv``.
+
+    A score of feature quality alone finds no better source for a data set than the data set itself. LP x FU is 0 for
+    a model that need not change (the paper's point). Nothing is written where no source is the target's own model.
+
+    Args:
+        ranking: of the sources, the own model among them.
+    """
+
+    def __init__(self, *, ranking: RankDatasets) -> None:
+        self.ranking = ranking
+
+    def run(self) -> pd.DataFrame | None:
+        """Columns ``score, rank, candidates``."""
+        own = [name for name in self.ranking.seen if self.ranking.pool[name].own]
+        if not own or not self.ranking.here.leads:
+            return None
+        table = pd.DataFrame(self.ranking.values(list(self.ranking.seen)))
+        ranks = table.rank(ascending=False, method="min", na_option="bottom").loc[own[0]]
+        found = pd.DataFrame({"score": [SCORES[name].label for name in ranks.index], "rank": ranks.to_numpy(int)})
+        found["candidates"] = len(table)
+        write_csv(self.ranking.here.folder / "own_model.csv", found)
+        return found
+
+
+class DatasetStudy(Study):
+    """Several classification targets and seeds, of one pool; see `medtl_ext.transfer.Study`."""
+
+    title = "Dataset transferability studied"
+    head = "{targets} targets, {sources} sources, {seeds} seeds; AUC of the test images after fine-tuning everything."
+    seeds_pool = False
+
+    def open(self, name: str, config: Mapping[str, Any]) -> ClassificationTask:
+        keys = ("collection", "phantom_subjects", "image_size", "in_channels")
+        return ClassificationTask(name, **{key: config[key] for key in keys})
+
+    def claims(self, table: pd.DataFrame, mean: pd.DataFrame, jobs: Mapping[Key, Job]) -> list[str]:
+        files = [job.output_dir / "own_model.csv" for job in jobs.values()]
+        tables = [read_table(file) for file in files if file.is_file()]
+        if not tables:
+            return []
+        own = pd.concat(tables)
+        first = own.assign(first=own["rank"] == 1).groupby("score", sort=False)["first"].agg(["sum", "count"])
+        said = ", ".join(f"{name} {row['sum']} of {row['count']}" for name, row in first.iterrows())
+        return [
+            "**Is a target its own best source?** Ranked first among the candidates had it been one (the paper's "
+            f"argument against scores of feature quality alone): {said}."
+        ]

@@ -1,0 +1,177 @@
+"""What is particular to the bundle ``risk_map``: its pictures, and the comparison of its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from monai.engines import SupervisedEvaluator
+from torch.utils.data import Dataset
+
+from medtl_ext._validation import require_choice
+from medtl_ext.data import SliceDataset
+from medtl_ext.networks import load_weights
+from medtl_ext.transfer import Job, Run, SegmentationTask, compare_report
+from medtl_ext.transfer.config import study_config
+from medtl_ext.transfer.sources import Source, pretraining_job, source_collection
+from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
+
+__all__ = ["CompareMethods", "Pictures"]
+
+N_PATIENTS = 3
+
+
+class Pictures:
+    """A step that draws the weights of the loss (``maps.png``) and segmented slices of test patients (``overlay.png``).
+
+    Args:
+        run, target: what was run, and the target task.
+        evaluator: its network and inferer segment the patients, with the weights of this run and of its audit.
+        training: the slices trained on, with their weight maps if they have their own.
+        patients: volumes with ``image``, ``label`` and ``subject``; the first few are drawn, each in the slice that
+            holds most foreground.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        target: SegmentationTask,
+        evaluator: SupervisedEvaluator,
+        training: SliceDataset,
+        patients: Dataset,
+    ) -> None:
+        self.here, self.target, self.evaluator = run, target, evaluator
+        self.training, self.patients = training, patients
+
+    def run(self) -> None:
+        """Draw, unless the run is to leave no figures."""
+        if not (self.here.leads and self.here.figures):
+            return
+        self._draw_maps({"title": self.here.config["method"], "synthetic": self.target.synthetic})
+        folder = self.here.folder
+        arms = {path.parent.name: path for path in sorted(folder.glob("audit/*/model.pt"))}
+        arms |= {self.here.config["method"]: folder / "model.pt"}
+        items = [self.patients[place] for place in range(min(N_PATIENTS, len(self.patients)))]
+        places = [int(item["label"][0].flatten(0, 1).gt(0).sum(0).argmax()) for item in items]
+        figure = plot_overlay(
+            [item["image"][0, ..., z] for item, z in zip(items, places, strict=True)],
+            [item["label"][0, ..., z] for item, z in zip(items, places, strict=True)],
+            {arm: self._segment(path, items, places) for arm, path in arms.items()},
+            subjects=[item["subject"] for item in items],
+            class_names=self.target.class_names,
+            synthetic=self.target.synthetic,
+        )
+        save_figure(figure, folder / "overlay.png")
+
+    def _draw_maps(self, options: Mapping[str, Any]) -> None:
+        folder = self.here.folder
+        plain = self.training.plain()
+        maps = [folder / f"leep_{when}.nii.gz" for when in ("before", "after")]
+        if all(path.is_file() for path in maps):
+            image = torch.stack([item["image"][0] for item in plain]).mean(0)
+            before, after = (nib.load(path).get_fdata()[..., 0] for path in maps)
+            figure = plot_risk_maps(before, after, image=image, quantity="leep", **options)
+        elif "weight" in plain[0]:
+            items = [plain[place] for place in np.linspace(0, len(plain) - 1, N_PATIENTS).astype(int)]
+            rows = {
+                f"{item['subject']}, slice {item['slice']}": {
+                    "image": item["image"][0],
+                    "label": item["label"][0].int(),
+                    "weight": item["weight"][0],
+                }
+                for item in items
+            }
+            figure = plot_montage(rows, **options)
+        else:
+            return
+        save_figure(figure, folder / "maps.png")
+
+    def _segment(self, path: Any, items: Sequence[Any], places: Sequence[int]) -> list[torch.Tensor]:
+        """Labels of one slice of each volume by the evaluator's network with the weights of a checkpoint."""
+        network, device = self.evaluator.network, self.evaluator.state.device
+        load_weights(network, path, min_share=1.0)
+        network.eval()
+        with torch.no_grad():
+            logits = (self.evaluator.inferer(item["image"][None].to(device), network)[0] for item in items)
+            return [volume[..., z].argmax(0).cpu() for volume, z in zip(logits, places, strict=True)]
+
+
+class CompareMethods:
+    """A step that fine-tunes with every method on every pair, sample size, source checkpoint and seed, and reports.
+
+    Runs that are done are kept, so an interrupted comparison continues. Training from scratch needs no source, and the
+    untouched source no seed: they run once for each distinct result. Writes the files of
+    `medtl_ext.transfer.compare_report`, and every run below ``runs``.
+
+    Args:
+        run: where it writes; its config holds ``settings``, options of ``train.json`` for all runs.
+        pairs: (source task, target task) each.
+        methods: names of overlay configs beside ``train.json``.
+        runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. A seed draws target slices, fresh weights and
+            batches; a source seed stands for another pre-trained source checkpoint.
+        train_slices: numbers of labelled target slices.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        pairs: Sequence[Sequence[str]],
+        methods: Sequence[str],
+        runs: Sequence[Mapping[str, int]],
+        train_slices: Sequence[int],
+    ) -> None:
+        self.here, self.pairs, self.methods, self.runs = run, pairs, methods, runs
+        self.train_slices = train_slices
+        self.synthetic = False
+
+    def run(self) -> pd.DataFrame:
+        """Train, compare and write; one row per run, patient and class."""
+        here = self.here
+        config = here.config = study_config(here.folder, here.config["settings"])
+        for method in self.methods:
+            require_choice("method", method, sorted(path.stem for path in here.configs.glob("*.json")))
+        where = {"phantom_subjects": config["phantom_subjects"]}
+        for name in dict.fromkeys(target for _, target in self.pairs):
+            target = SegmentationTask(name, collection=config["collection"], **where)
+            target.check({"train", config["val_split"], "test"})
+            self.synthetic |= target.synthetic
+        sources = {
+            (task, seed): pretraining_job(config, config["source_dir"], Source(task, "task", task=task), seed=seed)
+            for task, seed in product({source for source, _ in self.pairs}, {one["source_seed"] for one in self.runs})
+        }
+        for task, _ in self.pairs:
+            SegmentationTask(task, collection=source_collection(config), **where)
+        here.train(list(sources.values()), "pre-training")
+        rows = self._runs(sources)
+        here.train([job for job, _ in rows.values()], "comparison")
+        parts = [job.read().drop(columns=["method", "seed"]).assign(**row) for job, row in rows.values()]
+        table = pd.concat(parts, ignore_index=True)
+        compare_report(table, here.folder, synthetic=self.synthetic)
+        return table
+
+    def _runs(self, sources: Mapping[tuple[str, int], Job]) -> dict[Path, tuple[Job, dict[str, Any]]]:
+        """Folder -> a training, each distinct one once, and what the table says of it."""
+        found = {}
+        for slices, one, (source, target), method in product(self.train_slices, self.runs, self.pairs, self.methods):
+            seed, source_seed = one["seed"], one["source_seed"]
+            folder = self.here.folder / "runs" / f"{source}_to_{target}" / str(slices) / method
+            row = {"pair": f"{source} -> {target}", "slices": slices, "method": method}
+            row |= {"source_seed": np.nan, "seed": np.nan}
+            if method != "scratch":
+                folder /= f"source{source_seed}"
+                row["source_seed"] = source_seed
+            if method != "zero_shot":
+                folder /= f"seed{seed}"
+                row["seed"] = seed
+            options = {"source_task": source, "target_task": target, "train_slices": slices, "seed": seed}
+            options |= {"source_ckpt": sources[source, source_seed].model, "check_data": False, "audit#arms": []}
+            found.setdefault(folder, (self.here.job(folder, method, **options), row))
+        return found

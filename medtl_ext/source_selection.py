@@ -1,0 +1,376 @@
+"""What is particular to the bundle ``source_selection``: prior knowledge of sources, PriorSel's filters, and settling.
+
+What is known of a source before its network is looked at: its tags, its size, how alike the regions of interest are.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, Spacingd
+from scipy import stats
+
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
+from medtl_ext.ranking import SourceRanking, audit_verdict
+from medtl_ext.transfer import SCORES, Arm, Job, RankSources, SegmentationTask, Source, Study, run_command
+from medtl_ext.transfer.arms import finetuning_job
+from medtl_ext.transfer.sources import source_collection
+from medtl_ext.transfer.study import Key
+from medtl_ext.transfer.truth import TOP
+from medtl_ext.transforms import SelectLabelsd
+from medtl_ext.visualize import plot_priors_against_dice, save_figure
+
+__all__ = ["SelectSource", "SelectionStudy", "filter_by_priors", "region_labels", "roi_similarity"]
+
+logger = logging.getLogger(__name__)
+
+METHODS = {"pooled": "h_score", "paper": "h_score_map"}
+"""Method -> the score that decides unless ``decide_by`` says otherwise."""
+PRIORS = ("none", "modality", "modality + SSIM")
+"""What is ranked: all sources, those of the target's modality, or what both of PriorSel's filters leave."""
+SIMILARITIES = {"ssim": "label SSIM", "roi_dice": "Dice of mean label maps", "roi_shape": "shape descriptors"}
+
+
+def region_labels(task: SegmentationTask, *, spacing: Sequence[float], roi_size: Sequence[int]) -> list[torch.Tensor]:
+    """The task's training labels on the common grid, bool, True in any foreground class.
+
+    Slices are as many as a volume has, where ``roi_size`` does not say.
+    """
+    prepare = Compose(
+        [
+            LoadImaged(keys="label", reader="NibabelReader", ensure_channel_first=True),
+            Orientationd(keys="label", axcodes="RAS", labels=None),
+            Spacingd(keys="label", pixdim=spacing, mode="nearest"),
+            SelectLabelsd(keys="label", values=task.label_values),
+        ]
+    )
+    pad = ResizeWithPadOrCrop(spatial_size=[*roi_size, -1][:3])
+    labels = [prepare({"label": item["label"]})["label"] for item in task.datalist("train")]
+    return [torch.as_tensor(pad(label))[0] > 0 for label in labels]
+
+
+def roi_similarity(
+    source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], *, spacing: Sequence[float]
+) -> dict[str, float]:
+    """How alike two sets of label volumes (bool, of any number of slices) are, in three ways; higher is more alike.
+
+    All volumes are laid centre on centre.
+
+    Returns:
+        ``ssim`` (mean over all pairs of volumes), ``roi_dice`` (Dice of the mean label maps) and ``roi_shape``
+        (similarity of shape descriptors).
+    """
+    depth = max(volume.shape[-1] for volume in (*source, *target))
+    pad = ResizeWithPadOrCrop(spatial_size=[*source[0].shape[:-1], depth])
+    first, second = (
+        torch.stack([torch.as_tensor(pad(volume[None].to(torch.uint8)))[0] for volume in volumes])
+        for volumes in (source, target)
+    )
+    shapes = (shape_descriptors(labels, spacing=spacing) for labels in (first, second))
+    return {
+        "ssim": float(pairwise_ssim(first, second).mean()),
+        "roi_dice": float(mean_label_dice(first, second)),
+        "roi_shape": float(shape_similarity(*shapes).mean()),
+    }
+
+
+def filter_by_priors(
+    table: pd.DataFrame, *, minimum_ssim: float | None = None, top_k: int | None = None
+) -> pd.DataFrame:
+    """PriorSel's two filters: the target's modality, then the regions most alike; what is left is to be ranked.
+
+    Args:
+        table: a row per source that can be used, with ``modality``, ``same_modality`` and ``ssim``.
+        minimum_ssim: keep sources with at least this SSIM of labels.
+        top_k: keep so many of these with the highest, and what is equal to the last of them. With neither, the better
+            half (rounded up) is kept.
+
+    Returns:
+        Columns ``kept`` (bool) and ``reason``, one row per source. A source of which a tag or the labels are not known
+        is kept. A filter that would leave nothing warns and filters nothing.
+
+    Raises:
+        InputError: ``top_k`` would keep nothing.
+    """
+    require_top_k(top_k)
+    kept = pd.Series(True, table.index)
+    reasons: dict[str, list[str]] = {source: [] for source in table.index}
+    wrong = table["same_modality"].eq(False)
+    if wrong.all():
+        _not_applied("no source has the target's modality", reasons.values())
+    else:
+        for source, modality in table["modality"].items():
+            said = f"modality {modality}: {'dropped' if wrong[source] else 'same'}"
+            reasons[source].append(said if isinstance(modality, str) else "modality not known")
+        kept[wrong] = False
+    left = table.index[kept]
+    known = table.loc[left, "ssim"].astype(float).dropna().sort_values(ascending=False, kind="stable")
+    good, rules = known, []
+    if minimum_ssim is not None:
+        good = good[good >= minimum_ssim]
+        rules.append(f"at least {minimum_ssim:g}")
+    if top_k is not None or minimum_ssim is None:
+        count = top_k if top_k is not None else (len(known) + 1) // 2
+        rules.append(f"the best {count} of {len(good)}")
+        good = good[good.round(9) >= good.round(9).iloc[min(count, len(good)) - 1]] if len(good) else good
+    rule = ", of these ".join(rules)
+    if len(known) and not len(good) and len(known) == len(left):
+        _not_applied(f"no source has a label SSIM of {rule}", [reasons[source] for source in left])
+    else:
+        for source in left.difference(known.index, sort=False):
+            reasons[source].append("label SSIM not known")
+        for source, ssim in known.items():
+            kept[source] = source in good.index
+            reasons[source].append(f"label SSIM {ssim:.3f}: {'kept' if kept[source] else 'dropped'} (keeps {rule})")
+    return pd.DataFrame({"kept": kept, "reason": ["; ".join(reasons[source]) for source in table.index]})
+
+
+def require_top_k(top_k: int | None) -> None:
+    """Refuse to keep fewer than one source."""
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1, or null for the better half.")
+
+
+def _not_applied(why: str, reasons: Iterable[list[str]]) -> None:
+    warnings.warn(f"{why}: this filter would leave nothing, so it is not applied.", UserWarning, stacklevel=3)
+    logger.warning("%s: this filter would leave nothing, so it is not applied", why)
+    for notes in reasons:
+        notes.append(f"filter not applied ({why})")
+
+
+def groups_by_priors(ready: pd.DataFrame, *, minimum_ssim: float | None, top_k: int | None) -> dict[str, pd.Index]:
+    """Kind of prior knowledge -> the sources that it leaves, where it leaves any."""
+    filtered = filter_by_priors(ready, minimum_ssim=minimum_ssim, top_k=top_k)
+    right = ready.index[~ready["same_modality"].eq(False)]
+    groups = dict(zip(PRIORS, (ready.index, right, ready.index[filtered["kept"]]), strict=True))
+    return {prior: group for prior, group in groups.items() if len(group)}
+
+
+class SelectSource(RankSources):
+    """The ranking of `medtl_ext.transfer.RankSources` with prior knowledge beside it, or, as in PriorSel, before it.
+
+    Args:
+        method: "pooled" ranks all sources by the shrunk H-score; "paper" filters by modality and label SSIM first and
+            ranks what is left by the H-score map (PriorSel).
+        decide_by: the score that decides, in place of the method's own.
+        minimum_ssim, top_k: see `filter_by_priors`.
+        spacing, roi_size: the grid on which regions of interest are compared.
+        settle: fine-tune the tied sources and train from scratch, and decide by the validation patients.
+        options: see `medtl_ext.transfer.RankSources`.
+    """
+
+    scores = tuple(name for name in SCORES if name not in ("lp", "fu", "lp_fu", "ncti"))
+    carried = ("collection", "source_collection", "phantom_subjects", "train_slices", "spacing", "roi_size")
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        decide_by: str | None,
+        minimum_ssim: float | None,
+        top_k: int | None,
+        spacing: Sequence[float],
+        roi_size: Sequence[int],
+        settle: bool = False,
+        **options: Any,
+    ) -> None:
+        require_choice("method", method, METHODS)
+        super().__init__(decide_by=decide_by or METHODS[method], **options)
+        self.method, self.settling = method, settle
+        self.filters = {"minimum_ssim": minimum_ssim, "top_k": top_k}
+        self.grid = {"spacing": spacing, "roi_size": roi_size}
+        self._regions: dict[Any, dict[str, float]] = {}
+
+    def check(self) -> None:
+        super().check()
+        require_top_k(self.filters["top_k"])
+        split = self.here.config["val_split"]
+        if self.settling and split != "val":
+            raise InputError(
+                f"--settle compares validation patients, and --val_split {split} leaves none; give --settle false, or "
+                "patients to validate on."
+            )
+
+    def facts(self, source: Source) -> dict[str, Any]:
+        found = super().facts(source) | {"network": source.network, "n_classes": source.n_classes}
+        found["encoder"] = source.encoder
+        for tag in self.target.tags:
+            found[tag] = source.tags.get(tag)
+            found[f"same_{tag}"] = None if found[tag] is None else found[tag] == getattr(self.target, tag)
+        similar = dict.fromkeys(SIMILARITIES, np.nan)
+        if source.task is not None and source.left_out is None:
+            similar = self._similarity(source.task)
+        return found | similar
+
+    @cached_property
+    def _own_regions(self) -> list[torch.Tensor]:
+        return region_labels(self.target, **self.grid)
+
+    def _similarity(self, task: str) -> dict[str, float]:
+        """Tasks of several modalities may have the same label files, though not need to."""
+        source = self.target.other(task, collection=source_collection(self.here.config))
+        key = (tuple(item["label"] for item in source.datalist("train")), str(source.label_values))
+        if key not in self._regions:
+            labels = region_labels(source, **self.grid)
+            spacing = self.grid["spacing"][: labels[0].ndim]
+            self._regions[key] = roi_similarity(labels, self._own_regions, spacing=spacing)
+        return self._regions[key]
+
+    @cached_property
+    def priors(self) -> pd.DataFrame:
+        return filter_by_priors(self.table.loc[self.ranked], **self.filters)
+
+    def candidates(self) -> list[str]:
+        return [name for name in self.ranked if self.method != "paper" or self.priors.loc[name, "kept"]]
+
+    def groups(self, ready: pd.DataFrame) -> dict[str, pd.Index]:
+        return groups_by_priors(ready, **self.filters)
+
+    def reasons(self, table: pd.DataFrame) -> pd.Series:
+        notes = self.priors["reason"].copy()
+        if self.method != "paper":
+            notes = "all are ranked; PriorSel's filters would say: " + notes
+        label = SCORES[self.decide_by].label
+        for name in table.index[table["status"].eq("ranked") & table["score"].isna()]:
+            unknown = self.decide_by == "otce" and self.seen[name].source_pixels is None
+            notes[name] = f"no {label}{': its own images are not known' if unknown else ''}; {notes[name]}"
+        return notes.reindex(table.index).fillna(table["left_out"])
+
+    def remarks(self, ranking: SourceRanking) -> list[str]:
+        said = []
+        if self.method == "paper":
+            first, other = ranking.default, self.rank(self.ranked).default
+            if other is None:
+                text = f"there would be no best guess{' either' if first is None else ''}"
+            else:
+                text = f"the first choice {'is the same' if first == other else 'would be'}"
+                text += f", {other}" if first == other else f" {other}"
+            said.append(f"Without prior knowledge {text}.")
+        said.append(
+            "Training from scratch is a candidate that no score can judge: finish both runs and compare validation "
+            "patients (--settle true, or the audit of risk_map)."
+        )
+        out = [f"{name} ({source.left_out})" for name, source in self.pool.items() if source.left_out]
+        return said + ([f"Left out: {'; '.join(out)}."] if out else [])
+
+    def settle(self, ranking: SourceRanking) -> dict[str, Any] | None:
+        if not self.settling:
+            return None
+        folder = self.here.folder / "settle"
+        names = ranking.tied or tuple(self.candidates())
+        jobs = {name: finetuning_job(self.here, folder / name, self.pool[name]) for name in names}
+        jobs["scratch"] = finetuning_job(self.here, folder / "scratch", None)
+        self.here.train_arms([Arm(name, (job,)) for name, job in jobs.items()], "fine-tuning what is tied")
+        dice = {name: self.target.patients(job, "val") for name, job in jobs.items()}
+        verdict = audit_verdict(dice, synthetic=self.target.synthetic)
+        means = {name: float(np.mean(list(values.values()))) for name, values in dice.items()}
+        return {"source": verdict.recommendation or verdict.default, "text": verdict.text, "dice": means}
+
+    def command(self, source: Source) -> str:
+        """``risk_map`` with the winner, or this bundle's own fine-tuning for another network."""
+        if source.network is not None:
+            return super().command(source)
+        options = {"target_task": self.target.name, "source_ckpt": source.checkpoint} | self.changed()
+        options |= {"source_task": source.task or self.target.name}
+        options |= {} if source.task else {"source_classes": source.n_classes}
+        return run_command([self.here.configs.parent.parent / "risk_map" / "configs" / "train.json"], options)
+
+    def said_besides(self) -> dict[str, Any]:
+        return {"method": self.method}
+
+
+class SelectionStudy(Study):
+    """PriorSel's claims over several targets and seeds; see `medtl_ext.transfer.Study`.
+
+    A seed draws the pool's training too. Writes ``priors.png`` besides.
+    """
+
+    title = "Source selection studied"
+    head = (
+        "{targets} targets x {sources} sources x {seeds} seeds; Dice of test patients after fine-tuning with a frozen "
+        "encoder and cross-entropy (PriorSel's protocol)."
+    )
+
+    def open(self, name: str, config: Mapping[str, Any]) -> SegmentationTask:
+        return SegmentationTask(name, collection=config["collection"], phantom_subjects=config["phantom_subjects"])
+
+    def groups(self, ready: pd.DataFrame) -> dict[str, pd.Index]:
+        return groups_by_priors(ready, minimum_ssim=None, top_k=None)
+
+    def claims(self, table: pd.DataFrame, mean: pd.DataFrame, jobs: Mapping[Key, Job]) -> list[str]:
+        sources = table[table["source"] != "scratch"]
+        return [*_prior_claims(mean), _modality_claim(sources), _similarity_claim(sources)]
+
+    def figures(self, sources: pd.DataFrame) -> None:
+        save_figure(plot_priors_against_dice(sources, synthetic=self.synthetic), self.here.folder / "priors.png")
+
+
+def _prior_claims(mean: pd.DataFrame) -> list[str]:
+    """Does prior knowledge lower the footrule, over rankers and targets, and what does it cost?"""
+    scores = mean[mean["ranker"].isin([score.label for score in SCORES.values()])].set_index(["ranker", "target"])
+    columns = [*(f"footrule_{k}" for k in TOP), "regret"]
+    without = scores.loc[scores["prior"] == PRIORS[0], columns]
+    claims = []
+    for prior in PRIORS[1:]:
+        both = without.join(scores.loc[scores["prior"] == prior, columns], rsuffix="_given")
+        said = []
+        for k in TOP:
+            pair = both[[f"footrule_{k}", f"footrule_{k}_given"]].dropna()
+            if len(pair):
+                before, after = pair.iloc[:, 0], pair.iloc[:, 1]
+                said.append(
+                    f"top {k}: {before.mean():.2f} to {after.mean():.2f} (lower in {int((after < before).sum())}, "
+                    f"higher in {int((after > before).sum())} of {len(pair)})"
+                )
+        regret = both[["regret", "regret_given"]].dropna().mean()
+        claims.append(
+            f"**Does prior knowledge ({prior}) lower the footrule?** {'; '.join(said)}; regret of the first choice "
+            f"{regret['regret']:.3f} to {regret['regret_given']:.3f}. Counts are of score x target, seeds averaged."
+        )
+    return claims
+
+
+def _modality_claim(sources: pd.DataFrame) -> str:
+    """PriorSel, Table I: a source of the same modality is better than one of the same task."""
+    modality, objective = (sources[name].astype(float) > 0 for name in ("same_modality", "same_objective"))
+    kinds = {"modality": sources[modality & ~objective], "objective": sources[~modality & objective]}
+    both = pd.DataFrame({kind: of.groupby("target")["dice"].mean() for kind, of in kinds.items()}).dropna()
+    if both.empty:
+        return "**Same modality or same task?** No target has sources of both kinds."
+    difference = both["modality"] - both["objective"]
+    won, alike = int((difference > 0).sum()), int((difference == 0).sum())
+    test = "no sign test"
+    if alike < len(both):  # ties say nothing of the sign
+        test = f"sign test p {stats.binomtest(won, len(both) - alike).pvalue:.2g}"
+    test += f" without the {alike} alike" if 0 < alike < len(both) else ""
+    return (
+        f"**Same modality or same task (PriorSel, Table I)?** Same modality and other objective: mean Dice "
+        f"{both['modality'].mean():.3f}; other modality and same objective: {both['objective'].mean():.3f}; same "
+        f"modality is better on {won} of {len(both)} targets ({test}, mean difference {difference.mean():+.3f})."
+    )
+
+
+def _similarity_claim(sources: pd.DataFrame) -> str:
+    """PriorSel, Table II: a source whose regions are more like the target's gives a higher Dice."""
+    within = sources[sources["same_modality"].astype(float) > 0]
+    said = []
+    for column, label in SIMILARITIES.items():
+        for where, group in (("all sources", sources), ("within the modality", within)):
+            taus = group.groupby(["target", "seed"])[[column, "dice"]].apply(
+                lambda rows: stats.kendalltau(*rows.to_numpy().T).statistic
+            )
+            per_target = taus.groupby("target").mean().dropna()
+            if len(per_target):
+                said.append(
+                    f"{label}, {where}: {per_target.mean():+.2f} (positive on {int((per_target > 0).sum())} of "
+                    f"{len(per_target)} targets)"
+                )
+    return f"**Does higher RoI similarity go with higher Dice (PriorSel, Table II)?** Kendall's tau: {'; '.join(said)}."

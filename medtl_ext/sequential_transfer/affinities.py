@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.transforms import Compose, LoadImaged, Orientationd
+from monai.transforms import LoadImaged, Orientationd
 from tqdm import tqdm
 
+from medtl_ext import affinity as measures
 from medtl_ext._validation import InputError
-from medtl_ext.affinity import (
-    PUBLISHED_WEIGHTS,
-    TaskContext,
-    image_quantiles,
-    pairwise_context,
-    pairwise_ssim,
-    quantile_distance,
-    task_affinity,
-    task_context,
-)
 from medtl_ext.transforms import SelectLabelsd
+
+ALPHA, BETA = measures.PUBLISHED_WEIGHTS
 
 Affinity = Callable[["TaskVolumes", "TaskVolumes"], float]
 """Cost between two tasks, >= 0, lower is nearer, the same in either order."""
@@ -70,21 +64,18 @@ class TaskVolumes:
 
     def spacing(self) -> np.ndarray:
         """Patients x 3, the size of a voxel of `images` in mm, from the files' headers."""
-        rows = []
-        for image, _ in self.items:
-            affine = nib.load(image).affine
-            axes = nib.io_orientation(affine)[:, 0].astype(int)
-            rows.append(nib.affines.voxel_sizes(affine)[np.argsort(axes)])
-        return np.stack(rows)
+        affines = [nib.load(image).affine for image, _ in self.items]
+        axes = (np.argsort(nib.io_orientation(affine)[:, 0]) for affine in affines)
+        return np.stack([nib.affines.voxel_sizes(affine)[order] for affine, order in zip(affines, axes, strict=True)])
 
     def _load(self, files: dict[str, str]) -> dict[str, Any]:
-        steps = [
-            LoadImaged(list(files), reader="NibabelReader", ensure_channel_first=True),
-            Orientationd(list(files), "RAS", labels=None),
-        ]
-        if "label" in files:
-            steps.append(SelectLabelsd("label", values=self.label_values))
-        return Compose(steps)(files)
+        load = LoadImaged(list(files), reader="NibabelReader", ensure_channel_first=True)
+        turn = Orientationd(list(files), "RAS", labels=None)
+        select = SelectLabelsd("label", values=self.label_values, allow_missing_keys=True)
+        return select(turn(load(files)))
+
+
+Tasks = Sequence[TaskVolumes]
 
 
 class SeqTranAffinity:
@@ -98,56 +89,45 @@ class SeqTranAffinity:
         standardize: see `medtl_ext.affinity.pairwise_wasserstein`; the published weights are for raw intensities.
     """
 
-    def __init__(
-        self, *, alpha: float = PUBLISHED_WEIGHTS[0], beta: float = PUBLISHED_WEIGHTS[1], standardize: bool = False
-    ) -> None:
+    def __init__(self, *, alpha: float = ALPHA, beta: float = BETA, standardize: bool = False) -> None:
         self.alpha, self.beta, self.standardize = alpha, beta, standardize
-        self._quantiles: dict[Any, torch.Tensor] = {}
-        self._labels: dict[Any, list[tuple[tuple[int, ...], np.ndarray]]] = {}
-        self._found: dict[Any, float] = {}
+        self._kept: dict[Any, Any] = {}  # what was read of images and of labels, and what was found for a pair of them
 
     @property
     def name(self) -> str:
         """``seqtran``, with the weights where they are not the published ones."""
-        weights = "" if (self.alpha, self.beta) == PUBLISHED_WEIGHTS else f"_{self.alpha:g}_{self.beta:g}"
+        weights = "" if (self.alpha, self.beta) == (ALPHA, BETA) else f"_{self.alpha:g}_{self.beta:g}"
         return f"seqtran{weights}{'_standardized' if self.standardize else ''}"
 
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
-        return float(task_affinity(self.distance(a, b), self.similarity(a, b), alpha=self.alpha, beta=self.beta))
+        weights = {"alpha": self.alpha, "beta": self.beta}
+        return float(measures.task_affinity(self.distance(a, b), self.similarity(a, b), **weights))
 
     def distance(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean Wasserstein distance of images."""
-
-        def compare() -> float:
-            return float(quantile_distance(self._image_set(a), self._image_set(b)).mean())
-
-        return self._once((a.image_files, b.image_files), compare)
+        pair = frozenset((a.image_files, b.image_files))
+        if pair not in self._kept:
+            self._kept[pair] = float(measures.quantile_distance(self._image_set(a), self._image_set(b)).mean())
+        return self._kept[pair]
 
     def similarity(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean structural similarity of labels."""
-
-        def compare() -> float:
-            return float(pairwise_ssim(self._label_set(a), self._label_set(b)).mean())
-
-        return self._once((a.regions, b.regions), compare)
+        pair = frozenset((a.regions, b.regions))
+        if pair not in self._kept:
+            self._kept[pair] = float(measures.pairwise_ssim(self._label_set(a), self._label_set(b)).mean())
+        return self._kept[pair]
 
     def _image_set(self, task: TaskVolumes) -> torch.Tensor:
-        if task.image_files not in self._quantiles:
-            self._quantiles[task.image_files] = image_quantiles(task.images(), standardize=self.standardize)
-        return self._quantiles[task.image_files]
+        if task.image_files not in self._kept:
+            self._kept[task.image_files] = measures.image_quantiles(task.images(), standardize=self.standardize)
+        return self._kept[task.image_files]
 
     def _label_set(self, task: TaskVolumes) -> Iterator[np.ndarray]:
         """Labels, of which one bit a voxel stays in memory: some 70 MB for 60 volumes of 240 x 240 x 155."""
-        if task.regions not in self._labels:
-            self._labels[task.regions] = [(tuple(label.shape), np.packbits(label)) for label in task.labels()]
-        for shape, bits in self._labels[task.regions]:
+        if task.regions not in self._kept:
+            self._kept[task.regions] = [(tuple(label.shape), np.packbits(label)) for label in task.labels()]
+        for shape, bits in self._kept[task.regions]:
             yield np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
-
-    def _once(self, pair: tuple[Any, Any], compare: Callable[[], float]) -> float:
-        key = frozenset(pair)
-        if key not in self._found:
-            self._found[key] = compare()
-        return self._found[key]
 
 
 class ContextAffinity:
@@ -156,15 +136,14 @@ class ContextAffinity:
     name = "context"
 
     def __init__(self) -> None:
-        self._contexts: dict[TaskVolumes, TaskContext] = {}
+        self._context = cache(_context)
 
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
-        return float(pairwise_context([self._context(a)], [self._context(b)]))
+        return float(measures.pairwise_context([self._context(a)], [self._context(b)]))
 
-    def _context(self, task: TaskVolumes) -> TaskContext:
-        if task not in self._contexts:
-            self._contexts[task] = task_context(task.images(), task.labels(), spacing=task.spacing())
-        return self._contexts[task]
+
+def _context(task: TaskVolumes) -> measures.TaskContext:
+    return measures.task_context(task.images(), task.labels(), spacing=task.spacing())
 
 
 def affinity_name(affinity: str | Affinity) -> str:
@@ -197,40 +176,30 @@ def find_affinity(affinity: str | Affinity) -> Affinity:
         return AFFINITIES[affinity]()
     if str(affinity).endswith(".json"):
         return _of_fitted_weights(Path(affinity))
-    module, _, name = str(affinity).rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = pkgutil.resolve_name(str(affinity))
     except (ImportError, ValueError, AttributeError):
         found = None
     if not callable(found):
-        raise InputError(
-            f"affinity is {affinity!r}; expected {' or '.join(AFFINITIES)}, an affinity_weights.json of fit.json, or "
-            "the import path of a function of two tasks, such as my_package.nearness."
-        )
+        files = f"{' or '.join(AFFINITIES)}, an affinity_weights.json of fit.json"
+        raise InputError(f"affinity is {affinity!r}; expected {files}, or an import path such as my_package.nearness.")
     return found
 
 
 def _of_fitted_weights(path: Path) -> SeqTranAffinity:
-    if not path.is_file():
-        raise InputError(f"affinity {path} does not exist; give the affinity_weights.json of a finished fit.json.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         alpha, beta = float(content["alpha"]), float(content["beta"])
         if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
             raise ValueError(f"alpha {alpha}, beta {beta}")
         return SeqTranAffinity(alpha=alpha, beta=beta, standardize=bool(content["standardize"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json."
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json"
+        raise InputError(f"{path} {what}.") from error
 
 
 def affinity_costs(
-    affinity: Affinity,
-    tasks: Sequence[TaskVolumes],
-    others: Sequence[TaskVolumes] | None = None,
-    *,
-    progress: bool = True,
+    affinity: Affinity, tasks: Tasks, others: Tasks | None = None, *, progress: bool = True
 ) -> np.ndarray:
     """Costs between every two tasks (n x n) or, with ``others``, between each of both (n x m).
 
@@ -239,13 +208,10 @@ def affinity_costs(
     """
     columns = tasks if others is None else others
     costs = np.zeros((len(tasks), len(columns)))
-    pairs = [(i, j) for i in range(len(tasks)) for j in range(len(columns)) if others is not None or i < j]
+    pairs = [(i, j) for i, j in np.ndindex(*costs.shape) if others is not None or i < j]
     for i, j in tqdm(pairs, "task affinity", unit="pair", disable=None if progress else True):
-        costs[i, j] = affinity(tasks[i], columns[j])
+        a, b = tasks[i], columns[j]
+        costs[i, j] = affinity(a, b)
         if not 0 <= costs[i, j] < np.inf:
-            raise InputError(
-                f"the affinity of {tasks[i].name} and {columns[j].name} is {costs[i, j]}; expected a finite cost >= 0."
-            )
-        if others is None:
-            costs[j, i] = costs[i, j]
-    return costs
+            raise InputError(f"the affinity of {a.name} and {b.name} is {costs[i, j]}; expected a finite cost >= 0.")
+    return costs + costs.T if others is None else costs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
-from medtl_ext.sequential_transfer.affinities import SeqTranAffinity, TaskVolumes
+from medtl_ext.sequential_transfer.affinities import SeqTranAffinity
 from medtl_ext.sequential_transfer.plan import task_volumes
 from medtl_ext.sequential_transfer.study import study_chains, study_target
 from medtl_ext.transfer.config import study_config
@@ -26,6 +25,7 @@ from medtl_ext.transfer.study import require_lists
 from medtl_ext.transfer.tasks import SegmentationTask
 
 PAIR = ["source", "target"]
+CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]
 
 
 class FitWeights:
@@ -52,22 +52,25 @@ class FitWeights:
     def run(self) -> tuple[float, float]:
         """Train what is to be trained, fit, write it down, and say it; the two weights."""
         folder = self.here.folder
-        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
-        table = self._asked() if self.transfers is None else _read_transfers(Path(self.transfers))
-        targets = {name: study_target(config, name, config["seed"]) for name in table["target"].unique()}
-        any_target, where = next(iter(targets.values())), source_collection(config)
         if self.transfers is None:
-            for source in self.sources:
-                any_target.other(source, collection=where, train_patients=config["source_patients"]).datalist("train")
+            require_lists(targets=self.targets, sources=self.sources)
+            table = pd.DataFrame([(a, b) for b in self.targets for a in self.sources if a != b], columns=PAIR)
+        else:
+            table = _read_transfers(Path(self.transfers))
+        if len(table) < 3:
+            asked = self.transfers or f"{list(self.sources)} to {list(self.targets)}"
+            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
+        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
+        targets = {name: study_target(config, name, config["seed"]) for name in table["target"].unique()}
+        if self.transfers is None:
             table["dice"] = self._measured(config, table, targets)
-
-        def volumes(column: str, collection: str | None) -> list[TaskVolumes]:
-            tasks = {name: any_target.other(name, collection=collection) for name in table[column].unique()}
-            found = {name: task_volumes(task, patients=config["affinity_patients"]) for name, task in tasks.items()}
-            return [found[name] for name in table[column]]
-
+        any_target, limit = next(iter(targets.values())), config["affinity_patients"]
+        collections, volumes = {"source": source_collection(config), "target": config["collection"]}, {}
+        for side, name in {(of, name) for of in PAIR for name in table[of]}:
+            task = any_target.other(name, collection=collections[side])
+            volumes[side, name] = task_volumes(task, patients=limit)
         affinity = SeqTranAffinity(standardize=self.standardize)
-        pairs = list(zip(volumes("source", where), volumes("target", config["collection"]), strict=True))
+        pairs = [(volumes["source", a], volumes["target", b]) for a, b in table[PAIR].itertuples(index=False)]
         table["distance"] = [affinity.distance(*pair) for pair in pairs]
         table["similarity"] = [affinity.similarity(*pair) for pair in pairs]
         content = fit_to_transfers(table) | {"standardize": self.standardize}
@@ -77,25 +80,19 @@ class FitWeights:
         print(f"{fit_text(content)} To use them: --affinity {shell_word(str(short_path(weights)))}")
         return content["alpha"], content["beta"]
 
-    def _asked(self) -> pd.DataFrame:
-        require_lists(targets=self.targets, sources=self.sources)
-        asked = [(source, target) for target, source in product(self.targets, self.sources) if source != target]
-        if len(asked) < 3:
-            lists = f"{list(self.sources)} to {list(self.targets)}"
-            raise InputError(f"a fit needs three transfers or more; those from {lists} are {len(asked)}.")
-        return pd.DataFrame(asked, columns=PAIR)
-
     def _measured(
         self, config: Mapping[str, Any], table: pd.DataFrame, targets: Mapping[str, SegmentationTask]
     ) -> list[float]:
         """Dice of each transfer on the patients that trainings are validated on."""
-        run, split = self.here.seeded(config, config["seed"]), config["val_split"]
-        for target in targets.values():
-            target.datalist("train")
+        any_target, where, spent = next(iter(targets.values())), source_collection(config), config["source_patients"]
+        sources = [any_target.other(name, collection=where, train_patients=spent) for name in self.sources]
+        for task in (*sources, *targets.values()):
+            task.datalist("train")  # raises where there are fewer patients than are to be spent
+        run = self.here.seeded(config, config["seed"])
         chains = {name: study_chains(run, target) for name, target in targets.items()}
         arms = [chains[target].arm(source, source) for source, target in table[PAIR].itertuples(index=False)]
         self.here.train_arms(arms, "transfers")
-        return [float(np.mean(list(SegmentationTask.patients(arm.last, split).values()))) for arm in arms]
+        return [SegmentationTask.measure(arm.last, config["val_split"])["dice"] for arm in arms]
 
 
 def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
@@ -111,109 +108,82 @@ def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
         ``targets_left_out``, ``targets_predicted`` have the predicting sign, and on ``targets_better`` the weights of
         the others beat the published ones.
     """
-    alpha, beta = _fit(table)
-    rows = pd.DataFrame([_of_target(table, target, (alpha, beta)) for target in table["target"].unique()], dtype=float)
-    known = rows.dropna()
-    compared = known if len(known) else rows
-    means = {kind: None if np.isnan(value) else float(value) for kind, value in compared.mean().items()}
+    values = table.reset_index(drop=True).set_index("target", append=True)[["dice", "distance", "similarity"]]
+    rows = values.groupby("target").transform(_within_target)
+    weights = _fit(rows)
+    found = []
+    for _, own in rows.groupby("target", sort=False):
+        others, left_out = rows.drop(own.index), np.nan
+        if len(others) >= 3:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the whole fit it is said
+                left_out = _correlation(own, _fit(others))
+        found.append([_correlation(own, weights), left_out, _correlation(own, PUBLISHED_WEIGHTS)])
+    compared = pd.DataFrame(found, columns=CORRELATIONS)
+    known = compared.dropna()
+    means = (known if len(known) else compared).mean()
     return {
-        "alpha": alpha,
-        "beta": beta,
+        "alpha": weights[0],
+        "beta": weights[1],
         "transfers": len(table),
-        **means,
+        **{kind: None if np.isnan(value) else value for kind, value in means.items()},
         "targets_left_out": len(known),
         "targets_predicted": int((known["correlation_left_out"] < 0).sum()),
         "targets_better": int((known["correlation_left_out"] < known["correlation_published"] - ROUNDING).sum()),
     }
 
 
-def _of_target(table: pd.DataFrame, target: str, weights: tuple[float, float]) -> dict[str, float | None]:
-    """The three correlations on one target; that with the others' weights is None where those cannot be had."""
-    rows, others = table[table["target"] == target], table[table["target"] != target]
-    left_out = None
-    if len(others) >= 3:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the whole fit it is said
-            left_out = _correlation(rows, _fit(others))
-    return {
-        "correlation": _correlation(rows, weights),
-        "correlation_left_out": left_out,
-        "correlation_published": _correlation(rows, PUBLISHED_WEIGHTS),
-    }
-
-
-def _within_targets(table: pd.DataFrame) -> pd.DataFrame:
+def _within_target(values: pd.Series) -> pd.Series:
     """Without what differs between targets: how hard they are, how far from all sources.
 
     What is the same for all sources of a target becomes 0, not what rounding leaves of it.
     """
-    columns = ["dice", "distance", "similarity"]
-    groups = table.groupby("target")[columns]
-    spread = groups.transform("max") - groups.transform("min")
-    scale = table[columns].abs().groupby(table["target"]).transform("max")
-    return (table[columns] - groups.transform("mean")).where(spread > ROUNDING * scale, 0.0)
+    varies = values.max() - values.min() > ROUNDING * values.abs().max()
+    return values - values.mean() if varies else 0.0 * values
 
 
-def _fit(table: pd.DataFrame) -> tuple[float, float]:
-    rows = _within_targets(table)
+def _fit(rows: pd.DataFrame) -> tuple[float, float]:
     return fit_affinity_weights(rows["distance"] - rows["distance"].min(), rows["similarity"], rows["dice"])
 
 
-def _correlation(table: pd.DataFrame, weights: tuple[float, float]) -> float | None:
-    """Of cost and Dice within targets; None where either is constant."""
-    rows = _within_targets(table)
+def _correlation(rows: pd.DataFrame, weights: tuple[float, float]) -> float:
+    """Of cost and Dice within a target; NaN where either is constant."""
     cost = weights[0] * rows["distance"] - weights[1] * rows["similarity"]
-    if not cost.any() or not rows["dice"].any():
-        return None
-    return float(cost.corr(rows["dice"]))
-
-
-def _clear_majority(count: int, of: int) -> bool:
-    """Whether so many heads are more than a fair coin gives (one-sided sign test at 5 %): 5 of 5, 7 of 8."""
-    return of > 0 and stats.binomtest(count, of, alternative="greater").pvalue <= 0.05
+    return float(cost.corr(rows["dice"])) if cost.any() and rows["dice"].any() else np.nan
 
 
 def fit_text(content: Mapping[str, Any]) -> str:
     """What `fit_to_transfers` says, and whether to prefer its weights."""
-    kinds = ("correlation", "correlation_left_out", "correlation_published")
-    fitted, left_out, published = ("unknown" if content[kind] is None else f"{content[kind]:+.2f}" for kind in kinds)
+    said = ["unknown" if content[kind] is None else f"{content[kind]:+.2f}" for kind in CORRELATIONS]
+    fitted, left_out, published = said
     targets, predicted, better = (content[f"targets_{kind}"] for kind in ("left_out", "predicted", "better"))
     text = (
         f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g} of {content['transfers']} transfers. Cost and Dice "
         f"of a target's sources correlate, in the mean over targets, at {fitted} with these weights, which have seen "
         f"them; at {left_out} on targets left out of the fit; at {published} with the published weights. Lower is "
-        f"better. "
+        "better. "
     )
-    found = (
-        f"of {targets} targets left out, {predicted} have the predicting sign, and {better} are predicted better than "
-        "by the published weights"
-    )
+    found = f"of {targets} targets left out, {predicted} have the predicting sign, and {better} are predicted better"
+    found += " than by the published weights"
     ahead = targets > 0 and content["correlation_left_out"] < content["correlation_published"]
-    if ahead and _clear_majority(predicted, targets) and _clear_majority(better, targets):
+    # One-sided sign tests at 5 %: 5 of 5 targets, or 7 of 8, are more than chance.
+    if ahead and all(stats.binomtest(n, targets, alternative="greater").pvalue <= 0.05 for n in (predicted, better)):
         return f"{text}Prefer these weights to the published ones for further targets of this kind: {found}."
     few = ", and fewer than 5 cannot show it" if targets < 5 else ""
     return f"{text}No evidence to prefer these weights to the published ones on another target: {found}{few}."
 
 
 def _read_transfers(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise InputError(f"transfers file {path} does not exist; give a CSV file with columns source, target, dice.")
     try:
         table = pd.read_csv(path)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"transfers file {path} cannot be read as CSV ({error}).") from error
     if missing := {"source", "target", "dice"} - set(table):
         raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
     table["dice"] = pd.to_numeric(table["dice"], errors="coerce")
-    wrong = {
-        "has no dice between 0 and 1": ~table["dice"].between(0, 1),
-        "is from a task to itself": table["source"] == table["target"],
-    }
+    wrong = {"has no dice between 0 and 1": ~table["dice"].between(0, 1)}
+    wrong["is from a task to itself"] = table["source"] == table["target"]
     for what, where in wrong.items():
         if where.any():
-            raise InputError(
-                f"transfers file {path}: line {np.flatnonzero(where)[0] + 2} {what}; mend it, or leave it out."
-            )
-    if len(table) < 3:
-        raise InputError(f"transfers file {path} needs three transfers or more; found {len(table)}.")
+            line = f"line {np.flatnonzero(where)[0] + 2}"
+            raise InputError(f"transfers file {path}: {line} {what}; mend it, or leave it out.")
     return table[[*PAIR, "dice"]]

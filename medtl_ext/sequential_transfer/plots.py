@@ -8,7 +8,6 @@ from itertools import pairwise
 import networkx as nx
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from medtl_ext.visualize import CLASS_COLOURS
@@ -53,27 +52,26 @@ def plot_task_graph(
     nx.draw_networkx_edges(graph, places, edgelist=[e[:2] for e in edges], ax=axes, edge_color=GREY, alpha=0.15)
     largest = max(size for _, size in graph.nodes(data="size"))
     for number, cluster in enumerate(clusters):
-        nx.draw_networkx_nodes(
-            graph,
-            places,
-            nodelist=list(cluster),
-            node_size=[60 + 340 * graph.nodes[task]["size"] / largest for task in cluster],
-            node_color=CLUSTER_COLOURS[number % len(CLUSTER_COLOURS)],
-            edgecolors=["black" if task in representatives else "white" for task in cluster],
-            linewidths=[1.6 if task in representatives else 0.6 for task in cluster],
-            ax=axes,
-        )
+        colour = CLUSTER_COLOURS[number % len(CLUSTER_COLOURS)]
+        ringed = np.isin(list(cluster), list(representatives))
+        ring = {"edgecolors": np.where(ringed, "black", "white"), "linewidths": np.where(ringed, 1.6, 0.6)}
+        sizes = [60 + 340 * graph.nodes[task]["size"] / largest for task in cluster]
+        axes.scatter(*np.transpose([places[task] for task in cluster]), s=sizes, c=colour, zorder=2, **ring)
+        axes.scatter([], [], s=64, c=colour, label=f"cluster {number}")
     if target is not None:
-        nx.draw_networkx_nodes([target], places, node_shape="*", node_size=480, node_color=BOLD, ax=axes)
+        axes.scatter(*places[target], s=480, c=BOLD, marker="*", zorder=2)
+        axes.scatter([], [], s=121, c=BOLD, marker="*", label="target")
+    if path:
+        axes.plot([], [], color=BOLD, linewidth=2.4, label="best path")
     for a, b in pairwise([*(path or ()), *([target] if path and target else [])]):
         arrow = {"arrowstyle": "-|>", "color": BOLD, "linewidth": 2.4, "shrinkA": 9, "shrinkB": 9, "mutation_scale": 16}
         axes.annotate("", xy=places[b], xytext=places[a], arrowprops=arrow)
-    on_path = {*(path or ()), target}
-    for task, (x, y) in places.items():
-        weight = "bold" if task in on_path else "normal"
-        name = axes.annotate(task, (x, y), (0, -17), textcoords="offset points", ha="center", fontsize=7)
-        name.set(fontweight=weight, path_effects=[withStroke(linewidth=2.5, foreground="white")])
-    _legend(figure, len(clusters), target, path)
+    outline = [withStroke(linewidth=2.5, foreground="white")]
+    style = {"textcoords": "offset points", "ha": "center", "fontsize": 7, "path_effects": outline}
+    for task, place in places.items():
+        weight = "bold" if task in {*(path or ()), target} else "normal"
+        axes.annotate(task, place, (0, -17), fontweight=weight, **style)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     note = "size: labelled samples; near: low cost; black ring: representative of its cluster"
     figure.supxlabel(f"synthetic phantom; {note}" if synthetic else note, fontsize=7, color=GREY, x=0.01, ha="left")
@@ -88,16 +86,3 @@ def _layout(graph: nx.Graph) -> dict[str, np.ndarray]:
     pulled.add_nodes_from(sorted(graph))
     pulled.add_weighted_edges_from((a, b, 1 / (0.2 + cost / unit)) for a, b, cost in graph.edges(data="weight"))
     return nx.spring_layout(pulled, seed=0, iterations=200, k=2.2 / np.sqrt(len(pulled)))
-
-
-def _legend(figure: Figure, n_clusters: int, target: str | None, path: Sequence[str] | None) -> None:
-    style = {"marker": "o", "linestyle": "none", "markersize": 8}
-    handles = [
-        Line2D([], [], color=CLUSTER_COLOURS[number % len(CLUSTER_COLOURS)], label=f"cluster {number}", **style)
-        for number in range(n_clusters)
-    ]
-    if target is not None:
-        handles.append(Line2D([], [], color=BOLD, marker="*", linestyle="none", markersize=11, label="target"))
-    if path:
-        handles.append(Line2D([], [], color=BOLD, linewidth=2.4, label="best path"))
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)

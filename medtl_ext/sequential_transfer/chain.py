@@ -14,11 +14,9 @@ from monai.engines import Evaluator
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
 from medtl_ext.sequential_transfer.plan import Plan, PlanPath, first_share
+from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, audit_report, patient_table
 from medtl_ext.transfer.arms import arm_rows, finetuning_job
-from medtl_ext.transfer.jobs import Arm, Job, Run
-from medtl_ext.transfer.report import audit_report, patient_table
-from medtl_ext.transfer.sources import Source, pretraining_job, source_collection
-from medtl_ext.transfer.tasks import SegmentationTask
+from medtl_ext.transfer.sources import pretraining_job, source_collection
 
 MARGIN = 0.01
 """The smallest difference in mean Dice worth acting on, of the audit and of a second step."""

@@ -18,11 +18,11 @@ from medtl_ext.affinity.tasks import ROUNDING
 from medtl_ext.sequential_transfer.affinities import SeqTranAffinity
 from medtl_ext.sequential_transfer.plan import task_volumes
 from medtl_ext.sequential_transfer.study import study_chains, study_target
+from medtl_ext.transfer import Run, SegmentationTask
 from medtl_ext.transfer.config import study_config
-from medtl_ext.transfer.jobs import Run, shell_word, short_path
+from medtl_ext.transfer.jobs import shell_word, short_path
 from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import require_lists
-from medtl_ext.transfer.tasks import SegmentationTask
 
 PAIR = ["source", "target"]
 CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]

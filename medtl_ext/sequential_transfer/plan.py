@@ -17,9 +17,9 @@ from medtl_ext._validation import InputError, require_whole
 from medtl_ext.data import Task
 from medtl_ext.sequential_transfer.affinities import Affinity, TaskVolumes, affinity_costs, affinity_name, find_affinity
 from medtl_ext.sequential_transfer.plots import plot_task_graph
-from medtl_ext.transfer.jobs import Run
+from medtl_ext.transfer import Run, SegmentationTask
 from medtl_ext.transfer.study import require_lists
-from medtl_ext.transfer.tasks import SegmentationTask, draw_patients, patients_of
+from medtl_ext.transfer.tasks import draw_patients, patients_of
 from medtl_ext.visualize import save_figure
 
 
@@ -134,12 +134,10 @@ class SourceGraph:
 
     @cached_property
     def clusters(self) -> list[list[str]]:
-        most = len(self.graph)
-        if self.n_clusters > most:
-            tasks = f"{most} source task{'s' if most > 1 else ''}"
-            warnings.warn(f"n_clusters is {self.n_clusters}, of {tasks}: each is a cluster of its own.", stacklevel=2)
-        clusters = graphs.girvan_newman_clusters(self.graph, min(self.n_clusters, most), weight=self.cluster_weight)
-        return [sorted(cluster) for cluster in clusters]
+        asked, count = self.n_clusters, min(self.n_clusters, len(self.graph))
+        if asked > count:
+            warnings.warn(f"n_clusters is {asked}, of {count} source tasks: each is its own cluster.", stacklevel=2)
+        return list(map(sorted, graphs.girvan_newman_clusters(self.graph, count, weight=self.cluster_weight)))
 
     @cached_property
     def representatives(self) -> list[str]:

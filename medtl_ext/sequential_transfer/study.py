@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,10 @@ from medtl_ext.ranking import PairedComparison, paired_comparison
 from medtl_ext.sequential_transfer.affinities import Affinity, find_affinity
 from medtl_ext.sequential_transfer.chain import Chains, spent_text
 from medtl_ext.sequential_transfer.plan import Plan, PlanPath, SourceGraph, joined_to, shares
+from medtl_ext.transfer import Arm, Run, SegmentationTask, markdown_table, patient_table
 from medtl_ext.transfer.config import study_config
-from medtl_ext.transfer.jobs import Arm, Run
-from medtl_ext.transfer.report import markdown_table, patient_table
 from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import Key, require_lists
-from medtl_ext.transfer.tasks import SegmentationTask
 
 OF_RUN = ["target", "seed"]
 OF_ARM = [*OF_RUN, "arm"]
@@ -79,24 +77,24 @@ class StudyPaths:
                 "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
             )
         targets = {key: study_target(config, *key) for key in product(self.targets, self.seeds)}
-        runs = {seed: self.here.seeded(config, seed) for seed in self.seeds}
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
-        paths = {
-            key: {name: _plan(runs[target.seed], target, self.sources, affinity) for name, affinity in found.items()}
-            for key, target in targets.items()
-        }
-        for path in chain.from_iterable(of.values() for of in paths.values()):
-            path.check()
-        plans = {key: {name: path.plan for name, path in of.items()} for key, of in paths.items()}
-        arms = {key: _arms(runs[key[1]], target, self.sources, plans[key].values()) for key, target in targets.items()}
+        paths, plans, arms = {}, {}, {}
+        for key, target in targets.items():
+            run, near = self.here.seeded(config, target.seed), joined_to(target.name, self.sources)
+            paths[key] = {name: _path(run, target, near, affinity) for name, affinity in found.items()}
+            for path in paths[key].values():
+                path.check()
+        for key, of in paths.items():
+            plans[key] = {name: path.plan for name, path in of.items()}
+            arms[key] = _arms(next(iter(of.values())), plans[key].values())
         self.here.train_arms([arm for of in arms.values() for arm in of], "study")
         table, patients = _results(arms)
         choices, scores = _choices(table, patients, plans)
         for name, rows in {"study": table, "choices": choices, "patients": patients}.items():
             write_csv(folder / f"{name}.csv", rows)
         self.synthetic = next(iter(targets.values())).synthetic
-        said = {"synthetic": self.synthetic, "spent": spent_text(config["source_patients"])}
-        text = study_text(table, patients, choices, scores, **said)
+        spent = spent_text(config["source_patients"])
+        text = study_text(table, patients, choices, scores, synthetic=self.synthetic, spent=spent)
         write_text(folder / "study.md", text)
         print(text)
         return choices
@@ -117,17 +115,17 @@ def study_chains(run: Run, target: SegmentationTask) -> Chains:
     return Chains(run=run, target=target, folder=folder, stage_dir=runs / "stages", **pool)
 
 
-def _plan(run: Run, target: SegmentationTask, sources: Sequence[str], affinity: Affinity) -> PlanPath:
+def _path(run: Run, target: SegmentationTask, sources: Sequence[str], affinity: Affinity) -> PlanPath:
     keys = ("phantom_subjects", "affinity_patients", "n_clusters", "cluster_weight", "representative_rule")
     options = {key: run.config[key] for key in keys} | {"collection": source_collection(run.config)}
-    graph = SourceGraph(run=run, sources=joined_to(target.name, sources), affinity=affinity, **options)
+    graph = SourceGraph(run=run, sources=sources, affinity=affinity, **options)
     spent = {key: run.config[key] for key in ("source_patients", "stage_patients")}
     return PlanPath(graph=graph, target=target, max_intermediates=1, **spent)
 
 
-def _arms(run: Run, target: SegmentationTask, sources: Sequence[str], plans: Iterable[Plan]) -> list[Arm]:
+def _arms(any_path: PlanPath, plans: Iterable[Plan]) -> list[Arm]:
     """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
-    chains, sources = study_chains(run, target), joined_to(target.name, sources)
+    sources, chains = any_path.graph.sources, study_chains(any_path.graph.run, any_path.target)
     arms = [chains.arm("scratch"), *(chains.arm(source, source) for source in sources)]
     arms += [chains.arm(f"{a} > {b}", a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
     chosen = dict.fromkeys(plan.path for plan in plans if plan.path)
@@ -243,19 +241,15 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
     asked, rows = wide.index.droplevel("patient").unique(), {}
     for (first, second), affinity in product(PAIRS, affinities):
         a, b = ((steps, how.format(affinity)) for steps, how in (first, second))
-        if (a, b) in rows or not {a, b} <= set(wide):
+        both = wide.reindex(columns=[a, b])
+        known = both.dropna()
+        if (a, b) in rows or known.empty:
             continue
-        both = wide[[a, b]].dropna()
-        if both.empty:
-            continue
-        found = _compared(both[a], both[b])
-        compared = both.index.droplevel("patient").unique()
-        lacking = wide.index[wide[[a, b]].notna().sum(axis=1) == 1]
-        lacking = lacking[lacking.droplevel("patient").isin(compared)].unique("patient")
-        left_out = [
-            _pairs_text(asked.difference(compared), asked),
-            f"of a pair: {len(lacking)} patients" if len(lacking) else "",
-        ]
+        found, compared = _compared(known[a], known[b]), known.index.droplevel("patient").unique()
+        halves = both[both.notna().sum(axis=1) == 1].index
+        lacking = halves[halves.droplevel("patient").isin(compared)].unique("patient")
+        left_out = [_pairs_text(asked.difference(compared), asked)]
+        left_out += [f"of a pair: {len(lacking)} patients"] if len(lacking) else []
         rows[a, b] = {
             "first": ", ".join(a),
             "second": ", ".join(b),

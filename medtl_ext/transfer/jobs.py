@@ -219,9 +219,9 @@ class Run:
             print("results are in", self.folder)
 
     def seeded(self, config: Mapping[str, Any], seed: int) -> Run:
-        """The same for trainings of another config and seed."""
+        """The same for trainings of another config and seed, one run of many, without progress bars of its own."""
         run = copy.copy(self)
-        run.seed, run.config = seed, {**config, "seed": seed}
+        run.seed, run.config, run.progress = seed, {**config, "seed": seed}, False
         return run
 
     def job(self, folder: Path, *overlays: str, result: str = "metrics.csv", **overrides: Any) -> Job:

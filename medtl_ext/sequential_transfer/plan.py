@@ -176,10 +176,11 @@ class SourceGraph:
         ]
         write_csv(folder / "clusters.csv", pd.DataFrame(rows))
         if self.run.figures:
-            shown = {"path": plan.path, "target": plan.target, "target_costs": plan.costs} if plan else {}
-            title = "Task graph" + (f" and the path to {plan.target}" if plan and plan.path else "")
-            parts = (self.graph, self.clusters, self.representatives)
-            figure = plot_task_graph(*parts, title=title, synthetic=self.synthetic, **shown)
+            shown = {"representatives": self.representatives, "synthetic": self.synthetic, "title": "Task graph"}
+            if plan:
+                shown |= {"path": plan.path, "target": plan.target, "target_costs": plan.costs}
+                shown["title"] += f" and the path to {plan.target}" if plan.path else ""
+            figure = plot_task_graph(self.graph, self.clusters, **shown)
             save_figure(figure, folder / "task_graph.png")
         print(self.text)
 

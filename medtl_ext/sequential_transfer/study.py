@@ -276,7 +276,7 @@ def _interval(found: PairedComparison) -> str:
 def _pairs_text(pairs: pd.MultiIndex, asked: pd.MultiIndex) -> str:
     """Target-seed pairs in words: a target's name alone where it is all its seeds."""
     texts = []
-    for target, seeds in pairs.to_frame().groupby("target")["seed"]:
+    for target, seeds in pairs.to_frame(index=False).groupby("target")["seed"]:
         every = len(seeds) == (asked.get_level_values("target") == target).sum()
         texts.append(target if every else f"{target} (seed {', '.join(map(str, sorted(seeds)))})")
     return "; ".join(texts)

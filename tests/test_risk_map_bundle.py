@@ -18,10 +18,9 @@ from bundle_runs import REPOSITORY, Bundle, finish, kill_once_there, start
 from ignite.engine import Events
 
 from medtl_ext import InputError
-from medtl_ext.transfer.config import identity
 from medtl_ext.data import generate_phantom
 from medtl_ext.transfer import images_to_segment
-from medtl_ext.transfer.sources import Source, pretraining_job
+from medtl_ext.transfer.sources import pretraining_job
 
 BUNDLE = REPOSITORY / "bundles" / "risk_map"
 CONFIGS = BUNDLE / "configs"

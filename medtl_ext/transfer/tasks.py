@@ -129,7 +129,7 @@ class SegmentationTask:
     def measure(cls, job: Job, split: str) -> dict[str, float]:
         """Mean Dice over the patients of a split with its bootstrap interval, and how many they are."""
         values = list(cls.patients(job, split).values())
-        low, high, _ = bootstrap_interval(values)
+        low, high = bootstrap_interval(values)
         return {"dice": float(np.mean(values)), "dice_low": low, "dice_high": high, "patients": len(values)}
 
     @staticmethod

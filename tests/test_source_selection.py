@@ -1,0 +1,123 @@
+"""Prior knowledge of sources: how alike regions of interest are, and PriorSel's two filters."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from bundle_runs import refused
+from monai.transforms import ResizeWithPadOrCrop
+
+from medtl_ext.data import write_collection
+from medtl_ext.source_selection import filter_by_priors, region_labels, roi_similarity
+from medtl_ext.transfer import SegmentationTask
+
+# Regions of interest
+
+LEFT, RIGHT = slice(2, 8), slice(12, 18)
+
+
+@pytest.fixture
+def regions(tmp_path) -> str:
+    """Institution A has T1 of patients with a region on the left, and T2 of others with one on the right."""
+
+    def volume(name: str, side: slice) -> str:
+        array = np.zeros((20, 20, 10), np.float32)
+        array[side, side, 2:8] = 1
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name)
+        return name
+
+    subjects = []
+    for site, modality, side in (("A", "T1", LEFT), ("A", "T2", RIGHT), ("B", "T1", LEFT)):
+        for split in ("train", "val", "test"):
+            name = f"{site}-{modality}-{split}"
+            files = {"images": {modality: volume(f"{name}.nii", side)}, "labels": {"t": volume(f"{name}-l.nii", side)}}
+            subjects.append({"id": name, "institution": site, "split": split, **files})
+    objectives = {"ED": {"label": "t", "values": [1]}}
+    content = {"name": "c", "labels": {"t": {"ED": 1}}, "objectives": objectives, "subjects": subjects}
+    return str(write_collection(tmp_path / "collection.json", content))
+
+
+@pytest.mark.parametrize("roi_size", [[20, 20], [20, 20, 10]], ids=str)
+def test_every_source_has_the_regions_of_its_own_patients(roi_size, regions):
+    grid = {"spacing": [1.0, 1.0, 1.0], "roi_size": roi_size}
+    labels = {
+        name: region_labels(SegmentationTask(name, collection=regions), **grid)
+        for name in ("B-T1-ED", "A-T1-ED", "A-T2-ED")
+    }
+    assert all(volume.shape == (20, 20, 10) for volumes in labels.values() for volume in volumes)
+    same, other = (
+        roi_similarity(labels[name], labels["B-T1-ED"], spacing=[1, 1, 1]) for name in ("A-T1-ED", "A-T2-ED")
+    )
+    assert [same["ssim"], same["roi_dice"]] == pytest.approx([1, 1], abs=1e-3)
+    assert other["roi_dice"] == 0
+    assert other["ssim"] < 0.95
+    assert same["roi_shape"] == pytest.approx(other["roi_shape"])  # a shape has no place
+
+
+@pytest.mark.parametrize("depths", [(10, 20), (9, 10), (10, 11), (11, 16)], ids=str)
+def test_the_same_regions_are_alike_in_any_number_of_slices(depths):
+    fewer = torch.zeros(20, 20, depths[0], dtype=torch.bool)
+    fewer[5:15, 5:15, 3:7] = True
+    more = ResizeWithPadOrCrop([20, 20, depths[1]])(fewer[None])[0].bool()
+    empty = torch.zeros(20, 20, 21, dtype=torch.bool)  # a patient with more slices moves the others alike
+    for source, target in (([fewer], [more]), ([fewer], [fewer]), ([more], [fewer])):
+        found = roi_similarity(source, target, spacing=[1, 1, 1])
+        assert (found["ssim"], found["roi_dice"]) == pytest.approx((1, 1), abs=1e-3)
+    # The mean map is 1/2 in the region, against 1: 2 * 1/2 / (1/4 + 1).
+    assert roi_similarity([fewer, empty], [fewer], spacing=[1, 1, 1])["roi_dice"] == pytest.approx(0.8)
+
+
+# Filters
+
+
+def priors(**columns) -> pd.DataFrame:
+    table = pd.DataFrame(columns, index=[f"s{n}" for n in range(len(columns["modality"]))])
+    table["same_modality"] = [None if pd.isna(m) else m == "T2" for m in table["modality"]]
+    return table
+
+
+def test_the_filters_keep_the_modality_and_the_better_half():
+    table = priors(modality=["T2", "FLAIR", "T2", "T2"], ssim=[0.9, 0.95, 0.5, 0.8])
+    result = filter_by_priors(table)
+    assert result["kept"].tolist() == [True, False, False, True]
+    assert "modality FLAIR: dropped" in result.loc["s1", "reason"]
+    assert "label SSIM 0.500: dropped (keeps the best 2 of 3)" in result.loc["s2", "reason"]
+    assert filter_by_priors(table, top_k=1)["kept"].tolist() == [True, False, False, False]
+    assert filter_by_priors(table, minimum_ssim=0.4)["kept"].tolist() == [True, False, True, True]
+
+
+def test_a_threshold_and_a_number_both_filter():
+    table = priors(modality=["T2"] * 4, ssim=[0.9, 0.85, 0.8, 0.7])
+    result = filter_by_priors(table, minimum_ssim=0.75, top_k=2)
+    assert result["kept"].tolist() == [True, True, False, False]
+    assert "dropped (keeps at least 0.75, of these the best 2 of 3)" in result.loc["s2", "reason"]
+    assert filter_by_priors(table, minimum_ssim=0.87, top_k=2)["kept"].tolist() == [True, False, False, False]
+    for wrong in (0, -1, 1.5, True):
+        assert "at least 1" in refused(lambda wrong=wrong: filter_by_priors(table, top_k=wrong))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]], ids=str)
+def test_equal_regions_are_kept_or_dropped_together(order):
+    table = priors(modality=["T2"] * 4, ssim=[0.9, 0.9, 0.9, 0.8]).iloc[order]
+    for top_k in (None, 1, 2):
+        kept = filter_by_priors(table, top_k=top_k)["kept"]
+        assert sorted(kept.index[kept]) == ["s0", "s1", "s2"]
+
+
+def test_what_is_not_known_is_kept_and_said():
+    result = filter_by_priors(priors(modality=["T2", None, "T2"], ssim=[0.9, np.nan, 0.5]))
+    assert result["kept"].tolist() == [True, True, False]
+    assert result.loc["s1", "reason"] == "modality not known; label SSIM not known"
+
+
+def test_a_filter_that_would_leave_nothing_falls_back_loudly():
+    with pytest.warns(UserWarning, match="no source has the target's modality"):
+        result = filter_by_priors(priors(modality=["FLAIR", "T1"], ssim=[0.9, 0.8]), top_k=2)
+    assert result["kept"].all()
+    assert "filter not applied" in result.loc["s0", "reason"]
+    with pytest.warns(UserWarning, match="label SSIM of at least 0.99"):
+        result = filter_by_priors(priors(modality=["T2", "T1"], ssim=[0.9, 0.8]), minimum_ssim=0.99)
+    assert result["kept"].tolist() == [True, False]

@@ -57,8 +57,12 @@ def require_choices(name: str, values: Sequence[str], choices: Iterable[str]) ->
     return list(dict.fromkeys(require_choice(name, value, choices) for value in values))
 
 
-def require_number(name: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> Any:
-    """Return ``value`` if it is a finite number of ``least`` or more (with ``above``: of more), and whole if asked for.
+def require_number(
+    name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False, above: bool = False
+) -> Any:
+    """Return ``value`` if it is a finite number from ``least`` (with ``above``: more) to ``most``, whole if asked for.
+
+    True and false are no numbers.
 
     >>> require_number("stride", 4, 1, whole=True)
     4
@@ -66,10 +70,11 @@ def require_number(name: str, value: Any, least: float, *, whole: bool = False, 
     Traceback (most recent call last):
     medtl_ext._validation.InputError: epsilon is 0.0; expected a number above 0.
     """
-    if isinstance(value, Integral if whole else Real) and least <= value < math.inf and not (above and value == least):
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if number and least <= value <= most and value < math.inf and not (above and value == least):
         return value
-    kind = "whole number" if whole else "number"
-    raise InputError(f"{name} is {value!r}; expected a {kind}{f' above {least}' if above else f', {least} or more'}.")
+    allowed = f" above {least}" if above else f", {least} or more" if most == math.inf else f" from {least} to {most}"
+    raise InputError(f"{name} is {value!r}; expected a {'whole number' if whole else 'number'}{allowed}.")
 
 
 def warn(message: str) -> None:

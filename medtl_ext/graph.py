@@ -17,9 +17,8 @@ import math
 import os
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from itertools import chain, combinations
-from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import networkx as nx
 import numpy as np
@@ -27,7 +26,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse.csgraph import floyd_warshall
 
 from medtl_ext._io import atomic_path, write_json
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, require_choice, require_number
 
 __all__ = [
     "NoPathError",
@@ -133,7 +132,7 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
     Reference: Girvan and Newman, PNAS 2002; the weighted shortest paths are Brandes', 2008.
     """
     _check_graph(graph, weight)
-    _require_whole("n_clusters", n_clusters, 1, len(graph))
+    require_number("n_clusters", n_clusters, 1, len(graph), whole=True)
     names = sorted(graph, key=str)
     longest = max((values.get(weight, 1.0) for *_, values in graph.edges(data=True)), default=1.0)
 
@@ -264,8 +263,8 @@ def optimal_transfer_path(
     _check_clusters(graph, clusters)
     if len(representatives) != len(clusters) or any(r not in c for r, c in zip(representatives, clusters, strict=True)):
         raise InputError(f"representatives is {list(representatives)}; expected one task of each of the clusters.")
-    _require_whole("max_intermediates", max_intermediates, 0)
-    _require_whole("k", k, 1)
+    require_number("max_intermediates", max_intermediates, 0, whole=True)
+    require_number("k", k, 1, whole=True)
     for task, cost in target_costs.items():
         if not cost >= 0:
             raise InputError(f"target_costs says {cost} for {task}; expected a cost of 0 or more.")
@@ -379,9 +378,3 @@ def _check_clusters(graph: nx.Graph, clusters: Sequence[Collection[Hashable]]) -
         raise InputError(
             f"clusters is {list(clusters)}; expected sets of the graph's tasks, none empty, no task in two."
         )
-
-
-def _require_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
-        allowed = f", {least} or more" if most == math.inf else f" from {least} to {most}"
-        raise InputError(f"{name} is {value!r}; expected a whole number{allowed}.")

@@ -1,12 +1,14 @@
-"""The parts of sequential_transfer: affinities of tasks, plans, draws, arms, and what a study says of its numbers."""
+"""The parts of sequential_transfer: affinities of tasks, plans, arms, weights, and what a study says of its numbers."""
 
 from __future__ import annotations
 
 import json
 import math
 import warnings
+from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.colors
 import nibabel as nib
@@ -16,55 +18,53 @@ import pytest
 
 from medtl_ext import InputError
 from medtl_ext.affinity import pairwise_context, pairwise_ssim, pairwise_wasserstein, task_affinity, task_context
-from medtl_ext.data import generate_phantom, load_collection
+from medtl_ext.data import generate_phantom
 from medtl_ext.graph import TransferPath, task_graph
 from medtl_ext.ranking import paired_comparison
-from medtl_ext.sequential import (
-    Arm,
+from medtl_ext.sequential_transfer import FitWeights, PlanPath, SourceGraph, StudyPaths, TaskVolumes, affinity_name
+from medtl_ext.sequential_transfer.affinities import (
     ContextAffinity,
-    Plan,
     SeqTranAffinity,
-    SourceGraph,
-    TaskVolumes,
     affinity_costs,
-    affinity_name,
-    arms_of,
-    draw_patients,
     find_affinity,
-    fit_weights,
-    plan_path,
-    plan_text,
-    plot_task_graph,
-    second_step_text,
-    source_graph,
-    study_paths,
-    task_volumes,
-    write_plan,
 )
-from medtl_ext.sequential.chain import Chains
-from medtl_ext.sequential.fit import fit_text, fit_to_transfers
-from medtl_ext.sequential.plan import require_patients
-from medtl_ext.sequential.study import differences, gains, study_text
+from medtl_ext.sequential_transfer.chain import Chains, arms_of, second_step_text, steps_of
+from medtl_ext.sequential_transfer.fit import fit_text, fit_to_transfers
+from medtl_ext.sequential_transfer.plan import Plan, task_volumes
+from medtl_ext.sequential_transfer.plots import plot_task_graph
+from medtl_ext.sequential_transfer.study import differences, gains, study_text
+from medtl_ext.transfer import Run, SegmentationTask
 
+BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "sequential_transfer"
 TASKS = ["14-T2-ED", "14-T2-ET", "14-FLAIR-ED", "14-FLAIR-ET"]
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
+    folder, modalities = tmp_path_factory.mktemp("phantom") / "collection", ["T2", "FLAIR"]
     return generate_phantom(
-        tmp_path_factory.mktemp("phantom") / "collection",
-        institutions=["14", "17"],
-        subjects=6,
-        modalities=["T2", "FLAIR"],
-        n_jobs=1,
-        progress=False,
+        folder, institutions=["14", "17"], subjects=6, modalities=modalities, n_jobs=1, progress=False
     )
 
 
 @pytest.fixture(scope="module")
 def volumes(path) -> dict[str, TaskVolumes]:
-    collection = load_collection(path)
-    return {task: task_volumes(collection, task, patients=2) for task in [*TASKS, "17-T2-ED"]}
+    tasks = [SegmentationTask(task, collection=str(path)) for task in [*TASKS, "17-T2-ED"]]
+    return {task.name: task_volumes(task, patients=2) for task in tasks}
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch) -> Callable[..., Run]:
+    """A run of the bundle whose config, and settings of a series, have these options."""
+
+    def make(**settings) -> Run:
+        train = json.loads((BUNDLE / "configs" / "train.json").read_text())
+        config = {**train, "bundle_root": str(BUNDLE), "settings": settings, **settings}
+        for module in ("config", "jobs"):
+            monkeypatch.setattr(f"medtl_ext.transfer.{module}.current_config", lambda: config)
+        return Run(tmp_path / "out", progress=False)
+
+    return make
 
 
 def arrays(task: TaskVolumes) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -144,161 +144,207 @@ class TestAffinities:
         assert affinity_name(max) == "max"
 
 
-def test_tasks_that_cannot_give_as_many_patients_are_refused(path):
-    tasks = dict.fromkeys(TASKS, load_collection(path))
-    require_patients(tasks, None)
-    require_patients(tasks, 2)
-    with pytest.raises(InputError, match=r"14-T2-ED has \d training patients, fewer than source_patients, 6"):
-        require_patients(tasks, 6)
-    with pytest.raises(InputError, match="train_patients is 0; expected at least one patient, or null"):
-        require_patients(tasks, 0, option="train_patients")
+class TestTargets:
+    """The patients that a task gives to train on."""
 
+    def patients(self, path, count, seed=3) -> list[str]:
+        task = SegmentationTask("17-T2-ED", collection=str(path), train_patients=count, seed=seed)
+        return [item["subject"] for item in task.datalist("train")]
 
-class TestDraws:
-    def test_larger_draws_hold_the_smaller_ones(self):
-        patients = [{"subject": str(i)} for i in range(12)]
-        draws = [draw_patients(patients, n, seed=3) for n in range(1, 13)]
-        for small, large in pairwise(draws):
-            assert all(patient in large for patient in small)
-        assert [len(draw) for draw in draws] == list(range(1, 13))
-        assert draw_patients(patients, None, seed=3) == patients
-        assert draw_patients(patients, 3, seed=3) == draw_patients(patients, 3, seed=3)
-        assert len({str(draw_patients(patients, 3, seed=seed)) for seed in range(9)}) > 1
+    def test_larger_draws_hold_the_smaller_ones_and_all_scans_of_a_patient(self, path):
+        content = json.loads(path.read_text())
+        all_ = [of | {"split": "train", "patient": of["id"]} for of in content["subjects"]]
+        content["subjects"] = all_ + [of | {"id": f"{of['id']} again"} for of in all_]
+        file = path.with_name("twice.json")
+        file.write_text(json.dumps(content))
+        draws = [self.patients(file, count) for count in range(1, 7)]
+        for count, draw in enumerate(draws, start=1):
+            firsts = [name for name in draw if not name.endswith("again")]
+            assert draw == [*firsts, *(f"{name} again" for name in firsts)]  # in the order of the file
+            assert len(firsts) == count
+        assert all(set(small) < set(large) for small, large in pairwise(draws))
+        assert self.patients(file, None) == draws[-1]
+        assert self.patients(file, 3) == draws[2]
+        assert len({str(self.patients(file, 3, seed)) for seed in range(9)}) > 1
 
-    def test_at_least_one(self):
-        with pytest.raises(InputError, match="0 patients were asked for"):
-            draw_patients([{"subject": "a"}], 0, seed=0)
+    def test_nobody_gives_more_than_there_are(self, path):
+        assert len(self.patients(path, 2)) == 2
+        with pytest.raises(
+            InputError, match=r"17-T2-ED has \d training patients, fewer than the 6 that are to be spent"
+        ):
+            self.patients(path, 6)
+        for wrong in (0, True, 1.5):
+            with pytest.raises(InputError, match="expected a whole number, 1 or more"):
+                self.patients(path, wrong)
 
-
-def graph_of(tasks=TASKS, clusters=None) -> SourceGraph:
-    costs = np.abs(np.subtract.outer(np.arange(len(tasks)), np.arange(len(tasks)))).astype(float)
-    graph = task_graph(tasks, costs, sizes={task: 10 - n for n, task in enumerate(tasks)})
-    clusters = clusters or [list(tasks)]
-    return SourceGraph(graph, clusters, [cluster[0] for cluster in clusters])
+    def test_other_splits_are_whole(self, path):
+        few, all_ = (SegmentationTask("17-T2-ED", collection=str(path), train_patients=n) for n in (1, None))
+        assert few.datalist("test") == all_.datalist("test")
 
 
 def near_to(place: float):
     """An affinity by the order of names, with the target somewhere among them."""
-    return lambda a, b: abs(([*TASKS].index(a.name) if a.name in TASKS else place) - place)
+    return lambda a, b: abs(np.subtract(*(TASKS.index(of.name) if of.name in TASKS else place for of in (a, b))))
 
 
 class TestPlans:
-    def options(self, path, **changed):
-        given = {"collection": str(path), "subjects": 6, "affinity": near_to(1.2), "patients": 2, "progress": False}
-        return given | changed
+    @pytest.fixture
+    def graph(self, run_of, path) -> Callable[..., SourceGraph]:
+        run = run_of()
 
-    def plan(self, path, sources=None, **changed):
-        return plan_path(
-            sources or graph_of(),
-            target=load_collection(path),
-            target_task="17-T2-ED",
-            target_patients=2,
-            max_intermediates=1,
-            seed=0,
-            **self.options(path, **changed),
-        )
+        def make(sources=TASKS, **changed) -> SourceGraph:
+            given = {"collection": str(path), "phantom_subjects": 6, "affinity": near_to(1.2), "affinity_patients": 2}
+            given |= {"n_clusters": 1, "cluster_weight": "weight", "representative_rule": "size"}
+            return SourceGraph(run=run, sources=sources, **given | changed)
 
-    def test_path_and_single_source(self, path):
-        plan = self.plan(path)
+        return make
+
+    def plan(self, graph: SourceGraph, **changed) -> PlanPath:
+        target = SegmentationTask("17-T2-ED", collection=graph.collection, train_patients=2)
+        given = {"max_intermediates": 1, "source_patients": 2, "stage_patients": 1}
+        return PlanPath(graph=graph, target=target, **given | changed)
+
+    def test_path_and_single_source(self, graph):
+        found = self.plan(graph())
+        plan = found.plan
         assert plan.costs == pytest.approx({"14-T2-ED": 1.2, "14-T2-ET": 0.2, "14-FLAIR-ED": 0.8})
         assert plan.single == "14-T2-ET"
-        assert plan.path == ("14-T2-ED", "14-T2-ET")
-        assert plan.paths[0].cost == pytest.approx(1.2 + 1 + 0.2)
-        text = plan_text(graph_of(), plan)
-        assert "Best path: 14-T2-ED -> 14-T2-ET -> 17-T2-ED, cost 2.400." in text
-        assert "Nearest single source: 14-T2-ET, cost 0.200." in text
+        assert plan.path == ("14-FLAIR-ED", "14-T2-ED")
+        assert plan.paths[0].cost == pytest.approx(0.8 + 2 + 1.2)
+        assert "4 source tasks, 4 pairs joined, in 1 clusters: 14-FLAIR-ED and 3 more." in found.text
+        assert "Best path: 14-FLAIR-ED -> 14-T2-ED -> 17-T2-ED, cost 4.000." in found.text
+        assert "Nearest single source: 14-T2-ET, cost 0.200." in found.text
 
-    def test_without_a_path_the_plan_says_why(self, path):
-        plan = self.plan(path, graph_of(clusters=[[task] for task in TASKS]))
-        assert plan.path is None
-        assert plan.single == "14-T2-ET"
-        assert "ask for fewer clusters" in plan_text(graph_of(), plan)
-        assert "One step is all there is" in second_step_text(pd.DataFrame(), plan)
+    def test_without_a_path_the_plan_says_why(self, graph):
+        found = self.plan(graph(n_clusters=4))
+        assert found.plan.path is None
+        assert found.plan.single == "14-T2-ET"
+        assert "For 17-T2-ED there is no path" in found.text
+        assert "ask for fewer clusters" in found.text
+        assert second_step_text(pd.DataFrame(), found.plan) == "One step is all there is."
 
-    def test_an_unreachable_target_is_refused(self, path):
-        with pytest.raises(InputError, match="no source shares modality or objective with the target 17-T2-ED"):
-            self.plan(path, graph_of(["14-FLAIR-ET", "14-T1-NCR"]))
+    def test_the_affinity_looks_at_the_patients_that_are_trained_on(self, graph):
+        seen = {}
 
-    def test_a_graph_is_made_once_for_any_target(self, path, tmp_path, monkeypatch):
-        options = {"n_clusters": 1, "cluster_weight": "weight", "representative_rule": "size"}
-        made = source_graph(TASKS, **self.options(path, affinity="seqtran"), **options)
-        write_plan(made, None, output_dir=tmp_path, figures=True, synthetic=True)
-        graph = {"graph": str(tmp_path / "task_graph.json")}
-        with pytest.raises(InputError, match="made with the affinity seqtran, whose costs are on another scale"):
-            source_graph(TASKS, **self.options(path, affinity="context"), **options, **graph)
-        monkeypatch.setattr("medtl_ext.sequential.plan.affinity_costs", lambda *_, **__: pytest.fail("costs again"))
-        again = source_graph(TASKS, **self.options(path, affinity="seqtran"), **options, **graph)
-        assert again.clusters == made.clusters
-        assert {frozenset(e[:2]): e[2]["weight"] for e in again.graph.edges(data=True)} == {
-            frozenset(e[:2]): e[2]["weight"] for e in made.graph.edges(data=True)
+        def looking(a, b):
+            return seen.update({a.name: a, b.name: b}) or 1.0
+
+        plan = self.plan(graph(affinity=looking, affinity_patients=1))
+        assert plan.plan.single in TASKS
+        drawn = [item["image"] for item in plan.target.datalist("train")]
+        assert list(seen["17-T2-ED"].image_files) == drawn
+        assert {len(seen[task].items) for task in TASKS} == {1}
+        assert {seen[task].size for task in TASKS} == {
+            len(SegmentationTask(TASKS[0], collection=plan.graph.collection).datalist("train"))
         }
-        names = {file.name for file in tmp_path.iterdir()}
+
+    def test_an_unreachable_target_is_refused(self, graph):
+        with pytest.raises(InputError, match="no source shares modality or objective with the target 17-T2-ED"):
+            assert self.plan(graph(["14-FLAIR-ET"])).plan
+
+    def test_a_graph_is_made_once_for_any_target(self, graph, monkeypatch):
+        made = graph(affinity="seqtran")
+        made.write()
+        folder = made.run.folder
+        names = {file.name for file in folder.iterdir()}
         assert names == {"task_graph.json", "task_graph.graphml", "clusters.csv", "task_graph.png"}
+        file = {"task_graph": str(folder / "task_graph.json")}
+        with pytest.raises(InputError, match="made with the affinity seqtran, whose costs are on another scale"):
+            assert graph(affinity="context", **file).graph
         with pytest.raises(InputError, match="differ in 14-FLAIR-ET"):
-            source_graph(TASKS[:3], **self.options(path), **options, graph=str(tmp_path / "task_graph.json"))
+            assert graph(TASKS[:3], affinity="seqtran", **file).graph
+        monkeypatch.setattr(SeqTranAffinity, "__call__", lambda *_: pytest.fail("costs again"))
+        again = graph(affinity="seqtran", **file)
+        assert again.clusters == made.clusters
+        costs = [{frozenset(e[:2]): e[2] for e in of.graph.edges(data="weight")} for of in (made, again)]
+        assert costs[0] == costs[1]
 
-    def test_one_source_is_a_graph_too(self, path):
-        options = {"n_clusters": 3, "cluster_weight": None, "representative_rule": "size"}
-        with pytest.warns(UserWarning, match="n_clusters is 3, of 1 source task: each is a cluster of its own"):
-            made = source_graph(TASKS[:1], **self.options(path), **options)
-        assert made.clusters == [[TASKS[0]]]
-        assert self.plan(path, made).single == TASKS[0]
-        for wrong in (None, 0, 1.5, True):
-            with pytest.raises(InputError, match="expected a whole number, 1 or more"):
-                source_graph(TASKS, **self.options(path), **options | {"n_clusters": wrong})
+    def test_one_source_is_a_graph_too(self, graph):
+        made = graph(TASKS[:1], n_clusters=3)
+        with pytest.warns(UserWarning, match="n_clusters is 3, of 1 source tasks: each is its own cluster"):
+            assert made.clusters == [[TASKS[0]]]
+        assert self.plan(made).plan.single == TASKS[0]
+
+    @pytest.mark.parametrize("wrong", [None, 0, 1.5, True])
+    def test_clusters_are_counted(self, graph, wrong):
+        with pytest.raises(InputError, match="expected a whole number, 1 or more"):
+            assert graph(n_clusters=wrong).clusters
 
 
-def test_the_figure_shows_clusters_sizes_and_the_path(path):
-    sources = graph_of(clusters=[TASKS[:2], TASKS[2:]])
-    figure = plot_task_graph(
-        sources.graph,
-        sources.clusters,
-        representatives=sources.representatives,
-        path=TASKS[:2],
-        target="17-T2-ED",
-        target_costs={"14-T2-ED": 1.0, "14-T2-ET": 0.2},
-        synthetic=True,
-    )
+def test_the_figure_shows_clusters_sizes_and_the_path():
+    costs = np.abs(np.subtract.outer(np.arange(4), np.arange(4))).astype(float)
+    graph = task_graph(TASKS, costs, sizes={task: 10 - n for n, task in enumerate(TASKS)})
+    options = {"path": TASKS[:2], "target": "17-T2-ED", "target_costs": {"14-T2-ED": 1.0, "14-T2-ET": 0.2}}
+    clusters, ringed = [TASKS[:2], TASKS[2:]], [TASKS[0], TASKS[2]]
+    figure = plot_task_graph(graph, clusters, representatives=ringed, synthetic=True, **options)
     axes = figure.axes[0]
-    texts = [text.get_text() for text in axes.texts]
-    assert {*TASKS, "17-T2-ED"} <= set(texts)
-    arrows = [text for text in axes.texts if getattr(text, "arrow_patch", None) is not None]
-    assert len(arrows) == 2
+    assert {*TASKS, "17-T2-ED"} <= {text.get_text() for text in axes.texts}
+    assert len([text for text in axes.texts if getattr(text, "arrow_patch", None) is not None]) == 2
     dots = [points for points in axes.collections if len(points.get_offsets()) == 2 and hasattr(points, "get_sizes")]
-    colours = {matplotlib.colors.to_hex(points.get_facecolor()[0]) for points in dots}
-    assert len(colours) == 2
+    assert len({matplotlib.colors.to_hex(points.get_facecolor()[0]) for points in dots}) == 2
     assert dots[0].get_sizes()[0] > dots[0].get_sizes()[1]
     assert "synthetic phantom" in figure.get_supxlabel()
 
 
 class TestArms:
-    def plan(self, path=("a", "b"), single="c"):
+    def plan(self, path=("A-T1-ED", "B-T1-ED"), single="C-T1-ED"):
         paths = [TransferPath(1.0, path)] if path else []
-        return Plan("t", {"a": 1.0, "b": 0.5, "c": 0.1}, paths, single, None if path else "there is no path")
+        return Plan("T-T1-ED", {single: 0.1}, paths, single, None if path else "there is no path")
 
-    def test_one_step_and_two_with_decoder_and_all(self):
-        arms = {arm.name: arm for arm in arms_of(self.plan())}
-        ways = {"single": ("c",), "sequential": ("a", "b"), "direct": ("a",)}
-        expected = {f"{way}{kind}" for way, kind in product(ways, ("", "_full"))} | {"zero_shot", "scratch"}
-        assert set(arms) == expected
-        assert all(arms[way].tasks == arms[f"{way}_full"].tasks == tasks for way, tasks in ways.items())
-        assert [arms["single"].full, arms["single_full"].full] == [False, True]
-        assert arms["zero_shot"] == Arm("zero_shot", ("c",), epochs=0)
+    @pytest.fixture
+    def chains(self, run_of, tmp_path) -> Callable[..., Chains]:
+        def make(source_patients=10, stage_patients=3, train_patients=3) -> Chains:
+            run = run_of(source_patients=source_patients, stage_patients=stage_patients)
+            target = SimpleNamespace(name="T-T1-ED", train_patients=train_patients)
+            folders = {"folder": tmp_path / "arms", "stage_dir": tmp_path / "stages", "source_dir": str(tmp_path)}
+            return Chains(run=run, target=target, pool_seed=0, **folders)
 
-    def test_what_is_the_same_is_trained_once(self):
-        assert "direct" not in {arm.name for arm in arms_of(self.plan(single="a"))}
-        assert {arm.name for arm in arms_of(self.plan(path=None), zero_shot=False)} == {
-            "scratch",
-            "single",
-            "single_full",
-        }
+        return make
 
-    def test_a_path_of_one_task_is_a_single_step(self):
-        plan = self.plan(path=("a",))
-        names = {arm.name for arm in arms_of(plan)}
-        assert names == {"zero_shot", "scratch", "single", "single_full", "direct", "direct_full"}
-        assert "direct" not in {arm.name for arm in arms_of(self.plan(path=("c",)))}
-        assert second_step_text(self.rows(0.2, 8), plan) == "One step is all there is: max_intermediates is 0."
+    def test_one_step_and_two_with_decoder_and_all(self, chains):
+        arms = {arm.name: arm for arm in arms_of(chains(), self.plan())}
+        ways = {"single": "C-T1-ED", "sequential": "A-T1-ED -> B-T1-ED", "direct": "A-T1-ED"}
+        assert set(arms) == {f"{way}{kind}" for way, kind in product(ways, ("", "_full"))} | {"zero_shot", "scratch"}
+        for (way, tasks), kind in product(ways.items(), ("", "_full")):
+            assert steps_of(arms[way + kind])[0] == f"{tasks} -> T-T1-ED"
+            assert all(("freeze" in job.overrides) == (kind == "_full") for job in arms[way + kind].jobs[1:])
+        assert arms["single_full"].last.overrides["freeze"] is None
+        assert arms["zero_shot"].last.overrides["epochs"] == 0
+        first = [job.output_dir for job in arms["zero_shot"].jobs[:1]]
+        assert first == [job.output_dir for job in arms["single"].jobs[:1]]  # trained once
+
+    @pytest.mark.parametrize(
+        ("changed", "names"),
+        [
+            ({"single": "A-T1-ED"}, {"single", "sequential"}),
+            ({"path": None}, {"single"}),
+            ({"path": ("A-T1-ED",)}, {"single", "direct"}),
+            ({"path": ("C-T1-ED",)}, {"single"}),
+        ],
+    )
+    def test_what_is_the_same_is_trained_once(self, chains, changed, names):
+        arms = arms_of(chains(), self.plan(**changed), zero_shot=False)
+        assert {arm.name for arm in arms} == {"scratch"} | names | {f"{name}_full" for name in names}
+
+    @pytest.mark.parametrize(
+        ("spent", "expected"),
+        [((10, 3, 3), ["3", "10", "10 + 3", "7 + 3 + 3"]), ((None, 3, 5), ["5", "all", "all + 5", "all + 3 + 5"])],
+    )
+    def test_the_patients_that_an_arm_spends_are_said(self, chains, spent, expected):
+        arms = {arm.name: arm for arm in arms_of(chains(*spent), self.plan())}
+        assert [steps_of(arms[name])[1] for name in ("scratch", "zero_shot", "single", "sequential")] == expected
+
+    def test_a_joint_training_on_fewer_patients_is_another(self, chains):
+        """The pool is shared by studies, which may have the same sum of patients in other parts."""
+
+        def joint(source_patients, stage_patients):
+            return chains(source_patients, stage_patients).arm("both", "A-T1-ED", "B-T1-ED", joint=True).jobs[0]
+
+        assert joint(10, 3).output_dir != joint(12, 5).output_dir
+        assert joint(None, 3).output_dir != joint(None, 5).output_dir
+        assert joint(10, 3).output_dir == joint(10, 3).output_dir
+        assert joint(10, 3).overrides["joint_patients"] == 3
+        assert joint(10, 3).config["train_patients"] == 7
 
     @staticmethod
     def rows(gain: float, patients: int, noise: float = 0.01) -> pd.DataFrame:
@@ -326,6 +372,8 @@ class TestArms:
         text = second_step_text(self.rows(gain, 8, noise), self.plan())
         assert f"All parameters: {words}, the path against the better single source (single_full)" in text
         assert f"decoder only: {words}" in text
+        one = second_step_text(self.rows(gain, 8, noise), self.plan(path=("A-T1-ED",)))
+        assert one == "One step is all there is: max_intermediates is 0."
 
     @pytest.mark.parametrize("patients", [1, 2, 3, 4])
     def test_few_patients_do_not_settle_it(self, patients):
@@ -336,201 +384,148 @@ class TestArms:
         assert "the path against the better single source (single_full) is +0.200 Dice" in text
 
 
-def test_a_joint_training_on_fewer_patients_is_another(tmp_path):
-    """The pool is shared by studies, which may have the same sum of patients in other parts."""
-    root = Path(__file__).resolve().parent.parent / "bundles" / "sequential_transfer"
-    train = json.loads((root / "configs" / "train.json").read_text()) | {"bundle_root": str(root)}
-    arm = Arm("both", ("13-T1-ED", "13-T1-ET"), joint=True)
-    folders = {"folder": tmp_path / "arms", "stage_dir": tmp_path / "stages", "source_dir": tmp_path / "pool"}
-
-    def joint(source_patients, stage_patients):
-        config = train | {"source_patients": source_patients, "stage_patients": stage_patients}
-        (job,) = Chains(config, **folders, seed=0, pool_seed=0).sources(arm)
-        return job
-
-    assert joint(10, 3).output_dir != joint(12, 5).output_dir
-    assert joint(None, 3).output_dir != joint(None, 5).output_dir
-    assert joint(10, 3).output_dir == joint(10, 3).output_dir
-    assert joint(10, 3).overrides["joint_patients"] == 3
-
-
-@pytest.mark.parametrize(
-    ("source_patients", "train_patients", "expected"),
-    [(10, "@stage_patients", ["3", "10", "10 + 3", "7 + 3 + 3"]), (None, 5, ["5", "all", "all + 5", "all + 3 + 5"])],
-)
-def test_the_patients_that_an_arm_spends_are_said(source_patients, train_patients, expected, tmp_path):
-    config = {"source_patients": source_patients, "stage_patients": 3, "train_patients": train_patients}
-    config |= {"bundle_root": str(tmp_path), "collection": None, "source_collection": None}
-    chains = Chains(config, folder=tmp_path, stage_dir=tmp_path, source_dir=tmp_path, seed=0, pool_seed=0)
-    one = ("13-T1-ED",)
-    arms = [Arm("scratch"), Arm("zero_shot", one, epochs=0), Arm("single", one), Arm("sequential", (*one, "13-T1-ET"))]
-    assert [chains.spends(arm) for arm in arms] == expected
-
-
 class TestStudy:
-    def choices(self, gain: float) -> pd.DataFrame:
+    def scores(self, gain: float) -> pd.DataFrame:
+        """Dice of six patients of two targets of one institution, in two seeds, by every way to choose."""
+        ways = {("none", "scratch"): -0.1, ("single", "random"): -0.05, ("single", "near"): 0.0}
+        ways |= {("single", "near: head of its path"): -0.02, ("path", "random"): -0.05, ("path", "near"): gain}
+        ways |= {("joint", "near"): 0.0}
         rng = np.random.default_rng(0)
         rows = []
         for target, seed in product(["B-T1-ED", "B-T2-ED"], [0, 1]):
             base = {f"p{i}": rng.uniform(0.4, 0.6) for i in range(6)}
-            for (steps, how), more in {
-                ("none", "scratch"): -0.1,
-                ("single", "random"): -0.05,
-                ("single", "near"): 0.0,
-                ("single", "near: head of its path"): -0.02,
-                ("path", "random"): -0.05,
-                ("path", "near"): gain,
-                ("joint", "near"): 0.0,
-            }.items():
-                patients = {name: value + more + rng.normal(0, 0.005) for name, value in base.items()}
-                dice = float(np.mean(list(patients.values())))
-                row = {"target": target, "seed": seed, "steps": steps, "how": how, "pick": "x", "patients": patients}
-                rows.append(row | {"dice": dice, "iou": dice})
-        return pd.DataFrame(rows)
+            for ((steps, how), more), (patient, value) in product(ways.items(), base.items()):
+                rows.append((target, seed, steps, how, patient, value + more + rng.normal(0, 0.005)))
+        return pd.DataFrame(rows, columns=["target", "seed", "steps", "how", "patient", "dice"])
+
+    def compared(self, scores: pd.DataFrame, pair=("path, near", "single, near")) -> pd.Series:
+        return differences(scores).set_index(["first", "second"]).loc[pair]
+
+    def text(self, scores: pd.DataFrame, **changed) -> str:
+        choices = scores.groupby(["target", "seed", "steps", "how"], sort=False)["dice"].mean().reset_index()
+        return study_text(*self.table(), choices, scores, **{"synthetic": True, "spent": "at equal numbers"} | changed)
+
+    def table(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Arms of one target, and their patients."""
+        dice = {"A-T1-ED": 0.5, "A-T2-ED": 0.3, "A-T2-ED > A-T1-ED": 0.45, "A-T1-ED > A-T2-ED": 0.4}
+        rows = [("B-T1-ED", 0, arm, 1 + (">" in arm), value) for arm, value in dice.items()]
+        table = pd.DataFrame(rows, columns=["target", "seed", "arm", "steps", "dice"])
+        patients = table.drop(columns="steps").merge(
+            pd.DataFrame({"patient": [f"p{n}" for n in range(6)]}), how="cross"
+        )
+        return table, patients.assign(dice=patients["dice"] + np.random.default_rng(0).normal(0, 0.01, 24))
 
     def test_differences_are_paired_over_patients_each_once(self):
-        table = differences(self.choices(gain=0.1)).set_index(["first", "second"])
-        row = table.loc[("path, near", "single, near")]
+        scores = self.scores(gain=0.1)
+        row = self.compared(scores)
         assert row[["patients", "pairs", "left out"]].tolist() == [6, 4, ""]  # both targets are of institution B
         assert float(row["difference"]) == pytest.approx(0.1, abs=0.01)
         assert row["p"] == "0.0312"  # 2 / 2^6: all six gain
-        assert float(table.loc[("path, random", "single, random"), "p"]) > 0.05
+        assert float(self.compared(scores, ("path, random", "single, random"))["p"]) > 0.05
 
     def test_a_patient_of_several_targets_is_one_patient(self):
         """The interval is that of the patients' own differences, however many targets ask them."""
         gain = {"p1": 0.10, "p2": 0.02, "p3": -0.01, "p4": 0.05}
-        rows = []
-        for target, seed in product(["B-T1-ED", "B-T2-ED", "B-T2-ET"], [0, 1]):
-            for steps, how, more in (("single", "near", 0), ("path", "near", 1)):
-                patients = {name: 0.5 + more * value for name, value in gain.items()}
-                rows.append({"target": target, "seed": seed, "steps": steps, "how": how, "patients": patients})
-        row = differences(pd.DataFrame(rows)).iloc[0]
+        runs = product(["B-T1-ED", "B-T2-ED", "B-T2-ET"], [0, 1], [("single", 0), ("path", 1)], gain.items())
+        rows = [(*run, steps, "near", name, 0.5 + more * value) for *run, (steps, more), (name, value) in runs]
+        row = self.compared(pd.DataFrame(rows, columns=["target", "seed", "steps", "how", "patient", "dice"]))
         expected = paired_comparison(gain, dict.fromkeys(gain, 0.0))
         assert row["interval"] == f"{expected.low:+.3f} to {expected.high:+.3f}"
         assert row["patients"] == 4
 
     def test_a_patient_of_two_institutions_is_one_patient(self):
         """A collection has a name of a subject or of a patient for one person only."""
-        choices = self.choices(gain=0.1)
-        elsewhere = choices.replace({"B-T2-ED": "C-T2-ED"})
+        elsewhere = self.scores(gain=0.1).replace({"B-T2-ED": "C-T2-ED"})
         assert set(differences(elsewhere)["patients"]) == {6}
         there = elsewhere["target"] == "C-T2-ED"
-        elsewhere.loc[there, "patients"] = elsewhere.loc[there, "patients"].map(
-            lambda of: {f"C{name}": value for name, value in of.items()}
-        )
+        elsewhere.loc[there, "patient"] = "C" + elsewhere.loc[there, "patient"]
         assert set(differences(elsewhere)["patients"]) == {12}
 
     def test_only_what_both_sides_have_is_compared(self):
         """Seed 1 of B-T2-ED is harder by 0.2 and has no path: that is not the path's merit."""
-        choices = self.choices(gain=0.1)
-        hard = (choices["target"] == "B-T2-ED") & (choices["seed"] == 1)
-        choices.loc[hard, "patients"] = choices.loc[hard, "patients"].map(
-            lambda of: {name: value - 0.2 for name, value in of.items()}
-        )
-        gone = hard & (choices["steps"].isin(["path", "joint"]) & (choices["how"] == "near"))
-        text = study_text(self.table(), choices[~gone], synthetic=True, source_patients=10)
-        table = differences(choices[~gone]).set_index(["first", "second"])
-        row = table.loc[("path, near", "single, near")]
+        scores = self.scores(gain=0.1)
+        hard = (scores["target"] == "B-T2-ED") & (scores["seed"] == 1)
+        scores.loc[hard, "dice"] -= 0.2
+        of_path = (scores["steps"].isin(["path", "joint"])) & (scores["how"] == "near")
+        fewer = scores[~(hard & of_path)]
+        row = self.compared(fewer)
         assert float(row["difference"]) == pytest.approx(0.1, abs=0.01)
         assert row[["patients", "pairs", "left out"]].tolist() == [6, 3, "B-T2-ED (seed 1)"]
-        assert table.loc[("single, near", "single, random"), "pairs"] == 4
-        assert "| 6 | 3 | B-T2-ED (seed 1) |" in next(
-            line for line in text.splitlines() if line.startswith("| path, near | single, near |")
-        )
-        one = choices.index[(choices["steps"] == "path") & (choices["how"] == "near")][0]
-        choices.at[one, "patients"] = {"p0": 0.5, "p1": 0.6}
-        found = differences(choices).set_index(["first", "second"]).loc[("path, near", "single, near")]
-        assert found[["patients", "pairs", "left out"]].tolist() == [6, 4, "of a pair: 4 patients"]
-
-    def test_rows_say_how_many_targets_and_seeds_they_stand_for(self):
-        choices = self.choices(gain=0.1)
-        gone = (choices["target"] == "B-T2-ED") & (choices["steps"] == "path") & (choices["how"] == "near")
-        text = study_text(self.table(), choices[~gone], synthetic=True, source_patients=10)
-        rows = {tuple(line.split(" | ")[:2]): line for line in text.splitlines()}
-        assert rows["| path", "near"].endswith("| 2 |")
+        assert self.compared(fewer, ("single, near", "single, random"))["pairs"] == 4
+        rows = {tuple(line.split(" | ")[:2]): line for line in self.text(fewer).splitlines()}
+        assert rows["| path, near", "single, near"].endswith("| 6 | 3 | B-T2-ED (seed 1) |")
+        assert rows["| path", "near"].endswith("| 3 |")
         assert rows["| single", "near"].endswith("| 4 |")
-        assert "B-T2-ED |" in next(line for line in text.splitlines() if line.startswith("| path, near | single, near"))
+        row = self.compared(scores[~(of_path & (scores["target"] == "B-T2-ED"))])
+        assert row[["pairs", "left out"]].tolist() == [2, "B-T2-ED"]  # all seeds of it
+        first = of_path & (scores["target"] == "B-T1-ED") & (scores["seed"] == 0)
+        row = self.compared(scores[~(first & ~scores["patient"].isin(["p0", "p1"]))])
+        assert row[["patients", "pairs", "left out"]].tolist() == [6, 4, "of a pair: 4 patients"]
+
+    def test_an_affinity_without_any_path_is_compared_all_the_same(self):
+        scores = self.scores(gain=0.1)
+        without = scores[~(scores["steps"].isin(["path", "joint"]) | scores["how"].str.contains("head"))]
+        assert self.compared(without, ("single, near", "single, random"))["patients"] == 6
 
     def test_the_spread_of_seeds_is_over_the_same_targets(self):
         """A seed without a path to the easier target would look like a spread of 0.2."""
-        rows = [
-            {"target": target, "seed": seed, "steps": "path", "how": "near", "dice": dice, "patients": {"p": dice}}
-            for target, dice in {"B-T1-ED": 0.8, "B-T2-ED": 0.4}.items()
-            for seed in (0, 1)
-        ]
-        text = study_text(self.table(), pd.DataFrame(rows[1:]), synthetic=True, source_patients=10)
-        assert "| path | near | 0.800 | 0.400 | 0.600 | 0.000 | 3 |" in text
-
-    @pytest.mark.parametrize(("source_patients", "equal"), [(10, True), (None, False)])
-    def test_numbers_are_equal_only_where_they_are_set(self, source_patients, equal):
-        text = study_text(self.table(), self.choices(gain=0.0), synthetic=True, source_patients=source_patients)
-        assert text.count("at equal numbers of labelled patients") == 2 * equal
-        assert text.count("each with all patients of its first source") == 2 * (not equal)
-
-    def test_an_affinity_without_any_path_is_compared_all_the_same(self):
-        choices = self.choices(gain=0.1)
-        without = choices[~(choices["steps"].isin(["path", "joint"]) | choices["how"].str.contains("head"))]
-        found = differences(without).set_index(["first", "second"])
-        assert found.loc[("single, near", "single, random"), "patients"] == 6
-
-    def table(self) -> pd.DataFrame:
-        dice = {"A-T1-ED": 0.5, "A-T2-ED": 0.3, "A-T2-ED > A-T1-ED": 0.45, "A-T1-ED > A-T2-ED": 0.4}
-        rows = [{"target": "B-T1-ED", "seed": 0, "arm": arm, "dice": value} for arm, value in dice.items()]
-        rng = np.random.default_rng(0)
-        patients = [
-            {f"p{i}": value + noise for i, noise in enumerate(rng.normal(0, 0.01, 6))} for value in dice.values()
-        ]
-        return pd.DataFrame(rows).assign(steps=[1, 1, 2, 2], patients=patients)
+        runs = product({"B-T1-ED": 0.8, "B-T2-ED": 0.4}.items(), (0, 1))
+        rows = [(target, seed, "path", "near", "p", dice) for (target, dice), seed in runs]
+        scores = pd.DataFrame(rows[1:], columns=["target", "seed", "steps", "how", "patient", "dice"])
+        assert "| path | near | 0.800 | 0.400 | 0.600 | 0.000 | 3 |" in self.text(scores)
 
     def test_gains_are_against_the_paths_own_sources(self):
-        table = self.table()
-        found = gains(table).set_index(["second step", "target"])
+        table, patients = self.table()
+        found = gains(table, patients).set_index(["second step", "target"])
+        assert list(found) == ["paths", "against the first", "interval", "against the better"]
         figures = ["paths", "against the first", "against the better"]
         assert found.loc[("brings the target's modality", "all"), figures].tolist() == pytest.approx([1, 0.15, -0.05])
         assert found.loc[("any other", "B-T1-ED"), figures].tolist() == pytest.approx([1, -0.1, -0.1])
-        of = table.set_index("arm")["patients"]
+        of = {arm: rows.set_index("patient")["dice"].to_dict() for arm, rows in patients.groupby("arm")}
         expected = paired_comparison(of["A-T2-ED > A-T1-ED"], of["A-T2-ED"])
         interval = f"{expected.low:+.3f} to {expected.high:+.3f}"
         assert found.loc[("brings the target's modality", "all"), "interval"] == interval
-
-    def test_a_gain_averages_a_patients_paths(self):
-        """Two paths of the same patients are no twelve patients."""
-        table = self.table()
-        again = table.assign(seed=1)
-        once, twice = (gains(rows).set_index(["second step", "target"]) for rows in (table, pd.concat([table, again])))
-        assert once["interval"].tolist() == twice["interval"].tolist()
-        assert (twice["paths"] == 2 * once["paths"]).all()
+        # Two paths of the same patients are no twelve patients.
+        twice = gains(*(pd.concat([rows, rows.assign(seed=1)]) for rows in (table, patients)))
+        assert twice["interval"].tolist() == found["interval"].tolist()
+        assert twice["paths"].tolist() == (2 * found["paths"]).tolist()
 
     def test_the_page_holds_every_way_to_choose(self):
-        choices = self.choices(gain=0.0)
-        text = study_text(self.table(), choices, synthetic=True, source_patients=10)
-        for steps, how in choices[["steps", "how"]].drop_duplicates().itertuples(index=False):
+        scores = self.scores(gain=0.0)
+        text = self.text(scores)
+        for steps, how in scores[["steps", "how"]].drop_duplicates().itertuples(index=False):
             assert f"| {steps} | {how} |" in text
         assert "**Synthetic**" in text
+        assert text.count("at equal numbers") == 2
 
 
-class TestTwoCollections:
-    """Sources in a file of their own, which does not know the target's institution."""
+class TestSeries:
+    """Several targets, with the sources in a file of their own, which does not know the targets' institution."""
 
     @pytest.fixture
-    def settings(self, path, tmp_path, monkeypatch) -> dict[str, str]:
-        root = Path(__file__).resolve().parent.parent / "bundles" / "sequential_transfer"
-        monkeypatch.setattr("medtl_ext.bundle.current_config", lambda: {"bundle_root": str(root)})
+    def settings(self, path, tmp_path) -> dict[str, object]:
         content = json.loads(path.read_text())
         for name in ("14", "17"):
             subjects = [subject for subject in content["subjects"] if subject["institution"] == name]
             path.with_name(f"{name}.json").write_text(json.dumps(content | {"subjects": subjects}))
-        one = {"affinity_patients": 1, "source_patients": None, "source_dir": str(tmp_path / "pool"), "n_clusters": 1}
         files = {"collection": str(path.with_name("17.json")), "source_collection": str(path.with_name("14.json"))}
-        return one | files
+        patients = {"affinity_patients": 1, "source_patients": 2, "stage_patients": 1, "train_patients": 1}
+        return files | patients | {"source_dir": str(tmp_path / "pool"), "n_clusters": 1}
 
-    def test_weights_are_fitted(self, settings, path, tmp_path):
-        transfers = pd.DataFrame({"source": TASKS[:3], "target": "17-T2-ED", "dice": [0.5, 0.3, 0.45]})
-        transfers.to_csv(tmp_path / "measured.csv", index=False)
-        given = {"transfers": str(tmp_path / "measured.csv"), "targets": [], "sources": [], "standardize": False}
-        found = fit_weights(**given, settings=settings, output_dir=str(tmp_path / "two"))
+    def fit(self, run: Run, **changed) -> tuple[float, float]:
+        asked = {"transfers": None, "targets": ["17-T2-ED"], "sources": TASKS[:3], "standardize": False}
+        return FitWeights(run=run, **asked | changed).run()
+
+    def measured(self, folder: Path, **changed) -> str:
+        rows = {"source": TASKS[:3], "target": "17-T2-ED", "dice": [0.5, 0.3, 0.45]} | changed
+        pd.DataFrame(rows).to_csv(folder / "measured.csv", index=False)
+        return str(folder / "measured.csv")
+
+    def test_weights_are_fitted_to_two_files_as_to_one(self, settings, path, tmp_path, run_of):
+        transfers = self.measured(tmp_path)
+        found = self.fit(run_of(**settings), transfers=transfers)
         whole = settings | {"collection": str(path), "source_collection": "@collection"}
-        assert found == fit_weights(**given, settings=whole, output_dir=str(tmp_path / "one"))
+        assert found == self.fit(run_of(**whole), transfers=transfers)
 
     @pytest.mark.parametrize(
         ("changed", "message"),
@@ -538,82 +533,76 @@ class TestTwoCollections:
             ({"sources": TASKS[:1]}, r"a fit needs three transfers or more; those from .* are 1\."),
             ({"targets": ["14-T2-ED"], "sources": TASKS[:1]}, r"are 0\."),
             ({"sources": [*TASKS[:2], "14-T2-EDD"]}, "objective 'EDD' is unknown"),
-            ({"source_patients": 99}, "fewer than source_patients, 99"),
-            ({"train_patients": 99}, "task 17-T2-ED has .* fewer than train_patients, 99"),
+            ({"source_patients": 99}, "task 14-T2-ED has .* fewer than the 99"),
+            ({"train_patients": 99}, "task 17-T2-ED has .* fewer than the 99"),
             ({"sources": [*TASKS[:2], TASKS[0]]}, "sources names 14-T2-ED twice"),
         ],
     )
-    def test_what_cannot_be_fitted_is_not_trained(self, changed, message, settings, path, tmp_path, monkeypatch):
-        monkeypatch.setattr("medtl_ext.sequential.chain.run_jobs", lambda *_, **__: pytest.fail("training started"))
-        whole = settings | {"collection": str(path), "source_collection": "@collection", "train_patients": 1}
-        whole |= {"stage_patients": 1}
-        asked = {"targets": ["17-T2-ED"], "sources": TASKS[:3]}
-        asked |= {name: value for name, value in changed.items() if name in asked}
-        whole |= {name: value for name, value in changed.items() if name not in asked}
+    def test_what_cannot_be_fitted_is_not_trained(self, changed, message, settings, path, run_of, no_training):
+        asked = {name: value for name, value in changed.items() if name in ("targets", "sources")}
+        options = settings | {"collection": str(path), "source_collection": "@collection"}
+        options |= {name: value for name, value in changed.items() if name not in asked}
         with pytest.raises(InputError, match=message):
-            fit_weights(transfers=None, **asked, settings=whole, standardize=False, output_dir=str(tmp_path / "fit"))
-
-    @pytest.mark.parametrize(
-        ("dice", "target", "message"),
-        [
-            (math.inf, "17-T2-ED", "line 3 has no dice between 0 and 1"),
-            (55, "17-T2-ED", "line 3 has no dice between 0 and 1"),
-            ("", "17-T2-ED", "line 3 has no dice between 0 and 1"),
-            (0.3, TASKS[1], "line 3 is from a task to itself"),
-        ],
-    )
-    def test_transfers_that_cannot_be_are_named(self, dice, target, message, settings, tmp_path):
-        rows = {"source": TASKS[:3], "target": ["17-T2-ED", target, "17-T2-ED"], "dice": [0.5, dice, 0.4]}
-        pd.DataFrame(rows).to_csv(tmp_path / "measured.csv", index=False)
-        given = {"transfers": str(tmp_path / "measured.csv"), "targets": [], "sources": [], "standardize": False}
-        with pytest.raises(InputError, match=message):
-            fit_weights(**given, settings=settings, output_dir=str(tmp_path / "fit"))
+            self.fit(run_of(**options), **asked)
 
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
+            ({"dice": [0.5, math.inf, 0.4]}, "line 3 has no dice between 0 and 1"),
+            ({"dice": [0.5, 55, 0.4]}, "line 3 has no dice between 0 and 1"),
+            ({"dice": [0.5, "", 0.4]}, "line 3 has no dice between 0 and 1"),
+            ({"target": ["17-T2-ED", TASKS[1], "17-T2-ED"]}, "line 3 is from a task to itself"),
+            ({"source": TASKS[:2], "dice": [0.5, 0.4]}, "needs three transfers or more"),
+        ],
+    )
+    def test_transfers_that_cannot_be_are_named(self, changed, message, settings, tmp_path, run_of):
+        with pytest.raises(InputError, match=message):
+            self.fit(run_of(**settings), transfers=self.measured(tmp_path, **changed))
+
+    def test_a_file_of_transfers_has_its_columns(self, settings, tmp_path, run_of):
+        (tmp_path / "bad.csv").write_text("source,target\na,b\n")
+        with pytest.raises(InputError, match=r"lacks the column\(s\) dice"):
+            self.fit(run_of(**settings), transfers=str(tmp_path / "bad.csv"))
+        with pytest.raises(InputError, match=r"nowhere\.csv cannot be read"):
+            self.fit(run_of(**settings), transfers=str(tmp_path / "nowhere.csv"))
+
+    def study(self, run: Run, **changed) -> StudyPaths:
+        asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": TASKS[:3], "seeds": [0], "affinities": ["context"]}
+        return StudyPaths(run=run, **asked | changed)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"targets": ["17-T2-ED"]}, "a study needs two targets or more"),
             ({"targets": ["17-T2-ED", "17-T2-ED"]}, "targets names 17-T2-ED twice"),
             ({"seeds": [0, 0]}, "seeds names 0 twice"),
-            (
-                {"stage_patients": 99, "train_patients": 1},
-                r"99: .* Give --stage_patients \d or less\.$",
-            ),
-            ({"stage_patients": None, "train_patients": 1}, "stage_patients is None; expected at least one patient"),
-            ({"max_intermediates": 2}, "max_intermediates, which is 1 in a study"),
             (
                 {"sources": ["14-FLAIR-ET"], "targets": ["17-FLAIR-ED", "17-T2-ED"]},
                 "with the target 17-T2-ED; add such",
             ),
+            ({"source_patients": None, "stage_patients": 99}, r"task 14-T2-ED has \d .* ask for \d or less"),
+            ({"source_patients": 3, "stage_patients": 3}, "3 patients leave none to pre-train on"),
+            ({"stage_patients": None}, "stage_patients is None; expected a whole number, 1 or more"),
+            ({"max_intermediates": 2}, "max_intermediates, which is 1 in a study"),
         ],
     )
-    def test_what_cannot_be_studied_is_not_trained(self, changed, message, settings, tmp_path, monkeypatch):
-        monkeypatch.setattr("medtl_ext.sequential.study.run_jobs", lambda *_, **__: pytest.fail("training started"))
-        asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": TASKS[:3], "seeds": [0], "affinities": ["context"]}
-        settings |= {"source_patients": 2, "stage_patients": 1}
-        settings |= {name: value for name, value in changed.items() if name not in asked}
-        asked |= {name: value for name, value in changed.items() if name in asked}
+    def test_what_cannot_be_studied_is_not_trained(self, changed, message, settings, run_of, no_training):
+        asked = {name: value for name, value in changed.items() if name in ("targets", "sources", "seeds")}
+        options = settings | {name: value for name, value in changed.items() if name not in asked}
         with pytest.raises(InputError, match=message):
-            study_paths(output_dir=str(tmp_path / "study"), settings=settings, **asked)
+            self.study(run_of(**options), **asked).run()
 
-    def test_a_study_trains_each_task_on_its_own(self, settings, tmp_path, monkeypatch):
-        first = []
-
-        def run_jobs(jobs, **how):
-            first.extend(jobs)
-            raise StopIteration
-
-        monkeypatch.setattr("medtl_ext.sequential.study.run_jobs", run_jobs)
-        with pytest.raises(StopIteration):
-            study_paths(
-                output_dir=str(tmp_path / "study"),
-                targets=["17-T2-ED", "17-FLAIR-ED"],
-                sources=TASKS[:3],
-                seeds=[0],
-                affinities=["seqtran"],
-                settings=settings | {"source_patients": 2, "stage_patients": 1},
-            )
-        used = {(job.overrides["target_task"][:2], job.overrides.get("collection", "the target's")) for job in first}
+    def test_a_study_trains_each_task_on_its_own(self, settings, run_of, monkeypatch):
+        asked = []
+        monkeypatch.setattr(Run, "train_arms", lambda self, arms, what: asked.extend(arms) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            self.study(run_of(**settings), affinities=["seqtran"], seeds=[0, 1]).run()
+        jobs = [job for arm in asked for job in arm.jobs]
+        used = {(job.overrides["target_task"][:2], job.overrides.get("collection", "the target's")) for job in jobs}
         assert used == {("14", settings["source_collection"]), ("17", "the target's")}
+        assert {job.overrides["seed"] for job in jobs} == {0, 1}
+        folders = {job.output_dir: json.dumps(dict(job.overrides), default=str) for job in jobs}
+        assert all(json.dumps(dict(job.overrides), default=str) == folders[job.output_dir] for job in jobs)
 
 
 class TestFit:

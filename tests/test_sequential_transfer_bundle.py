@@ -16,7 +16,8 @@ from bundle_runs import Bundle, finish, kill_once_there, refused, trainings
 
 from medtl_ext.data import generate_phantom, load_collection, write_collection
 from medtl_ext.graph import read_task_graph
-from medtl_ext.sequential import chain, study
+from medtl_ext.transfer import Source
+from medtl_ext.transfer.sources import pretraining_job
 
 SOURCES = ["14-T2-ED", "14-FLAIR-ED", "14-T2-ET"]
 TINY = {
@@ -29,7 +30,7 @@ TINY = {
     "stage_patients": 1,
     "spacing": [6.0, 6.0, 8.0],
     "roi_size": [32, 32],
-    "architecture#features": [4, 4, 8, 8, 8, 4],
+    "network_def#features": [4, 4, 8, 8, 8, 4],
     "pool_epochs": 1,
     "epochs": 1,
     "iterations_per_epoch": 4,
@@ -49,13 +50,9 @@ pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 @pytest.fixture(scope="session")
 def path_collection(tmp_path_factory) -> Path:
     """Two institutions of eight synthetic patients: four to train on, two each to validate and test."""
+    folder, modalities = tmp_path_factory.mktemp("phantom") / "collection", ["T2", "FLAIR"]
     return generate_phantom(
-        tmp_path_factory.mktemp("phantom") / "collection",
-        institutions=["14", "17"],
-        subjects=8,
-        modalities=["T2", "FLAIR"],
-        n_jobs=1,
-        progress=False,
+        folder, institutions=["14", "17"], subjects=8, modalities=modalities, n_jobs=1, progress=False
     )
 
 
@@ -68,16 +65,6 @@ def pool(tmp_path_factory) -> Path:
 @pytest.fixture
 def options(path_collection, pool, tmp_path) -> dict:
     return {"collection": str(path_collection), "source_dir": str(pool), "output_dir": str(tmp_path / "out")}
-
-
-@pytest.fixture
-def in_this_process(run_jobs_here) -> list[Path]:
-    return run_jobs_here(chain, study)
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    monkeypatch.setattr(chain, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -200,11 +187,9 @@ def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_pro
 
 def test_the_pool_does_not_depend_on_target_or_path(options):
     def folder(**changed):
-        config = BUNDLE.workflow(**options | changed).parser.get() | {
-            "bundle_root": str(BUNDLE.root),
-            "train_patients": 2,
-        }
-        return chain.pretraining_job(config, "sources", "14-T2-ED", seed=0).output_dir
+        config = BUNDLE.workflow(**options | changed).parser.get()
+        config |= {"bundle_root": str(BUNDLE.root), "train_patients": 2}
+        return pretraining_job(config, "sources", Source("14-T2-ED", "task", task="14-T2-ED"), seed=0).output_dir
 
     for changed in ({"target_task": "17-FLAIR-ET"}, {"affinity": "seqtran"}, {"sources": SOURCES[:1]}, {"epochs": 3}):
         assert folder(**changed) == folder(), changed
@@ -226,14 +211,9 @@ def test_overlays_reach_every_step(options, in_this_process, overlay, path_colle
 
 
 def test_three_dimensions(options, in_this_process):
-    small = {"architecture#filters": [4, 4, 8, 8], "roi_size": [32, 32, 24], "batch_size": 1}
-    tiny = (
-        {key: value for key, value in TINY.items() if key != "architecture#features"}
-        | options
-        | small
-        | {"n_clusters": 3}
-    )
-    Bundle("sequential_transfer", tiny).run("3d")
+    small = {"network_def#filters": [4, 4, 8, 8], "roi_size": [32, 32, 24], "batch_size": 1}
+    tiny = {key: value for key, value in TINY.items() if key != "network_def#features"} | small | {"n_clusters": 3}
+    Bundle("sequential_transfer", tiny).run("3d", **options)
     assert len(pd.read_csv(Path(options["output_dir"]) / "arms.csv")) == 8
 
 
@@ -258,8 +238,7 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, path_collecti
     settings = SETTINGS | {"collection": str(path_collection), "source_dir": options["source_dir"]}
     settings |= {"val_split": val_split}
     shared = {"base": "fit", "sources": SOURCES, "targets": ["17-T2-ED"], "settings": settings}
-    settings["architecture"] = BUNDLE.content("train")["architecture"]
-    settings["architecture"]["features"] = TINY["architecture#features"]
+    settings["network_def"] = BUNDLE.content("train")["network_def"] | {"features": TINY["network_def#features"]}
     folder = Path(options["output_dir"])
     run(**shared, output_dir=str(folder))
     table = pd.read_csv(folder / "transfers.csv")
@@ -285,14 +264,6 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, path_collecti
     assert in_this_process == before
     again = json.loads((tmp_path / "again" / "affinity_weights.json").read_text())
     assert (again["alpha"], again["beta"]) == pytest.approx((alpha, beta), rel=1e-3)
-    assert "lacks the column(s) dice" in refused(
-        lambda: run(**shared, transfers=_without_dice(tmp_path), output_dir=str(tmp_path / "x"))
-    )
-
-
-def _without_dice(folder: Path) -> str:
-    (folder / "bad.csv").write_text("source,target\na,b\n")
-    return str(folder / "bad.csv")
 
 
 # Bad input
@@ -302,14 +273,16 @@ def _without_dice(folder: Path) -> str:
     ("wrong", "message"),
     [
         ({"affinity": "seqtrann"}, "expected seqtran or context"),
-        ({"sources": []}, "give a list of source tasks"),
+        ({"sources": []}, "sources is []; give a list"),
         ({"sources": ["14-T2-ED", "14-T2-ED"]}, "names 14-T2-ED twice"),
         ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
         ({"sources": [*SOURCES, "17-T2-ED"]}, "is one of the sources"),
         ({"sources": ["14-FLAIR-ET"]}, "no source shares modality or objective"),
         ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
         ({"target_task": "17-T1-ED"}, "modality 'T1' is unknown"),
-        ({"stage_patients": 0}, "at least one patient"),
+        ({"stage_patients": 0}, "expected a whole number, 1 or more"),
+        ({"stage_patients": 9, "source_patients": None}, "fewer than the 9 that are to be spent"),
+        ({"train_patients": 9}, "task 17-T2-ED has 3 training patients, fewer than the 9"),
         ({"source_patients": 1}, "leave none to pre-train on"),
         ({"n_clusters": 0}, "n_clusters is 0"),
         ({"max_intermediates": 1, "representative_rule": "siz"}, "did you mean 'size'"),
@@ -328,6 +301,7 @@ def test_a_step_without_its_checkpoint_is_refused(options, tmp_path):
         step = {"source_task": SOURCES[0], "source_ckpt": str(checkpoint), "train_patients": 1}
         return refused(lambda: run("stage", **options | {"output_dir": str(tmp_path / "stage")}, **step))
 
+    assert "--source_ckpt is not given" in refused(lambda: run("stage", **options, source_task=SOURCES[0]))
     assert "missing.pt" in stage(tmp_path / "missing.pt")
     torch.save({"other.weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "does not fit" in stage(tmp_path / "other.pt")
@@ -341,8 +315,7 @@ def test_inference_prepares_images_as_training_did():
     inference = BUNDLE.content("inference")
     for key in ("spacing", "roi_size"):
         assert inference[key] == train[key]
-    for key, value in train["architecture"].items():
-        assert key == "_mode_" or inference["network_def"][key] == value
+    assert inference["network_def"] == train["network_def"]
     images = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
     steps = inference["preprocessing"]["transforms"]
     assert [step["_target_"] for step in steps] == [step["_target_"] for step in images]
@@ -357,10 +330,6 @@ def test_the_default_graph_is_as_large_as_promised():
 
 
 # As users start it
-
-
-def test_a_step_starts_from_a_source(options):
-    assert "--source_ckpt is not given" in refused(lambda: run("stage", **options))
 
 
 @pytest.mark.slow
@@ -399,9 +368,8 @@ def test_a_step_on_two_processes(options, tmp_path):
 
 @pytest.mark.slow
 def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path, path_collection):
-    architecture = BUNDLE.content("train")["architecture"]
-    architecture["features"] = TINY["architecture#features"]
-    settings = SETTINGS | {"collection": str(path_collection), "architecture": architecture, "n_clusters": 1}
+    network = BUNDLE.content("train")["network_def"] | {"features": TINY["network_def#features"]}
+    settings = SETTINGS | {"collection": str(path_collection), "network_def": network, "n_clusters": 1}
     settings |= {"source_dir": str(tmp_path / "pool")}
     whole = {
         "targets": ["17-T2-ED", "17-FLAIR-ED"],

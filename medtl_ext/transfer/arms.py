@@ -20,8 +20,10 @@ __all__ = ["TransferAudit", "arm_rows", "finetuning_job"]
 logger = logging.getLogger(__name__)
 
 
-def finetuning_job(run: Run, folder: Path, source: Source | None, **overrides: Any) -> Job:
-    """The run of ``finetune.json`` from a source, or of ``scratch.json`` (None), in a folder."""
+def finetuning_job(
+    run: Run, folder: Path, source: Source | None, *, overlay: str = "finetune", **overrides: Any
+) -> Job:
+    """The run of a fine-tuning overlay from a source, or of ``scratch.json`` (None), in a folder."""
     overrides = {"seed": run.seed} | ({"check_data": False} if "check_data" in run.config else {}) | overrides
     if source is None:
         return run.job(folder, "scratch", source_task=None, source_ckpt=None, **overrides)
@@ -31,7 +33,7 @@ def finetuning_job(run: Run, folder: Path, source: Source | None, **overrides: A
         network = dict(source.network)
         overrides["network_def"] = network | ({"out_channels": "@n_classes"} if "out_channels" in network else {})
         overrides |= {"freeze": source.encoder} if "freeze" in run.config else {}
-    return run.job(folder, "finetune", **overrides)
+    return run.job(folder, overlay, **overrides)
 
 
 def arm_rows(arms: Sequence[Arm]) -> pd.DataFrame:

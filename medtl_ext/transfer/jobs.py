@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -216,6 +217,12 @@ class Run:
         """Say where the results are."""
         if self.leads:
             print("results are in", self.folder)
+
+    def seeded(self, config: Mapping[str, Any], seed: int) -> Run:
+        """The same for trainings of another config and seed, one run of many, without progress bars of its own."""
+        run = copy.copy(self)
+        run.seed, run.config, run.progress = seed, {**config, "seed": seed}, False
+        return run
 
     def job(self, folder: Path, *overlays: str, result: str = "metrics.csv", **overrides: Any) -> Job:
         """A run of this config with others of the bundle laid over it."""

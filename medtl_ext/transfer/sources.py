@@ -404,7 +404,7 @@ class SingleSource:
         task: what it was trained on, or will be.
         checkpoint: its weights, if there are.
         n_classes: of its head; None: those of the task.
-        folder, check: see `train_sources`.
+        folder, check: see `train_sources`; no folder: nothing is trained here, so that a checkpoint has to be given.
     """
 
     def __init__(
@@ -414,7 +414,7 @@ class SingleSource:
         target: TargetTask,
         task: str | None,
         checkpoint: str | None,
-        folder: str,
+        folder: str | None,
         n_classes: int | None = None,
         check: bool = True,
     ) -> None:
@@ -432,8 +432,9 @@ class SingleSource:
         """Its weights, which are trained if there are none yet."""
         if self.checkpoint is not None:
             return self.checkpoint
-        if self.task is None:
-            raise InputError("--source_task (or --source_ckpt) is not given, and this config starts from it; give it.")
+        if self.task is None or self.folder is None:
+            what = "--source_ckpt" if self.folder is None else "--source_task (or --source_ckpt)"
+            raise InputError(f"{what} is not given, and this config starts from it; give it.")
         source = Source(dataset_name(self.task), "task", task=self.task)
         (trained,) = train_sources([source], self.here, self.target, folder=self.folder, seed=0, check=self.check)
         return trained.checkpoint

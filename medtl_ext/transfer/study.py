@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -113,10 +112,7 @@ class Study:
         return table
 
     def _seeded(self, config: Mapping[str, Any], seed: int) -> Run:
-        run = copy.copy(self.here)
-        run.seed, run.config = seed, {**config, "seed": seed}
-        run.config |= {"pool_seed": seed} if self.seeds_pool else {}
-        return run
+        return self.here.seeded({**config, "pool_seed": seed} if self.seeds_pool else config, seed)
 
     def _pool(self, run: Run, target: TargetTask) -> list[Source]:
         found = find_sources(self.sources, target, collection=source_collection(run.config), mark_own=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import ClassificationDataset, Collection, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
 from medtl_ext.data.integrity import require_volumes
@@ -41,6 +41,8 @@ class SegmentationTask:
         name: such as ``17-T2-ED``.
         collection: the collection's file; None: phantoms of the task's institution.
         phantom_subjects: how many of these.
+        train_patients: labelled patients to train on, drawn with ``seed``; None: all. A larger draw with the same seed
+            holds the smaller one.
 
     Attributes:
         collection: the `medtl_ext.data.Collection`.
@@ -56,9 +58,18 @@ class SegmentationTask:
     own_task, own_size, own_outcome = "task", "size", "own_dice"
     """Columns of what is known of a source: what and how many it was trained on, and how well it does its own task."""
 
-    def __init__(self, name: str, *, collection: str | None = None, phantom_subjects: int = PHANTOM_SUBJECTS) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        collection: str | None = None,
+        phantom_subjects: int = PHANTOM_SUBJECTS,
+        train_patients: int | None = None,
+        seed: int = 0,
+    ) -> None:
         task = Task(name)
         self.name, self.file, self.phantom_subjects = name, collection, phantom_subjects
+        self.train_patients, self.seed = train_patients, seed
         if collection is None:
             collection = cached_phantom(institutions=[task.institution], subjects=phantom_subjects, seed=0)
         self.collection: Collection = load_collection(collection)
@@ -67,9 +78,10 @@ class SegmentationTask:
         self.n_classes = len(self.label_values) + 1
         self.synthetic = self.collection.synthetic
 
-    def other(self, name: str, *, collection: str | None = None) -> SegmentationTask:
+    def other(self, name: str, *, collection: str | None = None, train_patients: int | None = None) -> SegmentationTask:
         """Another task, of this collection file or of another one."""
-        return SegmentationTask(name, collection=collection, phantom_subjects=self.phantom_subjects)
+        drawn = {"train_patients": train_patients, "seed": self.seed}
+        return SegmentationTask(name, collection=collection, phantom_subjects=self.phantom_subjects, **drawn)
 
     @property
     def folder(self) -> str:
@@ -87,7 +99,16 @@ class SegmentationTask:
 
     def datalist(self, split: str) -> list[dict[str, str]]:
         """See `medtl_ext.data.Collection.datalist`."""
-        return self.collection.datalist(self.name, split)
+        items = self.collection.datalist(self.name, split)
+        if split != "train" or self.train_patients is None:
+            return items
+        require_number("the number of patients to train on", self.train_patients, 1, whole=True)
+        if (found := len(patients_of(items))) < self.train_patients:
+            raise InputError(
+                f"task {self.name} has {found} training patients, fewer than the {self.train_patients} that are to be "
+                f"spent on it; ask for {found} or less, or give null to use all there are."
+            )
+        return draw_patients(items, self.train_patients, seed=self.seed)
 
     def check(self, splits: Iterable[str]) -> None:
         """Read every file before anything long runs; raise on the first error, log the warnings."""
@@ -118,6 +139,23 @@ class SegmentationTask:
         record = job.output_dir / "config.json"
         split = json.loads(record.read_text(encoding="utf-8")).get("val_split", "val") if record.is_file() else "val"
         return float(table[table["split"] == split]["dice"].mean())
+
+
+def draw_patients(items: Sequence[dict[str, str]], count: int | None, *, seed: int) -> list[dict[str, str]]:
+    """All scans of ``count`` patients of a datalist (None: of all), drawn at random; of fewer there are all."""
+    patients = patients_of(items)
+    order = np.random.default_rng(seed).permutation(len(patients))
+    drawn = {patients[place] for place in order[:count]}
+    return [item for item in items if _patient(item) in drawn]
+
+
+def patients_of(items: Sequence[Mapping[str, str]]) -> list[str]:
+    """The patients of a datalist, each once."""
+    return list(dict.fromkeys(map(_patient, items)))
+
+
+def _patient(item: Mapping[str, str]) -> str:
+    return item.get("patient") or item["subject"]
 
 
 class ClassificationTask:

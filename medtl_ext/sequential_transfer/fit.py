@@ -15,69 +15,84 @@ from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
-from medtl_ext.bundle import shell_word, short_path, study_config
-from medtl_ext.report import patient_table
-from medtl_ext.sequential.affinities import SeqTranAffinity
-from medtl_ext.sequential.chain import Arm
-from medtl_ext.sequential.plan import task_volumes
-from medtl_ext.sequential.study import chains_to, collections_of, collections_with_patients, require_lists
+from medtl_ext.sequential_transfer.affinities import SeqTranAffinity
+from medtl_ext.sequential_transfer.plan import task_volumes
+from medtl_ext.sequential_transfer.study import study_chains, study_target
+from medtl_ext.transfer import Run, SegmentationTask
+from medtl_ext.transfer.config import study_config
+from medtl_ext.transfer.jobs import shell_word, short_path
+from medtl_ext.transfer.sources import source_collection
+from medtl_ext.transfer.study import require_lists
 
 PAIR = ["source", "target"]
 CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]
 
 
-def fit_weights(
-    *,
-    transfers: str | None,
-    targets: Sequence[str],
-    sources: Sequence[str],
-    settings: Mapping[str, Any],
-    standardize: bool,
-    output_dir: str,
-    n_jobs: int | None = None,
-    backend: str | None = None,
-) -> tuple[float, float]:
-    """Fit ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
+class FitWeights:
+    """A step that fits ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
 
     An affinity is to rank the sources of one target, so distance, similarity and Dice each count less their mean over
-    the target's sources. Writes ``transfers.csv`` (source, target, distance, similarity, dice) and
-    ``affinity_weights.json``, which says too what the weights are worth on a target that is left out of the fit.
+    the target's sources. Trainings have the options of ``train.json`` in the config's ``settings``. Writes
+    ``transfers.csv`` (source, target, distance, similarity, dice) and ``affinity_weights.json``, which says too what
+    the weights are worth on a target that is left out of the fit.
 
     Args:
+        run: where it writes, and how its trainings are carried out.
         transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
         targets, sources: tasks, where ``transfers`` is None.
-        settings: options of ``train.json``.
         standardize: see `SeqTranAffinity`.
-        output_dir: gets the trainings and the results.
-        n_jobs, backend: see `medtl_ext.bundle.run_jobs`.
     """
-    if transfers is None:
-        require_lists(targets=targets, sources=sources)
-        table = pd.DataFrame([(a, b) for a in sources for b in targets if a != b], columns=PAIR)
-    else:
-        table = _read_transfers(Path(transfers))
-    if len(table) < 3:
-        asked = transfers or f"{list(sources)} to {list(targets)}"
-        raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
-    config, folder = study_config(output_dir, settings) | {"check_data": False}, Path(output_dir)
-    if transfers is None:
-        collections = collections_with_patients(config, targets, sources)
-    else:
-        collections = collections_of(config, table["target"], table["source"])
-    limit = config["affinity_patients"]
-    to, of = ({name: task_volumes(found, name, patients=limit) for name, found in side.items()} for side in collections)
-    if transfers is None:
-        table = _measured_transfers(config, folder, table, n_jobs=n_jobs, backend=backend)
-    affinity = SeqTranAffinity(standardize=standardize)
-    pairs = [(of[a], to[b]) for a, b in zip(table["source"], table["target"], strict=True)]
-    table["distance"] = [affinity.distance(*pair) for pair in pairs]
-    table["similarity"] = [affinity.similarity(*pair) for pair in pairs]
-    content = fit_to_transfers(table) | {"standardize": standardize}
-    write_csv(folder / "transfers.csv", table)
-    weights = folder / "affinity_weights.json"
-    write_json(weights, content)
-    print(f"{fit_text(content)} To use them: --affinity {shell_word(str(short_path(weights)))}")
-    return content["alpha"], content["beta"]
+
+    def __init__(
+        self, *, run: Run, transfers: str | None, targets: Sequence[str], sources: Sequence[str], standardize: bool
+    ) -> None:
+        self.here, self.transfers, self.targets, self.sources = run, transfers, targets, sources
+        self.standardize = standardize
+
+    def run(self) -> tuple[float, float]:
+        """Train what is to be trained, fit, write it down, and say it; the two weights."""
+        folder = self.here.folder
+        if self.transfers is None:
+            require_lists(targets=self.targets, sources=self.sources)
+            table = pd.DataFrame([(a, b) for b in self.targets for a in self.sources if a != b], columns=PAIR)
+        else:
+            table = _read_transfers(Path(self.transfers))
+        if len(table) < 3:
+            asked = self.transfers or f"{list(self.sources)} to {list(self.targets)}"
+            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
+        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
+        targets = {name: study_target(config, name, config["seed"]) for name in table["target"].unique()}
+        if self.transfers is None:
+            table["dice"] = self._measured(config, table, targets)
+        any_target, limit = next(iter(targets.values())), config["affinity_patients"]
+        collections, volumes = {"source": source_collection(config), "target": config["collection"]}, {}
+        for side, name in {(of, name) for of in PAIR for name in table[of]}:
+            task = any_target.other(name, collection=collections[side])
+            volumes[side, name] = task_volumes(task, patients=limit)
+        affinity = SeqTranAffinity(standardize=self.standardize)
+        pairs = [(volumes["source", a], volumes["target", b]) for a, b in table[PAIR].itertuples(index=False)]
+        table["distance"] = [affinity.distance(*pair) for pair in pairs]
+        table["similarity"] = [affinity.similarity(*pair) for pair in pairs]
+        content = fit_to_transfers(table) | {"standardize": self.standardize}
+        write_csv(folder / "transfers.csv", table)
+        weights = folder / "affinity_weights.json"
+        write_json(weights, content)
+        print(f"{fit_text(content)} To use them: --affinity {shell_word(str(short_path(weights)))}")
+        return content["alpha"], content["beta"]
+
+    def _measured(
+        self, config: Mapping[str, Any], table: pd.DataFrame, targets: Mapping[str, SegmentationTask]
+    ) -> list[float]:
+        """Dice of each transfer on the patients that trainings are validated on."""
+        any_target, where, spent = next(iter(targets.values())), source_collection(config), config["source_patients"]
+        sources = [any_target.other(name, collection=where, train_patients=spent) for name in self.sources]
+        for task in (*sources, *targets.values()):
+            task.datalist("train")  # raises where there are fewer patients than are to be spent
+        run = self.here.seeded(config, config["seed"])
+        chains = {name: study_chains(run, target) for name, target in targets.items()}
+        arms = [chains[target].arm(source, source) for source, target in table[PAIR].itertuples(index=False)]
+        self.here.train_arms(arms, "transfers")
+        return [SegmentationTask.measure(arm.last, config["val_split"])["dice"] for arm in arms]
 
 
 def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
@@ -139,12 +154,13 @@ def _correlation(rows: pd.DataFrame, weights: tuple[float, float]) -> float:
 def fit_text(content: Mapping[str, Any]) -> str:
     """What `fit_to_transfers` says, and whether to prefer its weights."""
     said = ["unknown" if content[kind] is None else f"{content[kind]:+.2f}" for kind in CORRELATIONS]
-    fitted, unseen, published = said
+    fitted, left_out, published = said
     targets, predicted, better = (content[f"targets_{kind}"] for kind in ("left_out", "predicted", "better"))
     text = (
         f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g} of {content['transfers']} transfers. Cost and Dice "
         f"of a target's sources correlate, in the mean over targets, at {fitted} with these weights, which have seen "
-        f"them; at {unseen} on targets left out of the fit; at {published} with the published weights. Lower is better."
+        f"them; at {left_out} on targets left out of the fit; at {published} with the published weights. Lower is "
+        "better."
     )
     found = f"of {targets} targets left out, {predicted} have the predicting sign, and {better} are predicted better"
     found += " than by the published weights"
@@ -154,16 +170,6 @@ def fit_text(content: Mapping[str, Any]) -> str:
         return f"{text} Prefer these weights to the published ones for further targets of this kind: {found}."
     few = ", and fewer than 5 cannot show it" if targets < 5 else ""
     return f"{text} No evidence to prefer these weights to the published ones on another target: {found}{few}."
-
-
-def _measured_transfers(config: Mapping[str, Any], folder: Path, pairs: pd.DataFrame, **how: Any) -> pd.DataFrame:
-    rows = []
-    for target, of in pairs.groupby("target", sort=False):
-        arms = [Arm(source, (source,)) for source in of["source"]]
-        for source, job in chains_to(config, folder, target, config["seed"]).run(arms, target, **how).items():
-            dice = patient_table(pd.read_csv(job.output_dir / "metrics.csv")).groupby("split")["dice"].mean()
-            rows.append({"source": source, "target": target, "dice": dice.get(config["val_split"], np.nan)})
-    return pd.DataFrame(rows)
 
 
 def _read_transfers(path: Path) -> pd.DataFrame:

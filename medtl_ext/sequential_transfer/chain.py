@@ -1,0 +1,222 @@
+"""Fine-tuning along a path, as a chain of ordinary trainings of the bundle, and what it is worth beside one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import pandas as pd
+from monai.engines import Evaluator
+
+from medtl_ext._io import write_csv, write_json, write_text
+from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
+from medtl_ext.sequential_transfer.plan import Plan, PlanPath, first_share
+from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, audit_report, patient_table
+from medtl_ext.transfer.arms import arm_rows, finetuning_job
+from medtl_ext.transfer.sources import pretraining_job, source_collection
+
+MARGIN = 0.01
+"""The smallest difference in mean Dice worth acting on, of the audit and of a second step."""
+
+
+@dataclass(kw_only=True)
+class Chains:
+    """Arms that lead to a target: each training once, in a folder of its own, however many arms share it.
+
+    Args:
+        run: its config's ``source_patients`` are spent on the sources of an arm in all, ``stage_patients`` of them on
+            each intermediate task; its seed is of every fine-tuning and draw of patients.
+        target: with the patients that it trains on.
+        folder, stage_dir: of the trainings on the target, and on intermediate tasks.
+        source_dir, pool_seed: of the pre-trainings, which later runs find there.
+    """
+
+    run: Run
+    target: SegmentationTask
+    folder: Path
+    stage_dir: Path
+    source_dir: str
+    pool_seed: int
+    _pretrainings: dict[tuple[str, int | None], Job] = field(default_factory=dict)
+
+    def arm(self, name: str, *tasks: str, full: bool = True, joint: bool = False, **options: Any) -> Arm:
+        """Pre-train on the first task, fine-tune on the others in turn, then on the target.
+
+        Args:
+            name: of the arm.
+            tasks: the sources, first to last; none to train from scratch.
+            full: train all parameters at every step, not the decoder alone.
+            joint: train on the two sources together, not one after the other.
+            options: of the last step.
+        """
+        folder, options = self.folder / name, options | {"train_patients": self.target.train_patients}
+        if not tasks:
+            return Arm(name, (finetuning_job(self.run, folder, None, target_task=self.target.name, **options),))
+        jobs = [self._pretraining(tasks[0], len(tasks) - 1)]
+        if joint:
+            jobs = [self._joint(jobs[0], *tasks[1:])]
+        else:
+            where = {"collection": source_collection(self.run.config)}
+            where |= {"train_patients": self.run.config["stage_patients"]}
+            for n, task in enumerate(tasks[1:], start=2):
+                stage = self.stage_dir / jobs[0].output_dir.name / "_".join(tasks[1:n])
+                stage /= f"{'full' if full else 'decoder'}_seed{self.run.seed}"
+                jobs.append(self._step(stage, task, jobs[-1], full=full, **where))
+        return Arm(name, (*jobs, self._step(folder, self.target.name, jobs[-1], full=full, method=name, **options)))
+
+    def _step(self, folder: Path, task: str, before: Job, *, full: bool, **options: Any) -> Job:
+        source = Source(before.overrides["target_task"], "task", checkpoint=before.model)
+        options |= {"freeze": None} if full else {}
+        return finetuning_job(self.run, folder, source, overlay="stage", target_task=task, **options)
+
+    def _pretraining(self, task: str, n_later: int) -> Job:
+        """Made once, as it looks at every file of a collection."""
+        config = self.run.config
+        patients = first_share(config["source_patients"], config["stage_patients"], n_later)
+        if (task, patients) not in self._pretrainings:
+            config, source = config | {"train_patients": patients}, Source(task, "task", task=task)
+            self._pretrainings[task, patients] = pretraining_job(config, self.source_dir, source, seed=self.pool_seed)
+        return self._pretrainings[task, patients]
+
+    def _joint(self, first: Job, second: str) -> Job:
+        """One network trained on the patients of both tasks together."""
+        patients = self.run.config["stage_patients"]
+        folder = first.output_dir.with_name(f"{first.output_dir.name}_with_{second}_{patients}")
+        overrides = {**first.overrides, "joint_task": second, "joint_patients": patients}
+        overlays = [*first.overlays, self.run.configs / "joint.json"]
+        return replace(first, output_dir=folder, overlays=overlays, overrides=overrides)
+
+
+def steps_of(arm: Arm) -> tuple[str, str]:
+    """Tasks of an arm's steps and the labelled patients of each training: ``a -> b -> target``, ``7 + 3 + 3``."""
+    settings = [{**job.config, **job.overrides} for job in arm.jobs]
+    patients = [of["train_patients"] for of in settings if of["epochs"] != 0]
+    path = " -> ".join(of["target_task"] for of in settings)
+    return path, " + ".join("all" if count is None else str(count) for count in patients)
+
+
+def arms_of(chains: Chains, plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
+    """What a plan is compared by: one step and two, the decoder alone and all parameters, no step and no source.
+
+    Without ``zero_shot`` the untouched source is left out, as it has to be where its classes are not the target's.
+    """
+    arms = [chains.arm("zero_shot", plan.single, epochs=0, val_interval=1)] if zero_shot else []
+    arms.append(chains.arm("scratch"))
+    ways = {"single": (plan.single,)}
+    if plan.path is not None:
+        if len(plan.path) > 1:
+            ways["sequential"] = plan.path
+        if plan.path[0] != plan.single:
+            ways["direct"] = plan.path[:1]
+    for name, tasks in ways.items():
+        arms += [chains.arm(name, *tasks, full=False), chains.arm(f"{name}_full", *tasks)]
+    return arms
+
+
+@dataclass(kw_only=True)
+class NoteLEEP:
+    """A step that writes ``leep.json``: LEEP of the source network on the images that it will be fine-tuned on.
+
+    Args:
+        evaluator: whose metric ``leep`` it is.
+        output_dir: where it goes.
+    """
+
+    evaluator: Evaluator
+    output_dir: str
+
+    def run(self) -> None:
+        self.evaluator.run()
+        if idist.get_rank() == 0:
+            write_json(Path(self.output_dir) / "leep.json", {"leep": float(self.evaluator.state.metrics["leep"])})
+
+
+@dataclass(kw_only=True)
+class FollowPath:
+    """A step that trains along the path, and all that it is compared with at as many labelled patients.
+
+    Writes the files of `medtl_ext.transfer.audit_report`, ``arms.csv`` (Dice and IoU of each arm) and ``answer.txt``,
+    and prints the answer. The folder of each training is kept, so that an interrupted run goes on where it stopped.
+
+    Args:
+        plan: which path.
+        source_dir, pool_seed: where pre-trained networks are kept, and the seed of their training.
+    """
+
+    plan: PlanPath
+    source_dir: str
+    pool_seed: int
+
+    def run(self) -> Verdict | None:
+        """The verdict of the validation patients; None without any, and in all but the first of several processes."""
+        here, target, plan = self.plan.graph.run, self.plan.target, self.plan.plan
+        if not here.leads:
+            return None
+        pool = {"source_dir": self.source_dir, "pool_seed": self.pool_seed}
+        folders = {"folder": here.folder / "arms", "stage_dir": here.folder / "stages"}
+        chains = Chains(run=here, target=target, **folders, **pool)
+        arms = arms_of(chains, plan, zero_shot=self.plan.graph.open(plan.single).n_classes == target.n_classes)
+        here.train_arms(arms, f"paths to {target.name}")
+        rows, spent = arm_rows(arms), spent_text(self.plan.source_patients)
+        table = arms_table(rows, arms)
+        write_csv(here.folder / "arms.csv", table)
+        verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
+        if "val" in set(rows["split"]):
+            method = "sequential_full" if "sequential_full" in set(rows["method"]) else "single_full"
+            said = {"title": f"Ways to {target.name}, {spent}", "synthetic": target.synthetic}
+            verdict = audit_report(rows, here.folder, method=method, margin=MARGIN, **said)
+            answer = f"{second_step_text(rows, plan)} {verdict.text}"
+        write_text(here.folder / "answer.txt", f"{self.plan.text} {answer}")
+        shown = table[table["split"] == "test"].drop(columns="split")
+        print(f"On the test patients, {spent}:\n{shown.to_string(index=False, float_format='{:.3f}'.format)}\n{answer}")
+        return verdict
+
+
+def spent_text(source_patients: int | None) -> str:
+    """What labelled patients of their sources arms spend, for a title."""
+    if source_patients is None:
+        return "each with all patients of its first source"
+    return f"at equal numbers of labelled patients ({source_patients} of sources)"
+
+
+def arms_table(rows: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
+    """Dice and IoU of every arm on each split, the best first, and the labelled patients that its steps spent."""
+    scores = patient_table(rows).groupby(["split", "method"])[["dice", "iou"]].mean()
+    steps = pd.DataFrame({arm.name: steps_of(arm) for arm in arms}, index=["path", "patients"]).T
+    table = scores.reset_index().join(steps, on="method").sort_values(["split", "dice"], ascending=[True, False])
+    return table[["split", "method", "path", "patients", "dice", "iou"]]
+
+
+def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
+    """Whether the intermediate task was worth it on the validation patients, against one step in the same way."""
+    if plan.path is None:
+        return "One step is all there is."  # the plan says why
+    if len(plan.path) == 1:
+        return "One step is all there is: max_intermediates is 0."
+    patients = patient_table(rows)
+    patients = patients[patients["split"] == "val"].pivot_table(index="subject", columns="method", values="dice")
+    sentences = []
+    if len(patients) < MINIMUM_PATIENTS:
+        count = f"{len(patients)} validation patient{'s' if len(patients) > 1 else ''}"
+        sentences = [f"{count} cannot settle whether a second step helps, which takes at least {MINIMUM_PATIENTS}"]
+    for suffix, what in (("_full", "all parameters"), ("", "decoder only")):
+        one = patients.filter([f"single{suffix}", f"direct{suffix}"]).mean().idxmax()
+        gap = paired_comparison(patients[f"sequential{suffix}"].to_dict(), patients[one].to_dict(), n_resamples=999)
+        figures = f"the path against the better single source ({one}) is {gap.difference:+.3f} Dice"
+        if gap.patients >= MINIMUM_PATIENTS:
+            figures = f"{_judgement(gap)}, {figures} (95 % interval {gap.low:+.3f} to {gap.high:+.3f})"
+        sentences.append(f"{what}: {figures}")
+    text = "; ".join(sentences)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _judgement(gap: PairedComparison) -> str:
+    """What the path's lead over one step says of the second step."""
+    if gap.low > 0 and gap.difference >= MARGIN:
+        return "the second step helps"
+    if gap.low > 0:
+        return f"the second step gains less than {MARGIN:g}, one is enough"
+    return "the second step harms" if gap.high < 0 else "no evidence for a second step, one is enough"

@@ -1,0 +1,313 @@
+"""When is a second step worth it? Every single source and every path to several targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medtl_ext._io import write_csv, write_text
+from medtl_ext._validation import InputError
+from medtl_ext.data import Task
+from medtl_ext.ranking import PairedComparison, paired_comparison
+from medtl_ext.sequential_transfer.affinities import Affinity, find_affinity
+from medtl_ext.sequential_transfer.chain import Chains, spent_text
+from medtl_ext.sequential_transfer.plan import Plan, PlanPath, SourceGraph, joined_to, shares
+from medtl_ext.transfer import Arm, Run, SegmentationTask, markdown_table, patient_table
+from medtl_ext.transfer.config import study_config
+from medtl_ext.transfer.sources import source_collection
+from medtl_ext.transfer.study import Key, require_lists
+
+OF_RUN = ["target", "seed"]
+OF_ARM = [*OF_RUN, "arm"]
+OF_CHOICE = [*OF_RUN, "steps", "how"]
+
+HEAD = ": head of its path"
+NO_AFFINITY = ("random", "LEEP", "best in hindsight")
+"""Ways to choose a single source that are no affinity."""
+
+PAIRS = [
+    (("path", "{}"), ("single", "{}")),
+    (("path", "{}"), ("single", "{}" + HEAD)),
+    (("path", "{}"), ("path", "random")),
+    (("path", "{}"), ("joint", "{}")),
+    (("path", "{}"), ("none", "scratch")),
+    (("path", "best in hindsight"), ("single", "best in hindsight")),
+    (("path", "random"), ("single", "random")),
+    (("single", "{}"), ("single", "random")),
+    (("single", "{}"), ("none", "scratch")),
+]
+"""What is compared with what, over the test patients of all targets; {} is each affinity in turn."""
+
+
+class StudyPaths:
+    """A step that trains from every source, along every path of two, and on both sources of a path, for each target.
+
+    From these, what every way to choose is worth: at random, by LEEP, by each affinity, in hindsight (the paper's
+    Table 4); scratch, one step and two (its Tables 1 and 3). Runs that are done are kept. The runs share the options of
+    ``train.json`` in the config's ``settings``. Writes ``study.csv`` (one row per target, seed and arm),
+    ``patients.csv`` (one per patient of these), ``choices.csv`` and ``study.md``.
+
+    Args:
+        run: where it writes, and how its trainings are carried out.
+        targets, sources: tasks; sources that share neither modality nor objective with a target are left out for it.
+        seeds: the repetitions: of the pool's training, the draw of patients and the fine-tuning.
+        affinities: names or import paths.
+    """
+
+    def __init__(
+        self, *, run: Run, targets: Sequence[str], sources: Sequence[str], seeds: Sequence[int], affinities: list[str]
+    ) -> None:
+        self.here, self.targets, self.sources, self.seeds = run, targets, sources, seeds
+        self.affinities, self.synthetic = affinities, False
+
+    def run(self) -> pd.DataFrame:
+        """Train, compare, and write it down; one row per target, seed and way to choose."""
+        if len(self.targets) < 2:
+            raise InputError(f"a study needs two targets or more; found {list(self.targets)}.")
+        require_lists(targets=self.targets, sources=self.sources, seeds=self.seeds, affinities=self.affinities)
+        folder = self.here.folder
+        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
+        if config["max_intermediates"] != 1:
+            raise InputError(
+                "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
+            )
+        targets = {key: study_target(config, *key) for key in product(self.targets, self.seeds)}
+        found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
+        paths, plans, arms = {}, {}, {}
+        for key, target in targets.items():
+            run, near = self.here.seeded(config, target.seed), joined_to(target.name, self.sources)
+            paths[key] = {name: _path(run, target, near, affinity) for name, affinity in found.items()}
+            for path in paths[key].values():
+                path.check()
+        for key, of in paths.items():
+            plans[key] = {name: path.plan for name, path in of.items()}
+            arms[key] = _arms(next(iter(of.values())), plans[key].values())
+        self.here.train_arms([arm for of in arms.values() for arm in of], "study")
+        table, patients = _results(arms)
+        choices, scores = _choices(table, patients, plans)
+        for name, rows in {"study": table, "choices": choices, "patients": patients}.items():
+            write_csv(folder / f"{name}.csv", rows)
+        self.synthetic = next(iter(targets.values())).synthetic
+        spent = spent_text(config["source_patients"])
+        text = study_text(table, patients, choices, scores, synthetic=self.synthetic, spent=spent)
+        write_text(folder / "study.md", text)
+        print(text)
+        return choices
+
+
+def study_target(config: Mapping[str, Any], task: str, seed: int) -> SegmentationTask:
+    """A target with the patients that all its arms train on."""
+    where = {"collection": config["collection"], "phantom_subjects": config["phantom_subjects"]}
+    patients = config["train_patients"]
+    patients = config["stage_patients"] if patients == "@stage_patients" else patients
+    return SegmentationTask(task, train_patients=patients, seed=seed, **where)
+
+
+def study_chains(run: Run, target: SegmentationTask) -> Chains:
+    """All trainings of a study lie below ``runs``, the pre-trainings in the pool of its seed."""
+    runs, pool = run.folder / "runs", {"source_dir": run.config["source_dir"], "pool_seed": run.seed}
+    folder = runs / target.name / f"seed{run.seed}"
+    return Chains(run=run, target=target, folder=folder, stage_dir=runs / "stages", **pool)
+
+
+def _path(run: Run, target: SegmentationTask, sources: Sequence[str], affinity: Affinity) -> PlanPath:
+    keys = ("phantom_subjects", "affinity_patients", "n_clusters", "cluster_weight", "representative_rule")
+    options = {key: run.config[key] for key in keys} | {"collection": source_collection(run.config)}
+    graph = SourceGraph(run=run, sources=sources, affinity=affinity, **options)
+    spent = {key: run.config[key] for key in ("source_patients", "stage_patients")}
+    return PlanPath(graph=graph, target=target, max_intermediates=1, **spent)
+
+
+def _arms(any_path: PlanPath, plans: Iterable[Plan]) -> list[Arm]:
+    """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
+    sources, chains = any_path.graph.sources, study_chains(any_path.graph.run, any_path.target)
+    arms = [chains.arm("scratch"), *(chains.arm(source, source) for source in sources)]
+    arms += [chains.arm(f"{a} > {b}", a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
+    chosen = dict.fromkeys(plan.path for plan in plans if plan.path)
+    return arms + [chains.arm(" + ".join(path), *path, joint=True) for path in chosen]
+
+
+def _results(arms: Mapping[Key, Sequence[Arm]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row per target, seed and arm, and one per test patient of these, from which all intervals come."""
+    rows, patients = [], []
+    for (target, seed), of in arms.items():
+        for arm in of:
+            scores = patient_table(arm.last.read())
+            test = scores[scores["split"] == "test"]
+            leep, key = arm.last.output_dir / "leep.json", {"target": target, "seed": seed, "arm": arm.name}
+            joint = "joint_task" in arm.jobs[0].overrides
+            row = key | {"steps": -1 if joint else len(arm.jobs) - 1, **test[["dice", "iou"]].mean()}
+            rows.append(row | {"leep": json.loads(leep.read_text())["leep"] if leep.is_file() else np.nan})
+            patients.append(pd.DataFrame({**key, "patient": test["subject"], "dice": test["dice"]}))
+    return pd.DataFrame(rows), pd.concat(patients, ignore_index=True)
+
+
+def _choices(
+    table: pd.DataFrame, patients: pd.DataFrame, plans: Mapping[Key, Mapping[str, Plan]]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What each way to choose picks for a target and seed and what that gives, the mean where it is several; and that
+    of each patient.
+    """
+    rows = []
+    for (target, seed), of in table.groupby(OF_RUN):
+        one, two = (of[of["steps"] == steps].set_index("arm") for steps in (1, 2))
+        picks = {
+            ("none", "scratch"): ["scratch"],
+            ("single", "random"): one.index,
+            ("single", "LEEP"): one.nlargest(1, "leep").index,
+            ("single", "best in hindsight"): one.nlargest(1, "dice").index,
+            ("path", "random"): two.index,
+            ("path", "best in hindsight"): two.nlargest(1, "dice").index,
+        }
+        for name, plan in plans[target, seed].items():
+            picks["single", name] = [plan.single]
+            if plan.path:
+                picks["single", f"{name}{HEAD}"] = [plan.path[0]]
+                picks["path", name] = [" > ".join(plan.path)]
+                picks["joint", name] = [" + ".join(plan.path)]
+        rows += [(target, seed, *choice, arm) for choice, arms in picks.items() for arm in arms]
+    picked = pd.DataFrame(rows, columns=[*OF_CHOICE, "arm"])
+    groups = picked.merge(table.drop(columns="steps"), on=OF_ARM).groupby(OF_CHOICE, sort=False)
+    choices = groups.agg(pick=("arm", _pick_text), dice=("dice", "mean"), iou=("iou", "mean"))
+    scores = picked.merge(patients, on=OF_ARM).groupby([*OF_CHOICE, "patient"], sort=False)["dice"].mean()
+    return choices.reset_index(), scores.reset_index()
+
+
+def _pick_text(arms: pd.Series) -> str:
+    return arms.iloc[0] if len(arms) == 1 else f"mean of {len(arms)}"
+
+
+def study_text(
+    table: pd.DataFrame,
+    patients: pd.DataFrame,
+    choices: pd.DataFrame,
+    scores: pd.DataFrame,
+    *,
+    synthetic: bool,
+    spent: str,
+) -> str:
+    """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
+    seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
+    parts = [
+        "# Sequential transfer: is a second step worth it?",
+        f"Mean Dice of test patients over {targets} targets and {seeds} seeds, all parameters trained at every step, "
+        f"{spent}." + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
+        markdown_table(_means_table(choices)),
+        f"pairs: target-seed pairs that a row stands for, of {seeds * targets}. Rows with fewer, where a way to choose "
+        "has no path, are means over other targets or seeds and do not compare; the differences below do.",
+        "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "
+        "that one who is a patient of several targets counts once), with 95 % t intervals; p: Wilcoxon, not corrected; "
+        "left out: what one of the two lacks:",
+        markdown_table(differences(scores)),
+        "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
+        f"its two sources alone, {spent}. The interval is of the gain against the first source: 95 % t, over patients, "
+        "each averaged over the paths, targets and seeds of the row:",
+        markdown_table(gains(table, patients)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _means_table(choices: pd.DataFrame) -> pd.DataFrame:
+    """Mean Dice of every way to choose per target and over them, and how many target-seed pairs that stands for."""
+    means = choices.pivot_table(index=["steps", "how"], columns="target", values="dice", sort=False)
+    means["mean"] = means.mean(axis=1)
+    by_seed = choices.pivot_table(index=["steps", "how", "target"], columns="seed", values="dice", sort=False)
+    by_seed = by_seed.reindex(columns=choices["seed"].unique()).dropna()  # targets that have every seed
+    means["sd over seeds"] = by_seed.groupby(["steps", "how"]).mean().std(axis=1)
+    means["pairs"] = choices.groupby(["steps", "how"]).size()
+    return means.reset_index()
+
+
+def differences(scores: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons of `PAIRS`, over the patients, targets and seeds that both sides have.
+
+    Targets of one institution share their test patients, so a patient's Dice is averaged over targets and seeds before
+    patients are compared: each counts once.
+
+    Args:
+        scores: columns ``target, seed, steps, how, patient, dice``.
+
+    Returns:
+        One row per comparison; ``pairs`` counts the target-seed pairs compared, ``left out`` names the others.
+    """
+    wide = scores.pivot(index=[*OF_RUN, "patient"], columns=["steps", "how"], values="dice")
+    singles = [how for steps, how in wide if steps == "single"]
+    affinities = [how for how in singles if how not in NO_AFFINITY and not how.endswith(HEAD)]
+    asked, rows = wide.index.droplevel("patient").unique(), {}
+    for (first, second), affinity in product(PAIRS, affinities):
+        a, b = ((steps, how.format(affinity)) for steps, how in (first, second))
+        both = wide.reindex(columns=[a, b])
+        known = both.dropna()
+        if (a, b) in rows or known.empty:
+            continue
+        found, compared = _compared(known[a], known[b]), known.index.droplevel("patient").unique()
+        halves = both[both.notna().sum(axis=1) == 1].index
+        lacking = halves[halves.droplevel("patient").isin(compared)].unique("patient")
+        left_out = [_pairs_text(asked.difference(compared), asked)]
+        left_out += [f"of a pair: {len(lacking)} patients"] if len(lacking) else []
+        rows[a, b] = {
+            "first": ", ".join(a),
+            "second": ", ".join(b),
+            "difference": f"{found.difference:+.3f}",
+            "interval": _interval(found),
+            "p": f"{found.p_wilcoxon:.3g}",
+            "patients": found.patients,
+            "pairs": len(compared),
+            "left out": "; ".join(filter(None, left_out)),
+        }
+    return pd.DataFrame(list(rows.values()))
+
+
+def _compared(first: pd.Series, second: pd.Series | float = 0.0) -> PairedComparison:
+    """Over patients, each averaged over targets, seeds and whatever else has him or her."""
+    mean = pd.DataFrame({"first": first, "second": second}).groupby("patient").mean()
+    return paired_comparison(mean["first"].to_dict(), mean["second"].to_dict(), n_resamples=999)
+
+
+def _interval(found: PairedComparison) -> str:
+    return "" if np.isnan(found.low) else f"{found.low:+.3f} to {found.high:+.3f}"
+
+
+def _pairs_text(pairs: pd.MultiIndex, asked: pd.MultiIndex) -> str:
+    """Target-seed pairs in words: a target's name alone where it is all its seeds."""
+    texts = []
+    for target, seeds in pairs.to_frame(index=False).groupby("target")["seed"]:
+        every = len(seeds) == (asked.get_level_values("target") == target).sum()
+        texts.append(target if every else f"{target} (seed {', '.join(map(str, sorted(seeds)))})")
+    return "; ".join(texts)
+
+
+def gains(table: pd.DataFrame, patients: pd.DataFrame) -> pd.DataFrame:
+    """What a second step gains, by whether it brings the target's modality to a network that has not seen it.
+
+    Args:
+        table: columns ``target, seed, arm, steps, dice``.
+        patients: columns ``target, seed, arm, patient, dice``.
+
+    Returns:
+        One row per kind of path and target, and one over all targets: paths, mean gain over paths against the path's
+        first source and against the better of its two, and the interval of the former over patients.
+    """
+    alone = table.set_index(OF_ARM)["dice"]
+    dice = {key: of.set_index("patient")["dice"] for key, of in patients.groupby(OF_ARM)}
+    rows = []
+    for path in table[table["steps"] == 2].itertuples():
+        key, (first, second) = (path.target, path.seed), path.arm.split(" > ")
+        one, other = (alone[*key, source] for source in (first, second))
+        modality = Task(path.target).modality
+        brings = Task(first).modality != modality == Task(second).modality
+        row = {"second step": "brings the target's modality" if brings else "any other", "target": path.target}
+        row |= {"against the first": path.dice - one, "against the better": path.dice - max(one, other)}
+        rows.append(row | {"gain": dice[*key, path.arm] - dice[*key, first]})
+    columns = ["against the first", "against the better"]
+    found = pd.DataFrame(rows, columns=["second step", "target", *columns, "gain"])
+    groups = pd.concat([found, found.assign(target="all")]).groupby(["second step", "target"], sort=False)
+    means = groups[columns].mean()
+    means.insert(0, "paths", groups.size())
+    means.insert(2, "interval", groups["gain"].agg(lambda gain: _interval(_compared(pd.concat(list(gain))))))
+    return means.reset_index()

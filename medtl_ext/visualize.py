@@ -522,7 +522,7 @@ def _show_panel(panel: Axes, array: np.ndarray) -> None:
 
 
 def _outline(panel: Axes, labels: ArrayLike, classes: np.ndarray) -> None:
-    for index in np.intersect1d(labels, classes):
+    for index in np.intersect1d(np.asarray(labels, dtype=int), classes):
         mask = (to_display(labels) == index).astype(float)
         panel.contour(mask, levels=[0.5], colors=[CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]], linewidths=1.1)
 

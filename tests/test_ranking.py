@@ -124,9 +124,9 @@ class TestAuditVerdict:
         assert (verdict.recommendation, verdict.default, verdict.tied) == (None, "scratch", ("scratch", "full"))
         gap = paired_comparison(scores(self.HIGH), scores(self.HIGH_TOO))
         assert verdict.text.startswith(
-            "No evidence to prefer: full 0.523 and scratch 0.522 mean Dice cannot be told apart on 6 validation patients"
-            "; zero_shot 0.322 and other 0.322 are worse. The best guess is training from scratch, which costs less: its "
-            f"mean is within {gap.difference:.3f} of full (95 % interval {gap.low:.3f} to {gap.high:.3f}). "
+            "No evidence to prefer: full 0.523 and scratch 0.522 mean Dice cannot be told apart on 6 validation "
+            "patients; zero_shot 0.322 and other 0.322 are worse. The best guess is training from scratch, which costs "
+            f"less: its mean is within {gap.difference:.3f} of full (95 % interval {gap.low:.3f} to {gap.high:.3f}). "
         )
         assert verdict.text.endswith("These are synthetic data, which say nothing about a clinic.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
@@ -156,7 +157,8 @@ class TestOverlay:
         half[6:9, 11:13] = 0  # half of the block: Dice 2 * 6 / (12 + 6)
         predictions = {"full": [half, 0 * LABEL]}
         options = {"subjects": ["p1", "p2"], "class_names": ["ED", "ET"]}
-        figure = plot_overlay([IMAGE] * 2, [LABEL, 0 * LABEL], predictions, **options, synthetic=True)
+        truths = [torch.as_tensor(LABEL, dtype=torch.float32), 0 * LABEL]  # as a loader gives them
+        figure = plot_overlay([IMAGE] * 2, truths, predictions, **options, synthetic=True)
         assert len(figure.axes) == 6
         assert figure.axes[2].get_title() == "full\nDice of the slice 0.67"  # ET is in neither and does not count
         assert figure.axes[5].get_title() == "nothing to segment"

@@ -228,6 +228,7 @@ def _source_pixels(source: Source) -> tuple[torch.Tensor, torch.Tensor] | None:
         return torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
 
 
+@dataclass(kw_only=True, eq=False)
 class KeepPixels:
     """A step that writes softmax and labels of pixels of a network's own training data to ``pixels.npz``, for OTCE.
 
@@ -239,16 +240,18 @@ class KeepPixels:
         seed: of the draw.
     """
 
-    def __init__(self, *, evaluator: SupervisedEvaluator, network: nn.Module, output_dir: str, seed: int = 0) -> None:
-        self.evaluator, self.network = evaluator, getattr(network, "module", network)
-        self.folder, self.seed = Path(output_dir), seed
+    evaluator: SupervisedEvaluator
+    network: nn.Module
+    output_dir: str
+    seed: int = 0
 
     def run(self) -> None:
-        load_weights(self.network, self.folder / "model.pt", min_share=1.0)
-        probs, labels = _run(self.evaluator, self.network)["predictions"].flat()
+        network = getattr(self.network, "module", self.network)
+        load_weights(network, f"{self.output_dir}/model.pt", min_share=1.0)
+        probs, labels = _run(self.evaluator, network)["predictions"].flat()
         chosen = np.random.default_rng(self.seed).permutation(len(labels))[:KEPT_PIXELS]
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
-            with atomic_path(self.folder / PIXELS_FILE) as temporary:
+            with atomic_path(Path(self.output_dir) / PIXELS_FILE) as temporary:
                 np.savez_compressed(
                     temporary, probs=probs[chosen].numpy(), labels=labels[chosen].numpy().astype(np.uint8)
                 )

@@ -396,35 +396,30 @@ def train_sources(
     ]
 
 
+@dataclass(kw_only=True, eq=False)
 class SingleSource:
     """The one source of a fine-tuning: a checkpoint, or a network that is trained on a task here, once, when needed.
 
     Args:
-        run, target: see `train_sources`.
+        here, target: see `train_sources`.
         task: what it was trained on, or will be.
         checkpoint: its weights, if there are.
-        n_classes: of its head; None: those of the task.
+        classes: of its head; None: those of the task.
         folder, check: see `train_sources`; no folder: nothing is trained here, so that a checkpoint has to be given.
     """
 
-    def __init__(
-        self,
-        *,
-        run: Run,
-        target: TargetTask,
-        task: str | None,
-        checkpoint: str | None,
-        folder: str | None,
-        n_classes: int | None = None,
-        check: bool = True,
-    ) -> None:
-        self.here, self.target, self.task, self.checkpoint = run, target, task, checkpoint
-        self.folder, self.check, self._n_classes = folder, check, n_classes
+    here: Run
+    target: TargetTask
+    task: str | None
+    checkpoint: str | None
+    folder: str
+    classes: int | None = None
+    check: bool = True
 
     @cached_property
     def n_classes(self) -> int:
-        if self._n_classes is not None:
-            return self._n_classes
+        if self.classes is not None:
+            return self.classes
         return self.target.other(self.task, collection=source_collection(self.here.config)).n_classes
 
     @cached_property

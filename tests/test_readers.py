@@ -501,15 +501,18 @@ class TestBids:
         for name, values in (("T1w", None), ("label-lesion_mask", (1,))):
             save(anat / f"sub-01_ses-2_space-MNI_{name}.nii.gz", values)
         save(root / "sub-01/anat/sub-01_run-2_T1w.nii.gz")
+        save(root / "derivatives/seg/sub-02/anat/sub-02_T1w.nii.gz")
         reading = read("bids", root)
         collection = reading.collection
         assert collection.labels == {"lesion": {"lesion": 1}, "tissue": {"GM": 1, "WM": 2}}
         assert sorted(collection.objectives) == ["All", "GM", "WM", "lesion"]
         splits = {subject.id: subject.split for subject in collection.subjects}
         assert splits["sub-01"] == splits["sub-01_ses-2_space-MNI"], "a patient stays in one split"
-        (row,) = rows(reading)
-        assert row.startswith("sub-01|")
-        assert "is there too|the file is not used" in row
+        image = next(subject.images["T1"] for subject in collection.subjects if subject.id == "sub-02")
+        assert "derivatives" in image.parts, "the image of the label's own dataset"
+        first, second = rows(reading)
+        assert first.startswith("sub-01|sub-01/anat/sub-01")
+        assert second.startswith("sub-02|sub-02/anat/sub-02_T1w.nii.gz|sub-02_T1w.nii.gz is there too|the file is not")
 
     def test_without_pybids(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "bids", None)

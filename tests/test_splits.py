@@ -73,6 +73,8 @@ class TestDrawSplits:
     def test_scans_of_a_patient_stay_together_also_at_another_institution(self):
         entries = [*subjects(visits=10, A=60), {"id": "B-000", "institution": "B", "patient": "A-p0"}]
         assert patients_are_whole(draw_splits(entries, fractions=FRACTIONS))
+        both = [{"id": f"{name}-x", "institution": name, "patient": "x"} for name in "BA"]
+        assert set(by_id(draw_splits([*subjects(A=2), *both])).values()) == {"train", "val", "test"}, "counts at A"
 
     def test_a_test_set_is_kept_and_nothing_else_of_an_entry_changes(self):
         entries = [entry | {"images": {"T1": "x"}} for entry in subjects(A=10, B=4)]

@@ -190,7 +190,10 @@ class Run:
     backend: str | None = None
     figures: bool = True
     progress: bool = True
-    config: dict[str, Any] = field(default_factory=current_config, init=False)
+    config: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = current_config()
 
     @property
     def folder(self) -> Path:

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+# Torch and MONAI take seconds to import, which the modules without tensors need not wait for.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: What `check_labels` writes wherever a label equals ``ignore_index``.
+IGNORED = -1
+
+# Labels are kept as int16 between the two looks a metric takes at them.
+LARGEST_LABEL = 2**15 - 1
 
 
 class InputError(ValueError):
@@ -45,8 +57,109 @@ def require_choices(name: str, values: Sequence[str], choices: Iterable[str]) ->
     return list(dict.fromkeys(require_choice(name, value, choices) for value in values))
 
 
-def require_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
-    """Refuse what is no whole number from ``least`` to ``most``; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
-        allowed = f", {least} or more" if most == math.inf else f" from {least} to {most}"
-        raise InputError(f"{name} is {value!r}; expected a whole number{allowed}.")
+def require_number(
+    name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False, above: bool = False
+) -> Any:
+    """Return ``value`` if it is a finite number from ``least`` (with ``above``: more) to ``most``, whole if asked for.
+
+    True and false are no numbers.
+
+    >>> require_number("stride", 4, 1, whole=True)
+    4
+    >>> require_number("epsilon", 0.0, 0, above=True)
+    Traceback (most recent call last):
+    medtl_ext._validation.InputError: epsilon is 0.0; expected a number above 0.
+    """
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if number and least <= value <= most and value < math.inf and not (above and value == least):
+        return value
+    allowed = f" above {least}" if above else f", {least} or more" if most == math.inf else f" from {least} to {most}"
+    raise InputError(f"{name} is {value!r}; expected a {'whole number' if whole else 'number'}{allowed}.")
+
+
+def warn(message: str) -> None:
+    """Issue a `UserWarning` that points at the line outside this package which led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "medtl_ext":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def as_plain_tensor(name: str, value: Any) -> Tensor:
+    """Return ``value`` (a tensor of any kind, an array, a list) as a detached tensor without MONAI's metadata.
+
+    >>> as_plain_tensor("target_labels", [0, 1])
+    tensor([0, 1])
+    """
+    import torch
+    from monai.utils import convert_to_tensor
+
+    try:
+        tensor = convert_to_tensor(value, wrap_sequence=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be read as one tensor ({error}); give a tensor or an array.") from error
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{name} is {type(value).__name__}; expected a tensor or an array.")
+    return tensor.detach()
+
+
+def check_samples(name: str, value: Any, *, channels: str) -> Tensor:
+    """Return N x channels (x *spatial) real numbers in a floating dtype; ``channels`` is the letter for their number.
+
+    >>> check_samples("features", [[1, 2]], channels="D")
+    tensor([[1., 2.]], dtype=torch.float64)
+    """
+    tensor = as_plain_tensor(name, value)
+    shape = tuple(tensor.shape)
+    if tensor.ndim < 2:
+        raise InputError(f"{name} has shape {shape}; expected N x {channels} or N x {channels} x *spatial.")
+    if tensor.numel() == 0:
+        raise InputError(f"{name} is empty (shape {shape}); expected at least one sample.")
+    if tensor.is_complex():
+        raise InputError(f"{name} is complex; expected real numbers.")
+    return tensor if tensor.is_floating_point() else tensor.double()
+
+
+def check_labels(name: str, value: Any, *, ignore_index: int | None = None) -> Tensor:
+    """Return integer class labels as int64, `IGNORED` wherever they equal ``ignore_index``.
+
+    >>> check_labels("target_labels", [0.0, 2.0, 255.0], ignore_index=255)
+    tensor([ 0,  2, -1])
+    """
+    import torch
+
+    given = as_plain_tensor(name, value)
+    if given.numel() == 0:
+        raise InputError(f"{name} is empty (shape {tuple(given.shape)}); expected at least one sample.")
+    labels = given.long()
+    if given.is_floating_point() and not torch.equal(labels.to(given.dtype), given):
+        raise InputError(f"{name} holds non-integer values; expected class indices 0, 1, 2, ...")
+    if ignore_index is not None:
+        ignored = labels == ignore_index
+        labels = labels.masked_fill(ignored, 0)
+    low, high = torch.stack(torch.aminmax(labels)).tolist()
+    if low < 0:
+        hint = (
+            "set ignore_index to leave such samples out" if ignore_index is None else f"ignore_index is {ignore_index}"
+        )
+        raise InputError(f"{name} holds the negative label {low}; expected class indices 0, 1, 2, ... ({hint}).")
+    if high > LARGEST_LABEL:
+        raise InputError(f"{name} holds the label {high}; at most {LARGEST_LABEL} is supported (is this an image?).")
+    return labels if ignore_index is None else labels.masked_fill_(ignored, IGNORED)
+
+
+def check_labels_of(name: str, samples: Tensor, target_labels: Any, *, ignore_index: int | None) -> Tensor:
+    """Return the N x *spatial labels of N x channels x *spatial samples, called ``name``, on their device.
+
+    Labels may carry a channel axis of length one, as MONAI's do.
+    """
+    labels = check_labels("target_labels", target_labels, ignore_index=ignore_index)
+    expected = (len(samples), *samples.shape[2:])
+    if tuple(labels.shape) == (expected[0], 1, *expected[1:]):
+        labels = labels.squeeze(1)
+    if tuple(labels.shape) != expected:
+        raise InputError(
+            f"target_labels has shape {tuple(labels.shape)}, which does not fit {name} {tuple(samples.shape)}; "
+            f"expected {expected} (class indices, not one-hot)."
+        )
+    return labels.to(samples.device)

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse.csgraph import floyd_warshall
 
 from medtl_ext._io import atomic_path, write_json
-from medtl_ext._validation import InputError, require_choice, require_whole
+from medtl_ext._validation import InputError, require_choice, require_number
 
 __all__ = [
     "NoPathError",
@@ -132,7 +132,7 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
     Reference: Girvan and Newman, PNAS 2002; the weighted shortest paths are Brandes', 2008.
     """
     _check_graph(graph, weight)
-    require_whole("n_clusters", n_clusters, 1, len(graph))
+    require_number("n_clusters", n_clusters, 1, len(graph), whole=True)
     names = sorted(graph, key=str)
     longest = max((values.get(weight, 1.0) for *_, values in graph.edges(data=True)), default=1.0)
 
@@ -263,8 +263,8 @@ def optimal_transfer_path(
     _check_clusters(graph, clusters)
     if len(representatives) != len(clusters) or any(r not in c for r, c in zip(representatives, clusters, strict=True)):
         raise InputError(f"representatives is {list(representatives)}; expected one task of each of the clusters.")
-    require_whole("max_intermediates", max_intermediates, 0)
-    require_whole("k", k, 1)
+    require_number("max_intermediates", max_intermediates, 0, whole=True)
+    require_number("k", k, 1, whole=True)
     for task, cost in target_costs.items():
         if not cost >= 0:
             raise InputError(f"target_costs says {cost} for {task}; expected a cost of 0 or more.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch.distributed as dist
 from monai.data import MetaTensor
 from torch import nn
 
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.metrics._checks import IGNORED, as_plain_tensor, check_labels
+from medtl_ext._validation import IGNORED, InputError, as_plain_tensor, check_labels, require_choice, require_number
 
 DIRECTIONS = ("hardness", "literal")
 NORMALIZATIONS = ("foreground", "mean", "weights")
@@ -59,11 +57,10 @@ def risk_map(
     Reference: Duan et al., *Transfer Risk Map*, eq. 5.
     """
     require_choice("direction", direction, DIRECTIONS)
-    if not 1 <= base < math.inf:
-        raise InputError(f"base is {base!r}; expected the largest weight, a number of 1 or more.")
+    require_number("base", base, 1)
     one_tensor = not isinstance(leep_map, (list, tuple))
     maps = [_checked_map(one_map) for one_map in ([leep_map] if one_tensor else leep_map)]
-    low, high = _range(maps, clip)
+    low, high = _range(maps, (0, 100) if clip is None else clip)
     varies = high - low > FLAT * max(1, abs(low))
     weights = []
     for one_map in maps:
@@ -119,8 +116,7 @@ def frequency_map(target_labels: Any, *, base: float = 10.0, ignore_index: int |
         >>> frequency_map(torch.tensor([[[0, 1, 2]], [[0, 0, 1]]]))
         tensor([[ 1.0000,  3.1623, 10.0000]], dtype=torch.float64)
     """
-    if not 1 <= base < math.inf:
-        raise InputError(f"base is {base!r}; expected the largest weight, a number of 1 or more.")
+    require_number("base", base, 1)
     foreground = valid = None
     for labels in _label_maps(target_labels, ignore_index):
         if foreground is None:
@@ -197,8 +193,7 @@ def class_weights(
         >>> class_weights(torch.tensor([0, 0, 0, 1]), n_classes=3)
         tensor([0.6667, 2.0000, 1.0000])
     """
-    if not 0 <= power < math.inf:
-        raise InputError(f"power is {power!r}; expected 0 or more (1 for inverse frequency, 0.5 for its square root).")
+    require_number("power", power, 0)
     counts = _class_counts(target_labels, n_classes, ignore_index)
     frequency = counts / counts.sum()
     present = counts > 0
@@ -313,8 +308,8 @@ class RiskWeightedLoss(nn.Module):
         """
         logits = _plain(input)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        labels = _without_channel(_plain(target), logits)
-        weight = self._weight_of(labels, weight, logits)
+        labels = _without_channel("target", _plain(target), logits)
+        weight = self._weight_of(weight, logits)
         with torch.autocast(logits.device.type, enabled=False):
             loss = self._pixel_loss(logits, labels)
             weighted = loss.sum() if weight is None else (loss * weight).sum()
@@ -323,23 +318,14 @@ class RiskWeightedLoss(nn.Module):
                 weighted = weighted + self.region_loss(logits, labels.unsqueeze(1))
         return weighted
 
-    def _weight_of(self, labels: torch.Tensor, weight: Any | None, logits: torch.Tensor) -> torch.Tensor | None:
+    def _weight_of(self, weight: Any | None, logits: torch.Tensor) -> torch.Tensor | None:
         """The weights of this batch in the dtype of the loss, shaped to multiply N x *spatial; None for all alike."""
+        if weight is None and self.weight is not None:
+            weight = self.weight = self.weight.to(logits.device)
         if weight is None:
-            if self.weight is None:
-                return None
-            if self.weight.device != logits.device:
-                self.weight = self.weight.to(logits.device)
-            weight = self.weight
+            return None
         weight = _plain(weight).to(logits)
-        if weight.ndim == labels.ndim + 1 and weight.shape[1] == 1:
-            weight = weight.squeeze(1)
-        if weight.shape not in (labels.shape, labels.shape[1:]):
-            raise InputError(
-                f"weight has shape {tuple(weight.shape)}, which does not fit the batch; expected "
-                f"{tuple(labels.shape[1:])} for a shared map or {tuple(labels.shape)} for one per sample."
-            )
-        return weight
+        return weight if weight.shape == logits.shape[2:] else _without_channel("weight", weight, logits)
 
     def _pixel_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The base loss of every pixel, N x *spatial."""
@@ -375,14 +361,16 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
 
 
-def _without_channel(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    labels = target.squeeze(1) if target.ndim == logits.ndim and target.shape[1] == 1 else target
-    if labels.shape != (len(logits), *logits.shape[2:]):
+def _without_channel(name: str, pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """One number for each pixel, N x *spatial."""
+    expected = (len(logits), *logits.shape[2:])
+    found = pixels.squeeze(1) if pixels.ndim == logits.ndim and pixels.shape[1] == 1 else pixels
+    if found.shape != expected:
         raise InputError(
-            f"target has shape {tuple(target.shape)}, which does not fit logits of {tuple(logits.shape)}; expected "
-            f"class indices, {(len(logits), *logits.shape[2:])} or with a channel axis of length one."
+            f"{name} has shape {tuple(pixels.shape)}, which does not fit logits of {tuple(logits.shape)}; expected one "
+            f"number a pixel, {expected} or with a channel axis of length one."
         )
-    return labels
+    return found
 
 
 def _checked_map(leep_map: Any) -> torch.Tensor:
@@ -394,16 +382,12 @@ def _checked_map(leep_map: Any) -> torch.Tensor:
     return values
 
 
-def _range(maps: Sequence[torch.Tensor], clip: tuple[float, float] | None) -> tuple[float, float]:
-    """Smallest and largest value of all maps together, or the percentiles ``clip``; NaN cells are left out."""
-    values = np.concatenate([one_map[~one_map.isnan()].cpu().numpy() for one_map in maps])
-    if values.size == 0:
-        return 0.0, 0.0
-    if clip is None:
-        return float(values.min()), float(values.max())
+def _range(maps: Sequence[torch.Tensor], clip: tuple[float, float]) -> tuple[float, float]:
+    """Two percentiles of the values of all maps together; NaN cells are left out."""
     if not (len(clip) == 2 and 0 <= clip[0] < clip[1] <= 100):
         raise InputError(f"clip is {clip!r}; expected two percentiles (low, high) with 0 <= low < high <= 100.")
-    low, high = np.percentile(values, clip)
+    values = np.concatenate([one_map[~one_map.isnan()].cpu().numpy() for one_map in maps])
+    low, high = np.percentile(values, clip) if values.size else (0, 0)
     return float(low), float(high)
 
 
@@ -430,8 +414,7 @@ def _label_maps(target_labels: Any, ignore_index: int | None) -> Iterator[torch.
 
 
 def _class_counts(target_labels: Any, n_classes: int, ignore_index: int | None) -> torch.Tensor:
-    if n_classes < 1:
-        raise InputError(f"n_classes is {n_classes!r}; expected the number of classes including the background.")
+    require_number("n_classes", n_classes, 1, whole=True)
     counts = torch.zeros(n_classes, dtype=torch.float64)
     for labels in [target_labels] if isinstance(target_labels, (torch.Tensor, np.ndarray)) else target_labels:
         labels = check_labels("target_labels", labels, ignore_index=ignore_index)

@@ -6,17 +6,16 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError
 
-__all__ = ["freeze", "load_weights", "prepared", "read_weights", "tap_features", "trainable_parameters"]
+__all__ = ["freeze", "load_weights", "prepared", "read_weights", "trainable_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -193,58 +192,3 @@ def prepared(
 def trainable_parameters(network: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters an optimizer should get: those that are not frozen."""
     return (parameter for parameter in network.parameters() if parameter.requires_grad)
-
-
-@contextmanager
-def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[dict[str | None, list[Tensor]]]:
-    """Collect what comes out of some layers while the network runs; the hooks are gone when the block is left.
-
-    Args:
-        network: any module; the wrapper of `torch.nn.parallel.DistributedDataParallel` is looked through.
-        layers: names as in ``network.named_modules()``. None stands for the penultimate features: the input of the last
-            linear or convolution layer that runs.
-
-    Yields:
-        Layer -> its outputs, one for each time it ran (for None, one for each time the network ran).
-
-    Raises:
-        InputError: the network has no such layer, or a layer gave something else than a tensor.
-
-    >>> network = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 4))
-    >>> with tap_features(network, ["1", None]) as tapped:
-    ...     _ = network(torch.ones(5, 3))
-    >>> tapped["1"][0].shape, torch.equal(tapped["1"][0], tapped[None][0])
-    (torch.Size([5, 2]), True)
-    """
-    network = getattr(network, "module", network)
-    modules = {name: module for name, module in network.named_modules() if name}
-    tapped: dict[str | None, list[Tensor]] = {layer: [] for layer in layers}
-    last_input: list[object] = [None]
-
-    def keep(layer: str | None, output: object) -> None:
-        if not isinstance(output, Tensor):
-            raise InputError(f"layer {layer} gives {type(output).__name__}; choose one whose output is a tensor.")
-        tapped[layer].append(output)
-
-    def note_input(_: nn.Module, inputs: tuple[object, ...]) -> None:
-        last_input[0] = inputs[0]
-
-    handles = []
-    try:
-        for layer in tapped:
-            if layer is None:
-                weighted = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-                handles.extend(module.register_forward_pre_hook(note_input) for module in weighted)
-                handles.append(network.register_forward_hook(lambda *_: keep(None, last_input[0])))
-            else:
-                module = modules[require_choice("layer", layer, modules)]
-                # A copy: an activation that works in place may follow.
-                handles.append(module.register_forward_hook(lambda _, __, out, layer=layer: keep(layer, _copy(out))))
-        yield tapped
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _copy(output: object) -> object:
-    return output.clone() if isinstance(output, Tensor) else output

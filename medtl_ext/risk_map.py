@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,28 +28,23 @@ __all__ = ["CompareMethods", "Pictures"]
 N_PATIENTS = 3
 
 
+@dataclass(kw_only=True, eq=False)
 class Pictures:
     """A step that draws the weights of the loss (``maps.png``) and segmented slices of test patients (``overlay.png``).
 
     Args:
-        run, target: what was run, and the target task.
+        here, target: the run, and the target task.
         evaluator: its network and inferer segment the patients, with the weights of this run and of its audit.
         training: the slices trained on, with their weight maps if they have their own.
         patients: volumes with ``image``, ``label`` and ``subject``; the first few are drawn, each in the slice that
             holds most foreground.
     """
 
-    def __init__(
-        self,
-        *,
-        run: Run,
-        target: SegmentationTask,
-        evaluator: SupervisedEvaluator,
-        training: SliceDataset,
-        patients: Dataset,
-    ) -> None:
-        self.here, self.target, self.evaluator = run, target, evaluator
-        self.training, self.patients = training, patients
+    here: Run
+    target: SegmentationTask
+    evaluator: SupervisedEvaluator
+    training: SliceDataset
+    patients: Dataset
 
     def run(self) -> None:
         """Draw, unless the run is to leave no figures."""
@@ -103,6 +99,7 @@ class Pictures:
             return [volume[..., z].argmax(0).cpu() for volume, z in zip(logits, places, strict=True)]
 
 
+@dataclass(kw_only=True, eq=False)
 class CompareMethods:
     """A step that fine-tunes with every method on every pair, sample size, source checkpoint and seed, and reports.
 
@@ -111,7 +108,7 @@ class CompareMethods:
     `medtl_ext.transfer.compare_report`, and every run below ``runs``.
 
     Args:
-        run: where it writes; its config holds ``settings``, options of ``train.json`` for all runs.
+        here: where it writes; its config holds ``settings``, options of ``train.json`` for all runs.
         pairs: (source task, target task) each.
         methods: names of overlay configs beside ``train.json``.
         runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. A seed draws target slices, fresh weights and
@@ -119,18 +116,12 @@ class CompareMethods:
         train_slices: numbers of labelled target slices.
     """
 
-    def __init__(
-        self,
-        *,
-        run: Run,
-        pairs: Sequence[Sequence[str]],
-        methods: Sequence[str],
-        runs: Sequence[Mapping[str, int]],
-        train_slices: Sequence[int],
-    ) -> None:
-        self.here, self.pairs, self.methods, self.runs = run, pairs, methods, runs
-        self.train_slices = train_slices
-        self.synthetic = False
+    here: Run
+    pairs: Sequence[Sequence[str]]
+    methods: Sequence[str]
+    runs: Sequence[Mapping[str, int]]
+    train_slices: Sequence[int]
+    synthetic: bool = field(default=False, init=False)
 
     def run(self) -> pd.DataFrame:
         """Train, compare and write; one row per run, patient and class."""

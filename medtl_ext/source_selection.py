@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -154,6 +155,7 @@ def groups_by_priors(ready: pd.DataFrame, *, minimum_ssim: float | None, top_k: 
     return {prior: group for prior, group in groups.items() if len(group)}
 
 
+@dataclass(kw_only=True, eq=False)
 class SelectSource(RankSources):
     """The ranking of `medtl_ext.transfer.RankSources` with prior knowledge beside it, or, as in PriorSel, before it.
 
@@ -170,30 +172,26 @@ class SelectSource(RankSources):
     scores = tuple(name for name in SCORES if name not in ("lp", "fu", "lp_fu", "ncti"))
     carried = ("collection", "source_collection", "phantom_subjects", "train_slices", "spacing", "roi_size")
 
-    def __init__(
-        self,
-        *,
-        method: str,
-        decide_by: str | None,
-        minimum_ssim: float | None,
-        top_k: int | None,
-        spacing: Sequence[float],
-        roi_size: Sequence[int],
-        settle: bool = False,
-        **options: Any,
-    ) -> None:
-        require_choice("method", method, METHODS)
-        super().__init__(decide_by=decide_by or METHODS[method], **options)
-        self.method, self.settling = method, settle
-        self.filters = {"minimum_ssim": minimum_ssim, "top_k": top_k}
-        self.grid = {"spacing": spacing, "roi_size": roi_size}
-        self._regions: dict[Any, dict[str, float]] = {}
+    method: str
+    decide_by: str | None
+    minimum_ssim: float | None
+    top_k: int | None
+    spacing: Sequence[float]
+    roi_size: Sequence[int]
+    settle: bool = False
+
+    def __post_init__(self) -> None:
+        self.decide_by = self.decide_by or METHODS[require_choice("method", self.method, METHODS)]
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        return {"minimum_ssim": self.minimum_ssim, "top_k": self.top_k}
 
     def check(self) -> None:
         super().check()
-        require_top_k(self.filters["top_k"])
+        require_top_k(self.top_k)
         split = self.here.config["val_split"]
-        if self.settling and split != "val":
+        if self.settle and split != "val":
             raise InputError(
                 f"--settle compares validation patients, and --val_split {split} leaves none; give --settle false, or "
                 "patients to validate on."
@@ -211,16 +209,20 @@ class SelectSource(RankSources):
         return found | similar
 
     @cached_property
+    def _regions(self) -> dict[Any, dict[str, float]]:
+        return {}
+
+    @cached_property
     def _own_regions(self) -> list[torch.Tensor]:
-        return region_labels(self.target, **self.grid)
+        return region_labels(self.target, spacing=self.spacing, roi_size=self.roi_size)
 
     def _similarity(self, task: str) -> dict[str, float]:
         """Tasks of several modalities may have the same label files, though not need to."""
         source = self.target.other(task, collection=source_collection(self.here.config))
         key = (tuple(item["label"] for item in source.datalist("train")), str(source.label_values))
         if key not in self._regions:
-            labels = region_labels(source, **self.grid)
-            spacing = self.grid["spacing"][: labels[0].ndim]
+            labels = region_labels(source, spacing=self.spacing, roi_size=self.roi_size)
+            spacing = self.spacing[: labels[0].ndim]
             self._regions[key] = roi_similarity(labels, self._own_regions, spacing=spacing)
         return self._regions[key]
 
@@ -261,8 +263,8 @@ class SelectSource(RankSources):
         out = [f"{name} ({source.left_out})" for name, source in self.pool.items() if source.left_out]
         return said + ([f"Left out: {'; '.join(out)}."] if out else [])
 
-    def settle(self, ranking: SourceRanking) -> dict[str, Any] | None:
-        if not self.settling:
+    def settled(self, ranking: SourceRanking) -> dict[str, Any] | None:
+        if not self.settle:
             return None
         folder = self.here.folder / "settle"
         names = ranking.tied or tuple(self.candidates())

@@ -15,8 +15,8 @@ from fire.parser import DefaultParseValue  # how the command line reads a word
 from PIL import Image
 
 from medtl_ext.data import generate_phantom
-from medtl_ext.datasets import sources as pool_module
-from medtl_ext.datasets import truth
+from medtl_ext.transfer.sources import Source, built, pretraining_job
+from medtl_ext.transfer.tasks import image_auc
 
 SOURCES = ["14-T2-tumour", "14-FLAIR-level", "14-ALL-modality"]
 TINY = {
@@ -68,17 +68,6 @@ def options(collection, pool, tmp_path) -> dict:
     return {"collection": str(collection), "source_dir": str(pool), "output_dir": str(tmp_path / "out")}
 
 
-@pytest.fixture
-def in_this_process(run_jobs_here) -> list[Path]:
-    return run_jobs_here(pool_module, truth)
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    for module in (pool_module, truth):
-        monkeypatch.setattr(module, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
-
-
 def ranking_of(folder: Path | str) -> pd.DataFrame:
     return pd.read_csv(Path(folder) / "ranking.csv").set_index("source")
 
@@ -124,21 +113,22 @@ def test_the_next_command_is_one_that_the_bundle_takes(options, in_this_process,
     assert metrics.loc["test", "images"] == (predictions["split"] == "test").sum()
     np.testing.assert_allclose(predictions[["p0", "p1"]].sum(axis=1), 1, atol=1e-4)
     assert predictions["subject"].str.startswith("17-").all()
-    truth_of_test = truth.image_auc(predictions[predictions["split"] == "test"])
+    truth_of_test = image_auc(predictions[predictions["split"] == "test"])
     assert metrics.loc["test", "auc"] == pytest.approx(truth_of_test, abs=1e-4)
 
 
-def test_a_second_run_gives_the_same_and_trains_nothing(options, in_this_process, monkeypatch, tmp_path):
+def test_a_second_run_gives_the_same_and_trains_nothing(options, in_this_process, tmp_path):
     run(**options)
-    monkeypatch.setattr(pool_module, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
+    before = list(in_this_process)
     run(**options | {"output_dir": str(tmp_path / "again")})
+    assert in_this_process == before
     pd.testing.assert_frame_equal(ranking_of(options["output_dir"]), ranking_of(tmp_path / "again"))
 
 
 def test_the_pool_does_not_depend_on_the_target_or_the_ranking(options):
     def folder(**changed):
         config = BUNDLE.workflow(**options | changed).parser.get() | {"bundle_root": str(BUNDLE.root)}
-        return pool_module.pretraining_job(config, "s", pool_module.Source("x", "14-T2-tumour"), seed=0).output_dir
+        return pretraining_job(config, "s", Source("x", "task", task="14-T2-tumour"), seed=0).output_dir
 
     for changed in ({"target_task": "17-T1-load"}, {"decide_by": "leep"}, {"train_per_class": 7}, {"sources": ["a"]}):
         assert folder(**changed) == folder(), changed
@@ -177,7 +167,7 @@ def test_the_evaluation_compares_scores_with_the_truth_and_leaves_the_own_model_
 def test_architectures_are_ranked_by_the_same_path(options, in_this_process):
     entries = BUNDLE.content("architectures")["sources"]
     assert len({json.dumps(entry.get("network")) for entry in entries}) == len(entries) >= 4
-    entries = [dict(entry, data="14-T2-tumour") for entry in entries if entry["name"] in ("ResNet18", "DenseNet")]
+    entries = [dict(entry, task="14-T2-tumour") for entry in entries if entry["name"] in ("ResNet18", "DenseNet")]
     run("architectures", **options, sources=entries)
     table = ranking_of(options["output_dir"])
     assert {"ResNet18", "DenseNet", "scratch"} == set(table.index)
@@ -242,15 +232,15 @@ def test_inference_writes_a_probability_for_each_image(tmp_path):
         ({"decide_by": "logm"}, "did you mean 'logme'"),
         ({"metrics": ["leep"], "decide_by": "logme"}, "which is not in metrics"),
         ({"minimum_win": 0.4}, "minimum_win"),
-        ({"sources": []}, "at least one dataset"),
+        ({"sources": []}, "at least one source"),
         ({"sources": ["14-T2-tumour", "14-T2-tumour"]}, "twice"),
         ({"sources": ["14-T2-tumor"]}, "did you mean 'tumour'"),
         ({"sources": ["17-T2-tumour"]}, "no source is left"),
         ({"target_task": "nowhere.npz"}, "does not exist"),
         ({"target_task": "some/where.csv"}, "no .npz file, no folder of images, and no task"),
         ({"train_per_class": 0}, "expected at least 1"),
-        ({"in_channels": 2}, "in_channels 2"),
-        ({"source": SOURCES}, "did you mean --sources"),
+        ({"in_channels": 2}, "in_channels is 2"),
+        ({"source": SOURCES}, "--source does nothing here"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -261,10 +251,10 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
 def test_networks_that_cannot_be_sources_are_named(options, no_training, tmp_path):
     rgb = {"_target_": "DenseNet", "spatial_dims": 2, "in_channels": 3, "out_channels": 2, "block_config": [1, 1]}
     entry = {"name": "rgb", "checkpoint": str(tmp_path / "x.pt"), "network": rgb}
-    assert "source rgb: its network takes 3 channel(s)" in refused(lambda: run(**options, sources=[entry]))
+    assert "source rgb: its network takes 3 channels" in refused(lambda: run(**options, sources=[entry]))
     flat = {"_target_": "Classifier", "in_shape": [1, 32, 32], "classes": 2, "channels": [4], "strides": [2]}
     flat |= {"num_res_units": 0}
-    network = pool_module.built(flat)
+    network = built(flat)
     torch.save(network.state_dict(), tmp_path / "x.pt")
     message = refused(lambda: run(**options, sources=[entry | {"name": "flat", "network": flat}]))
     assert message.startswith("source flat: network ran 1 convolution layer(s)")
@@ -304,12 +294,6 @@ def test_the_default_pool_asks_different_questions_of_different_institutions():
     assert set(study["targets"]) & set(study["sources"]), "a target's own model shows the paper's point"
 
 
-def test_the_scores_of_the_config_are_those_that_are_asked_for():
-    train = BUNDLE.content("train")
-    measured = {*train["score"]["key_metric"], *train["score"]["additional_metrics"]} - {"samples", "predictions"}
-    assert measured | {"fu", "lp_fu"} == set(train["metrics"])
-
-
 # As users start it
 
 
@@ -325,22 +309,7 @@ def test_a_bad_file_gives_one_line(options, tmp_path):
 
 
 def test_a_fine_tuning_starts_from_a_source(options):
-    assert "--source_ckpt is not given" in refused(lambda: run("finetune", **options))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"targets": "17-T2-tumour"}, "a list of two targets or more"),
-        ({"targets": ["a/x.npz", "b/x.npz"]}, "two targets are called alike"),
-        ({"seeds": []}, "seeds is []"),
-        ({"settings": {"epoch": 1}}, "did you mean epochs?"),
-    ],
-)
-def test_a_study_says_what_is_wrong_with_it(tmp_path, wrong, message):
-    study = {"targets": ["17-T2-tumour", "14-T2-tumour"], "sources": SOURCES, "seeds": [0], "settings": {}}
-    study |= {"output_dir": str(tmp_path / "out")}
-    assert message in refused(lambda: run(base="study", **study | wrong))
+    assert "--source_task (or --source_ckpt) is not given" in refused(lambda: run("finetune", **options))
 
 
 def test_mlflow_tracks_a_training(options, tmp_path):

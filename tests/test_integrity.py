@@ -16,19 +16,23 @@ from medtl_ext.data.__main__ import main
 SHAPE = (12, 10, 6)
 
 
-def save(path, array, affine=None):
+def save(path, array, shift=0.0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(array, np.diag([-2.0, 2, 4, 1]) if affine is None else affine), path)
+    affine = np.diag([-2.0, 2, 4, 1])
+    affine[0, 3] = shift
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
 
 
 def image(seed):
     return np.random.default_rng(seed).normal(100, 20, SHAPE).astype(np.float32)
 
 
-def label():
-    values = np.zeros(SHAPE, dtype=np.uint8)
+def label(dtype=np.uint8, **changes):
+    """ED (1) and ET (2), or other values of them, and of the background's first voxel."""
+    values = np.zeros(SHAPE, dtype=dtype)
     values[3:6, 3:6, 2:4] = 1
-    values[4, 4, 3] = 2
+    values[4, 4, 3] = changes.get("et", 2)
+    values[0, 0, 0] = changes.get("background", 0)
     return values
 
 
@@ -53,139 +57,90 @@ def collection(tmp_path):
     return load_collection(write_collection(tmp_path / "collection.json", content))
 
 
-def only_issue(collection, **options):
-    (issue,) = check_collection(collection, progress=False, **options).issues
+def check(collection, tasks=None):
+    return check_collection(collection, tasks, progress=False)
+
+
+def only_issue(collection, tasks=None):
+    (issue,) = check(collection, tasks).issues
     return issue
 
 
-def test_sound_data(collection):
-    report = check_collection(collection, progress=False)
-    assert report.issues == []
-    assert (report.n_subjects, report.n_files) == (4, 12)
+def test_sound_data(collection, tmp_path):
+    save(tmp_path / "s0/T1.nii.gz", image(0), shift=1e-4)  # rounding
+    report = check(collection)
+    assert (report.issues, report.n_subjects, report.n_files) == ([], 4, 12)
     report.raise_for_errors()
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-40])
+DAMAGES = {
+    "truncated": lambda content: content[:-40],
+    "no checksum": lambda content: content[:-8],
+    "wrong checksum": lambda content: content[:-6] + bytes([content[-6] ^ 0xFF]) + content[-5:],
+    "not an image": lambda content: gzip.compress(b"not an image"),
+    "empty": lambda content: b"",
+}
 
 
-def cut_checksum(path):
-    path.write_bytes(path.read_bytes()[:-8])
-
-
-def flip_checksum(path):
-    content = bytearray(path.read_bytes())
-    content[-6] ^= 0xFF
-    path.write_bytes(bytes(content))
-
-
-def not_an_image(path):
-    path.write_bytes(gzip.compress(b"not an image"))
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [truncate, cut_checksum, flip_checksum, not_an_image, empty])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_unreadable_file(collection, tmp_path, damage):
-    damage(tmp_path / "s2/T2.nii.gz")
+    path = tmp_path / "s2/T2.nii.gz"
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
     issue = only_issue(collection)
     assert (issue.severity, issue.subject, issue.file) == ("error", "s2", "s2/T2.nii.gz")
     assert "cannot be read" in issue.problem
     assert "\n" not in str(issue)
 
 
-def test_missing_file(collection, tmp_path):
-    (tmp_path / "s0/tumour.nii.gz").unlink()
-    issue = only_issue(collection)
-    assert (issue.severity, issue.file, issue.problem) == ("error", "s0/tumour.nii.gz", "the file does not exist")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["T1", "tumour"])
-def test_not_finite(collection, tmp_path, name, value):
-    voxels = np.zeros(SHAPE, dtype=np.float32)
-    voxels[0, 0, 0] = value
-    save(tmp_path / f"s0/{name}.nii.gz", voxels)
-    assert "NaN" in only_issue(collection).problem
-
-
 @pytest.mark.parametrize(
-    ("voxels", "message"),
+    ("voxels", "problem"),
     [
+        (label(float, background=np.nan), "NaN"),
+        (label(float, background=np.inf), "infinite"),
         (np.ones((*SHAPE, 2), dtype=np.float32), "(12, 10, 6, 2)"),
         (np.ones(SHAPE[:2], dtype=np.float32), "(12, 10)"),
         (np.ones(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]), "'R'"),
     ],
 )
-@pytest.mark.parametrize("name", ["T1", "tumour"])
-def test_not_a_volume_of_numbers(collection, tmp_path, name, voxels, message):
+def test_not_a_volume_of_numbers(collection, tmp_path, name, voxels, problem):
     save(tmp_path / f"s0/{name}.nii.gz", voxels)
-    assert message in only_issue(collection).problem
-
-
-def test_shape_mismatch(collection, tmp_path):
-    save(tmp_path / "s0/T1.nii.gz", image(0)[:-1])
     issue = only_issue(collection)
-    assert issue.severity == "error"
-    assert "(11, 10, 6) differs from shape (12, 10, 6) of label 'tumour'" in issue.problem
+    assert (issue.severity, issue.file) == ("error", f"s0/{name}.nii.gz")
+    assert problem in issue.problem
 
 
-def test_affine_mismatch_but_not_rounding(collection, tmp_path):
-    affine = np.diag([-2.0, 2, 4, 1])
-    affine[0, 3] = 1e-4
-    save(tmp_path / "s0/T1.nii.gz", image(0), affine)
-    assert check_collection(collection, progress=False).issues == []
-    affine[0, 3] = 1.5
-    save(tmp_path / "s0/T1.nii.gz", image(0), affine)
-    assert "by up to 1.5 mm" in only_issue(collection).problem
-
-
-def test_fractional_labels(collection, tmp_path):
-    values = label().astype(np.float32)
-    values[3, 3, 2] = 0.5
-    save(tmp_path / "s0/tumour.nii.gz", values)
+@pytest.mark.parametrize(
+    ("name", "voxels", "shift", "expected"),
+    [
+        ("T1", image(0)[:-1], 0, "error: image shape (11, 10, 6) differs from shape (12, 10, 6) of label 'tumour'"),
+        (
+            "T1",
+            image(0),
+            1.5,
+            "error: the image's affine differs from that of label 'tumour' by up to 1.5 mm; resample",
+        ),
+        ("tumour", label(float, background=0.5), 0, "error: the label holds fractional values, such as 0.5; resample"),
+        ("tumour", label(background=4), 0, "error: the label holds undeclared values 4 (declared: {'ED': 1, 'ET': 2})"),
+        ("tumour", label(et=1), 0, "warning: no voxel of objective ET"),
+        ("T1", np.full(SHAPE, 7, np.float32), 0, "warning: every voxel of the image is 7"),
+    ],
+)
+def test_one_issue(collection, tmp_path, name, voxels, shift, expected):
+    save(tmp_path / f"s0/{name}.nii.gz", voxels, shift)
     issue = only_issue(collection)
-    assert issue.severity == "error"
-    assert "0.5" in issue.problem
-    assert "nearest" in issue.advice
-
-
-def test_undeclared_labels(collection, tmp_path):
-    values = label()
-    values[0, 0, 0] = 4
-    save(tmp_path / "s0/tumour.nii.gz", values)
-    issue = only_issue(collection)
-    assert issue.severity == "error"
-    assert "undeclared values 4 (declared: {'ED': 1, 'ET': 2})" in issue.problem
-
-
-def test_empty_foreground_is_a_warning(collection, tmp_path):
-    values = label()
-    values[values == 2] = 0
-    save(tmp_path / "s0/tumour.nii.gz", values)
-    issue = only_issue(collection)
-    assert (issue.severity, issue.subject, issue.problem) == ("warning", "s0", "no voxel of objective ET")
+    assert (issue.subject, issue.file) == ("s0", f"s0/{name}.nii.gz")
+    assert f"{issue.severity}: {issue.problem}; {issue.advice}".startswith(expected)
 
 
 def test_no_training_foreground_is_an_error(collection, tmp_path):
-    values = label()
-    values[values == 2] = 0
     for name in ("s0", "s1"):
-        save(tmp_path / name / "tumour.nii.gz", values)
-    report = check_collection(collection, progress=False)
+        save(tmp_path / name / "tumour.nii.gz", label(et=0))
+    report = check(collection)
     assert len(report.warnings) == 2
     (error,) = report.errors
     assert error.problem == "none of the 2 training subjects of institution 13 shows objective ET"
-    assert check_collection(collection, ["13-T1-ED"], progress=False).issues == []
-
-
-def test_constant_image(collection, tmp_path):
-    for name in ("s0", "s3"):
-        save(tmp_path / name / "T1.nii.gz", np.full(SHAPE, 7, dtype=np.float32))
-    issues = check_collection(collection, progress=False).issues
-    assert [issue.problem for issue in issues] == ["every voxel of the image is 7"] * 2, "and no duplicate besides"
+    assert check(collection, ["13-T1-ED"]).issues == []
 
 
 @pytest.mark.parametrize(("twin", "severity"), [("s1", "warning"), ("s3", "error")])
@@ -198,42 +153,46 @@ def test_duplicate_patients(collection, tmp_path, twin, severity):
     assert "identical to T1 of subject s0" in issue.problem
 
 
+def test_constant_images_are_no_duplicates(collection, tmp_path):
+    for name in ("s0", "s3"):
+        save(tmp_path / name / "T1.nii.gz", np.full(SHAPE, 7, dtype=np.float32))
+    assert [issue.severity for issue in check(collection).issues] == ["warning"] * 2
+
+
 def test_only_the_files_of_the_tasks(collection, tmp_path):
-    truncate(tmp_path / "s2/T2.nii.gz")
-    report = check_collection(collection, ["13-T1-ED"], progress=False)
+    (tmp_path / "s2/T2.nii.gz").write_bytes(b"")
+    report = check(collection, ["13-T1-ED"])
     assert (report.issues, report.n_files) == ([], 8)
-    assert only_issue(collection, tasks=["13-T2-ED"]).subject == "s2"
+    assert only_issue(collection, ["13-T2-ED"]).subject == "s2"
     with pytest.raises(InputError, match="did you mean 'T1'"):
-        check_collection(collection, ["13-T11-ED"], progress=False)
+        check(collection, ["13-T11-ED"])
 
 
 def test_report(collection, tmp_path):
-    truncate(tmp_path / "s2/T2.nii.gz")
     (tmp_path / "s0/T1.nii.gz").unlink()
-    report = check_collection(collection, progress=False)
+    save(tmp_path / "s0/tumour.nii.gz", label(et=1))
+    (tmp_path / "s2/T2.nii.gz").write_bytes(b"")
+    report = check(collection)
     first, *lines = str(report).splitlines()
-    assert first.endswith("4 subjects, 12 files read, errors: 2, warnings: 0")
+    assert first.endswith("4 subjects, 12 files read, errors: 2, warnings: 1")
     assert lines[0].startswith("error: s0: s0/T1.nii.gz: the file does not exist; ")
+    assert lines[2].startswith("warning: s0: s0/tumour.nii.gz: no voxel")
     with pytest.raises(InputError, match=r"errors \(2\), the first: error: s0.*medtl_ext\.data check") as caught:
         report.raise_for_errors()
     assert "\n" not in str(caught.value)
-    report.to_csv(tmp_path / "issues.csv")
-    table = pd.read_csv(tmp_path / "issues.csv")
-    assert table.columns.tolist() == ["severity", "subject", "file", "problem", "advice"]
-    assert table.subject.tolist() == ["s0", "s2"]
 
 
 class TestCommandLine:
-    def test_sound(self, collection, capsys):
+    def test_sound_and_with_errors(self, collection, tmp_path, capsys):
         assert main(["check", str(collection.path)]) == 0
         assert "errors: 0" in capsys.readouterr().out
-
-    def test_errors(self, collection, tmp_path, capsys):
         (tmp_path / "s0/T1.nii.gz").unlink()
         csv = tmp_path / "issues.csv"
         assert main(["check", str(collection.path), "--csv", str(csv)]) == 1
         assert "error: s0: s0/T1.nii.gz" in capsys.readouterr().out
-        assert len(pd.read_csv(csv)) == 1
+        table = pd.read_csv(csv)
+        assert table.columns.tolist() == ["severity", "subject", "file", "problem", "advice"]
+        assert table.subject.tolist() == ["s0"]
         assert main(["check", str(collection.path), "--task", "13-T2-ED", "13-T2-ET"]) == 0
 
     @pytest.mark.parametrize("arguments", [["none.json"], ["COLLECTION", "--task", "13-T1"]])

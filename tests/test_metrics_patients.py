@@ -4,81 +4,62 @@ from __future__ import annotations
 
 import pytest
 import torch
+from metric_cases import CASES, draw
 
 from medtl_ext import InputError
-from medtl_ext.metrics import (
-    GBC,
-    LEEP,
-    FeatureSamples,
-    HScore,
-    LogME,
-    PatientScores,
-    TransRate,
-    compute_gbc,
-    compute_h_score,
-    compute_logme,
-    compute_transrate,
-)
-from medtl_ext.metrics.features import Samples
+from medtl_ext.metrics import LEEP, FeatureSamples, MomentMetric, PatientScores, Samples
 
-ONE_SHOT = {
-    "h_score": lambda x, y: compute_h_score(x, y, shrinkage="ledoit_wolf"),
-    "plain": compute_h_score,
-    "logme": compute_logme,
-    "gbc": compute_gbc,
-    "diagonal": lambda x, y: compute_gbc(x, y, covariance="diagonal"),
-    "transrate": compute_transrate,
-}
+OF_SUMS = {case.name: case for case in CASES if isinstance(case.make(), MomentMetric)}
 PATIENTS = ["ann", "bob", "cid", "dot"]
 
 
 def metrics():
-    return {
-        "h_score": HScore(shrinkage="ledoit_wolf"),
-        "plain": HScore(),
-        "logme": LogME(),
-        "gbc": GBC(),
-        "diagonal": GBC(covariance="diagonal"),
-        "transrate": TransRate(),
-    }
+    return {name: case.make() for name, case in OF_SUMS.items()}
 
 
-def problem(n=200, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (n,), generator=generator)
-    features = torch.randn(n, 6, generator=generator, dtype=torch.float64) + labels[:, None]
-    groups = [PATIENTS[int(i)] for i in torch.randint(4, (n,), generator=generator)]
-    labels[[i for i, name in enumerate(groups) if name == "dot"]] = 0  # a patient without the other classes
-    return features, labels, groups
+def problem():
+    features, labels = draw(n=200, width=6, generator=torch.Generator().manual_seed(0))
+    owners = torch.randint(4, (200,), generator=torch.Generator().manual_seed(1))
+    labels[owners == 3] = 0  # a patient without the other classes
+    return features, labels, owners
 
 
-def filled(batches=1, **options):
-    scores = PatientScores(options.pop("metrics", None) or metrics(), **options)
-    features, labels, groups = problem()
-    size = len(labels) // batches
-    for start in range(0, len(labels), size):
-        part = slice(start, start + size)
-        scores.update(features[part], labels[part], groups[part])
-    return scores
+def filled(*sizes, **options):
+    """Scores of parts of these sizes, merged."""
+    features, labels, owners = problem()
+    total = PatientScores(metrics(), **options)
+    for part in torch.arange(200).split(sizes or 200):
+        scores = PatientScores(metrics(), **options)
+        scores.update(features[part], labels[part], [PATIENTS[k] for k in owners[part]])
+        total.merge(scores)
+    return total
 
 
-@pytest.mark.parametrize("batches", [1, 8])
-def test_everybody_is_the_one_shot_value(batches):
-    features, labels, _ = problem()
-    values = filled(batches).compute()
+def agree(values, expected):
     assert {name: float(value) for name, value in values.items()} == pytest.approx(
-        {name: float(compute(features, labels)) for name, compute in ONE_SHOT.items()}, abs=1e-9
+        {name: float(value) for name, value in expected.items()}, abs=1e-9
     )
+
+
+def one_shot(features, labels):
+    return {name: case.compute(features, labels) for name, case in OF_SUMS.items()}
+
+
+def test_metrics_of_sums():
+    assert set(OF_SUMS) == {"h_score", "h_score_shrunk", "logme", "gbc", "gbc_diagonal", "transrate"}
+
+
+@pytest.mark.parametrize("sizes", [(), (25,) * 8, (90, 110)])
+def test_everybody_is_the_one_shot_value(sizes):
+    scores = filled(*sizes)
+    assert scores.patients == tuple(PATIENTS)
+    agree(scores.compute(), one_shot(*problem()[:2]))
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 0, 1, 1], [0, 0, 3, 1], [0, 4, 0, 0]])
 def test_a_resample_is_the_one_shot_value_of_its_samples(counts):
-    features, labels, groups = problem()
-    owners = torch.tensor([PATIENTS.index(name) for name in groups])
-    drawn = Samples(features, labels, owners, tuple(PATIENTS)).resampled(counts)
-    values = filled().resampled(counts)
-    for name, compute in ONE_SHOT.items():
-        assert float(values[name]) == pytest.approx(float(compute(*drawn)), abs=1e-9), name
+    drawn = Samples(*problem(), tuple(PATIENTS)).resampled(counts)
+    agree(filled().resampled(counts), one_shot(*drawn))
 
 
 def test_many_resamples_at_once():
@@ -86,31 +67,24 @@ def test_many_resamples_at_once():
     scores = filled()
     together = scores.resampled(counts, n_jobs=2)
     for row, single in enumerate(counts.tolist()):
-        for name, value in scores.resampled(single).items():
-            assert float(together[name][row]) == pytest.approx(float(value), abs=1e-9)
+        agree({name: values[row] for name, values in together.items()}, scores.resampled(single))
 
 
-def test_merged_parts_and_a_reservoir():
-    features, labels, groups = problem()
-    whole, left, right = filled(), PatientScores(metrics()), PatientScores(metrics())
-    left.update(features[:90], labels[:90], groups[:90])
-    right.update(features[90:], labels[90:], groups[90:])
-    left.merge(right)
-    for name, value in whole.compute().items():
-        assert float(left.compute()[name]) == pytest.approx(float(value), abs=1e-9)
-    drawn = filled(pixels=5)
+def test_a_reservoir():
+    features, labels, owners = problem()
     kept = FeatureSamples(pixels=5)
-    kept.update(features, labels, groups)
-    samples = kept.compute()
-    assert drawn.patients == samples.names
-    value = compute_h_score(*samples.resampled([1, 2, 0, 1]))
-    assert float(drawn.resampled([1, 2, 0, 1])["plain"]) == pytest.approx(float(value), abs=1e-9)
+    kept.update(features, labels, [PATIENTS[k] for k in owners])
+    samples, scores = kept.compute(), filled(90, 110, pixels=5)
+    assert scores.patients == samples.names
+    agree(scores.resampled([1, 2, 0, 1]), one_shot(*samples.resampled([1, 2, 0, 1])))
 
 
-def test_patients_are_those_seen():
-    assert filled().patients == ("ann", "bob", "cid", "dot")
-    with pytest.raises(InputError, match="has seen no sample"):
-        PatientScores(metrics()).compute()
+def test_metrics_of_one_kind_alone():
+    features, labels, owners = problem()
+    for name, metric in metrics().items():
+        scores = PatientScores({name: metric})
+        scores.update(features, labels, [PATIENTS[k] for k in owners])
+        agree(scores.compute(), {name: OF_SUMS[name].compute(features, labels)})
 
 
 def test_bad_input():
@@ -118,6 +92,8 @@ def test_bad_input():
         PatientScores({})
     with pytest.raises(InputError, match="leep is no MomentMetric"):
         PatientScores({"leep": LEEP()})
+    with pytest.raises(InputError, match="has seen no sample"):
+        PatientScores(metrics()).compute()
     with pytest.raises(InputError, match="groups is missing"):
         PatientScores(metrics()).update(torch.zeros(3, 2), [0, 1, 0])
     scores = filled()

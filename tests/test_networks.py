@@ -11,7 +11,7 @@ from monai.networks.nets import BasicUNet, DynUNet
 from torch import nn
 
 from medtl_ext import InputError
-from medtl_ext.networks import freeze, load_weights, prepared, read_weights, tap_features, trainable_parameters
+from medtl_ext.networks import freeze, load_weights, prepared, read_weights, trainable_parameters
 
 
 def unet(out_channels=2, features=(4, 4, 8, 8, 16, 4)):
@@ -165,12 +165,3 @@ def test_a_head_is_replaced_though_it_would_fit():
 def test_a_source_with_more_classes_than_declared_raises():
     with pytest.raises(InputError, match="number of classes"):
         prepared(unet(2), weights=unet(4).state_dict(), min_share=1.0)
-
-
-def test_a_tapped_layer_keeps_what_an_activation_in_place_overwrites():
-    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
-    inputs = torch.randn(20, 2)
-    with tap_features(network, ["0"]) as tapped:
-        network(inputs)
-    assert torch.equal(tapped["0"][0], network[0](inputs))
-    assert float(tapped["0"][0].detach().min()) < 0

@@ -11,7 +11,7 @@ from scipy import stats
 
 from medtl_ext import InputError
 from medtl_ext.ranking import holm
-from medtl_ext.report import ALL_PAIRS, audit_report, compare_report, patient_table, summarize
+from medtl_ext.transfer.report import ALL_PAIRS, audit_report, compare_report, patient_table, summarize
 
 
 def make_rows(dice, **fixed):
@@ -203,7 +203,7 @@ def compare_rows():
 
 class TestComparison:
     def test_patients_are_the_unit(self, compare_rows, tmp_path):
-        table = compare_report(compare_rows, tmp_path).table.set_index(["pair", "method"])
+        table = compare_report(compare_rows, tmp_path).set_index(["pair", "method"])
         values = compare_rows[compare_rows["pair"] == "A"].pivot_table(index="subject", columns="method", values="dice")
         others = ["risk_map", "prior_image", "scratch"]
         p = [stats.wilcoxon(values[method], values["vanilla"]).pvalue for method in others]
@@ -214,7 +214,7 @@ class TestComparison:
         assert (row["runs"], row["patients"], row["runs_ahead"], row["runs_matched"]) == (4, 8, 4, 4)
 
     def test_scratch_without_source_is_matched_by_seed(self, compare_rows, tmp_path):
-        table = compare_report(compare_rows, tmp_path).table.set_index(["pair", "method"])
+        table = compare_report(compare_rows, tmp_path).set_index(["pair", "method"])
         assert table.loc[("A", "scratch"), ["runs", "runs_ahead", "runs_matched"]].tolist() == [2, 0, 2]
         assert table.loc[("B", "scratch"), ["runs", "runs_ahead", "runs_matched"]].tolist() == [2, 2, 2]
 
@@ -226,7 +226,7 @@ class TestComparison:
         assert table.loc[("A", "zero_shot"), ["runs", "runs_ahead", "runs_matched"]].tolist() == [2, 0, 2]
 
     def test_all_pairs_pool_the_patients(self, compare_rows, tmp_path):
-        table = compare_report(compare_rows, tmp_path).table.set_index(["pair", "method"])
+        table = compare_report(compare_rows, tmp_path).set_index(["pair", "method"])
         pooled = table.loc[(ALL_PAIRS, "risk_map")]
         assert pooled["patients"] == 16
         assert pooled["mean"] == pytest.approx(table.loc[[("A", "risk_map"), ("B", "risk_map")], "mean"].mean())
@@ -235,7 +235,7 @@ class TestComparison:
 
     def test_a_patient_of_two_pairs_counts_once(self, compare_rows, tmp_path):
         compare_rows["subject"] = compare_rows["subject"].str.replace("B", "A")
-        table = compare_report(compare_rows, tmp_path).table
+        table = compare_report(compare_rows, tmp_path)
         assert table.loc[table["pair"] == ALL_PAIRS, "patients"].tolist() == [8] * 4
 
     def test_text_says_what_the_numbers_show(self, compare_rows, tmp_path):

@@ -14,7 +14,6 @@ import torch
 from monai.data import DataLoader, MetaTensor
 from monai.transforms import (
     Compose,
-    EnsureTyped,
     Lambdad,
     LoadImaged,
     Orientationd,
@@ -56,7 +55,7 @@ def deterministic():
 
 
 def places(dataset):
-    return [(item["subject"], item["slice"]) for item in dataset]
+    return [(item["subject"], item["slice"]) for item in items(dataset)]
 
 
 def items(dataset):
@@ -70,10 +69,10 @@ def build(data, transform=LOAD, **options):
 class TestChoice:
     def test_foreground(self, data):
         expected = [("p0", z) for z in range(4, 9)] + [("p1", 4)] + [("p2", z) for z in range(4, 7)]
-        assert places(items(build(data))) == expected
+        assert places(build(data)) == expected
 
     def test_all(self, data):
-        assert places(items(build(data, slices="all"))) == [(f"p{p}", z) for p in range(3) for z in range(10)]
+        assert places(build(data, slices="all")) == [(f"p{p}", z) for p in range(3) for z in range(10)]
 
     def test_slices_are_cut_along_the_last_axis(self, data):
         item = build(data)[1]
@@ -84,12 +83,12 @@ class TestChoice:
     @pytest.mark.parametrize(("n", "per_patient"), [(3, (1, 1, 1)), (5, (2, 1, 2)), (7, (3, 1, 3)), (99, (5, 1, 3))])
     @pytest.mark.parametrize("seed", [0, 1, 2])
     def test_draw_is_spread_over_patients(self, data, n, per_patient, seed):
-        counts = Counter(subject for subject, _ in places(items(build(data, max_slices=n, seed=seed))))
+        counts = Counter(subject for subject, _ in places(build(data, max_slices=n, seed=seed)))
         assert tuple(counts[f"p{p}"] for p in range(3)) == per_patient
 
     def test_draw_is_seeded_and_nested(self, data):
         def draw(n, seed):
-            return places(items(build(data, slices="all", max_slices=n, seed=seed)))
+            return places(build(data, slices="all", max_slices=n, seed=seed))
 
         assert draw(7, 0) == draw(7, 0) == sorted(draw(7, 0))
         assert len({tuple(draw(7, seed)) for seed in range(4)}) > 1
@@ -104,13 +103,13 @@ class TestChoice:
 
     def test_workers_do_not_matter(self, data):
         one, four = (build(data, max_slices=4, num_workers=n) for n in (1, 4))
-        assert places(items(one)) == places(items(four))
+        assert places(one) == places(four)
 
     def test_a_volume_without_foreground_is_left_out(self, data):
-        data[1]["label"] = data[1]["image"]
+        for entry in data:
+            entry["label"] = entry["image"]
         keep_low = Lambdad("label", lambda label: label * (label < 10))  # voxel values of patients 1 and 2 are larger
-        data[2]["label"] = data[2]["image"]
-        assert {subject for subject, _ in places(items(build(data, [*LOAD, keep_low])))} == {"p0"}
+        assert {subject for subject, _ in places(build(data, [*LOAD, keep_low]))} == {"p0"}
 
     def test_no_foreground_anywhere(self, data):
         with pytest.raises(InputError, match="none of the 3 volumes has foreground"):
@@ -148,13 +147,9 @@ class TestItems:
             assert not isinstance(item["image"], MetaTensor)
 
     def test_only_chosen_slices_stay_in_memory(self, data):
-        dataset = build(data, max_slices=3)
-        stored = {
-            a.untyped_storage().data_ptr(): a.untyped_storage() for s in dataset._stacks for a in s.arrays.values()
-        }
-        assert (
-            sum(storage.nbytes() for storage in stored.values()) == 3 * 8 * 6 * 2 * 4
-        )  # three slices, two float32 keys
+        arrays = [array for stack in build(data, max_slices=3)._stacks for array in stack.arrays.values()]
+        stored = {array.untyped_storage().data_ptr(): array.untyped_storage().nbytes() for array in arrays}
+        assert sum(stored.values()) == 3 * 8 * 6 * 2 * 4  # three slices, two float32 keys
 
     def test_random_part_runs_on_access_and_leaves_the_store_alone(self, data):
         calls = []
@@ -172,22 +167,23 @@ class TestItems:
         dataset = build(data, [*LOAD, RandFlipd(KEYS, prob=1, spatial_axis=0)])
         plain = dataset.plain()
         assert len(plain) == len(dataset)
-        assert places(items(plain)) == places(items(dataset))
+        assert places(plain) == places(dataset)
         assert torch.equal(plain[0]["image"].flip(1), dataset[0]["image"])
         assert plain._stacks is dataset._stacks
         plain[0]["image"].zero_()
         assert plain[0]["image"].any()
 
-    def test_other_arrays_on_the_grid_are_cut_too(self, data):
-        def add_body(entry):
-            return entry | {"body": entry["image"] > 5}
-
-        dataset = build(data, [*LOAD, EnsureTyped(KEYS)])
-        assert "body" not in dataset[0]
+    def test_other_arrays_on_the_grid_are_cut_too(self):
         volume = torch.zeros(1, 4, 4, 3)
-        dataset = build([add_body({"image": volume, "affine": np.eye(4)})], [], slices="all")
+        dataset = build([{"image": volume, "body": volume > 5, "affine": np.eye(4)}], [], slices="all")
         assert dataset[0]["body"].dtype == torch.bool
+        assert dataset[0]["body"].shape == (1, 4, 4)
         assert "affine" not in dataset[0]
+
+    def test_the_patient_is_named_where_the_datalist_does(self, data):
+        data[0]["patient"] = "Ann"
+        found = {item["subject"]: item.get("patient") for item in items(build(data, [*LOAD, Tag()]))}
+        assert found == {"p0": "Ann", "p1": None, "p2": None}
 
     def test_volumes_on_different_grids(self):
         entries = [{"image": torch.ones(1, n, 4, 3), "label": torch.ones(1, n, 4, 3)} for n in (4, 6)]
@@ -196,11 +192,11 @@ class TestItems:
         with pytest.raises(InputError, match=r"on one grid .*'label': \(1, 5, 4, 3\)"):
             build(entries, [])
 
+    @pytest.mark.usefixtures("deterministic")
     def test_set_determinism_repeats_the_augmentation(self, data):
         def augmented():
             set_determinism(7)
             dataset = build(data, [*LOAD, RandAffined(KEYS, prob=1, rotate_range=0.5, mode=["bilinear", "nearest"])])
-            set_determinism(None)
             return torch.stack([item["image"] for item in items(dataset)])
 
         assert torch.equal(augmented(), augmented())

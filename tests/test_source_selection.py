@@ -54,7 +54,7 @@ def test_every_source_has_the_regions_of_its_own_patients(roi_size, regions):
     assert [same["ssim"], same["roi_dice"]] == pytest.approx([1, 1], abs=1e-3)
     assert other["roi_dice"] == 0
     assert other["ssim"] < 0.95
-    assert same["roi_shape"] == pytest.approx(other["roi_shape"])  # a shape has no place
+    assert (same["roi_shape"], other["roi_shape"] < 0.9) == (pytest.approx(1), True)
 
 
 @pytest.mark.parametrize("depths", [(10, 20), (9, 10), (10, 11), (11, 16)], ids=str)

@@ -17,8 +17,7 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.nets import BasicUNet
 
 from medtl_ext.data import generate_phantom
-from medtl_ext.selection import pipeline, truth
-from medtl_ext.selection.candidates import built
+from medtl_ext.transfer.sources import Source, built, pretraining_job
 
 SOURCES = ["14-T2-ED", "14-FLAIR-ED", "14-T2-ET"]
 FEATURES = [4, 4, 8, 8, 8, 4]
@@ -26,7 +25,7 @@ TINY = {
     "sources": SOURCES,
     "spacing": [6.0, 6.0, 8.0],
     "roi_size": [32, 32],
-    "architecture#features": FEATURES,
+    "network_def#features": FEATURES,
     "pool_epochs": 1,
     "epochs": 1,
     "iterations_per_epoch": 4,
@@ -69,16 +68,6 @@ def options(selection_collection, pool, tmp_path) -> dict:
     return {"collection": str(selection_collection), "source_dir": str(pool), "output_dir": str(tmp_path / "out")}
 
 
-@pytest.fixture
-def in_this_process(run_jobs_here) -> list[Path]:
-    return run_jobs_here(pipeline, truth)
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    monkeypatch.setattr(pipeline, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
-
-
 def ranking_of(folder: Path | str) -> pd.DataFrame:
     return pd.read_csv(Path(folder) / "ranking.csv").set_index("source")
 
@@ -117,7 +106,7 @@ def test_the_command_for_risk_map_is_one_that_risk_map_takes(options, in_this_pr
     given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
     root = REPOSITORY / "bundles" / "risk_map" / "configs" / "train.json"
     workflow = ConfigWorkflow(
-        config_file=str(root), workflow_type="train", **given | {"architecture#features": FEATURES}
+        config_file=str(root), workflow_type="train", **given | {"network_def#features": FEATURES}
     )
     workflow.initialize()  # refuses options that risk_map does not have
     source = workflow.parser.get_parsed_content("source_network")
@@ -125,17 +114,18 @@ def test_the_command_for_risk_map_is_one_that_risk_map_takes(options, in_this_pr
     assert all(torch.equal(weights[name], value) for name, value in source.state_dict().items())
 
 
-def test_a_second_run_gives_the_same_and_trains_nothing(options, in_this_process, monkeypatch, tmp_path):
+def test_a_second_run_gives_the_same_and_trains_nothing(options, in_this_process, tmp_path):
     run(**options)
-    monkeypatch.setattr(pipeline, "run_jobs", lambda jobs, **how: pytest.fail("training started"))
+    before = list(in_this_process)
     run(**options | {"output_dir": str(tmp_path / "again")})
+    assert in_this_process == before
     pd.testing.assert_frame_equal(ranking_of(options["output_dir"]), ranking_of(tmp_path / "again"))
 
 
 def test_the_pool_does_not_depend_on_the_target_or_the_selection(options):
     def folder(**changed):
         config = BUNDLE.workflow(**options | changed).parser.get() | {"bundle_root": str(BUNDLE.root)}
-        return pipeline.pretraining_job(config, "sources", "14-T2-ED", seed=0).output_dir
+        return pretraining_job(config, "sources", Source("s", "task", task="14-T2-ED"), seed=0).output_dir
 
     for changed in ({"target_task": "17-FLAIR-ET"}, {"method": "paper"}, {"sources": ["14-T2-ED"]}, {"pixels": 7}):
         assert folder(**changed) == folder(), changed
@@ -168,7 +158,7 @@ def test_ties_are_settled_by_finished_fine_tunings(options, in_this_process, cap
 
 
 def test_the_evaluation_compares_rankings_with_the_truth(options, in_this_process):
-    run("evaluate", **options, sources=SOURCES[:2], metrics=["h_score", "leep"], figures=False)
+    run("evaluate", **options, sources=SOURCES[:2], metrics=["h_score", "leep"], figures=True)
     folder = Path(options["output_dir"])
     truth_table = pd.read_csv(folder / "truth.csv").set_index("source")
     assert set(truth_table.index) == {*SOURCES[:2], "scratch"}
@@ -253,7 +243,7 @@ def test_a_pool_of_one_has_a_verdict_that_says_so(options, in_this_process):
         ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
         ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
         ({"target_task": "17-T1-ED"}, "modality 'T1' is unknown"),
-        ({"sources": ["17-T2-ED"]}, "no source can be used (17-T2-ED: it is the target itself)"),
+        ({"sources": ["17-T2-ED"]}, "no source is left: 17-T2-ED is the target's own model"),
         ({"collection": "nowhere.json"}, "does not exist"),
         ({"source": SOURCES}, "did you mean --sources"),
     ],
@@ -315,30 +305,6 @@ def test_a_target_without_foreground_is_refused(options, selection_collection, n
 
 
 # The configs agree
-
-
-def test_inference_prepares_images_as_training_did():
-    train = BUNDLE.content("train")
-    inference = BUNDLE.content("inference")
-    unnamed = {"_mode_", "out_channels"}
-    for key in ("spacing", "roi_size"):
-        assert inference[key] == train[key]
-    for one, other in zip([inference["network_def"]], [train["architecture"]], strict=True):
-        assert {k: v for k, v in one.items() if k not in unnamed} == {
-            k: v for k, v in other.items() if k not in unnamed
-        }
-    images = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
-    steps = inference["preprocessing"]["transforms"]
-    assert [step["_target_"] for step in steps] == [step["_target_"] for step in images]
-
-
-def test_the_pool_is_what_risk_map_can_start_from():
-    ours, theirs = (
-        json.loads((REPOSITORY / "bundles" / name / "configs" / "train.json").read_text())
-        for name in ("source_selection", "risk_map")
-    )
-    for key in ("architecture", "encoder", "spacing", "roi_size", "train_slices", "phantom_subjects"):
-        assert ours[key] == theirs[key], key
 
 
 def test_the_default_pool_covers_modalities_institutions_and_objectives():

@@ -16,9 +16,11 @@ from medtl_ext.data.splits import draw_folds, draw_splits, split_collection
 FRACTIONS = (0.6, 0.2, 0.2)
 
 
-def subjects(**institutions):
+def subjects(visits=1, **institutions):
+    """So many subjects of each institution; of ``visits`` each, they name their patient."""
     return [
         {"id": f"{name}-{number:03d}", "institution": name}
+        | ({"patient": f"{name}-p{number // visits}"} if visits > 1 else {})
         for name, count in institutions.items()
         for number in range(count)
     ]
@@ -36,23 +38,29 @@ def counts(entries):
     return {name: tuple(split[key] for key in ("train", "val", "test")) for name, split in found.items()}
 
 
-class TestDrawSplits:
-    def test_proportions_at_every_institution(self):
-        drawn = draw_splits(subjects(A=50, B=10, C=5), fractions=FRACTIONS)
-        assert counts(drawn) == {"A": (30, 10, 10), "B": (6, 2, 2), "C": (3, 1, 1)}
+def patients_are_whole(entries):
+    return len({(entry["patient"], entry["split"]) for entry in entries}) == len({e["patient"] for e in entries})
 
+
+class TestDrawSplits:
     @pytest.mark.parametrize(
-        ("count", "expected"), [(1, (1, 0, 0)), (2, (1, 1, 0)), (3, (1, 1, 1)), (4, (2, 1, 1)), (20, (18, 1, 1))]
+        ("institutions", "fractions", "expected"),
+        [
+            ({"A": 50, "B": 10, "C": 5}, FRACTIONS, {"A": (30, 10, 10), "B": (6, 2, 2), "C": (3, 1, 1)}),
+            ({"A": 1, "B": 2, "C": 3}, (0.9, 0.05, 0.05), {"A": (1, 0, 0), "B": (1, 1, 0), "C": (1, 1, 1)}),
+            ({"A": 4, "B": 20}, (0.9, 0.05, 0.05), {"A": (2, 1, 1), "B": (18, 1, 1)}),
+            ({"A": 4}, (0.5, 0, 0.5), {"A": (2, 0, 2)}),
+        ],
     )
-    def test_small_institutions_are_in_as_many_splits_as_they_can(self, count, expected):
-        assert counts(draw_splits(subjects(A=count), fractions=(0.9, 0.05, 0.05))) == {"A": expected}
+    def test_proportions_at_every_institution_and_all_splits_while_patients_last(
+        self, institutions, fractions, expected
+    ):
+        assert counts(draw_splits(subjects(**institutions), fractions=fractions)) == expected
 
     def test_order_does_not_matter_and_institutions_do_not_disturb_each_other(self):
         entries = subjects(A=20, B=7)
         drawn = by_id(draw_splits(entries, seed=4))
-        shuffled = entries.copy()
-        random.Random(0).shuffle(shuffled)
-        assert by_id(draw_splits(shuffled, seed=4)) == drawn
+        assert by_id(draw_splits(random.Random(0).sample(entries, 27), seed=4)) == drawn
         alone = by_id(draw_splits(subjects(B=7, C=30), seed=4))
         assert {name: split for name, split in alone.items() if name.startswith("B")}.items() <= drawn.items()
 
@@ -60,36 +68,24 @@ class TestDrawSplits:
         """Pinned: the same seed is the same patients in every version and on every machine."""
         drawn = draw_splits(subjects(A=6), fractions=FRACTIONS, seed=0)
         assert [entry["split"] for entry in drawn] == ["train", "test", "train", "val", "train", "train"]
+        assert len({tuple(by_id(draw_splits(subjects(A=30), seed=seed)).values()) for seed in range(5)}) == 5
 
-    def test_seeds_differ(self):
-        draws = {tuple(by_id(draw_splits(subjects(A=30), seed=seed)).values()) for seed in range(5)}
-        assert len(draws) == 5
+    def test_scans_of_a_patient_stay_together_also_at_another_institution(self):
+        entries = [*subjects(visits=10, A=60), {"id": "B-000", "institution": "B", "patient": "A-p0"}]
+        assert patients_are_whole(draw_splits(entries, fractions=FRACTIONS))
+        both = [{"id": f"{name}-x", "institution": name, "patient": "x"} for name in "BA"]
+        assert set(by_id(draw_splits([*subjects(A=2), *both])).values()) == {"train", "val", "test"}, "counts at A"
 
-    def test_scans_of_a_patient_stay_together(self):
-        entries = [entry | {"patient": entry["id"][:-1]} for entry in subjects(A=60)]
-        drawn = draw_splits(entries, fractions=FRACTIONS)
-        assert all(
-            len({entry["split"] for entry in drawn if entry["patient"] == name}) == 1
-            for name in {entry["patient"] for entry in drawn}
-        )
-        elsewhere = [*entries, {"id": "B-000", "institution": "B", "patient": "A-00"}]
-        drawn = {entry["id"]: entry["split"] for entry in draw_splits(elsewhere)}
-        assert drawn["B-000"] == drawn["A-000"]
-
-    def test_a_test_set_is_kept(self):
-        entries = subjects(A=10, B=4)
+    def test_a_test_set_is_kept_and_nothing_else_of_an_entry_changes(self):
+        entries = [entry | {"images": {"T1": "x"}} for entry in subjects(A=10, B=4)]
         for entry in (entries[0], entries[3]):
             entry |= {"split": "test"}
+        before = json.dumps(entries)
         drawn = draw_splits(entries, fractions=(0.5, 0.25, 0.25))
         assert counts(drawn) == {"A": (5, 3, 2), "B": (3, 1, 0)}
         assert by_id(drawn)["A-000"] == by_id(drawn)["A-003"] == "test"
-
-    def test_nothing_is_lost_or_changed(self):
-        entries = [entry | {"images": {"T1": "x"}} for entry in subjects(A=3)]
-        before = json.dumps(entries)
-        drawn = draw_splits(entries)
         assert json.dumps(entries) == before
-        assert [{key: value for key, value in entry.items() if key != "split"} for entry in drawn] == entries
+        assert [entry | {"split": "test"} for entry in drawn] == [entry | {"split": "test"} for entry in entries]
 
     @pytest.mark.parametrize(
         "fractions", [(0.5, 0.5), (0.5, 0.5, 0.5), (0, 0.5, 0.5), (1.5, -0.5, 0), (float("nan"), 0, 0)]
@@ -101,24 +97,22 @@ class TestDrawSplits:
 
 class TestDrawFolds:
     def test_every_patient_is_tested_once(self):
-        turns = draw_folds(subjects(A=12, B=7, C=2), folds=4, seed=1)
-        tested = Counter(entry["id"] for turn in turns for entry in turn if entry["split"] == "test")
-        chosen_on = Counter(entry["id"] for turn in turns for entry in turn if entry["split"] == "val")
-        assert tested == chosen_on == Counter(entry["id"] for entry in subjects(A=12, B=7, C=2))
+        entries = subjects(A=12, B=7, C=2)
+        turns = draw_folds(entries, folds=4, seed=1)
+        for role in ("test", "val"):
+            drawn = Counter(entry["id"] for turn in turns for entry in turn if entry["split"] == role)
+            assert drawn == Counter(entry["id"] for entry in entries)
         assert len({tuple(entry["fold"] for entry in turn) for turn in turns}) == 1, "the folds are the same in all"
+        assert all(entry["split"] == "test" for n, turn in enumerate(turns) for entry in turn if entry["fold"] == n)
 
     def test_stratified(self):
         for turn in draw_folds(subjects(A=20, B=10), folds=5):
             assert counts(turn) == {"A": (12, 4, 4), "B": (6, 2, 2)}
 
     def test_patients_and_order(self):
-        entries = [entry | {"patient": entry["id"][:-1]} for entry in subjects(A=100)]
+        entries = subjects(visits=10, A=100)
         turns = draw_folds(entries, folds=3)
-        for turn in turns:
-            splits = defaultdict(set)
-            for entry in turn:
-                splits[entry["patient"]].add(entry["split"])
-            assert {len(found) for found in splits.values()} == {1}
+        assert all(map(patients_are_whole, turns))
         assert by_id(draw_folds(entries[::-1], folds=3)[1]) == by_id(turns[1])
 
     def test_a_test_set_is_kept(self):
@@ -145,17 +139,22 @@ def collection(tmp_path):
     return write_collection(tmp_path / "data/mini.json", {**content, "subjects": entries})
 
 
+def of_split(path, split):
+    return {subject.id for subject in load_collection(path).subjects if subject.split == split}
+
+
 class TestSplitCollection:
     def test_written_into_the_file(self, collection, tmp_path):
         before = collection.read_bytes()
         (path,) = split_collection(collection, tmp_path / "data/out.json", fractions=FRACTIONS, seed=7)
         assert collection.read_bytes() == before
-        content = json.loads(path.read_text())
-        assert content["drawn"] == {"fractions": [0.6, 0.2, 0.2], "seed": 7}
+        assert json.loads(path.read_text())["drawn"] == {"fractions": [0.6, 0.2, 0.2], "seed": 7}
         expected = by_id(draw_splits(subjects(A=8, B=4), fractions=FRACTIONS, seed=7))
         assert {subject.id: subject.split for subject in load_collection(path).subjects} == expected
         (again,) = split_collection(path, tmp_path / "data/again.json", fractions=FRACTIONS, seed=7)
         assert again.read_bytes() == path.read_bytes()
+        (other,) = split_collection(path, tmp_path / "data/again.json")
+        assert json.loads(other.read_text())["drawn"] == {"fractions": [0.5, 0.25, 0.25], "seed": 0}
 
     def test_paths_hold_in_another_folder(self, collection, tmp_path):
         (path,) = split_collection(collection, tmp_path / "elsewhere/out.json")
@@ -164,35 +163,38 @@ class TestSplitCollection:
         (path,) = split_collection(path, tmp_path / "up.json")
         assert json.loads(path.read_text())["subjects"][0]["images"]["T1"] == "data/scans/A-000.nii.gz"
 
+    def test_a_link_and_the_folder_above_it(self, collection, tmp_path):
+        """``link/..`` is the folder that the link leads to, not the one that it lies in."""
+        (tmp_path / "far/scans").mkdir(parents=True)
+        (tmp_path / "data/link").symlink_to(tmp_path / "far/scans")
+        content = json.loads(collection.read_text())
+        content["subjects"][0]["images"]["T1"] = "link/../a.nii.gz"
+        (path,) = split_collection(write_collection(collection, content), tmp_path / "up.json")
+        assert json.loads(path.read_text())["subjects"][0]["images"]["T1"] == "far/a.nii.gz"
+
     def test_folds_are_files(self, collection, tmp_path):
         paths = split_collection(collection, tmp_path / "cv.json", folds=4, seed=2)
         assert [path.name for path in paths] == [f"cv_fold{turn}.json" for turn in range(4)]
-        tested = [s.id for path in paths for s in load_collection(path).subjects if s.split == "test"]
+        tested = [name for path in paths for name in of_split(path, "test")]
         assert sorted(tested) == [entry["id"] for entry in subjects(A=8, B=4)]
         assert json.loads(paths[3].read_text())["drawn"] == {"folds": 4, "fold": 3, "seed": 2}
 
     def test_keep_test(self, collection, tmp_path):
-        def test_set(path):
-            return {subject.id for subject in load_collection(path).subjects if subject.split == "test"}
-
         (drawn,) = split_collection(collection, tmp_path / "a.json", fractions=(0.5, 0.25, 0.25), seed=1)
         for options in ({"seed": 9}, {"fractions": (0.8, 0.2, 0)}, {"folds": 3}):
             for path in split_collection(drawn, tmp_path / "b.json", keep_test=True, **options):
-                assert test_set(path) == test_set(drawn)
+                assert of_split(path, "test") == of_split(drawn, "test")
         (without,) = split_collection(drawn, tmp_path / "c.json", fractions=(0.5, 0.5, 0))
         with pytest.raises(InputError, match="no test set to keep"):
             split_collection(without, tmp_path / "d.json", keep_test=True)
 
-    def test_refusals_write_nothing(self, collection, tmp_path):
-        refused = (
-            {"fractions": (1, 1, 1)},
-            {"folds": 99},
-            {"folds": 3, "fractions": FRACTIONS},
-            {"folds": 3, "seed": -1},
-        )
-        for options in refused:
-            with pytest.raises(InputError):
-                split_collection(collection, tmp_path / "out.json", **options)
+    @pytest.mark.parametrize(
+        "options",
+        [{"fractions": (1, 1, 1)}, {"folds": 99}, {"folds": 3, "fractions": FRACTIONS}, {"folds": 3, "seed": -1}],
+    )
+    def test_refusals_write_nothing(self, collection, tmp_path, options):
+        with pytest.raises(InputError):
+            split_collection(collection, tmp_path / "out.json", **options)
         assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
     def test_nothing_else_is_overwritten(self, collection, tmp_path):
@@ -201,20 +203,23 @@ class TestSplitCollection:
             split_collection(collection, collection)
         other = tmp_path / "dataset.json"
         other.write_text('{"training": []}')
-        with pytest.raises(InputError, match="not a collection; give another file"):
+        with pytest.raises(InputError, match="no collection, so it is not replaced; give another file"):
             split_collection(collection, other)
         assert (other.read_text(), collection.read_bytes()) == ('{"training": []}', before)
         for _ in range(2):  # a collection of one's own may be drawn again
             split_collection(collection, tmp_path / "out.json")
 
 
-def test_command_line(collection, tmp_path, capsys):
-    out = str(tmp_path / "out.json")
-    assert main(["split", str(collection), "--out", out, "--split", "0.5", "0.25", "0.25", "--seed", "1"]) == 0
-    assert "out.json: train 6, val 3, test 3" in capsys.readouterr().out
-    assert main(["split", str(collection), "--out", out, "--folds", "3"]) == 0
-    assert capsys.readouterr().out.count("test 4") == 3
-    assert main(["split", str(collection), "--out", out, "--folds", "3", "--keep-test"]) == 0
-    assert capsys.readouterr().out.count("test 3") == 3
-    assert main(["split", str(collection), "--out", out, "--folds", "1"]) == 2
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--split", "0.25", "0.5", "0.25", "--seed", "1"], ["out.json: train 3, val 6, test 3"]),
+        (["--folds", "3"], [f"out_fold{turn}.json: train 4, val 4, test 4" for turn in range(3)]),
+        (["--folds", "3", "--keep-test"], [f"out_fold{turn}.json: train 6, val 3, test 3" for turn in range(3)]),
+    ],
+)
+def test_command_line(collection, tmp_path, capsys, options, expected):
+    assert main(["split", str(collection), "--out", str(tmp_path / "out.json"), *options]) == 0
+    assert all(line.endswith(end) for line, end in zip(capsys.readouterr().out.splitlines(), expected, strict=True))
+    assert main(["split", str(collection), "--out", str(tmp_path / "out.json"), "--folds", "1"]) == 2
     assert "Error: 1 folds cannot be drawn" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def ranking(scores: dict[str, float], folder: Path, *, decide_by="logme", subjec
     here.job = lambda folder, *names, **overrides: Job(config, folder, [], overrides)
     settings = {"n_resamples": 60, "minimum_win": 0.95, "minimum_gap": 0.15, "source_dir": "", "pool_seed": 0}
     settings |= {"metrics": ["lp_fu", "lp", "fu", "logme", "ncti"], "image_shape": [1, 32, 32], "evaluator": None}
-    found = RankDatasets(run=here, target=target, decide_by=decide_by, **settings | options)
+    found = RankDatasets(here=here, target=target, decide_by=decide_by, **settings | options)
     generator = np.random.default_rng(0)
     found.pool = {name: Source(name, "task", checkpoint=f"{name}.pt", own=name in own) for name in scores}
     found.seen = {}
@@ -269,7 +269,7 @@ def started(monkeypatch, tmp_path):
             for module in ("jobs", "config"):
                 patch.setattr(f"medtl_ext.transfer.{module}.current_config", lambda: config)
             try:
-                SelectionStudy(run=jobs.Run(tmp_path / "study"), **asked).run()
+                SelectionStudy(here=jobs.Run(tmp_path / "study"), **asked).run()
             except Begun:
                 (tmp_path / "study" / "runs").mkdir(exist_ok=True)
                 return True
@@ -321,7 +321,7 @@ def test_a_study_says_what_is_wrong_with_it(started, wrong, message):
 def reported(tables: dict, verdicts: dict, folder: Path, monkeypatch, *, synthetic=False) -> pd.DataFrame:
     """What a study writes of made-up outcomes: (target, seed) -> sources with their Dice."""
     monkeypatch.setattr(jobs, "current_config", lambda: {})
-    study = SelectionStudy(run=jobs.Run(folder), targets=[], sources=[], seeds=[])
+    study = SelectionStudy(here=jobs.Run(folder), targets=[], sources=[], seeds=[])
     study.synthetic = synthetic
     rows = [table.reset_index().assign(target=target, seed=seed) for (target, seed), table in tables.items()]
     done = {}

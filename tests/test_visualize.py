@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 
 from medtl_ext import InputError
 from medtl_ext.ranking import baseline_rankings, bootstrap_ranking, friedman_nemenyi
@@ -16,44 +18,62 @@ from medtl_ext.visualize import (
     plot_critical_difference,
     plot_montage,
     plot_overlay,
+    plot_priors_against_dice,
     plot_ranking,
     plot_risk_maps,
+    plot_scores_against_outcome,
     save_figure,
     to_display,
 )
 
 WIDTH, DEPTH = 10, 14  # x, y
-
-
-@pytest.fixture
-def label():
-    """One block of class 1, front right of the patient."""
-    array = np.zeros((WIDTH, DEPTH), dtype=int)
-    array[6:9, 9:13] = 1
-    return array
-
-
-def small_print(figure):
-    return figure.get_supxlabel()
-
-
-def written(figure, tmp_path):
-    save_figure(figure, tmp_path / "figure.png")
-    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]  # no temporary file is left
-    return (tmp_path / "figure.png").stat().st_size
+IMAGE = np.random.default_rng(0).random((WIDTH, DEPTH))
+LABEL = np.zeros((WIDTH, DEPTH), dtype=int)  # one block of class 1, front right of the patient
+LABEL[6:9, 9:13] = 1
+MAP = np.linspace(1, 10, WIDTH * DEPTH).reshape(WIDTH, DEPTH)
+ORANGE, BLUE = "#D55E00", "#0072B2"
 
 
 def drawn(panel):
     return np.asarray(panel.images[0].get_array())
 
 
+def titles(figure):
+    return [panel.get_title(loc="left") for panel in figure.axes]
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def across(marks):
+    """Where the bars end, or where the dots are, along the horizontal axis."""
+    bars = [path.vertices[:, 0].tolist() for path in marks.get_paths()]
+    return bars if hasattr(marks, "get_segments") else marks.get_offsets().filled(np.nan)[:, 0].tolist()
+
+
+def rows_named(panel):
+    assert panel.get_ylim()[0] > panel.get_ylim()[1]  # the first row is at the top
+    return {tick.get_text(): tick.get_fontweight() for tick in panel.get_yticklabels()}
+
+
+def outside(figure):
+    """Texts and lines that the picture cuts off."""
+    FigureCanvasAgg(figure).draw()
+    width, height = figure.canvas.get_width_height()
+    artists = [*figure.texts, *(artist for panel in figure.axes for artist in (*panel.texts, *panel.lines))]
+    boxes = {artist: artist.get_window_extent() for artist in artists}
+    return [a for a, box in boxes.items() if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height]
+
+
 class TestOrientation:
     def test_front_right_of_the_patient_is_top_left_of_the_picture(self):
         array = np.zeros((WIDTH, DEPTH))
         array[WIDTH - 1, DEPTH - 1] = 1
-        picture = to_display(array)
-        assert picture.shape == (DEPTH, WIDTH)
-        assert picture[0, 0] == 1
+        assert to_display(array).shape == (DEPTH, WIDTH)
+        assert to_display(array)[0, 0] == 1
+        with pytest.raises(InputError, match="one slice"):
+            to_display(np.zeros((2, 3, 4)))
 
     def test_as_rendered(self):
         """Look at the pixels: a bright corner at the front right must light the top left of the panel, marked R."""
@@ -66,34 +86,28 @@ class TestOrientation:
         box = figure.axes[0].get_window_extent()
         top = len(pixels) - int(box.y1)
         panel = pixels[top + 2 : top + int(box.height) - 2, int(box.x0) + 2 : int(box.x1) - 2]
-        height, width = panel.shape
-        assert panel[: height // 8, : width // 8].mean() > 200
-        assert panel[: height // 8, -(width // 8) :].mean() < 60
-        assert panel[-(height // 8) :, : width // 8].mean() < 60
+        height, width = np.array(panel.shape) // 8
+        assert panel[:height, :width].mean() > 200
+        assert panel[:height, -width:].mean() < 60
+        assert panel[-height:, :width].mean() < 60
         sides = {text.get_text(): text.get_position()[0] for text in figure.axes[0].texts}
         assert sides["R"] < sides["L"]
-        assert "radiological" in small_print(figure)
-
-    def test_a_volume_is_not_a_slice(self):
-        with pytest.raises(InputError, match="one slice"):
-            to_display(np.zeros((2, 3, 4)))
+        assert "radiological" in figure.get_supxlabel()
 
 
 class TestMontage:
-    def test_rows_columns_and_labels(self, label, tmp_path):
-        image = np.random.default_rng(0).random((WIDTH, DEPTH))
-        figure = plot_montage(
-            {"p1": {"T1": image, "tumour": label}, "p2": {"T1": image}},
-            class_names={"tumour": ["ED", "ET"]}, title="Phantom", synthetic=True,
-        )  # fmt: skip
+    def test_rows_columns_and_labels(self):
+        images = {"p1": {"T1": IMAGE, "tumour": LABEL}, "p2": {"T1": IMAGE}}
+        figure = plot_montage(images, class_names={"tumour": ["ED", "ET"]}, title="Phantom", synthetic=True)
         assert [panel.get_title() for panel in figure.axes] == ["T1", "tumour", "", ""]
         assert [panel.get_ylabel() for panel in figure.axes] == ["p1", "", "p2", ""]
-        assert np.array_equal(drawn(figure.axes[1]), to_display(label))
+        assert np.array_equal(drawn(figure.axes[1]), to_display(LABEL))
+        shown = figure.axes[1].images[0].to_rgba([0, 1, 7, 9])  # a class beyond the colours has the last one
+        assert shown.tolist() == [list(to_rgba(colour)) for colour in ("black", "#56B4E9", "#E69F00", "#E69F00")]
         assert not figure.axes[3].images
         assert [text.get_text() for text in figure.axes[3].get_legend().get_texts()] == ["ED", "ET"]
-        assert "synthetic phantom" in small_print(figure)
+        assert "synthetic phantom" in figure.get_supxlabel()
         assert figure.get_suptitle() == "Phantom"
-        assert written(figure, tmp_path) > 5000
 
     def test_needs_an_image(self):
         with pytest.raises(InputError, match="at least one image"):
@@ -101,32 +115,28 @@ class TestMontage:
 
 
 class TestRiskMaps:
-    def test_one_scale_for_before_and_after(self, tmp_path):
-        before = np.linspace(1, 10, WIDTH * DEPTH).reshape(WIDTH, DEPTH)
-        after = np.ones((WIDTH, DEPTH))
-        figure = plot_risk_maps(before, after, image=np.random.default_rng(0).random((WIDTH, DEPTH)))
-        titles = [panel.get_title().strip() for panel in figure.axes]
-        assert titles == ["image", "before fine-tuning\nmean 5.50", "after fine-tuning\nmean 1.00", ""]
+    def test_one_scale_for_before_and_after(self):
+        figure = plot_risk_maps(MAP, np.ones((WIDTH, DEPTH)), image=IMAGE)
+        names = [panel.get_title().strip() for panel in figure.axes]
+        assert names == ["image", "before fine-tuning\nmean 5.50", "after fine-tuning\nmean 1.00", ""]
         assert figure.axes[1].images[0].get_clim() == figure.axes[2].images[0].get_clim()
-        assert np.allclose(drawn(figure.axes[1]), to_display(before))
+        assert np.allclose(drawn(figure.axes[1]), to_display(MAP))
         assert "risk weight" in figure.axes[3].get_ylabel()
-        assert "synthetic" not in small_print(figure)
-        assert written(figure, tmp_path) > 5000
+        assert "synthetic" not in figure.get_supxlabel()
 
-    def test_hard_is_bright_for_weights_and_for_leep(self):
-        hard, easy = plot_risk_maps([[1.0, 10.0]], [[1.0, 1.0]]), plot_risk_maps([[0, -2.0]], [[0, 0]], quantity="leep")
-        weights, leep = hard.axes[0].images[0], easy.axes[0].images[0]
-        assert sum(weights.to_rgba(10.0)[:3]) > sum(weights.to_rgba(1.0)[:3])
-        assert sum(leep.to_rgba(-2.0)[:3]) > sum(leep.to_rgba(0.0)[:3])
-        assert "LEEP" in easy.axes[-1].get_ylabel()
+    @pytest.mark.parametrize(("quantity", "hard", "easy"), [("weight", 10.0, 1.0), ("leep", -2.0, 0.0)])
+    def test_hard_is_bright(self, quantity, hard, easy):
+        figure = plot_risk_maps([[easy, hard]], [[easy, easy]], quantity=quantity)
+        colours = figure.axes[0].images[0]
+        assert sum(colours.to_rgba(hard)[:3]) > sum(colours.to_rgba(easy)[:3])
+        assert ("LEEP" in figure.axes[-1].get_ylabel()) == (quantity == "leep")
 
-    def test_volume_shows_its_middle_slice_and_nan_stays_out(self):
-        volume = np.ones((WIDTH, DEPTH, 5))
-        volume[..., 2] = 3
-        volume[0, 0, 2] = np.nan
-        figure = plot_risk_maps(volume, volume)
-        assert figure.axes[0].get_title().endswith("mean 3.00")
-        assert np.isnan(np.ma.filled(drawn(figure.axes[0]), np.nan)[-1, -1])
+    def test_nan_stays_out(self):
+        before = np.full((WIDTH, DEPTH), 3.0)
+        before[0, 0] = np.nan
+        panel = plot_risk_maps(before, before).axes[0]
+        assert panel.get_title().endswith("mean 3.00")
+        assert np.isnan(np.ma.filled(drawn(panel), np.nan)[-1, -1])
 
     @pytest.mark.parametrize(
         ("before", "after", "quantity", "message"),
@@ -142,222 +152,174 @@ class TestRiskMaps:
 
 
 class TestOverlay:
-    def test_outlines_lie_on_the_label_and_dice_is_told(self, label, tmp_path):
-        image = np.random.default_rng(0).random((WIDTH, DEPTH))
-        half = label.copy()
+    def test_outlines_lie_on_the_label_and_dice_is_told(self):
+        half = LABEL.copy()
         half[6:9, 11:13] = 0  # half of the block: Dice 2 * 6 / (12 + 6)
-        figure = plot_overlay(
-            [image, image], [label, 0 * label], {"full": [half, 0 * label]},
-            subjects=["p1", "p2"], class_names=["ED"], title="Slices", synthetic=True,
-        )  # fmt: skip
+        predictions = {"full": [half, 0 * LABEL]}
+        options = {"subjects": ["p1", "p2"], "class_names": ["ED", "ET"]}
+        truths = [torch.as_tensor(LABEL, dtype=torch.float32), 0 * LABEL]  # as a loader gives them
+        figure = plot_overlay([IMAGE] * 2, truths, predictions, **options, synthetic=True)
         assert len(figure.axes) == 6
-        assert figure.axes[2].get_title() == "full\nDice of the slice 0.67"
+        assert figure.axes[2].get_title() == "full\nDice of the slice 0.67"  # ET is in neither and does not count
         assert figure.axes[5].get_title() == "nothing to segment"
-        (contour,) = figure.axes[1].collections
-        x, y = contour.get_paths()[0].vertices.T
-        rows, columns = np.nonzero(to_display(label))
+        assert [len(panel.collections) for panel in figure.axes] == [0, 1, 1, 0, 0, 0]
+        x, y = figure.axes[1].collections[0].get_paths()[0].vertices.T
+        rows, columns = np.nonzero(to_display(LABEL))
         assert (x.min(), x.max()) == (columns.min() - 0.5, columns.max() + 0.5)
         assert (y.min(), y.max()) == (rows.min() - 0.5, rows.max() + 0.5)
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ED"]
-        assert "synthetic phantom" in small_print(figure)
-        assert written(figure, tmp_path) > 5000
+        assert legend(figure) == ["ED", "ET"]
+        assert "synthetic phantom" in figure.get_supxlabel()
 
-    def test_needs_one_slice_per_subject(self, label):
+    def test_needs_one_slice_per_subject(self):
         with pytest.raises(InputError, match="2 subjects but 1 slices in 'full'"):
-            plot_overlay([label] * 2, [label] * 2, {"full": [label]}, subjects=["p1", "p2"], class_names=["ED"])
+            plot_overlay([LABEL] * 2, [LABEL] * 2, {"full": [LABEL]}, subjects=["p1", "p2"], class_names=["ED"])
 
 
-class TestAudit:
-    @pytest.fixture
-    def table(self):
-        rows = [("full", 0.6, 0.5, 0.7, 0.0, np.nan, np.nan), ("scratch", 0.5, 0.4, 0.6, -0.1, -0.2, 0.0)]
-        columns = ["arm", "mean", "low", "high", "difference", "difference_low", "difference_high"]
-        table = pd.DataFrame(rows, columns=columns)
-        test = table.iloc[::-1].assign(split="test", mean=[0.7, 0.3])
-        return pd.concat([table.assign(split="val"), test])
-
-    @pytest.fixture
-    def patients(self):
-        keys = [(s, m, f"{s}{i}") for s, n in (("val", 3), ("test", 1)) for m in ("full", "scratch") for i in range(n)]
-        return pd.DataFrame(keys, columns=["split", "method", "subject"]).assign(dice=np.linspace(0.4, 0.7, len(keys)))
-
-    def test_shows_patients_means_intervals_and_differences(self, patients, table, tmp_path):
-        figure = plot_audit(patients, table, recommended="full", title="Audit", synthetic=True)
-        validation, differences, test = figure.axes
-        assert validation.get_title(loc="left") == "validation: 3 patients"
-        assert differences.get_title(loc="left") == "validation: difference to the best"
-        assert test.get_title(loc="left") == "test: 1 patient"
-        shown = np.concatenate([np.ma.getdata(dots.get_offsets())[:, 0] for dots in validation.collections])
-        assert shown == pytest.approx(patients.loc[patients["split"] == "val", "dice"].to_numpy())
-        bars = [line.get_xdata() for line in validation.lines]
-        assert [list(bar) for bar in bars] == [[0.5, 0.7], [0.6], [0.4, 0.6], [0.5]]
-        assert [list(line.get_xdata()) for line in test.lines][1::2] == [[0.3], [0.7]]  # the arms of validation's order
-        assert list(differences.lines[-2].get_xdata()) == [-0.2, 0.0]
-        names = {tick.get_text(): tick.get_fontweight() for tick in validation.get_yticklabels()}
-        assert names == {"full": "bold", "scratch": "normal"}
-        assert validation.get_xlim() == test.get_xlim()
-        assert validation.get_ylim()[0] > validation.get_ylim()[1]  # the best arm is at the top
-        assert "synthetic phantom" in small_print(figure)
-        assert written(figure, tmp_path) > 5000
+def test_audit_shows_patients_means_intervals_and_differences():
+    ends = ["difference_low", "difference_high"]
+    rows = [("full", 0.6, 0.5, 0.7, 0.0, np.nan, np.nan), ("scratch", 0.5, 0.4, 0.6, -0.1, -0.2, 0.0)]
+    table = pd.DataFrame(rows, columns=["arm", "mean", "low", "high", "difference", *ends])
+    table = pd.concat([table.assign(split="val"), table.iloc[::-1].assign(split="test", mean=[0.7, 0.3])])
+    keys = [(s, m, f"{s}{i}") for s, n in (("val", 3), ("test", 1)) for m in ("full", "scratch") for i in range(n)]
+    patients = pd.DataFrame(keys, columns=["split", "method", "subject"]).assign(dice=np.linspace(0.4, 0.7, len(keys)))
+    figure = plot_audit(patients, table, recommended="full", title="Audit", synthetic=True)
+    assert titles(figure) == ["validation: 3 patients", "validation: difference to the best", "test: 1 patient"]
+    validation, differences, test = figure.axes
+    dots, bars, diamonds = validation.collections
+    assert across(dots) == patients.loc[patients["split"] == "val", "dice"].to_list()
+    assert np.floor(dots.get_offsets()[:, 1]).tolist() == [0, 0, 0, 1, 1, 1]  # in the row of their arm
+    assert across(bars) == [[0.5, 0.7], [0.4, 0.6]]
+    assert across(diamonds) == [0.6, 0.5]
+    assert across(test.collections[2]) == [0.3, 0.7]  # the arms in validation's order
+    assert across(differences.collections[0])[1] == [-0.2, 0.0]
+    assert rows_named(validation) == {"full": "bold", "scratch": "normal"}
+    assert validation.get_xlim() == test.get_xlim()
+    assert "synthetic phantom" in figure.get_supxlabel()
 
 
 class TestComparison:
-    @pytest.fixture
-    def summary(self):
+    METHODS = (("risk_map", 0.02, 0.01), ("vanilla", np.nan, np.nan), ("prior_image", 0.01, 0.9))
+
+    def summary(self, sizes):
         rows = [
             (pair, slices, method, 0.1 * k + slices / 1000, sd, p)
             for pair in ("A", "B")
-            for slices in (50, 200)
-            for k, (method, sd, p) in enumerate(
-                [("risk_map", 0.02, 0.01), ("vanilla", np.nan, np.nan), ("prior_image", 0.01, 0.9)]
-            )
+            for slices in sizes
+            for k, (method, sd, p) in enumerate(self.METHODS)
         ]
         return pd.DataFrame(rows, columns=["pair", "slices", "method", "mean", "sd", "p_holm"])
 
-    def test_panels_groups_and_marks(self, summary, tmp_path):
-        figure = plot_comparison(summary, title="Comparison", synthetic=True)
-        assert [panel.get_title(loc="left") for panel in figure.axes] == ["A", "B"]
+    def test_panels_groups_and_marks(self):
+        figure = plot_comparison(self.summary([50, 200]), title="Comparison", synthetic=True)
+        assert titles(figure) == ["A", "B"]
         panel = figure.axes[0]
-        assert [tick.get_text() for tick in panel.get_yticklabels()] == ["vanilla", "risk_map", "prior_image"]
-        dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines if line.get_marker() == "o"]
-        assert sorted(x for x, _ in dots) == pytest.approx([0.05, 0.15, 0.2, 0.25, 0.3, 0.4])
+        assert rows_named(panel) == {"vanilla": "bold", "risk_map": "normal", "prior_image": "normal"}
+        bars, few, more_bars, many = panel.collections
+        assert across(bars)[0] + across(more_bars)[0] == pytest.approx([0.03, 0.07, 0.18, 0.22])
+        assert across(few) + across(many) == pytest.approx([0.05, 0.15, 0.25, 0.2, 0.3, 0.4])
+        assert few.get_offsets()[:, 1].round().tolist() == [2, 0, 4]  # blank rows between the groups
+        assert [tuple(dots.get_facecolors()[0]) for dots in (few, many)] == [to_rgba("white"), to_rgba(ORANGE)]
+        assert [line.get_xdata()[0] for line in panel.lines] == pytest.approx([0.15, 0.3])  # the reference
         stars = [(text.get_text(), text.xy[0]) for text in panel.texts]  # the risk map, at both slice numbers
         assert stars == [("*", pytest.approx(0.05 + 0.02)), ("*", pytest.approx(0.2 + 0.02))]
-        legend = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert legend == ["baseline", "weighting", "control", "50 slices", "200 slices"]
-        assert "synthetic phantom" in small_print(figure)
-        assert written(figure, tmp_path) > 5000
+        assert legend(figure) == ["baseline", "weighting", "control", "50 slices", "200 slices"]
+        assert "synthetic phantom" in figure.get_supxlabel()
 
-    def test_one_slice_number_needs_no_key(self, summary):
-        figure = plot_comparison(summary[summary["slices"] == 50])
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["baseline", "weighting", "control"]
+    def test_one_slice_number_needs_no_key(self):
+        figure = plot_comparison(self.summary([50]))
+        assert legend(figure) == ["baseline", "weighting", "control"]
+        assert figure.axes[0].collections[1].get_offsets()[:, 1].tolist() == [2, 0, 4]
 
     def test_groups(self):
-        names = ["vanilla", "full", "trs_map", "frequency", "full_prior_image"]
-        assert [method_group(name) for name in names] == [
-            "baseline", "baseline", "weighting", "control", "all parameters"
-        ]  # fmt: skip
+        groups = {"vanilla": "baseline", "full": "baseline", "trs_map": "weighting", "frequency": "control"}
+        groups["full_prior_image"] = "all parameters"
+        assert {method: method_group(method) for method in groups} == groups
 
 
 class TestRanking:
-    @pytest.fixture
-    def table(self):
-        return pd.DataFrame(
-            {
-                "source": ["ED", "ET", "NCR"],
-                "score": [0.6, 0.5, np.nan],
-                "low": [0.5, 0.45, np.nan],
-                "high": [0.75, 0.55, np.nan],
-                "rank": [1, 2, 3],
-                "rank_low": [1.0, 1.0, 3.0],
-                "rank_high": [2.0, 2.0, 3.0],
-                "rank_mean": [1.2, 1.8, 3.0],
-                "p_best": [0.8, 0.2, 0.0],
-                "random_rank": [3, 1, 2],
-                "source_size_rank": [2, 3, 1],
-            }
-        )
+    COLUMNS = ("source", "score", "low", "high", "rank", "rank_low", "rank_high", "p_best", "random_rank", "size_rank")
+    ROWS = (
+        ("ED", 0.6, 0.5, 0.75, 1, 1, 2, 0.8, 3, 2),
+        ("ET", 0.5, 0.45, 0.55, 2, 1, 2, 0.2, 1, 3),
+        ("NCR", np.nan, np.nan, np.nan, 3, 3, 3, 0.0, 2, 1),
+    )
+    TABLE = pd.DataFrame(ROWS, columns=COLUMNS)
 
-    def test_scores_ranks_baselines_and_how_often_first(self, table, tmp_path):
-        figure = plot_ranking(table, tied=["ED", "ET"], metric="LEEP", title="Sources", synthetic=True)
+    def test_scores_ranks_baselines_and_how_often_first(self):
+        figure = plot_ranking(self.TABLE, tied=["ED", "ET"], metric="LEEP", title="Sources", synthetic=True)
+        assert titles(figure) == ["LEEP", "rank", "ranked first"]
         scores, ranks, firsts = figure.axes
-        assert [panel.get_title(loc="left") for panel in figure.axes] == ["LEEP", "rank", "ranked first"]
-        assert [list(line.get_xdata()) for line in scores.lines] == [[0.5, 0.75], [0.6], [0.45, 0.55], [0.5]]
-        assert [text.get_text() for text in scores.texts] == ["no score"]
-        assert scores.texts[0].get_position()[1] == 2
-
-        own = [line for line in ranks.lines if line.get_markerfacecolor() != "none"]
-        assert [list(line.get_xdata()) for line in own] == [[1, 2], [1], [1, 2], [2]]
-        hollow = [line for line in ranks.lines if line.get_markerfacecolor() == "none"]
-        marks = {shape: [line for line in hollow if line.get_marker() == shape] for shape in "so"}
-        assert [line.get_xdata()[0] for line in marks["s"]] == [3, 1, 2]  # random
-        assert [line.get_xdata()[0] for line in marks["o"]] == [2, 3, 1]  # source size
-        assert [round(line.get_ydata()[0]) for line in marks["s"]] == [0, 1, 2]  # in the row of their source
-
+        bars, diamonds = scores.collections
+        assert across(bars)[:2] == [[0.5, 0.75], [0.45, 0.55]]
+        assert across(diamonds)[:2] == [0.6, 0.5]
+        assert [(text.get_text(), text.get_position()[1]) for text in scores.texts] == [("no score", 2)]
+        bars, diamonds = ranks.collections
+        assert across(bars)[:2] == [[1, 2], [1, 2]]
+        assert across(diamonds)[:2] == [1, 2]
+        assert np.isnan(across(diamonds)[2])
+        marks = {line.get_marker(): line.get_xdata().tolist() for line in ranks.lines}
+        assert marks == {"s": [3, 1, 2], "o": [2, 3, 1]}  # random, source size
+        assert ranks.lines[0].get_ydata().round().tolist() == [0, 1, 2]  # in the row of their source
         assert [bar.get_width() for bar in firsts.patches] == [0.8, 0.2, 0]
-        assert (
-            firsts.patches[0].get_facecolor() == firsts.patches[1].get_facecolor() != firsts.patches[2].get_facecolor()
-        )
-        names = {tick.get_text(): tick.get_fontweight() for tick in scores.get_yticklabels()}
-        assert names == {"ED": "bold", "ET": "bold", "NCR": "normal"}
-        assert scores.get_ylim()[0] > scores.get_ylim()[1]  # the best is at the top
-        legend = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert legend == ["tied at the top", "others", "by random", "by source size"]
-        assert "synthetic phantom" in small_print(figure)
-        assert "hollow: rank by a baseline" in small_print(figure)
-        assert written(figure, tmp_path) > 5000
+        assert [bar.get_facecolor() for bar in firsts.patches] == [to_rgba(c) for c in (ORANGE, ORANGE, BLUE)]
+        assert rows_named(scores) == {"ED": "bold", "ET": "bold", "NCR": "normal"}
+        assert legend(figure) == ["tied at the top", "others", "by random", "by size"]
+        assert figure.get_supxlabel().startswith("synthetic phantom; ")
+        assert figure.get_supxlabel().endswith("hollow: rank by a baseline")
 
     @pytest.mark.parametrize(
         ("tied", "recommended", "words"),
         [(["ED"], "ED", "preferred"), (["ED"], None, "best guess"), ([], None, "others")],
     )
-    def test_key_says_what_the_colour_means(self, table, tied, recommended, words):
-        plain = table.drop(columns=["random_rank", "source_size_rank"])
+    def test_key_says_what_the_colour_means(self, tied, recommended, words):
+        plain = self.TABLE.drop(columns=["random_rank", "size_rank"])
         figure = plot_ranking(plain, tied=tied, recommended=recommended)
-        assert figure.legends[0].get_texts()[0].get_text() == words
-        assert "hollow" not in small_print(figure)
+        assert legend(figure)[0] == words
+        assert "hollow" not in figure.get_supxlabel()
 
-    def test_shows_what_the_ranking_says_even_of_one_patient(self, tmp_path):
+    def test_shows_what_the_ranking_says_even_of_one_patient(self):
         ranking = bootstrap_ranking({"ED": [0.2], "ET": [0.7]}, baselines=baseline_rankings(["ED", "ET"]))
         figure = plot_ranking(ranking.table, tied=ranking.tied, recommended=ranking.recommendation)
-        assert [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "D"] == [0.7, 0.2]
+        assert across(figure.axes[0].collections[1]) == [0.7, 0.2]
         assert [bar.get_width() for bar in figure.axes[2].patches] == [0, 0]
-        assert written(figure, tmp_path) > 5000
 
 
 class TestCriticalDifference:
     RANKS = pd.Series({"SFDA": 4.6, "LEEP": 1.5, "GBC": 3.4, "LogME": 2.0, "PARC": 3.5})
     GROUPS = (("LEEP", "LogME"), ("LogME", "GBC", "PARC"))
 
-    def test_axis_bars_and_names(self, tmp_path):
-        figure = plot_critical_difference(
-            self.RANKS, critical_difference=1.6, groups=self.GROUPS, title="Metrics", synthetic=True
-        )
+    def test_axis_bars_and_names(self):
+        figure = plot_critical_difference(self.RANKS, critical_difference=1.6, groups=self.GROUPS, synthetic=True)
         (panel,) = figure.axes
-        texts = {text.get_text(): text for text in panel.texts}
-        assert list(texts)[:6] == ["1", "2", "3", "4", "5", "critical difference 1.60"]
-        assert [texts[str(rank)].get_position()[0] for rank in range(1, 6)] == [1, 2, 3, 4, 5]
-        drawn = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linewidth()) for line in panel.lines]
-        assert any(xs == [1, 2.6] and ys[0] == ys[1] > 0 for xs, ys, _ in drawn)  # the difference, to scale, above
-        bars = [(xs, ys[0]) for xs, ys, width in drawn if width == 4]
+        assert panel.get_xticks().tolist() == [1, 2, 3, 4, 5]
+        assert panel.get_xlim() == (1, 5)
+        texts = {text.get_text().strip(): text for text in panel.texts}
+        left, right = ["LEEP  1.50", "LogME  2.00", "GBC  3.40"], ["4.60  SFDA", "3.50  PARC"]
+        assert list(texts) == [*left, *right, "critical difference 1.60"]
+        lines = [(np.sort(line.get_xdata()), line.get_ydata(), line.get_linewidth()) for line in panel.lines]
+        assert any(xs.tolist() == [1, 2.6] and ys[0] == ys[1] > 0 for xs, ys, _ in lines)  # to scale, above the axis
+        bars = [(xs[[0, -1]].tolist(), ys[0]) for xs, ys, width in lines if width == 4]
         assert [xs for xs, _ in bars] == [[1.5, 2.0], [2.0, 3.5]]
-        assert 0 > bars[0][1] > bars[1][1]
-
-        left = ["LEEP  1.50", "LogME  2.00", "GBC  3.40"]
-        right = ["3.50  PARC", "4.60  SFDA"]
-        assert list(texts)[6:] == left + right
-        for side, names in (("right", left), ("left", right)):
-            assert {texts[name].get_ha() for name in names} == {side}
         heights = {name: texts[name].get_position()[1] for name in left + right}
-        assert bars[1][1] > heights[left[0]] > heights[left[1]] > heights[left[2]]
-        assert heights[right[1]] > heights[right[0]]
-        for name, rank in zip(left + right, (1.5, 2.0, 3.4, 3.5, 4.6), strict=True):  # each name hangs on its rank
-            assert any(xs[:2] == [rank, rank] and ys[1:] == [heights[name]] * 2 for xs, ys, _ in drawn)
-        assert texts["LEEP  1.50"].get_fontweight() == "bold"
-        assert figure.get_suptitle() == "Metrics"
-        assert "synthetic phantom" in small_print(figure)
-        assert written(figure, tmp_path) > 5000
+        for alignment, names in (("right", left), ("left", right)):
+            assert {texts[name].get_ha() for name in names} == {alignment}
+            assert 0 > bars[0][1] > bars[1][1] > heights[names[0]] > heights[names[1]]
+        for name, rank in zip(left + right, (1.5, 2.0, 3.4, 4.6, 3.5), strict=True):  # each name hangs on its rank
+            assert any(rank in xs and sorted(ys) == [heights[name], heights[name], 0] for xs, ys, _ in lines)
+        assert [name for name in texts if texts[name].get_fontweight() == "bold"] == ["LEEP  1.50"]
+        assert "synthetic phantom" in figure.get_supxlabel()
+        assert outside(figure) == []
 
-    def test_nothing_is_cut_off(self):
-        """Long names and a critical difference longer than the axis stay inside the picture."""
-        figure = plot_critical_difference(
-            {"a name as long as a task of a collection": 1.0, "another name of the same length": 2.0},
-            critical_difference=1.4, groups=[],
-        )  # fmt: skip
-        FigureCanvasAgg(figure).draw()
-        width, height = figure.canvas.get_width_height()
-        for artist in [*figure.axes[0].texts, *figure.axes[0].lines]:
-            box = artist.get_window_extent()
-            assert 0 <= box.x0 <= box.x1 <= width
-            assert 0 <= box.y0 <= box.y1 <= height
+    def test_long_names_and_a_difference_longer_than_the_axis_are_not_cut_off(self):
+        ranks = {"a name as long as a task of a collection": 1.0, "another name of the same length": 2.0}
+        assert outside(plot_critical_difference(ranks, critical_difference=1.4, groups=[])) == []
 
     def test_takes_the_result_of_the_test(self):
         rng = np.random.default_rng(0)
         result = friedman_nemenyi(pd.DataFrame(rng.random((20, 4)) + np.array([0, 0, 1, 1]), columns=list("abcd")))
-        figure = plot_critical_difference(
-            result.average_ranks, critical_difference=result.critical_difference, groups=result.groups
-        )
-        bars = [sorted(line.get_xdata()) for line in figure.axes[0].lines if line.get_linewidth() == 4]
+        options = {"critical_difference": result.critical_difference, "groups": result.groups}
+        lines = plot_critical_difference(result.average_ranks, **options).axes[0].lines
+        bars = sorted(sorted(line.get_xdata()) for line in lines if line.get_linewidth() == 4)
         assert bars == [sorted(result.average_ranks[list(group)]) for group in result.groups]
         assert len(bars) == 2
 
@@ -368,8 +330,50 @@ class TestCriticalDifference:
             plot_critical_difference(self.RANKS, critical_difference=1, groups=[("LEEP", "PRAC")])
 
 
-def test_a_failed_save_leaves_nothing(tmp_path):
+class TestOutcome:
+    COLUMNS = ("parc", "leep", "h_score", "nce", "otce")
+    NAMES = dict.fromkeys(("gbc", *COLUMNS, "nan"), "a score") | {"leep": "LEEP"}
+    TABLE = pd.DataFrame(np.random.default_rng(0).random((4, 5)), columns=COLUMNS).assign(
+        nan=np.nan, dice=[0.4, 0.6, 0.7, 0.5], auc=[0.9, 0.8, 0.7, 0.6]
+    )
+
+    def test_scores_against_dice_by_modality(self):
+        table = self.TABLE.assign(same_modality=[True, False, None, True])
+        figure = plot_scores_against_outcome(table, scores=self.NAMES, outcome="dice", scratch=0.55, title="Worth")
+        assert titles(figure) == ["a score", "LEEP", "a score", "a score", "a score"]
+        for column, panel in zip(self.COLUMNS, figure.axes, strict=True):
+            (dots,) = panel.collections
+            assert dots.get_offsets().tolist() == table[[column, "dice"]].to_numpy().tolist()
+            assert dots.get_facecolors().tolist() == [list(to_rgba(c, 0.8)) for c in (ORANGE, BLUE, BLUE, ORANGE)]
+            assert panel.lines[0].get_ydata()[0] == 0.55
+        assert (figure.get_suptitle(), figure.get_supylabel()) == ("Worth", "Dice")
+        assert figure.get_supxlabel() == (
+            "orange: same modality as the target, blue: another; dashed: training from scratch"
+        )
+
+    def test_one_score_against_auc(self):
+        names = {"leep": "LEEP"}
+        figure = plot_scores_against_outcome(self.TABLE, scores=names, outcome="auc", scratch=0.5, synthetic=True)
+        assert figure.axes[0].collections[0].get_offsets()[:, 1].tolist() == self.TABLE["auc"].tolist()
+        assert figure.get_supylabel() == "AUC"
+        assert figure.get_suptitle().replace("\n", " ") == "Score against AUC after fine-tuning"
+        assert figure.get_supxlabel().replace("\n", " ") == "synthetic phantom; dashed: training from scratch"
+        assert outside(figure) == []
+
+    def test_priors_against_what_a_source_gains_over_the_targets_mean(self):
+        sources = self.TABLE.assign(target=[*"aabb"], seed=0, same_modality=True, ssim=[1, 2, 3, 4])
+        figure = plot_priors_against_dice(sources.assign(roi_dice=0.5, roi_shape=0.1), synthetic=True)
+        assert titles(figure) == ["label SSIM", "Dice of mean label maps", "shape similarity"]
+        gains = figure.axes[0].collections[0].get_offsets()
+        assert gains.filled() == pytest.approx(np.array([[1, -0.1], [2, 0.1], [3, 0.1], [4, -0.1]]))
+        assert figure.get_supylabel() == "Dice less the target's mean"
+
+
+def test_saved_whole_or_not_at_all(tmp_path):
     figure = plot_montage({"p1": {"T1": np.ones((3, 4))}})
     with pytest.raises(ValueError, match="not supported"):
         save_figure(figure, tmp_path / "figure.nonsense")
     assert not list(tmp_path.iterdir())
+    save_figure(figure, tmp_path / "figure.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]  # no temporary file is left
+    assert (tmp_path / "figure.png").stat().st_size > 5000

@@ -127,7 +127,7 @@ def no_phantom(monkeypatch):
     def fail(**settings):
         raise AssertionError("data were generated")
 
-    monkeypatch.setattr("medtl_ext.studies.cached_phantom", fail)
+    monkeypatch.setattr("medtl_ext.transfer.tasks.cached_phantom", fail)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
         "collection": str(collection),
         "source_task": "17-T2-ED",
         "source_ckpt": str(folder / "source.pt"),
-        "architecture#features": [4, 4, 4, 4, 4, 4],
+        "network_def#features": [4, 4, 4, 4, 4, 4],
         "progress": False,
     }
     segmentation = {"train": train, "infer": {"input_dir": str(collection.parent / "17-000")}}

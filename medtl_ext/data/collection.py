@@ -85,13 +85,13 @@ class Task:
 
 def _part_of_a_task(name: str) -> str:
     if not name or "-" in name:
-        raise ValueError("the name must not be empty or contain '-', which separates the parts of a task")
+        raise ValueError("the name must not be empty or contain '-', which separates the parts of a task.")
     return name
 
 
 def _beside_the_collection(file: Any, info: Any) -> Path:
     if not isinstance(file, str) or not file:
-        raise ValueError(f"must be the path of a file; found {file!r}")
+        raise ValueError(f"must be the path of a file; found {file!r}.")
     return info.context.parent / file
 
 
@@ -101,7 +101,7 @@ def _as_group(values: Any) -> Any:
 
 def _of_different_values(label: dict[str, int]) -> dict[str, int]:
     if len(set(label.values())) < len(label):
-        raise ValueError(f"two names share a value in {label}; give every name its own")
+        raise ValueError(f"two names share a value in {label}; give every name its own.")
     return label
 
 

@@ -206,8 +206,7 @@ def write_splits(
         }
     for path in files:
         refuse_to_replace(path, load_collection, "collection")
-    about = {key: value for key, value in content.items() if key != "drawn"}
-    return [write_collection(path, about | entries) for path, entries in files.items()]
+    return [write_collection(path, {**content, **entries}) for path, entries in files.items()]
 
 
 def _undecided(entry: Mapping[str, Any], keep_test: bool) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
@@ -17,6 +19,7 @@ PRINTED_CD = 2.792
 PRECISION = 0.005 + 1e-9  # of two decimals
 
 
+@dataclass(kw_only=True, eq=False)
 class ReproduceTable2:
     """A step that computes the table's weighted Kendall correlations, ranks and tests from the raw scores.
 
@@ -24,13 +27,14 @@ class ReproduceTable2:
     ``critical_difference.png``, and prints what was found.
 
     Args:
-        run: where the files go.
+        here: where the files go.
         scores: CSV with ``target, source, auc`` and a column per metric, ``lp`` and ``fu``: the authors' raw results.
         printed: CSV with ``target, method, wtau, rank`` as printed; empty where the paper prints no number.
     """
 
-    def __init__(self, *, run: Run, scores: str, printed: str) -> None:
-        self.here, self.scores, self.printed = run, scores, printed
+    here: Run
+    scores: str
+    printed: str
 
     def run(self) -> pd.DataFrame:
         """The content of ``table2.csv``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,7 @@ from medtl_ext.transfer.study import Key
 __all__ = ["DatasetStudy", "RankDatasets", "RankOwnModel"]
 
 
+@dataclass(kw_only=True, eq=False)
 class RankDatasets(RankSources):
     """The ranking of `medtl_ext.transfer.RankSources` for classification.
 
@@ -32,19 +34,17 @@ class RankDatasets(RankSources):
     carried = ("collection", "phantom_subjects", "train_per_class", "val_per_class", "image_size", "in_channels")
     carried += ("network_def", "seed")
 
-    def __init__(self, *, cross_domain: bool = False, **options: Any) -> None:
-        super().__init__(**options)
-        self.cross_domain = cross_domain
+    cross_domain: bool = False
 
     def check(self) -> None:
+        channels, size = self.image_shape[:2]
+        if channels not in (1, 3) or size < 16:
+            raise InputError(f"in_channels is {channels}, image_size {size}; expected 1 or 3, and at least 16.")
         super().check()
         if self.decide_by not in self.metrics:
             raise InputError(
                 f"decide_by is {self.decide_by}, which is not in metrics; add it there: {', '.join(self.metrics)}."
             )
-        channels, size = self.image_shape[:2]
-        if channels not in (1, 3) or size < 16:
-            raise InputError(f"in_channels is {channels}, image_size {size}; expected 1 or 3, and at least 16.")
         self.target.check(["train", "val", "test"])
 
     @property
@@ -76,6 +76,7 @@ class RankDatasets(RankSources):
         return {"units": units, "patients_known": self.target.dataset.subjects is not None}
 
 
+@dataclass(kw_only=True, eq=False)
 class RankOwnModel:
     """A step that says where each score would rank the target's own model, had it been a candidate: ``own_model.csv``.
 
@@ -86,8 +87,7 @@ class RankOwnModel:
         ranking: of the sources, the own model among them.
     """
 
-    def __init__(self, *, ranking: RankDatasets) -> None:
-        self.ranking = ranking
+    ranking: RankDatasets
 
     def run(self) -> pd.DataFrame | None:
         """Columns ``score, rank, candidates``."""

@@ -3,7 +3,14 @@
 from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
 from medtl_ext.metrics.ccfv import CCFV, compute_ccfv
 from medtl_ext.metrics.feature_update import FeatureUpdate, compute_feature_update
-from medtl_ext.metrics.features import FeatureMetric, FeatureSamples, MomentMetric, SampleMetric, Samples
+from medtl_ext.metrics.features import (
+    FeatureMetric,
+    FeatureSamples,
+    MomentMetric,
+    SampleMetric,
+    Samples,
+    tap_features,
+)
 from medtl_ext.metrics.gbc import GBC, compute_gbc
 from medtl_ext.metrics.h_score import HScore, HScoreMap, compute_h_score, compute_h_score_map
 from medtl_ext.metrics.label_prediction import LabelPrediction, combine_lp_fu, compute_label_prediction
@@ -21,7 +28,7 @@ from medtl_ext.metrics.ncti import NCTI, NCTITerms, combine_ncti, compute_ncti
 from medtl_ext.metrics.nleep import NLEEP, compute_nleep
 from medtl_ext.metrics.otce import OTCE, compute_otce, label_transport
 from medtl_ext.metrics.parc import PARC, compute_parc
-from medtl_ext.metrics.patients import PatientScores
+from medtl_ext.metrics.patients import PatientScores, PatientSums
 from medtl_ext.metrics.sfda import SFDA, compute_sfda
 from medtl_ext.metrics.transrate import TransRate, compute_transrate
 
@@ -47,6 +54,7 @@ __all__ = [
     "MomentMetric",
     "NCTITerms",
     "PatientScores",
+    "PatientSums",
     "SampleMetric",
     "Samples",
     "TransRate",
@@ -72,4 +80,5 @@ __all__ = [
     "compute_transrate",
     "label_transport",
     "probabilities_and_labels",
+    "tap_features",
 ]

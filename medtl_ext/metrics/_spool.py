@@ -45,11 +45,6 @@ class PredictionSpool:
             offset += data.nbytes
         self._batches.append(batch)
 
-    def extend(self, other: PredictionSpool) -> None:
-        """Add all batches of another spool, one batch in memory at a time."""
-        for batch in other:
-            self.append(*batch)
-
     def close(self) -> None:
         """Forget everything and free the memory or the file."""
         self._file.close()

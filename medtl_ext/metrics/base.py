@@ -12,7 +12,7 @@ from ignite.engine import Engine
 from ignite.metrics import Metric
 from monai.utils import CommonKeys, convert_to_tensor
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, as_plain_tensor
 
 
 class TransferMetric(Metric):
@@ -51,6 +51,7 @@ class TransferMetric(Metric):
     tensor(0.6250, dtype=torch.float64)
 
     Args:
+        ignore_index: samples with this target label are left out.
         output_transform: turns ``engine.state.output`` into the arguments of `update`, as a tuple or as a mapping from
             argument name to value; lists of tensors are stacked into a batch. None: the class's own default.
 
@@ -65,7 +66,10 @@ class TransferMetric(Metric):
     inputs: tuple[str, ...] = ("source_probs", "target_labels")
     growing_axes: int = 1
 
-    def __init__(self, *, output_transform: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, *, ignore_index: int | None = None, output_transform: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.ignore_index = ignore_index
         super().__init__(self.default_output_transform if output_transform is None else output_transform)
 
     @staticmethod
@@ -90,13 +94,19 @@ class TransferMetric(Metric):
         Raises:
             InputError: nothing was seen, by any process.
         """
-        sums = all_reduce_sums(self._sums, growing_axes=self.growing_axes)
-        if not sums:
+        return self._evaluate(self._totals())
+
+    def _totals(self) -> dict[str, torch.Tensor]:
+        """The sums over all processes."""
+        return self._require_seen(all_reduce_sums(self._sums, growing_axes=self.growing_axes))
+
+    def _require_seen(self, seen: Any) -> Any:
+        if not seen:
             raise InputError(
                 f"{type(self).__name__} has seen no sample; call update() before compute(), or look for an empty "
                 "data loader."
             )
-        return self._evaluate(sums)
+        return seen
 
     def reset(self) -> None:
         """Forget everything; an engine does this when an epoch starts."""
@@ -111,15 +121,14 @@ class TransferMetric(Metric):
     def _add(self, **sums: torch.Tensor) -> None:
         """Add to the named sums (kept in float64 on the device of the first), which grow to hold new classes."""
         shapes = {
-            name: _common_shape(self.inputs[0], [held.shape, sums[name].shape], self.growing_axes)
-            for name, held in self._sums.items()
-            if name in sums
+            name: _common_shape(self.inputs[0], [self._sums.get(name, value).shape, value.shape], self.growing_axes)
+            for name, value in sums.items()
         }
         for name, value in sums.items():
             if name not in self._sums:
                 self._sums[name] = value.to(torch.float64, copy=True)
                 continue
-            held = self._sums[name] = _grown(self._sums[name], shapes[name])
+            held = self._sums[name] = grown(self._sums[name], shapes[name])
             held[_corner(value.shape)] += value.to(held.device)
 
     @torch.no_grad()
@@ -145,25 +154,31 @@ def probabilities_and_labels(output: Any) -> tuple[Any, Any]:
     Raises:
         InputError: `pred` or `label` is missing, or `pred` is not logits any more.
     """
+    logits, labels = read_output(output, CommonKeys.PRED, CommonKeys.LABEL)
+    if isinstance(output, Mapping):
+        logits = as_plain_tensor(CommonKeys.PRED, logits)
+        _require_logits(logits[0])
+        return _probabilities(logits, 1), labels
+    logits = [as_plain_tensor(CommonKeys.PRED, sample) for sample in logits]
+    _require_logits(logits[0])
+    return [_probabilities(sample, 0) for sample in logits], labels
+
+
+def read_output(output: Any, *keys: str) -> list[Any]:
+    """What a MONAI engine's output has under each key: a batch, or the list of samples that decollation makes of it."""
     items = [output] if isinstance(output, Mapping) else output
     if not (isinstance(items, Sequence) and items and all(isinstance(item, Mapping) for item in items)):
         raise InputError(
-            f"engine.state.output is {type(output).__name__}; expected MONAI's dictionaries with '{CommonKeys.PRED}' "
-            f"and '{CommonKeys.LABEL}': give an output_transform."
+            f"engine.state.output is {type(output).__name__}; expected MONAI's dictionaries with "
+            f"{' and '.join(map(repr, map(str, keys)))}: give an output_transform."
         )
-    for key in (CommonKeys.PRED, CommonKeys.LABEL):
-        missing = [item for item in items if item.get(key) is None]
-        if missing:
+    for key in keys:
+        if missing := [item for item in items if item.get(key) is None]:
             raise InputError(
                 f"engine.state.output has no '{key}', only {', '.join(sorted(map(str, missing[0])))}; "
                 "name the right keys by an output_transform."
             )
-    channel = 1 if isinstance(output, Mapping) else 0
-    logits = [convert_to_tensor(item[CommonKeys.PRED]) for item in items]
-    labels = [convert_to_tensor(item[CommonKeys.LABEL]) for item in items]
-    _require_logits(logits[0][0] if channel else logits[0])
-    probs = [_probabilities(item, channel) for item in logits]
-    return (probs[0], labels[0]) if isinstance(output, Mapping) else (probs, labels)
+    return [output[key] if isinstance(output, Mapping) else [item[key] for item in items] for key in keys]
 
 
 def _require_logits(sample: torch.Tensor) -> None:
@@ -197,27 +212,34 @@ def _batches(values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
     return zip(*([item.unsqueeze(0) for item in column] for column in columns), strict=True)
 
 
+def all_gathered(own: Any) -> list[Any]:
+    """What each process of torch.distributed has, in the order of their ranks; without it, that of this one alone."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [own]
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, own)
+    return shares
+
+
 def all_reduce_sums(sums: Mapping[str, torch.Tensor], *, growing_axes: int = 1) -> dict[str, torch.Tensor]:
     """Return the named sums added up over all processes of torch.distributed, or as they are without it.
 
     Processes may hold different names and shapes (fewer classes, no data at all): the result has all names, in the
     largest shape. ``sums`` is left unchanged.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    shapes = all_gathered({name: tuple(value.shape) for name, value in sums.items()})
+    if len(shapes) == 1:
         return dict(sums)
-    shapes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shapes, {name: tuple(value.shape) for name, value in sums.items()})
     # NCCL only moves GPU memory, and a process without data has no device of its own to go by.
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
     reduced = {}
     for name in sorted(set().union(*shapes)):
         shape = _common_shape(name, [held[name] for held in shapes if name in held], growing_axes)
-        total = torch.zeros(shape, dtype=torch.float64, device=device)
-        own = sums.get(name)
-        if own is not None:
-            total[_corner(own.shape)] = own.to(device)
+        own = sums.get(name, torch.zeros([0] * len(shape), device=device))
+        # Reduced in the order of memory, which must be the same for all.
+        total = grown(own.to(device, torch.float64, copy=True), shape).contiguous()
         dist.all_reduce(total)
-        reduced[name] = total if own is None else total.to(own.device)
+        reduced[name] = total.to(own.device)
     return reduced
 
 
@@ -236,9 +258,10 @@ def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(length) for length in shape)
 
 
-def _grown(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if tuple(tensor.shape) == shape:
+def grown(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor with zeros at the end of its axes, in a larger shape; itself where it has that shape."""
+    if tuple(tensor.shape) == tuple(shape):
         return tensor
-    grown = tensor.new_zeros(shape)
-    grown[_corner(tensor.shape)] = tensor
-    return grown
+    result = tensor.new_zeros(shape)
+    result[_corner(tensor.shape)] = tensor
+    return result

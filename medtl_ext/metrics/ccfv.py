@@ -16,21 +16,22 @@ with m and A the mean and covariance of a foreground class in a case, and f the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.metrics._checks import IGNORED
+from medtl_ext._validation import InputError, require_choice, require_number, warn
 from medtl_ext.metrics.base import TransferMetric
-from medtl_ext.metrics.features import SampleMetric, TappedInferer, canonical_order, check_features
+from medtl_ext.metrics.features import SampleMetric, canonical_order, check_features
 
 VARIETIES = ("cases", "voxels")
+
+# One case's features in one layer, n x D in float64, and its labels.
+Case = tuple[torch.Tensor, torch.Tensor]
 
 # Elements of the stack of matrices whose singular values are taken at a time.
 BLOCK = 2**24
@@ -88,9 +89,9 @@ def compute_ccfv(
     complex); labels go to the grid of the features (there features to the grid of the labels). From the paper: see
     ``variety``.
     """
-    settings = _Settings.checked(include_background, variety, eps, n_voxels, seed)
+    metric = CCFV(include_background=include_background, variety=variety, eps=eps, n_voxels=n_voxels, seed=seed)
     layers = _checked_layers(features, target_labels, ignore_index)
-    return torch.stack([_layer_score(cases, settings) for cases in layers]).sum()
+    return torch.stack([metric._layer_score(cases) for cases in layers]).sum()
 
 
 class CCFV(TransferMetric):
@@ -135,14 +136,12 @@ class CCFV(TransferMetric):
         if not names or len(set(names)) < len(names):
             raise InputError(f"layers is {layers!r}; expected one name or more, each once.")
         self._layers = [_LayerSamples(layer=name, **options) for name in names]
-        seed = self._layers[0].seed
-        self._settings = _Settings.checked(include_background, variety, eps, n_voxels, seed)
+        self.include_background = include_background
+        self.variety = require_choice("variety", variety, VARIETIES)
+        self.eps = require_number("eps", eps, 0)
+        self.n_voxels = require_number("n_voxels", n_voxels, 2, whole=True)
         self._tapped = output_transform is None
         super().__init__(output_transform=output_transform)
-
-    @staticmethod
-    def default_output_transform(output: Any) -> Any:
-        return output
 
     def update(self, features: Any, target_labels: Any, groups: Sequence[Hashable] | None = None) -> None:
         """Add a batch.
@@ -178,20 +177,19 @@ class CCFV(TransferMetric):
 
     def _extend(self, parts: Sequence[_LayerSamples]) -> None:
         for layer, part in zip(self._layers, parts, strict=True):
-            layer.require_width(part.width)
+            layer._samples.require_width(part._samples.width)
         for layer, part in zip(self._layers, parts, strict=True):
             layer.merge(part)
 
     def compute(self) -> torch.Tensor:
         """Return the value over everything seen by all processes; updates may go on afterwards."""
-        return torch.stack([_layer_score(layer.cases(), self._settings) for layer in self._layers]).sum()
+        return torch.stack([self._layer_score(layer.cases()) for layer in self._layers]).sum()
 
     def attach(self, engine: Engine, name: str, *args: Any, **kwargs: Any) -> None:
         """Attach to an engine (called by MONAI's evaluators), and tap its network."""
         super().attach(engine, name, *args, **kwargs)
-        if self._tapped:  # when the run starts: a MONAI engine has no network yet while it attaches its metrics
-            names = {layer.layer for layer in self._layers}
-            engine.add_event_handler(Events.STARTED, lambda: TappedInferer.of(engine).layers.update(names))
+        for layer in self._layers if self._tapped else ():
+            layer.tap(engine)
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
@@ -202,29 +200,46 @@ class CCFV(TransferMetric):
         for layer in self._layers:
             layer.iteration_completed(engine)
 
+    def _layer_score(self, cases: Sequence[Case]) -> torch.Tensor:
+        """ln(variety / consistency) of one layer, 0 where there is no such ratio."""
+        if len(cases) < 2:
+            raise InputError(f"features holds {len(cases)} case(s); CC-FV compares cases and needs two or more.")
+        if len(torch.cat([labels for _, labels in cases]).unique()) == 1:
+            warn("target_labels holds one class only, so CC-FV compares whole cases and says nothing about transfer.")
+        variety = self._variety_of_cases(cases) if self.variety == "cases" else self._variety_of_voxels(cases)
+        consistency = _consistency(cases, self.include_background)
+        if variety > 0 and consistency > 0:
+            return torch.log(variety / consistency)
+        warn(
+            "no two cases share a class of two voxels or more, or no case differs from another: such a layer counts 0 "
+            "in CC-FV, which says nothing about transfer."
+        )
+        return torch.zeros_like(variety)
 
-class _Case(NamedTuple):
-    """One case's features in one layer."""
+    def _variety_of_cases(self, cases: Sequence[Case]) -> torch.Tensor:
+        means = torch.stack([features.mean(0) for features, _ in cases])
+        spread = torch.pdist(means).square().mean()
+        if self.eps > spread:
+            warn(
+                f"the mean squared distance between cases is {float(spread):.1e}, eps {self.eps:g}: the variety in "
+                "CC-FV hardly heeds the features; give eps=0 or scale the features up."
+            )
+        return 1 / _energy(means, self.eps)
 
-    features: torch.Tensor  # n x D, float64
-    labels: torch.Tensor  # n, int64
+    def _variety_of_voxels(self, cases: Sequence[Case]) -> torch.Tensor:
+        inverses = []
+        for features, labels in cases:
+            if len(features) > self.n_voxels:
+                features = features[canonical_order(features, labels, seed=self._layers[0].seed)[: self.n_voxels]]
+            if len(features) > 1:
+                inverses.append(1 / _energy(torch.nn.functional.normalize(features, eps=1e-300), self.eps))
+        return torch.stack(inverses).mean() if inverses else cases[0][0].new_zeros(())
 
 
 class _LayerSamples(SampleMetric):
     """The samples of one layer, which know their cases."""
 
-    def reset(self) -> None:
-        super().reset()
-        self.width: int | None = None
-
-    def require_width(self, width: int | None) -> None:
-        if None not in (width, self.width) and width != self.width:
-            raise InputError(
-                f"features has {width} channels here, {self.width} before; use the same layers throughout."
-            )
-
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
-        self.require_width(features.shape[1])
         if groups is None:
             if features.ndim < 3:
                 raise InputError(
@@ -233,94 +248,35 @@ class _LayerSamples(SampleMetric):
             # Unlike a count, these stay apart when metrics are merged.
             groups = [uuid4().hex for _ in features]
         super()._take(features, labels, groups)
-        if bool((labels != IGNORED).any()):
-            self.width = features.shape[1]
 
-    def merge(self, other: TransferMetric) -> None:
-        super().merge(other)
-        self.width = other.width if self.width is None else self.width
-
-    def cases(self) -> list[_Case]:
-        samples = self.samples()
+    def cases(self) -> list[Case]:
+        features, labels, groups, _ = self.samples()
         # In the order in which they turn up in the samples, which their names have no part in.
-        members = [samples.groups == group for group in dict.fromkeys(samples.groups.tolist())]
-        return [_Case(samples.features[member], samples.labels[member]) for member in members]
+        return [(features[groups == group], labels[groups == group]) for group in dict.fromkeys(groups.tolist())]
 
 
-class _Settings(NamedTuple):
-    include_background: bool
-    variety: str
-    eps: float
-    n_voxels: int
-    seed: int
-
-    @classmethod
-    def checked(cls, include_background: bool, variety: str, eps: float, n_voxels: int, seed: int) -> _Settings:
-        require_choice("variety", variety, VARIETIES)
-        if not 0 <= eps < float("inf"):
-            raise InputError(f"eps is {eps!r}; expected a number, 0 or more.")
-        if not isinstance(n_voxels, int) or n_voxels < 2:
-            raise InputError(f"n_voxels is {n_voxels!r}; expected a whole number, 2 or more.")
-        return cls(include_background, variety, float(eps), n_voxels, seed)
-
-
-def _checked_layers(features: Any, target_labels: Any, ignore_index: int | None) -> list[list[_Case]]:
-    if not _nested(features) or not _nested(target_labels):
-        name = "target_labels" if _nested(features) else "features"
-        raise InputError(f"{name} is not a list of lists; expected {name}[layer][case].")
-    if [len(cases) for cases in features] != [len(cases) for cases in target_labels]:
-        raise InputError(
-            f"target_labels lists {[len(cases) for cases in target_labels]} cases in its layers, features "
-            f"{[len(cases) for cases in features]}; expected the same."
-        )
-    layers = [
-        [
-            _checked_case(case, labels, ignore_index, f"layer {index}, case {number}")
-            for number, (case, labels) in enumerate(zip(*layer, strict=True))
-        ]
-        for index, layer in enumerate(zip(features, target_labels, strict=True))
-    ]
-    for index, cases in enumerate(layers):
-        if len({case.features.shape[1] for case in cases}) > 1:
+def _checked_layers(features: Any, target_labels: Any, ignore_index: int | None) -> list[list[Case]]:
+    for name, side in (("features", features), ("target_labels", target_labels)):
+        if not (isinstance(side, (list, tuple)) and side and all(isinstance(cases, (list, tuple)) for cases in side)):
+            raise InputError(f"{name} is not a list of lists; expected {name}[layer][case].")
+    found, expected = ([len(cases) for cases in side] for side in (target_labels, features))
+    if found != expected:
+        raise InputError(f"target_labels lists {found} cases in its layers, features {expected}; expected the same.")
+    layers = []
+    for index, layer in enumerate(zip(features, target_labels, strict=True)):
+        cases = []
+        for number, case in enumerate(zip(*layer, strict=True)):
+            try:
+                cases.append(check_features(*case, ignore_index=ignore_index))
+            except InputError as error:
+                raise InputError(f"layer {index}, case {number}: {error}") from None
+        if len({rows.shape[1] for rows, _ in cases}) > 1:
             raise InputError(f"features has several numbers of channels in layer {index}; expected the same for all.")
+        layers.append(cases)
     return layers
 
 
-def _nested(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, (list, tuple)) for item in value)
-
-
-def _checked_case(features: Any, labels: Any, ignore_index: int | None, where: str) -> _Case:
-    try:
-        return _Case(*check_features(features, labels, ignore_index=ignore_index))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def _layer_score(cases: Sequence[_Case], settings: _Settings) -> torch.Tensor:
-    """ln(variety / consistency) of one layer, 0 where there is no such ratio."""
-    if len(cases) < 2:
-        raise InputError(f"features holds {len(cases)} case(s); CC-FV compares cases and needs two or more.")
-    if len(torch.cat([case.labels for case in cases]).unique()) == 1:
-        warnings.warn(
-            "target_labels holds one class only, so CC-FV compares whole cases and says nothing about transfer.",
-            UserWarning,
-            stacklevel=3,
-        )
-    variety = _variety_of_cases(cases, settings) if settings.variety == "cases" else _variety_of_voxels(cases, settings)
-    consistency = _consistency(cases, settings.include_background)
-    if variety > 0 and consistency > 0:
-        return torch.log(variety / consistency)
-    warnings.warn(
-        "no two cases share a class of two voxels or more, or no case differs from another: such a layer counts 0 in "
-        "CC-FV, which says nothing about transfer.",
-        UserWarning,
-        stacklevel=3,
-    )
-    return cases[0].features.new_zeros(())
-
-
-def _consistency(cases: Sequence[_Case], include_background: bool) -> torch.Tensor:
+def _consistency(cases: Sequence[Case], include_background: bool) -> torch.Tensor:
     """Mean over the classes of the mean distance between two cases' Gaussians; 0 where there are no two."""
     members: dict[int, list[torch.Tensor]] = {}
     for features, labels in cases:
@@ -328,7 +284,7 @@ def _consistency(cases: Sequence[_Case], include_background: bool) -> torch.Tens
             if count > 1 and (label > 0 or include_background):
                 members.setdefault(label, []).append(features[labels == label])
     means = [_pairwise_wasserstein(parts).mean() for _, parts in sorted(members.items()) if len(parts) > 1]
-    return torch.stack(means).mean() if means else cases[0].features.new_zeros(())
+    return torch.stack(means).mean() if means else cases[0][0].new_zeros(())
 
 
 def _pairwise_wasserstein(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -348,30 +304,6 @@ def _pairwise_wasserstein(parts: Sequence[torch.Tensor]) -> torch.Tensor:
         rounding = 1e-14 * total + 1e-28 * (magnitudes[first] + magnitudes[second])
         distances.append(torch.where(squared > rounding, squared, 0).sqrt())
     return torch.cat(distances)
-
-
-def _variety_of_cases(cases: Sequence[_Case], settings: _Settings) -> torch.Tensor:
-    means = torch.stack([case.features.mean(0) for case in cases])
-    spread = torch.pdist(means).square().mean()
-    if settings.eps > spread:
-        warnings.warn(
-            f"the mean squared distance between cases is {float(spread):.1e}, eps {settings.eps:g}: the variety in "
-            "CC-FV hardly heeds the features; give eps=0 or scale the features up.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return 1 / _energy(means, settings.eps)
-
-
-def _variety_of_voxels(cases: Sequence[_Case], settings: _Settings) -> torch.Tensor:
-    inverses = [cases[0].features.new_zeros(())]
-    for case in cases:
-        features = case.features
-        if len(features) > settings.n_voxels:
-            features = features[canonical_order(*case, seed=settings.seed)[: settings.n_voxels]]
-        if len(features) > 1:
-            inverses.append(1 / _energy(torch.nn.functional.normalize(features, eps=1e-300), settings.eps))
-    return torch.stack(inverses).sum() / max(1, len(inverses) - 1)
 
 
 def _energy(points: torch.Tensor, eps: float) -> torch.Tensor:

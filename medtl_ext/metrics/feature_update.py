@@ -15,8 +15,7 @@ where W_1 and W_2 are the weights of the network's first two convolutions and B 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,11 +23,11 @@ import numpy as np
 import torch
 from monai.utils import CommonKeys
 from torch import nn
+from torch.func import functional_call
 
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.metrics._checks import as_plain_tensor, check_labels
-from medtl_ext.metrics.base import TransferMetric
-from medtl_ext.networks import tap_features
+from medtl_ext._validation import InputError, as_plain_tensor, check_labels, require_choice, require_number, warn
+from medtl_ext.metrics.base import TransferMetric, read_output
+from medtl_ext.metrics.features import tap_features
 
 MARGIN = 0.05
 N_BATCHES = 6
@@ -145,20 +144,15 @@ class FeatureUpdate(TransferMetric):
     @staticmethod
     def default_output_transform(output: Any) -> tuple[Any, Any]:
         """`image` and `label` of a MONAI engine's output."""
-        items = [output] if isinstance(output, Mapping) else output
-        for key in (CommonKeys.IMAGE, CommonKeys.LABEL):
-            if not all(isinstance(item, Mapping) and item.get(key) is not None for item in items):
-                raise InputError(f"engine.state.output has no '{key}'; give an output_transform: images and labels.")
-        images, labels = ([item[key] for item in items] for key in (CommonKeys.IMAGE, CommonKeys.LABEL))
-        return (images[0], labels[0]) if isinstance(output, Mapping) else (images, labels)
+        images, labels = read_output(output, CommonKeys.IMAGE, CommonKeys.LABEL)
+        return images, labels
 
     def update(self, images: Any, labels: Any) -> None:
         """Add one batch: N x channels x *spatial images and N class indices."""
         images, labels = as_plain_tensor("images", images), _image_labels(labels)
         if images.numel() == 0 or images.ndim < 2 or not bool(torch.isfinite(images).all()):
             raise InputError("images is empty, no batch, or holds NaN or Inf; look for a broken input image.")
-        if len(images) != len(labels):
-            raise InputError(f"labels holds {len(labels)} labels for {len(images)} images; expected one for each.")
+        _require_one_each(len(images), labels)
         parameter = next(self.network.parameters())
         # A copy, so that neither inference mode nor a first layer that works in place is in the way.
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
@@ -172,9 +166,11 @@ class FeatureUpdate(TransferMetric):
             if self.convolutions is None:
                 self.convolutions = _first_convolutions(self.network, images)
             modules = dict(self.network.named_modules())
-            weights = [modules[name].weight for name in self.convolutions]
-            with _requiring_grad(weights), tap_features(self.network, [self.layer]) as tapped:
-                self.network(images)
+            # In place of the network's own weights, which may be frozen.
+            weights = [modules[name].weight.detach().requires_grad_() for name in self.convolutions]
+            named = {f"{name}.weight": weight for name, weight in zip(self.convolutions, weights, strict=True)}
+            with tap_features(self.network, [self.layer]) as tapped:
+                functional_call(self.network, named, (images,))
                 features = _one_output(tapped[self.layer], len(images))
                 loss = triplet_margin_loss(features, labels)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]
@@ -188,11 +184,9 @@ class FeatureUpdate(TransferMetric):
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         first, second = sums["gradient"]
         if bool(first < LEAST_GRADIENT * sums["batches"]):
-            warnings.warn(
+            warn(
                 f"the first convolution gets no gradient (norm {float(first / sums['batches']):.1e}), so FU is NaN: "
-                "look for one class only, images in the order of their labels, or a network without signal.",
-                UserWarning,
-                stacklevel=3,
+                "look for one class only, images in the order of their labels, or a network without signal."
             )
             return torch.full_like(first, math.nan)
         return second / first
@@ -236,35 +230,37 @@ def _pair_weights(distance: torch.Tensor, labels: torch.Tensor, anchors: torch.T
 
 
 def _batches(images: Any, labels: Any, batch_size: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < LEAST_BATCH):
-        raise InputError(f"batch_size is {batch_size!r}; expected a whole number, {LEAST_BATCH} or more, or None.")
     labels = _image_labels(labels)
+    if batch_size is not None:
+        require_number("batch_size", batch_size, LEAST_BATCH, whole=True)
     if isinstance(images, (torch.Tensor, np.ndarray)):
         images = as_plain_tensor("images", images)
-        if len(images) != len(labels):
-            raise InputError(f"labels holds {len(labels)} labels for {len(images)} images; expected one for each.")
-        size = max(LEAST_BATCH, -(-len(images) // N_BATCHES)) if batch_size is None else batch_size
-        images = images.split(size)
+        _require_one_each(len(images), labels)
+        images = images.split(batch_size or max(LEAST_BATCH, -(-len(images) // N_BATCHES)))
     elif batch_size is not None:
         raise InputError("batch_size is given, but images comes in batches already; leave it out, or give one tensor.")
     start = 0
     for batch in images:
         yield batch, labels[start : start + len(batch)]
         start += len(batch)
-    if start != len(labels):
-        raise InputError(f"labels holds {len(labels)} labels for {start} images; expected one for each.")
+    _require_one_each(start, labels)
 
 
 def _image_labels(labels: Any) -> torch.Tensor:
     """N labels, from one tensor or from batches of them."""
     parts = [labels] if isinstance(labels, (torch.Tensor, np.ndarray)) else list(labels)
     parts = [check_labels("labels", part) for part in parts]
+    if not parts:
+        raise InputError("labels is empty; expected one for each image.")
     for part in parts:
         if part.numel() != (len(part) if part.ndim else 1):
             raise InputError(f"labels has shape {tuple(part.shape)}; expected one class index for each image.")
-    if not parts:
-        raise InputError("labels is empty; expected one for each image.")
     return torch.cat([part.flatten() for part in parts])
+
+
+def _require_one_each(n_images: int, labels: torch.Tensor) -> None:
+    if n_images != len(labels):
+        raise InputError(f"labels holds {len(labels)} labels for {n_images} images; expected one for each.")
 
 
 def _require_weights(convolutions: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
@@ -321,16 +317,3 @@ def _eval_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def _requiring_grad(weights: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Make frozen weights take part in a graph for a while."""
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)

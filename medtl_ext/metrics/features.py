@@ -7,20 +7,31 @@ only; `SampleMetric` needs the vectors themselves, all of them or a seeded sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.inferers import Inferer, SimpleInferer
-from monai.utils import CommonKeys, convert_to_tensor
+from monai.utils import CommonKeys
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from medtl_ext._validation import InputError
-from medtl_ext.metrics._checks import IGNORED, as_plain_tensor, check_labels
-from medtl_ext.metrics.base import TransferMetric
-from medtl_ext.networks import tap_features
+from medtl_ext._validation import (
+    IGNORED,
+    LARGEST_LABEL,
+    InputError,
+    as_plain_tensor,
+    check_labels_of,
+    check_samples,
+    require_choice,
+    require_number,
+)
+from medtl_ext.metrics._spool import PredictionSpool
+from medtl_ext.metrics.base import TransferMetric, all_gathered, read_output
 
 # Rows that are worked on at a time, so that float64 copies stay small.
 BLOCK = 2**16
@@ -39,12 +50,12 @@ class Samples(NamedTuple):
         names: the patients.
     """
 
-    features: torch.Tensor
-    labels: torch.Tensor
-    groups: torch.Tensor
+    features: Tensor
+    labels: Tensor
+    groups: Tensor
     names: tuple[Hashable, ...]
 
-    def resampled(self, counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def resampled(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Features and labels with every patient as often as ``counts`` says, one number for each of ``names``.
 
         >>> samples = Samples(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]), ("ann", "bob"))
@@ -52,16 +63,23 @@ class Samples(NamedTuple):
         (tensor([[2.],
                 [2.]]), tensor([1, 1]))
         """
-        times = torch.as_tensor(counts, device=self.groups.device)
-        if times.shape != (len(self.names),):
-            raise InputError(f"counts has shape {tuple(times.shape)}; expected {(len(self.names),)}, one per patient.")
-        rows = torch.arange(len(self.labels), device=times.device).repeat_interleave(times[self.groups])
-        return self.features[rows], self.labels[rows]
+        times = check_counts(counts, len(self.names)).to(self.groups.device)[self.groups]
+        return self.features.repeat_interleave(times, 0), self.labels.repeat_interleave(times)
+
+
+def check_counts(counts: ArrayLike, n_patients: int) -> Tensor:
+    """Return whole numbers, ``n_patients`` of them or resamples x ``n_patients``, that draw somebody."""
+    counts = torch.as_tensor(np.asarray(counts))
+    if counts.shape[-1:] != (n_patients,):
+        raise InputError(f"counts has shape {tuple(counts.shape)}; expected {n_patients} numbers, one per patient.")
+    if counts.is_floating_point() or int(counts.min()) < 0 or not bool((counts.sum(-1) > 0).all()):
+        raise InputError("counts holds numbers that are not whole, negative ones, or draws nobody.")
+    return counts
 
 
 def check_features(
     features: Any, target_labels: Any, *, ignore_index: int | None = None, minimum: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return M x D features in float64 and M labels, every pixel a sample, those with ``ignore_index`` left out.
 
     Args:
@@ -78,13 +96,17 @@ def check_features(
     (torch.float64, tensor([0, 1]))
     """
     rows, labels, _ = _rows(*checked_samples(features, target_labels, ignore_index))
-    if len(labels) < minimum:
-        left = " after ignore_index is left out" if ignore_index is not None else ""
-        raise InputError(f"features holds {len(labels)} sample(s){left}; expected at least {minimum}.")
+    require_samples(len(labels), minimum)
     return rows.double(), labels
 
 
-def content_keys(features: torch.Tensor, *, seed: int = 0, exact: bool = False) -> torch.Tensor:
+def require_samples(n: int | Tensor, minimum: int = 2) -> None:
+    """Raise an `InputError` where fewer than ``minimum`` samples are left."""
+    if n < minimum:
+        raise InputError(f"features holds {int(n)} sample(s) with a label to count; expected at least {minimum}.")
+
+
+def content_keys(features: Tensor, *, seed: int = 0, exact: bool = False) -> Tensor:
     """One pseudo-random int64 per row that depends on the row's values and the seed alone.
 
     Rows are rounded to eight bits of precision first (unless ``exact``), so that the float noise between two batch
@@ -101,7 +123,7 @@ def content_keys(features: torch.Tensor, *, seed: int = 0, exact: bool = False) 
     return _mixed(torch.cat(keys) + seed)
 
 
-def canonical_order(features: torch.Tensor, labels: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+def canonical_order(features: Tensor, labels: Tensor, *, seed: int = 0) -> Tensor:
     """A pseudo-random permutation of the samples (M x D and M) that depends on their content alone.
 
     Whatever is random or depends on the order of the samples is done in this order, and so gives the same value for any
@@ -118,7 +140,7 @@ def canonical_order(features: torch.Tensor, labels: torch.Tensor, *, seed: int =
     return order
 
 
-def feature_sums(features: torch.Tensor, labels: torch.Tensor, needs: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+def feature_sums(features: Tensor, labels: Tensor, needs: Iterable[str] = ()) -> dict[str, Tensor]:
     """Sums over the samples of each class, in float64: the state of a `MomentMetric`.
 
     Args:
@@ -132,35 +154,36 @@ def feature_sums(features: torch.Tensor, labels: torch.Tensor, needs: Iterable[s
     >>> sums["count"].tolist(), sums["total"].tolist(), sums["gram"].tolist()
     ([2.0], [[4.0, 6.0]], [[10.0, 14.0], [14.0, 20.0]])
     """
-    needs = set(needs)
     n_classes, width = int(labels.max()) + 1, features.shape[1]
-    empty = features.new_zeros(0, dtype=torch.float64)
-    sums = {
-        "count": torch.bincount(labels, minlength=n_classes).double(),
-        "total": empty.new_zeros(n_classes, width),
-        **({"gram": empty.new_zeros(width, width)} if "gram" in needs else {}),
-        **({"squares": empty.new_zeros(n_classes, width)} if "squares" in needs else {}),
-        **({"class_gram": empty.new_zeros(n_classes, width, width)} if "class_gram" in needs else {}),
-        **({"cubic": empty.new_zeros(width), "quartic": empty.new_zeros(1)} if "norms" in needs else {}),
+    shapes = {
+        "total": [n_classes, width],
+        "gram": [width, width],
+        "squares": [n_classes, width],
+        "class_gram": [n_classes, width, width],
+        "cubic": [width],
+        "quartic": [1],
     }
+    wanted = {"total", *needs, *(("cubic", "quartic") if "norms" in needs else ())}
+    sums = {what: features.new_zeros(shape, dtype=torch.float64) for what, shape in shapes.items() if what in wanted}
+    sums["count"] = torch.bincount(labels, minlength=n_classes).double()
     for part, classes in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
         rows = part.double()
         sums["total"].index_add_(0, classes, rows)
-        if "squares" in needs:
+        if "squares" in sums:
             sums["squares"].index_add_(0, classes, rows**2)
-        if "gram" in needs:
+        if "gram" in sums:
             sums["gram"] += gram(rows)
-        if "norms" in needs:
+        if "quartic" in sums:
             squared = torch.linalg.vecdot(rows, rows)
             sums["cubic"] += squared @ rows
             sums["quartic"] += squared @ squared
-        if "class_gram" in needs:
+        if "class_gram" in sums:
             for label in classes.unique().tolist():
                 sums["class_gram"][label] += gram(rows[classes == label])
     return sums
 
 
-def gram(rows: torch.Tensor) -> torch.Tensor:
+def gram(rows: Tensor) -> Tensor:
     """The D x D sum of x x' over the rows, in their dtype."""
     if rows.is_cuda:
         return rows.T @ rows
@@ -196,6 +219,7 @@ class FeatureMetric(TransferMetric):
     """
 
     inputs = ("features", "target_labels")
+    keeps_samples: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -207,44 +231,32 @@ class FeatureMetric(TransferMetric):
         ignore_index: int | None = None,
         output_transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        if pixels not in (None, "auto") and (not isinstance(pixels, int) or pixels < 1):
-            raise InputError(f"pixels is {pixels!r}; expected a number per class and patient, None or 'auto'.")
-        self.layer, self.pixels, self.body, self.seed, self.ignore_index = layer, pixels, body, seed, ignore_index
+        self.pixels = pixels if pixels in (None, "auto") else require_number("pixels", pixels, 1, whole=True)
+        self.layer, self.body, self.seed = layer, body, seed
         self._tapped = output_transform is None
-        super().__init__(output_transform=output_transform)
-
-    @staticmethod
-    def default_output_transform(output: Any) -> Any:
-        return output
+        super().__init__(ignore_index=ignore_index, output_transform=output_transform)
 
     def update(self, features: Any, target_labels: Any, groups: Sequence[Hashable] | None = None) -> None:
         """Add a batch: N x D (x *spatial) features, N (x *spatial) labels, and the patient of each of the N or None."""
         self._take(*checked_samples(features, target_labels, self.ignore_index), groups)
 
-    def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
+    def _take(self, features: Tensor, labels: Tensor, groups: Sequence[Hashable] | None) -> None:
         """Add a batch that has been checked; labels are `IGNORED` where a pixel is left out."""
         if groups is not None and len(groups) != len(features):
             raise InputError(f"groups names {len(groups)} patients for {len(features)} samples; expected one for each.")
         rows, labels, owners = _rows(features, labels)
-        if self._samples is not None:
-            self._samples.add(rows, labels, owners, groups)
-        elif len(rows):
-            self._add_rows(rows, labels, owners, groups)
+        add = self._add_rows if self._samples is None else self._samples.add
+        if len(rows):
+            add(rows, labels, owners, [""] * len(features) if groups is None else groups)
 
-    def _add_rows(
-        self, rows: torch.Tensor, labels: torch.Tensor, owners: torch.Tensor, groups: Sequence[Hashable] | None
-    ) -> None:
-        self._add(**self._sums_of(rows, labels))
-
-    def _sums_of(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _add_rows(self, rows: Tensor, labels: Tensor, owners: Tensor, groups: Sequence[Hashable]) -> None:
+        """Add M x D rows with labels; ``owners`` are their indices in ``groups``, the patients' names."""
         raise NotImplementedError
 
     def reset(self) -> None:
         super().reset()
-        self._samples = self._new_store()
-
-    def _new_store(self) -> SampleStore | None:
-        return SampleStore(self.pixels, self.seed) if isinstance(self.pixels, int) else None
+        limit = self.pixels if isinstance(self.pixels, int) else None
+        self._samples = SampleStore(limit, self.seed) if self.keeps_samples or limit is not None else None
 
     def merge(self, other: TransferMetric) -> None:
         super().merge(other)
@@ -259,13 +271,20 @@ class FeatureMetric(TransferMetric):
         """
         if self._samples is None:
             raise InputError(f"{type(self).__name__} keeps sums, not samples; give pixels=... to draw samples.")
-        return self._samples.gathered(type(self).__name__)
+        return self._require_seen(self._samples.gathered())
 
     def attach(self, engine: Engine, name: str, *args: Any, **kwargs: Any) -> None:
         """Attach to an engine (called by MONAI's evaluators), and tap its network."""
         super().attach(engine, name, *args, **kwargs)
-        if self._tapped:  # when the run starts: a MONAI engine has no network yet while it attaches its metrics
-            engine.add_event_handler(Events.STARTED, lambda: TappedInferer.of(engine).layers.add(self.layer))
+        if self._tapped:
+            self.tap(engine)
+
+    def tap(self, engine: Engine) -> None:
+        """Have the engine hand over the layer's output, from the start of its run on.
+
+        A MONAI engine has no network yet while it attaches its metrics.
+        """
+        engine.add_event_handler(Events.STARTED, lambda: TappedInferer.of(engine).layers.add(self.layer))
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
@@ -274,15 +293,13 @@ class FeatureMetric(TransferMetric):
             super().iteration_completed(engine)
             return
         features = TappedInferer.of(engine).features[self.layer]
-        labels, images = _read_output(engine.state.output)
-        groups = _read_subjects(engine.state.batch)
-        features, labels, images = _aligned(features, labels, images if self.body else None)
+        features, labels, images = _aligned(features, *_read_batch(engine.state.output))
         features, labels = checked_samples(features, labels, self.ignore_index)
         if self._samples is not None and self.pixels == "auto" and features.ndim > 2:
             self._samples.limit = DENSE_PIXELS
-        if images is not None:
+        if self.body and images is not None:
             labels = labels.masked_fill((images == 0) & (labels == 0), IGNORED)
-        self._take(features, labels, groups)
+        self._take(features, labels, _read_subjects(engine.state.batch))
 
 
 class MomentMetric(FeatureMetric):
@@ -290,30 +307,39 @@ class MomentMetric(FeatureMetric):
 
     needs: ClassVar[tuple[str, ...]] = ()
 
-    def _sums_of(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return feature_sums(features, labels, self.needs)
+    def of(self, features: Any, target_labels: Any) -> Any:
+        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
+        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index, minimum=2)
+        rows = rows - rows[0]  # makes constant features exactly zero
+        return self._evaluate(feature_sums(rows.sub_(rows.mean(0)), labels, self.needs))
+
+    def _add_rows(self, rows: Tensor, labels: Tensor, owners: Tensor, groups: Sequence[Hashable]) -> None:
+        self._add(**feature_sums(rows, labels, self.needs))
 
     def compute(self) -> Any:
+        """Return the value over everything seen by all processes; updates may go on afterwards."""
         if self._samples is None:
             return super().compute()
         samples = self.samples()
-        return self._evaluate(self._sums_of(samples.features, samples.labels))
+        return self._evaluate(feature_sums(samples.features, samples.labels, self.needs))
 
 
 class SampleMetric(FeatureMetric):
     """A feature metric of the samples themselves: memory grows with them, unless ``pixels`` draws some."""
 
-    def _new_store(self) -> SampleStore:
-        return SampleStore(self.pixels if isinstance(self.pixels, int) else None, self.seed)
+    keeps_samples = True
 
-    def _score(self, features: torch.Tensor, labels: torch.Tensor) -> Any:
-        """Return the value for M x D features in float64 and M labels, in canonical order."""
+    def of(self, features: Any, target_labels: Any) -> Any:
+        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
+        return self._score(*check_features(features, target_labels, ignore_index=self.ignore_index))
+
+    def _score(self, features: Tensor, labels: Tensor) -> Any:
+        """Return the value for M x D features in float64 and M labels; in canonical order when they were streamed."""
         raise NotImplementedError
 
     def compute(self) -> Any:
         """Return the value over everything seen by all processes; updates may go on afterwards."""
-        samples = self.samples()
-        return self._score(samples.features, samples.labels)
+        return self._score(*self.samples()[:2])
 
 
 class FeatureSamples(SampleMetric):
@@ -341,85 +367,88 @@ class SampleStore:
     """Samples of each class of each patient: all of them, or those with the ``limit`` lowest content keys.
 
     The lowest keys of a union are among the lowest keys of its parts, so stores merge without any loss: every division
-    of the data gives the same sample.
+    of the data gives the same sample. They lie in a `PredictionSpool`, in their own dtype.
     """
 
     def __init__(self, limit: int | None, seed: int) -> None:
         self.limit, self.seed = limit, seed
-        self._kept: dict[tuple[Hashable, int], list[torch.Tensor]] = {}
+        self.names: dict[Hashable, int] = {}
+        self.width: int | None = None
+        self.device = torch.device("cpu")
+        self._spool = PredictionSpool()
+        self._held = self._drawn_before = 0
 
-    def add(
-        self, rows: torch.Tensor, labels: torch.Tensor, owners: torch.Tensor, groups: Sequence[Hashable] | None
-    ) -> None:
+    def add(self, rows: Tensor, labels: Tensor, owners: Tensor, groups: Sequence[Hashable]) -> None:
         """Add M x D rows with labels; ``owners`` are their indices in ``groups``, the patients' names."""
-        width = {kept[0].shape[1] for kept in self._kept.values()}
-        if width and width != {rows.shape[1]}:
-            raise InputError(f"features has {rows.shape[1]} channels here, {width.pop()} before; use one layer.")
-        # Several samples of a batch may belong to one patient.
-        names = [""] if groups is None else list(dict.fromkeys(groups))
-        if groups is None:
-            owners = torch.zeros_like(owners)
-        else:
-            owners = torch.tensor([names.index(name) for name in groups], device=rows.device)[owners]
-        for owner, label in torch.unique(torch.stack([owners, labels], 1), dim=0).tolist():
-            self._keep((names[owner], label), rows[(owners == owner) & (labels == label)])
+        self.require_width(rows.shape[1])
+        self.width, self.device = rows.shape[1], rows.device
+        present, owners = owners.unique(return_inverse=True)
+        numbers = [self.names.setdefault(groups[owner], len(self.names)) for owner in present.tolist()]
+        self._append(*self._drawn(rows, labels, torch.tensor(numbers, device=rows.device)[owners]))
+        if self.limit is not None and self._held > 2 * self._drawn_before + self.limit:
+            drawn = self._drawn(*self._all())
+            self._spool.close()
+            self._spool, self._held, self._drawn_before = PredictionSpool(), 0, len(drawn[0])
+            self._append(*drawn)
+
+    def require_width(self, width: int | None) -> None:
+        """Raise an `InputError` where rows of another width have been seen."""
+        if None not in (width, self.width) and width != self.width:
+            raise InputError(f"features has {width} channels here, {self.width} before; use one layer.")
 
     def merge(self, other: SampleStore) -> None:
         """Add all samples of another store, which may know already that features lie on a grid."""
         self.limit = self.limit or other.limit
-        for stratum, parts in other._kept.items():
-            for rows in list(parts):
-                self._keep(stratum, rows)
+        for batch in list(other.batches()) if other is self else other.batches():
+            self.add(*batch, list(other.names))
 
-    def _keep(self, stratum: tuple[Hashable, int], rows: torch.Tensor) -> None:
-        held = self._kept.setdefault(stratum, [])
-        # Batches are joined when they are needed, or when there are enough to choose from.
-        held.append(rows.clone())
-        if self.limit is not None and sum(map(len, held)) > 2 * self.limit:
-            held[:] = [self._chosen(torch.cat([part.to(held[0].device) for part in held]))]
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All rows held, their labels, and the numbers of their patients in ``names``."""
+        for rows, labels, owners in self._spool:
+            yield rows.to(self.device), labels.to(self.device).long(), owners.to(self.device).long()
 
-    def _chosen(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.limit is None or len(rows) <= self.limit:
-            return rows
-        order = canonical_order(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), seed=self.seed)
-        return rows[order[: self.limit]]
-
-    def gathered(self, owner: str) -> Samples:
-        """The samples of all processes in canonical order."""
-        store = self
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            shares: list[Any] = [None] * dist.get_world_size()
-            own = SampleStore(self.limit, self.seed)
-            own._kept = {stratum: [part.cpu() for part in parts] for stratum, parts in self._kept.items()}
-            dist.all_gather_object(shares, own)
+    def gathered(self) -> Samples | None:
+        """The samples of all processes in canonical order, None where there are none."""
+        store, shares = self, all_gathered(self)
+        if len(shares) > 1:
             store = SampleStore(None, self.seed)
             for share in shares:
-                store.limit = store.limit or share.limit  # a process without data does not know the grid
+                share.device = torch.device("cpu")  # of this process; the other's may be another GPU
                 store.merge(share)
-        if not store._kept:
-            raise InputError(
-                f"{owner} has seen no sample; call update() before compute(), or look for an empty data loader."
-            )
-        names = tuple(sorted({name for name, _ in store._kept}, key=str))
-        device = next(iter(store._kept.values()))[0].device
-        columns: list[tuple[torch.Tensor, ...]] = []
-        for (name, label), parts in store._kept.items():
-            rows = store._chosen(torch.cat([part.to(device) for part in parts])).double()
-            filled = [rows.new_full((len(rows),), value, dtype=torch.int64) for value in (label, names.index(name))]
-            columns.append((rows, *filled))
-        features, labels, groups = (torch.cat(column) for column in zip(*columns, strict=True))
-        order = canonical_order(features, labels, seed=self.seed)
-        return Samples(features[order], labels[order], groups[order], names)
+        if not store.names:
+            return None
+        rows, labels, owners = store._drawn(*store._all())
+        rows, names = rows.double(), sorted(store.names, key=str)
+        groups = torch.tensor([names.index(name) for name in store.names], device=rows.device)[owners]
+        order = canonical_order(rows, labels, seed=self.seed)
+        return Samples(rows[order], labels[order], groups[order], tuple(names))
+
+    def _append(self, rows: Tensor, labels: Tensor, owners: Tensor) -> None:
+        self._spool.append(rows, labels.to(torch.int16), owners.to(torch.int32))
+        self._held += len(rows)
+
+    def _all(self) -> tuple[Tensor, Tensor, Tensor]:
+        rows, labels, owners = (torch.cat(column) for column in zip(*self.batches(), strict=True))
+        return rows, labels, owners
+
+    def _drawn(self, rows: Tensor, labels: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of each class of each patient with the lowest keys."""
+        if self.limit is None or len(rows) <= self.limit:
+            return rows, labels, owners
+        order = canonical_order(rows, labels, seed=self.seed)
+        stratum, by_stratum = (owners * (LARGEST_LABEL + 1) + labels)[order].sort(stable=True)
+        place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(stratum, stratum)
+        kept = order[by_stratum[place < self.limit]]
+        return rows[kept], labels[kept], owners[kept]
 
 
 class TappedInferer(Inferer):
     """An engine's inferer that also hands over what came out of some layers, for all metrics attached to the engine."""
 
     def __init__(self, inferer: Inferer) -> None:
-        super().__init__()
         self.inferer = inferer
         self.layers: set[str | None] = set()
-        self.features: dict[str | None, torch.Tensor] = {}
+        self.features: dict[str | None, Tensor] = {}
 
     @classmethod
     def of(cls, engine: Engine) -> TappedInferer:
@@ -433,7 +462,7 @@ class TappedInferer(Inferer):
             engine.inferer = cls(engine.inferer or SimpleInferer())
         return engine.inferer
 
-    def __call__(self, inputs: torch.Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         with tap_features(network, self.layers) as tapped:
             result = self.inferer(inputs, network, *args, **kwargs)
         for layer, outputs in tapped.items():
@@ -446,33 +475,16 @@ class TappedInferer(Inferer):
         return result
 
 
-def checked_samples(features: Any, target_labels: Any, ignore_index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def checked_samples(features: Any, target_labels: Any, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """Features N x D x *spatial, finite, and labels N x *spatial on their device, `IGNORED` where left out."""
-    features = as_plain_tensor("features", features)
-    if features.ndim < 2:
-        raise InputError(f"features has shape {tuple(features.shape)}; expected N x D or N x D x *spatial.")
-    if features.numel() == 0:
-        raise InputError(f"features is empty (shape {tuple(features.shape)}); expected at least one sample.")
-    if features.is_complex():
-        raise InputError("features is complex; expected real numbers.")
-    if not features.is_floating_point():
-        features = features.double()
+    features = check_samples("features", features, channels="D")
     # aminmax hands NaN on, and asks for the data once.
     if not bool(torch.isfinite(torch.stack(torch.aminmax(features))).all()):
         raise InputError("features holds NaN or Inf; look for a diverged network or a float16 overflow.")
-    labels = check_labels("target_labels", target_labels, ignore_index=ignore_index)
-    grid = tuple(features.shape[2:])
-    if tuple(labels.shape[1:]) == (1, *grid):
-        labels = labels.squeeze(1)
-    if tuple(labels.shape) != (len(features), *grid):
-        raise InputError(
-            f"target_labels has shape {tuple(labels.shape)}, which does not fit features {tuple(features.shape)}; "
-            f"expected {(len(features), *grid)} (class indices, not one-hot)."
-        )
-    return features, labels.to(features.device)
+    return features, check_labels_of("features", features, target_labels, ignore_index=ignore_index)
 
 
-def _rows(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """M x D rows of the valid pixels, their labels, and which of the N samples each belongs to."""
     owners = torch.arange(len(labels), device=labels.device)
     owners = owners.view(-1, *(1 for _ in labels.shape[1:])).expand(labels.shape)
@@ -482,35 +494,22 @@ def _rows(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, t
     return (rows, labels, owners) if bool(valid.all()) else (rows[valid], labels[valid], owners[valid])
 
 
-def _mixed(keys: torch.Tensor) -> torch.Tensor:
+def _mixed(keys: Tensor) -> Tensor:
     """Spread the bits of int64 keys (the finaliser of the splitmix64 generator)."""
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         keys = (keys ^ ((keys >> shift) & (2 ** (64 - shift) - 1))) * factor
     return keys ^ ((keys >> 31) & (2**33 - 1))
 
 
-def _read_output(output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Labels and images of a MONAI engine's output: a dictionary, or the list of them that decollation makes of it."""
-    items = [output] if isinstance(output, Mapping) else output
-    if not (isinstance(items, Sequence) and items and all(isinstance(item, Mapping) for item in items)):
-        raise InputError(
-            f"engine.state.output is {type(output).__name__}; expected MONAI's dictionaries with "
-            f"'{CommonKeys.LABEL}': give an output_transform that returns features and labels."
-        )
-    if any(item.get(CommonKeys.LABEL) is None for item in items):
-        raise InputError(
-            f"engine.state.output has no '{CommonKeys.LABEL}', only {', '.join(sorted(map(str, items[0])))}; "
-            "give an output_transform that returns features and labels."
-        )
-
-    def batch(key: str) -> torch.Tensor | None:
-        values = [item.get(key) for item in items]
-        if any(value is None for value in values):
-            return None
-        values = [convert_to_tensor(value) for value in values]
-        return values[0] if isinstance(output, Mapping) else torch.stack(values)
-
-    return batch(CommonKeys.LABEL), batch(CommonKeys.IMAGE)
+def _read_batch(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Labels, and images if there are any, of a MONAI engine's output."""
+    batch: dict[str, Tensor] = {}
+    for key in (CommonKeys.LABEL, CommonKeys.IMAGE):
+        with suppress(InputError) if batch else nullcontext():
+            (values,) = read_output(output, key)
+            values = [as_plain_tensor(key, value) for value in (values if isinstance(values, list) else [values])]
+            batch[key] = values[0] if isinstance(output, Mapping) else torch.stack(values)
+    return batch[CommonKeys.LABEL], batch.get(CommonKeys.IMAGE)
 
 
 def _read_subjects(batch: Any) -> list[Hashable] | None:
@@ -523,29 +522,68 @@ def _read_subjects(batch: Any) -> list[Hashable] | None:
     return list(subjects) if known else None
 
 
-def _aligned(
-    features: torch.Tensor, labels: torch.Tensor, images: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Bring features, labels and the largest magnitude over the images' channels to one grid."""
-    labels = as_plain_tensor("label", labels)
+def _aligned(features: Tensor, labels: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Features, labels, and the largest magnitude over the images' channels, on one grid."""
     if labels.ndim > 1 and labels.shape[1] == 1:
         labels = labels.squeeze(1)
     if labels.ndim == 1:
         return features.flatten(2).double().mean(2) if features.ndim > 2 else features, labels, None
-    if images is not None:
-        images = as_plain_tensor("image", images).abs().amax(1)
-        images = images if images.shape == labels.shape else None
+    images = None if images is None or images.shape[2:] != labels.shape[1:] else images.abs().amax(1)
     grid = features.shape[2:]
     if len(grid) == labels.ndim - 1 and labels.shape[1:] != grid:
-        labels, images = (value if value is None else _nearest(value, grid) for value in (labels, images))
+        labels, images = (
+            None if values is None else interpolate(values[:, None].double(), grid, mode="nearest-exact")[:, 0]
+            for values in (labels, images)
+        )
     return features, labels, images
 
 
-def _nearest(values: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    indices = [
-        torch.as_tensor(np.floor((np.arange(size) + 0.5) * length / size).astype(int), device=values.device)
-        for size, length in zip(grid, values.shape[1:], strict=True)
-    ]
-    for axis, index in enumerate(indices, start=1):
-        values = values.index_select(axis, index)
-    return values
+@contextmanager
+def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[dict[str | None, list[Tensor]]]:
+    """Collect what comes out of some layers while the network runs; the hooks are gone when the block is left.
+
+    Args:
+        network: any module; the wrapper of `torch.nn.parallel.DistributedDataParallel` is looked through.
+        layers: names as in ``network.named_modules()``. None stands for the penultimate features: the input of the last
+            linear or convolution layer that runs.
+
+    Yields:
+        Layer -> its outputs, one for each time it ran (for None, one for each time the network ran).
+
+    Raises:
+        InputError: the network has no such layer, or a layer gave something else than a tensor.
+
+    >>> network = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 4))
+    >>> with tap_features(network, ["1", None]) as tapped:
+    ...     _ = network(torch.ones(5, 3))
+    >>> tapped["1"][0].shape, torch.equal(tapped["1"][0], tapped[None][0])
+    (torch.Size([5, 2]), True)
+    """
+    network = getattr(network, "module", network)
+    modules = {name: module for name, module in network.named_modules() if name}
+    tapped: dict[str | None, list[Tensor]] = {layer: [] for layer in layers}
+    last_input: list[object] = [None]
+
+    def keep(layer: str | None, output: object) -> None:
+        if not isinstance(output, Tensor):
+            raise InputError(f"layer {layer} gives {type(output).__name__}; choose one whose output is a tensor.")
+        # A copy: an activation that works in place may follow.
+        tapped[layer].append(output if layer is None else output.clone())
+
+    def note_input(_: nn.Module, inputs: tuple[object, ...]) -> None:
+        last_input[0] = inputs[0]
+
+    handles = []
+    try:
+        for layer in tapped:
+            if layer is None:
+                weighted = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+                handles.extend(module.register_forward_pre_hook(note_input) for module in weighted)
+                handles.append(network.register_forward_hook(lambda *_: keep(None, last_input[0])))
+            else:
+                module = modules[require_choice("layer", layer, modules)]
+                handles.append(module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output)))
+        yield tapped
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -12,13 +12,12 @@ It needs the number of samples and the sums of x and of x^2 by class.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.metrics.features import MomentMetric, check_features, feature_sums
+from medtl_ext._validation import require_choice, warn
+from medtl_ext.metrics.features import MomentMetric, require_samples
 
 COVARIANCES = ("spherical", "diagonal")
 
@@ -54,9 +53,7 @@ def compute_gbc(
     features whose deviations are around 0.01 or less should be scaled up. A public version has the logarithm of the
     spherical variances once, where the determinant has it D times.
     """
-    require_choice("covariance", covariance, COVARIANCES)
-    rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)
-    return _gbc(feature_sums(rows - rows.mean(0), labels, ("squares",)), covariance)
+    return GBC(covariance=covariance, ignore_index=ignore_index).of(features, target_labels)
 
 
 class GBC(MomentMetric):
@@ -83,29 +80,20 @@ class GBC(MomentMetric):
         super().__init__(**options)
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-        return _gbc(sums, self.covariance)
-
-
-def _gbc(sums: dict[str, torch.Tensor], covariance: str) -> torch.Tensor:
-    present = sums["count"] > 0
-    count = sums["count"][present][:, None]
-    if count.sum() < 2:
-        raise InputError(f"features holds {int(count.sum())} sample(s); expected at least 2.")
-    if len(count) == 1:
-        warnings.warn(
-            "target_labels holds one class only, so GBC is 0, its best value, and says nothing about transfer.",
-            UserWarning,
-            stacklevel=3,
-        )
-    means = sums["total"][present] / count
-    variances = (sums["squares"][present] / count - means.square()).clamp(min=LEAST_VARIANCE)
-    if covariance == "spherical":
-        variances = variances.mean(1, keepdim=True).expand_as(means)
-    logs = variances.log()
-    overlap = means.new_zeros(())
-    for k in range(len(means) - 1):
-        pooled = (variances[k] + variances[k + 1 :]) / 2
-        distance = ((means[k] - means[k + 1 :]).square() / pooled).sum(1) / 8
-        distance += (pooled.log() - (logs[k] + logs[k + 1 :]) / 2).sum(1) / 2
-        overlap += (-distance.clamp(min=0)).exp().sum()
-    return 0 - 2 * overlap
+        present = sums["count"] > 0
+        count = sums["count"][present][:, None]
+        require_samples(count.sum())
+        if len(count) == 1:
+            warn("target_labels holds one class only, so GBC is 0, its best value, and says nothing about transfer.")
+        means = sums["total"][present] / count
+        variances = (sums["squares"][present] / count - means.square()).clamp(min=LEAST_VARIANCE)
+        if self.covariance == "spherical":
+            variances = variances.mean(1, keepdim=True).expand_as(means)
+        logs = variances.log()
+        overlap = means.new_zeros(())
+        for k in range(len(means) - 1):
+            pooled = (variances[k] + variances[k + 1 :]) / 2
+            distance = ((means[k] - means[k + 1 :]).square() / pooled).sum(1) / 8
+            distance += (pooled.log() - (logs[k] + logs[k + 1 :]) / 2).sum(1) / 2
+            overlap += (-distance.clamp(min=0)).exp().sum()
+        return 0 - 2 * overlap

@@ -12,15 +12,14 @@ K classes, cov(g) has rank K - 1 at most, so H is a sum of K quadratic forms and
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, require_choice, warn
 from medtl_ext.metrics.base import all_reduce_sums
-from medtl_ext.metrics.features import FeatureMetric, MomentMetric, check_features, checked_samples, feature_sums
+from medtl_ext.metrics.features import FeatureMetric, MomentMetric, checked_samples, require_samples
 
 SHRINKAGES = ("ledoit_wolf",)
 
@@ -62,10 +61,7 @@ def compute_h_score(
     the largest variance, where public code inverts rounding noise, and so leaves the bounds. As in public code cov(g)
     divides by N - 1, and so does cov(f), but for the shrunk one, which divides by N.
     """
-    _require_shrinkage(shrinkage)
-    rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)
-    rows = rows - rows[0]  # makes constant features exactly zero
-    return _h_score(feature_sums(rows.sub_(rows.mean(0)), labels, _needs(shrinkage)), shrinkage)
+    return HScore(shrinkage=shrinkage, ignore_index=ignore_index).of(features, target_labels)
 
 
 def compute_h_score_map(features: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
@@ -99,16 +95,16 @@ def compute_h_score_map(features: Any, target_labels: Any, *, ignore_index: int 
     Reference: Li et al., *Finding the most transferable tasks for brain image segmentation*, BIBM 2022, eq. 3. Its
     tables hold values from -3.2 to 40.7 for two classes, which eqs. 2 and 3 cannot give: see `CUTOFF`.
     """
-    features, labels = _checked_images(features, target_labels, ignore_index)
-    grid = labels.shape[1:]
+    features, labels = _require_images(*checked_samples(features, target_labels, ignore_index))
+    grid, n_images, width = labels.shape[1:], *features.shape[:2]
     features, labels = features.flatten(2), labels.flatten(1)
     highest = labels.amax(0)
     several = ((highest - labels) * (labels >= 0)).amax(0) > 0
-    _require_pixels(highest >= 0, several, n_images=len(labels), width=features.shape[1])
-    h_map = torch.where(highest >= 0, 0.0, torch.nan).double()
-    for pixels in _blocks(several, n_numbers=len(labels) * features.shape[1]):
-        h_map[pixels] = _pixel_scores(**_pixel_sums(features[:, :, pixels].double(), labels[:, pixels]))
-    return h_map.view(grid)
+    found = (
+        (pixels, _pixel_sums(features[:, :, pixels].double(), labels[:, pixels]))
+        for pixels in _blocks(several, n_numbers=n_images * width)
+    )
+    return _map(highest >= 0, several, found, n_images=n_images, width=width).view(grid)
 
 
 class HScore(MomentMetric):
@@ -130,12 +126,39 @@ class HScore(MomentMetric):
     """
 
     def __init__(self, *, shrinkage: str | None = None, **options: Any) -> None:
-        self.shrinkage = _require_shrinkage(shrinkage)
-        self.needs = _needs(shrinkage)
+        if shrinkage is not None:
+            require_choice("shrinkage", shrinkage, SHRINKAGES)
+        self.shrinkage = shrinkage
+        self.needs = ("gram",) if shrinkage is None else ("gram", "norms")
         super().__init__(**options)
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-        return _h_score(sums, self.shrinkage)
+        present = sums["count"] > 0
+        count, total, gram = sums["count"][present], sums["total"][present], sums["gram"]
+        n, width = count.sum(), len(gram)
+        require_samples(n)
+        mean = total.sum(0) / n
+        scatter = torch.addr(gram, mean, mean, alpha=-float(n))
+        offsets = (total / count[:, None] - mean) * (count / (n - 1)).sqrt()[:, None]
+        if len(count) == 1:
+            warn("target_labels holds one class only, so the H-score is 0 and says nothing about transfer.")
+            return n.new_zeros(())
+        if scatter.trace() <= 1e-14 * gram.trace():
+            warn("features are constant, so the H-score is 0 and says nothing about transfer.")
+            return n.new_zeros(())
+        if self.shrinkage is None:
+            if n <= width:
+                warn(
+                    f"features holds {int(n)} samples of {width} dimensions, so the H-score is K - 1 whatever they "
+                    "are; use shrinkage='ledoit_wolf', or more samples."
+                )
+            value = _quadratic_forms(scatter[None] / (n - 1), offsets[None], CUTOFF)
+        else:
+            alpha = _ledoit_wolf(sums, scatter / n, mean, n)
+            shrunk = (1 - alpha) * scatter / n
+            shrunk.diagonal().add_(alpha * scatter.trace() / (n * width))
+            value = (1 - alpha) * _quadratic_forms(shrunk[None], offsets[None], width * EPSILON)
+        return value.squeeze(0).clamp(0, len(count) - 1)
 
 
 class HScoreMap(FeatureMetric):
@@ -150,11 +173,8 @@ class HScoreMap(FeatureMetric):
     Memory: D x D + C x D numbers a pixel, for D channels of the features.
 
     Args:
-        layer: name of the layer of the network whose output is the features (the last one for the logits); None: the
-            penultimate features, see `FeatureMetric`.
         body: leave out background pixels where the image is exactly zero; the paper does not.
-        ignore_index: pixels with this label are left out.
-        output_transform: see `FeatureMetric`.
+        options: layer (the last one for the logits), ignore_index, output_transform, see `FeatureMetric`.
 
     >>> metric = HScoreMap()
     >>> metric.update(torch.tensor([[[[0.0, 1.0]]], [[[1.0, 0.0]]]]), torch.tensor([[[0, 1]], [[0, 1]]]))
@@ -165,36 +185,18 @@ class HScoreMap(FeatureMetric):
     tensor([[ True, False]])
     """
 
-    def __init__(
-        self,
-        *,
-        layer: str | None = None,
-        body: bool = False,
-        ignore_index: int | None = None,
-        output_transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        super().__init__(
-            layer=layer, pixels=None, body=body, ignore_index=ignore_index, output_transform=output_transform
-        )
+    def __init__(self, *, body: bool = False, **options: Any) -> None:
+        super().__init__(pixels=None, body=body, **options)
 
     def multi_label(self) -> torch.Tensor:
         """*spatial, True where more than one label was seen; under torch.distributed call it on all processes."""
-        return (self._pooled()["count"] > 0).sum(0) > 1
+        return (self._totals()["count"] > 0).sum(0) > 1
 
     def compute(self) -> torch.Tensor:
         """Return the map over everything seen by all processes; updates may go on afterwards."""
-        sums = self._pooled()
-        own = {"scatter": _scatter_about(_mean(**sums), **self._sums)} if self._sums else {}
+        sums = self._totals()
+        own = {"scatter": _scatter_about(_mean(sums["count"], sums["total"]), **self._sums)} if self._sums else {}
         return self._evaluate(sums | all_reduce_sums(own))
-
-    def _pooled(self) -> dict[str, torch.Tensor]:
-        sums = all_reduce_sums({name: self._sums[name] for name in ("count", "total") if self._sums})
-        if not sums:
-            raise InputError(
-                f"{type(self).__name__} has seen no sample; call update() before compute(), or look for an empty "
-                "data loader."
-            )
-        return sums
 
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Any) -> None:
         features, labels = _require_images(features, labels)
@@ -218,50 +220,12 @@ class HScoreMap(FeatureMetric):
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         grid = sums["count"].shape[1:]
         count, total, scatter = (sums[name].flatten(-len(grid)) for name in ("count", "total", "scatter"))
-        seen, several = count.sum(0) > 0, (count > 0).sum(0) > 1
-        _require_pixels(seen, several, n_images=int(count.sum(0).amax()), width=total.shape[1])
-        h_map = torch.where(seen, 0.0, torch.nan).double()
-        for pixels in _blocks(several, n_numbers=(len(count) + total.shape[1]) * total.shape[1]):
-            h_map[pixels] = _pixel_scores(count[:, pixels], total[..., pixels], scatter[..., pixels])
-        return h_map.view(grid)
-
-
-def _require_shrinkage(shrinkage: str | None) -> str | None:
-    return shrinkage if shrinkage is None else require_choice("shrinkage", shrinkage, SHRINKAGES)
-
-
-def _needs(shrinkage: str | None) -> tuple[str, ...]:
-    return ("gram",) if shrinkage is None else ("gram", "norms")
-
-
-def _h_score(sums: dict[str, torch.Tensor], shrinkage: str | None) -> torch.Tensor:
-    present = sums["count"] > 0
-    count, total, gram = sums["count"][present], sums["total"][present], sums["gram"]
-    n, width = count.sum(), len(gram)
-    if n < 2:
-        raise InputError(f"features holds {int(n)} sample(s); expected at least 2.")
-    mean = total.sum(0) / n
-    scatter = torch.addr(gram, mean, mean, alpha=-float(n))
-    offsets = (total / count[:, None] - mean) * (count / (n - 1)).sqrt()[:, None]
-    if len(count) == 1:
-        _warn("target_labels holds one class only, so the H-score is 0 and says nothing about transfer.")
-        return n.new_zeros(())
-    if scatter.trace() <= 1e-14 * gram.trace():
-        _warn("features are constant, so the H-score is 0 and says nothing about transfer.")
-        return n.new_zeros(())
-    if shrinkage is None:
-        if n <= width:
-            _warn(
-                f"features holds {int(n)} samples of {width} dimensions, so the H-score is K - 1 whatever they are; "
-                "use shrinkage='ledoit_wolf', or more samples."
-            )
-        value = _quadratic_forms(scatter[None] / (n - 1), offsets[None], CUTOFF)
-    else:
-        alpha = _ledoit_wolf(sums, scatter / n, mean, n)
-        shrunk = (1 - alpha) * scatter / n
-        shrunk.diagonal().add_(alpha * scatter.trace() / (n * width))
-        value = (1 - alpha) * _quadratic_forms(shrunk[None], offsets[None], width * EPSILON)
-    return value.squeeze(0).clamp(0, len(count) - 1)
+        n, width, several = count.sum(0), total.shape[1], (count > 0).sum(0) > 1
+        found = (
+            (pixels, {"count": count[:, pixels], "total": total[..., pixels], "scatter": scatter[..., pixels]})
+            for pixels in _blocks(several, n_numbers=(len(count) + width) * width)
+        )
+        return _map(n > 0, several, found, n_images=int(n.amax()), width=width).view(grid)
 
 
 def _ledoit_wolf(
@@ -317,26 +281,34 @@ def _eigenvectors_2x2(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return variances, torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 2)
 
 
-def _checked_images(features: Any, target_labels: Any, ignore_index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return _require_images(*checked_samples(features, target_labels, ignore_index))
-
-
 def _require_images(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if features.ndim < 3:
         raise InputError(f"features has shape {tuple(features.shape)}; a map needs N x D x *spatial.")
     return features, labels
 
 
-def _require_pixels(seen: torch.Tensor, several: torch.Tensor, *, n_images: int, width: int) -> None:
+def _map(
+    seen: torch.Tensor,
+    several: torch.Tensor,
+    found: Iterable[tuple[slice | torch.Tensor, dict[str, torch.Tensor]]],
+    *,
+    n_images: int,
+    width: int,
+) -> torch.Tensor:
+    """The scores of all pixels, from the sums of those with several labels, block by block."""
     if not bool(seen.any()):
         raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
     if not bool(several.any()):
-        _warn("target_labels holds one class only at every pixel, so the map is 0 and says nothing about transfer.")
+        warn("target_labels holds one class only at every pixel, so the map is 0 and says nothing about transfer.")
     elif n_images <= width:
-        _warn(
+        warn(
             f"features holds {n_images} images of {width} channels, so the H-score of a pixel is K - 1 whatever they "
             "are; use more images."
         )
+    h_map = torch.where(seen, 0.0, torch.nan).double()
+    for pixels, sums in found:
+        h_map[pixels] = _pixel_scores(**sums)
+    return h_map
 
 
 def _blocks(chosen: torch.Tensor, *, n_numbers: int) -> Iterator[slice | torch.Tensor]:
@@ -394,7 +366,3 @@ def _pixel_scores(count: torch.Tensor, total: torch.Tensor, scatter: torch.Tenso
     # Of constant features there is nothing left but the rounding of their mean.
     varied = covariances.diagonal(dim1=1, dim2=2).sum(1) > (16 * EPSILON) ** 2 * mean.square().sum(0)
     return torch.where(varied, values, 0).clamp(min=0).minimum((count > 0).sum(0) - 1.0)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors, NeighborhoodComponentsAnalysis
 
-from medtl_ext._validation import InputError
-from medtl_ext.metrics.features import SampleMetric, canonical_order, check_features
+from medtl_ext._validation import InputError, warn
+from medtl_ext.metrics.features import SampleMetric, canonical_order
 
 N_COMPONENTS = 50
 N_NEIGHBOURS = 5
@@ -70,9 +70,8 @@ def compute_label_prediction(
 
     Reference: Juodelyte et al., arXiv 2412.20172. Five in all for the paper's code, so the least value is 0.2.
     """
-    rows, labels = check_features(features, target_labels, ignore_index=ignore_index)
-    order = canonical_order(rows, labels, seed=seed)
-    return _label_prediction(rows[order], labels[order], leave_one_out)
+    metric = LabelPrediction(leave_one_out=leave_one_out, seed=seed, ignore_index=ignore_index)
+    return metric.of(features, target_labels)
 
 
 class LabelPrediction(SampleMetric):
@@ -96,7 +95,21 @@ class LabelPrediction(SampleMetric):
         super().__init__(**options)
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _label_prediction(features, labels, self.leave_one_out)
+        # In canonical order, in which ties between neighbours are broken too.
+        drawn = canonical_order(features, labels, seed=self.seed)[:MAX_SAMPLES]
+        rows, target = features[drawn].cpu().numpy(), labels[drawn].cpu().numpy()
+        if (target == target[0]).all():
+            warn("target_labels holds one class only, so LP is 1, its best value; this says nothing about transfer.")
+            return torch.ones((), dtype=torch.float64, device=labels.device)
+        if len(rows) <= N_NEIGHBOURS:
+            warn(f"features holds {len(rows)} samples, all each other's neighbours; this says nothing about transfer.")
+        if (rows == rows[0]).all():
+            warn("features are constant, so the nearest neighbours are arbitrary; this says nothing about transfer.")
+        # The sample itself is counted by hand: a duplicate could take its place among the nearest.
+        n_others = min(N_NEIGHBOURS, len(rows) - 1) if self.leave_one_out else min(N_NEIGHBOURS, len(rows)) - 1
+        agreeing = _agreeing_neighbours(rows - rows.mean(0), target, n_others)
+        share = agreeing / n_others if self.leave_one_out else (agreeing + 1) / (n_others + 1)
+        return torch.tensor(share, dtype=torch.float64, device=labels.device)
 
 
 def combine_lp_fu(
@@ -167,27 +180,10 @@ def min_max(values: Mapping[str, float]) -> dict[str, float]:
     return {name: (value - low) / (high - low) for name, value in values.items()}
 
 
-def _label_prediction(features: torch.Tensor, labels: torch.Tensor, leave_one_out: bool) -> torch.Tensor:
-    """The score of samples in canonical order, in which ties between neighbours are broken too."""
-    rows, target = features[:MAX_SAMPLES].cpu().numpy(), labels[:MAX_SAMPLES].cpu().numpy()
-    if (target == target[0]).all():
-        _warn("target_labels holds one class only, so LP is 1, its best value")
-        return torch.ones((), dtype=torch.float64, device=labels.device)
-    if len(rows) <= N_NEIGHBOURS:
-        _warn(f"features holds {len(rows)} samples, which are all each other's neighbours")
-    if (rows == rows[0]).all():
-        _warn("features are constant, so the nearest neighbours are arbitrary")
-    # The sample itself is counted by hand: a duplicate could take its place among the nearest.
-    n_others = min(N_NEIGHBOURS, len(rows) - 1) if leave_one_out else min(N_NEIGHBOURS, len(rows)) - 1
-    agreeing = _agreeing_neighbours(rows - rows.mean(0), target, n_others)
-    share = agreeing / n_others if leave_one_out else (agreeing + 1) / (n_others + 1)
-    return torch.tensor(share, dtype=torch.float64, device=labels.device)
-
-
 def _agreeing_neighbours(rows: np.ndarray, target: np.ndarray, n_others: int) -> float:
     """How many of a sample's nearest others are of its class, on average, after NCA."""
     if len(np.unique(target)) == len(target):
-        _warn("target_labels holds no two samples of one class, so no neighbour agrees", stacklevel=5)
+        warn("target_labels holds no two samples of one class: no neighbour agrees; this says nothing about transfer.")
         return 0.0
     mapped = _neighbourhood_components(rows, target)
     others = NearestNeighbors(n_neighbors=n_others).fit(mapped).kneighbors(return_distance=False)
@@ -205,7 +201,3 @@ def _neighbourhood_components(rows: np.ndarray, target: np.ndarray) -> np.ndarra
             # With more classes than dimensions it starts from discriminant directions, which there are none of where
             # the classes' means are all the same, or the classes have no variance.
             return analysis.set_params(init="identity").fit_transform(rows, target)
-
-
-def _warn(what: str, *, stacklevel: int = 4) -> None:
-    warnings.warn(f"{what}; this says nothing about transfer.", UserWarning, stacklevel=stacklevel)

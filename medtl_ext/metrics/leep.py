@@ -15,14 +15,20 @@ they keep J in memory, and the predictions, in their own dtype, in a `Prediction
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.metrics._checks import as_plain_tensor, check_predictions
+from medtl_ext._validation import (
+    InputError,
+    as_plain_tensor,
+    check_labels_of,
+    check_samples,
+    require_choice,
+    require_number,
+    warn,
+)
 from medtl_ext.metrics._spool import PredictionSpool
 from medtl_ext.metrics.base import TransferMetric, all_reduce_sums
 
@@ -57,8 +63,7 @@ def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | N
     Reference: Nguyen et al., ICML 2020, eq. 2. A source class that no sample is given any probability of is left out
     (0/0 in the usual implementation).
     """
-    batch = _Batch.checked(source_probs, target_labels, ignore_index)
-    return _mean(_log_sums(batch, _conditional(_joint(batch))).view(2, -1).sum(1))
+    return LEEP(ignore_index=ignore_index).of(source_probs, target_labels)
 
 
 def compute_leep_map(
@@ -97,10 +102,8 @@ def compute_leep_map(
 
     Reference: Duan et al., *Transfer Risk Map*, eq. 4; stride 4 is Tan et al., ICIP 2023.
     """
-    settings = _MapSettings.checked(stride, estimator, smoothing)
-    batch = _Batch.checked(source_probs, target_labels, ignore_index)
-    table = settings.table(settings.joint(batch), batch.labels.shape[1:])
-    return _mean(settings.pool(_log_sums(batch, table), leading=1))
+    metric = LEEPMap(stride=stride, estimator=estimator, smoothing=smoothing, ignore_index=ignore_index)
+    return metric.of(source_probs, target_labels)
 
 
 def compute_leep_image_maps(
@@ -142,40 +145,46 @@ def compute_leep_image_maps(
             )
             for probs, labels in zip(source_probs, target_labels, strict=True)
         ]
-    if len({batch.probs.shape[1] for batch in batches}) > 1:
-        raise InputError("source_probs has images with different numbers of channels; expected one source network's.")
-    n_classes = max(batch.n_classes for batch in batches)
-    joint = sum(_joint(batch._replace(n_classes=n_classes)) for batch in batches)
-    return _image_maps(batches, _conditional(joint))
+    metric = LEEPImageMaps()
+    for batch in batches:
+        metric._add(**metric._batch_sums(batch))
+    return _image_maps(batches, _conditional(metric._sums["joint"]))
 
 
 class _StreamingLEEP(TransferMetric):
     """What the three streaming classes share: J in memory, the predictions in a spool until P(y|z) is known."""
 
-    def __init__(
-        self, *, ignore_index: int | None = None, output_transform: Callable[[Any], Any] | None = None
-    ) -> None:
-        self.ignore_index = ignore_index
-        self._spool = PredictionSpool()
-        super().__init__(output_transform=output_transform)
-
     def reset(self) -> None:
         super().reset()
-        self._spool.close()
         self._spool = PredictionSpool()
 
     def update(self, source_probs: Any, target_labels: Any) -> None:
         """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
         batch = _Batch.checked(source_probs, target_labels, self.ignore_index)
-        self._add(joint=self._batch_joint(batch))
+        self._add(**self._batch_sums(batch))
         self._spool.append(batch.probs, batch.labels.to(torch.int16))
 
     def merge(self, other: TransferMetric) -> None:
         super().merge(other)
-        self._spool.extend(other._spool)
+        for batch in other._spool:
+            self._spool.append(*batch)
 
-    def _batch_joint(self, batch: _Batch) -> torch.Tensor:
-        return _joint(batch)
+    def of(self, source_probs: Any, target_labels: Any) -> torch.Tensor:
+        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
+        batch = _Batch.checked(source_probs, target_labels, self.ignore_index)
+        return _mean(sum(self._log_sums(self._batch_sums(batch), [batch])))
+
+    def _batch_sums(self, batch: _Batch) -> dict[str, torch.Tensor]:
+        return {"joint": _joint(batch)}
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
+        # Those of the batches of this process, then those of all processes.
+        total = sum(self._log_sums(sums, self._batches(sums["joint"].device)))
+        return _mean(all_reduce_sums({"log_sums": total} if isinstance(total, torch.Tensor) else {})["log_sums"])
+
+    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
+        """Of each batch the sum of the log-likelihoods and their number, 2 (x *cells)."""
+        raise NotImplementedError
 
     def _batches(self, device: torch.device) -> Iterator[_Batch]:
         return (_Batch.of(probs.to(device), labels.to(device)) for probs, labels in self._spool)
@@ -198,9 +207,9 @@ class LEEP(_StreamingLEEP):
     tensor(-0.4700, dtype=torch.float64)
     """
 
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
         table = _conditional(sums["joint"])
-        return _mean(_reduced(_log_sums(batch, table).view(2, -1).sum(1) for batch in self._batches(table.device)))
+        return (_log_sums(batch, table).view(2, -1).sum(1) for batch in batches)
 
 
 class LEEPMap(_StreamingLEEP):
@@ -221,8 +230,8 @@ class LEEPMap(_StreamingLEEP):
     metric; without one, ``LEEPMap().attach(evaluator, "leep_map")`` does it.
 
     Args:
-        stride, estimator, smoothing, ignore_index: as in `compute_leep_map`.
-        output_transform: see `TransferMetric`.
+        stride, estimator, smoothing: as in `compute_leep_map`.
+        options: ignore_index and output_transform, see `TransferMetric`.
 
     >>> metric = LEEPMap()
     >>> metric.update(torch.tensor([[[[0.75, 0.5]]]]), torch.tensor([[[1, 1]]]))
@@ -231,47 +240,48 @@ class LEEPMap(_StreamingLEEP):
     tensor([[-0.4700, -0.6931]], dtype=torch.float64)
     """
 
-    def __init__(
-        self,
-        *,
-        stride: int = 1,
-        estimator: str = "local",
-        smoothing: float = 0.0,
-        ignore_index: int | None = None,
-        output_transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        self._settings = _MapSettings.checked(stride, estimator, smoothing)
-        super().__init__(ignore_index=ignore_index, output_transform=output_transform)
+    def __init__(self, *, stride: int = 1, estimator: str = "local", smoothing: float = 0.0, **options: Any) -> None:
+        self.stride = require_number("stride", stride, 1, whole=True)
+        self.estimator = require_choice("estimator", estimator, ESTIMATORS)
+        self.smoothing = require_number("smoothing", smoothing, 0)
+        if smoothing and estimator == "global":
+            raise InputError("smoothing pulls local tables towards the global one; with estimator='global' leave it 0.")
+        super().__init__(**options)
 
-    def reset(self) -> None:
-        super().reset()
-        self._grid: tuple[int, ...] | None = None
+    def _batch_sums(self, batch: _Batch) -> dict[str, torch.Tensor]:
+        if batch.labels.ndim < 2:
+            raise InputError(f"source_probs has shape {tuple(batch.probs.shape)}; a map needs N x Z x *spatial.")
+        joint = _joint(batch) if self.estimator == "global" else self._pool(_joint(batch, located=True), leading=2)
+        # Of no other use than its shape, which sums of other images must have, too.
+        return {"joint": joint, "grid": joint.new_zeros(1, *batch.labels.shape[1:])}
 
-    def merge(self, other: TransferMetric) -> None:
-        if isinstance(other, LEEPMap) and other._grid is not None:
-            self._require_grid(other._grid)
-        super().merge(other)
+    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
+        table = self._table(sums["joint"], sums["grid"].shape[1:])
+        return (self._pool(_log_sums(batch, table), leading=1) for batch in batches)
 
-    def _batch_joint(self, batch: _Batch) -> torch.Tensor:
-        joint = self._settings.joint(batch)
-        self._require_grid(tuple(batch.labels.shape[1:]))
-        return joint
+    def _table(self, joint: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """P(y|z), C x Z x *grid, or C x Z for the global estimator."""
+        if self.estimator == "global":
+            return _conditional(joint)
+        if self.smoothing:
+            pooled = joint.flatten(2).sum(2)
+            joint = joint + self.smoothing * (pooled / pooled.sum()).view(*pooled.shape, *(1 for _ in grid))
+        table = _conditional(joint)
+        if self.stride > 1:
+            for axis, length in enumerate(grid, start=2):
+                table = table.index_select(axis, torch.arange(length, device=table.device) // self.stride)
+        return table
 
-    def _require_grid(self, grid: tuple[int, ...]) -> None:
-        if self._grid is None:
-            self._grid = grid
-        elif self._grid != grid:
-            raise InputError(
-                f"source_probs is on a grid of {grid}, the earlier images on {self._grid}; a map per coordinate "
-                "needs one grid: resample the images, or use LEEPImageMaps."
-            )
-
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-        joint = sums["joint"]
-        # A process without data has no grid of its own, but has nothing to look up either.
-        table = self._settings.table(joint, joint.shape[2:] if self._grid is None else self._grid)
-        batches = self._batches(joint.device)
-        return _mean(_reduced(self._settings.pool(_log_sums(batch, table), leading=1) for batch in batches))
+    def _pool(self, sums: torch.Tensor, *, leading: int) -> torch.Tensor:
+        """Add up the pixels of each cell; the axes after the ``leading`` ones are spatial."""
+        if self.stride == 1:
+            return sums
+        for axis in range(leading, sums.ndim):
+            length = sums.shape[axis]
+            shape = [*sums.shape[:axis], -(-length // self.stride), *sums.shape[axis + 1 :]]
+            cell = torch.arange(length, device=sums.device) // self.stride
+            sums = sums.new_zeros(shape).index_add_(axis, cell, sums)
+        return sums
 
 
 class LEEPImageMaps(_StreamingLEEP):
@@ -297,55 +307,38 @@ class LEEPImageMaps(_StreamingLEEP):
         return _image_maps(self._batches(table.device), table)
 
 
-class _MapSettings(NamedTuple):
-    """How a map pools pixels into cells and estimates P(y|z) in them."""
+def check_probabilities(name: str, value: Any) -> torch.Tensor:
+    """Return N x Z x *spatial class probabilities in a floating dtype; one channel s of a sigmoid becomes [1 - s, s].
 
-    stride: int
-    estimator: str
-    smoothing: float
-
-    @classmethod
-    def checked(cls, stride: int, estimator: str, smoothing: float) -> _MapSettings:
-        if not isinstance(stride, int) or stride < 1:
-            raise InputError(f"stride is {stride!r}; expected a whole number of pixels, 1 or more.")
-        require_choice("estimator", estimator, ESTIMATORS)
-        if not 0 <= smoothing < float("inf"):
-            raise InputError(f"smoothing is {smoothing!r}; expected a number of pseudo-counts, 0 or more.")
-        if smoothing and estimator == "global":
-            raise InputError("smoothing pulls local tables towards the global one; with estimator='global' leave it 0.")
-        return cls(stride, estimator, smoothing)
-
-    def joint(self, batch: _Batch) -> torch.Tensor:
-        """J summed over the batch: C x Z x *cells, or C x Z for the global estimator."""
-        if batch.labels.ndim < 2:
-            raise InputError(f"source_probs has shape {tuple(batch.probs.shape)}; a map needs N x Z x *spatial.")
-        if self.estimator == "global":
-            return _joint(batch)
-        return self.pool(_joint(batch, located=True), leading=2)
-
-    def table(self, joint: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-        """P(y|z), C x Z x *grid, or C x Z for the global estimator."""
-        if self.estimator == "global":
-            return _conditional(joint)
-        if self.smoothing:
-            pooled = joint.flatten(2).sum(2)
-            joint = joint + self.smoothing * (pooled / pooled.sum()).view(*pooled.shape, *(1 for _ in grid))
-        table = _conditional(joint)
-        if self.stride > 1:
-            for axis, length in enumerate(grid, start=2):
-                table = table.index_select(axis, torch.arange(length, device=table.device) // self.stride)
-        return table
-
-    def pool(self, sums: torch.Tensor, *, leading: int) -> torch.Tensor:
-        """Add up the pixels of each cell; the axes after the ``leading`` ones are spatial."""
-        if self.stride == 1:
-            return sums
-        for axis in range(leading, sums.ndim):
-            length = sums.shape[axis]
-            shape = [*sums.shape[:axis], -(-length // self.stride), *sums.shape[axis + 1 :]]
-            cell = torch.arange(length, device=sums.device) // self.stride
-            sums = sums.new_zeros(shape).index_add_(axis, cell, sums)
-        return sums
+    >>> check_probabilities("source_probs", [[0.25], [1.0]])
+    tensor([[0.7500, 0.2500],
+            [0.0000, 1.0000]])
+    """
+    probs = check_samples(name, value, channels="Z")
+    tolerance = 1e-2 if torch.finfo(probs.dtype).bits < 32 else 2e-3
+    if probs.shape[1] == 2 and probs.element_size() >= 4:
+        total = probs[:, 0] + probs[:, 1]  # a third of the time of a sum over an axis of two
+    else:
+        total = probs.sum(1, dtype=torch.promote_types(probs.dtype, torch.float32))
+    # aminmax hands NaN on, so these four numbers decide everything with one wait for the device.
+    low, high, low_total, high_total = (
+        torch.stack([bound.to(total.dtype) for tensor in (probs, total) for bound in torch.aminmax(tensor)])
+    ).tolist()
+    if not (torch.finfo(total.dtype).min <= low <= high <= torch.finfo(total.dtype).max):
+        raise InputError(f"{name} holds NaN or Inf; look for a diverged network or a broken input image.")
+    if low < 0 or high > 1 + tolerance:
+        raise InputError(
+            f"{name} ranges from {low:.4g} to {high:.4g}; expected probabilities in [0, 1] "
+            "(logits need a softmax first)."
+        )
+    if probs.shape[1] == 1:
+        return torch.cat([1 - probs, probs], dim=1).clamp_(min=0)
+    if low_total < 1 - tolerance or high_total > 1 + tolerance:
+        raise InputError(
+            f"{name} sums to between {low_total:.4g} and {high_total:.4g} over its {probs.shape[1]} channels; "
+            "expected probabilities that sum to one (several independent sigmoids are several tasks)."
+        )
+    return probs
 
 
 class _Batch(NamedTuple):
@@ -358,7 +351,8 @@ class _Batch(NamedTuple):
 
     @classmethod
     def checked(cls, source_probs: Any, target_labels: Any, ignore_index: int | None) -> _Batch:
-        return cls.of(*check_predictions(source_probs, target_labels, ignore_index=ignore_index))
+        probs = check_probabilities("source_probs", source_probs)
+        return cls.of(probs, check_labels_of("source_probs", probs, target_labels, ignore_index=ignore_index))
 
     @classmethod
     def of(cls, probs: torch.Tensor, labels: torch.Tensor) -> _Batch:
@@ -420,11 +414,7 @@ def _conditional(joint: torch.Tensor) -> torch.Tensor:
     if not bool(samples.sum() > 0):
         raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
     if int((samples > 0).sum()) == 1:
-        warnings.warn(
-            "target_labels holds one class only, so LEEP is 0, its best value, and says nothing about transfer.",
-            UserWarning,
-            stacklevel=2,
-        )
+        warn("target_labels holds one class only, so LEEP is 0, its best value, and says nothing about transfer.")
     mass = joint.sum(0)
     return joint / torch.where(mass > 0, mass, 1)
 
@@ -470,12 +460,6 @@ def _image_maps(batches: Iterable[_Batch], table: torch.Tensor) -> torch.Tensor 
             found[block.images, block.pixels] = likelihood.log_().clamp_(max=0)
         maps.extend(found.view(labels.shape))
     return torch.stack(maps) if len({image.shape for image in maps}) == 1 else maps
-
-
-def _reduced(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Add up the log sums of the batches of this process, and those of all processes."""
-    total = sum(parts)
-    return all_reduce_sums({"log_sums": total} if isinstance(total, torch.Tensor) else {})["log_sums"]
 
 
 def _mean(log_sums: torch.Tensor) -> torch.Tensor:

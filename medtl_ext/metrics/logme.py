@@ -20,13 +20,13 @@ One eigendecomposition serves all classes, and F'F and F'y are sums over the sam
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from scipy.linalg import eigh_tridiagonal, lapack
 
-from medtl_ext.metrics.features import MomentMetric, check_features, gram
+from medtl_ext._validation import warn
+from medtl_ext.metrics.features import MomentMetric, check_features, feature_sums, gram
 
 # The maximum is reached when ln t changes by less: Newton's last step is then right to the square of it.
 TOLERANCE = 1e-3
@@ -71,16 +71,7 @@ def compute_logme(features: Any, target_labels: Any, *, ignore_index: int | None
     the squared error, and to the squared norm of the weights, which has the features' scale. Here a squared error below
     1e-5 counts as 1e-5, and only where the evidence has no upper bound: a rank below N, and a perfect fit.
     """
-    rows, labels = check_features(features, target_labels, ignore_index=ignore_index)
-    classes, labels = labels.unique(return_inverse=True)
-    if len(rows) < rows.shape[1]:
-        targets = torch.nn.functional.one_hot(labels).T.double()
-        eigenvalues, squares = _spectrum(gram(rows.T), targets)
-    else:
-        total = rows.new_zeros(len(classes), rows.shape[1]).index_add_(0, labels, rows)
-        eigenvalues, squares = _spectrum(gram(rows), total)
-        squares /= eigenvalues
-    return _logme(eigenvalues, squares, labels.bincount().double(), rows.shape[1])
+    return LogME(ignore_index=ignore_index).of(features, target_labels)
 
 
 class LogME(MomentMetric):
@@ -96,6 +87,14 @@ class LogME(MomentMetric):
     """
 
     needs = ("gram",)
+
+    def of(self, features: Any, target_labels: Any) -> torch.Tensor:
+        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index)
+        if len(rows) >= rows.shape[1]:
+            return self._evaluate(feature_sums(rows, labels, self.needs))
+        _, labels = labels.unique(return_inverse=True)
+        targets = torch.nn.functional.one_hot(labels).T.double()
+        return _logme(*_spectrum(gram(rows.T), targets), labels.bincount().double(), rows.shape[1])
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         present = sums["count"] > 0
@@ -123,9 +122,7 @@ def _spectrum(matrix: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor
 def _logme(eigenvalues: torch.Tensor, squares: torch.Tensor, count: torch.Tensor, width: int) -> torch.Tensor:
     n = count.sum()
     if len(count) == 1:
-        warnings.warn(
-            "target_labels holds one class only, so LogME says nothing about transfer.", UserWarning, stacklevel=3
-        )
+        warn("target_labels holds one class only, so LogME says nothing about transfer.")
     mean_square = eigenvalues.clamp(min=0).sum() / (n * width)
     kept = eigenvalues > max(float(n), width) * EPSILON * eigenvalues[-1].clamp(min=0)
     evidence = _Evidence(eigenvalues[kept] / mean_square, squares[:, kept], count)

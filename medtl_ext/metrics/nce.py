@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from medtl_ext._validation import InputError
-from medtl_ext.metrics._checks import IGNORED, check_labels
+from medtl_ext._validation import IGNORED, InputError, check_labels, warn
 from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
 
 
@@ -34,7 +31,7 @@ def compute_nce(source_labels: Any, target_labels: Any, *, ignore_index: int | N
 
     Reference: Tran et al., *Transferability and hardness of supervised classification tasks*, ICCV 2019.
     """
-    return _negative_conditional_entropy(_counts(source_labels, target_labels, ignore_index))
+    return _nce(_counts(source_labels, target_labels, ignore_index))
 
 
 class NCE(TransferMetric):
@@ -56,12 +53,6 @@ class NCE(TransferMetric):
     inputs = ("source_labels", "target_labels")
     growing_axes = 2
 
-    def __init__(
-        self, *, ignore_index: int | None = None, output_transform: Callable[[Any], Any] | None = None
-    ) -> None:
-        self.ignore_index = ignore_index
-        super().__init__(output_transform=output_transform)
-
     @staticmethod
     def default_output_transform(output: Any) -> tuple[Any, Any]:
         """The most probable class of `pred`, and `label`, both with a channel axis of length one."""
@@ -75,7 +66,7 @@ class NCE(TransferMetric):
         self._add(counts=_counts(source_labels, target_labels, self.ignore_index))
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-        return _negative_conditional_entropy(sums["counts"])
+        return _nce(sums["counts"])
 
 
 def _most_probable(probs: torch.Tensor, *, channel: int) -> torch.Tensor:
@@ -101,15 +92,18 @@ def _counts(source_labels: Any, target_labels: Any, ignore_index: int | None) ->
     return cells.double().view(shape)
 
 
-def _negative_conditional_entropy(counts: torch.Tensor) -> torch.Tensor:
+def _nce(counts: torch.Tensor) -> torch.Tensor:
     if not bool(counts.sum() > 0):
         raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
     if int((counts.sum(1) > 0).sum()) == 1:
-        warnings.warn(
-            "target_labels holds one class only, so NCE is 0, its best value, and says nothing about transfer.",
-            UserWarning,
-            stacklevel=2,
-        )
-    joint = counts / counts.sum()
-    # sum_yz P(y, z) ln P(y|z), as a difference of two sums of p ln p so that empty cells need no care.
-    return (torch.xlogy(joint, joint).sum() - torch.xlogy(joint.sum(0), joint.sum(0)).sum()).clamp(max=0)
+        warn("target_labels holds one class only, so NCE is 0, its best value, and says nothing about transfer.")
+    return negative_conditional_entropy(counts.T)
+
+
+def negative_conditional_entropy(table: torch.Tensor) -> torch.Tensor:
+    """-H(Y_t | Y_s) of a table of masses, source classes x target classes, within its bounds whatever was rounded."""
+    joint = table / table.sum()
+    source, target = joint.sum(1), joint.sum(0)
+    # sum_st P(s, t) ln P(t|s), as a difference of two sums of p ln p so that empty cells need no care.
+    value = torch.xlogy(joint, joint).sum() - torch.xlogy(source, source).sum()
+    return value.clamp(torch.xlogy(target, target).sum(), torch.zeros_like(value))

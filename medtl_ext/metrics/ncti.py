@@ -28,16 +28,17 @@ makes one score of them.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from scipy.linalg import eigh
 
-from medtl_ext._validation import InputError
-from medtl_ext.metrics.features import SampleMetric, check_features
+from medtl_ext._validation import InputError, warn
+from medtl_ext.metrics.features import SampleMetric, feature_sums
 from medtl_ext.metrics.label_prediction import min_max
 from medtl_ext.metrics.parc import principal_components
+from medtl_ext.metrics.sfda import Discriminant
 
 N_COMPONENTS = 64
 N_SHRINKAGE = 32
@@ -87,7 +88,7 @@ def compute_ncti(features: Any, target_labels: Any, *, ignore_index: int | None 
     logarithm in vc. Components are exact here (the code leaves the solver to a library, which approximates them where
     there are many samples), and there may be fewer than 64 of them.
     """
-    return _ncti(*check_features(features, target_labels, ignore_index=ignore_index))
+    return NCTI(ignore_index=ignore_index).of(features, target_labels)
 
 
 def combine_ncti(terms: Mapping[str, NCTITerms]) -> dict[str, float]:
@@ -138,55 +139,39 @@ class NCTI(SampleMetric):
     """
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> NCTITerms:
-        return _ncti(features, labels)
+        classes, target = labels.cpu().unique(return_inverse=True)
+        components = principal_components(features, N_COMPONENTS)
+        rows = torch.from_numpy(components.scores)
+        n_samples, width = rows.shape
+        prior = target.bincount().double() / n_samples
+        what = None
+        if len(classes) == 1:
+            what = "target_labels holds one class only"
+        elif width == 0:
+            what = "features are constant"
+        elif n_samples - len(classes) < width:
+            what = f"features holds {n_samples} samples, no more than their components and classes ({width} and more)"
+        if what:
+            warn(f"{what}, so the terms of NCTI say nothing about transfer.")
+        if len(classes) == 1 or width == 0:
+            seli, posterior = rows.new_zeros(()), prior.expand(n_samples, -1)
+        else:
+            shrinkage = max(math.exp(-components.variance[:N_SHRINKAGE].sum()), LEAST_SHRINKAGE)
+            sums = feature_sums(rows, target, ["gram"])
+            model = Discriminant(**sums, shrinkage=shrinkage, least=LEAST_VARIANCE / width)
+            posterior = model.scores(rows).softmax(1)
+            seli = torch.linalg.matrix_norm(rows @ _directions(model, prior), "nuc")
+        ncc = posterior.gather(1, target[:, None]).mean()
+        per_class = [torch.linalg.matrix_norm(posterior[target == c], "nuc") for c in range(len(classes))]
+        return NCTITerms(*(term.to(labels.device) for term in (seli, ncc, torch.stack(per_class).sum().log())))
 
 
-def _ncti(features: torch.Tensor, labels: torch.Tensor) -> NCTITerms:
-    classes, target = labels.cpu().unique(return_inverse=True)
-    components = principal_components(features, N_COMPONENTS)
-    rows = torch.from_numpy(components.scores)
-    n_samples, width = rows.shape
-    prior = target.bincount().double() / n_samples
-    if len(classes) == 1:
-        _warn("target_labels holds one class only")
-    elif width == 0:
-        _warn("features are constant")
-    elif n_samples - len(classes) < width:
-        _warn(f"features holds {n_samples} samples, no more than their components and classes ({width} and more)")
-    if len(classes) == 1 or width == 0:
-        seli, posterior = rows.new_zeros(()), prior.expand(n_samples, -1)
-    else:
-        shrinkage = max(math.exp(-components.variance[:N_SHRINKAGE].sum()), LEAST_SHRINKAGE)
-        projected, posterior = _discriminant_analysis(rows, target, prior, shrinkage)
-        seli = torch.linalg.matrix_norm(projected, "nuc")
-    ncc = posterior.gather(1, target[:, None]).mean()
-    vc = torch.stack([torch.linalg.matrix_norm(posterior[target == c], "nuc") for c in range(len(classes))]).sum().log()
-    return NCTITerms(*(term.to(labels.device) for term in (seli, ncc, vc)))
-
-
-def _discriminant_analysis(
-    rows: torch.Tensor, target: torch.Tensor, prior: torch.Tensor, shrinkage: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centred samples in the discriminant directions (M x K - 1) and their posteriors (M x K)."""
-    n_samples, width = rows.shape
-    means = rows.new_zeros(len(prior), width).index_add_(0, target, rows) / (prior * n_samples)[:, None]
-    deviation = rows - means[target]
-    within = deviation.T @ deviation / n_samples
-    between = (means.T * prior) @ means
-    total = within.trace() + between.trace()
-    identity = torch.eye(width, dtype=rows.dtype)
-    ridge = torch.maximum(shrinkage * within.trace(), LEAST_VARIANCE * total) / width
-    factor = torch.linalg.cholesky((1 - shrinkage) * within + ridge * identity)
-    # What follows is in the coordinates in which the covariance is the identity.
-    white_rows, white_means = (torch.linalg.solve_triangular(factor, x.T, upper=False).T for x in (rows, means))
-    posterior = (white_rows @ white_means.T - white_means.square().sum(1) / 2 + prior.log()).softmax(1)
+def _directions(model: Discriminant, prior: torch.Tensor) -> torch.Tensor:
+    """D x (K - 1) directions in which the classes differ most, of variance 1 within them."""
+    between = (model.means.T * prior) @ model.means
+    width, spread = len(between), between.trace()
     # The covariance between classes is shrunk like that within them, as scikit-learn does.
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    shrunk = (1 - shrinkage) * (white_means.T * prior) @ white_means
-    shrunk += shrinkage * between.trace() / width * inverse @ inverse.T
-    directions = torch.linalg.eigh(shrunk).eigenvectors[:, -min(len(prior) - 1, width) :]
-    return white_rows @ directions, posterior
-
-
-def _warn(what: str) -> None:
-    warnings.warn(f"{what}, so the terms of NCTI say nothing about transfer.", UserWarning, stacklevel=4)
+    between *= 1 - model.shrinkage
+    between.diagonal().add_(model.shrinkage * spread / width)
+    _, vectors = eigh(between.numpy(), model.covariance.numpy())
+    return torch.from_numpy(vectors[:, -min(len(prior) - 1, width) :])

@@ -18,8 +18,8 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from medtl_ext._validation import InputError
-from medtl_ext.metrics.features import SampleMetric, canonical_order, check_features
+from medtl_ext._validation import InputError, warn
+from medtl_ext.metrics.features import SampleMetric, canonical_order
 from medtl_ext.metrics.leep import compute_leep
 from medtl_ext.metrics.parc import principal_components
 
@@ -59,10 +59,7 @@ def compute_nleep(features: Any, target_labels: Any, *, seed: int = 0, ignore_in
     implementation has spherical ones, and another forgets the logarithm) and regularised by 1e-5 of the mean variance,
     so that the scale of the features makes hardly any difference (the starts of the mixture's fit may).
     """
-    _require_seed(seed)
-    rows, labels = check_features(features, target_labels, ignore_index=ignore_index)
-    order = canonical_order(rows, labels, seed=seed)
-    return _nleep(rows[order], labels[order], seed)
+    return NLEEP(seed=seed, ignore_index=ignore_index).of(features, target_labels)
 
 
 class NLEEP(SampleMetric):
@@ -83,40 +80,33 @@ class NLEEP(SampleMetric):
     """
 
     def __init__(self, *, seed: int = 0, **options: Any) -> None:
-        _require_seed(seed)
+        if not isinstance(seed, int) or not 0 <= seed < 2**32 // MIXTURES:
+            raise InputError(f"seed is {seed!r}; expected a whole number from 0 to {2**32 // MIXTURES - 1}.")
         super().__init__(seed=seed, **options)
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _nleep(features, labels, self.seed)
-
-
-def _require_seed(seed: int) -> None:
-    if not isinstance(seed, int) or not 0 <= seed < 2**32 // MIXTURES:
-        raise InputError(f"seed is {seed!r}; expected a whole number from 0 to {2**32 // MIXTURES - 1}.")
-
-
-def _nleep(features: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """The score of samples in canonical order."""
-    n_classes = len(labels.unique())
-    if n_classes == 1:
-        _warn("target_labels holds one class only, so NLEEP is 0, its best value, and says nothing about transfer.")
-        return torch.zeros((), dtype=torch.float64, device=labels.device)
-    scores = principal_components(features, EXPLAINED).scores
-    if scores.shape[1] == 0:
-        _warn("features are constant, so NLEEP is -H(Y), the score of no information at all.")
-        return compute_leep(torch.ones(len(labels), 1), labels.cpu()).to(labels.device)
-    n_gaussians = min(GAUSSIANS_PER_CLASS * n_classes, len(labels) // 2)
-    if n_gaussians < GAUSSIANS_PER_CLASS * n_classes:
-        _warn(
-            f"features holds {len(labels)} samples for {n_classes} classes: NLEEP has {n_gaussians} Gaussians in place "
-            f"of {GAUSSIANS_PER_CLASS * n_classes}, and they fit so few samples too well."
-        )
-    scores /= np.sqrt(scores.var(0).mean())
-    values = [
-        compute_leep(_responsibilities(scores, n_gaussians, seed * MIXTURES + start), labels.cpu())
-        for start in range(MIXTURES)
-    ]
-    return torch.stack(values).mean().to(labels.device)
+        order = canonical_order(features, labels, seed=self.seed)
+        features, labels = features[order], labels[order]
+        n_classes = len(labels.unique())
+        if n_classes == 1:
+            warn("target_labels holds one class only, so NLEEP is 0, its best value, and says nothing about transfer.")
+            return torch.zeros((), dtype=torch.float64, device=labels.device)
+        scores = principal_components(features, EXPLAINED).scores
+        if scores.shape[1] == 0:
+            warn("features are constant, so NLEEP is -H(Y), the score of no information at all.")
+            return compute_leep(torch.ones(len(labels), 1), labels.cpu()).to(labels.device)
+        n_gaussians = min(GAUSSIANS_PER_CLASS * n_classes, len(labels) // 2)
+        if n_gaussians < GAUSSIANS_PER_CLASS * n_classes:
+            warn(
+                f"features holds {len(labels)} samples for {n_classes} classes: NLEEP has {n_gaussians} Gaussians in "
+                f"place of {GAUSSIANS_PER_CLASS * n_classes}, and they fit so few samples too well."
+            )
+        scores /= np.sqrt(scores.var(0).mean())
+        values = [
+            compute_leep(_responsibilities(scores, n_gaussians, self.seed * MIXTURES + start), labels.cpu())
+            for start in range(MIXTURES)
+        ]
+        return torch.stack(values).mean().to(labels.device)
 
 
 def _responsibilities(scores: np.ndarray, n_gaussians: int, seed: int) -> np.ndarray:
@@ -126,7 +116,3 @@ def _responsibilities(scores: np.ndarray, n_gaussians: int, seed: int) -> np.nda
         # give responsibilities as good as any.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit(scores).predict_proba(scores)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)

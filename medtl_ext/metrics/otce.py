@@ -17,16 +17,15 @@ quantiles of the two sides, and P(y_s, y_t) follows from sorting alone.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.metrics._checks import as_plain_tensor, check_labels
+from medtl_ext._validation import InputError, as_plain_tensor, check_labels, require_choice, require_number, warn
 from medtl_ext.metrics.base import probabilities_and_labels
 from medtl_ext.metrics.features import SampleMetric, canonical_order, check_features
+from medtl_ext.metrics.nce import negative_conditional_entropy
 
 SOLVERS = ("auto", "sinkhorn", "emd", "sorted")
 
@@ -34,8 +33,8 @@ SOLVERS = ("auto", "sinkhorn", "emd", "sorted")
 TOLERANCE = 1e-6
 ITERATIONS = 10_000
 
-# Rows of a plan that are worked on at a time.
-PLAN_ROWS = 32
+# Rows of a plan, and pairs of one on a line, that are worked on at a time.
+PLAN_ROWS, PLAN_PAIRS = 32, 2**15
 
 
 def compute_otce(
@@ -91,11 +90,16 @@ def compute_otce(
     samples with equal features share what they send and receive in equal parts, so that their order plays no part (the
     entropic plan demands it, exact plans leave it open); Sinkhorn runs until the marginals are met.
     """
-    return _otce(
-        _checked("source", source_features, source_labels, ignore_index),
-        _checked("target", target_features, target_labels, ignore_index),
-        _Settings.checked(solver, epsilon, n_samples, repeats, seed),
+    metric = OTCE(
+        (source_features, source_labels),
+        solver=solver,
+        epsilon=epsilon,
+        n_samples=n_samples,
+        repeats=repeats,
+        seed=seed,
+        ignore_index=ignore_index,
     )
+    return metric.of(target_features, target_labels)
 
 
 def label_transport(plan: Any, source_labels: Any, target_labels: Any) -> torch.Tensor:
@@ -180,16 +184,77 @@ class OTCE(SampleMetric):
         if options.get("layer") is None and options.get("output_transform") is None:
             options["output_transform"] = probabilities_and_labels
         super().__init__(**options)
-        self._settings = _Settings.checked(solver, epsilon, n_samples, repeats, self.seed)
+        self.solver = require_choice("solver", solver, SOLVERS)
+        self.epsilon = float(require_number("epsilon", epsilon, 0, above=True))
+        self.n_samples = require_number("n_samples", n_samples, 1, whole=True)
+        self.repeats = require_number("repeats", repeats, 1, whole=True)
         self._source = _checked("source", source[0], source[1], self.ignore_index)
 
+    def of(self, features: Any, target_labels: Any) -> torch.Tensor:
+        target = _checked("target", features, target_labels, self.ignore_index)
+        self._require_width(target.features)
+        return self._score(*target)
+
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
-        _require_width(self._source, features)
+        self._require_width(features)
         super()._take(features, labels, groups)
 
+    def _require_width(self, features: torch.Tensor) -> None:
+        if self._source.features.shape[1] != features.shape[1]:
+            raise InputError(
+                f"target_features has {features.shape[1]} channels, source_features {self._source.features.shape[1]}; "
+                "expected the same layer of the same network."
+            )
+
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        source = _Side(*(value.to(features.device) for value in self._source))
-        return _otce(source, _Side(features, labels), self._settings)
+        source, target = self._source, _Side(features, labels)
+        source = _Side(*(value.to(features.device) for value in source))
+        solver = self._pick(source, target)
+        if solver == "sorted":
+            tables = [_sorted_table(source, target)]
+        else:
+            tables = [_solved_table(*pair, solver, self.epsilon) for pair in self._draws(source, target)]
+        _warn_of_one_class(tables)
+        return torch.stack([negative_conditional_entropy(table) for table in tables]).mean()
+
+    def _pick(self, source: _Side, target: _Side) -> str:
+        if self.solver in ("auto", "sorted"):
+            if all(_on_a_line(side.features) for side in (source, target)):
+                return "sorted"
+            if self.solver == "sorted":
+                raise InputError(
+                    "solver 'sorted' needs one-dimensional features, D = 1 or the softmax of two channels; here D = "
+                    f"{source.features.shape[1]}, and source_features or target_features is neither (try 'emd')."
+                )
+        if self.solver == "emd":
+            return "emd"
+        # The mean squared distance between the sides is that between their means plus their variances.
+        distance = source.features.mean(0) - target.features.mean(0)
+        spread = sum(side.features.var(0, correction=0).sum() for side in (source, target))
+        cost = float(distance.square().sum() + spread)
+        if self.solver == "auto" and self.epsilon < 1e-4 * cost:
+            return "emd"
+        if cost < 1e-3 * self.epsilon:
+            warn(
+                f"the mean cost of transport is {cost:.1e}, epsilon {self.epsilon:g}: the plan hardly heeds the "
+                "features and OTCE is close to -H(Y_t), its worst value; lower epsilon or scale the features up."
+            )
+        return "sinkhorn"
+
+    def _draws(self, *sides: _Side) -> Iterator[list[_Side]]:
+        """The two sides, or pairs of samples of them where they are larger than ``n_samples``."""
+        if all(len(side.labels) <= self.n_samples for side in sides):
+            yield list(sides)
+            return
+        orders = [canonical_order(*side, seed=self.seed) for side in sides]
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.repeats):
+            drawn = []
+            for side, order in zip(sides, orders, strict=True):
+                if len(order) > self.n_samples:
+                    order = order[torch.randperm(len(order), generator=generator)[: self.n_samples].to(order.device)]
+                drawn.append(_Side(side.features[order], side.labels[order]))
+            yield drawn
 
 
 class _Side(NamedTuple):
@@ -197,26 +262,6 @@ class _Side(NamedTuple):
 
     features: torch.Tensor  # N x D, float64
     labels: torch.Tensor  # N, int64
-
-
-class _Settings(NamedTuple):
-    """How the plan is found."""
-
-    solver: str
-    epsilon: float
-    n_samples: int
-    repeats: int
-    seed: int
-
-    @classmethod
-    def checked(cls, solver: str, epsilon: float, n_samples: int, repeats: int, seed: int) -> _Settings:
-        require_choice("solver", solver, SOLVERS)
-        if not 0 < epsilon < float("inf"):
-            raise InputError(f"epsilon is {epsilon!r}; expected a positive number (solver='emd' is its limit at zero).")
-        for name, value in (("n_samples", n_samples), ("repeats", repeats)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}; expected a whole number, 1 or more.")
-        return cls(solver, float(epsilon), n_samples, repeats, seed)
 
 
 def _checked(name: str, features: Any, labels: Any, ignore_index: int | None) -> _Side:
@@ -227,62 +272,6 @@ def _checked(name: str, features: Any, labels: Any, ignore_index: int | None) ->
         raise InputError(re.sub(r"\bfeatures\b", f"{name}_features", message)) from None
 
 
-def _require_width(source: _Side, target_features: torch.Tensor) -> None:
-    if source.features.shape[1] != target_features.shape[1]:
-        raise InputError(
-            f"target_features has {target_features.shape[1]} channels, source_features {source.features.shape[1]}; "
-            "expected the same layer of the same network."
-        )
-
-
-def _otce(source: _Side, target: _Side, settings: _Settings) -> torch.Tensor:
-    _require_width(source, target.features)
-    device = source.features.device
-    sides = [_Side(side.features.to(device), _renumbered(side.labels.to(device))) for side in (source, target)]
-    del source, target
-    solver = _pick(settings, *sides)
-    if solver == "sorted":
-        # Popped, so that the features of a million pixels are gone before the table is made.
-        tables = [_sorted_table(_by_value(sides.pop(0)), _by_value(sides.pop(0)))]
-    else:
-        tables = [_solved_table(*pair, solver, settings.epsilon) for pair in _draws(*sides, settings)]
-    _warn_of_one_class(tables)
-    return torch.stack([_negative_conditional_entropy(table) for table in tables]).mean()
-
-
-def _renumbered(labels: torch.Tensor) -> torch.Tensor:
-    """Labels without the classes that do not occur, so that no table has more rows than it needs."""
-    present = torch.bincount(labels) > 0
-    return (present.cumsum(0) - 1)[labels]
-
-
-def _pick(settings: _Settings, source: _Side, target: _Side) -> str:
-    if settings.solver in ("auto", "sorted"):
-        if all(_on_a_line(side.features) for side in (source, target)):
-            return "sorted"
-        if settings.solver == "sorted":
-            raise InputError(
-                "solver 'sorted' needs one-dimensional features, D = 1 or the softmax of two channels; here D = "
-                f"{source.features.shape[1]}, and source_features or target_features is neither (try 'emd')."
-            )
-    if settings.solver == "emd":
-        return "emd"
-    # The mean squared distance between the sides is that between their means plus their variances.
-    distance = source.features.mean(0) - target.features.mean(0)
-    spread = sum(side.features.var(0, correction=0).sum() for side in (source, target))
-    cost = float(distance.square().sum() + spread)
-    if settings.solver == "auto" and settings.epsilon < 1e-4 * cost:
-        return "emd"
-    if cost < 1e-3 * settings.epsilon:
-        warnings.warn(
-            f"the mean cost of transport is {cost:.1e}, epsilon {settings.epsilon:g}: the plan hardly heeds the "
-            "features and OTCE is close to -H(Y_t), its worst value; lower epsilon or scale the features up.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return "sinkhorn"
-
-
 def _on_a_line(features: torch.Tensor) -> bool:
     if features.shape[1] != 2:
         return features.shape[1] == 1
@@ -291,91 +280,57 @@ def _on_a_line(features: torch.Tensor) -> bool:
     return bool((features.min() >= 0) & (low > 0.99) & (high < 1.01))
 
 
-def _positions(side: _Side) -> torch.Tensor:
-    """Where the features lie on their line, up to a factor (only their order matters to the plan)."""
-    if side.features.shape[1] == 1:
-        return side.features[:, 0]
-    # The difference keeps apart what one channel rounds to 1 as well as what it rounds to 0.
-    return side.features[:, 1] - side.features[:, 0]
+class _Points(NamedTuple):
+    """The K distinct feature vectors of a side, ascending, and what lies there."""
+
+    points: torch.Tensor  # K x D, or K
+    counts: torch.Tensor  # K, float64
+    shares: torch.Tensor  # K x C, how each one's count is shared among the classes that occur
+
+    @classmethod
+    def of(cls, features: torch.Tensor, labels: torch.Tensor) -> _Points:
+        points, index = torch.unique(features, dim=0 if features.ndim > 1 else None, return_inverse=True)
+        classes, labels = labels.unique(return_inverse=True)
+        cells = torch.bincount(index.mul_(len(classes)).add_(labels), minlength=len(points) * len(classes))
+        shares = cells.view(len(points), -1).double()
+        counts = shares.sum(1)
+        return cls(points, counts, shares.div_(counts[:, None]))
 
 
-class _Ordered(NamedTuple):
-    """Samples in the order of their positions on a line."""
+def _sorted_table(*sides: _Side) -> torch.Tensor:
+    """P(y_s, y_t) of the exact plan on a line, which joins quantiles."""
+    from ot.lp import emd_1d_sorted
 
-    labels: torch.Tensor  # N
-    sizes: torch.Tensor  # K, how many samples share each distinct position
-
-
-def _by_value(side: _Side) -> _Ordered:
-    positions, order = _positions(side).sort()
-    _, sizes = torch.unique_consecutive(positions, return_counts=True)
-    return _Ordered(side.labels[order], sizes)
-
-
-def _sorted_table(source: _Ordered, target: _Ordered) -> torch.Tensor:
-    """P(y_s, y_t) of the monotone plan: each distinct source value takes its interval of the target's quantiles."""
-    stop, share = _upper_quantiles(source.sizes, target.sizes)
-    last = target.sizes.cumsum(0) - 1
-    columns = []
-    for label in range(int(target.labels.max()) + 1):
-        # How much of this target label lies below the end of each source value's interval.
-        below = (target.labels == label).cumsum(0)[last].double()
-        below = torch.lerp(torch.where(stop > 0, below[stop - 1], 0), below[stop], share)
-        received = below.diff(prepend=below.new_zeros(1)).clamp(min=0) / source.sizes
-        columns.append(torch.bincount(source.labels, weights=received.repeat_interleave(source.sizes)))
-    return torch.stack(columns, 1) / len(target.labels)
-
-
-def _upper_quantiles(sizes: torch.Tensor, target_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the interval of each source value ends: at which target value, and at what share of that one's mass."""
-    n, m = sizes.sum(), target_sizes.sum()
-    # Masses in units of 1 / (n m) are whole numbers, so that quantiles which meet do so exactly.
-    ends, knots = sizes.cumsum(0) * m, target_sizes.cumsum(0) * n
-    stop = torch.searchsorted(knots, ends)
-    return stop, 1 - (knots[stop] - ends) / (target_sizes.double() * n)[stop]
-
-
-def _draws(source: _Side, target: _Side, settings: _Settings) -> Iterator[tuple[_Side, _Side]]:
-    """The two sides, or pairs of samples of them where they are larger than ``n_samples``."""
-    sides = (source, target)
-    if all(len(side.labels) <= settings.n_samples for side in sides):
-        yield sides
-        return
-    orders = [canonical_order(*side, seed=settings.seed) for side in sides]
-    generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.repeats):
-        chosen = [
-            order[torch.randperm(len(order), generator=generator)[: settings.n_samples].to(order.device)]
-            if len(order) > settings.n_samples
-            else order
-            for order in orders
-        ]
-        yield tuple(_Side(side.features[rows], side.labels[rows]) for side, rows in zip(sides, chosen, strict=True))
+    # Where samples lie on their line, up to a factor: only their order matters to the plan. The difference keeps apart
+    # what one channel rounds to 1 as well as what it rounds to 0.
+    source, target = (
+        _Points.of(x[:, 1] - x[:, 0] if x.shape[1] == 2 else x[:, 0], labels.to(x.device)) for x, labels in sides
+    )
+    # In units of 1 / (n m) masses are whole numbers, so that quantiles which meet do so exactly.
+    masses = source.counts.mul_(len(sides[1].labels)), target.counts.mul_(len(sides[0].labels))
+    found = emd_1d_sorted(*(value.cpu().numpy() for value in (*masses, source.points, target.points)))
+    mass, pairs = (torch.from_numpy(value).to(source.shares.device).split(PLAN_PAIRS) for value in found[:2])
+    table = 0
+    for part, (rows, columns) in zip(mass, (block.T for block in pairs), strict=True):
+        table += (source.shares[rows] * part[:, None]).T @ target.shares[columns]
+    return table
 
 
 def _solved_table(source: _Side, target: _Side, solver: str, epsilon: float) -> torch.Tensor:
+    """P(y_s, y_t) of a plan between many dimensions."""
     # Importing POT takes longer than most transports.
     import ot
 
     centre = source.features.mean(0)  # the cost is a difference of squares, which a large mean would drown
-    source_points, source_weights, source_shares = _distinct(_Side(source.features - centre, source.labels))
-    target_points, target_weights, target_shares = _distinct(_Side(target.features - centre, target.labels))
-    cost = ot.dist(source_points, target_points)
+    sides = [_Points.of(features - centre, labels) for features, labels in (source, target)]
+    weights = [side.counts / side.counts.sum() for side in sides]
+    cost = ot.dist(sides[0].points, sides[1].points)
     if solver == "emd":
         # The simplex takes very small costs for zero.
-        plan = ot.emd(source_weights, target_weights, cost / cost.max().clamp(min=1e-300), numItermax=10**7)
+        plan = ot.emd(*weights, cost / cost.max().clamp(min=1e-300), numItermax=10**7)
     else:
-        plan = _sinkhorn(source_weights, target_weights, cost, epsilon)
-    return source_shares.T @ plan @ target_shares
-
-
-def _distinct(side: _Side) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The K distinct feature vectors, their weights, and K x C, how each one's weight is shared among the classes."""
-    points, index = torch.unique(side.features, dim=0, return_inverse=True)
-    n_classes = int(side.labels.max()) + 1
-    counts = torch.bincount(index * n_classes + side.labels, minlength=len(points) * n_classes).view(-1, n_classes)
-    totals = counts.sum(1, keepdim=True).double()
-    return points, totals[:, 0] / totals.sum(), counts / totals
+        plan = _sinkhorn(*weights, cost, epsilon)
+    return sides[0].shares.T @ plan @ sides[1].shares
 
 
 def _sinkhorn(
@@ -383,30 +338,26 @@ def _sinkhorn(
 ) -> torch.Tensor:
     import ot
 
-    # exp(-cost / epsilon) and its scalings stay within float64 up to here, and one matrix product is many times faster
-    # than one log-sum-exp.
-    method = "sinkhorn" if float(cost.max()) < 300 * epsilon else "sinkhorn_log"
-    # POT stops by the Euclidean norm of the marginals' error; this bounds the sum of its magnitudes.
-    threshold = TOLERANCE / len(target_weights) ** 0.5
     plan, log = ot.sinkhorn(
         source_weights,
         target_weights,
         cost,
         epsilon,
-        method=method,
+        # exp(-cost / epsilon) and its scalings stay within float64 up to here, and one matrix product is many times
+        # faster than one log-sum-exp.
+        method="sinkhorn" if float(cost.max()) < 300 * epsilon else "sinkhorn_log",
         numItermax=ITERATIONS,
-        stopThr=threshold,
+        # POT stops by the Euclidean norm of the marginals' error; this bounds the sum of its magnitudes.
+        stopThr=TOLERANCE / len(target_weights) ** 0.5,
         warn=False,
         log=True,
     )
     misplaced = float((plan.sum(1) - source_weights).abs().sum() + (plan.sum(0) - target_weights).abs().sum())
     if not misplaced < 2 * TOLERANCE:
-        warnings.warn(
+        warn(
             f"Sinkhorn did not converge at epsilon {epsilon:g}: after {log['niter'] + 1} iterations {misplaced:.1e} of "
             f"the mass is misplaced (tolerance {TOLERANCE:g}); raise epsilon, scale the features down, or take "
-            "solver='emd'.",
-            UserWarning,
-            stacklevel=5,
+            "solver='emd'."
         )
     return plan
 
@@ -416,17 +367,7 @@ def _warn_of_one_class(tables: Sequence[torch.Tensor]) -> None:
         lone = sum(int((table.sum(axis) > 0).sum()) < 2 for table in tables)
         if lone:
             where = "" if lone == len(tables) else f" in {lone} of {len(tables)} draws"
-            warnings.warn(
+            warn(
                 f"{side}_labels holds one class only{where}, so OTCE is {value}, and says nothing about transfer; "
-                "draw more samples or look for missing foreground.",
-                UserWarning,
-                stacklevel=4,
+                "draw more samples or look for missing foreground."
             )
-
-
-def _negative_conditional_entropy(table: torch.Tensor) -> torch.Tensor:
-    """-H(Y_t | Y_s) of a table of masses, within its bounds whatever was rounded."""
-    joint = table / table.sum()
-    source, target = joint.sum(1), joint.sum(0)
-    value = torch.xlogy(joint, joint).sum() - torch.xlogy(source, source).sum()
-    return value.clamp(torch.xlogy(target, target).sum(), torch.zeros_like(value))

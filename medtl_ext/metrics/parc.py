@@ -19,15 +19,14 @@ with p the share of pairs with different labels and sigma_r the standard deviati
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
-from medtl_ext._validation import InputError
-from medtl_ext.metrics.features import SampleMetric, canonical_order, check_features
+from medtl_ext._validation import require_number, warn
+from medtl_ext.metrics.features import SampleMetric, canonical_order
 
 #: Most samples whose pairs are compared: 12.5 million pairs.
 MAX_SAMPLES = 5000
@@ -71,9 +70,7 @@ def compute_parc(
     the largest loading is positive. Their one-hot distances differ in the last bit, for three classes say, which breaks
     ties at random; here equal distances are ties.
     """
-    _require_components(n_components)
-    rows, labels = check_features(features, target_labels, ignore_index=ignore_index)
-    return _parc(rows, labels, n_components, seed)
+    return PARC(n_components=n_components, seed=seed, ignore_index=ignore_index).of(features, target_labels)
 
 
 class PARC(SampleMetric):
@@ -93,12 +90,36 @@ class PARC(SampleMetric):
     """
 
     def __init__(self, *, n_components: int | None = 32, **options: Any) -> None:
-        _require_components(n_components)
+        if n_components is not None:
+            require_number("n_components", n_components, 1, whole=True)
         self.n_components = n_components
         super().__init__(**options)
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _parc(features, labels, self.n_components, self.seed)
+        if len(labels) > MAX_SAMPLES:
+            drawn = canonical_order(features, labels, seed=self.seed)[:MAX_SAMPLES]
+            features, labels = features[drawn], labels[drawn]
+        if self.n_components is not None:
+            features = torch.from_numpy(principal_components(features, self.n_components).scores).to(features.device)
+        upper = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu_(1)
+        different = (labels[:, None] != labels)[upper]
+        n_different = int(different.sum())
+        if n_different in (0, len(different)):
+            which = "one class only" if n_different == 0 else "no two samples of one class"
+            return _undefined(labels, f"target_labels holds {which}, so PARC is undefined and given as 0")
+        # Distances count in steps of the resolution, with the label's bit below so that one sort carries both.
+        distances = ((1 - _row_correlation(features))[upper] / RESOLUTION).round_().long()
+        pairs = (distances * 2 + different).sort().values
+        _, tie, count = torch.unique_consecutive(pairs >> 1, return_inverse=True, return_counts=True)
+        if len(count) == 1:
+            return _undefined(labels, "features has the same distance between all samples, so PARC is undefined, 0")
+        count = count.double()
+        rank = count.cumsum(0) - (count - 1) / 2 - (len(pairs) + 1) / 2  # of each tie, centred
+        share = n_different / len(pairs)
+        mean_different = (torch.bincount(tie, weights=(pairs & 1).double()) @ rank) / n_different
+        # All ranks average 0, so those of pairs with the same label average -mean_different * share / (1 - share).
+        spread = (count @ rank**2 / len(pairs)).sqrt()
+        return (100 * mean_different / spread * (share / (1 - share)) ** 0.5).clamp(-100, 100)
 
 
 class Components(NamedTuple):
@@ -136,38 +157,6 @@ def principal_components(features: torch.Tensor, amount: int | float) -> Compone
     return Components(scores[:, real] * magnitude, pca.explained_variance_[real] * magnitude**2)
 
 
-def _require_components(n_components: int | None) -> None:
-    if n_components is not None and (not isinstance(n_components, int) or n_components < 1):
-        raise InputError(f"n_components is {n_components!r}; expected a whole number, 1 or more, or None for no PCA.")
-
-
-def _parc(features: torch.Tensor, labels: torch.Tensor, n_components: int | None, seed: int) -> torch.Tensor:
-    if len(labels) > MAX_SAMPLES:
-        drawn = canonical_order(features, labels, seed=seed)[:MAX_SAMPLES]
-        features, labels = features[drawn], labels[drawn]
-    if n_components is not None:
-        features = torch.from_numpy(principal_components(features, n_components).scores).to(features.device)
-    upper = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu_(1)
-    different = (labels[:, None] != labels)[upper]
-    n_different = int(different.sum())
-    if n_different in (0, len(different)):
-        which = "one class only" if n_different == 0 else "no two samples of one class"
-        return _undefined(labels, f"target_labels holds {which}, so PARC is undefined and given as 0")
-    # Distances count in steps of the resolution, with the label's bit below so that one sort carries both.
-    distances = ((1 - _row_correlation(features))[upper] / RESOLUTION).round_().long()
-    pairs = (distances * 2 + different).sort().values
-    _, tie, count = torch.unique_consecutive(pairs >> 1, return_inverse=True, return_counts=True)
-    if len(count) == 1:
-        return _undefined(labels, "features has the same distance between all samples, so PARC is undefined, 0")
-    count = count.double()
-    rank = count.cumsum(0) - (count - 1) / 2 - (len(pairs) + 1) / 2  # of each tie, centred
-    share = n_different / len(pairs)
-    mean_different = (torch.bincount(tie, weights=(pairs & 1).double()) @ rank) / n_different
-    # All ranks average 0, so those of pairs with the same label average -mean_different * share / (1 - share).
-    spread = (count @ rank**2 / len(pairs)).sqrt()
-    return (100 * mean_different / spread * (share / (1 - share)) ** 0.5).clamp(-100, 100)
-
-
 def _row_correlation(features: torch.Tensor) -> torch.Tensor:
     """Pearson correlation of all rows after each column is standardised; 0 where a row is constant."""
     centred = features - features.mean(0)
@@ -181,5 +170,5 @@ def _row_correlation(features: torch.Tensor) -> torch.Tensor:
 
 
 def _undefined(labels: torch.Tensor, reason: str) -> torch.Tensor:
-    warnings.warn(f"{reason}; it says nothing about transfer.", UserWarning, stacklevel=3)
+    warn(f"{reason}; it says nothing about transfer.")
     return torch.zeros((), dtype=torch.float64, device=labels.device)

@@ -3,19 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from joblib import Parallel, delayed
 from numpy.typing import ArrayLike
 
 from medtl_ext._validation import InputError
-from medtl_ext.metrics.base import all_reduce_sums
-from medtl_ext.metrics.features import FeatureMetric, MomentMetric, feature_sums
+from medtl_ext.metrics.base import grown
+from medtl_ext.metrics.features import FeatureMetric, MomentMetric, Samples, check_counts, feature_sums
 
 # Between a patient's name and that of a sum: no name holds it.
 SEPARATOR = "\x1f"
+
+
+@dataclass(frozen=True)
+class PatientSums:
+    """Class sums of each patient, and what metrics of sums say of any resample of the patients.
+
+    Attributes:
+        metrics: name -> a `MomentMetric`, of which only what it makes of sums is used.
+        names: the patients, in the order of ``counts``.
+        sums: those of `feature_sums`, patients first.
+
+    >>> from medtl_ext.metrics import GBC
+    >>> features, labels = torch.tensor([[0.0], [1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1, 1])
+    >>> sums = PatientSums.of(Samples(features, labels, torch.tensor([0, 1, 0, 1]), ("a", "b")), {"gbc": GBC()})
+    >>> sums.resampled([1, 1])
+    {'gbc': tensor(-0.1544, dtype=torch.float64)}
+    """
+
+    metrics: Mapping[str, MomentMetric]
+    names: tuple[Hashable, ...]
+    sums: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, samples: Samples, metrics: Mapping[str, MomentMetric]) -> PatientSums:
+        """The sums of samples that are all at hand."""
+        held = {}
+        for group, name in enumerate(samples.names):
+            own = samples.groups == group
+            held[name] = feature_sums(samples.features[own], samples.labels[own], _needs(metrics))
+        return cls.stacked(held, metrics)
+
+    @classmethod
+    def stacked(cls, held: Mapping[Hashable, dict[str, torch.Tensor]], metrics: Mapping[str, MomentMetric]) -> Any:
+        """The sums of patients by their names, who may have seen different numbers of classes."""
+        sums, shapes = list(held.values()), {}
+        for what in sums[0]:
+            shapes[what] = [max(lengths) for lengths in zip(*(own[what].shape for own in sums), strict=True)]
+        stacked = {what: torch.stack([grown(own[what], shape) for own in sums]) for what, shape in shapes.items()}
+        return cls(metrics, tuple(held), stacked)
+
+    def resampled(self, counts: ArrayLike, *, n_jobs: int = 1) -> dict[str, torch.Tensor]:
+        """What the metrics say of the patients as often as ``counts`` says; see `PatientScores.resampled`."""
+        counts = check_counts(counts, len(self.names))
+        # A few resamples at a time read the sums of the patients once for all of them.
+        size = max(1, 2**25 // max(sums[0].numel() for sums in self.sums.values()))
+        parts = counts.reshape(-1, len(self.names)).double().split(size)
+        values = [value for part in parts for value in self._values(part, n_jobs)]
+        columns = {name: torch.stack([value[name] for value in values]) for name in self.metrics}
+        return columns if counts.ndim > 1 else {name: column[0] for name, column in columns.items()}
+
+    def _values(self, counts: torch.Tensor, n_jobs: int) -> list[dict[str, torch.Tensor]]:
+        resamples = {what: torch.tensordot(counts.to(sums.device), sums, 1) for what, sums in self.sums.items()}
+        return Parallel(n_jobs, backend="threading")(
+            delayed(self._value)({what: values[index] for what, values in resamples.items()})
+            for index in range(len(counts))
+        )
+
+    def _value(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "class_gram" in sums:
+            squares = sums["class_gram"].diagonal(dim1=1, dim2=2)
+            sums = sums | {"gram": sums["class_gram"].sum(0), "squares": squares}
+        return {name: metric._evaluate(sums) for name, metric in self.metrics.items()}
+
+
+def _needs(metrics: Mapping[str, MomentMetric]) -> set[str]:
+    needs = {need for metric in metrics.values() for need in metric.needs}
+    # The sums by class hold the other two.
+    return needs - {"gram", "squares"} if "class_gram" in needs else needs
 
 
 class PatientScores(FeatureMetric):
@@ -64,7 +132,7 @@ class PatientScores(FeatureMetric):
     @property
     def patients(self) -> tuple[Hashable, ...]:
         """The patients seen by all processes, in the order of ``counts``; call it on all of them."""
-        return tuple(self._by_patient())
+        return self._pooled().names
 
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
         if groups is None:
@@ -80,29 +148,13 @@ class PatientScores(FeatureMetric):
         for name in dict.fromkeys(groups):
             own = torch.tensor([group == name for group in groups], device=owners.device)[owners]
             if bool(own.any()):
-                self._add(**{_key(name, what): sums for what, sums in self._sums_of(rows[own], labels[own]).items()})
-
-    def _sums_of(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return feature_sums(features, labels, self._needs)
-
-    @property
-    def _needs(self) -> set[str]:
-        needs = {need for metric in self.metrics.values() for need in metric.needs}
-        # The sums by class hold the other two.
-        return needs - {"gram", "squares"} if "class_gram" in needs else needs
-
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if "class_gram" in sums:
-            sums = sums | {
-                "gram": sums["class_gram"].sum(0),
-                "squares": sums["class_gram"].diagonal(dim1=1, dim2=2),
-            }
-        return {name: metric._evaluate(sums) for name, metric in self.metrics.items()}
+                sums = feature_sums(rows[own], labels[own], _needs(self.metrics))
+                self._add(**{f"{name}{SEPARATOR}{what}": value for what, value in sums.items()})
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return name -> value over everything seen by all processes."""
-        everybody = torch.ones(1, len(self.patients), dtype=torch.int64)
-        return {name: values[0] for name, values in self.resampled(everybody).items()}
+        pooled = self._pooled()
+        return pooled.resampled([1] * len(pooled.names))
 
     def resampled(self, counts: ArrayLike, *, n_jobs: int = 1) -> dict[str, torch.Tensor]:
         """What the metrics say of the patients as often as ``counts`` says.
@@ -117,62 +169,14 @@ class PatientScores(FeatureMetric):
         Raises:
             InputError: counts has another length than `patients`, is negative, or draws nobody.
         """
-        held = self._by_patient()
-        counts = torch.as_tensor(np.asarray(counts))
-        if counts.shape[-1:] != (len(held),):
-            raise InputError(f"counts has shape {tuple(counts.shape)}; expected {len(held)} numbers, one per patient.")
-        if counts.is_floating_point() or int(counts.min()) < 0 or not bool((counts.sum(-1) > 0).all()):
-            raise InputError("counts holds numbers that are not whole, negative ones, or draws nobody.")
-        pooled = _stacked(list(held.values()))
-        rows = counts.reshape(-1, len(held)).double()
-        # A few resamples at a time read the sums of the patients once for all of them.
-        parts = rows.split(max(1, 2**25 // max(value[0].numel() for value in pooled.values())))
-        values = [value for part in parts for value in self._evaluated(part, pooled, n_jobs)]
-        columns = {name: torch.stack([value[name] for value in values]) for name in self.metrics}
-        return columns if counts.ndim > 1 else {name: column[0] for name, column in columns.items()}
+        return self._pooled().resampled(counts, n_jobs=n_jobs)
 
-    def _evaluated(
-        self, counts: torch.Tensor, pooled: Mapping[str, torch.Tensor], n_jobs: int
-    ) -> list[dict[str, torch.Tensor]]:
-        resamples = {
-            what: (counts.to(sums.device) @ sums.flatten(1)).view(len(counts), *sums.shape[1:])
-            for what, sums in pooled.items()
-        }
-
-        return Parallel(n_jobs, backend="threading")(
-            delayed(self._evaluate)({what: values[index] for what, values in resamples.items()})
-            for index in range(len(counts))
-        )
-
-    def _by_patient(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Patient -> sums, over all processes."""
+    def _pooled(self) -> PatientSums:
+        """The sums of the patients of all processes."""
         if self._samples is not None:
-            samples = self.samples()
-            store = PatientScores(self.metrics, pixels=None)
-            store._add_rows(samples.features, samples.labels, samples.groups, samples.names)
-            return store._by_patient()
-        held: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in all_reduce_sums(self._sums).items():
+            return PatientSums.of(self.samples(), self.metrics)
+        held: dict[Hashable, dict[str, torch.Tensor]] = {}
+        for key, value in sorted(self._totals().items()):
             name, what = key.rsplit(SEPARATOR, 1)
             held.setdefault(name, {})[what] = value
-        if not held:
-            raise InputError(
-                "PatientScores has seen no sample; call update() before compute(), or look for an empty data loader."
-            )
-        return dict(sorted(held.items()))
-
-
-def _key(name: Hashable, what: str) -> str:
-    return f"{name}{SEPARATOR}{what}"
-
-
-def _stacked(held: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Sums of all patients in one tensor each, patients first, with room for every class."""
-    n_classes = max(len(sums["count"]) for sums in held)
-    stacked = {}
-    for what, first in held[0].items():
-        shape = first.shape if what in ("gram", "cubic", "quartic") else (n_classes, *first.shape[1:])
-        stacked[what] = first.new_zeros(len(held), *shape)
-        for row, sums in zip(stacked[what], held, strict=True):
-            row[: len(sums[what])] = sums[what]
-    return stacked
+        return PatientSums.stacked(held, self.metrics)

@@ -17,19 +17,23 @@ The streaming class asks the network once and puts the samples aside in a `Predi
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from scipy.linalg import blas, cho_factor, cho_solve
 
-from medtl_ext._validation import InputError
-from medtl_ext.metrics._spool import PredictionSpool
+from medtl_ext._validation import warn
 from medtl_ext.metrics.base import TransferMetric, all_reduce_sums
-from medtl_ext.metrics.features import SampleMetric, Samples, SampleStore, check_features
+from medtl_ext.metrics.features import (
+    MomentMetric,
+    SampleMetric,
+    check_counts,
+    check_features,
+    feature_sums,
+    require_samples,
+)
 
 # Samples, labels and the index of each sample's patient.
 Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -72,16 +76,7 @@ def compute_sfda(features: Any, target_labels: Any, *, ignore_index: int | None 
     5); where the row sums vanish, as they do for probabilities, it is exact. A Cholesky factor in place of the authors'
     eigenvectors gives the same posteriors.
     """
-    rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)
-    classes, labels = labels.unique(return_inverse=True)
-    centre = rows.mean(0)
-
-    def centred() -> Iterator[Block]:
-        for part, own in zip(rows.split(BLOCK), labels.split(BLOCK), strict=True):
-            yield part - centre, own, torch.zeros_like(own)
-
-    posterior, count = _posterior_sums(centred, len(classes), n_owners=1, reduce=dict)[0]
-    return posterior / count
+    return SFDA(ignore_index=ignore_index).of(features, target_labels)
 
 
 class SFDA(SampleMetric):
@@ -99,6 +94,12 @@ class SFDA(SampleMetric):
     >>> metric.compute()
     tensor(0.8158, dtype=torch.float64)
     """
+
+    def of(self, features: Any, target_labels: Any) -> torch.Tensor:
+        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index, minimum=2)
+        batch = rows, labels, torch.zeros_like(labels)
+        posterior, count = _posterior_sums(lambda: [batch], n_owners=1, reduce=dict)[0]
+        return posterior / count
 
     @property
     def patients(self) -> tuple[Hashable, ...]:
@@ -126,12 +127,7 @@ class SFDA(SampleMetric):
             InputError: counts has another length than `patients`, is negative, or draws nobody.
         """
         sums = torch.stack(list(self._by_patient().values()))
-        counts = torch.as_tensor(np.asarray(counts))
-        if counts.shape[-1:] != (len(sums),):
-            raise InputError(f"counts has shape {tuple(counts.shape)}; expected {len(sums)} numbers, one per patient.")
-        if counts.is_floating_point() or int(counts.min()) < 0 or not bool((counts.sum(-1) > 0).all()):
-            raise InputError("counts holds numbers that are not whole, negative ones, or draws nobody.")
-        posterior, count = (counts.to(sums.device).double() @ sums).unbind(-1)
+        posterior, count = (check_counts(counts, len(sums)).to(sums) @ sums).unbind(-1)
         return posterior / count
 
     def reset(self) -> None:
@@ -146,132 +142,58 @@ class SFDA(SampleMetric):
         super()._take(features, labels, groups)
         self._result = None
 
-    def _new_store(self) -> _SpooledStore:
-        return _SpooledStore(self.pixels if isinstance(self.pixels, int) else None, self.seed)
-
     def _by_patient(self) -> dict[str, torch.Tensor]:
         """Patient -> sum of the posteriors and number of samples, kept until any process has new samples."""
-        store, reduce = self._samples, all_reduce_sums
-        state = {"drawn": store.limit is not None, "stale": self._result is None}
+        state = {"drawn": self._samples.limit is not None, "stale": self._result is None}
         state = all_reduce_sums({name: torch.tensor([float(value)]) for name, value in state.items()})
         if state["stale"] > 0:
+            batches, names, reduce = self._samples.batches, self._samples.names, all_reduce_sums
             if state["drawn"] > 0:  # every process then has the samples of all
-                store, reduce = _SpooledStore(None, self.seed), dict
-                store.add(*self.samples())
-            self._result = store.posterior_sums(reduce)
-        if not self._result:
-            raise InputError(
-                "SFDA has seen no sample; call update() before compute(), or look for an empty data loader."
-            )
-        return self._result
+                *drawn, names = self.samples()
+                batches, reduce = lambda: [drawn], dict
+            sums = _posterior_sums(batches, len(names), reduce)
+            by_name = reduce({str(name): row for name, row in zip(names, sums, strict=True)})
+            self._result = dict(sorted(by_name.items()))
+        return self._require_seen(self._result)
 
 
-class _SpooledStore(SampleStore):
-    """A store whose samples are in a `PredictionSpool` as long as all of them are kept."""
-
-    def __init__(self, limit: int | None, seed: int) -> None:
-        super().__init__(limit, seed)
-        self.n_classes = 0
-        self.names: dict[Hashable, int] = {}
-        self._spool = PredictionSpool()
-        self._width: int | None = None
-        self._device = torch.device("cpu")
-
-    def add(
-        self, rows: torch.Tensor, labels: torch.Tensor, owners: torch.Tensor, groups: Sequence[Hashable] | None
-    ) -> None:
-        if self.limit is not None:
-            super().add(rows, labels, owners, groups)
-        elif len(rows):
-            if self._width not in (None, rows.shape[1]):
-                raise InputError(f"features has {rows.shape[1]} channels here, {self._width} before; use one layer.")
-            self._width, self._device = rows.shape[1], rows.device
-            self.n_classes = max(self.n_classes, int(labels.max()) + 1)
-            groups = [""] * (int(owners.max()) + 1) if groups is None else groups
-            patients = [self.names.setdefault(name, len(self.names)) for name in groups]
-            owners = torch.tensor(patients, device=owners.device)[owners]
-            self._spool.append(rows, labels.to(torch.int16), owners.to(torch.int32))
-
-    def blocks(self) -> Iterator[Block]:
-        """All samples, with the indices of their patients in ``names``."""
-        for batch in self._spool:
-            for rows, labels, owners in zip(*(part.split(BLOCK) for part in batch), strict=True):
-                yield rows.to(self._device), labels.to(self._device).long(), owners.to(self._device).long()
-
-    def posterior_sums(self, reduce: Reduction) -> dict[str, torch.Tensor]:
-        """`_posterior_sums` of each patient by name, over all processes; none without samples."""
-        n_classes = len(reduce({"classes": torch.ones(self.n_classes)})["classes"])
-        means = reduce(self._class_sums(n_classes))
-        if not means:
-            return {}
-        present = means["count"] > 0
-        centre, position = means["total"].sum(0) / means["count"].sum(), present.cumsum(0) - 1
-
-        def centred() -> Iterator[Block]:
-            for rows, labels, owners in self.blocks():
-                yield rows.double() - centre, position[labels], owners
-
-        sums = _posterior_sums(centred, int(present.sum()), len(self.names), reduce)
-        return dict(sorted(reduce({str(name): row for name, row in zip(self.names, sums, strict=True)}).items()))
-
-    def _class_sums(self, n_classes: int) -> dict[str, torch.Tensor]:
-        sums: dict[str, torch.Tensor] = {}
-        for rows, labels, _ in self.blocks():
-            if not sums:
-                total = rows.new_zeros(n_classes, rows.shape[1], dtype=torch.float64)
-                sums = {"count": total.new_zeros(n_classes), "total": total}
-            sums["count"] += torch.bincount(labels, minlength=n_classes)
-            sums["total"].index_add_(0, labels, rows.double())
-        return sums
-
-    def merge(self, other: SampleStore) -> None:
-        self.limit = self.limit or other.limit
-        super().merge(other)
-        for rows, labels, owners in list(other.blocks()) if other is self else other.blocks():
-            self.add(rows, labels, owners, list(other.names))
-
-    def gathered(self, owner: str) -> Samples:
-        plain = SampleStore(self.limit, self.seed)
-        plain._kept = {stratum: list(parts) for stratum, parts in self._kept.items()}
-        for rows, labels, owners in self.blocks():
-            plain.add(rows, labels, owners, list(self.names))
-        return plain.gathered(owner)
-
-
-def _posterior_sums(
-    blocks: Callable[[], Iterable[Block]], n_classes: int, n_owners: int, reduce: Reduction
-) -> torch.Tensor:
+def _posterior_sums(batches: Callable[[], Iterable[Block]], n_owners: int, reduce: Reduction) -> torch.Tensor:
     """Sum of the second discriminant's posteriors of the true class and number of samples, for each patient.
 
     Args:
-        blocks: gives this process's samples, centred, with labels 0 to K - 1, every time it is called.
-        n_classes: K; all of them have samples in some process.
+        batches: gives this process's samples every time it is called.
         n_owners: how many patients this process has samples of.
         reduce: see `Reduction`.
     """
-    sums = reduce(_sums(blocks(), n_classes))
-    if (n := int(sums["count"].sum())) < 2:
-        raise InputError(f"features holds {n} sample(s); expected at least 2.")
+    totals = MomentMetric()
+    for rows, labels, _ in batches():
+        totals._add(**feature_sums(rows, labels))
+    if not (means := reduce(totals._sums)):
+        return torch.zeros(0, 2)
+    n, present = means["count"].sum(), means["count"] > 0
+    centre, position, n_classes = means["total"].sum(0) / n, present.cumsum(0) - 1, int(present.sum())
+    require_samples(n)
     if n_classes == 1:
-        warnings.warn(
-            "target_labels holds one class only, so SFDA is 1, its best value, and says nothing about transfer.",
-            UserWarning,
-            stacklevel=3,
-        )
-    first = _Discriminant(**sums)
-    others = (first.means.sum(0) - first.means) / max(n_classes - 1, 1)
+        warn("target_labels holds one class only, so SFDA is 1, its best value, and says nothing about transfer.")
 
+    def centred() -> Iterator[Block]:
+        for batch in batches():
+            for rows, labels, owners in zip(*(part.split(BLOCK) for part in batch), strict=True):
+                yield rows.double() - centre, position[labels], owners
+
+    first = Discriminant(**reduce(_sums(centred(), n_classes)))
+    others = (first.means.sum(0) - first.means) / max(n_classes - 1, 1)
     shares = []
 
     def mixed() -> Iterator[Block]:
-        for rows, labels, owners in blocks():
+        for rows, labels, owners in centred():
             shares.append(first.scores(rows).softmax(1).softmax(1).gather(1, labels[:, None]))
             yield others[labels].lerp_(rows, shares[-1]), labels, owners
 
-    second = _Discriminant(**reduce(_sums(mixed(), n_classes)), shrinkage=first.shrinkage)
+    second = Discriminant(**reduce(_sums(mixed(), n_classes)), shrinkage=first.shrinkage)
     result = first.means.new_zeros(n_owners, 2)
     # Scores are linear, so that those of a mixture are the mixture of scores.
-    for (rows, labels, owners), share in zip(blocks(), shares, strict=True):
+    for (rows, labels, owners), share in zip(centred(), shares, strict=True):
         scores = torch.lerp(second.scores(others)[labels], second.scores(rows), share)
         posterior = scores.softmax(1).gather(1, labels[:, None])
         result.index_add_(0, owners, torch.cat([posterior, torch.ones_like(posterior)], 1))
@@ -301,26 +223,32 @@ def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
         blas.dsyrk(1.0, rows.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=True, lower=True)
 
 
-class _Discriminant:
+class Discriminant:
     """A shrunk linear discriminant, from the sums over centred samples of K classes.
 
     Args:
         count, total, gram: number of samples (K) and sum of x (K x D) by class, and sum of x x' (D x D).
         shrinkage: lambda; None: from the largest variance within the classes.
+        least: share of the total variance that is added to every direction at least. Where every class is constant
+            there is no variance within: a ridge above the rounding then keeps the inverse.
     """
 
     def __init__(
-        self, count: torch.Tensor, total: torch.Tensor, gram: torch.Tensor, shrinkage: torch.Tensor | None = None
+        self,
+        count: torch.Tensor,
+        total: torch.Tensor,
+        gram: torch.Tensor,
+        shrinkage: torch.Tensor | float | None = None,
+        least: float = 16 * EPSILON,
     ) -> None:
         n, width = count.sum(), len(gram)
         mean, self.means = total.sum(0) / n, total / count[:, None]
         within = (gram - self.means.T @ total) / n
         self.shrinkage = _shrinkage(within) if shrinkage is None else shrinkage
-        # Where every class is constant there is no variance within: a ridge above the rounding then keeps the inverse.
-        ridge = torch.maximum(self.shrinkage * within.trace() / width, 16 * EPSILON * gram.trace() / n)
-        shrunk = (1 - self.shrinkage) * within
-        shrunk.diagonal().add_(torch.where(ridge > 0, ridge, 1))
-        factor = cho_factor(shrunk.cpu().numpy(), check_finite=False)
+        ridge = torch.maximum(self.shrinkage * within.trace() / width, least * gram.trace() / n)
+        self.covariance = (1 - self.shrinkage) * within
+        self.covariance.diagonal().add_(torch.where(ridge > 0, ridge, 1))
+        factor = cho_factor(self.covariance.cpu().numpy(), check_finite=False)
         # A shift changes no posterior, and about the mean there is less to cancel.
         centred = self.means - mean
         weights = cho_solve(factor, centred.T.cpu().numpy(), check_finite=False)

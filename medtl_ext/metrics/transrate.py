@@ -12,13 +12,12 @@ It needs the number of samples, the sum of x and the sum of x x' by class: D x D
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 
-from medtl_ext._validation import InputError
-from medtl_ext.metrics.features import MomentMetric, check_features, gram
+from medtl_ext._validation import require_number, warn
+from medtl_ext.metrics.features import MomentMetric, check_features, gram, require_samples
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -50,14 +49,7 @@ def compute_transrate(
     Reference: Huang et al., *Frustratingly easy transferability estimation*, ICML 2022. As in Transfer-Learning-Library
     every class counts the same; weighted by their numbers of samples the classes could not take the score below 0.
     """
-    _require_eps(eps)
-    rows, labels = check_features(features, target_labels, ignore_index=ignore_index, minimum=2)
-    rows = rows - rows[0]  # makes constant features exactly zero
-    rows.sub_(rows.mean(0))
-    classes = labels.unique()
-    if _says_nothing(len(classes), constant=not bool(rows.any())):
-        return rows.new_zeros(())
-    return _rate(rows, eps) - torch.stack([_rate(rows[labels == label], eps) for label in classes]).mean()
+    return TransRate(eps=eps, ignore_index=ignore_index).of(features, target_labels)
 
 
 class TransRate(MomentMetric):
@@ -80,15 +72,28 @@ class TransRate(MomentMetric):
     needs = ("class_gram",)
 
     def __init__(self, *, eps: float = 1e-4, **options: Any) -> None:
-        self.eps = _require_eps(eps)
+        self.eps = require_number("eps", eps, 0, above=True)
         super().__init__(**options)
+
+    def of(self, features: Any, target_labels: Any) -> torch.Tensor:
+        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index, minimum=2)
+        rows = rows - rows[0]  # makes constant features exactly zero
+        rows.sub_(rows.mean(0))
+        classes = labels.unique()
+        if _says_nothing(len(classes), constant=not bool(rows.any())):
+            return rows.new_zeros(())
+        return self._rate(rows) - torch.stack([self._rate(rows[labels == label]) for label in classes]).mean()
+
+    def _rate(self, rows: torch.Tensor) -> torch.Tensor:
+        # With few samples the N x N matrix is the smaller one, with the same determinant.
+        square = gram(rows.T if len(rows) < rows.shape[1] else rows)
+        return _log_determinant(square / (len(rows) * self.eps)) / 2
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         present = sums["count"] > 0
         count, total, grams = (sums[name][present] for name in ("count", "total", "class_gram"))
         n = count.sum()
-        if n < 2:
-            raise InputError(f"features holds {int(n)} sample(s); expected at least 2.")
+        require_samples(n)
         mean, overall, rates = total.sum(0) / n, torch.zeros_like(grams[0]), []
         for size, part, square in zip(count, total, grams, strict=True):
             # About the mean of all: G - m t' - t m' + N_c m m', with t the sum over the class.
@@ -102,25 +107,13 @@ class TransRate(MomentMetric):
         return _log_determinant(overall / (n * self.eps)) / 2 - torch.stack(rates).mean()
 
 
-def _require_eps(eps: float) -> float:
-    if not 0 < eps < float("inf"):
-        raise InputError(f"eps is {eps!r}; expected a distortion above 0.")
-    return eps
-
-
 def _says_nothing(n_classes: int, *, constant: bool) -> bool:
     """Warn and return True where the score is 0 whatever the network."""
     if n_classes > 1 and not constant:
         return False
     what = "features are constant" if constant else "target_labels holds one class only"
-    warnings.warn(f"{what}, so TransRate is 0 and says nothing about transfer.", UserWarning, stacklevel=3)
+    warn(f"{what}, so TransRate is 0 and says nothing about transfer.")
     return True
-
-
-def _rate(rows: torch.Tensor, eps: float) -> torch.Tensor:
-    # With few samples the N x N matrix is the smaller one, with the same determinant.
-    square = gram(rows.T if len(rows) < rows.shape[1] else rows)
-    return _log_determinant(square / (len(rows) * eps)) / 2
 
 
 def _log_determinant(matrix: torch.Tensor) -> torch.Tensor:

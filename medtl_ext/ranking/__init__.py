@@ -7,7 +7,13 @@
 """
 
 from medtl_ext.ranking._words import listed
-from medtl_ext.ranking.agreement import FriedmanNemenyi, friedman_nemenyi, spearman_footrule, weighted_kendall
+from medtl_ext.ranking.agreement import (
+    FriedmanNemenyi,
+    friedman_nemenyi,
+    mean_auc,
+    spearman_footrule,
+    weighted_kendall,
+)
 from medtl_ext.ranking.paired import (
     MINIMUM_PATIENTS,
     PairedComparison,
@@ -35,6 +41,7 @@ __all__ = [
     "holm",
     "known_elsewhere",
     "listed",
+    "mean_auc",
     "paired_comparison",
     "spearman_footrule",
     "verdict_claim",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
+SYNTHETIC = {True: " These are synthetic data, which say nothing about a clinic.", False: ""}
 
 
 def listed(parts: Iterable[object], most: int | None = None) -> str:

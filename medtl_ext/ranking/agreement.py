@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from medtl_ext._validation import InputError
 from medtl_ext.ranking._words import listed
@@ -100,6 +101,27 @@ def weighted_kendall(scores: Mapping[str, float], truth: Mapping[str, float]) ->
     if len(scores) < 2:
         return float("nan")
     return float(stats.weightedtau(scores.fillna(-np.inf), truth[scores.index]).statistic)
+
+
+def mean_auc(labels: np.ndarray, probs: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Area under the ROC curve, one class against the rest, the mean over the classes that are there.
+
+    Args:
+        labels: M class indices.
+        probs: M x K class probabilities, higher for the class.
+        weights: M, how often each sample counts, 0 leaves it out; None: all alike.
+
+    Returns:
+        In [0, 1], higher is better, 0.5 by chance; NaN where there is one class only.
+
+    >>> mean_auc(np.array([0, 0, 1, 1]), np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.5, 0.5]]))
+    0.75
+    """
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
+    labels, probs, weights = (values[weights > 0] for values in (labels, probs, weights))
+    there = [place for place in np.unique(labels) if 0 < (labels == place).sum() < len(labels)]
+    values = [roc_auc_score(labels == place, probs[:, place], sample_weight=weights) for place in there]
+    return float(np.mean(values)) if values else float("nan")
 
 
 @dataclass(frozen=True)

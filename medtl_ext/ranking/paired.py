@@ -242,8 +242,7 @@ def audit_verdict(
         text += f" {listed(gaps)}: negative transfer."
     if runs == 1:
         text += " One training run per arm: the spread between seeds is not in these figures."
-    if synthetic:
-        text += f" {SYNTHETIC}"
+    text += SYNTHETIC[bool(synthetic)]
     return Verdict(recommendation, tied, default, tuple(harmed), text, table)
 
 

@@ -229,8 +229,7 @@ def bootstrap_ranking(
         text = _undecided_text(scored, alike, scored.index[first], metric, on_patients, demanded)
     refused = len(resampled) and n_resamples - len(resampled)
     text += _remarks(table, picks, patients, f"{refused} of {n_resamples}" if refused else "")
-    if synthetic:
-        text += f" {SYNTHETIC}"
+    text += SYNTHETIC[bool(synthetic)]
     table = table.join(ranks.add_suffix("_rank")).rename_axis("source").reset_index()
     return SourceRanking(recommendation, tied, default, patients, len(resampled), text, table, picks)
 
@@ -361,8 +360,8 @@ def _undecided_text(
             f"{_percent(runner_up['leader_wins'])} of the patient resamples and by {_percent(runner_up['gap'])} of the "
             f"candidates' range, where a preference takes {demanded}."
         )
-    settle = "finished and compared on validation patients, would settle it."
-    return f"{text} Short fine-tunings of the {len(tied)}, {settle}"
+    runs = f"Short fine-tunings of the {len(tied)}, finished and compared on validation patients"
+    return f"{text} {runs}, would settle it."
 
 
 def _remarks(table: pd.DataFrame, picks: pd.DataFrame, patients: int, refused: str) -> str:

@@ -160,23 +160,23 @@ def fit_text(content: Mapping[str, Any]) -> str:
         f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g} of {content['transfers']} transfers. Cost and Dice "
         f"of a target's sources correlate, in the mean over targets, at {fitted} with these weights, which have seen "
         f"them; at {left_out} on targets left out of the fit; at {published} with the published weights. Lower is "
-        "better. "
+        "better."
     )
     found = f"of {targets} targets left out, {predicted} have the predicting sign, and {better} are predicted better"
     found += " than by the published weights"
     ahead = targets > 0 and content["correlation_left_out"] < content["correlation_published"]
     # One-sided sign tests at 5 %: 5 of 5 targets, or 7 of 8, are more than chance.
     if ahead and all(stats.binomtest(n, targets, alternative="greater").pvalue <= 0.05 for n in (predicted, better)):
-        return f"{text}Prefer these weights to the published ones for further targets of this kind: {found}."
+        return f"{text} Prefer these weights to the published ones for further targets of this kind: {found}."
     few = ", and fewer than 5 cannot show it" if targets < 5 else ""
-    return f"{text}No evidence to prefer these weights to the published ones on another target: {found}{few}."
+    return f"{text} No evidence to prefer these weights to the published ones on another target: {found}{few}."
 
 
 def _read_transfers(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"transfers file {path} cannot be read as CSV ({error}).") from error
+        raise InputError(f"transfers file {path} cannot be read as CSV ({str(error).strip()}).") from error
     if missing := {"source", "target", "dice"} - set(table):
         raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
     table["dice"] = pd.to_numeric(table["dice"], errors="coerce")

@@ -13,7 +13,7 @@ import pandas as pd
 
 from medtl_ext import graph as graphs
 from medtl_ext._io import write_csv, write_json
-from medtl_ext._validation import InputError, require_whole
+from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import Task
 from medtl_ext.sequential_transfer.affinities import Affinity, TaskVolumes, affinity_costs, affinity_name, find_affinity
 from medtl_ext.sequential_transfer.plots import plot_task_graph
@@ -108,7 +108,7 @@ class SourceGraph:
     def graph(self) -> nx.Graph:
         """See `medtl_ext.graph.task_graph`."""
         require_lists(sources=self.sources)
-        require_whole("n_clusters", self.n_clusters, 1)
+        require_number("n_clusters", self.n_clusters, 1, whole=True)
         name = affinity_name(self.affinity)
         if self.task_graph is None:
             tasks = self.volumes(self.sources)
@@ -251,8 +251,8 @@ class PlanPath:
         require_lists(sources=sources)
         if target.name in sources:
             raise InputError(f"the target {target.name} is one of the sources; leave it out of sources.")
-        require_whole("max_intermediates", self.max_intermediates, 0)
-        require_whole("stage_patients", self.stage_patients, 1)
+        require_number("max_intermediates", self.max_intermediates, 0, whole=True)
+        require_number("stage_patients", self.stage_patients, 1, whole=True)
         first_share(self.source_patients, self.stage_patients, self.max_intermediates)
         target.datalist("train")
         spent = [self.source_patients, self.stage_patients] if self.max_intermediates else [self.source_patients]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def arm_rows(arms: Sequence[Arm]) -> pd.DataFrame:
     return pd.concat([arm.last.read().assign(method=arm.name) for arm in arms], ignore_index=True)
 
 
+@dataclass(kw_only=True, eq=False)
 class TransferAudit:
     """A step that finishes the other ways to use the labels, compares all on validation patients, and says what to do.
 
@@ -48,13 +50,15 @@ class TransferAudit:
     `medtl_ext.transfer.audit_report`. Without patients to validate on there is no audit.
 
     Args:
-        run, target: what was run (its option ``method`` is one of the arms), and the target task.
+        here, target: the run (its option ``method`` is one of the arms), and the target task.
         source: where arms start from. The untouched source is left out where its classes are not the target's.
         arms: names of overlay configs; none leaves the audit out.
     """
 
-    def __init__(self, *, run: Run, target: SegmentationTask, source: SingleSource, arms: Sequence[str]) -> None:
-        self.here, self.target, self.source, self.arms = run, target, source, arms
+    here: Run
+    target: SegmentationTask
+    source: SingleSource
+    arms: Sequence[str]
 
     def run(self) -> Verdict | None:
         """Train, compare, and write it down; None where there is nothing to compare."""

@@ -16,16 +16,17 @@ import warnings
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from joblib import cpu_count
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import load_collection
 
+Evaluating = TypeVar("Evaluating", ConfigWorkflow, ConfigParser)
 # Settings that say how and where a run is carried out, not what it computes.
 HOW_NOT_WHAT = {"bundle_root", "output_dir", "source_dir", "settle", "figures", "progress", "check_data", "n_jobs"}
 HOW_NOT_WHAT |= {"num_workers", "device", "rank", "imports", "initialize", "run", "finalize"}
@@ -42,12 +43,12 @@ CONTENT = "content {}"
 JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
-def current_workflow() -> ConfigWorkflow | None:
-    """The `ConfigWorkflow` that is evaluating the calling expression, or None outside of one."""
+def _evaluating(kind: type[Evaluating]) -> Evaluating | None:
+    """The `ConfigWorkflow` or `ConfigParser` that is evaluating the calling expression, or None outside of one."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if isinstance(owner, ConfigWorkflow):
+        if isinstance(owner, kind):
             return owner
         frame = frame.f_back
     return None
@@ -59,7 +60,7 @@ def bundle_root() -> str:
     Makes ``"bundle_root": "$bundle.bundle_root()"`` right from the repository root, from inside the bundle and in a
     copy elsewhere. Outside of a `ConfigWorkflow` (a bare `ConfigParser`) it is the current folder.
     """
-    workflow = current_workflow()
+    workflow = _evaluating(ConfigWorkflow)
     if workflow is None:
         return str(Path.cwd())
     folder = Path(workflow.config_root_path).resolve()
@@ -81,7 +82,7 @@ def start() -> None:
     torch.set_num_threads(threads_for(1))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"monai\.")
-    workflow = current_workflow()
+    workflow = _evaluating(ConfigWorkflow)
     if workflow is None:
         return
     for key, value in workflow.parser.get().items():
@@ -132,6 +133,9 @@ def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
     names = {bool: "true or false", int: "a whole number", float: "a number"}
     for key, value in config.items():
         known = kinds.get(key, set())
+        if known == {dict} and not (isinstance(value, dict) or value is None or _is_expression(value)):
+            others = _hint(key, [name for name in kinds if name != key], "", "--")
+            raise InputError(f"option --{key} is a part with settings of its own, such as --{key}#NAME{others}")
         if not known & names.keys() or value is None or _is_expression(value):
             continue
         fits = type(value) in known or (type(value) is int and float in known)
@@ -203,13 +207,13 @@ def current_config() -> dict[str, Any]:
     """The config being evaluated as plain JSON content, with every override in it and ``bundle_root`` made absolute.
 
     Raises:
-        InputError: called outside of a `ConfigWorkflow`, or an override is not a JSON value.
+        InputError: called while no config is evaluated, or an override is not a JSON value.
     """
-    workflow = current_workflow()
-    if workflow is None:
-        raise InputError("a run inside a run needs a ConfigWorkflow: start it with `python -m monai.bundle run`.")
-    content = {key: value for key, value in workflow.parser.get().items() if key != "_meta_"}
-    content["bundle_root"] = workflow.parser.get_parsed_content("bundle_root")
+    parser = _evaluating(ConfigParser)
+    if parser is None:
+        raise InputError("a run needs a config that is being evaluated: start it with `python -m monai.bundle run`.")
+    content = {key: value for key, value in parser.get().items() if key != "_meta_"}
+    content["bundle_root"] = parser.get_parsed_content("bundle_root")
     try:
         return json.loads(json.dumps(content))
     except TypeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -24,6 +25,7 @@ __all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining"]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class DataCheck:
     """A step that reads every file of a task before anything long runs.
 
@@ -33,15 +35,17 @@ class DataCheck:
         enabled: false leaves it out.
     """
 
-    def __init__(self, *, task: TargetTask, splits: Sequence[str], enabled: bool = True) -> None:
-        self.task, self.splits, self.enabled = task, list(dict.fromkeys(splits)), enabled
+    task: TargetTask
+    splits: Sequence[str]
+    enabled: bool = True
 
     def run(self) -> None:
         """Raise an `InputError` on the first error, log the warnings."""
         if self.enabled:
-            self.task.check(self.splits)
+            self.task.check(dict.fromkeys(self.splits))
 
 
+@dataclass(kw_only=True, eq=False)
 class StoppedTraining:
     """A step that trains until validation has not improved for a while, or the epochs are over.
 
@@ -50,8 +54,9 @@ class StoppedTraining:
         early_stopping: gets the trainer, which does not exist yet when a config makes it.
     """
 
-    def __init__(self, *, trainer: Trainer, evaluator: Evaluator, early_stopping: EarlyStopHandler) -> None:
-        self.trainer, self.evaluator, self.early_stopping = trainer, evaluator, early_stopping
+    trainer: Trainer
+    evaluator: Evaluator
+    early_stopping: EarlyStopHandler
 
     def run(self) -> None:
         self.early_stopping.set_trainer(self.trainer)
@@ -62,6 +67,7 @@ class StoppedTraining:
         logger.info("trained for %d of at most %d epochs", self.trainer.state.epoch, self.trainer.state.max_epochs)
 
 
+@dataclass(kw_only=True, eq=False)
 class ScorePatients:
     """A step that scores a trained network on the patients of each split and writes ``metrics.csv``.
 
@@ -75,28 +81,21 @@ class ScorePatients:
         checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder.
     """
 
-    def __init__(
-        self,
-        *,
-        evaluator: Evaluator,
-        splits: Sequence[str],
-        loaders: Sequence[DataLoader],
-        output_dir: str,
-        method: str,
-        seed: int,
-        checkpoint: str | None = None,
-    ) -> None:
-        self.evaluator, self.loaders = evaluator, dict(zip(splits, loaders, strict=True))
-        self.folder, self.method, self.seed = Path(output_dir), method, seed
-        self.checkpoint = checkpoint or str(self.folder / "model.pt")
+    evaluator: Evaluator
+    splits: Sequence[str]
+    loaders: Sequence[DataLoader]
+    output_dir: str
+    method: str
+    seed: int
+    checkpoint: str | None = None
 
     def run(self) -> pd.DataFrame:
         """Score, write, and return the table."""
         idist.barrier()  # the checkpoint is written by one process
         network = getattr(self.evaluator.network, "module", self.evaluator.network)
-        load_weights(network, self.checkpoint, min_share=1.0)
+        load_weights(network, self.checkpoint or f"{self.output_dir}/model.pt", min_share=1.0)
         parts = []
-        for split, loader in self.loaders.items():
+        for split, loader in zip(self.splits, self.loaders, strict=True):
             self.evaluator.data_loader = loader
             self.evaluator.state.epoch_length = len(loader)
             self.evaluator.run()
@@ -117,7 +116,7 @@ class ScorePatients:
         return table
 
     def _write(self, table: pd.DataFrame) -> None:
-        write_csv(self.folder / "metrics.csv", table, digits=None)
+        write_csv(Path(self.output_dir) / "metrics.csv", table, digits=None)
 
 
 class ScoreImages(ScorePatients):
@@ -156,5 +155,5 @@ class ScoreImages(ScorePatients):
             for split, of in table.groupby("split", sort=False)
         ]
         # In full: six digits make probabilities near 1 equal.
-        write_csv(self.folder / "predictions.csv", table.drop(columns=["method", "seed"]), digits=None)
-        write_csv(self.folder / "metrics.csv", pd.DataFrame(rows))
+        write_csv(Path(self.output_dir) / "predictions.csv", table.drop(columns=["method", "seed"]), digits=None)
+        write_csv(Path(self.output_dir) / "metrics.csv", pd.DataFrame(rows))

@@ -171,6 +171,7 @@ class Arm:
         return self.jobs[-1]
 
 
+@dataclass(eq=False)
 class Run:
     """What every step of a config needs to know of its run: where it writes, and how its trainings are carried out.
 
@@ -178,26 +179,22 @@ class Run:
 
     Args:
         output_dir: the folder of the run, which belongs to it alone.
-        synthetic: the data are synthetic, which all texts and figures then say.
         seed: of everything that is drawn.
         n_jobs, backend: trainings at a time, and where; see `run_jobs`.
         figures, progress: whether to draw figures and the report, and to show progress bars.
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike[str],
-        *,
-        seed: int = 0,
-        n_jobs: int | None = None,
-        backend: str | None = None,
-        figures: bool = True,
-        progress: bool = True,
-    ) -> None:
-        self.folder = Path(output_dir)
-        self.seed, self.n_jobs, self.backend = seed, n_jobs, backend
-        self.figures, self.progress = figures, progress
-        self.config = current_config()
+    output_dir: str | os.PathLike[str]
+    seed: int = 0
+    n_jobs: int | None = None
+    backend: str | None = None
+    figures: bool = True
+    progress: bool = True
+    config: dict[str, Any] = field(default_factory=current_config, init=False)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
 
     @property
     def leads(self) -> bool:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ LONG, MOST = 12, 300
 """Rows from which a table is folded, and rows of it that are shown."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Report:
     """A step that writes `html_report` of the run.
 
@@ -50,13 +52,15 @@ class Report:
         title, question, synthetic: see `html_report`.
     """
 
-    def __init__(self, *, run: Run, title: str, question: str, synthetic: bool) -> None:
-        self.here, self.page = run, {"title": title, "question": question, "synthetic": synthetic}
+    here: Run
+    title: str
+    question: str
+    synthetic: bool
 
     def write(self) -> None:
         """Write the page, in the first of several processes."""
         if self.here.figures and self.here.leads:
-            html_report(self.here.folder, **self.page)
+            html_report(self.here.folder, title=self.title, question=self.question, synthetic=self.synthetic)
 
 
 def html_report(output_dir: str | os.PathLike[str], *, title: str, question: str, synthetic: bool) -> Path:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ __all__ = ["RankSources"]
 SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
 
 
+@dataclass(kw_only=True, eq=False)
 class RankSources:
     """A step that ranks the candidate sources of a target, says which to use and how sure that is, and writes it down.
 
@@ -34,7 +35,7 @@ class RankSources:
     and ``answer.txt``, and prints the answer.
 
     Args:
-        run, target: what is run, and the target task.
+        here, target: the run, and the target task.
         evaluator: a MONAI evaluator over the target's training images, with the metrics ``samples`` and
             ``predictions``.
         image_shape: channels x *spatial of the images that networks take.
@@ -46,31 +47,22 @@ class RankSources:
         trust_bundles: see `medtl_ext.transfer.find_sources`.
     """
 
-    scores: Sequence[str] = tuple(SCORES)
+    scores: ClassVar[Sequence[str]] = tuple(SCORES)
     """Those that ``metrics`` may name."""
 
-    def __init__(
-        self,
-        *,
-        run: Run,
-        target: TargetTask,
-        evaluator: SupervisedEvaluator,
-        image_shape: Sequence[int],
-        metrics: Sequence[str],
-        decide_by: str,
-        n_resamples: int,
-        minimum_win: float,
-        minimum_gap: float,
-        source_dir: str,
-        pool_seed: int,
-        check_data: bool = True,
-        trust_bundles: bool = False,
-    ) -> None:
-        self.here, self.target, self.evaluator, self.image_shape = run, target, evaluator, image_shape
-        self.metrics, self.decide_by = metrics, decide_by
-        self.verdict = {"minimum_win": minimum_win, "minimum_gap": minimum_gap, "seed": run.seed}
-        self.n_resamples, self.source_dir, self.pool_seed = n_resamples, source_dir, pool_seed
-        self.check_data, self.trust_bundles = check_data, trust_bundles
+    here: Run
+    target: TargetTask
+    evaluator: SupervisedEvaluator
+    image_shape: Sequence[int]
+    metrics: Sequence[str]
+    decide_by: str
+    n_resamples: int
+    minimum_win: float
+    minimum_gap: float
+    source_dir: str
+    pool_seed: int
+    check_data: bool = True
+    trust_bundles: bool = False
 
     def check(self) -> None:
         """Refuse what cannot work before anything long runs.
@@ -82,7 +74,7 @@ class RankSources:
         self.target.datalist("train")
         self.metrics = require_choices("metric", self.metrics, self.scores)
         require_choice("decide_by", self.decide_by, self.scores)
-        win, gap = self.verdict["minimum_win"], self.verdict["minimum_gap"]
+        win, gap = self.minimum_win, self.minimum_gap
         if not 0.5 < win <= 1 or not 0 <= gap <= 1:
             raise InputError(f"minimum_win is {win} and minimum_gap {gap}; they must lie in (0.5, 1] and in [0, 1].")
         if self.n_resamples < 1:
@@ -171,7 +163,8 @@ class RankSources:
     def rank(self, names: Sequence[str]) -> SourceRanking:
         """The sources of these names by the score that decides, with the verdict."""
         score, table = SCORES[self.decide_by], self.table.loc[list(names)]
-        options = self.verdict | {"metric": score.label, "synthetic": self.target.synthetic}
+        options = {"minimum_win": self.minimum_win, "minimum_gap": self.minimum_gap, "seed": self.here.seed}
+        options |= {"metric": score.label, "synthetic": self.target.synthetic}
         own = table[self.target.own_outcome].astype(float).dropna().to_dict()
         sizes = table[self.target.own_size].astype(float)
         options["baselines"] = baseline_rankings(
@@ -202,7 +195,7 @@ class RankSources:
             return None
         ranking = self.rank(self.candidates())
         sentences = [ranking.text, *self.remarks(ranking)]
-        settled = self.settle(ranking)
+        settled = self.settled(ranking)
         winner = ranking.default
         if settled is not None:
             sentences.append(f"Settled by fine-tuning: {settled['text']}")
@@ -229,7 +222,7 @@ class RankSources:
         """What else the answer says."""
         return []
 
-    def settle(self, ranking: SourceRanking) -> dict[str, Any] | None:
+    def settled(self, ranking: SourceRanking) -> dict[str, Any] | None:
         """Decide what is tied by finished trainings, where that is asked for."""
         return None
 
@@ -246,7 +239,7 @@ class RankSources:
         default = json.loads((self.here.configs / "train.json").read_text(encoding="utf-8"))
         return {name: config[name] for name in self.carried if config[name] != default[name]}
 
-    carried: Sequence[str] = ()
+    carried: ClassVar[Sequence[str]] = ()
     """Options that a fine-tuning must share with the ranking."""
 
     def ranking_table(self, table: pd.DataFrame, ranking: SourceRanking) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.ranking import MINIMUM_PATIENTS, Verdict, audit_verdict, holm, paired_comparison
 from medtl_ext.visualize import SPLIT_NAMES, method_group, plot_audit, plot_comparison, save_figure
 
-__all__ = ["Comparison", "audit_report", "compare_report", "markdown_table", "patient_table", "summarize"]
+__all__ = ["audit_report", "compare_report", "markdown_table", "patient_table", "summarize"]
 
 RUN_COLUMNS = ["pair", "slices", "split", "method", "source_seed", "seed"]
 """What tells one run from another; a table need not have all of them."""
@@ -153,34 +153,16 @@ def audit_report(
     return verdict
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The outcome of `compare_report`.
-
-    Attributes:
-        table: one row per pair, slices and method: ``mean, sd, iou, runs, patients``, then against the reference
-            ``difference, difference_low, difference_high`` (paired t interval), ``p`` (Wilcoxon over patients),
-            ``p_holm`` (Holm over the methods of that pair and slice number), and ``runs_ahead`` of ``runs_matched``
-            runs with the same seed and source checkpoint (or the one of the two that the method depends on).
-        text: what the table shows, as sentences.
-    """
-
-    table: pd.DataFrame = field(compare=False, repr=False)
-    text: str
-
-
 def compare_report(
     rows: pd.DataFrame,
     output_dir: str | os.PathLike[str],
     *,
     reference: str = "vanilla",
-    split: str = "test",
     synthetic: bool = False,
-    title: str = "Methods compared",
-) -> Comparison:
+) -> pd.DataFrame:
     """Compare methods over pairs, sample sizes, seeds and source checkpoints; patients are the unit of every test.
 
-    Each patient's Dice is averaged over runs first. Where several pairs share a slice number, a further table
+    Each test patient's Dice is averaged over runs first. Where several pairs share a slice number, a further table
     "all pairs" averages each patient over its pairs, which gives the test more patients. Writes ``comparison.csv``,
     ``comparison.md`` and ``comparison.png``.
 
@@ -189,17 +171,22 @@ def compare_report(
             (scratch) or on the seed (zero_shot) has NaN there and each result once, so that repeats are not counted.
         output_dir: folder to write to.
         reference: the method all others are compared with.
-        split: the split to report.
         synthetic: the data are synthetic, which text and figure then say.
-        title: of the figure and the Markdown page.
+
+    Returns:
+        One row per pair, slices and method: ``mean, sd, iou, runs, patients``, then against the reference
+        ``difference, difference_low, difference_high`` (paired t interval), ``p`` (Wilcoxon over patients), ``p_holm``
+        (Holm over the methods of that pair and slice number), and ``runs_ahead`` of ``runs_matched`` runs with the same
+        seed and source checkpoint (or the one of the two that the method depends on).
 
     Raises:
-        InputError: a column is missing, the split or the reference has no results, or patients differ between methods.
+        InputError: a column is missing, the test split or the reference has no results, or patients differ between
+            methods.
     """
     _require_columns(rows, ["pair", "slices", "source_seed"])
-    if split not in set(rows["split"]):
-        raise InputError(f"No results for split '{split}'; found {_listed(rows['split'].unique())}.")
-    rows = rows[rows["split"] == split]
+    if "test" not in set(rows["split"]):
+        raise InputError(f"No results for split 'test'; found {_listed(rows['split'].unique())}.")
+    rows = rows[rows["split"] == "test"]
     patients = _with_all_pairs(patient_table(rows))
     cells = {cell: _scores(of) for cell, of in patients.groupby(["pair", "slices"], sort=False)}
     for (pair, slices), scores in cells.items():
@@ -208,17 +195,18 @@ def compare_report(
                 f"Pair {pair} with {slices} slices has no results of the reference '{reference}'; "
                 f"found {_listed(scores)}. Run it or choose another reference."
             )
-    table = _summarize_patients(patients).drop(columns="split")
-    table = table.merge(_against(cells, reference)).merge(_runs_ahead(patients, reference))
-    text = "\n".join(f"- {line}" for line in _what_it_shows(table, cells, reference))
-    caption = _caption(rows, patients, split, synthetic)
-
+    table = _summarize_patients(patients).drop(columns="split").merge(_against(patients, cells, reference))
+    table["p_holm"] = table.groupby(["pair", "slices"])["p"].transform(holm)
+    shows = "\n".join(f"- {line}" for line in _what_it_shows(table, cells, reference))
+    parts = ["# Methods compared", _caption(rows, patients, synthetic), "## What it shows", shows]
+    for (pair, slices), cell in table.groupby(["pair", "slices"], sort=False):
+        parts += [f"## {pair}, {slices} slices", markdown_table(_in_words(cell, reference))]
     output_dir = Path(output_dir)
     write_csv(output_dir / "comparison.csv", table)
-    write_text(output_dir / "comparison.md", _markdown(table, text, caption, reference, title))
-    figure = plot_comparison(table, reference=reference, title=title, synthetic=synthetic)
+    write_text(output_dir / "comparison.md", "\n\n".join(parts))
+    figure = plot_comparison(table, reference=reference, title="Methods compared", synthetic=synthetic)
     save_figure(figure, output_dir / "comparison.png")
-    return Comparison(table, text)
+    return table
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -327,37 +315,25 @@ Cells = dict[tuple[str, Any], dict[str, dict[str, float]]]
 """(pair, slices) -> method -> subject -> Dice."""
 
 
-def _against(cells: Cells, reference: str) -> pd.DataFrame:
-    """Every method against the reference in each cell, with Holm's correction over the methods of the cell."""
-    records = []
-    for (pair, slices), scores in cells.items():
-        for method, values in scores.items():
-            record = {"pair": pair, "slices": slices, "method": method, "difference": 0.0, "difference_low": np.nan}
-            record |= {"difference_high": np.nan, "p": np.nan}
-            if method != reference:
-                found = paired_comparison(values, scores[reference])
-                record |= {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
-                record["p"] = found.p_wilcoxon
-            records.append(record)
-    table = pd.DataFrame(records)
-    table["p_holm"] = table.groupby(["pair", "slices"])["p"].transform(holm)
-    return table
-
-
-def _runs_ahead(patients: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """In how many runs each method's mean is above the reference of the same seed and source checkpoint."""
+def _against(patients: pd.DataFrame, cells: Cells, reference: str) -> pd.DataFrame:
+    """Every method against the reference in each cell: over patients, and in how many runs its mean is ahead."""
     records = []
     for (pair, slices), cell in patients.groupby(["pair", "slices"], sort=False):
+        scores = cells[pair, slices]
         runs = cell.groupby(["method", "source_seed", "seed"], dropna=False)["dice"].mean()
-        for method in cell["method"].unique():
-            own, other = runs[method], runs[reference]
-            # NaN says that a method does not depend on it: scratch on no source, the untouched source on no seed.
-            keys = [key for key in own.index.names if own.index.get_level_values(key).notna().all()]
-            gaps = own[:0]
-            if keys and method != reference:
-                gaps = (own.groupby(keys).mean() - other.groupby(keys).mean()).dropna()
-            record = {"pair": pair, "slices": slices, "method": method}
-            records.append({**record, "runs_ahead": int((gaps > 0).sum()), "runs_matched": len(gaps)})
+        for method, values in scores.items():
+            record = {"pair": pair, "slices": slices, "method": method, "difference": 0.0}
+            record |= {"difference_low": np.nan, "difference_high": np.nan, "p": np.nan}
+            gaps = runs[:0]
+            if method != reference:
+                found = paired_comparison(values, scores[reference])
+                record |= {"difference": found.difference, "difference_low": found.low}
+                record |= {"difference_high": found.high, "p": found.p_wilcoxon}
+                own, other = runs[method], runs[reference]
+                # NaN says that a method does not depend on it: scratch on no source, the untouched source on no seed.
+                keys = [key for key in own.index.names if own.index.get_level_values(key).notna().all()]
+                gaps = (own.groupby(keys).mean() - other.groupby(keys).mean()).dropna() if keys else gaps
+            records.append(record | {"runs_ahead": int((gaps > 0).sum()), "runs_matched": len(gaps)})
     return pd.DataFrame(records)
 
 
@@ -421,25 +397,18 @@ def _scratch(scores: dict[str, dict[str, float]]) -> list[str]:
     return [f"training from scratch has the highest mean, {figures}, which does not settle it."]
 
 
-def _caption(rows: pd.DataFrame, patients: pd.DataFrame, split: str, synthetic: bool) -> str:
+def _caption(rows: pd.DataFrame, patients: pd.DataFrame, synthetic: bool) -> str:
     seeds, sources = (_listed(sorted(patients[k].dropna().convert_dtypes().unique())) for k in ("seed", "source_seed"))
     sentences = [
-        f"Dice averaged over classes and {split} patients: mean ± standard deviation over runs "
-        f"(seeds {seeds}; source checkpoints {sources}). Difference: paired over "
-        f"{patients['subject'].nunique()} patients in all, with its 95 % t interval; p: Wilcoxon signed-rank test over "
-        "patients, Holm-corrected within a table. Intervals and tests are about further patients for these networks; "
-        f"the sd and the runs ahead are about training again. Controls weight pixels without having seen the source.",
+        f"Dice averaged over classes and test patients: mean ± standard deviation over runs (seeds {seeds}; source "
+        f"checkpoints {sources}). Difference: paired over {patients['subject'].nunique()} patients in all, with its 95 "
+        "% t interval; p: Wilcoxon signed-rank test over patients, Holm-corrected within a table. Intervals and tests "
+        "are about further patients for these networks; the sd and the runs ahead are about training again. Controls "
+        "weight pixels without having seen the source.",
         _empty_sentence(rows),
         "All data are synthetic (brain phantom)." if synthetic else "",
     ]
     return " ".join(filter(None, sentences))
-
-
-def _markdown(table: pd.DataFrame, text: str, caption: str, reference: str, title: str) -> str:
-    parts = [f"# {title}", caption, "## What it shows", text]
-    for (pair, slices), cell in table.groupby(["pair", "slices"], sort=False):
-        parts += [f"## {pair}, {slices} slices", _markdown_table(cell, reference)]
-    return "\n\n".join(parts) + "\n"
 
 
 def _range(low: float, high: float) -> str:
@@ -447,19 +416,19 @@ def _range(low: float, high: float) -> str:
     return "" if np.isnan(low) else f" ({low:+.3f} to {high:+.3f})"
 
 
-def _markdown_table(cell: pd.DataFrame, reference: str) -> str:
-    lines = [
-        f"| method | kind | Dice | difference to {reference} | runs ahead | p (Holm) | patients |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def _in_words(cell: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """The table of one pair and number of slices as it is printed."""
+    rows = []
     for row in cell.itertuples():
         dice = f"{row.mean:.3f}" + (f" ± {row.sd:.3f}" if np.isfinite(row.sd) else "")
-        dice = f"**{dice}**" if row.mean == cell["mean"].max() else dice
-        difference = f"{row.difference:+.3f}{_range(row.difference_low, row.difference_high)}"
-        ahead = f"{row.runs_ahead} of {row.runs_matched}"
-        p = f"{row.p_holm:.3f}" if row.p_holm >= 0.001 else "< 0.001"
+        compared = {
+            f"difference to {reference}": f"{row.difference:+.3f}{_range(row.difference_low, row.difference_high)}",
+            "runs ahead": f"{row.runs_ahead} of {row.runs_matched}",
+            "p (Holm)": f"{row.p_holm:.3f}" if row.p_holm >= 0.001 else "< 0.001",
+        }
         if row.method == reference:
-            difference, ahead, p = "reference", "", ""
-        cells = [row.method, method_group(row.method), dice, difference, ahead, p, row.patients]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+            compared = dict.fromkeys(compared, "") | {f"difference to {reference}": "reference"}
+        shown = {"method": row.method, "kind": method_group(row.method)}
+        shown["Dice"] = f"**{dice}**" if row.mean == cell["mean"].max() else dice
+        rows.append(shown | compared | {"patients": row.patients})
+    return pd.DataFrame(rows)

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -30,8 +29,9 @@ from medtl_ext import metrics
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
 from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
-from medtl_ext.metrics.features import MomentMetric, Samples, feature_sums
+from medtl_ext.metrics.features import Samples
 from medtl_ext.networks import load_weights
+from medtl_ext.ranking import mean_auc
 from medtl_ext.transfer.sources import Source
 
 __all__ = ["SCORES", "KeepPixels", "Maps", "Observation", "Predictions", "Score", "observe", "resampled_scores"]
@@ -228,6 +228,7 @@ def _source_pixels(source: Source) -> tuple[torch.Tensor, torch.Tensor] | None:
         return torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
 
 
+@dataclass(kw_only=True, eq=False)
 class KeepPixels:
     """A step that writes softmax and labels of pixels of a network's own training data to ``pixels.npz``, for OTCE.
 
@@ -239,16 +240,18 @@ class KeepPixels:
         seed: of the draw.
     """
 
-    def __init__(self, *, evaluator: SupervisedEvaluator, network: nn.Module, output_dir: str, seed: int = 0) -> None:
-        self.evaluator, self.network = evaluator, getattr(network, "module", network)
-        self.folder, self.seed = Path(output_dir), seed
+    evaluator: SupervisedEvaluator
+    network: nn.Module
+    output_dir: str
+    seed: int = 0
 
     def run(self) -> None:
-        load_weights(self.network, self.folder / "model.pt", min_share=1.0)
-        probs, labels = _run(self.evaluator, self.network)["predictions"].flat()
+        network = getattr(self.network, "module", self.network)
+        load_weights(network, f"{self.output_dir}/model.pt", min_share=1.0)
+        probs, labels = _run(self.evaluator, network)["predictions"].flat()
         chosen = np.random.default_rng(self.seed).permutation(len(labels))[:KEPT_PIXELS]
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
-            with atomic_path(self.folder / PIXELS_FILE) as temporary:
+            with atomic_path(Path(self.output_dir) / PIXELS_FILE) as temporary:
                 np.savez_compressed(
                     temporary, probs=probs[chosen].numpy(), labels=labels[chosen].numpy().astype(np.uint8)
                 )
@@ -276,28 +279,10 @@ def _otce(seen: Observation, seed: int) -> ScoreOfCounts:
     return value
 
 
-def _of_sums(metric: MomentMetric, seen: Observation, seed: int) -> ScoreOfCounts:
-    """Sums of every patient, added up as often as the patient counts, which costs next to nothing.
-
-    `medtl_ext.metrics.PatientScores` does the same over processes; here the samples of all have been gathered already.
-    """
-    features, labels, groups, names = seen.samples
-    held = [
-        feature_sums(features[groups == group], labels[groups == group], metric.needs) for group in range(len(names))
-    ]
-    n_classes = int(labels.max()) + 1
-    stacked = {}
-    for what, first in held[0].items():
-        by_class = what in ("count", "total", "squares", "class_gram")
-        stacked[what] = first.new_zeros(len(held), *((n_classes, *first.shape[1:]) if by_class else first.shape))
-        for row, sums in zip(stacked[what], held, strict=True):
-            row[: len(sums[what])] = sums[what]
-
-    def value(counts: Sequence[int]) -> float:
-        weights = torch.as_tensor(np.asarray(counts), dtype=torch.float64, device=features.device)
-        return float(metric._evaluate({what: torch.tensordot(weights, sums, 1) for what, sums in stacked.items()}))
-
-    return value
+def _of_sums(metric: metrics.MomentMetric, seen: Observation, seed: int) -> ScoreOfCounts:
+    """Sums of every patient, added up as often as the patient counts, which costs next to nothing."""
+    sums = metrics.PatientSums.of(seen.samples, {"score": metric})
+    return lambda counts: sums.resampled(counts)["score"]
 
 
 def _of_samples(compute: Callable[..., Any], seen: Observation, seed: int) -> ScoreOfCounts:
@@ -308,60 +293,24 @@ def _of_maps(compute: Callable[[Maps], Any], seen: Observation, seed: int) -> Sc
     return lambda counts: float(compute(seen.maps.resampled(counts)))
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Held-out class probabilities of a linear probe, each patient's by a probe that never saw the patient.
-
-    Attributes:
-        probs: M x K, for the classes in order; NaN rows where the other patients had one class only.
-        labels, groups: M each.
-        classes: K.
-    """
-
-    probs: np.ndarray
-    labels: np.ndarray
-    groups: np.ndarray
-    classes: np.ndarray
-
-    @classmethod
-    def fit(cls, seen: Observation) -> Probe:
-        """Logistic regression on standardised features, leaving one patient out at a time."""
-        features, labels, groups = (tensor.cpu().numpy() for tensor in seen.samples[:3])
-        classes = np.unique(labels)
-        probs = np.full((len(labels), len(classes)), np.nan)
-        for patient in np.unique(groups):
-            out = groups == patient
-            present = np.unique(labels[~out])
-            if len(present) < 2:
-                continue
-            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
-            probe.fit(features[~out], labels[~out])
-            rows = np.zeros((out.sum(), len(classes)))
-            rows[:, np.searchsorted(classes, present)] = probe.predict_proba(features[out])
-            probs[out] = rows
-        return cls(probs, labels, groups, classes)
-
-    def auc(self, counts: Sequence[int]) -> float:
-        """Area under the ROC curve over all patients' pixels; of several classes the mean of one against the rest."""
-        weights = np.asarray(counts, float)[self.groups]
-        known = ~np.isnan(self.probs[:, 0]) & (weights > 0)
-        labels, probs, weights = self.labels[known], self.probs[known], weights[known]
-        places = [1] if len(self.classes) == 2 else range(len(self.classes))
-        values = [
-            roc_auc_score(labels == self.classes[place], probs[:, place], sample_weight=weights)
-            for place in places
-            if 0 < (labels == self.classes[place]).sum() < len(labels)
-        ]
-        return float(np.mean(values)) if values else float("nan")
-
-
-def _label_prediction(seen: Observation, seed: int) -> ScoreOfCounts:
-    return _of_samples(metrics.compute_label_prediction, seen, seed)
+def _probe_auc(seen: Observation, seed: int) -> ScoreOfCounts:
+    """AUC of a linear probe of the features, each patient's pixels by a probe that never saw the patient."""
+    features, labels, groups = (tensor.cpu().numpy() for tensor in seen.samples[:3])
+    classes, labels = np.unique(labels, return_inverse=True)
+    probs = np.full((len(labels), len(classes)), np.nan)
+    for patient in np.unique(groups):
+        out = groups == patient
+        present = np.unique(labels[~out])
+        if len(present) > 1:
+            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200)).fit(features[~out], labels[~out])
+            probs[out] = 0
+            probs[np.ix_(out, present)] = probe.predict_proba(features[out])
+    known = ~np.isnan(probs[:, 0])
+    return lambda counts: mean_auc(labels[known], probs[known], np.asarray(counts)[groups[known]])
 
 
 def _lp_and_fu(seen: Observation, seed: int) -> ScoreOfCounts:
-    lp = _label_prediction(seen, seed)
-    return lambda counts: (float(lp(counts)), seen.fu)
+    return lambda counts: (float(metrics.compute_label_prediction(*seen.samples.resampled(counts))), seen.fu)
 
 
 def combine_lp_fu(values: Mapping[str, tuple[float, float]], *, cross_domain: bool = False) -> dict[str, float]:
@@ -376,7 +325,7 @@ SCORES: dict[str, Score] = {
     "logme": Score("LogME", partial(_of_sums, metrics.LogME())),
     "gbc": Score("GBC", partial(_of_sums, metrics.GBC())),
     "transrate": Score("TransRate", partial(_of_sums, metrics.TransRate())),
-    "probe_auc": Score("linear-probe AUC", lambda seen, seed: Probe.fit(seen).auc),
+    "probe_auc": Score("linear-probe AUC", _probe_auc),
     "leep": Score("LEEP", partial(_of_maps, lambda maps: metrics.compute_leep(maps.probs, maps.labels)), None, SLOW),
     "nce": Score(
         "NCE", partial(_of_maps, lambda maps: metrics.compute_nce(maps.probs.argmax(1), maps.labels)), None, SLOW
@@ -393,7 +342,7 @@ SCORES: dict[str, Score] = {
     "parc": Score("PARC", partial(_of_samples, metrics.compute_parc), None, FITTED),
     "ncti": Score("NCTI", partial(_of_samples, metrics.compute_ncti), metrics.combine_ncti, FITTED),
     # LP learns a map of the features and FU runs the network backwards: no thousand resamples of that.
-    "lp": Score("LP", _label_prediction, None, 0),
+    "lp": Score("LP", partial(_of_samples, metrics.compute_label_prediction), None, 0),
     "fu": Score("FU", lambda seen, seed: lambda counts: seen.fu, None, 0),
     "lp_fu": Score("LP x FU", _lp_and_fu, combine_lp_fu, 0),
 }

@@ -113,11 +113,11 @@ class Source:
         declared = definition.get("spatial_dims", definition.get("dimensions", dims))
         if declared != dims:
             raise InputError(f"its network is {declared}D, the target's images are {dims}D")
-        weights = read_weights(self.checkpoint)
         channels = next((definition[key] for key in CHANNEL_KEYS if key in definition), in_channels)
-        first = next((value for value in weights.values() if value.ndim == dims + 2), None)
-        if in_channels == 1 and first is not None and first.shape[1] == 3:
-            channels = 3  # the definition took them from the target, the weights did not
+        if channels == in_channels == 1:  # the definition may take them from the target; the weights do not
+            weights = read_weights(self.checkpoint).values()
+            first = next((tuple(value.shape) for value in weights if value.ndim == dims + 2), (0, 1))
+            channels = 3 if first[1] == 3 else 1
         if channels != in_channels:
             hint = "; give --in_channels 3, which repeats grey images" if channels == 3 else ""
             raise InputError(f"its network takes {channels} channels, the target's images have {in_channels}{hint}")
@@ -396,35 +396,30 @@ def train_sources(
     ]
 
 
+@dataclass(kw_only=True, eq=False)
 class SingleSource:
     """The one source of a fine-tuning: a checkpoint, or a network that is trained on a task here, once, when needed.
 
     Args:
-        run, target: see `train_sources`.
+        here, target: see `train_sources`.
         task: what it was trained on, or will be.
         checkpoint: its weights, if there are.
-        n_classes: of its head; None: those of the task.
+        classes: of its head; None: those of the task.
         folder, check: see `train_sources`; no folder: nothing is trained here, so that a checkpoint has to be given.
     """
 
-    def __init__(
-        self,
-        *,
-        run: Run,
-        target: TargetTask,
-        task: str | None,
-        checkpoint: str | None,
-        folder: str | None,
-        n_classes: int | None = None,
-        check: bool = True,
-    ) -> None:
-        self.here, self.target, self.task, self.checkpoint = run, target, task, checkpoint
-        self.folder, self.check, self._n_classes = folder, check, n_classes
+    here: Run
+    target: TargetTask
+    task: str | None
+    checkpoint: str | None
+    folder: str
+    classes: int | None = None
+    check: bool = True
 
     @cached_property
     def n_classes(self) -> int:
-        if self._n_classes is not None:
-            return self._n_classes
+        if self.classes is not None:
+            return self.classes
         return self.target.other(self.task, collection=source_collection(self.here.config)).n_classes
 
     @cached_property

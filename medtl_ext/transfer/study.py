@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ def require_lists(**lists: Sequence[Any]) -> None:
             raise InputError(f"{name} names {twice[0]} twice; give each once.")
 
 
+@dataclass(kw_only=True, eq=False)
 class Study:
     """A step that scores and fine-tunes every source on several targets, with several seeds, and writes what it shows.
 
@@ -44,7 +46,7 @@ class Study:
     ``critical_difference.png``.
 
     Args:
-        run: where it writes, and how its trainings are carried out.
+        here: where it writes, and how its trainings are carried out.
         targets, sources: a target that is among the sources is not its own source.
         seeds: the repetitions.
         grid: see `medtl_ext.transfer.FineTuneSources`.
@@ -56,17 +58,12 @@ class Study:
     seeds_pool: ClassVar[bool] = True
     """Whether each seed trains a pool of its own."""
 
-    def __init__(
-        self,
-        *,
-        run: Run,
-        targets: Sequence[str],
-        sources: Sequence[Any],
-        seeds: Sequence[int],
-        grid: Mapping[str, Sequence[float]] | None = None,
-    ) -> None:
-        self.here, self.targets, self.sources, self.seeds, self.grid = run, targets, sources, seeds, grid
-        self.synthetic = False
+    here: Run
+    targets: Sequence[str]
+    sources: Sequence[Any]
+    seeds: Sequence[int]
+    grid: Mapping[str, Sequence[float]] | None = None
+    synthetic: bool = field(default=False, init=False)
 
     def open(self, name: str, config: Mapping[str, Any]) -> TargetTask:
         """A target by its name."""

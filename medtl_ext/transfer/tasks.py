@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medtl_ext._validation import InputError, require_whole
+from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import ClassificationDataset, Collection, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
 from medtl_ext.data.integrity import require_volumes
-from medtl_ext.ranking import bootstrap_interval
+from medtl_ext.ranking import bootstrap_interval, mean_auc
 from medtl_ext.transfer.jobs import Job
 from medtl_ext.transfer.report import patient_table
 
@@ -102,7 +102,7 @@ class SegmentationTask:
         items = self.collection.datalist(self.name, split)
         if split != "train" or self.train_patients is None:
             return items
-        require_whole("the number of patients to train on", self.train_patients, 1)
+        require_number("the number of patients to train on", self.train_patients, 1, whole=True)
         if (found := len(patients_of(items))) < self.train_patients:
             raise InputError(
                 f"task {self.name} has {found} training patients, fewer than the {self.train_patients} that are to be "
@@ -283,35 +283,17 @@ def content_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def image_auc(table: pd.DataFrame) -> float:
-    """Area under the ROC curve, one class against the rest, the mean over the classes that are there."""
-    every_image_once = np.ones((1, len(table)))
-    return float(_resampled_auc(table, np.arange(len(table)), every_image_once)[0])
+def image_auc(table: pd.DataFrame, weights: np.ndarray | None = None) -> float:
+    """`medtl_ext.ranking.mean_auc` of a table of predictions, its images weighted or alike."""
+    return mean_auc(table["label"].to_numpy(), table[probability_columns(table)].to_numpy(), weights)
 
 
 def auc_interval(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of `image_auc` over patients, or over images where patients are not known."""
     groups, names = pd.factorize(table["subject"])
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), N_RESAMPLES)
-    low, high = np.nanquantile(_resampled_auc(table, groups, draws), [0.025, 0.975])
+    low, high = np.nanquantile([image_auc(table, counts[groups]) for counts in draws], [0.025, 0.975])
     return float(low), float(high)
-
-
-def _resampled_auc(table: pd.DataFrame, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """AUC with every group of images as often as ``counts`` (resamples x groups) says: the share of pairs won."""
-    labels, weights, values = table["label"].to_numpy(), counts[:, groups].astype(float), []
-    for column in probability_columns(table):
-        own, probs = labels == int(column[1:]), table[column].to_numpy()
-        if own.all() or not own.any():
-            continue
-        order = np.argsort(probs)
-        others = np.where(own, 0, weights)
-        below = np.concatenate([np.zeros((len(counts), 1)), np.cumsum(others[:, order], axis=1)], axis=1)
-        ends = [np.searchsorted(probs, probs[own], side, sorter=order) for side in ("left", "right")]
-        beaten = (below[:, ends[0]] + below[:, ends[1]]) / 2  # equal ones count half
-        with np.errstate(invalid="ignore"):  # a resample without the class
-            values.append((weights[:, own] * beaten).sum(1) / (weights[:, own].sum(1) * others.sum(1)))
-    return np.nanmean(values, axis=0) if values else np.full(len(counts), np.nan)
 
 
 def probability_columns(table: pd.DataFrame) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ EVERY = "none"
 """The group of sources that no prior knowledge has thinned out."""
 
 
+@dataclass(kw_only=True, eq=False)
 class FineTuneSources:
     """A step that fine-tunes every source on the target, trains from scratch too, and says what each score was worth.
 
@@ -41,17 +43,18 @@ class FineTuneSources:
             None: as the config says.
     """
 
-    def __init__(self, *, ranking: RankSources, grid: Mapping[str, Sequence[float]] | None = None) -> None:
-        self.ranking, self.here, self.target, self.grid = ranking, ranking.here, ranking.target, grid
+    ranking: RankSources
+    grid: Mapping[str, Sequence[float]] | None = None
 
     def run(self) -> pd.DataFrame | None:
         """Train, compare, and write it down; the agreement of each ranker, None in all but the first process."""
+        here, target = self.ranking.here, self.ranking.target
         ready = self.ranking.table.loc[self.ranking.ranked]
-        if not self.here.leads:
+        if not here.leads:
             return None
-        folder, target, name = self.here.folder, self.target, self.target.name
-        jobs = finetunings(self.here, folder / "finetune", [self.ranking.pool[one] for one in ready.index], self.grid)
-        self.here.train([job for runs in jobs.values() for job in runs], "fine-tuning every source")
+        folder, name = here.folder, target.name
+        jobs = finetunings(here, folder / "finetune", [self.ranking.pool[one] for one in ready.index], self.grid)
+        here.train([job for runs in jobs.values() for job in runs], "fine-tuning every source")
         rows = {one: target.measure(best_of(runs, target), "test") for one, runs in jobs.items()}
         truth = pd.DataFrame.from_dict(rows, orient="index").rename_axis("source")
         truth = truth.sort_values(target.outcome, ascending=False, kind="stable")
@@ -70,7 +73,7 @@ class FineTuneSources:
         page = [f"# What the rankings were worth for {name}", text, f"{target.unit} of the test patients:"]
         page += [markdown_table(truth.reset_index()), note, markdown_table(agreement)]
         write_text(folder / "agreement.md", "\n\n".join(page))
-        if self.here.figures:
+        if here.figures:
             figure = plot_scores_against_outcome(
                 table.drop("scratch"),
                 outcome=target.outcome,

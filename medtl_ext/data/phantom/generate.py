@@ -102,13 +102,12 @@ def generate_phantom(
     >>> sorted(file.name for file in (path.parent / "I1-000").iterdir())
     ['T1.nii.gz', 'tissue.nii.gz']
     """
-    settings = _settings(institutions, subjects, seed, modalities)
+    content = _collection(institutions, subjects, seed, modalities)
     out = Path(out)
-    if _already_made(out, settings):
+    if _already_made(out, content["generator"]):
         return out / "collection.json"
     with atomic_path(out) as folder:
         folder.mkdir()
-        content = _collection(settings)
         _write_subjects(folder, content, n_jobs=n_jobs, progress=progress)
         write_json(folder / "collection.json", content)
     return out / "collection.json"
@@ -122,7 +121,7 @@ def cached_phantom(
     The cache is the folder ``phantom`` of ``$MONAI_DATA_DIRECTORY``, else ``$XDG_CACHE_HOME/medtl`` or
     ``~/.cache/medtl``. Processes that ask for the same phantom at once wait for the first of them to make it.
     """
-    settings = _settings(institutions, subjects, seed, modalities)
+    settings = _collection(institutions, subjects, seed, modalities)["generator"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{'+'.join(settings['institutions'])}_{subjects}-subjects_seed-{seed}_{digest}"
     folder = cache_root() / "phantom"
@@ -139,10 +138,13 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medtl"
 
 
-def _settings(
+def _collection(
     institutions: Sequence[str], subjects: int, seed: int, modalities: Sequence[str] | None
 ) -> dict[str, Any]:
-    """The checked request, in the phantom's own order: what a collection is recognised by."""
+    """The content of ``collection.json``, with the labels and objectives that some subject has.
+
+    The ``generator`` is the checked request, in the phantom's own order: what a phantom is recognised by.
+    """
     institutions = require_choices("institution", institutions, INSTITUTIONS)
     for name in modalities or ():
         require_choice("modality", name, MODALITIES)
@@ -150,12 +152,37 @@ def _settings(
         raise InputError(f"subjects is {subjects}; ask for at least one subject per institution.")
     if seed < 0:
         raise InputError(f"seed is {seed}; it must not be negative.")
-    return {
+    settings = {
         "version": GENERATOR_VERSION,
         "institutions": [name for name in INSTITUTIONS if name in institutions],
         "subjects": int(subjects),
         "seed": int(seed),
         "modalities": [name for name in MODALITIES if name in (modalities or MODALITIES)],
+    }
+    entries = [
+        _entry(name, index, settings["modalities"]) for name in settings["institutions"] for index in range(subjects)
+    ]
+    present = {label for entry in entries for label in entry["labels"]}
+    return {
+        "name": "phantom",
+        "description": DESCRIPTION,
+        "license": LICENSE,
+        "synthetic": True,
+        "generator": settings,
+        "labels": {name: values for name, values in LABELS.items() if name in present},
+        "objectives": {name: objective for name, objective in OBJECTIVES.items() if objective["label"] in present},
+        "subjects": entries,
+    }
+
+
+def _entry(institution: str, index: int, modalities: Sequence[str]) -> dict[str, Any]:
+    subject = f"{institution}-{index:03d}"
+    return {
+        "id": subject,
+        "institution": institution,
+        "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
+        "images": {name: f"{subject}/{name}.nii.gz" for name in modalities},
+        "labels": {name: f"{subject}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
     }
 
 
@@ -202,33 +229,3 @@ def _write_nifti(path: Path, values: np.ndarray) -> None:
     image.set_qform(AFFINE, code="mni")
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
-
-
-def _collection(settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``collection.json``, with the labels and objectives that some subject has."""
-    modalities = settings["modalities"]
-    subjects = [
-        _entry(name, index, modalities) for name in settings["institutions"] for index in range(settings["subjects"])
-    ]
-    present = [label for label in LABELS if any(label in entry["labels"] for entry in subjects)]
-    return {
-        "name": "phantom",
-        "description": DESCRIPTION,
-        "license": LICENSE,
-        "synthetic": True,
-        "generator": settings,
-        "labels": {label: LABELS[label] for label in present},
-        "objectives": {name: objective for name, objective in OBJECTIVES.items() if objective["label"] in present},
-        "subjects": subjects,
-    }
-
-
-def _entry(institution: str, index: int, modalities: Sequence[str]) -> dict[str, Any]:
-    subject = f"{institution}-{index:03d}"
-    return {
-        "id": subject,
-        "institution": institution,
-        "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
-        "images": {name: f"{subject}/{name}.nii.gz" for name in modalities},
-        "labels": {name: f"{subject}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
-    }

@@ -18,9 +18,9 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.nets import BasicUNet
 
 from medtl_ext import InputError
-from medtl_ext.bundle import settings_of
 from medtl_ext.data import generate_phantom
-from medtl_ext.html import html_report
+from medtl_ext.transfer import html_report
+from medtl_ext.transfer.config import identity
 from medtl_ext.visualize import save_figure
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
@@ -252,7 +252,7 @@ TINY = {
     "target_task": "17-T2-ED",
     "spacing": [6.0, 6.0, 8.0],
     "roi_size": [32, 32],
-    "architecture#features": FEATURES,
+    "network_def#features": FEATURES,
     "train_slices": 8,
     "epochs": 2,
     "iterations_per_epoch": 2,
@@ -290,7 +290,9 @@ def run(bundle: str, *names: str, **options) -> Path:
 
 
 def risk_map(*names: str, data: dict, folder: Path, **options) -> Path:
-    options = data | {"source_task": "17-T2-ED", "audit": False, "figures": False, "output_dir": str(folder)} | options
+    options = (
+        data | {"source_task": "17-T2-ED", "audit#arms": [], "figures": False, "output_dir": str(folder)} | options
+    )
     return run("risk_map", "train", *names, **options)
 
 
@@ -389,7 +391,7 @@ def test_mlflow_tracks_a_training_once(bundle, data, tmp_path, monkeypatch):
     method = "vanilla" if bundle == "risk_map" else "finetune"
     uri = f"sqlite:///{tmp_path / 'runs.db'}"
     settings = data | {"source_task": "17-T2-ED", "progress": True, "figures": False, "mlflow#tracking_uri": uri}
-    settings |= {"output_dir": str(tmp_path / "out")} | ({"audit": False} if bundle == "risk_map" else {})
+    settings |= {"output_dir": str(tmp_path / "out")} | ({"audit#arms": []} if bundle == "risk_map" else {})
     for _ in range(2):  # a finished run is not tracked again
         run(bundle, "train", method, "mlflow", **settings)
     client = mlflow.MlflowClient(uri)
@@ -406,4 +408,4 @@ def test_the_overlay_of_mlflow_changes_nothing_that_a_run_computes(bundle):
     """Else sources would be trained again for it, and a run be taken for another."""
     configs = [str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ("train", "mlflow")]
     plain, tracked = (ConfigWorkflow(files, workflow_type="train").parser.get() for files in (configs[:1], configs))
-    assert settings_of(tracked) == settings_of(plain)
+    assert identity(tracked) == identity(plain)

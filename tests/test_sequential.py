@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from monai.bundle import ConfigParser
 
 from medtl_ext import InputError
 from medtl_ext.affinity import pairwise_context, pairwise_ssim, pairwise_wasserstein, task_affinity, task_context
@@ -31,9 +32,9 @@ from medtl_ext.sequential_transfer.affinities import (
 from medtl_ext.sequential_transfer.chain import Chains, arms_of, second_step_text, steps_of
 from medtl_ext.sequential_transfer.fit import fit_text, fit_to_transfers
 from medtl_ext.sequential_transfer.plan import Plan, task_volumes
-from medtl_ext.sequential_transfer.plots import plot_task_graph
 from medtl_ext.sequential_transfer.study import differences, gains, study_text
 from medtl_ext.transfer import Run, SegmentationTask
+from medtl_ext.visualize import plot_task_graph
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "sequential_transfer"
 TASKS = ["14-T2-ED", "14-T2-ET", "14-FLAIR-ED", "14-FLAIR-ET"]
@@ -60,9 +61,9 @@ def run_of(tmp_path, monkeypatch) -> Callable[..., Run]:
     def make(**settings) -> Run:
         train = json.loads((BUNDLE / "configs" / "train.json").read_text())
         config = {**train, "bundle_root": str(BUNDLE), "settings": settings, **settings}
-        for module in ("config", "jobs"):
-            monkeypatch.setattr(f"medtl_ext.transfer.{module}.current_config", lambda: config)
-        return Run(tmp_path / "out", progress=False)
+        config |= {"output_dir": str(tmp_path / "out"), "progress": False}
+        monkeypatch.setattr("medtl_ext.transfer.config.current_config", lambda: config)
+        return ConfigParser(config).get_parsed_content("here")
 
     return make
 
@@ -195,7 +196,7 @@ class TestPlans:
         def make(sources=TASKS, **changed) -> SourceGraph:
             given = {"collection": str(path), "phantom_subjects": 6, "affinity": near_to(1.2), "affinity_patients": 2}
             given |= {"n_clusters": 1, "cluster_weight": "weight", "representative_rule": "size"}
-            return SourceGraph(run=run, sources=sources, **given | changed)
+            return SourceGraph(here=run, sources=sources, **given | changed)
 
         return make
 
@@ -245,7 +246,7 @@ class TestPlans:
     def test_a_graph_is_made_once_for_any_target(self, graph, monkeypatch):
         made = graph(affinity="seqtran")
         made.write()
-        folder = made.run.folder
+        folder = made.here.folder
         names = {file.name for file in folder.iterdir()}
         assert names == {"task_graph.json", "task_graph.graphml", "clusters.csv", "task_graph.png"}
         file = {"task_graph": str(folder / "task_graph.json")}
@@ -297,7 +298,7 @@ class TestArms:
             run = run_of(source_patients=source_patients, stage_patients=stage_patients)
             target = SimpleNamespace(name="T-T1-ED", train_patients=train_patients)
             folders = {"folder": tmp_path / "arms", "stage_dir": tmp_path / "stages", "source_dir": str(tmp_path)}
-            return Chains(run=run, target=target, pool_seed=0, **folders)
+            return Chains(here=run, target=target, pool_seed=0, **folders)
 
         return make
 
@@ -514,7 +515,7 @@ class TestSeries:
 
     def fit(self, run: Run, **changed) -> tuple[float, float]:
         asked = {"transfers": None, "targets": ["17-T2-ED"], "sources": TASKS[:3], "standardize": False}
-        return FitWeights(run=run, **asked | changed).run()
+        return FitWeights(here=run, **asked | changed).run()
 
     def measured(self, folder: Path, **changed) -> str:
         rows = {"source": TASKS[:3], "target": "17-T2-ED", "dice": [0.5, 0.3, 0.45]} | changed
@@ -568,7 +569,7 @@ class TestSeries:
 
     def study(self, run: Run, **changed) -> StudyPaths:
         asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": TASKS[:3], "seeds": [0], "affinities": ["context"]}
-        return StudyPaths(run=run, **asked | changed)
+        return StudyPaths(here=run, **asked | changed)
 
     @pytest.mark.parametrize(
         ("changed", "message"),

@@ -1,6 +1,6 @@
 """Which path of sources leads to my target, and is it worth it? What the bundle ``sequential_transfer`` is made of.
 
-- `affinities`, `plots`: how near two tasks are, a part that can be exchanged, and the picture of it.
+- `affinities`: how near two tasks are, a part that can be exchanged.
 - `plan`: source graph and path. `chain`: the trainings along it, and what they are compared with.
 - `study`, `fit`: several targets, and weights of the affinity fitted to transfers.
 """

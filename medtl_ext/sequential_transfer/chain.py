@@ -22,19 +22,19 @@ MARGIN = 0.01
 """The smallest difference in mean Dice worth acting on, of the audit and of a second step."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Chains:
     """Arms that lead to a target: each training once, in a folder of its own, however many arms share it.
 
     Args:
-        run: its config's ``source_patients`` are spent on the sources of an arm in all, ``stage_patients`` of them on
+        here: its config's ``source_patients`` are spent on the sources of an arm in all, ``stage_patients`` of them on
             each intermediate task; its seed is of every fine-tuning and draw of patients.
         target: with the patients that it trains on.
         folder, stage_dir: of the trainings on the target, and on intermediate tasks.
         source_dir, pool_seed: of the pre-trainings, which later runs find there.
     """
 
-    run: Run
+    here: Run
     target: SegmentationTask
     folder: Path
     stage_dir: Path
@@ -54,27 +54,27 @@ class Chains:
         """
         folder, options = self.folder / name, options | {"train_patients": self.target.train_patients}
         if not tasks:
-            return Arm(name, (finetuning_job(self.run, folder, None, target_task=self.target.name, **options),))
+            return Arm(name, (finetuning_job(self.here, folder, None, target_task=self.target.name, **options),))
         jobs = [self._pretraining(tasks[0], len(tasks) - 1)]
         if joint:
             jobs = [self._joint(jobs[0], *tasks[1:])]
         else:
-            where = {"collection": source_collection(self.run.config)}
-            where |= {"train_patients": self.run.config["stage_patients"]}
+            where = {"collection": source_collection(self.here.config)}
+            where |= {"train_patients": self.here.config["stage_patients"]}
             for n, task in enumerate(tasks[1:], start=2):
                 stage = self.stage_dir / jobs[0].output_dir.name / "_".join(tasks[1:n])
-                stage /= f"{'full' if full else 'decoder'}_seed{self.run.seed}"
+                stage /= f"{'full' if full else 'decoder'}_seed{self.here.seed}"
                 jobs.append(self._step(stage, task, jobs[-1], full=full, **where))
         return Arm(name, (*jobs, self._step(folder, self.target.name, jobs[-1], full=full, method=name, **options)))
 
     def _step(self, folder: Path, task: str, before: Job, *, full: bool, **options: Any) -> Job:
         source = Source(before.overrides["target_task"], "task", checkpoint=before.model)
         options |= {"freeze": None} if full else {}
-        return finetuning_job(self.run, folder, source, overlay="stage", target_task=task, **options)
+        return finetuning_job(self.here, folder, source, overlay="stage", target_task=task, **options)
 
     def _pretraining(self, task: str, n_later: int) -> Job:
         """Made once, as it looks at every file of a collection."""
-        config = self.run.config
+        config = self.here.config
         patients = first_share(config["source_patients"], config["stage_patients"], n_later)
         if (task, patients) not in self._pretrainings:
             config, source = config | {"train_patients": patients}, Source(task, "task", task=task)
@@ -83,10 +83,10 @@ class Chains:
 
     def _joint(self, first: Job, second: str) -> Job:
         """One network trained on the patients of both tasks together."""
-        patients = self.run.config["stage_patients"]
+        patients = self.here.config["stage_patients"]
         folder = first.output_dir.with_name(f"{first.output_dir.name}_with_{second}_{patients}")
         overrides = {**first.overrides, "joint_task": second, "joint_patients": patients}
-        overlays = [*first.overlays, self.run.configs / "joint.json"]
+        overlays = [*first.overlays, self.here.configs / "joint.json"]
         return replace(first, output_dir=folder, overlays=overlays, overrides=overrides)
 
 
@@ -116,7 +116,7 @@ def arms_of(chains: Chains, plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
     return arms
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class NoteLEEP:
     """A step that writes ``leep.json``: LEEP of the source network on the images that it will be fine-tuned on.
 
@@ -134,7 +134,7 @@ class NoteLEEP:
             write_json(Path(self.output_dir) / "leep.json", {"leep": float(self.evaluator.state.metrics["leep"])})
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class FollowPath:
     """A step that trains along the path, and all that it is compared with at as many labelled patients.
 
@@ -152,12 +152,12 @@ class FollowPath:
 
     def run(self) -> Verdict | None:
         """The verdict of the validation patients; None without any, and in all but the first of several processes."""
-        here, target, plan = self.plan.graph.run, self.plan.target, self.plan.plan
+        here, target, plan = self.plan.graph.here, self.plan.target, self.plan.plan
         if not here.leads:
             return None
         pool = {"source_dir": self.source_dir, "pool_seed": self.pool_seed}
         folders = {"folder": here.folder / "arms", "stage_dir": here.folder / "stages"}
-        chains = Chains(run=here, target=target, **folders, **pool)
+        chains = Chains(here=here, target=target, **folders, **pool)
         arms = arms_of(chains, plan, zero_shot=self.plan.graph.open(plan.single).n_classes == target.n_classes)
         here.train_arms(arms, f"paths to {target.name}")
         rows, spent = arm_rows(arms), spent_text(self.plan.source_patients)

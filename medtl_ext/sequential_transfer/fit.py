@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ PAIR = ["source", "target"]
 CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]
 
 
+@dataclass(kw_only=True, eq=False)
 class FitWeights:
     """A step that fits ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
 
@@ -37,17 +39,17 @@ class FitWeights:
     the weights are worth on a target that is left out of the fit.
 
     Args:
-        run: where it writes, and how its trainings are carried out.
+        here: where it writes, and how its trainings are carried out.
         transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
         targets, sources: tasks, where ``transfers`` is None.
         standardize: see `SeqTranAffinity`.
     """
 
-    def __init__(
-        self, *, run: Run, transfers: str | None, targets: Sequence[str], sources: Sequence[str], standardize: bool
-    ) -> None:
-        self.here, self.transfers, self.targets, self.sources = run, transfers, targets, sources
-        self.standardize = standardize
+    here: Run
+    transfers: str | None
+    targets: Sequence[str]
+    sources: Sequence[str]
+    standardize: bool
 
     def run(self) -> tuple[float, float]:
         """Train what is to be trained, fit, write it down, and say it; the two weights."""

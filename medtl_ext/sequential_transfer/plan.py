@@ -16,11 +16,10 @@ from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import Task
 from medtl_ext.sequential_transfer.affinities import Affinity, TaskVolumes, affinity_costs, affinity_name, find_affinity
-from medtl_ext.sequential_transfer.plots import plot_task_graph
 from medtl_ext.transfer import Run, SegmentationTask
 from medtl_ext.transfer.study import require_lists
 from medtl_ext.transfer.tasks import draw_patients, patients_of
-from medtl_ext.visualize import save_figure
+from medtl_ext.visualize import plot_task_graph, save_figure
 
 
 def shares(a: str, b: str) -> bool:
@@ -64,12 +63,12 @@ def first_share(source_patients: int | None, stage_patients: int, n_later: int) 
     return left
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class SourceGraph:
     """The source tasks, joined where they share modality or objective, in clusters with a representative each.
 
     Args:
-        run: where it writes.
+        here: where it writes.
         sources: names of tasks.
         collection, phantom_subjects: where they are described, see `medtl_ext.transfer.SegmentationTask`.
         affinity: see `find_affinity`.
@@ -79,7 +78,7 @@ class SourceGraph:
         task_graph: a ``task_graph.json`` made before, for other targets: no cost between sources is computed then.
     """
 
-    run: Run
+    here: Run
     sources: Sequence[str]
     collection: str | None
     phantom_subjects: int
@@ -112,7 +111,7 @@ class SourceGraph:
         name = affinity_name(self.affinity)
         if self.task_graph is None:
             tasks = self.volumes(self.sources)
-            costs = affinity_costs(self._joined_only, tasks, progress=self.run.progress)
+            costs = affinity_costs(self._joined_only, tasks, progress=self.here.progress)
             joined = graphs.task_graph(self.sources, costs, sizes={task.name: task.size for task in tasks})
             joined.graph["affinity"] = name
             return joined
@@ -164,9 +163,9 @@ class SourceGraph:
 
         The picture shows clusters in colours, sizes of tasks, and the path of a plan in bold.
         """
-        if not self.run.leads:
+        if not self.here.leads:
             return
-        folder, sizes = self.run.folder, self.graph.nodes(data="size")
+        folder, sizes = self.here.folder, self.graph.nodes(data="size")
         for name in ("task_graph.json", "task_graph.graphml"):
             graphs.write_task_graph(self.graph, folder / name, clusters=self.clusters)
         rows = [
@@ -175,7 +174,7 @@ class SourceGraph:
             for task in cluster
         ]
         write_csv(folder / "clusters.csv", pd.DataFrame(rows))
-        if self.run.figures:
+        if self.here.figures:
             shown = {"representatives": self.representatives, "synthetic": self.synthetic, "title": "Task graph"}
             if plan:
                 shown |= {"path": plan.path, "target": plan.target, "target_costs": plan.costs}
@@ -220,7 +219,7 @@ class Plan:
         )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PlanPath:
     """A step that finds the cheapest paths to the target, and beside them the nearest single source.
 
@@ -268,7 +267,7 @@ class PlanPath:
         """
         sources = self.graph
         near = joined_to(self.target.name, sources.graph)
-        goal, progress = [task_volumes(self.target)], sources.run.progress
+        goal, progress = [task_volumes(self.target)], sources.here.progress
         costs = affinity_costs(sources.cost, sources.volumes(near), goal, progress=progress)[:, 0]
         to_target = dict(zip(near, costs.tolist(), strict=True))
         plan = Plan(self.target.name, to_target, [], single=min(to_target, key=lambda task: (to_target[task], task)))
@@ -285,9 +284,9 @@ class PlanPath:
 
     def run(self) -> None:
         """Find them, write them down, and say it."""
-        if not self.graph.run.leads:
+        if not self.graph.here.leads:
             return
-        plan, folder = self.plan, self.graph.run.folder
+        plan, folder = self.plan, self.graph.here.folder
         self.graph.write(plan)
         paths = [{"cost": path.cost, "tasks": list(path.tasks)} for path in plan.paths]
         content = asdict(plan) | {"paths": paths, "text": self.text, "synthetic": self.target.synthetic}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -44,6 +45,7 @@ PAIRS = [
 """What is compared with what, over the test patients of all targets; {} is each affinity in turn."""
 
 
+@dataclass(kw_only=True, eq=False)
 class StudyPaths:
     """A step that trains from every source, along every path of two, and on both sources of a path, for each target.
 
@@ -53,17 +55,18 @@ class StudyPaths:
     ``patients.csv`` (one per patient of these), ``choices.csv`` and ``study.md``.
 
     Args:
-        run: where it writes, and how its trainings are carried out.
+        here: where it writes, and how its trainings are carried out.
         targets, sources: tasks; sources that share neither modality nor objective with a target are left out for it.
         seeds: the repetitions: of the pool's training, the draw of patients and the fine-tuning.
         affinities: names or import paths.
     """
 
-    def __init__(
-        self, *, run: Run, targets: Sequence[str], sources: Sequence[str], seeds: Sequence[int], affinities: list[str]
-    ) -> None:
-        self.here, self.targets, self.sources, self.seeds = run, targets, sources, seeds
-        self.affinities, self.synthetic = affinities, False
+    here: Run
+    targets: Sequence[str]
+    sources: Sequence[str]
+    seeds: Sequence[int]
+    affinities: Sequence[str]
+    synthetic: bool = field(default=False, init=False)
 
     def run(self) -> pd.DataFrame:
         """Train, compare, and write it down; one row per target, seed and way to choose."""
@@ -112,20 +115,20 @@ def study_chains(run: Run, target: SegmentationTask) -> Chains:
     """All trainings of a study lie below ``runs``, the pre-trainings in the pool of its seed."""
     runs, pool = run.folder / "runs", {"source_dir": run.config["source_dir"], "pool_seed": run.seed}
     folder = runs / target.name / f"seed{run.seed}"
-    return Chains(run=run, target=target, folder=folder, stage_dir=runs / "stages", **pool)
+    return Chains(here=run, target=target, folder=folder, stage_dir=runs / "stages", **pool)
 
 
 def _path(run: Run, target: SegmentationTask, sources: Sequence[str], affinity: Affinity) -> PlanPath:
     keys = ("phantom_subjects", "affinity_patients", "n_clusters", "cluster_weight", "representative_rule")
     options = {key: run.config[key] for key in keys} | {"collection": source_collection(run.config)}
-    graph = SourceGraph(run=run, sources=sources, affinity=affinity, **options)
+    graph = SourceGraph(here=run, sources=sources, affinity=affinity, **options)
     spent = {key: run.config[key] for key in ("source_patients", "stage_patients")}
     return PlanPath(graph=graph, target=target, max_intermediates=1, **spent)
 
 
 def _arms(any_path: PlanPath, plans: Iterable[Plan]) -> list[Arm]:
     """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
-    sources, chains = any_path.graph.sources, study_chains(any_path.graph.run, any_path.target)
+    sources, chains = any_path.graph.sources, study_chains(any_path.graph.here, any_path.target)
     arms = [chains.arm("scratch"), *(chains.arm(source, source) for source in sources)]
     arms += [chains.arm(f"{a} > {b}", a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
     chosen = dict.fromkeys(plan.path for plan in plans if plan.path)

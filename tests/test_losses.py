@@ -304,6 +304,7 @@ def weighted(weight, *, channels=1):
         (lambda: risk_map(torch.tensor([])), "leep_map is empty"),
         (lambda: risk_map(torch.zeros(3), base=0.5), "base is 0.5"),
         (lambda: risk_map(torch.zeros(3), base=math.nan), "base is nan"),
+        (lambda: risk_map(torch.zeros(3), base=math.inf), "base is inf"),
         (lambda: risk_map(torch.zeros(3), direction="easiness"), "direction 'easiness' is unknown"),
         (lambda: risk_map(torch.zeros(3), clip=(99, 1)), "clip is"),
         (lambda: risk_map(torch.zeros(3), clip=(0, 101)), "clip is"),

@@ -216,6 +216,15 @@ class TestEngine:
         assert int(samples.labels.sum()) == int(labels.sum()) == 28
         assert samples.names == ("p0", "p1")
 
+    def test_a_pixel_is_inside_the_body_where_any_channel_is_not_zero(self):
+        image = torch.zeros(2, 32, 32)
+        image[1, :, :20] = -1
+        items = [{"image": image, "label": torch.zeros(1, 32, 32), "subject": "p"}]
+        network = BasicUNet(spatial_dims=2, in_channels=2, out_channels=2, features=(4, 4, 4, 4, 4, 4))
+        metric = FeatureSamples(pixels=None)
+        evaluator(metric, network=network, items=items).run()
+        assert len(metric.samples().labels) == 32 * 20
+
     def test_several_metrics_share_one_tap(self):
         network, ran = small_unet(), []
         network.down_1.register_forward_hook(lambda module, inputs, output: ran.append(1))

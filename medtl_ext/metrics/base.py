@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ignite.engine import Engine
 from ignite.metrics import Metric
 from monai.utils import CommonKeys, convert_to_tensor
+from torch.nn.functional import pad
 
 from medtl_ext._validation import InputError, as_plain_tensor
 
@@ -129,7 +130,7 @@ class TransferMetric(Metric):
                 self._sums[name] = value.to(torch.float64, copy=True)
                 continue
             held = self._sums[name] = grown(self._sums[name], shapes[name])
-            held[_corner(value.shape)] += value.to(held.device)
+            held += grown(value.to(held.device), shapes[name])
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
@@ -254,14 +255,7 @@ def _common_shape(name: str, shapes: Sequence[Sequence[int]], growing_axes: int)
     return tuple(map(max, zip(*shapes, strict=True)))
 
 
-def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(length) for length in shape)
-
-
 def grown(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """The tensor with zeros at the end of its axes, in a larger shape; itself where it has that shape."""
-    if tuple(tensor.shape) == tuple(shape):
-        return tensor
-    result = tensor.new_zeros(shape)
-    result[_corner(tensor.shape)] = tensor
-    return result
+    missing = [n for have, wanted in zip(tensor.shape, shape, strict=True) for n in (wanted - have, 0)]
+    return pad(tensor, missing[::-1]) if any(missing) else tensor

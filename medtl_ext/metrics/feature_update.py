@@ -144,8 +144,7 @@ class FeatureUpdate(TransferMetric):
     @staticmethod
     def default_output_transform(output: Any) -> tuple[Any, Any]:
         """`image` and `label` of a MONAI engine's output."""
-        images, labels = read_output(output, CommonKeys.IMAGE, CommonKeys.LABEL)
-        return images, labels
+        return tuple(read_output(output, CommonKeys.IMAGE, CommonKeys.LABEL))
 
     def update(self, images: Any, labels: Any) -> None:
         """Add one batch: N x channels x *spatial images and N class indices."""

@@ -55,11 +55,10 @@ class NCE(TransferMetric):
 
     @staticmethod
     def default_output_transform(output: Any) -> tuple[Any, Any]:
-        """The most probable class of `pred`, and `label`, both with a channel axis of length one."""
+        """The most probable class of `pred`, with a channel axis of length one, and `label`, as lists of samples."""
         probs, labels = probabilities_and_labels(output)
-        if isinstance(probs, list):
-            return [_most_probable(item, channel=0) for item in probs], labels
-        return _most_probable(probs, channel=1), labels
+        classes = [(one > 0.5).long() if len(one) == 1 else one.argmax(0, keepdim=True) for one in probs]
+        return classes, list(labels)
 
     def update(self, source_labels: Any, target_labels: Any) -> None:
         """Add a batch of predicted source classes and target classes, two integer tensors of the same shape."""
@@ -67,12 +66,6 @@ class NCE(TransferMetric):
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         return _nce(sums["counts"])
-
-
-def _most_probable(probs: torch.Tensor, *, channel: int) -> torch.Tensor:
-    if probs.shape[channel] == 1:
-        return (probs > 0.5).long()
-    return probs.argmax(channel, keepdim=True)
 
 
 def _counts(source_labels: Any, target_labels: Any, ignore_index: int | None) -> torch.Tensor:

@@ -6,11 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from drawing import torch_generator
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator
+from monai.networks.nets import BasicUNet
 
 from medtl_ext import metrics
 from medtl_ext.metrics import TransferMetric
@@ -36,6 +40,32 @@ def streamed(metric: TransferMetric, values: torch.Tensor, labels: torch.Tensor,
     for batch in zip(values.split(sizes), labels.split(sizes), strict=True):
         metric.update(*batch)
     return metric.compute()
+
+
+def small_unet() -> BasicUNet:
+    return BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(4, 4, 4, 4, 4, 4)).eval()
+
+
+def evaluate(
+    items: Sequence[Any],
+    network: Any = None,
+    *,
+    batch_size: int = 2,
+    how: Mapping[str, Any] = MappingProxyType({}),
+    **metrics: TransferMetric,
+) -> SupervisedEvaluator:
+    """A MONAI evaluator that has run over the items; the first of the metrics is its key metric."""
+    first, *others = metrics
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset(list(items)), batch_size=batch_size),
+        network=network or small_unet(),
+        key_val_metric={first: metrics[first]},
+        additional_metrics={name: metrics[name] for name in others},
+        **how,
+    )
+    evaluator.run()
+    return evaluator
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -98,12 +128,13 @@ class Case:
         return (features[:, :4] * 2).softmax(1) if self.kind == "probabilities" else features.argmax(1), labels
 
 
-def ccfv_of_images(features: Any, labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
+def ccfv_of_images(features: Any, labels: Any, ignore_index: int | None = None, **options: Any) -> torch.Tensor:
     """CC-FV with each image for a case; one that is ignored is none."""
     kept = [k for k in range(len(labels)) if ignore_index is None or bool((labels[k] != ignore_index).any())]
     images = kept if len(features) == len(labels) else range(len(features))
     sides = [features[k : k + 1] for k in images], [labels[k : k + 1] for k in kept]
-    return metrics.compute_ccfv(*([side] for side in sides), include_background=True, ignore_index=ignore_index)
+    options |= {"include_background": True, "ignore_index": ignore_index}
+    return metrics.compute_ccfv(*([side] for side in sides), **options)
 
 
 def source_of(width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +143,7 @@ def source_of(width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def otce_from_a_source(features: Any, labels: Any, **options: Any) -> torch.Tensor:
     width = 5 if isinstance(features, str) or features.ndim < 2 else features.shape[1]
-    return metrics.compute_otce(*source_of(width), features, labels, solver="emd", **options)
+    return metrics.compute_otce(*source_of(width), features, labels, **{"solver": "emd"} | options)
 
 
 def up_to_classes(labels: torch.Tensor) -> tuple[float, float]:
@@ -252,7 +283,7 @@ CASES = [
         **NEIGHBOURS,
     ),
     Case(
-        *("otce", otce_from_a_source, lambda **options: metrics.OTCE(source_of(5), solver="emd", **options)),
+        *("otce", otce_from_a_source, lambda **options: metrics.OTCE(source_of(5), **{"solver": "emd"} | options)),
         invariant=TWICE,
         bounds=up_to_entropy,
         one_class=0,

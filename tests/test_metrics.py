@@ -10,10 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from metric_cases import CASES, DEVICES, OF_FEATURES, draw, rotation, streamed, tensors
-from monai.data import DataLoader, Dataset, MetaTensor
-from monai.engines import SupervisedEvaluator
-from monai.networks.nets import BasicUNet
+from metric_cases import CASES, DEVICES, OF_FEATURES, draw, evaluate, rotation, streamed, tensors
+from monai.data import MetaTensor
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -307,6 +305,19 @@ OPTIONS = {
     "transrate": [({"eps": value}, "eps is") for value in (0, -1e-4, torch.nan, torch.inf)],
     "parc": [({"n_components": value}, "n_components is") for value in (0, -1, 2.0, "all")],
     "nleep": [({"seed": value}, "seed is") for value in (-1, 1.5, None, 2**32)],
+    "ccfv": [
+        ({"variety": "case"}, "did you mean 'cases'"),
+        ({"eps": -1.0}, "eps is -1.0"),
+        ({"eps": torch.nan}, "eps is nan"),
+        ({"n_voxels": 1}, "n_voxels is 1"),
+    ],
+    "otce": [
+        ({"solver": "sinkhorm"}, "did you mean 'sinkhorn'"),
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"epsilon": torch.nan}, "epsilon is nan"),
+        ({"n_samples": 0}, "n_samples is 0"),
+        ({"repeats": 2.5}, "repeats is 2.5"),
+    ],
     "leep_map{}": [
         ({"stride": 0}, "stride is 0"),
         ({"stride": 1.5}, "stride is 1.5"),
@@ -451,13 +462,8 @@ class TestEvaluator:
         ]
         cases = {case.name: case for case in OF_FEATURES if case.name not in ("h_score_map", "otce", "ccfv")}
         samples = metrics.FeatureSamples(pixels=20)
-        SupervisedEvaluator(
-            device=torch.device("cpu"),
-            val_data_loader=DataLoader(Dataset(items), batch_size=3),
-            network=BasicUNet(spatial_dims=2, in_channels=1, out_channels=3, features=(5, 4, 4, 4, 4, 5)),
-            key_val_metric={"samples": samples},
-            additional_metrics=(attached := {name: case.make(pixels=20) for name, case in cases.items()}),
-        ).run()
+        attached = {name: case.make(pixels=20) for name, case in cases.items()}
+        evaluate(items, batch_size=3, samples=samples, **attached)
         features, labels, *_ = samples.compute()
         assert labels.bincount().tolist() == [40, 40, 40]
         for name, case in cases.items():

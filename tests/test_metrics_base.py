@@ -9,10 +9,9 @@ import pytest
 import torch
 from ignite.engine import Engine
 from ignite.metrics import Metric
-from metric_cases import streamed
+from metric_cases import evaluate, streamed
 from monai.bundle import ConfigParser
-from monai.data import DataLoader, Dataset, MetaTensor
-from monai.engines import SupervisedEvaluator
+from monai.data import MetaTensor
 from monai.handlers import from_engine
 from monai.networks.nets import BasicUNet
 from monai.transforms import Activationsd
@@ -66,7 +65,7 @@ class TestSums:
     def test_are_the_metrics_own(self):
         first = torch.ones(2, dtype=torch.float64)
         metric, twin = Given(), Given()
-        for value in (first, torch.ones(3, 1).squeeze(1), first):
+        for value in (first, first, torch.ones(3, 1).squeeze(1)):
             metric.update(value)
         twin.update(first)
         twin.merge(metric)
@@ -137,18 +136,10 @@ def attached(output, **metrics):
 class TestEvaluator:
     @pytest.mark.parametrize("decollate", [True, False])
     def test_monai_evaluator(self, network, cases, expected, decollate):
-        image_maps = LEEPImageMaps()
-        evaluator = SupervisedEvaluator(
-            device=torch.device("cpu"),
-            val_data_loader=DataLoader(Dataset(cases), batch_size=3),
-            network=network,
-            key_val_metric={"leep": LEEP()},
-            additional_metrics={"leep_map": LEEPMap(stride=4), "nce": NCE()},
-            decollate=decollate,
-        )
-        image_maps.attach(evaluator, "image_maps")
-        for _ in range(2):  # a second epoch starts afresh
-            evaluator.run()
+        maps = {"leep_map": LEEPMap(stride=4), "image_maps": LEEPImageMaps()}
+        how = {"decollate": decollate}
+        evaluator = evaluate(cases, network, batch_size=3, how=how, leep=LEEP(), nce=NCE(), **maps)
+        evaluator.run()  # a second epoch starts afresh
         metrics = evaluator.state.metrics
         assert isinstance(metrics["leep"], float)
         assert metrics["leep"] == evaluator.state.best_metric
@@ -177,21 +168,11 @@ class TestEvaluator:
         torch.testing.assert_close(evaluator.state.metrics["leep_map"], leep_map, atol=1e-6, rtol=0)
 
     def test_probabilities_are_not_put_through_a_softmax_again(self, network, cases, expected):
-        def run(metric):
-            evaluator = SupervisedEvaluator(
-                device=torch.device("cpu"),
-                val_data_loader=DataLoader(Dataset(cases), batch_size=3),
-                network=network,
-                postprocessing=Activationsd(keys="pred", softmax=True),
-                key_val_metric={"leep": metric},
-            )
-            evaluator.run()
-            return evaluator.state.metrics["leep"]
-
+        how = {"postprocessing": Activationsd(keys="pred", softmax=True)}
         with pytest.raises(InputError, match="expected the network's raw logits"):
-            run(LEEP())
-        informed = LEEP(output_transform=from_engine(["pred", "label"]))
-        assert run(informed) == pytest.approx(compute_leep(*expected).item(), abs=1e-6)
+            evaluate(cases, network, how=how, leep=LEEP())
+        informed = evaluate(cases, network, how=how, leep=LEEP(output_transform=from_engine(["pred", "label"])))
+        assert informed.state.metrics["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-6)
 
 
 class TestOutput:

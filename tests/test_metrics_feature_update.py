@@ -12,9 +12,8 @@ import pytest
 import torch
 from drawing import torch_generator
 from ignite.engine import Engine
-from metric_cases import DEVICES
+from metric_cases import DEVICES, evaluate
 from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedEvaluator
 from monai.networks.nets import BasicUNet, resnet18
 from torch import nn
 
@@ -192,13 +191,7 @@ class TestWhatMustHold:
     def test_attached_to_an_evaluator(self):
         network, (images, labels) = tiny_network(torch.float32), draw()
         data = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
-        evaluator = SupervisedEvaluator(
-            device=torch.device("cpu"),
-            val_data_loader=DataLoader(Dataset(data), batch_size=4),
-            network=network,
-            key_val_metric={"fu": FeatureUpdate(network)},
-        )
-        evaluator.run()
+        evaluator = evaluate(data, network, batch_size=4, fu=FeatureUpdate(network))
         expected = compute_feature_update(network, images, labels).item()
         assert evaluator.state.metrics["fu"] == pytest.approx(expected, rel=1e-6)
 

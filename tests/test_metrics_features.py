@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
-from metric_cases import draw
+from metric_cases import draw, evaluate, small_unet
 from monai.bundle import ConfigParser
-from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedEvaluator
 from monai.inferers import SlidingWindowInferer
-from monai.networks.nets import BasicUNet, resnet18
+from monai.networks.nets import resnet18
 from torch import nn
 
 from medtl_ext import InputError
@@ -159,10 +157,6 @@ class TestReservoir:
         assert orders[0] == orders[1]
 
 
-def small_unet():
-    return BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(4, 4, 4, 4, 4, 4))
-
-
 def slices(n=4, size=32):
     generator = torch.Generator().manual_seed(1)
     items = []
@@ -176,18 +170,11 @@ def slices(n=4, size=32):
     return items
 
 
-def run(*metrics, network=None, items=None, **options):
-    engine = SupervisedEvaluator(
-        device=torch.device("cpu"),
-        val_data_loader=DataLoader(Dataset(items or slices()), batch_size=2),
-        network=network or small_unet(),
-        key_val_metric={"metric": metrics[0]},
-        **options,
+def run(metric, *others, network=None, items=None, **how):
+    evaluate(
+        items or slices(), network, how=how, metric=metric, **{f"other {k}": other for k, other in enumerate(others)}
     )
-    for k, metric in enumerate(metrics[1:]):
-        metric.attach(engine, f"metric {k}")
-    engine.run()
-    return metrics[0].samples()
+    return metric.samples()
 
 
 def hooks(network):
@@ -202,7 +189,7 @@ class TestEngine:
 
     @pytest.mark.parametrize("layer", ["upcat_1", None])
     def test_reads_the_penultimate_features_inside_the_body(self, layer):
-        network, seen = small_unet().eval(), []
+        network, seen = small_unet(), []
         samples = run(FeatureSamples(layer=layer, pixels=None), network=network)
         assert hooks(network) == 0
         images, labels = (torch.stack([item[key] for item in slices()])[:, 0] for key in ("image", "label"))

@@ -250,8 +250,10 @@ class TestMaps:
 
 class TestWholeVolumes:
     def test_volumes_with_foreground_stay_whole(self, data):
-        dataset = build(data, slices="volume", max_slices=2)
-        assert len(dataset) == 2
+        without_p1 = Lambdad("label", lambda label: label * (label.sum() > 1))
+        dataset = build(data, [*LOAD, without_p1], slices="volume")
+        assert places(dataset) == [("p0", 0), ("p2", 0)]
+        assert len(build(data, slices="volume", max_slices=2)) == 2
         assert dataset[0]["image"].shape == dataset[0]["label"].shape == (1, 8, 6, 10)
 
     def test_a_map_has_the_shape_of_the_volume(self, data):

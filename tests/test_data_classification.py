@@ -288,6 +288,16 @@ def test_labels_are_what_the_label_files_say(phantom, task):
     np.testing.assert_array_equal(items[3]["image"][0] > 0, front_up > 0)
 
 
+def test_each_slice_is_asked_about_in_one_modality(phantom):
+    data = load_medmnist(phantom_classification("17-ALL-modality", collection=phantom))
+    image = np.asarray(nibabel.load(phantom.parent / "17-000" / "T1.nii.gz").dataobj)
+    kept = np.flatnonzero((image != 0).sum((0, 1)) >= 400)
+    found = [item for item in data.datalist("train") if item["subject"] == "17-000"]
+    for item, z in zip(found, sorted(kept, key=lambda z: (z % 4, z)), strict=True):
+        assert item["label"] == z % 4
+        np.testing.assert_array_equal(item["image"][0] > 0, image[:, :, z].T[::-1] > 0)
+
+
 def test_a_task_is_kept_whole_and_not_made_again(phantom, monkeypatch):
     def broken(*arguments, **options):
         raise OSError("disk full")

@@ -91,7 +91,8 @@ class TestChoice:
             return places(build(data, slices="all", max_slices=n, seed=seed))
 
         assert draw(7, 0) == draw(7, 0) == sorted(draw(7, 0))
-        assert len({tuple(draw(7, seed)) for seed in range(4)}) > 1
+        alone = [tuple(places(build(data[:1], slices="all", max_slices=3, seed=seed))) for seed in range(4)]
+        assert len(set(alone)) > 1, "the slices of one patient are drawn too"
         assert set(draw(2, 0)) < set(draw(7, 0)) < set(draw(12, 0))
         assert len({draw(1, seed)[0][0] for seed in range(10)}) == 3, "no patient is always first"
 
@@ -249,8 +250,10 @@ class TestMaps:
 
 class TestWholeVolumes:
     def test_volumes_with_foreground_stay_whole(self, data):
-        dataset = build(data, slices="volume", max_slices=2)
-        assert len(dataset) == 2
+        without_p1 = Lambdad("label", lambda label: label * (label.sum() > 1))
+        dataset = build(data, [*LOAD, without_p1], slices="volume")
+        assert places(dataset) == [("p0", 0), ("p2", 0)]
+        assert len(build(data, slices="volume", max_slices=2)) == 2
         assert dataset[0]["image"].shape == dataset[0]["label"].shape == (1, 8, 6, 10)
 
     def test_a_map_has_the_shape_of_the_volume(self, data):

@@ -18,7 +18,8 @@ from medtl_ext import InputError
 from medtl_ext.data import check_collection, load_collection
 from medtl_ext.data.phantom import INSTITUTIONS, MODALITIES, cached_phantom, generate, generate_phantom
 from medtl_ext.data.phantom.atlas import load_atlas
-from medtl_ext.data.phantom.fields import SHAPE, random_stream, smooth_noise
+from medtl_ext.data.phantom.fields import SHAPE, grid_points, random_stream, smooth_noise
+from medtl_ext.data.phantom.lesions import place_tumour
 from medtl_ext.data.phantom.scanner import Institution
 from medtl_ext.data.phantom.subject import make_subject
 
@@ -155,6 +156,16 @@ def test_lesion_volumes_are_plausible():
         assert low < np.mean([(label == value).sum() * MILLILITRES for label in tumours]) < high
     hyperintense = [subject("U", index, modalities=())["wmh"].sum() * MILLILITRES for index in range(5)]
     assert 8 < np.mean(hyperintense) < 25
+
+
+def test_a_tumour_pushes_what_is_around_it_outwards_and_spares_the_rest():
+    points = grid_points()
+    pushed, radius, core_radius = place_tumour(load_atlas(), points, random_stream(0), core_radius=12)
+    outwards = points - points[:, *np.unravel_index(radius.argmin(), SHAPE)][:, None, None, None]
+    around, far = (radius > core_radius) & (radius < 1.5 * core_radius), radius > 6 * core_radius
+    moved = ((points - pushed) * outwards).sum(axis=0)  # what lies in a voxel came from nearer to the centre
+    assert (moved[around] > 0).mean() > 0.99
+    assert np.abs(pushed - points)[:, far].max() < 0.01
 
 
 def test_infants_have_little_grey_white_contrast():

@@ -168,11 +168,19 @@ def test_a_tumour_pushes_what_is_around_it_outwards_and_spares_the_rest():
     assert np.abs(pushed - points)[:, far].max() < 0.01
 
 
-def test_infants_have_little_grey_white_contrast():
-    def contrast(made):
-        return made["T1"][made["tissue"] == 3].mean() / made["T1"][made["tissue"] == 2].mean()
+def contrast(made):
+    return made["T1"][made["tissue"] == 3].mean() / made["T1"][made["tissue"] == 2].mean()
 
+
+def test_infants_have_little_grey_white_contrast():
     assert 1 < contrast(subject("I1")) < 1 + 0.8 * (contrast(subject("13")) - 1)
+
+
+def test_a_protocol_shifts_the_signal_of_a_tissue():
+    shifted = Institution("13")
+    shifted.scanners["T1"].protocol_shift["WM"] += 0.2
+    made = make_subject(load_atlas(), shifted, 0, seed=0, modalities=("T1",))
+    assert contrast(made) > 1.1 * contrast(subject("13"))
 
 
 # --- institutions

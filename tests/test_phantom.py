@@ -18,7 +18,8 @@ from medtl_ext import InputError
 from medtl_ext.data import check_collection, load_collection
 from medtl_ext.data.phantom import INSTITUTIONS, MODALITIES, cached_phantom, generate, generate_phantom
 from medtl_ext.data.phantom.atlas import load_atlas
-from medtl_ext.data.phantom.fields import SHAPE, random_stream, smooth_noise
+from medtl_ext.data.phantom.fields import SHAPE, grid_points, random_stream, smooth_noise
+from medtl_ext.data.phantom.lesions import place_tumour
 from medtl_ext.data.phantom.scanner import Institution
 from medtl_ext.data.phantom.subject import make_subject
 
@@ -157,11 +158,29 @@ def test_lesion_volumes_are_plausible():
     assert 8 < np.mean(hyperintense) < 25
 
 
-def test_infants_have_little_grey_white_contrast():
-    def contrast(made):
-        return made["T1"][made["tissue"] == 3].mean() / made["T1"][made["tissue"] == 2].mean()
+def test_a_tumour_pushes_what_is_around_it_outwards_and_spares_the_rest():
+    points = grid_points()
+    pushed, radius, core_radius = place_tumour(load_atlas(), points, random_stream(0), core_radius=12)
+    outwards = points - points[:, *np.unravel_index(radius.argmin(), SHAPE)][:, None, None, None]
+    around, far = (radius > core_radius) & (radius < 1.5 * core_radius), radius > 6 * core_radius
+    moved = ((points - pushed) * outwards).sum(axis=0)  # what lies in a voxel came from nearer to the centre
+    assert (moved[around] > 0).mean() > 0.99
+    assert np.abs(pushed - points)[:, far].max() < 0.01
 
-    assert 1 < contrast(subject("I1")) < 1 + 0.8 * (contrast(subject("13")) - 1)
+
+def contrast(made):
+    return made["T1"][made["tissue"] == 3].mean() / made["T1"][made["tissue"] == 2].mean()
+
+
+def test_infants_have_little_grey_white_contrast():
+    assert 1 < contrast(subject("I1")) < 1 + 0.6 * (contrast(subject("13")) - 1)
+
+
+def test_a_protocol_shifts_the_signal_of_a_tissue():
+    shifted = Institution("13")
+    shifted.scanners["T1"].protocol_shift["WM"] += 0.2
+    made = make_subject(load_atlas(), shifted, 0, seed=0, modalities=("T1",))
+    assert contrast(made) > 1.1 * contrast(subject("13"))
 
 
 # --- institutions

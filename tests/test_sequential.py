@@ -695,9 +695,19 @@ class TestFit:
         assert found["correlation_left_out"] > 0
         assert "No evidence to prefer these weights" in fit_text(found)
 
+    def test_a_target_left_out_is_not_in_its_fit(self):
+        table = self.transfers(lambda place, d, s: (-0.01 * d, 0.4 * s)[place], "ab")
+        expected = []
+        for target, own in table.groupby("target"):
+            others = fit_to_transfers(table[table["target"] != target])
+            cost = others["alpha"] * own["distance"] - others["beta"] * own["similarity"]
+            expected.append(np.corrcoef(cost, own["dice"])[0, 1])
+        assert fit_to_transfers(table)["correlation_left_out"] == pytest.approx(np.mean(expected))
+
     def test_one_target_leaves_nothing_out(self):
         table = self.transfers(lambda _, distance, __: -0.01 * distance)
         found = fit_to_transfers(table[table["target"] == "a"])
         assert found["correlation_left_out"] is None
+        assert found["correlation"] < -0.99
         assert "at unknown on targets left out" in fit_text(found)
         assert "No evidence" in fit_text(found)

@@ -137,6 +137,10 @@ def ccfv_of_images(features: Any, labels: Any, ignore_index: int | None = None, 
     return metrics.compute_ccfv(*([side] for side in sides), **options)
 
 
+def ccfv(**options: Any) -> metrics.CCFV:
+    return metrics.CCFV(include_background=True, **options)
+
+
 def source_of(width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return draw(n=30, width=width, generator=torch.Generator().manual_seed(9))
 
@@ -188,6 +192,8 @@ PARC = UNDEFINED | {"bounds": (-100, 100), "constant_warns": "same distance"}
 PARC_STAYS = SAME | {"scale": 1e-6, "extreme scale": 1e-6, "constant feature": 1e-8}
 NEIGHBOURS = {"invariant": {"order": 1e-12, "names": 1e-12}, "one_class": 1, "constant_warns": "features are constant"}
 LEEP = {"kind": "probabilities", "invariant": TWICE | {"channels": 1e-9}, "bounds": (-torch.inf, 0), "one_class": 0}
+
+CCFV = {"n": 12, "grid": (6, 5), "minimum": 2, "constant": 0, "constant_warns": "no case differs from another"}
 
 CASES = [
     case(
@@ -289,15 +295,8 @@ CASES = [
         one_class=0,
         constant=negative_entropy,
     ),
-    Case(
-        *("ccfv", ccfv_of_images, partial(metrics.CCFV, include_background=True)),
-        n=12,
-        grid=(6, 5),
-        minimum=2,
-        invariant=SAME | {"rotation and shift": 1e-9},
-        constant=0,
-        constant_warns="no case differs from another",
-    ),
+    case("ccfv", {}, ccfv_of_images, ccfv, invariant=SAME | {"rotation and shift": 1e-9}, **CCFV),
+    case("ccfv_of_voxels", {"variety": "voxels", "n_voxels": 20}, ccfv_of_images, ccfv, **CCFV),
     case("leep", {}, metrics.compute_leep, metrics.LEEP, vectors=[("leep", CLS, {"abs": 1e-12})], **LEEP),
     *(
         case(f"leep_map{options}", options, metrics.compute_leep_map, metrics.LEEPMap, n=12, grid=(6, 7), **LEEP)

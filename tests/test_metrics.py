@@ -112,7 +112,9 @@ class TestStreaming:
         same(total.compute(), expected)
         same(parts[0].compute(), case.compute(values[: n // 3], labels[: n // 3]))
 
-    @pytest.mark.parametrize("case", [case for case in CASES if case.name != "ccfv"], ids=lambda case: case.name)
+    @pytest.mark.parametrize(
+        "case", [case for case in CASES if not case.name.startswith("ccfv")], ids=lambda case: case.name
+    )
     def test_merged_with_itself_counts_twice(self, case):
         values, labels = case.draw()
         metric, twice = case.make(), case.make()
@@ -460,7 +462,11 @@ class TestEvaluator:
             {"image": image.float(), "label": mask[None].float(), "subject": f"p{k % 2}"}
             for k, (image, mask) in enumerate(zip(images, masks, strict=True))
         ]
-        cases = {case.name: case for case in OF_FEATURES if case.name not in ("h_score_map", "otce", "ccfv")}
+        cases = {
+            case.name: case
+            for case in OF_FEATURES
+            if case.name not in ("h_score_map", "otce", "ccfv", "ccfv_of_voxels")
+        }
         samples = metrics.FeatureSamples(pixels=20)
         attached = {name: case.make(pixels=20) for name, case in cases.items()}
         evaluate(items, batch_size=3, samples=samples, **attached)

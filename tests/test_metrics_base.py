@@ -150,22 +150,14 @@ class TestEvaluator:
 
     def test_bundle_config_by_class_name_alone(self, network, cases, expected):
         config = {
-            "cases": cases,
-            "net": network,
-            "evaluator": {
-                "_target_": "SupervisedEvaluator",
-                "device": "$torch.device('cpu')",
-                "val_data_loader": "$monai.data.DataLoader(monai.data.Dataset(@cases), batch_size=2)",
-                "network": "$@net",
-                "key_val_metric": {"leep": {"_target_": "medtl_ext.metrics.LEEP"}},
-                "additional_metrics": {"leep_map": {"_target_": "medtl_ext.metrics.LEEPMap", "smoothing": 5}},
-            },
+            "leep": {"_target_": "medtl_ext.metrics.LEEP"},
+            "leep_map": {"_target_": "medtl_ext.metrics.LEEPMap", "smoothing": 5},
         }
-        evaluator = ConfigParser(config, globals={"torch": "torch", "monai": "monai"}).get_parsed_content("evaluator")
-        evaluator.run()
-        assert evaluator.state.metrics["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-6)
-        leep_map = compute_leep_map(*expected, smoothing=5)
-        torch.testing.assert_close(evaluator.state.metrics["leep_map"], leep_map, atol=1e-6, rtol=0)
+        parser = ConfigParser(config)
+        metrics = {name: parser.get_parsed_content(name) for name in config}
+        found = evaluate(cases, network, **metrics).state.metrics
+        assert found["leep"] == pytest.approx(compute_leep(*expected).item(), abs=1e-6)
+        torch.testing.assert_close(found["leep_map"], compute_leep_map(*expected, smoothing=5), atol=1e-6, rtol=0)
 
     def test_probabilities_are_not_put_through_a_softmax_again(self, network, cases, expected):
         how = {"postprocessing": Activationsd(keys="pred", softmax=True)}

@@ -55,13 +55,6 @@ class TestSums:
         with pytest.raises(InputError, match="keeps sums, not samples"):
             metric.samples()
 
-    def test_of_drawn_samples(self):
-        metric = Sums("gram", pixels=20)
-        sums = fed(metric, draw((5, 6)))
-        rows = metric.samples().features
-        assert sums["count"].tolist() == [20, 20, 20]
-        torch.testing.assert_close(sums["gram"], rows.T @ rows)
-
 
 class TestChecks:
     def test_too_few_after_ignoring(self):
@@ -203,14 +196,17 @@ class TestEngine:
         assert int(samples.labels.sum()) == int(labels.sum()) == 28
         assert samples.names == ("p0", "p1")
 
-    def test_a_pixel_is_inside_the_body_where_any_channel_is_not_zero(self):
+    def test_a_layer_whose_output_is_overwritten_in_place(self):
+        network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True))
+        features = run(FeatureSamples(layer="0", pixels=None), network=network).features
+        assert features.min() < 0
+
+    def test_inside_the_body_any_channel_is_not_zero(self):
         image = torch.zeros(2, 32, 32)
         image[1, :, :20] = -1
         items = [{"image": image, "label": torch.zeros(1, 32, 32), "subject": "p"}]
-        network = BasicUNet(spatial_dims=2, in_channels=2, out_channels=2, features=(4, 4, 4, 4, 4, 4))
-        metric = FeatureSamples(pixels=None)
-        evaluator(metric, network=network, items=items).run()
-        assert len(metric.samples().labels) == 32 * 20
+        network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 1))
+        assert len(run(FeatureSamples(pixels=None), network=network, items=items).labels) == 32 * 20
 
     def test_several_metrics_share_one_tap(self):
         network, ran = small_unet(), []

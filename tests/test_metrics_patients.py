@@ -93,6 +93,12 @@ def test_metrics_of_one_kind_alone():
         agree(scores.compute(), {name: OF_SUMS[name].compute(features, labels)})
 
 
+def test_a_patient_without_a_labelled_sample_is_none():
+    scores = PatientScores(metrics(), ignore_index=9)
+    scores.update(torch.tensor([[0.0], [1.0], [3.0]]), [0, 1, 9], ["ann", "ann", "bob"])
+    assert scores.patients == ("ann",)
+
+
 def test_bad_input():
     with pytest.raises(InputError, match="metrics is empty"):
         PatientScores({})

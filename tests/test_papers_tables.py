@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medtl_ext.metrics.label_prediction import combine_lp_fu
+from medtl_ext.metrics import combine_lp_fu
 from medtl_ext.ranking import friedman_nemenyi, spearman_footrule, weighted_kendall
 
 TARGETS = {

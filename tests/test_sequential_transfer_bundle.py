@@ -14,7 +14,7 @@ import pytest
 import torch
 from bundle_runs import Bundle, finish, kill_once_there, refused, trainings
 
-from medtl_ext.data import generate_phantom, load_collection, write_collection
+from medtl_ext.data import generate_phantom
 from medtl_ext.graph import read_task_graph
 from medtl_ext.transfer import Source
 from medtl_ext.transfer.sources import pretraining_job
@@ -153,16 +153,12 @@ def test_the_command_for_own_data_finds_a_path(options, path_collection):
     """The README's: its tasks and clusters, on two institutions A and B with T1 and FLAIR."""
     text = (BUNDLE.root / "docs" / "README.md").read_text().split("--collection my/collection.json")[1].split("```")[0]
     words = dict(pairwise(shlex.split(text.replace("\\\n", " "))))
-    content = path_collection.read_text()
-    for ours, theirs in (('"14', '"A'), ('"17', '"B'), ('"T2"', '"T1"')):
-        content = content.replace(ours, theirs)
-    content = json.loads(content)
-    for subject, found in zip(content["subjects"], load_collection(path_collection).subjects, strict=True):
-        subject["images"] = {"T1": str(found.images["T2"]), "FLAIR": str(found.images["FLAIR"])}
-        subject["labels"] = {name: str(file) for name, file in found.labels.items()}
-    options["collection"] = str(
-        write_collection(Path(options["output_dir"]).parent / "own" / "collection.json", content)
-    )
+    content = path_collection.read_text().replace('"T2":', '"T1":')
+    for ours, theirs in (("14", "A"), ("17", "B")):
+        content = content.replace(f'"institution": "{ours}"', f'"institution": "{theirs}"')
+    own = path_collection.with_name("own.json")
+    own.write_text(content)
+    options["collection"] = str(own)
     named = {"target_task": words["--target_task"], "sources": ast.literal_eval(words["--sources"])}
     run("select", **options | named, n_clusters=int(words["--n_clusters"]))
     plan = json.loads((Path(options["output_dir"]) / "plan.json").read_text())
@@ -173,7 +169,7 @@ def test_without_intermediate_tasks_one_step_is_all_there_is(options, in_this_pr
     run(**options, max_intermediates=0)
     folder = Path(options["output_dir"])
     assert len(json.loads((folder / "plan.json").read_text())["paths"][0]["tasks"]) == 1
-    assert not [name for name in pd.read_csv(folder / "arms.csv")["method"] if name.startswith("sequential")]
+    assert not pd.read_csv(folder / "arms.csv")["method"].str.startswith("sequential").any()
     assert "One step is all there is: max_intermediates is 0." in (folder / "answer.txt").read_text()
 
 
@@ -183,6 +179,19 @@ def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_pro
     assert "nothing is decided" in (folder / "answer.txt").read_text()
     assert set(pd.read_csv(folder / "arms.csv")["split"]) == {"train", "test"}
     assert not (folder / "audit.json").exists()
+
+
+def test_two_tasks_together_have_labels_of_their_own(options):
+    def training(*overlays, task: str, patients: int, **asked):
+        asked |= {"source_task": task, "target_task": task, "train_patients": patients}
+        parser = BUNDLE.workflow("pretrain", *overlays, **options, **asked).parser
+        return parser.get_parsed_content("train#dataloader#dataset")
+
+    both = training("joint", task="14-T2-ED", patients=2, joint_task="14-T2-ET", joint_patients=1)
+    alone = training(task="14-T2-ED", patients=2), training(task="14-T2-ET", patients=1)
+    for ours, theirs in zip(both.datasets, alone, strict=True):
+        for one, other in zip(ours.plain(), theirs.plain(), strict=True):
+            assert torch.equal(one["label"], other["label"])
 
 
 def test_the_pool_does_not_depend_on_target_or_path(options):

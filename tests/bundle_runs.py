@@ -5,29 +5,41 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from fire.parser import DefaultParseValue  # how the command line reads a word
 from monai.bundle import ConfigWorkflow
 
 from medtl_ext import InputError
+from medtl_ext.transfer import Job, Source
+from medtl_ext.transfer.sources import pretraining_job
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle of the repository, with the small settings that its ``train.json`` gets in tests."""
+    """A bundle of the repository, with the small settings that its ``train.json`` gets in tests.
+
+    ``whole`` is what a run has that leaves nothing out.
+    """
 
     name: str
-    tiny: Mapping[str, Any]
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def root(self) -> Path:
@@ -56,6 +68,75 @@ class Bundle:
     def start(self, files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0) -> subprocess.Popen:
         """As a user does, from inside the bundle; on several processes by torchrun."""
         return start(files, options, cwd=self.root, processes=processes)
+
+    def settings(self, **options: Any) -> dict[str, Any]:
+        """The small settings as a study takes them: parts of the network in the network."""
+        network, plain = self.content("train")["network_def"], {}
+        for name, value in (dict(self.tiny) | options).items():
+            part, _, key = name.partition("#")
+            if part == "network_def":
+                network[key] = value
+            elif not key and name not in ("sources", "target_task"):
+                plain[name] = value
+        return plain | {"network_def": network}
+
+    def pool_job(self, task: str, *overlays: str, **options: Any) -> Job:
+        """The pre-training of a source task with these options."""
+        config = self.workflow(*overlays, **options).parser.get() | {"bundle_root": str(self.root)}
+        return pretraining_job(config, "sources", Source(task, "task", task=task), seed=0)
+
+
+SEGMENTATION = {
+    "spacing": [6.0, 6.0, 8.0],
+    "roi_size": [32, 32],
+    "epochs": 1,
+    "batch_size": 4,
+    "n_jobs": 1,
+    "figures": False,
+    "progress": False,
+    "check_data": False,
+}
+ARMS = ["zero_shot", "scratch", "full"]
+RISK_MAP = Bundle(
+    "risk_map",
+    SEGMENTATION | {"iterations_per_epoch": 2, "train_slices": 8, "audit#arms": []},
+    whole={"figures": True, "check_data": True, "audit#arms": ARMS},
+)
+SOURCE_SELECTION = Bundle(
+    "source_selection",
+    SEGMENTATION
+    | {
+        "sources": ["14-T2-ED", "14-FLAIR-ED", "14-T2-ET"],
+        "network_def#features": [4, 4, 8, 8, 8, 4],
+        "pool_epochs": 1,
+        "iterations_per_epoch": 4,
+        "train_slices": 16,
+        "pixels": 40,
+        "n_resamples": 50,
+    },
+    whole={"figures": True, "check_data": True},
+)
+DATASETS = Bundle(
+    "dataset_transferability",
+    {
+        "target_task": "17-T2-tumour",
+        "sources": ["14-T2-tumour", "14-FLAIR-level", "14-ALL-modality"],
+        "image_size": 32,
+        "network_def#layers": [1, 1, 1, 1],
+        "network_def#block_inplanes": [16, 16, 32, 32],
+        "train_per_class": 24,
+        "val_per_class": 8,
+        "pool_epochs": 2,
+        "epochs": 1,
+        "iterations_per_epoch": 2,
+        "batch_size": 16,
+        "n_resamples": 40,
+        "n_jobs": 1,
+        "figures": False,
+        "progress": False,
+    },
+    whole={"figures": True},
+)
 
 
 def command(files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0) -> list[str]:
@@ -123,3 +204,19 @@ def refused(action: Callable[[], Any]) -> str:
     assert error is not None, "no InputError among the causes"
     assert "\n" not in str(error)
     return str(error)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def ranking_of(folder: str | Path) -> pd.DataFrame:
+    return pd.read_csv(Path(folder) / "ranking.csv").set_index("source")
+
+
+def next_command(folder: str | Path) -> tuple[str, dict[str, Any]]:
+    """The config that a ranking says to run next, and the options as the command line reads them."""
+    words = shlex.split(read_json(Path(folder) / "ranking.json")["command"])
+    assert words[:5] == ["python", "-m", "monai.bundle", "run", "--config_file"]
+    given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
+    return words[5], given

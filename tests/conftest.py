@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from bundle_runs import Bundle
 from drawing import seed_torch
 
+from medtl_ext.data import generate_phantom
 from medtl_ext.transfer import jobs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,6 +46,27 @@ def no_determinism_left_behind():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory) -> Path:
+    """Two institutions of ten synthetic patients: four to train on, the fewest that a verdict takes."""
+    folder = tmp_path_factory.mktemp("phantom") / "collection"
+    return generate_phantom(folder, institutions=["14", "17"], subjects=10, n_jobs=1, progress=False)
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory) -> Path:
+    """Where pre-trained networks and phantom tasks are kept, made by the first test that needs them."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def options(collection, kept, tmp_path, monkeypatch) -> dict[str, str]:
+    """Where a bundle finds its data and its pool, and where it writes."""
+    monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(kept / "cache"))
+    pool, out = kept / "pool", tmp_path / "out"
+    return {"collection": str(collection), "source_dir": str(pool), "output_dir": str(out)}
+
+
 @pytest.fixture
 def in_this_process(monkeypatch) -> list[Path]:
     """Trainings run in this process, for speed; the folders of those that ran."""
@@ -54,6 +80,21 @@ def in_this_process(monkeypatch) -> list[Path]:
 
     monkeypatch.setattr(jobs, "run_jobs", run_here)
     return trained
+
+
+@pytest.fixture
+def whole_run(kept, options, in_this_process) -> Callable[[Bundle], Path]:
+    """The folder of a bundle's ``train.json`` with nothing left out, run once; beside it what was printed."""
+
+    def run(bundle: Bundle) -> Path:
+        folder = kept / bundle.name
+        if not folder.with_suffix(".txt").exists():
+            with redirect_stdout(StringIO()) as printed:
+                bundle.run(**options | bundle.whole | {"output_dir": str(folder)})
+            folder.with_suffix(".txt").write_text(printed.getvalue())
+        return folder
+
+    return run
 
 
 @pytest.fixture

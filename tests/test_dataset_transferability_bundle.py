@@ -1,93 +1,33 @@
-"""The dataset_transferability bundle on tiny data: what it leaves, what it refuses, and every way to start it."""
+"""What is particular to the bundle dataset_transferability: rankings, own models, real files, what it refuses."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import Bundle, finish, kill_once_there, refused, trainings
-from fire.parser import DefaultParseValue  # how the command line reads a word
+from bundle_runs import DATASETS, finish, next_command, ranking_of, read_json, refused
 from PIL import Image
 
-from medtl_ext.data import generate_phantom
-from medtl_ext.transfer.sources import Source, built, pretraining_job
+from medtl_ext.transfer.sources import built
 from medtl_ext.transfer.tasks import image_auc
 
-SOURCES = ["14-T2-tumour", "14-FLAIR-level", "14-ALL-modality"]
-TINY = {
-    "target_task": "17-T2-tumour",
-    "sources": SOURCES,
-    "image_size": 32,
-    "network_def#layers": [1, 1, 1, 1],
-    "network_def#block_inplanes": [16, 16, 32, 32],
-    "train_per_class": 24,
-    "val_per_class": 8,
-    "pool_epochs": 2,
-    "epochs": 1,
-    "iterations_per_epoch": 2,
-    "batch_size": 16,
-    "n_resamples": 40,
-    "n_jobs": 1,
-    "figures": False,
-    "progress": False,
-}
-
-BUNDLE = Bundle("dataset_transferability", TINY)
-run, start = BUNDLE.run, BUNDLE.start
+SOURCES = DATASETS.tiny["sources"]
+run = DATASETS.run
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Tasks that are cut here are kept here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MONAI_DATA_DIRECTORY", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def collection(tmp_path_factory) -> Path:
-    """Two institutions of ten synthetic patients: four to train on, the fewest that a verdict takes."""
-    folder = tmp_path_factory.mktemp("phantom") / "collection"
-    return generate_phantom(folder, institutions=["14", "17"], subjects=10, n_jobs=1, progress=False)
-
-
-@pytest.fixture(scope="session")
-def pool(tmp_path_factory) -> Path:
-    """Where the pool's networks are kept, trained by the first test that needs them."""
-    return tmp_path_factory.mktemp("pool")
-
-
-@pytest.fixture
-def options(collection, pool, tmp_path) -> dict:
-    return {"collection": str(collection), "source_dir": str(pool), "output_dir": str(tmp_path / "out")}
-
-
-def ranking_of(folder: Path | str) -> pd.DataFrame:
-    return pd.read_csv(Path(folder) / "ranking.csv").set_index("source")
-
-
 def content_of(folder: Path | str) -> dict:
-    return json.loads((Path(folder) / "ranking.json").read_text())
+    return read_json(Path(folder) / "ranking.json")
 
 
-# The whole of train.json
-
-
-def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys):
-    run(**options, figures=True)
-    folder = Path(options["output_dir"])
-    assert capsys.readouterr().out.rstrip().splitlines()[-1] == f"results are in {folder}"
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "ranking.csv", "ranking.json", "ranking.png", "answer.txt", "report.html"}
-    table = ranking_of(folder)
+def test_the_whole_run_scores_every_source(whole_run):
+    folder = whole_run(DATASETS)
+    table, metrics = ranking_of(folder), DATASETS.content("train")["metrics"]
     assert set(table.index) == {*SOURCES, "scratch"}
-    metrics = BUNDLE.content("train")["metrics"]
     assert len(metrics) == 11
     assert np.isfinite(table.loc[SOURCES, metrics].to_numpy(float)).all()
     assert table.loc["scratch", "status"] == "no score"
@@ -95,15 +35,12 @@ def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys)
     content = content_of(folder)
     assert (content["units"], content["patients_known"], content["synthetic"]) == (4, True, True)
     assert "The paper's LP x FU would pick" in content["answer"]
-    words = shlex.split(content["command"])
-    assert Path(words[words.index("--source_ckpt") + 1]).is_file()
 
 
-def test_the_next_command_is_one_that_the_bundle_takes(options, in_this_process, tmp_path):
-    run(**options)
-    words = shlex.split(content_of(options["output_dir"])["command"])
-    given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
-    assert "finetune.json" in words[5]
+def test_the_next_command_is_one_that_the_bundle_takes(options, whole_run, tmp_path):
+    config, given = next_command(whole_run(DATASETS))
+    assert "finetune.json" in config
+    assert Path(given["source_ckpt"]).is_file()
     assert given["image_size"] == 32
     assert given["network_def"]["block_inplanes"] == [16, 16, 32, 32]
     run("finetune", **options | given | {"output_dir": str(tmp_path / "tuned"), "network_def#layers": [1, 1, 1, 1]})
@@ -115,25 +52,6 @@ def test_the_next_command_is_one_that_the_bundle_takes(options, in_this_process,
     assert predictions["subject"].str.startswith("17-").all()
     truth_of_test = image_auc(predictions[predictions["split"] == "test"])
     assert metrics.loc["test", "auc"] == pytest.approx(truth_of_test, abs=1e-4)
-
-
-def test_a_second_run_gives_the_same_and_trains_nothing(options, in_this_process, tmp_path):
-    run(**options)
-    before = list(in_this_process)
-    run(**options | {"output_dir": str(tmp_path / "again")})
-    assert in_this_process == before
-    pd.testing.assert_frame_equal(ranking_of(options["output_dir"]), ranking_of(tmp_path / "again"))
-
-
-def test_the_pool_does_not_depend_on_the_target_or_the_ranking(options):
-    def folder(**changed):
-        config = BUNDLE.workflow(**options | changed).parser.get() | {"bundle_root": str(BUNDLE.root)}
-        return pretraining_job(config, "s", Source("x", "task", task="14-T2-tumour"), seed=0).output_dir
-
-    for changed in ({"target_task": "17-T1-load"}, {"decide_by": "leep"}, {"train_per_class": 7}, {"sources": ["a"]}):
-        assert folder(**changed) == folder(), changed
-    for changed in ({"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}):
-        assert folder(**changed) != folder(), changed
 
 
 def test_the_evaluation_compares_scores_with_the_truth_and_leaves_the_own_model_out(options, in_this_process):
@@ -165,7 +83,7 @@ def test_the_evaluation_compares_scores_with_the_truth_and_leaves_the_own_model_
 
 
 def test_architectures_are_ranked_by_the_same_path(options, in_this_process):
-    entries = BUNDLE.content("architectures")["sources"]
+    entries = DATASETS.content("architectures")["sources"]
     assert len({json.dumps(entry.get("network")) for entry in entries}) == len(entries) >= 4
     entries = [dict(entry, task="14-T2-tumour") for entry in entries if entry["name"] in ("ResNet18", "DenseNet")]
     run("architectures", **options, sources=entries)
@@ -270,117 +188,21 @@ def test_a_class_with_fewer_images_than_asked_uses_what_there_is(options, in_thi
     )
 
 
-# The configs agree
-
-
-def test_inference_prepares_images_as_training_did():
-    train = BUNDLE.content("train")
-    inference = BUNDLE.content("inference")
-    for key in ("image_size", "in_channels", "network_def"):
-        assert inference[key] == train[key]
-    assert inference["preprocessing"]["transforms"] == train["train"]["deterministic_transforms"]
-    assert inference["task"] in train["sources"]
-
-
-def test_the_default_pool_asks_different_questions_of_different_institutions():
-    train = BUNDLE.content("train")
-    parts = [source.split("-") for source in train["sources"]]
-    assert len(parts) >= 6
-    assert len({part[0] for part in parts}) >= 3
-    assert len({part[2] for part in parts}) >= 4
-    study = BUNDLE.content("study")
-    assert len(study["targets"]) >= 5
-    assert len(study["sources"]) >= 5
-    assert set(study["targets"]) & set(study["sources"]), "a target's own model shows the paper's point"
-
-
-# As users start it
-
-
-@pytest.mark.slow
-def test_a_bad_file_gives_one_line(options, tmp_path):
-    np.savez(tmp_path / "wrong.npz", images=np.zeros(3))
-    process = start(["configs/train.json"], TINY | options | {"target_task": str(tmp_path / "wrong.npz")})
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert errors.rstrip().splitlines()[-1].startswith("error: ")
-    assert "has no 'train_images'; found the keys images" in errors
-    assert "Traceback" not in errors
-
-
 def test_a_fine_tuning_starts_from_a_source(options):
     assert "--source_task (or --source_ckpt) is not given" in refused(lambda: run("finetune", **options))
-
-
-def test_mlflow_tracks_a_training(options, tmp_path):
-    mlflow = pytest.importorskip("mlflow")
-    uri = f"sqlite:///{tmp_path / 'runs.db'}"
-    run("scratch", "mlflow", **options, progress=True, epochs=2, **{"mlflow#tracking_uri": uri})
-    client = mlflow.MlflowClient(uri)
-    (tracked,) = client.search_runs(client.get_experiment_by_name("dataset_transferability").experiment_id)
-    assert tracked.info.status == "FINISHED"
-    assert tracked.data.params["method"] == "scratch"
-    steps = {key: [one.step for one in client.get_metric_history(tracked.info.run_id, key)] for key in ("loss", "auc")}
-    assert steps == {"loss": [1, 2, 3, 4], "auc": [1, 2]}
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle_of_the_pool_the_next_run_continues(options, tmp_path):
-    long = TINY | options | {"source_dir": str(tmp_path / "pool"), "iterations_per_epoch": 60}
-    kill_once_there(start(["configs/train.json"], long), tmp_path / "pool/*/metrics.csv")
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").glob("*/metrics.csv")}
-    finish(start(["configs/train.json"], long))
-    assert len(list((tmp_path / "pool").glob("*/metrics.csv"))) == len(SOURCES)
-    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
-    assert (Path(options["output_dir"]) / "answer.txt").is_file()
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_scores_of_one(options, tmp_path):
-    run_options = TINY | options | {"source_dir": str(tmp_path / "pool")}
-    files = ["configs/train.json", "configs/multi_gpu_train.json"]
-    finish(start(files, run_options | {"output_dir": str(tmp_path / "two")}, processes=2))
-    finish(start(files[:1], run_options | {"output_dir": str(tmp_path / "one")}))
-    one, two = ranking_of(tmp_path / "one"), ranking_of(tmp_path / "two")
-    same = ["score", "leep", "logme", "nleep", "parc", "sfda", "gbc", "h_score", "ncti", "lp"]
-    pd.testing.assert_frame_equal(one[same], two[same].loc[one.index], atol=1e-4, rtol=1e-4)
-    assert two["fu"].dropna().gt(0).all()  # of other batches: triplets are formed within one
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_network(options, tmp_path):
     files = ["configs/train.json", "configs/scratch.json", "configs/multi_gpu_train.json"]
-    run_options = TINY | options | {"output_dir": str(tmp_path / "two")}
-    finish(start(files, {key: value for key, value in run_options.items() if key != "sources"}, processes=2))
+    run_options = dict(DATASETS.tiny) | options | {"output_dir": str(tmp_path / "two")}
+    finish(DATASETS.start(files, {key: value for key, value in run_options.items() if key != "sources"}, processes=2))
     metrics = pd.read_csv(tmp_path / "two" / "metrics.csv").set_index("split")
     predictions = pd.read_csv(tmp_path / "two" / "predictions.csv")
-    workflow = BUNDLE.workflow(**options)
+    workflow = DATASETS.workflow(**options)
     workflow.initialize()
     target = workflow.parser.get_parsed_content("target")
     labels = {item["name"]: item["label"] for item in target.datalist("test")}
     test = predictions[predictions["split"] == "test"].set_index("name")["label"]
     assert test.to_dict() == labels  # every image once, with its own label
     assert metrics.loc["test", "images"] == len(labels)
-
-
-@pytest.mark.slow
-def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path):
-    settings = {key: value for key, value in TINY.items() if "#" not in key and key not in ("sources", "target_task")}
-    settings |= {"collection": options["collection"], "source_dir": str(tmp_path / "pool")}
-    study = {
-        "targets": ["17-T2-tumour", "14-T2-tumour"],
-        "sources": SOURCES,
-        "seeds": [0],
-        "settings": settings,
-        "output_dir": str(tmp_path / "study"),
-    }
-    finish(start(["configs/study.json"], study))
-    names = {path.name for path in (tmp_path / "study").iterdir()}
-    assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "runs"} <= names
-    table = pd.read_csv(tmp_path / "study" / "study.csv")
-    assert len(table) == 4 + 3  # the own model is in neither
-    assert "Is a target its own best source?" in (tmp_path / "study" / "study.md").read_text()
-    before = trainings(tmp_path)
-    finish(start(["configs/study.json"], study))
-    assert before
-    assert trainings(tmp_path) == before

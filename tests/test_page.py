@@ -1,4 +1,4 @@
-"""report.html: what is on the page, that it needs nothing else, and that every bundle's run makes one."""
+"""report.html: what is on the page, and that it needs nothing else."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
-from monai.bundle import ConfigWorkflow
-from monai.networks.nets import BasicUNet
 
 from medtl_ext import InputError
-from medtl_ext.data import generate_phantom
 from medtl_ext.transfer import html_report
-from medtl_ext.transfer.config import identity
 from medtl_ext.visualize import save_figure
 
-BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 VOID = {"meta", "img", "br"}
 EVIL = "<script>alert('\"&')</script>"
 
@@ -146,7 +141,7 @@ def test_the_figure_is_in_the_page(finished):
 def test_the_command_and_the_options_are_shown(finished):
     page = page_of(finished)
     codes = [text for tag, text in page.texts if tag == "code"]
-    assert codes[0] == "python -m monai.bundle run --x 'y'"
+    assert codes[0].strip() == "python -m monai.bundle run --x 'y'"
     assert codes[1] == f"python -m monai.bundle run --config_file {finished / 'config.json'} --output_dir again"
     assert page.tables[-1] == [["option", "value"], ["epochs", "3"], ["task", "17-T2-ED"], ["roi", "[8, 8]"]]
     assert f"torch {torch.__version__}" in page.text
@@ -196,7 +191,8 @@ def test_a_report_in_markdown_is_shown_as_one(finished):
     (finished / "comparison.csv").write_text("method,mean\nfull,0.5\n")
     page = page_of(finished)
     assert page.tables[0] == [["method", "Dice"], ["full", "0.5 ± 0.1"], ["none", ""]]
-    assert [text for tag, text in page.texts if tag == "li"] == ["a | b is best", " is not"]
+    assert len(page.named("li")) == 2
+    assert "a | b is best c is not" in page.text
     assert [text for tag, text in page.texts if tag == "strong"][:2] == ["3", "c"]
     assert "comparison.csv)" not in page.text
     assert page.text.index("is not") < page.text.index("Figures") < page.text.index("The pair")
@@ -243,169 +239,3 @@ def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="no text, table or figure"):
         html_report(tmp_path, title="", question="", synthetic=False)
     assert not (tmp_path / "report.html").exists()
-
-
-# The bundles
-
-FEATURES = [4, 4, 4, 4, 4, 4]
-TINY = {
-    "target_task": "17-T2-ED",
-    "spacing": [6.0, 6.0, 8.0],
-    "roi_size": [32, 32],
-    "network_def#features": FEATURES,
-    "train_slices": 8,
-    "epochs": 2,
-    "iterations_per_epoch": 2,
-    "batch_size": 4,
-    "val_interval": 1,
-    "n_jobs": 1,
-    "check_data": False,
-    "progress": False,
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    """Options for one patient a split, and a network that has learnt nothing."""
-    folder = tmp_path_factory.mktemp("data")
-    settings = {"subjects": 3, "modalities": ["T2"], "n_jobs": 1, "progress": False}
-    collection = generate_phantom(folder / "phantom", institutions=["17"], **settings)
-    torch.save(BasicUNet(2, 1, 2, features=FEATURES, norm="batch").state_dict(), folder / "source.pt")
-    return TINY | {"collection": str(collection), "source_ckpt": str(folder / "source.pt")}
-
-
-@pytest.fixture(autouse=True)
-def no_determinism_left_behind():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def run(bundle: str, *names: str, **options) -> Path:
-    files = [str(BUNDLES / bundle / "configs" / f"{name}.json") for name in names]
-    workflow = ConfigWorkflow(files, workflow_type="train", **options)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return Path(options["output_dir"])
-
-
-def risk_map(*names: str, data: dict, folder: Path, **options) -> Path:
-    options = (
-        data | {"source_task": "17-T2-ED", "audit#arms": [], "figures": False, "output_dir": str(folder)} | options
-    )
-    return run("risk_map", "train", *names, **options)
-
-
-def test_risk_map_reports(data, tmp_path):
-    folder = risk_map(data=data, folder=tmp_path / "out", figures=True)
-    page = Page(folder / "report.html")
-    assert len(page.named("img")) == 2
-    assert "Synthetic data." in page.text
-    assert "17-T2-ED to 17-T2-ED: risk_map" in page.text
-
-    ckpt = {"ckpt": str(folder / "model.pt"), "figures": True}
-    page = Page(risk_map("evaluate", data=data, folder=tmp_path / "again", **ckpt) / "report.html")
-    assert "patients it never saw" in page.text
-    assert ["train_slices", "8"] in page.tables[-1]
-
-
-@pytest.mark.parametrize("quiet", [{"figures": False}, {"figures": True, "rank": 1}], ids=str)
-def test_no_report_of_inner_runs_and_other_ranks(quiet, data, tmp_path):
-    folder = risk_map("vanilla", data=data, folder=tmp_path / "out", **quiet)
-    assert not (folder / "report.html").exists()
-    assert not (folder / "tensorboard").exists()
-
-
-def test_source_selection_reports(data, tmp_path):
-    settings = {key: value for key, value in data.items() if key != "source_ckpt"}
-    settings |= {"sources": [{"name": f"s{i}", "checkpoint": data["source_ckpt"], "n_classes": 2} for i in range(2)]}
-    settings |= {"pixels": 20, "n_resamples": 5, "metrics": ["leep"], "decide_by": "leep"}
-    folder = run("source_selection", "train", output_dir=str(tmp_path / "out"), **settings)
-    page = Page(folder / "report.html")
-    assert "Source selection for 17-T2-ED" in page.text
-    assert (folder / "answer.txt").read_text().split()[0] in page.text
-    assert {row[0] for row in page.tables[0][1:]} == {"s0", "s1", "scratch"}
-    assert len(page.named("img")) == 1
-
-
-@pytest.mark.parametrize(
-    ("bundle", "name", "step", "text"),
-    [
-        ("risk_map", "compare", "studies.compare_methods", "comparison.md"),
-        ("source_selection", "study", "selection.study_selection", "study.md"),
-    ],
-)
-def test_comparisons_and_studies_report(bundle, name, step, text, data, tmp_path, monkeypatch):
-    """What they compute is for their own tests: here the step leaves a page, as it does."""
-
-    def leave_a_page(*, output_dir, **settings):
-        Path(output_dir).mkdir()
-        (Path(output_dir) / text).write_text("# What\n\n- dice_ce is best\n")
-
-    monkeypatch.setattr(f"medtl_ext.{step}", leave_a_page)
-    tasks = {"pairs": [["17-T2-ED", "17-T2-ED"]]} if bundle == "risk_map" else {"targets": ["17-T2-ED"]}
-    settings = {"collection": data["collection"]}
-    page = Page(run(bundle, name, output_dir=str(tmp_path / "out"), settings=settings, **tasks) / "report.html")
-    assert "dice_ce is best" in page.text
-    assert "Synthetic data." in page.text
-    assert ["settings", json.dumps(settings)] in page.tables[-1]
-
-
-@pytest.mark.parametrize("bundle", ["risk_map", "source_selection"])
-def test_the_report_is_the_last_step_before_the_last_line(bundle):
-    for path in (BUNDLES / bundle / "configs").glob("*.json"):
-        steps = [step for step in json.loads(path.read_text()).get("run", []) if "print(" not in step]
-        reports = ["html_report" in step for step in steps]
-        assert not any(reports[:-1]), path.name
-        if path.name in ("train.json", "evaluate.json", "compare.json", "study.json"):
-            assert reports[-1], path.name
-
-
-# Tracking
-
-
-def curves(folder: Path) -> dict[str, list[int]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    return {name: [one.step for one in events.Scalars(name)] for name in events.Tags()["scalars"]}
-
-
-def test_tensorboard_has_the_loss_and_the_validations_only(data, tmp_path):
-    """The scoring of validation and test patients after the training is no point of the curve."""
-    folder = risk_map("vanilla", data=data, folder=tmp_path / "out", progress=True, epochs=4, val_interval=2)
-    expected = {"loss": list(range(1, 9)), "validation dice": [2, 4], "validation iou": [2, 4]}
-    assert curves(folder) == expected
-
-
-def test_tensorboard_of_a_fine_tuning_in_source_selection(data, tmp_path):
-    settings = data | {"source_task": "17-T2-ED", "progress": True, "output_dir": str(tmp_path / "out")}
-    folder = run("source_selection", "train", "finetune", **settings)
-    assert curves(folder) == {"loss": [1, 2, 3, 4], "validation dice": [1, 2], "validation iou": [1, 2]}
-
-
-@pytest.mark.parametrize("bundle", ["risk_map", "source_selection"])
-def test_mlflow_tracks_a_training_once(bundle, data, tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    method = "vanilla" if bundle == "risk_map" else "finetune"
-    uri = f"sqlite:///{tmp_path / 'runs.db'}"
-    settings = data | {"source_task": "17-T2-ED", "progress": True, "figures": False, "mlflow#tracking_uri": uri}
-    settings |= {"output_dir": str(tmp_path / "out")} | ({"audit#arms": []} if bundle == "risk_map" else {})
-    for _ in range(2):  # a finished run is not tracked again
-        run(bundle, "train", method, "mlflow", **settings)
-    client = mlflow.MlflowClient(uri)
-    experiment = client.get_experiment_by_name(bundle)
-    (tracked,) = client.search_runs(experiment.experiment_id)
-    assert tracked.info.status == "FINISHED"
-    assert tracked.data.params["method"] == method
-    steps = {key: [one.step for one in client.get_metric_history(tracked.info.run_id, key)] for key in ("loss", "dice")}
-    assert steps == {"loss": [1, 2, 3, 4], "dice": [1, 2]}
-
-
-@pytest.mark.parametrize("bundle", sorted(path.name for path in BUNDLES.iterdir()))
-def test_the_overlay_of_mlflow_changes_nothing_that_a_run_computes(bundle):
-    """Else sources would be trained again for it, and a run be taken for another."""
-    configs = [str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ("train", "mlflow")]
-    plain, tracked = (ConfigWorkflow(files, workflow_type="train").parser.get() for files in (configs[:1], configs))
-    assert identity(tracked) == identity(plain)

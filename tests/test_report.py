@@ -56,8 +56,6 @@ class TestTables:
         assert row["mean"] == pytest.approx(0.725)
         assert row["sd"] == pytest.approx(np.std([0.70, 0.75], ddof=1))
         assert (row["runs"], row["patients"]) == (2, 2)
-
-    def test_one_run_has_no_spread(self, two_runs):
         assert np.isnan(summarize(two_runs[two_runs["seed"] == 0])["sd"].item())
 
     def test_source_checkpoints_are_runs_and_scratch_needs_none(self):
@@ -71,15 +69,15 @@ class TestTables:
         pd.testing.assert_frame_equal(summarize(pd.read_csv(tmp_path / "rows.csv")), summarize(two_runs))
 
     def test_refuses_missing_columns_duplicates_nan_and_nothing(self, two_runs):
-        with pytest.raises(InputError, match=r"lack the column.*subject"):
-            patient_table(two_runs.drop(columns="subject"))
-        with pytest.raises(InputError, match="full, seed 0, patient p0, class ED twice in split val"):
-            patient_table(pd.concat([two_runs, two_runs.head(1)], ignore_index=True))
-        two_runs.loc[3, "dice"] = np.nan
-        with pytest.raises(InputError, match=r"1 of 8 results are not finite.*patient p1, class ET"):
-            patient_table(two_runs)
-        with pytest.raises(InputError, match="empty"):
-            patient_table(two_runs.head(0))
+        twice = pd.concat([two_runs, two_runs.head(1)], ignore_index=True)
+        for rows, said in [
+            (two_runs.drop(columns="subject"), r"lack the column.*subject"),
+            (twice, "full, seed 0, patient p0, class ED twice in split val"),
+            (two_runs.assign(dice=two_runs["dice"].drop(3)), r"1 of 8 results are not finite.*patient p1, class ET"),
+            (two_runs.head(0), "empty"),
+        ]:
+            with pytest.raises(InputError, match=said):
+                patient_table(rows)
 
 
 VALIDATION = {
@@ -124,7 +122,7 @@ class TestAudit:
         assert verdict.recommendation is None
         assert "2 validation patients cannot settle this" in verdict.text
 
-    def test_json_is_strict_and_complete(self, audit_rows, tmp_path):
+    def test_its_files_are_strict_and_complete(self, audit_rows, tmp_path):
         verdict = audit_report(audit_rows, tmp_path, method="risk_map")
         text = (tmp_path / "audit.json").read_text(encoding="utf-8")
         content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -136,9 +134,6 @@ class TestAudit:
         assert [row["arm"] for row in content["tables"]["val"]] == ["scratch", "full", "risk_map", "zero_shot"]
         assert content["tables"]["val"][0]["p"] is None
         assert content["tables"]["test"][1]["difference"] == pytest.approx(-0.1)
-
-    def test_csv_has_both_splits(self, audit_rows, tmp_path):
-        audit_report(audit_rows, tmp_path, method="risk_map")
         table = pd.read_csv(tmp_path / "audit.csv")
         assert table["split"].value_counts().to_dict() == {"val": 4, "test": 4}
         assert table["mean"].iloc[0] == pytest.approx(np.mean(VALIDATION["scratch"]))
@@ -173,12 +168,13 @@ class TestAudit:
         assert "1 validation patient cannot settle" in audit_report(one, tmp_path, method="risk_map").text
 
     def test_refuses_other_splits_methods_and_patients(self, audit_rows, tmp_path):
-        with pytest.raises(InputError, match="decided on split 'val'; found test"):
-            audit_report(audit_rows[audit_rows["split"] == "test"], tmp_path, method="risk_map")
-        with pytest.raises(InputError, match="no results of 'trs_map'; found zero_shot, scratch"):
-            audit_report(audit_rows, tmp_path, method="trs_map")
-        with pytest.raises(InputError, match="same subjects"):
-            audit_report(audit_rows.drop(index=0), tmp_path, method="risk_map")
+        for rows, method, said in [
+            (audit_rows[audit_rows["split"] == "test"], "risk_map", "decided on split 'val'; found test"),
+            (audit_rows, "trs_map", "no results of 'trs_map'; found zero_shot, scratch"),
+            (audit_rows.drop(index=0), "risk_map", "same subjects"),
+        ]:
+            with pytest.raises(InputError, match=said):
+                audit_report(rows, tmp_path, method=method)
         assert not list(tmp_path.iterdir())
 
 
@@ -222,7 +218,7 @@ class TestComparison:
         untouched = compare_rows[compare_rows["method"].eq("vanilla") & compare_rows["seed"].eq(0)]
         untouched = untouched.assign(method="zero_shot", seed=np.nan, dice=untouched["dice"] - 0.1)
         rows = pd.concat([compare_rows, untouched], ignore_index=True)
-        table = compare_report(rows, tmp_path).table.set_index(["pair", "method"])
+        table = compare_report(rows, tmp_path).set_index(["pair", "method"])
         assert table.loc[("A", "zero_shot"), ["runs", "runs_ahead", "runs_matched"]].tolist() == [2, 0, 2]
 
     def test_all_pairs_pool_the_patients(self, compare_rows, tmp_path):
@@ -230,7 +226,7 @@ class TestComparison:
         pooled = table.loc[(ALL_PAIRS, "risk_map")]
         assert pooled["patients"] == 16
         assert pooled["mean"] == pytest.approx(table.loc[[("A", "risk_map"), ("B", "risk_map")], "mean"].mean())
-        single = compare_report(compare_rows[compare_rows["pair"] == "A"], tmp_path).table
+        single = compare_report(compare_rows[compare_rows["pair"] == "A"], tmp_path)
         assert ALL_PAIRS not in set(single["pair"])
 
     def test_a_patient_of_two_pairs_counts_once(self, compare_rows, tmp_path):
@@ -238,8 +234,13 @@ class TestComparison:
         table = compare_report(compare_rows, tmp_path)
         assert table.loc[table["pair"] == ALL_PAIRS, "patients"].tolist() == [8] * 4
 
+    @staticmethod
+    def text(rows, folder):
+        compare_report(rows, folder)
+        return (folder / "comparison.md").read_text(encoding="utf-8")
+
     def test_text_says_what_the_numbers_show(self, compare_rows, tmp_path):
-        text = compare_report(compare_rows, tmp_path).text
+        text = self.text(compare_rows, tmp_path)
         assert "all pairs, 50 slices: better than vanilla (corrected p < .05): risk_map (+0.0" in text
         assert "risk_map against the controls that never saw the source: prior_image" in text
         assert "no evidence that knowing the source adds" in text
@@ -249,18 +250,18 @@ class TestComparison:
 
     def test_text_admits_a_risk_map_that_beats_its_controls(self, compare_rows, tmp_path):
         compare_rows.loc[compare_rows["method"] == "risk_map", "dice"] += 0.05
-        assert "it beats all of them" in compare_report(compare_rows, tmp_path).text
+        assert "it beats all of them" in self.text(compare_rows, tmp_path)
 
     def test_text_says_when_tests_cannot_speak(self, compare_rows, tmp_path):
         few = compare_rows[compare_rows["subject"].isin(["A0", "A1", "A2", "A3", "A4"])]
-        text = compare_report(few, tmp_path).text
-        assert "Too few patients for any corrected p to reach .05, whatever the Dice: A (at least 0.19)" in text
+        said = "Too few patients for any corrected p to reach .05, whatever the Dice: A (at least 0.19)"
+        assert said in self.text(few, tmp_path)
 
-    def test_markdown(self, compare_rows, tmp_path):
-        comparison = compare_report(compare_rows, tmp_path, synthetic=True, title="Phantom")
+    def test_files(self, compare_rows, tmp_path):
+        table = compare_report(compare_rows, tmp_path, synthetic=True)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["comparison.csv", "comparison.md", "comparison.png"]
+        assert len(pd.read_csv(tmp_path / "comparison.csv")) == len(table) == 12
         page = (tmp_path / "comparison.md").read_text(encoding="utf-8")
-        assert page.startswith("# Phantom\n")
-        assert comparison.text in page
         assert "All data are synthetic" in page
         assert "seeds 0, 1; source checkpoints 0, 1" in page
         section = page.split("## B, 50 slices")[1].split("##")[0]
@@ -270,18 +271,13 @@ class TestComparison:
         assert "| reference |" in section
         assert "2 of 2" in section
 
-    def test_files(self, compare_rows, tmp_path):
-        comparison = compare_report(compare_rows, tmp_path)
-        assert sorted(f.name for f in tmp_path.iterdir()) == ["comparison.csv", "comparison.md", "comparison.png"]
-        assert len(pd.read_csv(tmp_path / "comparison.csv")) == len(comparison.table) == 12
-        assert (tmp_path / "comparison.png").stat().st_size > 5000
-
     def test_refuses_missing_columns_reference_and_split(self, compare_rows, tmp_path):
-        with pytest.raises(InputError, match=r"lack the column.*source_seed"):
-            compare_report(compare_rows.drop(columns="source_seed"), tmp_path)
         without = compare_rows[(compare_rows["pair"] == "A") | (compare_rows["method"] != "vanilla")]
-        with pytest.raises(InputError, match="Pair B with 50 slices has no results of the reference 'vanilla'"):
-            compare_report(without, tmp_path)
-        with pytest.raises(InputError, match="No results for split 'val'; found test"):
-            compare_report(compare_rows, tmp_path, split="val")
+        for rows, said in [
+            (compare_rows.drop(columns="source_seed"), r"lack the column.*source_seed"),
+            (without, "Pair B with 50 slices has no results of the reference 'vanilla'"),
+            (compare_rows.assign(split="val"), "No results for split 'test'; found val"),
+        ]:
+            with pytest.raises(InputError, match=said):
+                compare_report(rows, tmp_path)
         assert not list(tmp_path.iterdir())

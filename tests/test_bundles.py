@@ -1,0 +1,477 @@
+"""What all bundles promise: files, the same twice, one line for bad input, going on when killed; configs that agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from bundle_runs import (
+    DATASETS,
+    REPOSITORY,
+    RISK_MAP,
+    SOURCE_SELECTION,
+    Bundle,
+    finish,
+    kill_once_there,
+    ranking_of,
+    start,
+    trainings,
+)
+
+from medtl_ext.transfer import Job, SegmentationTask
+from medtl_ext.transfer.config import identity
+from medtl_ext.transfer.truth import best_of
+
+RANKERS = [SOURCE_SELECTION, DATASETS]
+RUN_HERE = [RISK_MAP, *RANKERS]
+ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]
+
+pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    return {path.name: pd.read_csv(path) for path in folder.glob("*.csv")}
+
+
+# The whole of train.json
+
+LEFT = {"config.json", "report.html"}
+LEFT_BY_RANKERS = LEFT | {"ranking.csv", "ranking.json", "ranking.png", "answer.txt"}
+LEFT_BY_RISK_MAP = LEFT | {"metrics.csv", "model.pt", "last.pt", "maps.png", "overlay.png", "weight.nii.gz", "audit"}
+LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "audit.json", "audit.png"}
+
+
+@pytest.mark.parametrize(
+    ("bundle", "files", "title"),
+    [
+        (RISK_MAP, LEFT_BY_RISK_MAP, "14-FLAIR-ED to 17-T2-ED: risk_map"),
+        (SOURCE_SELECTION, LEFT_BY_RANKERS, "Source selection for 17-T2-ED"),
+        (DATASETS, LEFT_BY_RANKERS, "Source datasets for 17-T2-tumour"),
+    ],
+    ids=str,
+)
+def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
+    folder = whole_run(bundle)
+    assert folder.with_suffix(".txt").read_text().rstrip().splitlines()[-1] == f"results are in {folder}"
+    assert {path.name for path in folder.iterdir()} == files
+    page = (folder / "report.html").read_text()
+    assert title in page
+    assert "Synthetic data." in page
+    assert page.count("<img ") == len(list(folder.glob("*.png")))
+
+
+@pytest.mark.parametrize("bundle", RUN_HERE, ids=str)
+def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, options, in_this_process):
+    first, again = whole_run(bundle), Path(options["output_dir"])
+    if trainings(first):  # what it trains is in its own folder
+        shutil.copytree(first, again)
+    trained, before = list(in_this_process), trainings(again)
+    bundle.run(**options | bundle.whole)
+    assert in_this_process == trained
+    assert trainings(again) == before
+    assert tables(first)
+    for name, table in tables(first).items():
+        ours = tables(again)[name].drop(columns="checkpoint", errors="ignore")
+        pd.testing.assert_frame_equal(ours, table.drop(columns="checkpoint", errors="ignore"))
+
+
+@pytest.mark.parametrize(
+    ("bundle", "task", "same", "other"),
+    [
+        (
+            SOURCE_SELECTION,
+            "14-T2-ED",
+            [{"target_task": "17-FLAIR-ET"}, {"method": "paper"}, {"sources": ["14-T2-ED"]}, {"pixels": 7}],
+            [{"pool_epochs": 2}, {"dice_weight": 0.5}, {"lr_scheduler#power": 2.0}],
+        ),
+        (
+            DATASETS,
+            "14-T2-tumour",
+            [{"target_task": "17-T1-load"}, {"decide_by": "leep"}, {"train_per_class": 7}, {"sources": ["a"]}],
+            [{"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}],
+        ),
+    ],
+    ids=str,
+)
+def test_the_pool_depends_on_its_own_training_only(bundle, task, same, other, options):
+    def folder(**changed: Any) -> Path:
+        return bundle.pool_job(task, **options | changed).output_dir
+
+    assert {folder(**changed) for changed in same} == {folder()}
+    assert len({folder(), *(folder(**changed) for changed in other)}) == 1 + len(other)
+
+
+@pytest.mark.parametrize("quiet", [{"figures": False}, {"figures": True, "rank": 1}], ids=str)
+def test_inner_runs_and_other_ranks_leave_no_curves(quiet, options):
+    RISK_MAP.run("scratch", **options | quiet, progress=quiet["figures"])
+    assert not (Path(options["output_dir"]) / "tensorboard").exists()
+    assert quiet["figures"] or not (Path(options["output_dir"]) / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("bundle", "score"), [(RISK_MAP, "dice"), (SOURCE_SELECTION, "dice"), (DATASETS, "auc")], ids=str
+)
+def test_a_training_is_tracked_once(bundle, score, options, tmp_path, monkeypatch):
+    """The scoring of validation and test patients after the training is no point of a curve."""
+    mlflow = pytest.importorskip("mlflow")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    settings = {"epochs": 4, "val_interval": 2, "iterations_per_epoch": 2, "progress": True, "mlflow#tracking_uri": uri}
+    for _ in range(2):  # a finished run is not tracked again
+        bundle.run("scratch", "mlflow", **options | settings)
+    client = mlflow.MlflowClient(uri)
+    (tracked,) = client.search_runs(client.get_experiment_by_name(bundle.name).experiment_id)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["method"] == "scratch"
+    expected = {"loss": list(range(1, 9)), score: [2, 4]}
+    history = {name: client.get_metric_history(tracked.info.run_id, name) for name in expected}
+    assert {name: [one.step for one in steps] for name, steps in history.items()} == expected
+    events = EventAccumulator(str(Path(options["output_dir"]) / "tensorboard")).Reload()
+    curves = {
+        name.removeprefix("validation "): [s.step for s in events.Scalars(name)] for name in events.Tags()["scalars"]
+    }
+    assert {name: curves[name] for name in expected} == expected
+
+
+# Studies
+
+TWO_TARGETS = {
+    SOURCE_SELECTION.name: ["17-T2-ED", "17-FLAIR-ET"],
+    DATASETS.name: ["17-T2-tumour", "14-T2-tumour"],  # the second is the first source
+}
+
+
+def study(bundle: Bundle, options: dict[str, str], **settings: Any) -> Path:
+    where = {name: options[name] for name in ("collection", "source_dir")}
+    whole = {"targets": TWO_TARGETS[bundle.name], "sources": bundle.tiny["sources"], "seeds": [0]}
+    bundle.run(base="study", **whole, settings=bundle.settings(**where, **settings), output_dir=options["output_dir"])
+    return Path(options["output_dir"])
+
+
+def plant(metrics: Path, **dice: float) -> None:
+    """Dice of each split, in place of what the training reached; these networks are too small to find anything."""
+    table = pd.read_csv(metrics)
+    table.assign(dice=table["split"].map(dice)).to_csv(metrics, index=False)
+
+
+def test_a_study_is_of_the_test_patients_and_is_continued(options, in_this_process):
+    folder = study(SOURCE_SELECTION, options, metrics=["h_score", "leep"])
+    names = {path.name for path in folder.iterdir()}
+    assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "priors.png", "runs"} <= names
+    assert "Synthetic" in (folder / "study.md").read_text()
+    sources, trained = SOURCE_SELECTION.tiny["sources"], list(in_this_process)
+    dice = {name: 0.2 + 0.1 * place for place, name in enumerate([*sources, "scratch"])}
+    for metrics in folder.glob("runs/*/seed0/finetune/*/metrics.csv"):
+        plant(metrics, val=1 - dice[metrics.parent.name], test=dice[metrics.parent.name])
+    for scored in folder.glob("runs/*/seed0/agreement.md"):
+        scored.unlink()
+    study(SOURCE_SELECTION, options, metrics=["h_score", "leep"])
+    assert set(in_this_process[len(trained) :]) == set(folder.glob("runs/*/seed0"))  # scored, none trained
+    table = pd.read_csv(folder / "study.csv")
+    assert len(table) == 2 * len(dice)
+    assert table["dice"].tolist() == pytest.approx(table["source"].map(dice).tolist())
+    truth = pd.read_csv(folder / "runs" / "17-T2-ED" / "seed0" / "truth.csv")
+    assert truth["source"].tolist() == ["scratch", *reversed(sources)]
+    assert truth["dice"].tolist() == pytest.approx(truth["source"].map(dice).tolist())
+
+
+def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_this_process):
+    folder = study(DATASETS, options)
+    names = {path.name for path in folder.iterdir()}
+    assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "runs", "report.html"} <= names
+    assert len(pd.read_csv(folder / "study.csv")) == 4 + 3
+    assert "Is a target its own best source?" in (folder / "study.md").read_text()
+    trained = list(in_this_process)
+    study(DATASETS, options)
+    assert in_this_process == trained
+
+
+def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, in_this_process):
+    whole = {
+        "pairs": [["14-FLAIR-ED", "17-T2-ED"]],
+        "methods": ["vanilla", "zero_shot", "scratch"],
+        "train_slices": [8],
+    }
+    whole |= {"runs": [{"seed": seed, "source_seed": 0} for seed in (0, 1)], "output_dir": options["output_dir"]}
+    settings = RISK_MAP.settings(**{name: options[name] for name in ("collection", "source_dir")})
+    RISK_MAP.run(base="compare", **whole, settings=settings)
+    folder, trained = Path(options["output_dir"]), list(in_this_process)
+    assert {"comparison.csv", "comparison.md", "comparison.png", "report.html"} <= {p.name for p in folder.iterdir()}
+    table = pd.read_csv(folder / "comparison.csv").set_index("method")
+    assert table["runs"].to_dict() == {"vanilla": 2, "zero_shot": 1, "scratch": 2}
+    RISK_MAP.run(base="compare", **whole, settings=settings)
+    assert in_this_process == trained
+
+
+def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
+    """And its worth that of the test patients."""
+    rows = pd.DataFrame({"method": "full", "seed": 0, "split": ["val", "test"], "subject": ["a", "b"], "class": "ED"})
+    jobs = []
+    for name, dice in {"first": [0.3, 0.9], "second": [0.8, 0.1], "third": [0.8, 0.7]}.items():
+        jobs.append(Job({}, tmp_path / name))
+        jobs[-1].output_dir.mkdir()
+        rows.assign(dice=dice, iou=dice).to_csv(tmp_path / name / "metrics.csv", index=False)
+    best = best_of(jobs, SegmentationTask)
+    assert best is jobs[1]  # the first of equal ones
+    assert SegmentationTask.measure(best, "test")["dice"] == pytest.approx(0.1)
+
+
+# As users start it
+
+
+@pytest.mark.parametrize(
+    ("bundle", "wrong", "said"),
+    [
+        (RISK_MAP, {"epoch": 1}, "option --epoch is not used by this bundle; did you mean --epochs?"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (RISK_MAP, {"collection": "nowhere.json"}, "collection nowhere.json does not exist"),
+                (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+                (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
+                (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),
+                (DATASETS, {"target_task": "wrong.npz"}, "has no 'train_images'; found the keys images"),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_the_command_line_shows_one_line_and_no_traceback(bundle, wrong, said, options, tmp_path):
+    np.savez(tmp_path / "wrong.npz", images=np.zeros(3))
+    changed = {name: str(tmp_path / value) if value == "wrong.npz" else value for name, value in wrong.items()}
+    process = bundle.start(["configs/train.json"], dict(bundle.tiny) | options | changed)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert errors.rstrip().splitlines()[-1].startswith("error: ")
+    assert said in errors.rstrip().splitlines()[-1]
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bundle", "cwd", "results"),
+    [
+        (RISK_MAP, "", "14-FLAIR-ED_to_17-T2-ED/risk_map"),
+        (RISK_MAP, "bundles/risk_map", "14-FLAIR-ED_to_17-T2-ED/risk_map"),
+        (SOURCE_SELECTION, "elsewhere", "17-T2-ED/pooled"),
+        (DATASETS, "", "17-T2-tumour/ranking"),
+    ],
+    ids=str,
+)
+def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
+    """From the repository root, from inside the bundle and from another folder; on a copy, where results go as well."""
+    root = tmp_path / "bundles" / bundle.name
+    shutil.copytree(bundle.root, root, ignore=shutil.ignore_patterns("eval", "sources"))
+    (tmp_path / cwd).mkdir(exist_ok=True)
+    config = os.path.relpath(root / "configs" / "train.json", tmp_path / cwd)
+    settings = dict(bundle.tiny) | {"collection": options["collection"], "sources": bundle.tiny.get("sources")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    output = finish(start([config], settings, cwd=tmp_path / cwd))
+    assert output.rstrip().splitlines()[-1] == f"results are in {root / 'eval' / results}"
+    assert tables(root / "eval" / results)
+    assert list(root.glob("models/sources/*/model.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bundle", "there", "answer"),
+    [(RISK_MAP, "out/model.pt", "audit.json"), *((bundle, "pool/*/metrics.csv", "answer.txt") for bundle in RANKERS)],
+    ids=str,
+)
+def test_killed_in_the_middle_the_next_run_continues(bundle, there, answer, options, tmp_path):
+    long = {"source_dir": str(tmp_path / "pool"), "iterations_per_epoch": 60, "val_interval": 1, "epochs": 8}
+    long = dict(bundle.tiny) | options | long | ({"audit#arms": ["full"]} if bundle is RISK_MAP else {})
+    kill_once_there(bundle.start(["configs/train.json"], long), tmp_path / there)
+    assert not (tmp_path / "out" / answer).exists()
+    finished = [path.parent for path in tmp_path.glob("pool/*/metrics.csv")]
+    when = {path: path.stat().st_mtime_ns for folder in finished for path in folder.iterdir()}
+    finish(bundle.start(["configs/train.json"], long))
+    assert finished
+    assert {path: path.stat().st_mtime_ns for path in when} == when
+    assert len(list(tmp_path.glob("pool/*/metrics.csv"))) == len(bundle.tiny.get("sources", ["one"]))
+    assert (tmp_path / "out" / answer).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bundle", "unlike", "tolerance"),
+    [(SOURCE_SELECTION, "", 1e-6), (DATASETS, "fu", 1e-4)],  # FU is of other batches: triplets are formed within one
+    ids=str,
+)
+def test_two_processes_give_the_scores_of_one(bundle, unlike, tolerance, options, tmp_path):
+    settings = dict(bundle.tiny) | options | {"source_dir": str(tmp_path / "pool")}
+    files = ["configs/train.json", "configs/multi_gpu_train.json"]
+    finish(bundle.start(files, settings | {"output_dir": str(tmp_path / "two")}, processes=2))
+    finish(bundle.start(files[:1], settings | {"output_dir": str(tmp_path / "one")}))
+    one, two = (ranking_of(tmp_path / run).select_dtypes("number") for run in ("one", "two"))
+    same = [name for name in one if not (unlike and unlike in name)]
+    assert set(bundle.content("train")["metrics"]) - {"fu", "lp_fu"} <= set(same)
+    pd.testing.assert_frame_equal(one[same], two[same].loc[one.index], atol=tolerance, rtol=tolerance)
+    assert not unlike or two[unlike].dropna().gt(0).all()
+
+
+# The configs agree
+
+VERB = re.compile(r"\$@(\w+|train#trainer)\.(run|start|check|write|end)\(\)")
+CONFIGS = [path for bundle in ALL for path in sorted(bundle.configs.glob("*.json"))]
+
+
+def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in a config, with their keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from strings(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from strings(part, key)
+
+
+def test_every_step_is_one_verb_of_an_object():
+    for path in CONFIGS:
+        steps = json.loads(path.read_text()).get("run", [])
+        said = path.name == "inference.json" and steps[-1].startswith("$print(")  # where the results are
+        for step in steps[: len(steps) - said]:
+            assert VERB.fullmatch(step), f"{path}: {step}"
+        assert all(len(step) <= 120 for step in steps)
+
+
+def test_runs_begin_with_whose_folder_it_is_and_end_with_where_the_results_are():
+    for path in CONFIGS:
+        steps = json.loads(path.read_text()).get("run", [])
+        if "$@here.start()" in steps:
+            before = steps[: steps.index("$@here.start()")]
+            assert all(step.endswith(".check()") for step in before), path
+            assert steps[-1] == "$@here.end()", path
+        if "$@report.write()" in steps:
+            assert set(steps[steps.index("$@report.write()") + 1 :]) <= {"$@here.end()"}, path
+        if path.name in ("train.json", "compare.json", "study.json"):
+            assert "$@report.write()" in steps, path
+
+
+def test_everything_of_ours_that_configs_name_is_there():
+    for bundle in ALL:
+        texts = [item for path in bundle.configs.glob("*.json") for item in strings(json.loads(path.read_text()))]
+        modules = dict(
+            pair[::-1] for _, text in texts for pair in re.findall(r"\$import (medtl_ext[\w.]*) as (\w+)", text)
+        )
+        named = {text for key, text in texts if key == "_target_" and text.startswith("medtl_ext.")}
+        for _, text in texts:
+            if text.startswith("$"):
+                found = re.findall(r"(?<![\w.@])(\w+)\.(\w+)", text)
+                named |= {f"{modules[module]}.{name}" for module, name in found if module in modules}
+        assert len(named) > 5
+        assert not [name for name in named if pydoc.locate(name) is None], bundle
+
+
+@pytest.mark.parametrize("bundle", ALL, ids=str)
+def test_inference_prepares_images_as_training_did(bundle):
+    train, inference = bundle.content("train"), bundle.content("inference")
+    shared = {"spacing", "roi_size", "image_size", "in_channels", "network_def"} & train.keys()
+    assert {key: inference[key] for key in shared} == {key: train[key] for key in shared}
+    steps = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
+    prepared = inference["preprocessing"]["transforms"]
+    assert [step["_target_"] for step in prepared] == [step["_target_"] for step in steps]
+    for ours, theirs in zip(prepared, steps, strict=True):
+        same = ours.keys() & theirs.keys() - {"keys", "mode", "spatial_size"}  # of image alone; of a volume
+        assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+
+
+@pytest.mark.parametrize("bundle", ALL, ids=str)
+def test_the_overlay_of_mlflow_changes_nothing_that_a_run_computes(bundle):
+    """Else sources would be trained again for it, and a run be taken for another."""
+    plain, tracked = (bundle.workflow(*overlays).parser.get() for overlays in ((), ("mlflow",)))
+    assert identity(tracked) == identity(plain)
+
+
+@pytest.mark.parametrize("bundle", RANKERS, ids=str)
+def test_the_default_pool_and_study_are_wide_enough(bundle):
+    train, several = bundle.content("train"), bundle.content("study")
+    institutions, _, objectives = (set(part) for part in zip(*(s.split("-") for s in train["sources"]), strict=True))
+    assert len(train["sources"]) >= 6
+    assert len(institutions) >= 2
+    assert len(objectives) >= 2
+    assert min(len(several["targets"]), len(several["sources"])) >= 4
+    assert len(several["seeds"]) >= 2
+
+
+def test_blocks_that_several_bundles_hold_are_equal():
+    """But for what is listed here, key by key; what only the bundle of classification has otherwise is so elsewhere."""
+    what_is_asked = {"target_task", "source_task", "sources", "method", "output_dir", "report#title", "report#question"}
+    how_it_trains = {"learning_rate", "augment", "train_slices", "check#splits", "train#handlers#order"}
+    weights_of_the_loss = {"train#trainer#_target_", "train#trainer#train_handlers", "loss_def#normalization"}
+    weights_of_the_loss |= {"validate#postprocessing#transforms#order"}  # a shift of the logits goes before all else
+    own = {
+        "train": what_is_asked | how_it_trains | weights_of_the_loss | {"imports", "run"},
+        "mlflow": {"mlflow#_desc_", "mlflow#experiment", "+validate#handlers#MLFlowHandler#epoch_log"},
+        "inference": {"task"},
+        "multi_gpu_train": set(),
+        "multi_gpu_evaluate": set(),
+    }
+    images = {
+        "image_shape",
+        "score#dataloader#batch_size",
+        "test#dataloader#batch_size",
+        "validate#dataloader#batch_size",
+    }
+    images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
+    images |= {f"train#random_transforms#RandFlipd#{key}" for key in ("keys", "spatial_axis")}
+    images |= {"train#random_transforms#RandShiftIntensityd#offsets", "train#random_transforms#order"}
+    ranges = ("rotate_range", "scale_range", "translate_range")
+    images |= {f"train#random_transforms#RandAffined#{key}" for key in ("keys", "mode", "padding_mode", *ranges)}
+    images |= {"train#deterministic_transforms#order", "validate#postprocessing#transforms#AsDiscreted#keys"}
+    classes = {"target#_target_", "evaluation#_target_", "evaluation#splits", "ranking#_target_", "ranking#check_data"}
+    classes |= {"metrics", "decide_by", "score#evaluator#amp"}  # FU needs gradients in full
+    training = {"network_def#_target_", "loss#_target_", "optimizer#_target_", "optimizer#params", "start_weights"}
+    training |= {"epochs", "pool_epochs", "iterations_per_epoch", "batch_size", "val_interval"}
+    training |= {"train#handlers#ProgressBar#desc"}
+    of_classification = {"train": images | classes | training}
+    of_classification["inference"] = {
+        "dataloader#batch_size",
+        "dataset_dir",
+        "inferer#_target_",
+        "network_def#_target_",
+    }
+    of_classification["inference"] |= {"imports", "run", "handlers#order", "handlers#ProgressBar#desc"}
+    of_classification["inference"] |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
+    segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]
+    for config, keys in own.items():
+        assert differing(config, segmentation) == keys
+        assert differing(config, ALL) == keys | of_classification.get(config, set())
+
+
+def differing(config: str, bundles: list[Bundle]) -> set[str]:
+    """Keys that several bundles hold with different values."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for bundle in bundles:
+        if (bundle.configs / f"{config}.json").is_file():
+            for key, value in leaves(bundle.content(config)):
+                found[key].add(json.dumps(value, sort_keys=True))
+    return {key for key, values in found.items() if len(values) > 1}
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of a config's innermost parts; objects in a list go by what they are, and by their order."""
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from leaves(part, f"{key}#{name}".lstrip("#"))
+    elif isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        names = [part.get("_target_", "").split(".")[-1] for part in value]
+        yield f"{key}#order", names
+        for place, (name, part) in enumerate(zip(names, value, strict=True)):
+            yield from leaves(part, f"{key}#{name}{names[:place].count(name) or ''}")
+    else:
+        yield key, value

@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,7 +203,7 @@ class TestPlans:
         return make
 
     def plan(self, graph: SourceGraph, **changed) -> PlanPath:
-        target = SegmentationTask("17-T2-ED", collection=graph.collection, train_patients=2)
+        target = SegmentationTask("17-T2-ED", collection=graph.collection, train_patients=1)
         given = {"max_intermediates": 1, "source_patients": 2, "stage_patients": 1}
         return PlanPath(graph=graph, target=target, **given | changed)
 
@@ -226,20 +226,16 @@ class TestPlans:
         assert "ask for fewer clusters" in found.text
         assert second_step_text(pd.DataFrame(), found.plan) == "One step is all there is."
 
-    def test_the_affinity_looks_at_the_patients_that_are_trained_on(self, graph):
-        seen = {}
-
-        def looking(a, b):
-            return seen.update({a.name: a, b.name: b}) or 1.0
-
-        plan = self.plan(graph(affinity=looking, affinity_patients=1))
+    def test_the_affinity_looks_at_joined_tasks_and_the_patients_that_are_trained_on(self, graph):
+        pairs = []
+        plan = self.plan(graph(affinity=lambda *pair: pairs.append(pair) or 1.0, affinity_patients=1))
         assert plan.plan.single in TASKS
-        drawn = [item["image"] for item in plan.target.datalist("train")]
-        assert list(seen["17-T2-ED"].image_files) == drawn
-        assert {len(seen[task].items) for task in TASKS} == {1}
-        assert {seen[task].size for task in TASKS} == {
-            len(SegmentationTask(TASKS[0], collection=plan.graph.collection).datalist("train"))
-        }
+        names = {frozenset(task.name for task in pair) for pair in pairs}
+        apart = [{TASKS[0], TASKS[3]}, {TASKS[1], TASKS[2]}, {TASKS[3], "17-T2-ED"}]
+        assert names == {frozenset(pair) for pair in combinations([*TASKS, "17-T2-ED"], 2) if set(pair) not in apart}
+        seen = {task.name: task for pair in pairs for task in pair}
+        assert list(seen["17-T2-ED"].image_files) == [item["image"] for item in plan.target.datalist("train")]
+        assert {(len(seen[task].items), seen[task].size) for task in TASKS} == {(1, 2)}
 
     def test_an_unreachable_target_is_refused(self, graph):
         with pytest.raises(InputError, match="no source shares modality or objective with the target 17-T2-ED"):
@@ -300,7 +296,7 @@ class TestArms:
             run = run_of(source_patients=source_patients, stage_patients=stage_patients)
             target = SimpleNamespace(name="T-T1-ED", train_patients=train_patients)
             folders = {"folder": tmp_path / "arms", "stage_dir": tmp_path / "stages", "source_dir": str(tmp_path)}
-            return Chains(here=run, target=target, pool_seed=0, **folders)
+            return Chains(here=run, target=target, pool_seed=5, **folders)
 
         return make
 
@@ -312,6 +308,9 @@ class TestArms:
             assert steps_of(arms[way + kind])[0] == f"{tasks} -> T-T1-ED"
             assert all(("freeze" in job.overrides) == (kind == "_full") for job in arms[way + kind].jobs[1:])
         assert arms["single_full"].last.overrides["freeze"] is None
+        steps = [job.overrides for job in arms["sequential"].jobs]
+        assert [step["source_task"] for step in steps] == ["A-T1-ED", "A-T1-ED", "B-T1-ED"]
+        assert [step["seed"] for step in steps] == [5, 0, 0]
         assert arms["zero_shot"].last.overrides["epochs"] == 0
         first = [job.output_dir for job in arms["zero_shot"].jobs[:1]]
         assert first == [job.output_dir for job in arms["single"].jobs[:1]]  # trained once

@@ -85,6 +85,7 @@ def test_the_whole_run_leaves_what_it_promises(options, in_this_process, capsys)
     plan = json.loads((folder / "plan.json").read_text())
     first, middle = plan["paths"][0]["tasks"]
     arms = pd.read_csv(folder / "arms.csv")
+    assert arms.groupby("split")["dice"].apply(lambda dice: dice.is_monotonic_decreasing).all()
     test = arms[arms["split"] == "test"].set_index("method")
     assert {"zero_shot", "scratch", "single", "single_full", "sequential", "sequential_full"} <= set(test.index)
     assert test.loc["sequential", "path"] == f"{first} -> {middle} -> 17-T2-ED"

@@ -595,17 +595,54 @@ class TestSeries:
         with pytest.raises(InputError, match=message):
             self.study(run_of(**options), **asked).run()
 
-    def test_a_study_trains_each_task_on_its_own(self, settings, run_of, monkeypatch):
+    def test_a_study_says_what_each_way_to_choose_picks(self, settings, run_of, monkeypatch, tmp_path):
         asked = []
-        monkeypatch.setattr(Run, "train_arms", lambda self, arms, what: asked.extend(arms) or 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            self.study(run_of(**settings), affinities=["seqtran"], seeds=[0, 1]).run()
+
+        def train_arms(_, arms, what):
+            """Two patients score 0.1 apart, and an arm the more, the later it is asked for; LEEP has it otherwise."""
+            asked.extend(arms)
+            for place, arm in enumerate(arms):
+                rows = [
+                    (0, split, name, "ED", dice + place / 100, 0.5)
+                    for split in ("val", "test")
+                    for name, dice in {"p0": 0.1, "p1": 0.2}.items()
+                ]
+                table = pd.DataFrame(rows, columns=["seed", "split", "subject", "class", "dice", "iou"])
+                arm.last.output_dir.mkdir(parents=True)
+                table.assign(method=arm.name).to_csv(arm.last.output_dir / "metrics.csv", index=False)
+                if len(arm.jobs) > 1:
+                    (arm.last.output_dir / "leep.json").write_text(json.dumps({"leep": -place}))
+
+        monkeypatch.setattr(Run, "train_arms", train_arms)
+        self.study(run_of(**settings), seeds=[0, 1]).run()
+
         jobs = [job for arm in asked for job in arm.jobs]
         used = {(job.overrides["target_task"][:2], job.overrides.get("collection", "the target's")) for job in jobs}
         assert used == {("14", settings["source_collection"]), ("17", "the target's")}
         assert {job.overrides["seed"] for job in jobs} == {0, 1}
-        folders = {job.output_dir: json.dumps(dict(job.overrides), default=str) for job in jobs}
-        assert all(json.dumps(dict(job.overrides), default=str) == folders[job.output_dir] for job in jobs)
+        trained = {job.output_dir: str(sorted(job.overrides.items())) for job in jobs}
+        assert all(str(sorted(job.overrides.items())) == trained[job.output_dir] for job in jobs)
+
+        tables = {name: pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("study", "choices", "patients")}
+        mine = {name: of[(of["target"] == "17-T2-ED") & (of["seed"] == 1)] for name, of in tables.items()}
+        arms = mine["study"].set_index("arm")
+        picks = mine["choices"].set_index(["steps", "how"])["pick"]
+        steps = {kind: arms[arms["steps"] == kind] for kind in (-1, 0, 1, 2)}
+        assert {kind: len(of) for kind, of in steps.items()} == {-1: 1, 0: 1, 1: 3, 2: 4}
+        assert picks["single", "best in hindsight"] == steps[1].index[-1] == steps[1]["dice"].idxmax()
+        assert picks["single", "LEEP"] == steps[1].index[0]
+        assert picks["path", "best in hindsight"] == steps[2].index[-1]
+        assert (picks["single", "random"], picks["path", "random"]) == ("mean of 3", "mean of 4")
+        assert picks["none", "scratch"] == "scratch"
+        first, second = picks["path", "context"].split(" > ")
+        assert picks["single", "context: head of its path"] == first
+        assert picks["joint", "context"] == f"{first} + {second}" == steps[-1].index[0]
+        dice = mine["choices"].set_index(["steps", "how"])["dice"]
+        assert dice["path", "random"] == pytest.approx(steps[2]["dice"].mean())
+        of_patients = mine["patients"].pivot(index="arm", columns="patient", values="dice")
+        assert of_patients.mean(axis=1).to_dict() == pytest.approx(arms["dice"].to_dict())
+        assert np.allclose(of_patients["p1"] - of_patients["p0"], 0.1)
+        assert "| path | context |" in (tmp_path / "out" / "study.md").read_text()
 
 
 class TestFit:

@@ -390,13 +390,10 @@ def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path, path_collec
     }
     finish(start(["configs/study.json"], whole))
     table = pd.read_csv(tmp_path / "study" / "study.csv")
-    of = table[table["target"] == "17-T2-ED"]
-    assert len(of[of["steps"] == 1]) == 3
-    assert len(of[of["steps"] == 2]) == 4  # of two joined pairs, in either order
-    assert of[of["steps"] == -1]["arm"].str.contains(" \\+ ").all()
-    choices = pd.read_csv(tmp_path / "study" / "choices.csv").set_index(["target", "steps", "how"])
-    hindsight = choices.loc[("17-T2-ED", "single", "best in hindsight"), "dice"]
-    assert hindsight == pytest.approx(of[of["steps"] == 1]["dice"].max(), abs=1e-5)
+    steps = table[table["target"] == "17-T2-ED"]["steps"].value_counts()
+    assert (steps[1], steps[2]) == (3, 4)  # two joined pairs, in either order
+    assert np.isfinite(table[["dice", "iou"]]).all(axis=None)
+    assert (table["leep"].dropna() <= 0).all()
     assert "| path | context |" in (tmp_path / "study" / "study.md").read_text()
     before = trainings(tmp_path)
     finish(start(["configs/study.json"], whole))

@@ -24,6 +24,7 @@ from bundle_runs import (
     finish,
     kill_once_there,
     ranking_of,
+    read_json,
     start,
     trainings,
 )
@@ -155,7 +156,7 @@ TWO_TARGETS = {
 
 def study(bundle: Bundle, options: dict[str, str], **settings: Any) -> Path:
     where = {name: options[name] for name in ("collection", "source_dir")}
-    whole = {"targets": TWO_TARGETS[bundle.name], "sources": bundle.tiny["sources"], "seeds": [0]}
+    whole = {"targets": TWO_TARGETS[bundle.name], "sources": bundle.tiny["sources"], "seeds": [3]}
     bundle.run(base="study", **whole, settings=bundle.settings(**where, **settings), output_dir=options["output_dir"])
     return Path(options["output_dir"])
 
@@ -172,17 +173,18 @@ def test_a_study_is_of_the_test_patients_and_is_continued(options, in_this_proce
     assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "priors.png", "runs"} <= names
     assert "Synthetic" in (folder / "study.md").read_text()
     sources, trained = SOURCE_SELECTION.tiny["sources"], list(in_this_process)
+    assert {read_json(path)["seed"] for path in folder.glob("runs/*/seed3/finetune/*/config.json")} == {3}
     dice = {name: 0.2 + 0.1 * place for place, name in enumerate([*sources, "scratch"])}
-    for metrics in folder.glob("runs/*/seed0/finetune/*/metrics.csv"):
+    for metrics in folder.glob("runs/*/seed3/finetune/*/metrics.csv"):
         plant(metrics, val=1 - dice[metrics.parent.name], test=dice[metrics.parent.name])
-    for scored in folder.glob("runs/*/seed0/agreement.md"):
+    for scored in folder.glob("runs/*/seed3/agreement.md"):
         scored.unlink()
     study(SOURCE_SELECTION, options, metrics=["h_score", "leep"])
-    assert set(in_this_process[len(trained) :]) == set(folder.glob("runs/*/seed0"))  # scored, none trained
+    assert set(in_this_process[len(trained) :]) == set(folder.glob("runs/*/seed3"))  # scored, none trained
     table = pd.read_csv(folder / "study.csv")
     assert len(table) == 2 * len(dice)
     assert table["dice"].tolist() == pytest.approx(table["source"].map(dice).tolist())
-    truth = pd.read_csv(folder / "runs" / "17-T2-ED" / "seed0" / "truth.csv")
+    truth = pd.read_csv(folder / "runs" / "17-T2-ED" / "seed3" / "truth.csv")
     assert truth["source"].tolist() == ["scratch", *reversed(sources)]
     assert truth["dice"].tolist() == pytest.approx(truth["source"].map(dice).tolist())
 

@@ -40,6 +40,10 @@ ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
 
+def name_of(value: Any) -> str:
+    return value.name if isinstance(value, Bundle) else ""
+
+
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
     return {path.name: pd.read_csv(path) for path in folder.glob("*.csv")}
 
@@ -59,7 +63,7 @@ LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "au
         (SOURCE_SELECTION, LEFT_BY_RANKERS, "Source selection for 17-T2-ED"),
         (DATASETS, LEFT_BY_RANKERS, "Source datasets for 17-T2-tumour"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
     folder = whole_run(bundle)
@@ -71,7 +75,7 @@ def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
     assert page.count("<img ") == len(list(folder.glob("*.png")))
 
 
-@pytest.mark.parametrize("bundle", RUN_HERE, ids=str)
+@pytest.mark.parametrize("bundle", RUN_HERE, ids=name_of)
 def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, options, in_this_process):
     first, again = whole_run(bundle), Path(options["output_dir"])
     if trainings(first):  # what it trains is in its own folder
@@ -93,7 +97,7 @@ def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, optio
             SOURCE_SELECTION,
             "14-T2-ED",
             [{"target_task": "17-FLAIR-ET"}, {"method": "paper"}, {"sources": ["14-T2-ED"]}, {"pixels": 7}],
-            [{"pool_epochs": 2}, {"dice_weight": 0.5}, {"lr_scheduler#power": 2.0}],
+            [{"pool_epochs": 2}, {"lr_scheduler#power": 2.0}],
         ),
         (
             DATASETS,
@@ -102,7 +106,7 @@ def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, optio
             [{"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}],
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_the_pool_depends_on_its_own_training_only(bundle, task, same, other, options):
     def folder(**changed: Any) -> Path:
@@ -119,31 +123,37 @@ def test_inner_runs_and_other_ranks_leave_no_curves(quiet, options):
     assert quiet["figures"] or not (Path(options["output_dir"]) / "report.html").exists()
 
 
-@pytest.mark.parametrize(
-    ("bundle", "score"), [(RISK_MAP, "dice"), (SOURCE_SELECTION, "dice"), (DATASETS, "auc")], ids=str
-)
-def test_a_training_is_tracked_once(bundle, score, options, tmp_path, monkeypatch):
+SCORED = pytest.mark.parametrize(("bundle", "score"), zip(RUN_HERE, ("dice", "dice", "auc"), strict=True), ids=name_of)
+FOUR_EPOCHS = {"epochs": 4, "val_interval": 2, "iterations_per_epoch": 2, "progress": True}
+STEPS = list(range(1, 9))
+
+
+@SCORED
+def test_curves_have_the_loss_and_the_validations_only(bundle, score, options):
     """The scoring of validation and test patients after the training is no point of a curve."""
-    mlflow = pytest.importorskip("mlflow")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    bundle.run("scratch", **options | FOUR_EPOCHS)
+    events = EventAccumulator(str(Path(options["output_dir"]) / "tensorboard")).Reload()
+    steps = {name: [one.step for one in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert steps.pop("loss") == STEPS
+    assert steps.pop(f"validation {score}") == [2, 4]
+    assert all(points == [2, 4] for points in steps.values())
+
+
+@SCORED
+def test_mlflow_tracks_a_training_once(bundle, score, options, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = f"sqlite:///{tmp_path / 'runs.db'}"
-    settings = {"epochs": 4, "val_interval": 2, "iterations_per_epoch": 2, "progress": True, "mlflow#tracking_uri": uri}
     for _ in range(2):  # a finished run is not tracked again
-        bundle.run("scratch", "mlflow", **options | settings)
+        bundle.run("scratch", "mlflow", **options | FOUR_EPOCHS | {"mlflow#tracking_uri": uri})
     client = mlflow.MlflowClient(uri)
     (tracked,) = client.search_runs(client.get_experiment_by_name(bundle.name).experiment_id)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["method"] == "scratch"
-    expected = {"loss": list(range(1, 9)), score: [2, 4]}
-    history = {name: client.get_metric_history(tracked.info.run_id, name) for name in expected}
-    assert {name: [one.step for one in steps] for name, steps in history.items()} == expected
-    events = EventAccumulator(str(Path(options["output_dir"]) / "tensorboard")).Reload()
-    curves = {
-        name.removeprefix("validation "): [s.step for s in events.Scalars(name)] for name in events.Tags()["scalars"]
-    }
-    assert {name: curves[name] for name in expected} == expected
+    history = {name: client.get_metric_history(tracked.info.run_id, name) for name in ("loss", score)}
+    assert {name: [one.step for one in steps] for name, steps in history.items()} == {"loss": STEPS, score: [2, 4]}
 
 
 # Studies
@@ -248,7 +258,7 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
             ]
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_the_command_line_shows_one_line_and_no_traceback(bundle, wrong, said, options, tmp_path):
     np.savez(tmp_path / "wrong.npz", images=np.zeros(3))
@@ -270,7 +280,7 @@ def test_the_command_line_shows_one_line_and_no_traceback(bundle, wrong, said, o
         (SOURCE_SELECTION, "elsewhere", "17-T2-ED/pooled"),
         (DATASETS, "", "17-T2-tumour/ranking"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
     """From the repository root, from inside the bundle and from another folder; on a copy, where results go as well."""
@@ -278,8 +288,7 @@ def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
     shutil.copytree(bundle.root, root, ignore=shutil.ignore_patterns("eval", "sources"))
     (tmp_path / cwd).mkdir(exist_ok=True)
     config = os.path.relpath(root / "configs" / "train.json", tmp_path / cwd)
-    settings = dict(bundle.tiny) | {"collection": options["collection"], "sources": bundle.tiny.get("sources")}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = dict(bundle.tiny) | {"collection": options["collection"]}
     output = finish(start([config], settings, cwd=tmp_path / cwd))
     assert output.rstrip().splitlines()[-1] == f"results are in {root / 'eval' / results}"
     assert tables(root / "eval" / results)
@@ -290,7 +299,7 @@ def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
 @pytest.mark.parametrize(
     ("bundle", "there", "answer"),
     [(RISK_MAP, "out/model.pt", "audit.json"), *((bundle, "pool/*/metrics.csv", "answer.txt") for bundle in RANKERS)],
-    ids=str,
+    ids=name_of,
 )
 def test_killed_in_the_middle_the_next_run_continues(bundle, there, answer, options, tmp_path):
     long = {"source_dir": str(tmp_path / "pool"), "iterations_per_epoch": 60, "val_interval": 1, "epochs": 8}
@@ -310,7 +319,7 @@ def test_killed_in_the_middle_the_next_run_continues(bundle, there, answer, opti
 @pytest.mark.parametrize(
     ("bundle", "unlike", "tolerance"),
     [(SOURCE_SELECTION, "", 1e-6), (DATASETS, "fu", 1e-4)],  # FU is of other batches: triplets are formed within one
-    ids=str,
+    ids=name_of,
 )
 def test_two_processes_give_the_scores_of_one(bundle, unlike, tolerance, options, tmp_path):
     settings = dict(bundle.tiny) | options | {"source_dir": str(tmp_path / "pool")}
@@ -379,7 +388,7 @@ def test_everything_of_ours_that_configs_name_is_there():
         assert not [name for name in named if pydoc.locate(name) is None], bundle
 
 
-@pytest.mark.parametrize("bundle", ALL, ids=str)
+@pytest.mark.parametrize("bundle", ALL, ids=name_of)
 def test_inference_prepares_images_as_training_did(bundle):
     train, inference = bundle.content("train"), bundle.content("inference")
     shared = {"spacing", "roi_size", "image_size", "in_channels", "network_def"} & train.keys()
@@ -392,14 +401,14 @@ def test_inference_prepares_images_as_training_did(bundle):
         assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
 
 
-@pytest.mark.parametrize("bundle", ALL, ids=str)
+@pytest.mark.parametrize("bundle", ALL, ids=name_of)
 def test_the_overlay_of_mlflow_changes_nothing_that_a_run_computes(bundle):
     """Else sources would be trained again for it, and a run be taken for another."""
     plain, tracked = (bundle.workflow(*overlays).parser.get() for overlays in ((), ("mlflow",)))
     assert identity(tracked) == identity(plain)
 
 
-@pytest.mark.parametrize("bundle", RANKERS, ids=str)
+@pytest.mark.parametrize("bundle", RANKERS, ids=name_of)
 def test_the_default_pool_and_study_are_wide_enough(bundle):
     train, several = bundle.content("train"), bundle.content("study")
     institutions, _, objectives = (set(part) for part in zip(*(s.split("-") for s in train["sources"]), strict=True))

@@ -123,7 +123,9 @@ def test_inner_runs_and_other_ranks_leave_no_curves(quiet, options):
     assert quiet["figures"] or not (Path(options["output_dir"]) / "report.html").exists()
 
 
-SCORED = pytest.mark.parametrize(("bundle", "score"), zip(RUN_HERE, ("dice", "dice", "auc"), strict=True), ids=name_of)
+SCORED = pytest.mark.parametrize(
+    ("bundle", "score"), list(zip(RUN_HERE, ("dice", "dice", "auc"), strict=True)), ids=name_of
+)
 FOUR_EPOCHS = {"epochs": 4, "val_interval": 2, "iterations_per_epoch": 2, "progress": True}
 STEPS = list(range(1, 9))
 

@@ -252,7 +252,7 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                (RISK_MAP, {"collection": "nowhere.json"}, "collection nowhere.json does not exist"),
+                (RISK_MAP, {"collection": "nowhere.json"}, "nowhere.json does not exist"),
                 (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
                 (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
                 (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),

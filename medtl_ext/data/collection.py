@@ -336,7 +336,7 @@ def write_collection(path: PathLike, content: Mapping[str, Any]) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     if not path.is_file():
-        raise InputError(f"collection {path} does not exist; correct the path.")
+        raise InputError(f"{path} does not exist; correct the path.")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # neither UTF-8 nor JSON

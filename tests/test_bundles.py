@@ -24,6 +24,7 @@ from bundle_runs import (
     finish,
     kill_once_there,
     ranking_of,
+    read_json,
     start,
     trainings,
 )
@@ -37,6 +38,10 @@ RUN_HERE = [RISK_MAP, *RANKERS]
 ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
+
+
+def name_of(value: Any) -> str:
+    return value.name if isinstance(value, Bundle) else ""
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
@@ -58,7 +63,7 @@ LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "au
         (SOURCE_SELECTION, LEFT_BY_RANKERS, "Source selection for 17-T2-ED"),
         (DATASETS, LEFT_BY_RANKERS, "Source datasets for 17-T2-tumour"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
     folder = whole_run(bundle)
@@ -70,7 +75,7 @@ def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
     assert page.count("<img ") == len(list(folder.glob("*.png")))
 
 
-@pytest.mark.parametrize("bundle", RUN_HERE, ids=str)
+@pytest.mark.parametrize("bundle", RUN_HERE, ids=name_of)
 def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, options, in_this_process):
     first, again = whole_run(bundle), Path(options["output_dir"])
     if trainings(first):  # what it trains is in its own folder
@@ -92,7 +97,7 @@ def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, optio
             SOURCE_SELECTION,
             "14-T2-ED",
             [{"target_task": "17-FLAIR-ET"}, {"method": "paper"}, {"sources": ["14-T2-ED"]}, {"pixels": 7}],
-            [{"pool_epochs": 2}, {"dice_weight": 0.5}, {"lr_scheduler#power": 2.0}],
+            [{"pool_epochs": 2}, {"lr_scheduler#power": 2.0}],
         ),
         (
             DATASETS,
@@ -101,7 +106,7 @@ def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, optio
             [{"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}],
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_the_pool_depends_on_its_own_training_only(bundle, task, same, other, options):
     def folder(**changed: Any) -> Path:
@@ -118,31 +123,39 @@ def test_inner_runs_and_other_ranks_leave_no_curves(quiet, options):
     assert quiet["figures"] or not (Path(options["output_dir"]) / "report.html").exists()
 
 
-@pytest.mark.parametrize(
-    ("bundle", "score"), [(RISK_MAP, "dice"), (SOURCE_SELECTION, "dice"), (DATASETS, "auc")], ids=str
+SCORED = pytest.mark.parametrize(
+    ("bundle", "score"), list(zip(RUN_HERE, ("dice", "dice", "auc"), strict=True)), ids=name_of
 )
-def test_a_training_is_tracked_once(bundle, score, options, tmp_path, monkeypatch):
+FOUR_EPOCHS = {"epochs": 4, "val_interval": 2, "iterations_per_epoch": 2, "progress": True}
+STEPS = list(range(1, 9))
+
+
+@SCORED
+def test_curves_have_the_loss_and_the_validations_only(bundle, score, options):
     """The scoring of validation and test patients after the training is no point of a curve."""
-    mlflow = pytest.importorskip("mlflow")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    bundle.run("scratch", **options | FOUR_EPOCHS)
+    events = EventAccumulator(str(Path(options["output_dir"]) / "tensorboard")).Reload()
+    steps = {name: [one.step for one in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert steps.pop("loss") == STEPS
+    assert steps.pop(f"validation {score}") == [2, 4]
+    assert all(points == [2, 4] for points in steps.values())
+
+
+@SCORED
+def test_mlflow_tracks_a_training_once(bundle, score, options, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = f"sqlite:///{tmp_path / 'runs.db'}"
-    settings = {"epochs": 4, "val_interval": 2, "iterations_per_epoch": 2, "progress": True, "mlflow#tracking_uri": uri}
     for _ in range(2):  # a finished run is not tracked again
-        bundle.run("scratch", "mlflow", **options | settings)
+        bundle.run("scratch", "mlflow", **options | FOUR_EPOCHS | {"mlflow#tracking_uri": uri})
     client = mlflow.MlflowClient(uri)
     (tracked,) = client.search_runs(client.get_experiment_by_name(bundle.name).experiment_id)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["method"] == "scratch"
-    expected = {"loss": list(range(1, 9)), score: [2, 4]}
-    history = {name: client.get_metric_history(tracked.info.run_id, name) for name in expected}
-    assert {name: [one.step for one in steps] for name, steps in history.items()} == expected
-    events = EventAccumulator(str(Path(options["output_dir"]) / "tensorboard")).Reload()
-    curves = {
-        name.removeprefix("validation "): [s.step for s in events.Scalars(name)] for name in events.Tags()["scalars"]
-    }
-    assert {name: curves[name] for name in expected} == expected
+    history = {name: client.get_metric_history(tracked.info.run_id, name) for name in ("loss", score)}
+    assert {name: [one.step for one in steps] for name, steps in history.items()} == {"loss": STEPS, score: [2, 4]}
 
 
 # Studies
@@ -155,7 +168,7 @@ TWO_TARGETS = {
 
 def study(bundle: Bundle, options: dict[str, str], **settings: Any) -> Path:
     where = {name: options[name] for name in ("collection", "source_dir")}
-    whole = {"targets": TWO_TARGETS[bundle.name], "sources": bundle.tiny["sources"], "seeds": [0]}
+    whole = {"targets": TWO_TARGETS[bundle.name], "sources": bundle.tiny["sources"], "seeds": [3]}
     bundle.run(base="study", **whole, settings=bundle.settings(**where, **settings), output_dir=options["output_dir"])
     return Path(options["output_dir"])
 
@@ -172,17 +185,18 @@ def test_a_study_is_of_the_test_patients_and_is_continued(options, in_this_proce
     assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "priors.png", "runs"} <= names
     assert "Synthetic" in (folder / "study.md").read_text()
     sources, trained = SOURCE_SELECTION.tiny["sources"], list(in_this_process)
+    assert {read_json(path)["seed"] for path in folder.glob("runs/*/seed3/finetune/*/config.json")} == {3}
     dice = {name: 0.2 + 0.1 * place for place, name in enumerate([*sources, "scratch"])}
-    for metrics in folder.glob("runs/*/seed0/finetune/*/metrics.csv"):
+    for metrics in folder.glob("runs/*/seed3/finetune/*/metrics.csv"):
         plant(metrics, val=1 - dice[metrics.parent.name], test=dice[metrics.parent.name])
-    for scored in folder.glob("runs/*/seed0/agreement.md"):
+    for scored in folder.glob("runs/*/seed3/agreement.md"):
         scored.unlink()
     study(SOURCE_SELECTION, options, metrics=["h_score", "leep"])
-    assert set(in_this_process[len(trained) :]) == set(folder.glob("runs/*/seed0"))  # scored, none trained
+    assert set(in_this_process[len(trained) :]) == set(folder.glob("runs/*/seed3"))  # scored, none trained
     table = pd.read_csv(folder / "study.csv")
     assert len(table) == 2 * len(dice)
     assert table["dice"].tolist() == pytest.approx(table["source"].map(dice).tolist())
-    truth = pd.read_csv(folder / "runs" / "17-T2-ED" / "seed0" / "truth.csv")
+    truth = pd.read_csv(folder / "runs" / "17-T2-ED" / "seed3" / "truth.csv")
     assert truth["source"].tolist() == ["scratch", *reversed(sources)]
     assert truth["dice"].tolist() == pytest.approx(truth["source"].map(dice).tolist())
 
@@ -238,7 +252,7 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                (RISK_MAP, {"collection": "nowhere.json"}, "collection nowhere.json does not exist"),
+                (RISK_MAP, {"collection": "nowhere.json"}, "nowhere.json does not exist"),
                 (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
                 (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
                 (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),
@@ -246,7 +260,7 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
             ]
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_the_command_line_shows_one_line_and_no_traceback(bundle, wrong, said, options, tmp_path):
     np.savez(tmp_path / "wrong.npz", images=np.zeros(3))
@@ -268,7 +282,7 @@ def test_the_command_line_shows_one_line_and_no_traceback(bundle, wrong, said, o
         (SOURCE_SELECTION, "elsewhere", "17-T2-ED/pooled"),
         (DATASETS, "", "17-T2-tumour/ranking"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
     """From the repository root, from inside the bundle and from another folder; on a copy, where results go as well."""
@@ -276,8 +290,7 @@ def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
     shutil.copytree(bundle.root, root, ignore=shutil.ignore_patterns("eval", "sources"))
     (tmp_path / cwd).mkdir(exist_ok=True)
     config = os.path.relpath(root / "configs" / "train.json", tmp_path / cwd)
-    settings = dict(bundle.tiny) | {"collection": options["collection"], "sources": bundle.tiny.get("sources")}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = dict(bundle.tiny) | {"collection": options["collection"]}
     output = finish(start([config], settings, cwd=tmp_path / cwd))
     assert output.rstrip().splitlines()[-1] == f"results are in {root / 'eval' / results}"
     assert tables(root / "eval" / results)
@@ -288,7 +301,7 @@ def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
 @pytest.mark.parametrize(
     ("bundle", "there", "answer"),
     [(RISK_MAP, "out/model.pt", "audit.json"), *((bundle, "pool/*/metrics.csv", "answer.txt") for bundle in RANKERS)],
-    ids=str,
+    ids=name_of,
 )
 def test_killed_in_the_middle_the_next_run_continues(bundle, there, answer, options, tmp_path):
     long = {"source_dir": str(tmp_path / "pool"), "iterations_per_epoch": 60, "val_interval": 1, "epochs": 8}
@@ -308,7 +321,7 @@ def test_killed_in_the_middle_the_next_run_continues(bundle, there, answer, opti
 @pytest.mark.parametrize(
     ("bundle", "unlike", "tolerance"),
     [(SOURCE_SELECTION, "", 1e-6), (DATASETS, "fu", 1e-4)],  # FU is of other batches: triplets are formed within one
-    ids=str,
+    ids=name_of,
 )
 def test_two_processes_give_the_scores_of_one(bundle, unlike, tolerance, options, tmp_path):
     settings = dict(bundle.tiny) | options | {"source_dir": str(tmp_path / "pool")}
@@ -377,7 +390,7 @@ def test_everything_of_ours_that_configs_name_is_there():
         assert not [name for name in named if pydoc.locate(name) is None], bundle
 
 
-@pytest.mark.parametrize("bundle", ALL, ids=str)
+@pytest.mark.parametrize("bundle", ALL, ids=name_of)
 def test_inference_prepares_images_as_training_did(bundle):
     train, inference = bundle.content("train"), bundle.content("inference")
     shared = {"spacing", "roi_size", "image_size", "in_channels", "network_def"} & train.keys()
@@ -390,14 +403,14 @@ def test_inference_prepares_images_as_training_did(bundle):
         assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
 
 
-@pytest.mark.parametrize("bundle", ALL, ids=str)
+@pytest.mark.parametrize("bundle", ALL, ids=name_of)
 def test_the_overlay_of_mlflow_changes_nothing_that_a_run_computes(bundle):
     """Else sources would be trained again for it, and a run be taken for another."""
     plain, tracked = (bundle.workflow(*overlays).parser.get() for overlays in ((), ("mlflow",)))
     assert identity(tracked) == identity(plain)
 
 
-@pytest.mark.parametrize("bundle", RANKERS, ids=str)
+@pytest.mark.parametrize("bundle", RANKERS, ids=name_of)
 def test_the_default_pool_and_study_are_wide_enough(bundle):
     train, several = bundle.content("train"), bundle.content("study")
     institutions, _, objectives = (set(part) for part in zip(*(s.split("-") for s in train["sources"]), strict=True))

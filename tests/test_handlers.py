@@ -25,6 +25,7 @@ from medtl_ext.engines import WeightedTrainer
 from medtl_ext.handlers import EpochSeed, ResumableCheckpoint, SubjectTable, WeightMap
 from medtl_ext.losses import RiskWeightedLoss, frequency_map, risk_map
 from medtl_ext.metrics import LEEP, LEEPImageMaps, LEEPMap, compute_leep_map
+from medtl_ext.transfer import Predictions
 
 
 @pytest.fixture
@@ -73,6 +74,14 @@ def trainer_of(dataset, network, loss, handlers=(), epochs=1, optimizer=None):
         loss_function=loss,
         train_handlers=list(handlers),
     )
+
+
+def same_weights(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def kept_in(folder):
+    return torch.load(folder / "model.pt", weights_only=True)
 
 
 def cross_entropy():
@@ -191,16 +200,14 @@ def train_with_scores(dataset, folder, scores, epochs):
 def test_a_resumed_run_continues_and_never_replaces_a_better_model(slices, tmp_path):
     dataset, _ = slices
     train_with_scores(dataset, tmp_path, [0.3, 0.9], epochs=2)
-    best = torch.load(tmp_path / "model.pt", weights_only=True)
+    best = kept_in(tmp_path)
     trainer, checkpoint, _ = train_with_scores(dataset, tmp_path, [0, 0, 0.5, 0.6], epochs=4)
     assert trainer.state.epoch == 4
     assert (checkpoint.best, checkpoint.best_epoch) == (0.9, 2)
-    kept = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert all(torch.equal(kept[name], best[name]) for name in best)
+    assert same_weights(kept_in(tmp_path), best)
     _, checkpoint, network = train_with_scores(dataset, tmp_path, [0, 0, 0, 0, 0.95], epochs=5)
     assert checkpoint.best_epoch == 5
-    kept = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
+    assert same_weights(kept_in(tmp_path), network.state_dict())
 
 
 def test_killed_between_its_two_files_the_best_network_is_not_lost(slices, tmp_path):
@@ -209,11 +216,9 @@ def test_killed_between_its_two_files_the_best_network_is_not_lost(slices, tmp_p
     _, _, best = train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
     (tmp_path / "model.pt").write_bytes(old)  # last.pt was written, model.pt not yet
     (tmp_path / ".model.pt.abcd").mkdir()  # ... but begun
-    expected = {name: value.clone() for name, value in best.state_dict().items()}
     _, checkpoint, _ = train_with_scores(slices[0], tmp_path, [0, 0, 0.5], epochs=3)
     assert (checkpoint.best, checkpoint.best_epoch) == (0.9, 2)
-    kept = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+    assert same_weights(kept_in(tmp_path), best.state_dict())
     assert not list(tmp_path.glob(".model.pt.*"))
 
 
@@ -221,9 +226,7 @@ def test_a_finished_run_does_not_train_again(slices, tmp_path):
     dataset, _ = slices
     _, _, first = train_with_scores(dataset, tmp_path, [0.1, 0.2], epochs=2)
     _, _, second = train_with_scores(dataset, tmp_path, [0.1, 0.2], epochs=2)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
+    assert same_weights(first.state_dict(), second.state_dict())
 
 
 def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path):
@@ -294,6 +297,36 @@ def test_the_subject_table_scores_every_patient_and_class(slices):
     expected = 2 * (predicted & real).sum() / (predicted.sum() + real.sum())
     assert table.dice[0] == pytest.approx(float(expected))
     assert table.dice[2] == table.iou[2] == 1.0
+
+
+@pytest.mark.parametrize("decollate", [False, True])
+def test_scans_of_a_patient_are_kept_as_one_and_a_subject_without_a_patient_as_itself(decollate):
+    items = [
+        {
+            "image": torch.full((2, 4, 4), float(place)),
+            "label": torch.zeros(1, 4, 4),
+            "subject": subject,
+            "slice": 5 - place,
+        }
+        for place, subject in enumerate(["b1", "a2", "a1", "a1"])
+    ]
+
+    def seen(data):
+        evaluator = SupervisedEvaluator(
+            device=torch.device("cpu"),
+            val_data_loader=DataLoader(data, batch_size=3),
+            network=nn.Identity(),
+            key_val_metric={"predictions": Predictions()},
+            decollate=decollate,
+        )
+        evaluator.run()
+        return evaluator.state.metrics["predictions"]
+
+    alone = seen(items)
+    assert (alone.names, alone.groups.tolist()) == (("a1", "a2", "b1"), [0, 0, 1, 2])
+    scans = seen([item | {"patient": item["subject"][0]} for item in items])
+    assert (scans.names, scans.groups.tolist()) == (("a", "b"), [0, 0, 0, 1])
+    assert torch.equal(scans.probs, alone.probs)  # in the order of subject and slice
 
 
 class TestEpochSeed:

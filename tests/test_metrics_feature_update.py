@@ -19,6 +19,7 @@ from torch import nn
 
 from medtl_ext import InputError
 from medtl_ext.metrics import FeatureUpdate, compute_feature_update
+from medtl_ext.metrics.feature_update import triplet_margin_loss
 
 
 def tiny_network(dtype=torch.float64):
@@ -81,7 +82,9 @@ def test_reference_vectors(vectors):
     network[:7].load_state_dict(dict(zip(network[:7].state_dict(), map(data.get, names), strict=True)))
     images, labels = data["images"], data["labels"]
     torch.testing.assert_close(network[:7](images), data["emb_all"], atol=1e-6, rtol=0)
-    assert loop_loss(data["emb_all"][:6], labels[:6]).item() == pytest.approx(data["triplet_batch0"].item(), abs=1e-6)
+    for loss in (loop_loss, triplet_margin_loss):
+        assert loss(data["emb_all"][:6], labels[:6]).item() == pytest.approx(data["triplet_batch0"].item(), abs=1e-6)
+        assert loss(data["emb_all"], labels).item() == pytest.approx(data["triplet_all36"].item(), abs=1e-6)
     assert compute_feature_update(network, images, labels).item() == pytest.approx(data["fu"].item(), abs=1e-5)
     # Without a head, when the features' layer is named.
     value = compute_feature_update(network[:7], images, labels, layer="6", convolutions=("0", "2"))

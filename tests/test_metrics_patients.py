@@ -62,12 +62,6 @@ def test_a_resample_is_the_one_shot_value_of_its_samples(counts):
     agree(filled().resampled(counts), one_shot(*drawn))
 
 
-def test_a_patient_without_a_labelled_sample_is_none():
-    scores = PatientScores({"gbc": GBC()}, ignore_index=9)
-    scores.update(torch.tensor([[0.0], [1.0], [3.0]]), [0, 1, 9], ["ann", "ann", "bob"])
-    assert scores.patients == ("ann",)
-
-
 def test_many_resamples_at_once():
     counts = torch.randint(1, 3, (7, 4))
     scores = filled()

@@ -453,10 +453,10 @@ def test_bad_source_data_are_refused_before_pretraining(options, collection, tmp
     def damage(folder, content):
         truncate(folder, content, "14-000/FLAIR.nii.gz")
 
-    options |= {"collection": broken(collection, tmp_path / "bad", damage), "source_ckpt": None}
-    assert "14-000" in refused(lambda: run(source_dir=str(tmp_path / "sources"), **options))
+    options |= {"collection": broken(collection, tmp_path / "bad", damage), "source_ckpt": None, "check_data": True}
+    assert "14-000" in refused(lambda: run(**options | {"source_dir": str(tmp_path / "sources")}))
     options |= {"source_task": "14-FLAIR-EDD"}
-    message = refused(lambda: run(source_dir=str(tmp_path / "sources"), **options))
+    message = refused(lambda: run(**options | {"source_dir": str(tmp_path / "sources")}))
     assert "did you mean 'ED'" in message
 
 

@@ -153,8 +153,10 @@ def test_a_run_with_another_loss_is_another_run(tmp_path):
     assert re.search("holds a run with loss=", refusal(config, **{"loss#_target_": "torch.nn.NLLLoss"}))
 
 
-@pytest.mark.parametrize("part", ["loss", "loss_def", "region_loss", "leep"])
-def test_any_part_of_the_loss_and_of_its_weights_decides(tmp_path, part):
+@pytest.mark.parametrize(
+    "part", ["loss", "loss_def", "region_loss", "leep", "optimizer", "lr_scheduler", "early_stopping"]
+)
+def test_any_part_of_the_training_decides(tmp_path, part):
     config = write_bundle(tmp_path, **{part: {"base": {"_target_": "torch.nn.CrossEntropyLoss"}, "to": "$1 + 1"}})
     run(config)
     run(config)

@@ -191,6 +191,8 @@ class ClassificationTask:
         val_per_class: int | None = None,
         seed: int = 0,
     ) -> None:
+        if in_channels not in (1, 3):
+            raise InputError(f"in_channels is {in_channels}; expected 1 for grey images or 3 for RGB.")
         self.where, self.file, self.phantom_subjects = name, collection, phantom_subjects
         self.image_size, self.in_channels = image_size, in_channels
         self.path = _dataset_path(name, collection, phantom_subjects)

@@ -117,11 +117,12 @@ def train(method: str, oblique: Path, folder: Path) -> Path:
         "collection": str(oblique),
         "source_task": "17-T2-ED",
         "source_ckpt": str(folder / "source.pt"),
-        "architecture#features": FEATURES,
+        "network_def#features": FEATURES,
         "train_slices": None,
         "epochs": 1,
         "iterations_per_epoch": 1,
-        **dict.fromkeys(["audit", "figures", "progress", "check_data"], False),
+        "audit#arms": [],
+        **dict.fromkeys(["figures", "progress", "check_data"], False),
     }
     run("risk_map", "train", method, output_dir=str(folder / "out"), **options)
     return folder / "out"

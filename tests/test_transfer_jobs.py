@@ -213,6 +213,14 @@ def test_jobs_run_once_and_a_bad_one_costs_itself_only(tmp_path):
     assert (tmp_path / "one" / "result.txt").stat().st_mtime_ns == before
 
 
+def test_a_job_is_done_when_its_last_file_is_there(tmp_path):
+    job = Job({}, tmp_path)
+    (tmp_path / "model.pt").touch()  # of the best epoch so far
+    assert not job.done
+    (tmp_path / "metrics.csv").touch()
+    assert job.done
+
+
 def test_a_failed_job_says_what_we_say_of_it(tmp_path):
     """Not what the library said that found it: torch's advice on a damaged file names no file, and is dangerous."""
     (tmp_path / "net.pt").write_bytes(b"no checkpoint")

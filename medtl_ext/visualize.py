@@ -282,7 +282,7 @@ def plot_comparison(
     """Methods compared on one panel per pair: mean Dice with its spread over runs, grouped by kind of method.
 
     Args:
-        summary: the table of `medtl_ext.report.compare_report`: columns ``pair, slices, method, mean, sd, difference,
+        summary: the table of `medtl_ext.transfer.compare_report`: columns ``pair, slices, method, mean, sd, difference,
             p_holm``. Slice numbers are drawn from hollow (the smallest) to filled.
         reference: method marked by a dashed line per slice number.
         title: above the figure.

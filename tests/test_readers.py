@@ -17,7 +17,7 @@ from monai.transforms import LoadImaged
 from medtl_ext import InputError
 from medtl_ext.data import Task, load_collection, read_collection
 from medtl_ext.data.__main__ import main
-from medtl_ext.datasets import open_dataset
+from medtl_ext.data.classification import load_classification
 
 SHAPE = (6, 5, 4)
 OLD, NEW = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")
@@ -656,7 +656,7 @@ class TestMedMNIST:
         for _ in range(2):  # what it wrote itself is replaced
             assert main([*words, "--labels", "healthy=0", "ill=1"]) == 0
         assert "12 grey images of 28 x 28" in capsys.readouterr().out
-        dataset = open_dataset(str(out))
+        dataset = load_classification(out)
         assert dataset.class_names == ("healthy", "ill")
         assert dataset.counts("val") == [2, 2]
         assert json.loads(out.read_text())["medmnist"] == "lung mnist.npz"
@@ -694,7 +694,7 @@ class TestMedMNIST:
     def test_a_wrong_description_is_refused(self, folder, content, message):
         (folder / "bad.json").write_text(content)
         with pytest.raises(InputError, match=message):
-            open_dataset(str(folder / "bad.json"))
+            load_classification(folder / "bad.json")
 
 
 class TestCommandLine:

@@ -80,6 +80,7 @@ def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins(
         own = [key for key in overlay if not key.startswith("leep#") and key not in ("epochs", "val_interval")]
         assert own == keys, method
         assert overlay["method"] == method
+        assert overlay["start_weights"] == (None if method == "scratch" else "$@source.file")
         if overlay["weight_map"] and "evaluator" in overlay["weight_map"]:
             assert "leep#evaluator#additional_metrics#leep_map" in overlay, method
     train, default = RISK_MAP.content("train"), RISK_MAP.content("risk_map")

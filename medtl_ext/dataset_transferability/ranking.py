@@ -37,9 +37,8 @@ class RankDatasets(RankSources):
     cross_domain: bool = False
 
     def check(self) -> None:
-        channels, size = self.image_shape[:2]
-        if channels not in (1, 3) or size < 16:
-            raise InputError(f"in_channels is {channels}, image_size {size}; expected 1 or 3, and at least 16.")
+        if (size := self.image_shape[1]) < 16:
+            raise InputError(f"image_size is {size}; expected at least 16.")
         super().check()
         if self.decide_by not in self.metrics:
             raise InputError(

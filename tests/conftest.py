@@ -60,11 +60,17 @@ def kept(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def options(collection, kept, tmp_path, monkeypatch) -> dict[str, str]:
+def places(collection, kept, tmp_path, monkeypatch) -> dict[str, str]:
     """Where a bundle finds its data and its pool, and where it writes."""
     monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(kept / "cache"))
     pool, out = kept / "pool", tmp_path / "out"
     return {"collection": str(collection), "source_dir": str(pool), "output_dir": str(out)}
+
+
+@pytest.fixture
+def options(places) -> dict[str, str]:
+    """The places, to which a file of tests may add options of its own."""
+    return places
 
 
 @pytest.fixture
@@ -83,14 +89,14 @@ def in_this_process(monkeypatch) -> list[Path]:
 
 
 @pytest.fixture
-def whole_run(kept, options, in_this_process) -> Callable[[Bundle], Path]:
+def whole_run(kept, places, in_this_process) -> Callable[[Bundle], Path]:
     """The folder of a bundle's ``train.json`` with nothing left out, run once; beside it what was printed."""
 
     def run(bundle: Bundle) -> Path:
         folder = kept / bundle.name
         if not folder.with_suffix(".txt").exists():
             with redirect_stdout(StringIO()) as printed:
-                bundle.run(**options | bundle.whole | {"output_dir": str(folder)})
+                bundle.run(**places | bundle.whole | {"output_dir": str(folder)})
             folder.with_suffix(".txt").write_text(printed.getvalue())
         return folder
 

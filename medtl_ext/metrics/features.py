@@ -7,8 +7,9 @@ only; `SampleMetric` needs the vectors themselves, all of them or a seeded sampl
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -77,26 +78,23 @@ def check_counts(counts: ArrayLike, n_patients: int) -> Tensor:
     return counts
 
 
-def check_features(
-    features: Any, target_labels: Any, *, ignore_index: int | None = None, minimum: int = 1
-) -> tuple[Tensor, Tensor]:
+def check_features(features: Any, target_labels: Any, *, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
     """Return M x D features in float64 and M labels, every pixel a sample, those with ``ignore_index`` left out.
 
     Args:
         features: N x D or N x D x *spatial, finite, of any dtype and layout.
         target_labels: N or N x *spatial class indices; a channel axis of length one is dropped.
         ignore_index: label of samples to leave out.
-        minimum: how many samples there must be.
 
     Raises:
-        InputError: NaN or Inf, nothing left, fewer samples than ``minimum``, shapes that do not fit, bad labels.
+        InputError: NaN or Inf, nothing left, shapes that do not fit, bad labels.
 
     >>> features, labels = check_features([[1, 2], [3, 4], [5, 6]], [0, 1, 9], ignore_index=9)
     >>> features.dtype, labels
     (torch.float64, tensor([0, 1]))
     """
     rows, labels, _ = _rows(*checked_samples(features, target_labels, ignore_index))
-    require_samples(len(labels), minimum)
+    require_samples(len(labels), 1)
     return rows.double(), labels
 
 
@@ -154,33 +152,27 @@ def feature_sums(features: Tensor, labels: Tensor, needs: Iterable[str] = ()) ->
     >>> sums["count"].tolist(), sums["total"].tolist(), sums["gram"].tolist()
     ([2.0], [[4.0, 6.0]], [[10.0, 14.0], [14.0, 20.0]])
     """
-    n_classes, width = int(labels.max()) + 1, features.shape[1]
-    shapes = {
-        "total": [n_classes, width],
-        "gram": [width, width],
-        "squares": [n_classes, width],
-        "class_gram": [n_classes, width, width],
-        "cubic": [width],
-        "quartic": [1],
-    }
-    wanted = {"total", *needs, *(("cubic", "quartic") if "norms" in needs else ())}
-    sums = {what: features.new_zeros(shape, dtype=torch.float64) for what, shape in shapes.items() if what in wanted}
-    sums["count"] = torch.bincount(labels, minlength=n_classes).double()
+    n_classes, sums = int(labels.max()) + 1, {}
     for part, classes in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
-        rows = part.double()
-        sums["total"].index_add_(0, classes, rows)
-        if "squares" in sums:
-            sums["squares"].index_add_(0, classes, rows**2)
-        if "gram" in sums:
-            sums["gram"] += gram(rows)
-        if "quartic" in sums:
-            squared = torch.linalg.vecdot(rows, rows)
-            sums["cubic"] += squared @ rows
-            sums["quartic"] += squared @ squared
-        if "class_gram" in sums:
-            for label in classes.unique().tolist():
-                sums["class_gram"][label] += gram(rows[classes == label])
+        for name, value in _block_sums(part.double(), classes, n_classes, needs):
+            sums[name] = sums[name].add_(value) if name in sums else value
     return sums
+
+
+def _block_sums(rows: Tensor, labels: Tensor, n_classes: int, needs: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    yield "count", torch.bincount(labels, minlength=n_classes).double()
+    by_class = rows.new_zeros(n_classes, rows.shape[1])
+    yield "total", by_class.index_add(0, labels, rows)
+    if "squares" in needs:
+        yield "squares", by_class.index_add(0, labels, rows**2)
+    if "gram" in needs:
+        yield "gram", gram(rows)
+    if "norms" in needs:
+        squared = torch.linalg.vecdot(rows, rows)
+        yield "cubic", squared @ rows
+        yield "quartic", (squared @ squared)[None]
+    if "class_gram" in needs:
+        yield "class_gram", torch.stack([gram(rows[labels == label]) for label in range(n_classes)])
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -249,9 +241,17 @@ class FeatureMetric(TransferMetric):
         if len(rows):
             add(rows, labels, owners, [""] * len(features) if groups is None else groups)
 
-    def _add_rows(self, rows: Tensor, labels: Tensor, owners: Tensor, groups: Sequence[Hashable]) -> None:
-        """Add M x D rows with labels; ``owners`` are their indices in ``groups``, the patients' names."""
+    def of(self, features: Any, target_labels: Any) -> Any:
+        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
+        return self._score(*check_features(features, target_labels, ignore_index=self.ignore_index))
+
+    def _score(self, features: Tensor, labels: Tensor) -> Any:
+        """Return the value for M x D features in float64 and M labels; in canonical order when they were streamed."""
         raise NotImplementedError
+
+    def compute(self) -> Any:
+        """Return the value over everything seen by all processes; updates may go on afterwards."""
+        return super().compute() if self._samples is None else self._score(*self.samples()[:2])
 
     def reset(self) -> None:
         super().reset()
@@ -277,14 +277,7 @@ class FeatureMetric(TransferMetric):
         """Attach to an engine (called by MONAI's evaluators), and tap its network."""
         super().attach(engine, name, *args, **kwargs)
         if self._tapped:
-            self.tap(engine)
-
-    def tap(self, engine: Engine) -> None:
-        """Have the engine hand over the layer's output, from the start of its run on.
-
-        A MONAI engine has no network yet while it attaches its metrics.
-        """
-        engine.add_event_handler(Events.STARTED, lambda: TappedInferer.of(engine).layers.add(self.layer))
+            TappedInferer.tap(engine, self.layer)
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
@@ -292,12 +285,15 @@ class FeatureMetric(TransferMetric):
         if not self._tapped:
             super().iteration_completed(engine)
             return
-        features = TappedInferer.of(engine).features[self.layer]
-        features, labels, images = _aligned(features, *_read_batch(engine.state.output))
+        labels, images = _read(engine.state.output, CommonKeys.LABEL), None
+        if self.body:
+            with suppress(InputError):
+                images = _read(engine.state.output, CommonKeys.IMAGE)
+        features, labels, images = _aligned(TappedInferer.of(engine).features[self.layer], labels, images)
         features, labels = checked_samples(features, labels, self.ignore_index)
         if self._samples is not None and self.pixels == "auto" and features.ndim > 2:
             self._samples.limit = DENSE_PIXELS
-        if self.body and images is not None:
+        if images is not None:
             labels = labels.masked_fill((images == 0) & (labels == 0), IGNORED)
         self._take(features, labels, _read_subjects(engine.state.batch))
 
@@ -307,39 +303,18 @@ class MomentMetric(FeatureMetric):
 
     needs: ClassVar[tuple[str, ...]] = ()
 
-    def of(self, features: Any, target_labels: Any) -> Any:
-        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
-        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index, minimum=2)
-        rows = rows - rows[0]  # makes constant features exactly zero
+    def _score(self, features: Tensor, labels: Tensor) -> Any:
+        rows = features - features[0]  # makes constant features exactly zero
         return self._evaluate(feature_sums(rows.sub_(rows.mean(0)), labels, self.needs))
 
     def _add_rows(self, rows: Tensor, labels: Tensor, owners: Tensor, groups: Sequence[Hashable]) -> None:
         self._add(**feature_sums(rows, labels, self.needs))
-
-    def compute(self) -> Any:
-        """Return the value over everything seen by all processes; updates may go on afterwards."""
-        if self._samples is None:
-            return super().compute()
-        samples = self.samples()
-        return self._evaluate(feature_sums(samples.features, samples.labels, self.needs))
 
 
 class SampleMetric(FeatureMetric):
     """A feature metric of the samples themselves: memory grows with them, unless ``pixels`` draws some."""
 
     keeps_samples = True
-
-    def of(self, features: Any, target_labels: Any) -> Any:
-        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
-        return self._score(*check_features(features, target_labels, ignore_index=self.ignore_index))
-
-    def _score(self, features: Tensor, labels: Tensor) -> Any:
-        """Return the value for M x D features in float64 and M labels; in canonical order when they were streamed."""
-        raise NotImplementedError
-
-    def compute(self) -> Any:
-        """Return the value over everything seen by all processes; updates may go on afterwards."""
-        return self._score(*self.samples()[:2])
 
 
 class FeatureSamples(SampleMetric):
@@ -451,6 +426,14 @@ class TappedInferer(Inferer):
         self.features: dict[str | None, Tensor] = {}
 
     @classmethod
+    def tap(cls, engine: Engine, layer: str | None) -> None:
+        """Have the engine hand over a layer's output, from the start of its run on.
+
+        A MONAI engine has no network yet while it attaches its metrics.
+        """
+        engine.add_event_handler(Events.STARTED, lambda: cls.of(engine).layers.add(layer))
+
+    @classmethod
     def of(cls, engine: Engine) -> TappedInferer:
         """The tap of an engine, put in place when there is none yet."""
         if getattr(engine, "network", None) is None:
@@ -465,13 +448,13 @@ class TappedInferer(Inferer):
     def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         with tap_features(network, self.layers) as tapped:
             result = self.inferer(inputs, network, *args, **kwargs)
-        for layer, outputs in tapped.items():
-            if len(outputs) != 1 or len(outputs[0]) != len(inputs):
+        for layer in self.layers:
+            if len(tapped[layer]) != 1 or len(tapped[layer][0]) != len(inputs):
                 raise InputError(
-                    f"layer {layer or 'penultimate'} ran {len(outputs)} times for one batch: its features do not line "
-                    "up with the labels; use SimpleInferer (over slices or patches from the data loader)."
+                    f"layer {layer or 'penultimate'} ran {len(tapped[layer])} times for one batch: its features do not "
+                    "line up with the labels; use SimpleInferer (over slices or patches from the data loader)."
                 )
-        self.features = {layer: outputs[0] for layer, outputs in tapped.items()}
+            self.features[layer] = tapped[layer][0]
         return result
 
 
@@ -501,15 +484,10 @@ def _mixed(keys: Tensor) -> Tensor:
     return keys ^ ((keys >> 31) & (2**33 - 1))
 
 
-def _read_batch(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Labels, and images if there are any, of a MONAI engine's output."""
-    batch: dict[str, Tensor] = {}
-    for key in (CommonKeys.LABEL, CommonKeys.IMAGE):
-        with suppress(InputError) if batch else nullcontext():
-            (values,) = read_output(output, key)
-            values = [as_plain_tensor(key, value) for value in (values if isinstance(values, list) else [values])]
-            batch[key] = values[0] if isinstance(output, Mapping) else torch.stack(values)
-    return batch[CommonKeys.LABEL], batch.get(CommonKeys.IMAGE)
+def _read(output: Any, key: str) -> Tensor:
+    """A batch of a MONAI engine's output."""
+    (values,) = read_output(output, key)
+    return as_plain_tensor(key, values if isinstance(output, Mapping) else torch.stack([*map(torch.as_tensor, values)]))
 
 
 def _read_subjects(batch: Any) -> list[Hashable] | None:
@@ -548,7 +526,8 @@ def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[d
             linear or convolution layer that runs.
 
     Yields:
-        Layer -> its outputs, one for each time it ran (for None, one for each time the network ran).
+        Layer -> its outputs, one for each time it ran (for None, one for each time the network ran), in the order in
+        which the layers ran.
 
     Raises:
         InputError: the network has no such layer, or a layer gave something else than a tensor.
@@ -561,8 +540,8 @@ def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[d
     """
     network = getattr(network, "module", network)
     modules = {name: module for name, module in network.named_modules() if name}
-    tapped: dict[str | None, list[Tensor]] = {layer: [] for layer in layers}
-    last_input: list[object] = [None]
+    tapped: dict[str | None, list[Tensor]] = defaultdict(list)
+    last_input: object = None
 
     def keep(layer: str | None, output: object) -> None:
         if not isinstance(output, Tensor):
@@ -571,15 +550,16 @@ def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[d
         tapped[layer].append(output if layer is None else output.clone())
 
     def note_input(_: nn.Module, inputs: tuple[object, ...]) -> None:
-        last_input[0] = inputs[0]
+        nonlocal last_input
+        last_input = inputs[0]
 
     handles = []
     try:
-        for layer in tapped:
+        for layer in layers:
             if layer is None:
                 weighted = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
                 handles.extend(module.register_forward_pre_hook(note_input) for module in weighted)
-                handles.append(network.register_forward_hook(lambda *_: keep(None, last_input[0])))
+                handles.append(network.register_forward_hook(lambda *_: keep(None, last_input)))
             else:
                 module = modules[require_choice("layer", layer, modules)]
                 handles.append(module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output)))

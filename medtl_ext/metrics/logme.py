@@ -26,7 +26,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal, lapack
 
 from medtl_ext._validation import warn
-from medtl_ext.metrics.features import MomentMetric, check_features, feature_sums, gram
+from medtl_ext.metrics.features import MomentMetric, feature_sums, gram
 
 # The maximum is reached when ln t changes by less: Newton's last step is then right to the square of it.
 TOLERANCE = 1e-3
@@ -88,13 +88,12 @@ class LogME(MomentMetric):
 
     needs = ("gram",)
 
-    def of(self, features: Any, target_labels: Any) -> torch.Tensor:
-        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index)
-        if len(rows) >= rows.shape[1]:
-            return self._evaluate(feature_sums(rows, labels, self.needs))
+    def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if len(features) >= features.shape[1]:
+            return self._evaluate(feature_sums(features, labels, self.needs))
         _, labels = labels.unique(return_inverse=True)
         targets = torch.nn.functional.one_hot(labels).T.double()
-        return _logme(*_spectrum(gram(rows.T), targets), labels.bincount().double(), rows.shape[1])
+        return _logme(*_spectrum(gram(features.T), targets), labels.bincount().double(), features.shape[1])
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         present = sums["count"] > 0

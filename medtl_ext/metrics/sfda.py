@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
-from scipy.linalg import blas, cho_factor, cho_solve
+from scipy.linalg import cho_factor, cho_solve
 
 from medtl_ext._validation import warn
 from medtl_ext.metrics.base import TransferMetric, all_reduce_sums
@@ -30,7 +30,6 @@ from medtl_ext.metrics.features import (
     MomentMetric,
     SampleMetric,
     check_counts,
-    check_features,
     feature_sums,
     require_samples,
 )
@@ -95,9 +94,8 @@ class SFDA(SampleMetric):
     tensor(0.8158, dtype=torch.float64)
     """
 
-    def of(self, features: Any, target_labels: Any) -> torch.Tensor:
-        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index, minimum=2)
-        batch = rows, labels, torch.zeros_like(labels)
+    def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        batch = features, labels, torch.zeros_like(labels)
         posterior, count = _posterior_sums(lambda: [batch], n_owners=1, reduce=dict)[0]
         return posterior / count
 
@@ -165,10 +163,7 @@ def _posterior_sums(batches: Callable[[], Iterable[Block]], n_owners: int, reduc
         n_owners: how many patients this process has samples of.
         reduce: see `Reduction`.
     """
-    totals = MomentMetric()
-    for rows, labels, _ in batches():
-        totals._add(**feature_sums(rows, labels))
-    if not (means := reduce(totals._sums)):
+    if not (means := reduce(_sums(batches()))):
         return torch.zeros(0, 2)
     n, present = means["count"].sum(), means["count"] > 0
     centre, position, n_classes = means["total"].sum(0) / n, present.cumsum(0) - 1, int(present.sum())
@@ -181,7 +176,7 @@ def _posterior_sums(batches: Callable[[], Iterable[Block]], n_owners: int, reduc
             for rows, labels, owners in zip(*(part.split(BLOCK) for part in batch), strict=True):
                 yield rows.double() - centre, position[labels], owners
 
-    first = Discriminant(**reduce(_sums(centred(), n_classes)))
+    first = Discriminant(**reduce(_sums(centred(), "gram")))
     others = (first.means.sum(0) - first.means) / max(n_classes - 1, 1)
     shares = []
 
@@ -190,7 +185,7 @@ def _posterior_sums(batches: Callable[[], Iterable[Block]], n_owners: int, reduc
             shares.append(first.scores(rows).softmax(1).softmax(1).gather(1, labels[:, None]))
             yield others[labels].lerp_(rows, shares[-1]), labels, owners
 
-    second = Discriminant(**reduce(_sums(mixed(), n_classes)), shrinkage=first.shrinkage)
+    second = Discriminant(**reduce(_sums(mixed(), "gram")), shrinkage=first.shrinkage)
     result = first.means.new_zeros(n_owners, 2)
     # Scores are linear, so that those of a mixture are the mixture of scores.
     for (rows, labels, owners), share in zip(centred(), shares, strict=True):
@@ -200,27 +195,12 @@ def _posterior_sums(batches: Callable[[], Iterable[Block]], n_owners: int, reduc
     return result
 
 
-def _sums(blocks: Iterable[Block], n_classes: int) -> dict[str, torch.Tensor]:
-    """Number of samples and sum of x by class, and sum of x x' over all; none without samples."""
-    sums: dict[str, torch.Tensor] = {}
+def _sums(blocks: Iterable[Block], *needs: str) -> dict[str, torch.Tensor]:
+    """`feature_sums` over blocks; none without samples."""
+    metric = MomentMetric()
     for rows, labels, _ in blocks:
-        if not sums:
-            total = rows.new_zeros(n_classes, rows.shape[1])
-            sums = {"count": total.new_zeros(n_classes), "total": total, "gram": rows.new_zeros(2 * rows.shape[1:])}
-        sums["count"] += torch.bincount(labels, minlength=n_classes)
-        sums["total"].index_add_(0, labels, rows)
-        _add_gram(sums["gram"], rows)
-    if sums:
-        sums["gram"] = sums["gram"].triu() + sums["gram"].triu(1).T
-    return sums
-
-
-def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add the sum of x x' over the rows x to the upper triangle of a D x D total, in place."""
-    if rows.is_cuda:
-        total.addmm_(rows.T, rows)
-    else:  # half of the work of a product of two matrices; BLAS counts columns first, hence lower for upper
-        blas.dsyrk(1.0, rows.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=True, lower=True)
+        metric._add(**feature_sums(rows, labels, needs))
+    return metric._sums
 
 
 class Discriminant:

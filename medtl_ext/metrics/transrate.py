@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from medtl_ext._validation import require_number, warn
-from medtl_ext.metrics.features import MomentMetric, check_features, gram, require_samples
+from medtl_ext.metrics.features import MomentMetric, gram, require_samples
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -75,9 +75,9 @@ class TransRate(MomentMetric):
         self.eps = require_number("eps", eps, 0, above=True)
         super().__init__(**options)
 
-    def of(self, features: Any, target_labels: Any) -> torch.Tensor:
-        rows, labels = check_features(features, target_labels, ignore_index=self.ignore_index, minimum=2)
-        rows = rows - rows[0]  # makes constant features exactly zero
+    def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        require_samples(len(labels))
+        rows = features - features[0]  # makes constant features exactly zero
         rows.sub_(rows.mean(0))
         classes = labels.unique()
         if _says_nothing(len(classes), constant=not bool(rows.any())):

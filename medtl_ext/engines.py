@@ -1,7 +1,5 @@
 """MONAI engines, where the stock ones lack what transfer needs."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

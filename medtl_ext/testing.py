@@ -9,8 +9,6 @@ In pytest::
 or in one call: ``check_metric(MyMetric)``.
 """
 
-from __future__ import annotations
-
 import inspect
 import pickle
 import warnings

@@ -1,7 +1,5 @@
 """Every transferability metric as a row of one table, which `test_metrics.py` goes through; and inputs to draw."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

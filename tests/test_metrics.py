@@ -1,7 +1,5 @@
 """What all transferability metrics promise, held against each row of the table in `metric_cases.py`."""
 
-from __future__ import annotations
-
 import pickle
 import warnings
 from functools import partial

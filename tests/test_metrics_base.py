@@ -1,7 +1,5 @@
 """What every metric inherits: sums that grow and merge, predictions put aside, engines."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 

@@ -1,7 +1,5 @@
 """CC-FV: against reference vectors, against the definition by other libraries, layer by layer and case by case."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Feature update: against reference vectors, loops over triplets and plain backward passes, and what must hold."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

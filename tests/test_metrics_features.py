@@ -1,7 +1,5 @@
 """What the feature metrics share: sums over classes, samples drawn of pixels, the tap of a network's layers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """GBC: against integrals of densities, and in its limits."""
 
-from __future__ import annotations
-
 from itertools import permutations
 from math import prod
 

@@ -1,7 +1,5 @@
 """H-score and its map: against reference vectors, against canonical correlations, and in their limits."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

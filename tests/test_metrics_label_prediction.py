@@ -1,7 +1,5 @@
 """Label prediction and its combination with feature update: against scikit-learn, and in their limits."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

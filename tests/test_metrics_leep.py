@@ -1,7 +1,5 @@
 """LEEP, its maps and NCE: against reference vectors, against loops over samples, and in their limits."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """LogME: against maximising the density of all samples, and in its limits."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """NCTI: against scikit-learn's discriminant analysis, in its limits, and combined over models."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

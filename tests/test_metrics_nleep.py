@@ -1,7 +1,5 @@
 """NLEEP: against loops over scikit-learn's mixtures, and in its limits."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

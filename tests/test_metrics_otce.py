@@ -1,7 +1,5 @@
 """OTCE: against reference vectors, against linear programs and POT by another route, solver by solver, on engines."""
 
-from __future__ import annotations
-
 import numpy as np
 import ot
 import pytest

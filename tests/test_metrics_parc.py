@@ -1,7 +1,5 @@
 """PARC: against scipy over all pairs, and its best and worst."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

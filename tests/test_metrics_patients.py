@@ -1,7 +1,5 @@
 """Sums by patient: the same values as from all samples, for everybody and for every resample."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from metric_cases import CASES, draw

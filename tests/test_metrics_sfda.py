@@ -1,7 +1,5 @@
 """SFDA: against scikit-learn's discriminant analysis, in its limits, and patient by patient."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """TransRate: against singular values, and within its bounds."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

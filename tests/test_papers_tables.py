@@ -1,7 +1,5 @@
 """The published tables that `medtl_ext.ranking` must give back, cell by cell, from the published raw numbers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

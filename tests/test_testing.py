@@ -1,7 +1,5 @@
 """The conformance suite: broken metrics are caught (that ours pass is in `test_metrics.py`)."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """Batches of tensors put aside for a second look: in memory while they are few, on disk once they are many."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from typing import Any

@@ -12,8 +12,6 @@ features f that are scaled to unit length,
 where W_1 and W_2 are the weights of the network's first two convolutions and B its batches, about six.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

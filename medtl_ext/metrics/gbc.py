@@ -10,8 +10,6 @@ v = (v_i + v_j) / 2, the Bhattacharyya distance of two classes and the score are
 It needs the number of samples and the sums of x and of x^2 by class.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

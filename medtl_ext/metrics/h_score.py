@@ -10,8 +10,6 @@ Covariances need sums only: sum of x and number of samples by class, and the sum
 K classes, cov(g) has rank K - 1 at most, so H is a sum of K quadratic forms and takes one factorisation of cov(f).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

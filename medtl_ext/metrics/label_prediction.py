@@ -9,8 +9,6 @@ class, after neighbourhood components analysis (NCA) has learnt a linear map of 
     \mathrm{LP} = \tfrac1n \sum_i \tfrac15 \textstyle\sum_{k \in N_5(i)} 1[y_k = y_i]
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable, Mapping

@@ -13,10 +13,9 @@ Each sample's prediction is needed twice, for J and then under P(y|z). The strea
 they keep J in memory, and the predictions, in their own dtype, in a `PredictionSpool` that moves to disk when it grows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import torch
 
@@ -37,6 +36,9 @@ ESTIMATORS = ("local", "global")
 # One logarithm of a product is quicker than eight. No factor is below 1 / (Z N), see `_likelihoods`, so that no product
 # of eight leaves the range of float64 before Z N is 1e38.
 FACTORS = 8
+
+# Probabilities N x Z x *spatial, and labels N x *spatial that are `IGNORED` where a pixel is left out.
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
@@ -132,69 +134,23 @@ def compute_leep_image_maps(
         tensor([[-0.6286, -0.5108],
                 [-0.6286, -0.7621]], dtype=torch.float64)
     """
-    if not isinstance(source_probs, (list, tuple)):
-        batches = [_Batch.checked(source_probs, target_labels, ignore_index)]
-    elif not 0 < len(source_probs) == len(target_labels):
-        raise InputError(f"target_labels lists {len(target_labels)} images, source_probs {len(source_probs)}.")
-    else:
-        batches = [
-            _Batch.checked(
-                as_plain_tensor("source_probs", probs)[None],
-                as_plain_tensor("target_labels", labels)[None],
-                ignore_index,
-            )
-            for probs, labels in zip(source_probs, target_labels, strict=True)
-        ]
-    metric = LEEPImageMaps()
+    pairs = [(source_probs, target_labels)]
+    if isinstance(source_probs, (list, tuple)):
+        if not 0 < len(source_probs) == len(target_labels):
+            raise InputError(f"target_labels lists {len(target_labels)} images, source_probs {len(source_probs)}.")
+        probs = [as_plain_tensor("source_probs", image)[None] for image in source_probs]
+        pairs = zip(probs, (as_plain_tensor("target_labels", image)[None] for image in target_labels), strict=True)
+    batches, metric = [_checked(*pair, ignore_index) for pair in pairs], LEEPImageMaps()
     for batch in batches:
-        metric._add(**metric._batch_sums(batch))
+        metric._add(**metric._batch_sums(*batch))
     return _image_maps(batches, _conditional(metric._sums["joint"]))
 
 
-class _StreamingLEEP(TransferMetric):
-    """What the three streaming classes share: J in memory, the predictions in a spool until P(y|z) is known."""
-
-    def reset(self) -> None:
-        super().reset()
-        self._spool = PredictionSpool()
-
-    def update(self, source_probs: Any, target_labels: Any) -> None:
-        """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
-        batch = _Batch.checked(source_probs, target_labels, self.ignore_index)
-        self._add(**self._batch_sums(batch))
-        self._spool.append(batch.probs, batch.labels.to(torch.int16))
-
-    def merge(self, other: TransferMetric) -> None:
-        super().merge(other)
-        for batch in other._spool:
-            self._spool.append(*batch)
-
-    def of(self, source_probs: Any, target_labels: Any) -> torch.Tensor:
-        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
-        batch = _Batch.checked(source_probs, target_labels, self.ignore_index)
-        return _mean(sum(self._log_sums(self._batch_sums(batch), [batch])))
-
-    def _batch_sums(self, batch: _Batch) -> dict[str, torch.Tensor]:
-        return {"joint": _joint(batch)}
-
-    def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
-        # Those of the batches of this process, then those of all processes.
-        total = sum(self._log_sums(sums, self._batches(sums["joint"].device)))
-        return _mean(all_reduce_sums({"log_sums": total} if isinstance(total, torch.Tensor) else {})["log_sums"])
-
-    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
-        """Of each batch the sum of the log-likelihoods and their number, 2 (x *cells)."""
-        raise NotImplementedError
-
-    def _batches(self, device: torch.device) -> Iterator[_Batch]:
-        return (_Batch.of(probs.to(device), labels.to(device)) for probs, labels in self._spool)
-
-
-class LEEP(_StreamingLEEP):
+class LEEP(TransferMetric):
     """`compute_leep` over batches: ``compute()`` returns a float64 scalar <= 0, higher is better.
 
-    Memory: the C x Z sums, and 256 MiB of predictions before they go to disk. See `TransferMetric` for how to attach,
-    merge and distribute it.
+    Memory: the C x Z sums J, and 256 MiB of predictions, kept until P(y|z) is known, before they go to disk. See
+    `TransferMetric` for how to attach, merge and distribute it.
 
     Args:
         ignore_index: samples with this label are left out.
@@ -207,12 +163,44 @@ class LEEP(_StreamingLEEP):
     tensor(-0.4700, dtype=torch.float64)
     """
 
-    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
+    def reset(self) -> None:
+        super().reset()
+        self._spool = PredictionSpool()
+
+    def update(self, source_probs: Any, target_labels: Any) -> None:
+        """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
+        probs, labels = _checked(source_probs, target_labels, self.ignore_index)
+        self._add(**self._batch_sums(probs, labels))
+        self._spool.append(probs, labels.to(torch.int16))
+
+    def merge(self, other: TransferMetric) -> None:
+        super().merge(other)
+        for batch in other._spool:
+            self._spool.append(*batch)
+
+    def of(self, source_probs: Any, target_labels: Any) -> torch.Tensor:
+        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
+        batch = _checked(source_probs, target_labels, self.ignore_index)
+        return _mean(self._log_sums(self._batch_sums(*batch), [batch]))
+
+    def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
+        # Those of the batches of this process, then those of all processes.
+        own = self._log_sums(sums, self._batches(sums["joint"].device))
+        return _mean(all_reduce_sums({"log_sums": own} if isinstance(own, torch.Tensor) else {})["log_sums"])
+
+    def _batches(self, device: torch.device) -> Iterator[Batch]:
+        return ((probs.to(device), labels.to(device)) for probs, labels in self._spool)
+
+    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[Batch]) -> torch.Tensor | int:
+        """Sum of the log-likelihoods of all samples, and their number, 2 (x *cells); 0 without batches."""
         table = _conditional(sums["joint"])
-        return (_log_sums(batch, table).view(2, -1).sum(1) for batch in batches)
+        return sum(_log_sums(*batch, table).sum(1) for batch in batches)
+
+    def _batch_sums(self, probs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"joint": _joint(probs, labels)}
 
 
-class LEEPMap(_StreamingLEEP):
+class LEEPMap(LEEP):
     """`compute_leep_map` over batches of images on one grid: ``compute()`` returns the float64 map.
 
     Memory: C x Z numbers a map cell, and 256 MiB of predictions before they go to disk.
@@ -248,43 +236,36 @@ class LEEPMap(_StreamingLEEP):
             raise InputError("smoothing pulls local tables towards the global one; with estimator='global' leave it 0.")
         super().__init__(**options)
 
-    def _batch_sums(self, batch: _Batch) -> dict[str, torch.Tensor]:
-        if batch.labels.ndim < 2:
-            raise InputError(f"source_probs has shape {tuple(batch.probs.shape)}; a map needs N x Z x *spatial.")
-        joint = _joint(batch) if self.estimator == "global" else self._pool(_joint(batch, located=True), leading=2)
+    def _batch_sums(self, probs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if labels.ndim < 2:
+            raise InputError(f"source_probs has shape {tuple(probs.shape)}; a map needs N x Z x *spatial.")
+        cells, _ = self._cells(labels.shape[1:], labels.device)
+        joint = _joint(probs, labels, cells if self.estimator == "local" else None)
         # Of no other use than its shape, which sums of other images must have, too.
-        return {"joint": joint, "grid": joint.new_zeros(1, *batch.labels.shape[1:])}
+        return {"joint": joint, "grid": joint.new_zeros(1, *labels.shape[1:])}
 
-    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[_Batch]) -> Iterator[torch.Tensor]:
-        table = self._table(sums["joint"], sums["grid"].shape[1:])
-        return (self._pool(_log_sums(batch, table), leading=1) for batch in batches)
-
-    def _table(self, joint: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-        """P(y|z), C x Z x *grid, or C x Z for the global estimator."""
-        if self.estimator == "global":
-            return _conditional(joint)
+    def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[Batch]) -> torch.Tensor | int:
+        joint = sums["joint"]
+        cells, shape = self._cells(sums["grid"].shape[1:], joint.device)
         if self.smoothing:
-            pooled = joint.flatten(2).sum(2)
-            joint = joint + self.smoothing * (pooled / pooled.sum()).view(*pooled.shape, *(1 for _ in grid))
-        table = _conditional(joint)
-        if self.stride > 1:
-            for axis, length in enumerate(grid, start=2):
-                table = table.index_select(axis, torch.arange(length, device=table.device) // self.stride)
-        return table
+            pooled = joint.sum(2, keepdim=True)
+            joint = joint + self.smoothing * pooled / pooled.sum()
+        table, total = _conditional(joint), 0
+        for batch in batches:
+            of_pixels = _log_sums(*batch, table, cells if self.estimator == "local" else None)
+            total += of_pixels.new_zeros(2, prod(shape)).index_add_(1, cells, of_pixels).view(2, *shape)
+        return total
 
-    def _pool(self, sums: torch.Tensor, *, leading: int) -> torch.Tensor:
-        """Add up the pixels of each cell; the axes after the ``leading`` ones are spatial."""
-        if self.stride == 1:
-            return sums
-        for axis in range(leading, sums.ndim):
-            length = sums.shape[axis]
-            shape = [*sums.shape[:axis], -(-length // self.stride), *sums.shape[axis + 1 :]]
-            cell = torch.arange(length, device=sums.device) // self.stride
-            sums = sums.new_zeros(shape).index_add_(axis, cell, sums)
-        return sums
+    def _cells(self, grid: Sequence[int], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+        """Which cell of the map each pixel is in, and the map's shape."""
+        cells, shape = torch.zeros((), dtype=torch.int64, device=device), []
+        for length in grid:
+            shape.append(-(-length // self.stride))
+            cells = cells[..., None] * shape[-1] + torch.arange(length, device=device) // self.stride
+        return cells.flatten(), shape
 
 
-class LEEPImageMaps(_StreamingLEEP):
+class LEEPImageMaps(LEEP):
     """`compute_leep_image_maps` over batches: ``compute()`` returns one map per image, in the order they were seen.
 
     N x *spatial, float64, when all images have one size, else a list. Under torch.distributed P(y|z) comes from all
@@ -341,71 +322,51 @@ def check_probabilities(name: str, value: Any) -> torch.Tensor:
     return probs
 
 
-class _Batch(NamedTuple):
-    """Checked predictions and labels, and what is asked of the labels more than once."""
-
-    probs: torch.Tensor
-    labels: torch.Tensor
-    n_classes: int
-    ignoring: bool  # some label is IGNORED
-
-    @classmethod
-    def checked(cls, source_probs: Any, target_labels: Any, ignore_index: int | None) -> _Batch:
-        probs = check_probabilities("source_probs", source_probs)
-        return cls.of(probs, check_labels_of("source_probs", probs, target_labels, ignore_index=ignore_index))
-
-    @classmethod
-    def of(cls, probs: torch.Tensor, labels: torch.Tensor) -> _Batch:
-        low, high = torch.stack(torch.aminmax(labels)).tolist()
-        return cls(probs, labels, max(high, 0) + 1, low < 0)
+def _checked(source_probs: Any, target_labels: Any, ignore_index: int | None) -> Batch:
+    probs = check_probabilities("source_probs", source_probs)
+    return probs, check_labels_of("source_probs", probs, target_labels, ignore_index=ignore_index)
 
 
-class _Block(NamedTuple):
-    """A part of a batch, small enough to stay in the processor's cache while it is worked on."""
+def _blocks(probs: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yield parts of a batch that are small enough to stay in the processor's cache while they are worked on.
 
-    images: slice
-    pixels: slice
-    weights: torch.Tensor  # Z x samples, the probabilities in float64
-    cells: torch.Tensor  # samples, where in a flattened C x *cells table each one looks
-    valid: torch.Tensor | None  # images x pixels, False where the label is ignored; None: nowhere
-
-
-def _blocks(batch: _Batch, *, located: bool) -> Iterator[_Block]:
-    probs = batch.probs.reshape(*batch.probs.shape[:2], -1)
-    labels = batch.labels.reshape(len(probs), -1)
+    Each is a slice of images and one of pixels; Z x samples probabilities in float64; where in a flattened C x cells
+    table each sample looks; and images x pixels, False where a label is ignored, or None where none is.
+    """
+    probs = probs.reshape(*probs.shape[:2], -1)
+    labels = labels.reshape(len(probs), -1)
+    ignoring = bool(labels.min() < 0)
     n_images, n_source, n_pixels = probs.shape
     n_samples = max(2**12, (2**24 if probs.is_cuda else 2**18) // n_source)
     # Many images and few pixels: what is looked up in the tables, and added to them, stays in the cache too.
     columns = max(1, min(n_pixels, n_samples // min(n_images, FACTORS)))
     rows = n_samples // columns
-    location = torch.arange(n_pixels, device=probs.device)
     for row in range(0, n_images, rows):
         for column in range(0, n_pixels, columns):
             images, pixels = slice(row, row + rows), slice(column, column + columns)
             part = probs[images, :, pixels].movedim(1, 0)
             weights = torch.empty(part.shape, dtype=torch.float64, device=probs.device).copy_(part)
-            cells = labels[images, pixels].long()
-            valid = cells >= 0 if batch.ignoring else None
-            if batch.ignoring:
-                cells = cells.clamp(min=0)
-            if located:
-                cells = torch.add(location[pixels], cells, alpha=n_pixels)
-            yield _Block(images, pixels, weights.flatten(1), cells.flatten(), valid)
+            places = labels[images, pixels].long()
+            valid = places >= 0 if ignoring else None
+            if ignoring:
+                places = places.clamp(min=0)
+            if cells is not None:
+                places = torch.add(cells[pixels], places, alpha=int(cells[-1]) + 1)
+            yield images, pixels, weights.flatten(1), places.flatten(), valid
 
 
-def _joint(batch: _Batch, *, located: bool = False) -> torch.Tensor:
-    """Sum J(y, z) over the samples: C x Z, or C x Z x *spatial with one table for every pixel location."""
-    grid = batch.labels.shape[1:] if located else torch.Size()
-    n_source, n_classes = batch.probs.shape[1], batch.n_classes
-    joint = torch.zeros(n_source, n_classes * grid.numel(), dtype=torch.float64, device=batch.probs.device)
-    for block in _blocks(batch, located=located):
-        weights, cells = block.weights, block.cells
-        if block.valid is not None:
-            keep = block.valid.flatten()
-            weights, cells = weights[:, keep], cells[keep]
+def _joint(probs: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum J(y, z) over the samples of each cell, C x Z x cells; without ``cells`` all pixels are in one."""
+    n_source, n_classes = probs.shape[1], max(int(labels.max()), 0) + 1
+    n_cells = 1 if cells is None else int(cells[-1]) + 1
+    joint = torch.zeros(n_source, n_classes * n_cells, dtype=torch.float64, device=probs.device)
+    for _, _, weights, places, valid in _blocks(probs, labels, cells):
+        if valid is not None:
+            keep = valid.flatten()
+            weights, places = weights[:, keep], places[keep]
         for row, weight in zip(joint, weights, strict=True):
-            row.scatter_add_(0, cells, weight)
-    return joint.view(n_source, n_classes, *grid).transpose(0, 1)
+            row.scatter_add_(0, places, weight)
+    return joint.view(n_source, n_classes, n_cells).transpose(0, 1)
 
 
 def _conditional(joint: torch.Tensor) -> torch.Tensor:
@@ -419,45 +380,47 @@ def _conditional(joint: torch.Tensor) -> torch.Tensor:
     return joint / torch.where(mass > 0, mass, 1)
 
 
-def _likelihoods(batch: _Batch, table: torch.Tensor) -> Iterator[tuple[_Block, torch.Tensor]]:
+def _likelihoods(
+    probs: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, cells: torch.Tensor | None
+) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
     """Yield sum_z P(y|z) p(z) block by block, images x pixels; meaningless where a pixel is ignored.
 
     A sample is part of the table it looks in, so that P(y|z) >= p(z) / N and the sum is at least 1 / (Z N).
     """
-    located = table.ndim > 2
     rows = table.transpose(0, 1).flatten(1)
-    for block in _blocks(batch, located=located):
-        expected = rows[0].index_select(0, block.cells).mul_(block.weights[0])
-        for row, weight in zip(rows[1:], block.weights[1:], strict=True):
-            expected.addcmul_(row.index_select(0, block.cells), weight)
-        yield block, expected.view(len(batch.labels[block.images]), -1)
+    for images, pixels, weights, places, valid in _blocks(probs, labels, cells):
+        expected = rows[0].index_select(0, places).mul_(weights[0])
+        for row, weight in zip(rows[1:], weights[1:], strict=True):
+            expected.addcmul_(row.index_select(0, places), weight)
+        yield images, pixels, expected.view(len(labels[images]), -1), valid
 
 
-def _log_sums(batch: _Batch, table: torch.Tensor) -> torch.Tensor:
-    """Over the images of a batch, at each pixel: the sum of the log-likelihoods, and their number; 2 x *spatial."""
-    sums = torch.zeros(2, batch.labels[0].numel(), dtype=torch.float64, device=table.device)
-    for block, likelihood in _likelihoods(batch, table):
-        if block.valid is None:
-            sums[1, block.pixels] += len(likelihood)
+def _log_sums(
+    probs: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, cells: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Over the images of a batch, at each pixel: the sum of the log-likelihoods, and their number; 2 x pixels."""
+    sums = torch.zeros(2, labels[0].numel(), dtype=torch.float64, device=table.device)
+    for _, pixels, likelihood, valid in _likelihoods(probs, labels, table, cells):
+        if valid is None:
+            sums[1, pixels] += len(likelihood)
         else:
-            likelihood = torch.where(block.valid, likelihood, 1)
-            sums[1, block.pixels] += block.valid.sum(0)
+            likelihood = torch.where(valid, likelihood, 1)
+            sums[1, pixels] += valid.sum(0)
         whole = len(likelihood) // FACTORS * FACTORS
         products = likelihood[:whole].view(-1, FACTORS, likelihood.shape[1]).prod(1)
-        sums[0, block.pixels] += products.log_().sum(0) + likelihood[whole:].prod(0).log_()
-    return sums.view(2, *batch.labels.shape[1:])
+        sums[0, pixels] += products.log_().sum(0) + likelihood[whole:].prod(0).log_()
+    return sums
 
 
-def _image_maps(batches: Iterable[_Batch], table: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+def _image_maps(batches: Iterable[Batch], table: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
     """The log-likelihoods themselves, NaN where a pixel is ignored."""
     maps: list[torch.Tensor] = []
-    for batch in batches:
-        labels = batch.labels
+    for probs, labels in batches:
         found = torch.empty(len(labels), labels[0].numel(), dtype=torch.float64, device=table.device)
-        for block, likelihood in _likelihoods(batch, table):
-            if block.valid is not None:
-                likelihood = torch.where(block.valid, likelihood, torch.nan)
-            found[block.images, block.pixels] = likelihood.log_().clamp_(max=0)
+        for images, pixels, likelihood, valid in _likelihoods(probs, labels, table, None):
+            if valid is not None:
+                likelihood = torch.where(valid, likelihood, torch.nan)
+            found[images, pixels] = likelihood.log_().clamp_(max=0)
         maps.extend(found.view(labels.shape))
     return torch.stack(maps) if len({image.shape for image in maps}) == 1 else maps
 

@@ -17,8 +17,6 @@ until t settles, where the logarithm of the evidence is
 One eigendecomposition serves all classes, and F'F and F'y are sums over the samples.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """NCE, the negative conditional entropy of target labels given source labels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -25,8 +25,6 @@ vc how variable the samples of a class still are. They have different units: onl
 makes one score of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple

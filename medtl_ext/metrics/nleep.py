@@ -8,8 +8,6 @@ responsibilities P(v | x) take the place of the source's class probabilities:
     \mathrm{NLEEP} = \tfrac1n \sum_i \ln \textstyle\sum_v P(y_i | v)\, P(v | x_i)
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -14,11 +14,9 @@ with uniform weights on both sides. In one dimension, and so for the softmax of 
 quantiles of the two sides, and P(y_s, y_t) follows from sorting alone.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -35,6 +33,9 @@ ITERATIONS = 10_000
 
 # Rows of a plan, and pairs of one on a line, that are worked on at a time.
 PLAN_ROWS, PLAN_PAIRS = 32, 2**15
+
+# Features, N x D in float64, and labels, N, of the source or the target.
+Side = tuple[torch.Tensor, torch.Tensor]
 
 
 def compute_otce(
@@ -188,28 +189,27 @@ class OTCE(SampleMetric):
         self.epsilon = float(require_number("epsilon", epsilon, 0, above=True))
         self.n_samples = require_number("n_samples", n_samples, 1, whole=True)
         self.repeats = require_number("repeats", repeats, 1, whole=True)
-        self._source = _checked("source", source[0], source[1], self.ignore_index)
+        self._source = _checked("source", *source[:2], self.ignore_index)
 
     def of(self, features: Any, target_labels: Any) -> torch.Tensor:
-        target = _checked("target", features, target_labels, self.ignore_index)
-        self._require_width(target.features)
-        return self._score(*target)
+        features, labels = _checked("target", features, target_labels, self.ignore_index)
+        self._require_width(features)
+        return self._score(features, labels)
 
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
         self._require_width(features)
         super()._take(features, labels, groups)
 
     def _require_width(self, features: torch.Tensor) -> None:
-        if self._source.features.shape[1] != features.shape[1]:
+        if (width := self._source[0].shape[1]) != features.shape[1]:
             raise InputError(
-                f"target_features has {features.shape[1]} channels, source_features {self._source.features.shape[1]}; "
-                "expected the same layer of the same network."
+                f"target_features has {features.shape[1]} channels, source_features {width}; expected the same layer "
+                "of the same network."
             )
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        source, target = self._source, _Side(features, labels)
-        source = _Side(*(value.to(features.device) for value in source))
-        solver = self._pick(source, target)
+        source, target = tuple(value.to(features.device) for value in self._source), (features, labels)
+        solver = self._pick(source[0], features)
         if solver == "sorted":
             tables = [_sorted_table(source, target)]
         else:
@@ -217,21 +217,20 @@ class OTCE(SampleMetric):
         _warn_of_one_class(tables)
         return torch.stack([negative_conditional_entropy(table) for table in tables]).mean()
 
-    def _pick(self, source: _Side, target: _Side) -> str:
+    def _pick(self, source: torch.Tensor, target: torch.Tensor) -> str:
         if self.solver in ("auto", "sorted"):
-            if all(_on_a_line(side.features) for side in (source, target)):
+            if _on_a_line(source) and _on_a_line(target):
                 return "sorted"
             if self.solver == "sorted":
                 raise InputError(
                     "solver 'sorted' needs one-dimensional features, D = 1 or the softmax of two channels; here D = "
-                    f"{source.features.shape[1]}, and source_features or target_features is neither (try 'emd')."
+                    f"{source.shape[1]}, and source_features or target_features is neither (try 'emd')."
                 )
         if self.solver == "emd":
             return "emd"
         # The mean squared distance between the sides is that between their means plus their variances.
-        distance = source.features.mean(0) - target.features.mean(0)
-        spread = sum(side.features.var(0, correction=0).sum() for side in (source, target))
-        cost = float(distance.square().sum() + spread)
+        distance = (source.mean(0) - target.mean(0)).square().sum()
+        cost = float(distance + sum(features.var(0, correction=0).sum() for features in (source, target)))
         if self.solver == "auto" and self.epsilon < 1e-4 * cost:
             return "emd"
         if cost < 1e-3 * self.epsilon:
@@ -241,35 +240,27 @@ class OTCE(SampleMetric):
             )
         return "sinkhorn"
 
-    def _draws(self, *sides: _Side) -> Iterator[list[_Side]]:
+    def _draws(self, *sides: Side) -> Iterator[Sequence[Side]]:
         """The two sides, or pairs of samples of them where they are larger than ``n_samples``."""
-        if all(len(side.labels) <= self.n_samples for side in sides):
-            yield list(sides)
+        if all(len(labels) <= self.n_samples for _, labels in sides):
+            yield sides
             return
         orders = [canonical_order(*side, seed=self.seed) for side in sides]
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.repeats):
             drawn = []
-            for side, order in zip(sides, orders, strict=True):
+            for (features, labels), order in zip(sides, orders, strict=True):
                 if len(order) > self.n_samples:
                     order = order[torch.randperm(len(order), generator=generator)[: self.n_samples].to(order.device)]
-                drawn.append(_Side(side.features[order], side.labels[order]))
+                drawn.append((features[order], labels[order]))
             yield drawn
 
 
-class _Side(NamedTuple):
-    """The source or the target."""
-
-    features: torch.Tensor  # N x D, float64
-    labels: torch.Tensor  # N, int64
-
-
-def _checked(name: str, features: Any, labels: Any, ignore_index: int | None) -> _Side:
+def _checked(side: str, features: Any, labels: Any, ignore_index: int | None) -> Side:
     try:
-        return _Side(*check_features(features, labels, ignore_index=ignore_index))
+        return check_features(features, labels, ignore_index=ignore_index)
     except InputError as error:
-        message = str(error).replace("target_labels", f"{name}_labels")
-        raise InputError(re.sub(r"\bfeatures\b", f"{name}_features", message)) from None
+        raise InputError(re.sub(r"\b(target_)?(features|labels)\b", rf"{side}_\2", str(error))) from None
 
 
 def _on_a_line(features: torch.Tensor) -> bool:
@@ -280,57 +271,51 @@ def _on_a_line(features: torch.Tensor) -> bool:
     return bool((features.min() >= 0) & (low > 0.99) & (high < 1.01))
 
 
-class _Points(NamedTuple):
-    """The K distinct feature vectors of a side, ascending, and what lies there."""
-
-    points: torch.Tensor  # K x D, or K
-    counts: torch.Tensor  # K, float64
-    shares: torch.Tensor  # K x C, how each one's count is shared among the classes that occur
-
-    @classmethod
-    def of(cls, features: torch.Tensor, labels: torch.Tensor) -> _Points:
-        points, index = torch.unique(features, dim=0 if features.ndim > 1 else None, return_inverse=True)
-        classes, labels = labels.unique(return_inverse=True)
-        cells = torch.bincount(index.mul_(len(classes)).add_(labels), minlength=len(points) * len(classes))
-        shares = cells.view(len(points), -1).double()
-        counts = shares.sum(1)
-        return cls(points, counts, shares.div_(counts[:, None]))
+def _points(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The K distinct feature vectors of a side, ascending; how many samples each has, and the classes' shares in it."""
+    points, index = torch.unique(features, dim=0 if features.ndim > 1 else None, return_inverse=True)
+    present = labels.bincount() > 0
+    n_classes = int(present.sum())
+    cells = index.mul_(n_classes).add_((present.cumsum(0) - 1)[labels])
+    shares = torch.bincount(cells, minlength=len(points) * n_classes).view(len(points), -1).double()
+    counts = shares.sum(1)
+    return points, counts, shares.div_(counts[:, None])
 
 
-def _sorted_table(*sides: _Side) -> torch.Tensor:
+def _sorted_table(*sides: Side) -> torch.Tensor:
     """P(y_s, y_t) of the exact plan on a line, which joins quantiles."""
     from ot.lp import emd_1d_sorted
 
     # Where samples lie on their line, up to a factor: only their order matters to the plan. The difference keeps apart
     # what one channel rounds to 1 as well as what it rounds to 0.
-    source, target = (
-        _Points.of(x[:, 1] - x[:, 0] if x.shape[1] == 2 else x[:, 0], labels.to(x.device)) for x, labels in sides
+    places, counts, shares = zip(
+        *(_points(x[:, 1] - x[:, 0] if x.shape[1] == 2 else x[:, 0], labels) for x, labels in sides), strict=True
     )
     # In units of 1 / (n m) masses are whole numbers, so that quantiles which meet do so exactly.
-    masses = source.counts.mul_(len(sides[1].labels)), target.counts.mul_(len(sides[0].labels))
-    found = emd_1d_sorted(*(value.cpu().numpy() for value in (*masses, source.points, target.points)))
-    mass, pairs = (torch.from_numpy(value).to(source.shares.device).split(PLAN_PAIRS) for value in found[:2])
+    masses = counts[0].mul_(len(sides[1][1])), counts[1].mul_(len(sides[0][1]))
+    found = emd_1d_sorted(*(value.cpu().numpy() for value in (*masses, *places)))
+    mass, pairs = (torch.from_numpy(value).to(places[0].device).split(PLAN_PAIRS) for value in found[:2])
     table = 0
     for part, (rows, columns) in zip(mass, (block.T for block in pairs), strict=True):
-        table += (source.shares[rows] * part[:, None]).T @ target.shares[columns]
+        table += (shares[0][rows] * part[:, None]).T @ shares[1][columns]
     return table
 
 
-def _solved_table(source: _Side, target: _Side, solver: str, epsilon: float) -> torch.Tensor:
+def _solved_table(source: Side, target: Side, solver: str, epsilon: float) -> torch.Tensor:
     """P(y_s, y_t) of a plan between many dimensions."""
     # Importing POT takes longer than most transports.
     import ot
 
-    centre = source.features.mean(0)  # the cost is a difference of squares, which a large mean would drown
-    sides = [_Points.of(features - centre, labels) for features, labels in (source, target)]
-    weights = [side.counts / side.counts.sum() for side in sides]
-    cost = ot.dist(sides[0].points, sides[1].points)
+    centre = source[0].mean(0)  # the cost is a difference of squares, which a large mean would drown
+    places, counts, shares = zip(*(_points(x - centre, labels) for x, labels in (source, target)), strict=True)
+    weights = [count / count.sum() for count in counts]
+    cost = ot.dist(*places)
     if solver == "emd":
         # The simplex takes very small costs for zero.
         plan = ot.emd(*weights, cost / cost.max().clamp(min=1e-300), numItermax=10**7)
     else:
         plan = _sinkhorn(*weights, cost, epsilon)
-    return sides[0].shares.T @ plan @ sides[1].shares
+    return shares[0].T @ plan @ shares[1]
 
 
 def _sinkhorn(

@@ -17,8 +17,6 @@ with such a binary variable is a standardised difference of two mean ranks, for 
 with p the share of pairs with different labels and sigma_r the standard deviation of all ranks.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

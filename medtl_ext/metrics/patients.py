@@ -1,17 +1,15 @@
 """Several feature metrics from one pass, with the sums of every patient: bootstraps need no second look at the data."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from joblib import Parallel, delayed
 from numpy.typing import ArrayLike
+from torch.nn.utils.rnn import pad_sequence
 
 from medtl_ext._validation import InputError
-from medtl_ext.metrics.base import grown
 from medtl_ext.metrics.features import FeatureMetric, MomentMetric, Samples, check_counts, feature_sums
 
 # Between a patient's name and that of a sum: no name holds it.
@@ -39,7 +37,7 @@ class PatientSums:
     sums: Mapping[str, torch.Tensor]
 
     @classmethod
-    def of(cls, samples: Samples, metrics: Mapping[str, MomentMetric]) -> PatientSums:
+    def of(cls, samples: Samples, metrics: Mapping[str, MomentMetric]) -> Self:
         """The sums of samples that are all at hand."""
         held = {}
         for group, name in enumerate(samples.names):
@@ -48,13 +46,11 @@ class PatientSums:
         return cls.stacked(held, metrics)
 
     @classmethod
-    def stacked(cls, held: Mapping[Hashable, dict[str, torch.Tensor]], metrics: Mapping[str, MomentMetric]) -> Any:
+    def stacked(cls, held: Mapping[Hashable, dict[str, torch.Tensor]], metrics: Mapping[str, MomentMetric]) -> Self:
         """The sums of patients by their names, who may have seen different numbers of classes."""
-        sums, shapes = list(held.values()), {}
-        for what in sums[0]:
-            shapes[what] = [max(lengths) for lengths in zip(*(own[what].shape for own in sums), strict=True)]
-        stacked = {what: torch.stack([grown(own[what], shape) for own in sums]) for what, shape in shapes.items()}
-        return cls(metrics, tuple(held), stacked)
+        columns = {what: [sums[what] for sums in held.values()] for what in next(iter(held.values()))}
+        # Classes are the first axis of those that have any.
+        return cls(metrics, tuple(held), {what: pad_sequence(sums, True) for what, sums in columns.items()})
 
     def resampled(self, counts: ArrayLike, *, n_jobs: int = 1) -> dict[str, torch.Tensor]:
         """What the metrics say of the patients as often as ``counts`` says; see `PatientScores.resampled`."""

@@ -15,8 +15,6 @@ The samples are looked at four times (means, covariance, covariance of the mixed
 The streaming class asks the network once and puts the samples aside in a `PredictionSpool`, which moves to disk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 

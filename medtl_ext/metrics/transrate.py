@@ -10,8 +10,6 @@ at the mean of all, are
 It needs the number of samples, the sum of x and the sum of x x' by class: D x D numbers for every class.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

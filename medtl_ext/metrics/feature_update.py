@@ -129,11 +129,8 @@ class FeatureUpdate(TransferMetric):
         # The hooks of a wrapper for several processes do not go with torch.autograd.grad.
         wrapped = isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel))
         self.network = network.module if wrapped else network
-        modules = {name: module for name, module in self.network.named_modules() if name}
-        if layer is not None:
-            require_choice("layer", layer, modules)
         if convolutions is not None:
-            _require_weights(convolutions, modules)
+            _require_weights(convolutions, dict(self.network.named_modules()))
         if next(self.network.parameters(), None) is None:
             raise InputError(f"network, a {type(self.network).__name__}, has no parameters; expected a source network.")
         self.layer, self.convolutions = layer, convolutions
@@ -228,12 +225,11 @@ def _pair_weights(distance: torch.Tensor, labels: torch.Tensor, anchors: torch.T
 
 def _batches(images: Any, labels: Any, batch_size: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     labels = _image_labels(labels)
-    if batch_size is not None:
-        require_number("batch_size", batch_size, LEAST_BATCH, whole=True)
     if isinstance(images, (torch.Tensor, np.ndarray)):
         images = as_plain_tensor("images", images)
         _require_one_each(len(images), labels)
-        images = images.split(batch_size or max(LEAST_BATCH, -(-len(images) // N_BATCHES)))
+        size = max(LEAST_BATCH, -(-len(images) // N_BATCHES)) if batch_size is None else batch_size
+        images = images.split(require_number("batch_size", size, LEAST_BATCH, whole=True))
     elif batch_size is not None:
         raise InputError("batch_size is given, but images comes in batches already; leave it out, or give one tensor.")
     start = 0
@@ -245,13 +241,12 @@ def _batches(images: Any, labels: Any, batch_size: int | None) -> Iterator[tuple
 
 def _image_labels(labels: Any) -> torch.Tensor:
     """N labels, from one tensor or from batches of them."""
-    parts = [labels] if isinstance(labels, (torch.Tensor, np.ndarray)) else list(labels)
-    parts = [check_labels("labels", part) for part in parts]
-    if not parts:
-        raise InputError("labels is empty; expected one for each image.")
+    parts = [check_labels("labels", part) for part in ([labels] if hasattr(labels, "shape") else labels)]
     for part in parts:
         if part.numel() != (len(part) if part.ndim else 1):
             raise InputError(f"labels has shape {tuple(part.shape)}; expected one class index for each image.")
+    if not parts:
+        raise InputError("labels is empty; expected one for each image.")
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -271,25 +266,16 @@ def _require_weights(convolutions: Sequence[str], modules: Mapping[str, nn.Modul
 
 def _first_convolutions(network: nn.Module, images: torch.Tensor) -> tuple[str, str]:
     """Names of the first two convolutions in the order in which they run."""
-    names: dict[str, None] = {}
-    handles = [
-        module.register_forward_pre_hook(lambda _, __, name=name: names.setdefault(name))
-        for name, module in network.named_modules()
-        if isinstance(module, nn.modules.conv._ConvNd)
-    ]
-    try:
-        with torch.no_grad():
-            network(images[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = [name for name, module in network.named_modules() if name and isinstance(module, nn.modules.conv._ConvNd)]
+    with torch.no_grad(), tap_features(network, layers) as tapped:
+        network(images[:1])
+    names = list(tapped)
     if len(names) < 2:
         raise InputError(
             f"network ran {len(names)} convolution layer(s), and FU compares the weights of two; name two other "
             "modules by convolutions=(first, second)."
         )
-    first, second = list(names)[:2]
-    return first, second
+    return names[0], names[1]
 
 
 def _one_output(outputs: Sequence[torch.Tensor], n_images: int) -> torch.Tensor:

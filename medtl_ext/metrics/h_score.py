@@ -10,7 +10,7 @@ Covariances need sums only: sum of x and number of samples by class, and the sum
 K classes, cov(g) has rank K - 1 at most, so H is a sum of K quadratic forms and takes one factorisation of cov(f).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ SHRINKAGES = ("ledoit_wolf",)
 CUTOFF = 1e-6
 
 EPSILON = torch.finfo(torch.float64).eps
+
+Pixels = slice | torch.Tensor
 
 
 def compute_h_score(
@@ -93,16 +95,17 @@ def compute_h_score_map(features: Any, target_labels: Any, *, ignore_index: int 
     Reference: Li et al., *Finding the most transferable tasks for brain image segmentation*, BIBM 2022, eq. 3. Its
     tables hold values from -3.2 to 40.7 for two classes, which eqs. 2 and 3 cannot give: see `CUTOFF`.
     """
-    features, labels = _require_images(*checked_samples(features, target_labels, ignore_index))
+    features, labels = checked_samples(features, target_labels, ignore_index)
+    _require_images(features)
     grid, n_images, width = labels.shape[1:], *features.shape[:2]
     features, labels = features.flatten(2), labels.flatten(1)
     highest = labels.amax(0)
+
+    def sums_of(pixels: Pixels) -> dict[str, torch.Tensor]:
+        return _pixel_sums(features[:, :, pixels].double(), labels[:, pixels])
+
     several = ((highest - labels) * (labels >= 0)).amax(0) > 0
-    found = (
-        (pixels, _pixel_sums(features[:, :, pixels].double(), labels[:, pixels]))
-        for pixels in _blocks(several, n_numbers=n_images * width)
-    )
-    return _map(highest >= 0, several, found, n_images=n_images, width=width).view(grid)
+    return _map(sums_of, highest >= 0, several, n_images=n_images, width=width, n_numbers=n_images * width).view(grid)
 
 
 class HScore(MomentMetric):
@@ -197,10 +200,9 @@ class HScoreMap(FeatureMetric):
         return self._evaluate(sums | all_reduce_sums(own))
 
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Any) -> None:
-        features, labels = _require_images(features, labels)
-        grid = labels.shape[1:]
+        _require_images(features)
         sums = _pixel_sums(features.flatten(2).double(), labels.flatten(1))
-        self._add(**{name: value.reshape(*value.shape[:-1], *grid) for name, value in sums.items()})
+        self._add(**{name: value.unflatten(-1, labels.shape[1:]) for name, value in sums.items()})
 
     def _add(self, **sums: torch.Tensor) -> None:
         # Scatter is kept about each pixel's own mean, because raw sums of a saturated softmax are all rounding.
@@ -217,13 +219,14 @@ class HScoreMap(FeatureMetric):
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         grid = sums["count"].shape[1:]
-        count, total, scatter = (sums[name].flatten(-len(grid)) for name in ("count", "total", "scatter"))
-        n, width, several = count.sum(0), total.shape[1], (count > 0).sum(0) > 1
-        found = (
-            (pixels, {"count": count[:, pixels], "total": total[..., pixels], "scatter": scatter[..., pixels]})
-            for pixels in _blocks(several, n_numbers=(len(count) + width) * width)
-        )
-        return _map(n > 0, several, found, n_images=int(n.amax()), width=width).view(grid)
+        flat = {name: value.flatten(-len(grid)) for name, value in sums.items()}
+        n, width, n_classes = flat["count"].sum(0), len(flat["scatter"]), len(flat["count"])
+
+        def sums_of(pixels: Pixels) -> dict[str, torch.Tensor]:
+            return {name: value[..., pixels] for name, value in flat.items()}
+
+        several, n_numbers = (flat["count"] > 0).sum(0) > 1, (n_classes + width) * width
+        return _map(sums_of, n > 0, several, n_images=int(n.amax()), width=width, n_numbers=n_numbers).view(grid)
 
 
 def _ledoit_wolf(
@@ -279,21 +282,21 @@ def _eigenvectors_2x2(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return variances, torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 2)
 
 
-def _require_images(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _require_images(features: torch.Tensor) -> None:
     if features.ndim < 3:
         raise InputError(f"features has shape {tuple(features.shape)}; a map needs N x D x *spatial.")
-    return features, labels
 
 
 def _map(
+    sums_of: Callable[[Pixels], dict[str, torch.Tensor]],
     seen: torch.Tensor,
     several: torch.Tensor,
-    found: Iterable[tuple[slice | torch.Tensor, dict[str, torch.Tensor]]],
     *,
     n_images: int,
     width: int,
+    n_numbers: int,
 ) -> torch.Tensor:
-    """The scores of all pixels, from the sums of those with several labels, block by block."""
+    """The scores of all pixels, from the sums of those with several labels, of ``n_numbers`` a pixel."""
     if not bool(seen.any()):
         raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
     if not bool(several.any()):
@@ -304,20 +307,14 @@ def _map(
             "are; use more images."
         )
     h_map = torch.where(seen, 0.0, torch.nan).double()
-    for pixels, sums in found:
-        h_map[pixels] = _pixel_scores(**sums)
+    # So many pixels at a time that they stay in the processor's cache; as slices where possible.
+    size = max(64, (2**24 if seen.is_cuda else 2**18) // n_numbers)
+    for start in range(0, len(several), size):
+        block = several[start : start + size]
+        if bool(block.any()):
+            pixels = slice(start, start + size) if bool(block.all()) else start + block.nonzero().squeeze(1)
+            h_map[pixels] = _pixel_scores(**sums_of(pixels))
     return h_map
-
-
-def _blocks(chosen: torch.Tensor, *, n_numbers: int) -> Iterator[slice | torch.Tensor]:
-    """Yield the chosen pixels, so many at a time that they stay in the processor's cache; as slices where possible."""
-    size = max(64, (2**24 if chosen.is_cuda else 2**18) // n_numbers)
-    for start in range(0, len(chosen), size):
-        block = chosen[start : start + size]
-        if bool(block.all()):
-            yield slice(start, start + size)
-        elif bool(block.any()):
-            yield start + block.nonzero().squeeze(1)
 
 
 def _pixel_sums(features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:

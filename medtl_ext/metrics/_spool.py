@@ -16,9 +16,7 @@ class PredictionSpool:
     The file is temporary and anonymous: it disappears with the spool, or with the process. Spools can be pickled,
     which is how a metric travels back from a worker process.
 
-    Args:
-        memory_limit: bytes kept in memory; beyond that everything moves to a file in the system's temporary folder
-            (`TMPDIR` chooses another).
+    Beyond `MEMORY_LIMIT` everything moves to a file in the system's temporary folder (`TMPDIR` chooses another).
 
     >>> spool = PredictionSpool()
     >>> spool.append(torch.tensor([0.5, 0.5]), torch.tensor([1]))
@@ -26,10 +24,9 @@ class PredictionSpool:
     [[[0.5, 0.5], [1]]]
     """
 
-    def __init__(self, memory_limit: int = MEMORY_LIMIT) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=memory_limit)  # noqa: SIM115 - closed by close()
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_size=MEMORY_LIMIT)  # noqa: SIM115 - closed by close()
         self._batches: list[list[tuple[int, torch.dtype, torch.Size]]] = []
-        self._memory_limit = memory_limit
 
     def append(self, *tensors: torch.Tensor) -> None:
         """Add one batch of tensors from any device."""
@@ -54,9 +51,6 @@ class PredictionSpool:
         for batch in list(self._batches):  # a copy, so that a spool can be extended by itself
             yield [self._read(*entry) for entry in batch]
 
-    def __len__(self) -> int:
-        return len(self._batches)
-
     def _read(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         self._file.seek(offset)
@@ -64,9 +58,9 @@ class PredictionSpool:
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"memory_limit": self._memory_limit, "batches": list(self)}
+        return {"batches": list(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["memory_limit"])
+        self.__init__()
         for batch in state["batches"]:
             self.append(*batch)

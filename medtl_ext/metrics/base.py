@@ -103,10 +103,8 @@ class TransferMetric(Metric):
 
     def _require_seen(self, seen: Any) -> Any:
         if not seen:
-            raise InputError(
-                f"{type(self).__name__} has seen no sample; call update() before compute(), or look for an empty "
-                "data loader."
-            )
+            name = type(self).__name__
+            raise InputError(f"{name} has seen no sample; call update() before compute(); is the data loader empty?")
         return seen
 
     def reset(self) -> None:
@@ -141,7 +139,7 @@ class TransferMetric(Metric):
             self.update(*batch)
 
 
-def probabilities_and_labels(output: Any) -> tuple[Any, Any]:
+def probabilities_and_labels(output: Any) -> tuple[list[torch.Tensor], list[Any]]:
     """Read source probabilities and target labels from the output of a MONAI engine.
 
     Args:
@@ -149,20 +147,16 @@ def probabilities_and_labels(output: Any) -> tuple[Any, Any]:
             (the network's raw logits, Z x *spatial per sample) and `label`.
 
     Returns:
-        Probabilities and labels, each a batch or a list of samples. The logits go through a softmax over the channels,
+        Probabilities and labels, each a list of samples. The logits go through a softmax over the channels,
         or through a sigmoid when there is one channel.
 
     Raises:
         InputError: `pred` or `label` is missing, or `pred` is not logits any more.
     """
     logits, labels = read_output(output, CommonKeys.PRED, CommonKeys.LABEL)
-    if isinstance(output, Mapping):
-        logits = as_plain_tensor(CommonKeys.PRED, logits)
-        _require_logits(logits[0])
-        return _probabilities(logits, 1), labels
     logits = [as_plain_tensor(CommonKeys.PRED, sample) for sample in logits]
     _require_logits(logits[0])
-    return [_probabilities(sample, 0) for sample in logits], labels
+    return [_probabilities(sample) for sample in logits], list(labels)
 
 
 def read_output(output: Any, *keys: str) -> list[Any]:
@@ -197,9 +191,9 @@ def _require_logits(sample: torch.Tensor) -> None:
         )
 
 
-def _probabilities(logits: torch.Tensor, channel: int) -> torch.Tensor:
+def _probabilities(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.float() if logits.element_size() < 4 else logits
-    return logits.sigmoid() if logits.shape[channel] == 1 else logits.softmax(channel)
+    return logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
 
 
 def _batches(values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:

@@ -26,7 +26,7 @@ from ignite.engine import Engine
 
 from medtl_ext._validation import InputError, require_choice, require_number, warn
 from medtl_ext.metrics.base import TransferMetric
-from medtl_ext.metrics.features import SampleMetric, canonical_order, check_features
+from medtl_ext.metrics.features import SampleMetric, TappedInferer, canonical_order, check_features
 
 VARIETIES = ("cases", "voxels")
 
@@ -189,7 +189,7 @@ class CCFV(TransferMetric):
         """Attach to an engine (called by MONAI's evaluators), and tap its network."""
         super().attach(engine, name, *args, **kwargs)
         for layer in self._layers if self._tapped else ():
-            layer.tap(engine)
+            TappedInferer.tap(engine, layer.layer)
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:

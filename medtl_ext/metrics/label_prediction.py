@@ -9,12 +9,12 @@ class, after neighbourhood components analysis (NCA) has learnt a linear map of 
     \mathrm{LP} = \tfrac1n \sum_i \tfrac15 \textstyle\sum_{k \in N_5(i)} 1[y_k = y_i]
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.neighbors import NearestNeighbors, NeighborhoodComponentsAnalysis
 
@@ -146,36 +146,29 @@ def combine_lp_fu(
     what gives their Table 2.
     """
     left_out = {exclude} if isinstance(exclude, str) else set(exclude or ())
-    if set(lp) - left_out != set(fu) - left_out:
-        odd = ", ".join(sorted((set(lp) ^ set(fu)) - left_out))
+    if odd := (set(lp) ^ set(fu)) - left_out:
+        odd = ", ".join(sorted(odd))
         raise InputError(f"lp and fu name different sources ({odd} in one only); expected both for every source.")
-    if left_out - set(lp) - set(fu):
-        raise InputError(f"exclude names {', '.join(sorted(left_out - set(lp) - set(fu)))}, which lp and fu lack.")
+    if unknown := left_out - set(lp) - set(fu):
+        raise InputError(f"exclude names {', '.join(sorted(unknown))}, which lp and fu lack.")
     candidates = [source for source in lp if source not in left_out]
     if not candidates:
         raise InputError("lp and fu hold no candidate source; expected at least one that is not in exclude.")
-    scaled = []
-    for name, values in (("lp", lp), ("fu", fu)):
-        numbers = {source: float(values[source]) for source in candidates}
-        if any(map(math.isinf, numbers.values())):
-            raise InputError(f"{name} holds Inf; expected finite numbers, or NaN where there is none.")
-        scaled.append(min_max(numbers))
-    if cross_domain:
-        scaled = [{source: 1 - value for source, value in values.items()} for values in scaled]
-    return {source: scaled[0][source] * scaled[1][source] for source in candidates}
+    table = pd.DataFrame([(float(lp[source]), float(fu[source])) for source in candidates], candidates, ["lp", "fu"])
+    if (infinite := np.isinf(table).any()).any():
+        raise InputError(f"{infinite.idxmax()} holds Inf; expected finite numbers, or NaN where there is none.")
+    scaled = 1 - table.apply(min_max) if cross_domain else table.apply(min_max)
+    return (scaled["lp"] * scaled["fu"]).to_dict()
 
 
-def min_max(values: Mapping[str, float]) -> dict[str, float]:
+def min_max(values: pd.Series) -> pd.Series:
     """Scale the values to [0, 1]: all the same give 0.5, NaN stays NaN.
 
-    >>> min_max({"a": 3.0, "b": 5.0, "c": 4.0})
-    {'a': 0.0, 'b': 1.0, 'c': 0.5}
+    >>> min_max(pd.Series([3.0, 5.0, 4.0])).tolist()
+    [0.0, 1.0, 0.5]
     """
-    known = [value for value in values.values() if not math.isnan(value)]
-    low, high = min(known, default=math.nan), max(known, default=math.nan)
-    if low == high:
-        return {name: value if math.isnan(value) else 0.5 for name, value in values.items()}
-    return {name: (value - low) / (high - low) for name, value in values.items()}
+    low, high = values.min(), values.max()
+    return values * 0 + 0.5 if low == high else (values - low) / (high - low)
 
 
 def _agreeing_neighbours(rows: np.ndarray, target: np.ndarray, n_others: int) -> float:

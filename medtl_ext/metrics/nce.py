@@ -56,7 +56,7 @@ class NCE(TransferMetric):
         """The most probable class of `pred`, with a channel axis of length one, and `label`, as lists of samples."""
         probs, labels = probabilities_and_labels(output)
         classes = [(one > 0.5).long() if len(one) == 1 else one.argmax(0, keepdim=True) for one in probs]
-        return classes, list(labels)
+        return classes, labels
 
     def update(self, source_labels: Any, target_labels: Any) -> None:
         """Add a batch of predicted source classes and target classes, two integer tensors of the same shape."""

@@ -29,6 +29,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from scipy.linalg import eigh
 
@@ -114,10 +115,9 @@ def combine_ncti(terms: Mapping[str, NCTITerms]) -> dict[str, float]:
     for name, values in terms.items():
         if len(values) != len(NCTITerms._fields) or not all(map(math.isfinite, values)):
             raise InputError(f"terms of {name} are {values!r}; expected three finite numbers, seli, ncc and vc.")
-    seli, ncc, vc = (
-        min_max({name: float(values[k]) for name, values in terms.items()}) for k in range(len(NCTITerms._fields))
-    )
-    return {name: ncc[name] + seli[name] - vc[name] for name in terms}
+    rows = [[float(value) for value in values] for values in terms.values()]
+    scaled = pd.DataFrame(rows, list(terms), NCTITerms._fields).apply(min_max)
+    return (scaled["ncc"] + scaled["seli"] - scaled["vc"]).to_dict()
 
 
 class NCTI(SampleMetric):
@@ -138,8 +138,8 @@ class NCTI(SampleMetric):
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> NCTITerms:
         classes, target = labels.cpu().unique(return_inverse=True)
-        components = principal_components(features, N_COMPONENTS)
-        rows = torch.from_numpy(components.scores)
+        scores, variance = principal_components(features, N_COMPONENTS)
+        rows = torch.from_numpy(scores)
         n_samples, width = rows.shape
         prior = target.bincount().double() / n_samples
         what = None
@@ -154,7 +154,7 @@ class NCTI(SampleMetric):
         if len(classes) == 1 or width == 0:
             seli, posterior = rows.new_zeros(()), prior.expand(n_samples, -1)
         else:
-            shrinkage = max(math.exp(-components.variance[:N_SHRINKAGE].sum()), LEAST_SHRINKAGE)
+            shrinkage = max(math.exp(-variance[:N_SHRINKAGE].sum()), LEAST_SHRINKAGE)
             sums = feature_sums(rows, target, ["gram"])
             model = Discriminant(**sums, shrinkage=shrinkage, least=LEAST_VARIANCE / width)
             posterior = model.scores(rows).softmax(1)

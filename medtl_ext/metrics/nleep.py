@@ -89,7 +89,7 @@ class NLEEP(SampleMetric):
         if n_classes == 1:
             warn("target_labels holds one class only, so NLEEP is 0, its best value, and says nothing about transfer.")
             return torch.zeros((), dtype=torch.float64, device=labels.device)
-        scores = principal_components(features, EXPLAINED).scores
+        scores, _ = principal_components(features, EXPLAINED)
         if scores.shape[1] == 0:
             warn("features are constant, so NLEEP is -H(Y), the score of no information at all.")
             return compute_leep(torch.ones(len(labels), 1), labels.cpu()).to(labels.device)

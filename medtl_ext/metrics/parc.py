@@ -17,7 +17,7 @@ with such a binary variable is a standardised difference of two mean ranks, for 
 with p the share of pairs with different labels and sigma_r the standard deviation of all ranks.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +98,8 @@ class PARC(SampleMetric):
             drawn = canonical_order(features, labels, seed=self.seed)[:MAX_SAMPLES]
             features, labels = features[drawn], labels[drawn]
         if self.n_components is not None:
-            features = torch.from_numpy(principal_components(features, self.n_components).scores).to(features.device)
+            scores, _ = principal_components(features, self.n_components)
+            features = torch.from_numpy(scores).to(features.device)
         upper = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu_(1)
         different = (labels[:, None] != labels)[upper]
         n_different = int(different.sum())
@@ -120,39 +121,31 @@ class PARC(SampleMetric):
         return (100 * mean_different / spread * (share / (1 - share)) ** 0.5).clamp(-100, 100)
 
 
-class Components(NamedTuple):
-    """Principal components.
-
-    Attributes:
-        scores: M x k, what each sample has of each component, centred.
-        variance: k, descending, with M - 1 degrees of freedom.
-    """
-
-    scores: np.ndarray
-    variance: np.ndarray
-
-
-def principal_components(features: torch.Tensor, amount: int | float) -> Components:
+def principal_components(features: torch.Tensor, amount: int | float) -> tuple[np.ndarray, np.ndarray]:
     """Exact principal components of M x D features, those without variance left out.
 
     Args:
         features: M x D, float64, on any device.
         amount: how many at most (1 or more), or the share of the variance to explain (less than 1).
 
-    >>> principal_components(torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]), 32).scores.round(6).tolist()
+    Returns:
+        What each sample has of each component, M x k, centred; and their variances, k, descending, with M - 1 degrees
+        of freedom.
+
+    >>> principal_components(torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]), 32)[0].round(6).tolist()
     [[-1.0], [0.0], [1.0]]
     """
     # Centred here, because the library subtracts the mean's square from the squares, which a large mean drowns.
     centred = (features - features.mean(0)).cpu().numpy()
     magnitude = np.abs(centred).max()
     if magnitude <= NEGLIGIBLE * features.abs().max().item():
-        return Components(np.empty((len(features), 0)), np.empty(0))
+        return np.empty((len(features), 0)), np.empty(0)
     # The covariance is far cheaper than the singular values, and its rounding is below what counts as no variance.
     solver = "covariance_eigh" if len(features) >= features.shape[1] else "full"
     pca = PCA(min(amount, *features.shape), svd_solver=solver)
     scores = pca.fit_transform(centred / magnitude)
     real = pca.explained_variance_ > NEGLIGIBLE * pca.explained_variance_[0]
-    return Components(scores[:, real] * magnitude, pca.explained_variance_[real] * magnitude**2)
+    return scores[:, real] * magnitude, pca.explained_variance_[real] * magnitude**2
 
 
 def _row_correlation(features: torch.Tensor) -> torch.Tensor:

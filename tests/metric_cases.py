@@ -145,7 +145,11 @@ def source_of(width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def otce_from_a_source(features: Any, labels: Any, **options: Any) -> torch.Tensor:
     width = 5 if isinstance(features, str) or features.ndim < 2 else features.shape[1]
-    return metrics.compute_otce(*source_of(width), features, labels, **{"solver": "emd"} | options)
+    return metrics.compute_otce(*source_of(width), features, labels, **options)
+
+
+def otce(**options: Any) -> metrics.OTCE:
+    return metrics.OTCE(source_of(5), **options)
 
 
 def up_to_classes(labels: torch.Tensor) -> tuple[float, float]:
@@ -286,12 +290,23 @@ CASES = [
         bounds=(0, 1),
         **NEIGHBOURS,
     ),
-    Case(
-        *("otce", otce_from_a_source, lambda **options: metrics.OTCE(source_of(5), **{"solver": "emd"} | options)),
+    case(
+        *("otce", {"solver": "emd"}, otce_from_a_source, otce),
         invariant=TWICE,
         bounds=up_to_entropy,
         one_class=0,
         constant=negative_entropy,
+    ),
+    case(
+        *("otce_auto", {"epsilon": 1.0}, otce_from_a_source, otce),
+        invariant=TWICE,
+        bounds=(-torch.inf, 0),
+        one_class=0,
+    ),
+    case(
+        *("otce_drawn", {"solver": "emd", "n_samples": 25, "repeats": 3, "seed": 2}, otce_from_a_source, otce),
+        bounds=(-torch.inf, 0),
+        one_class=0,
     ),
     case("ccfv", {}, ccfv_of_images, ccfv, invariant=SAME | {"rotation and shift": 1e-9}, **CCFV),
     case("ccfv_of_voxels", {"variety": "voxels", "n_voxels": 20}, ccfv_of_images, ccfv, **CCFV),

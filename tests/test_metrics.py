@@ -91,24 +91,19 @@ def test_the_table_has_every_metric():
 
 class TestStreaming:
     @every_case
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_any_split_in_any_order_is_the_one_shot_value(self, case, dtype):
+    def test_parts_that_have_not_seen_all_classes_merge_to_the_one_shot_value(self, case):
         values, labels = case.draw()
-        values = values.to(dtype) if case.kind != "classes" else values
-        n = len(labels)
-        labels[: n // 6] %= 2  # the first batches have seen fewer classes
+        values = values.float() if case.kind != "classes" else values
+        labels[: len(labels) // 6] %= 2
         expected = case.compute(values, labels)
         assert all(part.dtype == torch.float64 for part in tensors(expected))
-        for sizes in ([1] * n, [n // 4, n - n // 4], n):
-            same(streamed(case.make(), values, labels, sizes), expected)
         parts = [case.make() for _ in range(4)]  # the fourth has seen nothing
-        for metric, *batch in zip(parts, values.split(n // 3), labels.split(n // 3), strict=False):
+        for metric, *batch in zip(parts, values.split(len(labels) // 3), labels.split(len(labels) // 3), strict=False):
             metric.update(*batch)
         total = case.make()
         for k in range(4) if case.per_sample else torch.randperm(4).tolist():
             total.merge(pickle.loads(pickle.dumps(parts[k])))
         same(total.compute(), expected)
-        same(parts[0].compute(), case.compute(values[: n // 3], labels[: n // 3]))
 
     @pytest.mark.parametrize(
         "case", [case for case in CASES if not case.name.startswith("ccfv")], ids=lambda case: case.name
@@ -137,22 +132,13 @@ class TestStreaming:
         with pytest.raises(InputError, match=r"no valid sample|has seen no sample"):
             metric.compute()
 
-    @every_case
-    def test_nothing_seen(self, case):
-        metric = case.make()
-        with pytest.raises(InputError, match="has seen no sample; call update"):
-            metric.compute()
-        metric.update(*case.draw())
-        metric.reset()
-        with pytest.raises(InputError, match="has seen no sample"):
-            metric.compute()
-
 
 def renamed(labels):
     return torch.tensor([300, 0, 4])[labels]
 
 
 CHANGES = {
+    "order": lambda x, y: (x.flip(0), y.flip(0)),
     "names": lambda x, y: (x, renamed(y)),
     "twice": lambda x, y: (torch.cat([x, x]), torch.cat([y, y])),
     "channels": lambda x, y: (x[:, torch.randperm(x.shape[1])], y),
@@ -177,27 +163,15 @@ def on_channels(features, matrix):
 
 
 class TestInvariants:
-    @every_case
-    def test_order_of_samples(self, case):
-        values, labels = case.draw()
-        order = torch.randperm(len(labels))
-        for value, moved in zip(both(case, values, labels), both(case, values[order], labels[order]), strict=True):
-            same(moved, value[order] if case.per_sample else value, case.invariant["order"])
-
     @pytest.mark.parametrize(
         ("case", "change"),
-        [
-            pytest.param(case, change, id=f"{case.name}-{change}")
-            for case in CASES
-            for change in case.invariant
-            if change != "order"
-        ],
+        [pytest.param(case, change, id=f"{case.name}-{change}") for case in CASES for change in case.invariant],
     )
     def test_change_of_the_inputs(self, case, change):
         values, labels = case.draw()
         expected = case.compute(values, labels)
-        if case.per_sample and change == "twice":
-            expected = torch.cat([expected, expected])
+        if case.per_sample and change in ("order", "twice"):
+            expected, _ = CHANGES[change](expected, labels)
         changed = CHANGES[change](values, labels)
         for inputs in changed if isinstance(changed, list) else [changed]:
             for value in both(case, *inputs):
@@ -226,32 +200,16 @@ class TestInputsOfEveryKind:
             same([part.cpu() for part in tensors(value)], case.compute(values, labels), near)
 
     @every_case
-    def test_layout_gradients_arrays_and_metadata(self, case):
+    def test_layout_and_metadata(self, case):
         values, labels = case.draw()
         expected = case.compute(values, labels)
-        kinds = [
-            torch.stack([values, values], -1)[..., 0],
-            values.transpose(0, -1).contiguous().transpose(0, -1),
-            values.numpy(),
-            MetaTensor(values),
-        ]
-        kinds += [values.clone().requires_grad_()] if case.kind != "classes" else []
-        for kind in kinds:
-            for part in tensors(case.compute(kind, labels)):
-                assert type(part) is torch.Tensor
-                assert not part.requires_grad
-            same(case.compute(kind, labels), expected)
+        for kind in (values.transpose(0, -1).contiguous().transpose(0, -1), MetaTensor(values)):
+            value = case.compute(kind, labels.unsqueeze(1).half())
+            assert {type(part) for part in tensors(value)} == {torch.Tensor}
+            same(value, expected)
 
     @every_case
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.float16], ids=str)
-    def test_labels(self, case, dtype):
-        values, labels = case.draw()
-        expected = case.compute(values, labels)
-        same(case.compute(values, labels.unsqueeze(1).to(dtype)), expected)
-        same(case.compute(values, labels.to(dtype).numpy()), expected)
-
-    @every_case
-    def test_are_left_as_they_were_and_may_change_afterwards(self, case):
+    def test_may_change_afterwards(self, case):
         values, labels = case.draw()
         labels[0] = 3
         before = values.clone(), labels.clone()
@@ -372,14 +330,6 @@ class TestBadInput:
         with pytest.raises(InputError, match=message):
             case.make(**options)
 
-    @every_case
-    def test_merge_with_another_class(self, case):
-        class Other(type(case.make())):
-            pass
-
-        with pytest.raises(InputError, match=f"other is {type(case.make()).__name__}; expected Other"):
-            Other.merge(object.__new__(Other), case.make())
-
 
 class TestDegenerateInput:
     @every_case
@@ -460,11 +410,7 @@ class TestEvaluator:
             {"image": image.float(), "label": mask[None].float(), "subject": f"p{k % 2}"}
             for k, (image, mask) in enumerate(zip(images, masks, strict=True))
         ]
-        cases = {
-            case.name: case
-            for case in OF_FEATURES
-            if case.name not in ("h_score_map", "otce", "ccfv", "ccfv_of_voxels")
-        }
+        cases = {case.name: case for case in OF_FEATURES if not case.name.startswith(("h_score_map", "otce", "ccfv"))}
         samples = metrics.FeatureSamples(pixels=20)
         attached = {name: case.make(pixels=20) for name, case in cases.items()}
         evaluate(items, batch_size=3, samples=samples, **attached)

@@ -8,6 +8,7 @@ from drawing import torch_generator
 from metric_cases import DEVICES, evaluate, negative_entropy, rotation, small_unet
 from scipy.optimize import linprog, minimize
 from scipy.spatial.distance import cdist
+from scipy.stats import entropy
 
 from medtl_ext import InputError
 from medtl_ext.metrics import OTCE, FeatureSamples, compute_otce, label_transport, probabilities_and_labels
@@ -32,18 +33,15 @@ def draw_softmax(n=300, m=400):
     return source.softmax(1), source_labels, target.softmax(1), target_labels
 
 
-def loop_otce(plan, source_labels, target_labels):
-    """-H(Y_t | Y_s) by the definition, from a plan and two lists of labels."""
-    joint = {}
-    for i, row in enumerate(np.asarray(plan)):
-        for j, mass in enumerate(row):
-            key = int(source_labels[i]), int(target_labels[j])
-            joint[key] = joint.get(key, 0.0) + mass
-    total = sum(joint.values())
-    marginal = {}
-    for (y, _), mass in joint.items():
-        marginal[y] = marginal.get(y, 0.0) + mass
-    return sum(mass / total * np.log(mass / marginal[y]) for (y, _), mass in joint.items() if mass > 0)
+def by_definition(plan, source_labels, target_labels):
+    """-H(Y_t | Y_s) from a plan and two lists of labels."""
+    table = np.zeros((5, 5))
+    np.add.at(table, np.ix_(source_labels, target_labels), np.asarray(plan))
+    return -conditional_entropy(table)
+
+
+def conditional_entropy(table):
+    return entropy(table.ravel()) - entropy(table.sum(1))
 
 
 def program_plan(source, target):
@@ -105,14 +103,14 @@ class TestAgainstOtherSolvers:
     @pytest.mark.parametrize(("width", "solver"), [(1, "emd"), (1, "sorted"), (3, "emd")])
     def test_linear_program(self, width, solver):
         source, source_labels, target, target_labels = draw(12, 15, width)
-        expected = loop_otce(program_plan(source, target), source_labels, target_labels)
+        expected = by_definition(program_plan(source, target), source_labels, target_labels)
         value = compute_otce(source, source_labels, target, target_labels, solver=solver)
         assert value.item() == pytest.approx(expected, abs=1e-9)
 
     @pytest.mark.parametrize("epsilon", [0.05, 0.3])
     def test_entropic_dual(self, epsilon):
         source, source_labels, target, target_labels = draw(20, 25)
-        expected = loop_otce(dual_plan(source, target, epsilon), source_labels, target_labels)
+        expected = by_definition(dual_plan(source, target, epsilon), source_labels, target_labels)
         value = compute_otce(source, source_labels, target, target_labels, epsilon=epsilon)
         assert value.item() == pytest.approx(expected, abs=2e-5)
 
@@ -121,14 +119,14 @@ class TestAgainstOtherSolvers:
     def test_quantiles(self, n, m):
         source, source_labels, target, target_labels = draw(n, m, width=1)
         plan = ot.emd_1d(source[:, 0].numpy(), target[:, 0].numpy())
-        expected = loop_otce(plan, source_labels, target_labels)
+        expected = by_definition(plan, source_labels, target_labels)
         value = compute_otce(source, source_labels + 1, target, target_labels, solver="sorted")
         assert value.item() == pytest.approx(expected, abs=1e-12)
 
     @pytest.mark.parametrize("solver", ["sorted", "auto", "emd"])
     def test_softmax_of_two_channels_is_one_dimensional(self, solver):
         source, source_labels, target, target_labels = draw_softmax(60, 75)
-        expected = loop_otce(ot.emd([], [], cdist(source, target, "sqeuclidean")), source_labels, target_labels)
+        expected = by_definition(ot.emd([], [], cdist(source, target, "sqeuclidean")), source_labels, target_labels)
         value = compute_otce(source, source_labels, target, target_labels, solver=solver)
         assert value.item() == pytest.approx(expected, abs=1e-9)
 
@@ -136,66 +134,43 @@ class TestAgainstOtherSolvers:
     def test_samples_with_equal_features_share_in_equal_parts(self, solver):
         source, source_labels, target, target_labels = draw(200, 300, width=1)
         source, target = (source * 3).round(), (target * 3).round()
-        values, sides = [], []
+        points, sides = [], []
         for features, labels in ((source, source_labels), (target, target_labels)):
-            points = np.unique(features)
-            counts = np.array([[((features[:, 0] == p) & (labels == y)).sum() for y in range(4)] for p in points])
-            values.append(points)
-            sides.append(counts / len(labels))
-        plan = ot.emd_1d(*values, *(side.sum(1) for side in sides))
-        table = np.zeros((4, 4))
-        for i, j in np.ndindex(*plan.shape):
-            table += plan[i, j] * np.outer(sides[0][i] / sides[0][i].sum(), sides[1][j] / sides[1][j].sum())
+            places, index = np.unique(features, return_inverse=True)
+            points.append(places)
+            sides.append(np.zeros((len(places), 4)))
+            np.add.at(sides[-1], (index.ravel(), labels), 1 / len(labels))
+        plan = ot.emd_1d(*points, *(side.sum(1) for side in sides))
+        shares = [side / side.sum(1, keepdims=True) for side in sides]
+        table = shares[0].T @ plan @ shares[1]
         value = compute_otce(source, source_labels, target, target_labels, solver=solver)
-        assert value.item() == pytest.approx(loop_otce(table, range(4), range(4)), abs=1e-9)
+        assert value.item() == pytest.approx(-conditional_entropy(table), abs=1e-9)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_label_transport(self, dtype):
         _, source_labels, _, target_labels = draw(40, 23)
         plan = torch.rand(40, 23, dtype=dtype)
-        expected = np.zeros((int(source_labels.max()) + 1, int(target_labels.max()) + 1))
-        for i, j in np.ndindex(40, 23):
-            expected[source_labels[i], target_labels[j]] += plan[i, j].item()
+        expected = np.zeros((3, 4))
+        np.add.at(expected, np.ix_(source_labels, target_labels), plan.numpy())
         table = label_transport(plan, source_labels, target_labels)
         assert table.dtype == torch.float64
         np.testing.assert_allclose(table, expected, atol=1e-9)
 
 
-class TestEverySolver:
-    @of_every_solver
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_invariants(self, solver, device):
-        source, source_labels, target, target_labels = draw(width=1)
-        source, target = (source * 2).round() / 2, (target * 2).round() / 2  # with ties
-        expected = compute_otce(source, source_labels, target, target_labels, solver=solver)
-        assert negative_entropy(target_labels) <= expected <= 0
-        i, j = torch.randperm(30).repeat(2), torch.randperm(40).repeat(3)
-        names = torch.tensor([5, 0, 900])[source_labels], torch.tensor([7, 30_000, 2, 0])[target_labels]
-        for sides in (
-            (source.to(device), source_labels, target.to(device), target_labels),
-            (source[i], source_labels[i], target[j], target_labels[j]),
-            (source, names[0], target, names[1]),
-        ):
-            value = compute_otce(*sides, solver=solver)
-            assert value.device == sides[0].device
-            assert value.item() == pytest.approx(expected.item(), abs=1e-9)
+@of_every_solver
+def test_one_source_class_tells_nothing(solver):
+    source, source_labels, target, target_labels = draw(width=1)
+    with pytest.warns(UserWarning, match="source_labels holds one class only, so OTCE is -H"):
+        value = compute_otce(source, torch.ones_like(source_labels), target, target_labels, solver=solver)
+    assert value.item() == pytest.approx(negative_entropy(target_labels), abs=1e-6)
 
-    @of_every_solver
-    def test_one_class(self, solver):
-        source, source_labels, target, target_labels = draw(width=1)
-        with pytest.warns(UserWarning, match="target_labels holds one class only, so OTCE is 0, its best value"):
-            value = compute_otce(source, source_labels, target, torch.zeros_like(target_labels), solver=solver)
-        assert value.item() == pytest.approx(0, abs=1e-12)
-        with pytest.warns(UserWarning, match="source_labels holds one class only, so OTCE is -H"):
-            value = compute_otce(source, torch.ones_like(source_labels), target, target_labels, solver=solver)
-        assert value.item() == pytest.approx(negative_entropy(target_labels), abs=1e-6)
 
-    @of_every_solver
-    def test_constant_features_tell_nothing(self, solver, recwarn):
-        _, source_labels, _, target_labels = draw()
-        value = compute_otce(torch.ones(30, 1), source_labels, torch.ones(40, 1), target_labels, solver=solver)
-        assert value.item() == pytest.approx(negative_entropy(target_labels), abs=1e-9)
-        assert (len(recwarn) == 1) == (solver == "sinkhorn")
+@of_every_solver
+def test_constant_features_tell_nothing(solver, recwarn):
+    _, source_labels, _, target_labels = draw()
+    value = compute_otce(torch.ones(30, 1), source_labels, torch.ones(40, 1), target_labels, solver=solver)
+    assert value.item() == pytest.approx(negative_entropy(target_labels), abs=1e-9)
+    assert (len(recwarn) == 1) == (solver == "sinkhorn")
 
 
 class TestPlans:
@@ -216,11 +191,16 @@ class TestPlans:
         value = compute_otce(moved[0], source_labels, moved[1], target_labels, solver="emd")
         assert value.item() == pytest.approx(expected, abs=1e-9)
 
-    def test_sorted_ones_depend_on_ranks_alone(self):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_sorted_ones_depend_on_ranks_alone(self, device):
         source, source_labels, target, target_labels = draw(width=1)
+        source, target = (source * 2).round() / 2, (target * 2).round() / 2  # with ties
         expected = compute_otce(source, source_labels, target, target_labels).item()
-        value = compute_otce(source.exp(), source_labels, target.exp(), target_labels, n_samples=5)  # which takes all
-        assert value.item() == pytest.approx(expected, abs=1e-12)
+        i, j = torch.randperm(30).repeat(2), torch.randperm(40).repeat(3)
+        moved = source[i].exp().to(device), source_labels[i], target[j].exp().to(device), target_labels[j]
+        value = compute_otce(*moved, n_samples=5)  # which takes all
+        assert value.device.type == device
+        assert value.item() == pytest.approx(expected, abs=1e-9)
 
     def test_little_entropy_is_the_exact_one(self):
         _, source_labels, shift, target_labels = draw(8, 8, width=2)
@@ -235,13 +215,6 @@ class TestPlans:
         source, source_labels, target, target_labels = draw(width=2)
         sides = source * scale, source_labels, target * scale, target_labels
         assert compute_otce(*sides) == compute_otce(*sides, solver=solver)
-
-    @pytest.mark.filterwarnings("ignore:the mean cost")
-    def test_within_bounds_at_any_scale_and_in_half_precision(self):
-        source, source_labels, target, target_labels = draw()
-        for change in (lambda x: x * 1e8, lambda x: x * 1e-8, lambda x: (x * 1e4).half()):
-            value = compute_otce(change(source), source_labels, change(target), target_labels)
-            assert negative_entropy(target_labels) - 1e-9 <= value <= 0
 
     def test_softmax_in_lower_precision_keeps_its_order(self):
         source, source_labels, target, target_labels = draw_softmax()
@@ -273,23 +246,13 @@ class TestPlans:
 
 
 class TestDraws:
-    @pytest.mark.parametrize("solver", ["emd", "sinkhorn"])
-    def test_do_not_depend_on_order_but_on_the_seed(self, solver):
-        source, source_labels, target, target_labels = draw(60, 80)
-        options = {"solver": solver, "n_samples": 25, "repeats": 3}
-        expected = compute_otce(source, source_labels, target, target_labels, **options)
-        i, j = torch.randperm(60), torch.randperm(80)
-        value = compute_otce(source[i], source_labels[i], target[j], target_labels[j], **options)
-        assert value.item() == pytest.approx(expected.item(), abs=1e-9)
-        other = compute_otce(source, source_labels, target, target_labels, **options, seed=1)
-        assert other.item() != pytest.approx(expected.item(), abs=1e-9)
-
     def test_are_fair(self):
         sides = draw(400, 400, width=1)
         whole = compute_otce(*sides).item()
         values = [compute_otce(*sides, solver="emd", n_samples=200, repeats=repeats).item() for repeats in (1, 10)]
         assert values == pytest.approx([whole, whole], abs=0.1)
         assert values[0] != values[1]  # other samples in every draw
+        assert values[0] != compute_otce(*sides, solver="emd", n_samples=200, repeats=1, seed=1).item()
 
     def test_only_of_the_larger_side(self):
         sides, options = draw(20, 200), {"solver": "emd", "repeats": 1}
@@ -310,11 +273,8 @@ class TestBadInput:
         ("change", "message"),
         [
             (lambda x, y: (x * torch.nan, y), "source_features holds NaN or Inf"),
-            (lambda x, y: (x[:0], y[:0]), "source_features is empty"),
-            (lambda x, y: (x[:, 0], y), "source_features has shape"),
             (lambda x, y: (x, y[:-1]), "source_labels has shape .* does not fit source_features"),
             (lambda x, y: (x, y - 1), "source_labels holds the negative label -1"),
-            (lambda x, y: (x, y + 0.5), "source_labels holds non-integer"),
             (lambda x, y: (x, y * 0 + 9), "source_features holds 0 sample"),
             (lambda x, y: (x[:, :2], y), "target_features has 3 channels, source_features 2"),
         ],
@@ -341,11 +301,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("plan", "message"),
         [
-            (torch.full((2, 3), torch.nan), "not a transport plan"),
-            (torch.full((2, 3), -1.0), "not a transport plan"),
-            (torch.full((2, 3), torch.inf), "not a transport plan"),
-            (torch.ones(2), "not a transport plan"),
-            (torch.ones(0, 3), "not a transport plan"),
+            *((torch.full((2, 3), value), "not a transport plan") for value in (torch.nan, -1.0, torch.inf)),
+            *((torch.ones(shape), "not a transport plan") for shape in ((2,), (0, 3))),
             (torch.ones(3, 2), r"plan has shape \(3, 2\)"),
         ],
     )
@@ -354,24 +311,12 @@ class TestBadInput:
             label_transport(plan, [0, 1], [0, 1, 1])
 
 
-class TestStreaming:
-    @pytest.mark.parametrize("options", [{}, {"n_samples": 10, "repeats": 2, "seed": 5}, {"ignore_index": 0}], ids=str)
-    def test_any_split_is_the_one_shot_value(self, options):
-        source, source_labels, target, target_labels = draw()
-        expected = compute_otce(source, source_labels, target, target_labels, **options).item()
-        parts = [OTCE((source, source_labels), **options) for _ in range(3)]
-        for part, rows in zip(parts, torch.randperm(len(target)).split([1, 25, 14]), strict=True):
-            part.update(target[rows], target_labels[rows])
-        for part in parts[:0:-1]:
-            parts[0].merge(part)
-        assert parts[0].compute().item() == pytest.approx(expected, abs=1e-9)
-
-    def test_ignored_on_both_sides(self):
-        source, source_labels, target, target_labels = draw()
-        source_labels[3:9], target_labels[::4] = 255, 255
-        value = compute_otce(source, source_labels, target, target_labels, ignore_index=255)
-        keep, left = source_labels != 255, target_labels != 255
-        assert value == compute_otce(source[keep], source_labels[keep], target[left], target_labels[left])
+def test_ignored_on_both_sides():
+    source, source_labels, target, target_labels = draw()
+    source_labels[3:9], target_labels[::4] = 255, 255
+    value = compute_otce(source, source_labels, target, target_labels, ignore_index=255)
+    keep, left = source_labels != 255, target_labels != 255
+    assert value == compute_otce(source[keep], source_labels[keep], target[left], target_labels[left])
 
 
 class TestEngine:

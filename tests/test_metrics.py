@@ -367,7 +367,7 @@ class TestDegenerateInput:
                 within_bounds(case, value, labels)
 
     @of_features
-    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.filterwarnings("error", "ignore::UserWarning")
     @pytest.mark.parametrize(
         "change",
         [

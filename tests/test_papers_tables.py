@@ -1,52 +1,17 @@
 """The published tables that `medtl_ext.ranking` must give back, cell by cell, from the published raw numbers."""
 
-import numpy as np
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 
-from medtl_ext.metrics import combine_lp_fu
-from medtl_ext.ranking import friedman_nemenyi, spearman_footrule, weighted_kendall
-
-TARGETS = {
-    "bloodmnist": "Blood",
-    "breastmnist": "Breast",
-    "dermamnist": "Derma",
-    "octmnist": "OCT",
-    "organamnist": "OrganA",
-    "organcmnist": "OrganC",
-    "organsmnist": "OrganS",
-    "pathmnist": "Path",
-    "pneumoniamnist": "Pneumonia",
-    "retinamnist": "Retina",
-    "tissuemnist": "Tissue",
-}
-METHODS = {"logme": "LogME", "parc": "PARC", "sfda": "SFDA", "ncti": "NCTI", "leep": "LEEP", "nleep": "NLEEP"}
+from medtl_ext.dataset_transferability import ReproduceTable2
+from medtl_ext.ranking import spearman_footrule
 
 
 @pytest.fixture(scope="module")
 def papers(shared_data):
     return shared_data / "papers"
-
-
-@pytest.fixture(scope="module")
-def published(papers):
-    table = pd.read_csv(papers / "004_table2_dataset.csv")
-    assert len(table) == 77
-    return table.pivot(index="target", columns="method", values=["wtau", "rank"])
-
-
-@pytest.fixture(scope="module")
-def computed(papers):
-    raw = pd.read_csv(papers / "004_scores_dataset.csv")
-    rows = {}
-    for target, models in raw.groupby("target"):
-        models = models.set_index("source")
-        others = models.drop(index=target)  # the target's own model is no candidate
-        truth = others["auc"].to_dict()
-        scores = {name: others[column].to_dict() for column, name in METHODS.items()}
-        scores["Ours"] = combine_lp_fu(models["lp"].to_dict(), models["fu"].to_dict(), exclude=target)
-        rows[TARGETS[target]] = {name: weighted_kendall(values, truth) for name, values in scores.items()}
-    return pd.DataFrame(rows).T
 
 
 class TestPriorSelTableVI:
@@ -72,44 +37,45 @@ class TestDatasetTrTable2:
     ranks of LogME and NLEEP on Pneumonia are swapped (both print as .31; the printed average ranks are right).
     """
 
-    def test_all_77_correlations_at_two_decimals(self, computed, published):
-        printed = published["wtau"]
-        ours = computed.loc[printed.index, printed.columns]
-        assert ours.shape == (11, 7)
-        differences = (ours - printed).abs()
-        assert differences.max().max() <= 0.005 + 1e-9
+    @pytest.fixture(scope="class")
+    def step(self, papers, tmp_path_factory):
+        files = {"scores": papers / "004_scores_dataset.csv", "printed": papers / "004_table2_dataset.csv"}
+        return ReproduceTable2(here=SimpleNamespace(folder=tmp_path_factory.mktemp("table2")), **files)
+
+    @pytest.fixture(scope="class")
+    def table(self, step):
+        step.run()
+        return pd.read_csv(step.here.folder / "table2.csv")
+
+    def test_all_77_correlations_at_two_decimals(self, table):
+        assert table[["target", "method"]].nunique().tolist() == [11, 7]
+        assert len(table) == 77
+        assert (table["computed"] - table["wtau"]).abs().max() <= 0.005 + 1e-6
         # SFDA gives one score to all sources of the binary targets: nothing is ranked, the paper prints no number.
-        missing = printed.isna()
-        assert missing.sum().sum() == 2
-        assert ours.isna().equals(missing)
+        assert table["wtau"].isna().sum() == 2
+        assert table["computed"].isna().equals(table["wtau"].isna())
+        assert table["agrees"].all()
 
-    def test_ranks_but_for_the_swapped_pair(self, computed, published):
-        ranks = friedman_nemenyi(computed).table
-        printed = published["rank"].astype(float)
-        different = (ranks.loc[printed.index, printed.columns] != printed).stack()
-        assert list(different[different].index) == [("Pneumonia", "LogME"), ("Pneumonia", "NLEEP")]
-        assert ranks.loc["Pneumonia", ["LogME", "NLEEP"]].tolist() == [2, 3]
+    def test_ranks_but_for_the_swapped_pair(self, table):
+        swapped = table[table["rank"] != table["computed_rank"]]
+        assert swapped[["target", "method", "computed_rank"]].to_numpy().tolist() == [
+            ["Pneumonia", "LogME", 2],
+            ["Pneumonia", "NLEEP", 3],
+        ]
 
-    def test_friedman_nemenyi_and_average_ranks(self, computed, papers):
-        result = friedman_nemenyi(computed)
-        assert result.chi_square == pytest.approx(20.766, abs=5e-4)
-        assert result.p == pytest.approx(0.00202, abs=5e-6)
-        assert result.critical_difference == pytest.approx(2.716, abs=5e-4)
-        printed = pd.read_csv(papers / "004_table2_avg_rank.csv").set_index("method")["avg_rank"]
-        assert result.average_ranks[printed.index].round(2).tolist() == printed.tolist()
-        assert result.groups[0] == ("Ours", "NLEEP", "LEEP", "LogME", "PARC")
-
-    def test_the_swap_is_in_the_printed_ranks_only(self, published, papers):
-        result = friedman_nemenyi(published["rank"], higher_is_better=False)
-        assert result.chi_square == pytest.approx(21.039, abs=5e-4)
-        assert result.average_ranks["LogME"] == pytest.approx(4 + 1 / 11)
-        assert result.average_ranks["NLEEP"] == pytest.approx(38 / 11 - 1 / 11)
-
-    def test_printed_critical_difference_takes_eight_methods(self, published):
-        ranks = published["rank"].assign(another=8)
-        cd = friedman_nemenyi(ranks, higher_is_better=False).critical_difference
-        # sqrt(k (k + 1)) of 7 methods with q of 8
-        assert cd * np.sqrt(7 * 8 / (8 * 9)) == pytest.approx(2.792, abs=1e-3)
+    @pytest.mark.usefixtures("table")
+    def test_friedman_nemenyi_and_average_ranks(self, step, papers):
+        text = (step.here.folder / "table2.md").read_text()
+        for found in (
+            "Friedman chi-square 20.766, p 0.00202",
+            "Critical difference 2.716 for 7 methods",
+            "2.792 is printed, which is what the quantile for 8 methods gives (2.792)",
+            "the printed ranks would give chi-square 21.039",
+            "cannot be told from NLEEP 3.45, LEEP 3.91, LogME 4.00 and PARC 4.00",
+        ):
+            assert found in text
+        for row in pd.read_csv(papers / "004_table2_avg_rank.csv").itertuples():
+            assert f"{row.method} {row.avg_rank:.2f}" in text
 
 
 class TestHeadlines:

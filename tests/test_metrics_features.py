@@ -235,17 +235,15 @@ class TestEngine:
         metric = FeatureSamples(output_transform=lambda output: [[i[key] for i in output] for key in ("pred", "label")])
         assert run(metric).features.shape == (4 * 32 * 32, 2)
 
-    def test_unknown_layer_names_the_nearest(self):
-        with pytest.raises(InputError, match="did you mean 'upcat_1'"):
-            run(FeatureSamples(layer="upcat1"))
-
     def test_hooks_are_gone_after_an_error(self):
         network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Linear(7, 3))  # the second layer does not fit
         with pytest.raises(RuntimeError):
             run(FeatureSamples(layer="0"), network=network)
         assert hooks(network) == 0
 
-    def test_windows_do_not_line_up(self):
+    def test_what_cannot_be_tapped(self):
+        with pytest.raises(InputError, match="did you mean 'upcat_1'"):
+            run(FeatureSamples(layer="upcat1"))
         with pytest.raises(InputError, match="use SimpleInferer"):
             run(FeatureSamples(layer="upcat_1"), items=slices(size=64), inferer=SlidingWindowInferer(32))
 

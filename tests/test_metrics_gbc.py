@@ -6,11 +6,11 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from metric_cases import draw, streamed
+from metric_cases import draw
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from medtl_ext.metrics import GBC, compute_gbc
+from medtl_ext.metrics import compute_gbc
 
 COVARIANCES = ["spherical", "diagonal"]
 
@@ -40,7 +40,6 @@ def test_integrals(covariance):
     features *= (torch.rand(3, 3, dtype=torch.float64) + 0.5)[labels]  # classes of different spread
     expected = integrated(features, labels, covariance)
     assert compute_gbc(features, labels, covariance=covariance).item() == pytest.approx(expected, abs=1e-7)
-    assert streamed(GBC(covariance=covariance), features, labels, 20).item() == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)

@@ -139,14 +139,13 @@ class _Suite:
             self._same(self._value([*lower, labels]), str(dtype), tolerance=tolerance)
         if torch.cuda.is_available():
             value = self._value([value.cuda() for value in self.example])
-            assert all(tensor.is_cuda for tensor in _tensors(value)), f"{self._name}: the value left the input's device"
+            self._require(all(tensor.is_cuda for tensor in _tensors(value)), "loses the input's device")
             self._same(value, "CUDA", tolerance=1e-7)
 
     def check_inputs(self) -> None:
         copies = [value.clone() for value in self.example]
         self._value(copies)
-        unchanged = all(torch.equal(copy, value) for copy, value in zip(copies, self.example, strict=True))
-        assert unchanged, f"{self._name} changes its inputs"
+        self._require(all(map(torch.equal, copies, self.example)), "changes its inputs")
 
     def check_bad_input(self) -> None:
         metric = self._fed(self.example)
@@ -179,11 +178,9 @@ class _Suite:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 value = self._value(batch)
-            assert all(bool(tensor.isfinite().all()) for tensor in _tensors(value)), (
-                f"{self._name}: {what} gives {value}"
-            )
+            self._require(all(bool(tensor.isfinite().all()) for tensor in _tensors(value)), f"makes {value} of {what}")
         warned = any(issubclass(warning.category, UserWarning) for warning in caught)
-        assert warned, f"{self._name}: one class only says nothing about transfer, but there is no UserWarning"
+        self._require(warned, "issues no UserWarning for one class only, which says nothing about transfer")
 
     def check_state(self) -> None:
         metric = self.make()
@@ -208,22 +205,22 @@ class _Suite:
         self._same(state.metrics["metric"], "an Ignite engine")
 
     def check_docstrings(self) -> None:
-        assert isinstance(self.metric.higher_is_better, bool), f"{self._name}.higher_is_better is not True or False"
+        self._require(isinstance(self.metric.higher_is_better, bool), "has no higher_is_better that is True or False")
         bases = [base for base in self.metric.__mro__ if issubclass(base, TransferMetric)]
         text, *inherited = (inspect.getdoc(base) or "" for base in bases)
-        assert text not in ("", *inherited), f"{self._name} has no docstring"
-        assert ">>>" in text, f"{self._name}: the docstring has no example (>>>)"
+        self._require(text not in ("", *inherited), "has no docstring")
+        self._require(">>>" in text, "has no example (>>>) in its docstring")
         for name in inspect.signature(self.metric).parameters:
             explained = name in text or any(f"{name}:" in other for other in inherited)
-            assert explained, f"{self._name}: the docstring does not explain {name}"
+            self._require(explained, f"does not explain {name} in its docstring")
 
     @cached_property
     def _whole(self) -> Any:
         return self._value(self.example)
 
-    @property
-    def _name(self) -> str:
-        return self.metric.__name__
+    def _require(self, kept: bool, what: str) -> None:
+        if not kept:
+            raise AssertionError(f"{self.metric.__name__} {what}")
 
     def _parts(self, sizes: Sequence[int]) -> list[list[torch.Tensor]]:
         return [list(part) for part in zip(*(value.split(sizes) for value in self.example), strict=True)]
@@ -237,15 +234,15 @@ class _Suite:
     def _value(self, *batches: Sequence[Any]) -> Any:
         value = self._fed(*batches).compute()
         for tensor in _tensors(value):
-            assert tensor.dtype == torch.float64, f"{self._name}: the value is not float64"
-            assert not tensor.requires_grad, f"{self._name}: the value carries a gradient"
+            self._require(tensor.dtype == torch.float64, "gives a value that is not float64")
+            self._require(not tensor.requires_grad, "gives a value with a gradient")
         return value
 
     def _same(self, value: Any, what: str, expected: Any = None, *, tolerance: float = EXACT) -> None:
         """Hold a value against another one, or that of all samples in one batch."""
         expected = self._whole if expected is None else expected
         how = {"rtol": tolerance, "atol": tolerance, "equal_nan": True, "check_device": False}
-        message = f"{self._name}: {what} gives another value. {{}}".format
+        message = f"{self.metric.__name__}: {what} gives another value. {{}}".format
         torch.testing.assert_close(_tensors(value), _tensors(expected), **how, msg=message)
 
     @contextmanager
@@ -254,7 +251,7 @@ class _Suite:
             yield
         except ValueError:
             return
-        raise AssertionError(f"{self._name}: {what} is accepted; expected a ValueError")
+        self._require(False, f"accepts {what}; expected a ValueError")
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -71,7 +71,7 @@ class Undocumented(LEEP):
         (Selfish, "merge", "seen no sample|merging"),
         (Ordered, "same_samples", "another order of the samples"),
         (Single, "split", "not float64"),
-        (Credulous, "bad_input", "nan in source_probs is accepted"),
+        (Credulous, "bad_input", "accepts nan in source_probs"),
         (Named, "same_samples", "a gap in the labels"),
         (Spoiler, "inputs", "changes its inputs"),
         (Silent, "degenerate_input", "no UserWarning"),

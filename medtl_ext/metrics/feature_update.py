@@ -241,13 +241,8 @@ def _batches(images: Any, labels: Any, batch_size: int | None) -> Iterator[tuple
 
 def _image_labels(labels: Any) -> torch.Tensor:
     """N labels, from one tensor or from batches of them."""
-    parts = [check_labels("labels", part) for part in ([labels] if hasattr(labels, "shape") else labels)]
-    for part in parts:
-        if part.numel() != (len(part) if part.ndim else 1):
-            raise InputError(f"labels has shape {tuple(part.shape)}; expected one class index for each image.")
-    if not parts:
-        raise InputError("labels is empty; expected one for each image.")
-    return torch.cat([part.flatten() for part in parts])
+    parts = [labels] if hasattr(labels, "shape") else list(labels) or [[]]
+    return torch.cat([check_labels("labels", part).flatten() for part in parts])
 
 
 def _require_one_each(n_images: int, labels: torch.Tensor) -> None:

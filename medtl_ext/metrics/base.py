@@ -242,10 +242,7 @@ def _common_shape(name: str, shapes: Sequence[Sequence[int]], growing_axes: int)
     fixed = {tuple(shape[growing_axes:]) for shape in shapes}
     if len(fixed) > 1 or len({len(shape) for shape in shapes}) > 1:
         listed = " and ".join(sorted(map(str, fixed)))
-        raise InputError(
-            f"{name} differs between batches: {listed} where channels and grid should be the same for all; "
-            "resample the images to one grid, or use one metric per group."
-        )
+        raise InputError(f"{name} differs between batches, {listed}; resample to one grid, or use a metric per group.")
     return tuple(map(max, zip(*shapes, strict=True)))
 
 

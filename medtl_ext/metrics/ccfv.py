@@ -242,9 +242,7 @@ class _LayerSamples(SampleMetric):
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
         if groups is None:
             if features.ndim < 3:
-                raise InputError(
-                    "groups is missing; CC-FV compares cases: name the patient of each sample (`subject` in the batch)."
-                )
+                raise InputError("groups is missing; CC-FV compares cases: name the patients (`subject` in a batch).")
             # Unlike a count, these stay apart when metrics are merged.
             groups = [uuid4().hex for _ in features]
         super()._take(features, labels, groups)

@@ -266,10 +266,7 @@ def _first_convolutions(network: nn.Module, images: torch.Tensor) -> tuple[str, 
         network(images[:1])
     names = list(tapped)
     if len(names) < 2:
-        raise InputError(
-            f"network ran {len(names)} convolution layer(s), and FU compares the weights of two; name two other "
-            "modules by convolutions=(first, second)."
-        )
+        raise InputError(f"network ran {len(names)} convolution(s); name two modules by convolutions=(first, second).")
     return names[0], names[1]
 
 

@@ -308,10 +308,7 @@ def check_probabilities(name: str, value: Any) -> torch.Tensor:
     if not (torch.finfo(total.dtype).min <= low <= high <= torch.finfo(total.dtype).max):
         raise InputError(f"{name} holds NaN or Inf; look for a diverged network or a broken input image.")
     if low < 0 or high > 1 + tolerance:
-        raise InputError(
-            f"{name} ranges from {low:.4g} to {high:.4g}; expected probabilities in [0, 1] "
-            "(logits need a softmax first)."
-        )
+        raise InputError(f"{name} ranges from {low:.4g} to {high:.4g}, not 0 to 1; logits need a softmax first.")
     if probs.shape[1] == 1:
         return torch.cat([1 - probs, probs], dim=1).clamp_(min=0)
     if low_total < 1 - tolerance or high_total > 1 + tolerance:

@@ -124,15 +124,13 @@ def label_transport(plan: Any, source_labels: Any, target_labels: Any) -> torch.
                 [0.3750, 0.1250]], dtype=torch.float64)
     """
     plan = as_plain_tensor("plan", plan).double()
+    shape = tuple(plan.shape)
     if plan.ndim != 2 or plan.numel() == 0:
-        raise InputError(f"plan is not a transport plan: its shape is {tuple(plan.shape)}; expected N x M.")
+        raise InputError(f"plan is not a transport plan: its shape is {shape}; expected N x M.")
     source = check_labels("source_labels", source_labels).flatten().to(plan.device)
     target = check_labels("target_labels", target_labels).flatten().to(plan.device)
-    if (len(source), len(target)) != tuple(plan.shape):
-        raise InputError(
-            f"plan has shape {tuple(plan.shape)}; expected one row for each of the {len(source)} source_labels and one "
-            f"column for each of the {len(target)} target_labels."
-        )
+    if (len(source), len(target)) != shape:
+        raise InputError(f"plan has shape {shape}; expected {len(source)} source_labels x {len(target)} target_labels.")
     rows, lowest = plan.new_zeros(int(source.max()) + 1, plan.shape[1]), []
     # A few rows at a time, which are still in the processor's cache when they are added.
     for part, labels in zip(plan.split(PLAN_ROWS), source.split(PLAN_ROWS), strict=True):

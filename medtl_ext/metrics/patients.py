@@ -132,10 +132,7 @@ class PatientScores(FeatureMetric):
 
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
         if groups is None:
-            raise InputError(
-                "groups is missing: resampling patients needs the patient of each sample; give update(..., groups), or "
-                "a data loader whose items have a 'subject'."
-            )
+            raise InputError("groups is missing; name each sample's patient (a data loader does, by 'subject').")
         super()._take(features, labels, groups)
 
     def _add_rows(

@@ -126,21 +126,8 @@ class TestAgainstOtherRoutes:
         features, labels = draw((80,), sizes=(12, 20))
         assert compute_ccfv(features, labels).item() == pytest.approx(loop_ccfv(features, labels), abs=1e-5)
 
-    @pytest.mark.filterwarnings("ignore:target_labels holds one class")
-    def test_distance_of_samples_on_a_line(self):
-        a, b = torch.tensor([[0.0, 0.0], [2.0, 0.0]]).double(), torch.tensor([[3.0, 7.0], [7.0, 7.0]]).double()
-        # Both lie along the first axis: the distance is that of the means and of the standard deviations.
-        distance = np.sqrt(4**2 + 7**2 + (np.sqrt(8) - np.sqrt(2)) ** 2)
-        value = compute_ccfv([[a, b]], [[[1, 1], [1, 1]]], eps=0)
-        assert value.item() == pytest.approx(np.log(np.sqrt(4**2 + 7**2) / distance), abs=1e-9)
-
 
 class TestInvariants:
-    def test_layers_add_up(self):
-        features, labels = draw((4, 7, 2))
-        parts = [compute_ccfv([x], [y]).item() for x, y in zip(features, labels, strict=True)]
-        assert compute_ccfv(features, labels).item() == pytest.approx(sum(parts), abs=1e-12)
-
     @pytest.mark.parametrize("options", [{}, {"variety": "voxels", "n_voxels": 10}], ids=str)
     def test_order_of_cases_and_voxels(self, options):
         features, labels = draw()

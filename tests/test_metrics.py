@@ -257,34 +257,24 @@ BAD_PROBABILITIES = {
     "halves": (lambda x, y: (x * 0.5, y), "source_probs sums to between 0.5 and 0.5"),
 }
 BAD_OF = {"features": BAD | BAD_NUMBERS, "probabilities": BAD | BAD_NUMBERS | BAD_PROBABILITIES, "classes": BAD}
-OPTIONS = {
-    "h_score": [({"shrinkage": "ledoitwolf"}, "did you mean 'ledoit_wolf'")],
-    "gbc": [({"covariance": "diag"}, "did you mean 'diagonal'")],
-    "transrate": [({"eps": value}, "eps is") for value in (0, -1e-4, torch.nan, torch.inf)],
-    "parc": [({"n_components": value}, "n_components is") for value in (0, -1, 2.0, "all")],
-    "nleep": [({"seed": value}, "seed is") for value in (-1, 1.5, None, 2**32)],
-    "ccfv": [
-        ({"variety": "case"}, "did you mean 'cases'"),
-        ({"eps": -1.0}, "eps is -1.0"),
-        ({"eps": torch.nan}, "eps is nan"),
-        ({"n_voxels": 1}, "n_voxels is 1"),
-    ],
-    "otce": [
-        ({"solver": "sinkhorm"}, "did you mean 'sinkhorn'"),
-        ({"epsilon": 0.0}, "epsilon is 0.0"),
-        ({"epsilon": torch.nan}, "epsilon is nan"),
-        ({"n_samples": 0}, "n_samples is 0"),
-        ({"repeats": 2.5}, "repeats is 2.5"),
-    ],
-    "leep_map{}": [
-        ({"stride": 0}, "stride is 0"),
-        ({"stride": 1.5}, "stride is 1.5"),
-        ({"estimator": "locl"}, "did you mean 'local'"),
-        ({"smoothing": -1.0}, "smoothing is -1.0"),
-        ({"smoothing": torch.nan}, "smoothing is nan"),
-        ({"smoothing": 1.0, "estimator": "global"}, "smoothing .* leave it 0"),
-    ],
+NAN = torch.nan
+NUMBERS = {
+    "transrate": {"eps": (0, -1e-4, NAN, torch.inf)},
+    "parc": {"n_components": (0, -1, 2.0, "all")},
+    "nleep": {"seed": (-1, 1.5, None, 2**32)},
+    "ccfv": {"eps": (-1.0, NAN), "n_voxels": (1,)},
+    "otce": {"epsilon": (0.0, NAN), "n_samples": (0,), "repeats": (2.5,)},
+    "leep_map{}": {"stride": (0, 1.5), "smoothing": (-1.0, NAN)},
 }
+OPTIONS = [
+    *((name, {key: bad}, f"{key} is ") for name, keys in NUMBERS.items() for key in keys for bad in keys[key]),
+    ("h_score", {"shrinkage": "ledoitwolf"}, "did you mean 'ledoit_wolf'"),
+    ("gbc", {"covariance": "diag"}, "did you mean 'diagonal'"),
+    ("ccfv", {"variety": "case"}, "did you mean 'cases'"),
+    ("otce", {"solver": "sinkhorm"}, "did you mean 'sinkhorn'"),
+    ("leep_map{}", {"estimator": "locl"}, "did you mean 'local'"),
+    ("leep_map{}", {"smoothing": 1.0, "estimator": "global"}, "smoothing .* leave it 0"),
+]
 
 
 class TestBadInput:
@@ -322,7 +312,12 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("case", "options", "message"),
-        [pytest.param(case, *row, id=f"{case.name}-{row[0]}") for case in CASES for row in OPTIONS.get(case.name, [])],
+        [
+            pytest.param(case, *row, id=f"{name}-{row[0]}")
+            for name, *row in OPTIONS
+            for case in CASES
+            if case.name == name
+        ],
     )
     def test_options(self, case, options, message):
         with pytest.raises(InputError, match=message):

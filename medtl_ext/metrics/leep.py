@@ -37,8 +37,8 @@ ESTIMATORS = ("local", "global")
 # of eight leaves the range of float64 before Z N is 1e38.
 FACTORS = 8
 
-# Probabilities N x Z x *spatial, and labels N x *spatial that are `IGNORED` where a pixel is left out.
-Batch = tuple[torch.Tensor, torch.Tensor]
+# Probabilities N x Z x *spatial, labels N x *spatial, and whether some of them are `IGNORED`.
+Batch = tuple[torch.Tensor, torch.Tensor, bool]
 
 
 def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
@@ -169,8 +169,8 @@ class LEEP(TransferMetric):
 
     def update(self, source_probs: Any, target_labels: Any) -> None:
         """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
-        probs, labels = _checked(source_probs, target_labels, self.ignore_index)
-        self._add(**self._batch_sums(probs, labels))
+        batch = probs, labels, _ = _checked(source_probs, target_labels, self.ignore_index)
+        self._add(**self._batch_sums(*batch))
         self._spool.append(probs, labels.to(torch.int16))
 
     def merge(self, other: TransferMetric) -> None:
@@ -189,15 +189,15 @@ class LEEP(TransferMetric):
         return _mean(all_reduce_sums({"log_sums": own} if isinstance(own, torch.Tensor) else {})["log_sums"])
 
     def _batches(self, device: torch.device) -> Iterator[Batch]:
-        return ((probs.to(device), labels.to(device)) for probs, labels in self._spool)
+        return ((probs.to(device), labels.to(device), bool(labels.min() < 0)) for probs, labels in self._spool)
 
     def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[Batch]) -> torch.Tensor | int:
         """Sum of the log-likelihoods of all samples, and their number, 2 (x *cells); 0 without batches."""
         table = _conditional(sums["joint"])
         return sum(_log_sums(*batch, table).sum(1) for batch in batches)
 
-    def _batch_sums(self, probs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"joint": _joint(probs, labels)}
+    def _batch_sums(self, probs: torch.Tensor, labels: torch.Tensor, ignoring: bool) -> dict[str, torch.Tensor]:
+        return {"joint": _joint(probs, labels, ignoring)}
 
 
 class LEEPMap(LEEP):
@@ -236,11 +236,11 @@ class LEEPMap(LEEP):
             raise InputError("smoothing pulls local tables towards the global one; with estimator='global' leave it 0.")
         super().__init__(**options)
 
-    def _batch_sums(self, probs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _batch_sums(self, probs: torch.Tensor, labels: torch.Tensor, ignoring: bool) -> dict[str, torch.Tensor]:
         if labels.ndim < 2:
             raise InputError(f"source_probs has shape {tuple(probs.shape)}; a map needs N x Z x *spatial.")
         cells, _ = self._cells(labels.shape[1:], labels.device)
-        joint = _joint(probs, labels, cells if self.estimator == "local" else None)
+        joint = _joint(probs, labels, ignoring, cells if self.estimator == "local" else None)
         # Of no other use than its shape, which sums of other images must have, too.
         return {"joint": joint, "grid": joint.new_zeros(1, *labels.shape[1:])}
 
@@ -253,7 +253,9 @@ class LEEPMap(LEEP):
         table, total = _conditional(joint), 0
         for batch in batches:
             of_pixels = _log_sums(*batch, table, cells if self.estimator == "local" else None)
-            total += of_pixels.new_zeros(2, prod(shape)).index_add_(1, cells, of_pixels).view(2, *shape)
+            if self.stride > 1:
+                of_pixels = of_pixels.new_zeros(2, prod(shape)).index_add_(1, cells, of_pixels)
+            total += of_pixels.view(2, *shape)
         return total
 
     def _cells(self, grid: Sequence[int], device: torch.device) -> tuple[torch.Tensor, list[int]]:
@@ -321,10 +323,13 @@ def check_probabilities(name: str, value: Any) -> torch.Tensor:
 
 def _checked(source_probs: Any, target_labels: Any, ignore_index: int | None) -> Batch:
     probs = check_probabilities("source_probs", source_probs)
-    return probs, check_labels_of("source_probs", probs, target_labels, ignore_index=ignore_index)
+    labels = check_labels_of("source_probs", probs, target_labels, ignore_index=ignore_index)
+    return probs, labels, ignore_index is not None and bool(labels.min() < 0)
 
 
-def _blocks(probs: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+def _blocks(
+    probs: torch.Tensor, labels: torch.Tensor, ignoring: bool, cells: torch.Tensor | None
+) -> Iterator[tuple[Any, ...]]:
     """Yield parts of a batch that are small enough to stay in the processor's cache while they are worked on.
 
     Each is a slice of images and one of pixels; Z x samples probabilities in float64; where in a flattened C x cells
@@ -332,7 +337,6 @@ def _blocks(probs: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | Non
     """
     probs = probs.reshape(*probs.shape[:2], -1)
     labels = labels.reshape(len(probs), -1)
-    ignoring = bool(labels.min() < 0)
     n_images, n_source, n_pixels = probs.shape
     n_samples = max(2**12, (2**24 if probs.is_cuda else 2**18) // n_source)
     # Many images and few pixels: what is looked up in the tables, and added to them, stays in the cache too.
@@ -344,20 +348,22 @@ def _blocks(probs: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | Non
             part = probs[images, :, pixels].movedim(1, 0)
             weights = torch.empty(part.shape, dtype=torch.float64, device=probs.device).copy_(part)
             places = labels[images, pixels].long()
-            valid = places >= 0 if ignoring else None
+            valid = None
             if ignoring:
-                places = places.clamp(min=0)
+                valid, places = places >= 0, places.clamp(min=0)
             if cells is not None:
                 places = torch.add(cells[pixels], places, alpha=int(cells[-1]) + 1)
             yield images, pixels, weights.flatten(1), places.flatten(), valid
 
 
-def _joint(probs: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | None = None) -> torch.Tensor:
+def _joint(
+    probs: torch.Tensor, labels: torch.Tensor, ignoring: bool, cells: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum J(y, z) over the samples of each cell, C x Z x cells; without ``cells`` all pixels are in one."""
     n_source, n_classes = probs.shape[1], max(int(labels.max()), 0) + 1
     n_cells = 1 if cells is None else int(cells[-1]) + 1
     joint = torch.zeros(n_source, n_classes * n_cells, dtype=torch.float64, device=probs.device)
-    for _, _, weights, places, valid in _blocks(probs, labels, cells):
+    for _, _, weights, places, valid in _blocks(probs, labels, ignoring, cells):
         if valid is not None:
             keep = valid.flatten()
             weights, places = weights[:, keep], places[keep]
@@ -378,14 +384,14 @@ def _conditional(joint: torch.Tensor) -> torch.Tensor:
 
 
 def _likelihoods(
-    probs: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, cells: torch.Tensor | None
+    probs: torch.Tensor, labels: torch.Tensor, ignoring: bool, table: torch.Tensor, cells: torch.Tensor | None = None
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
     """Yield sum_z P(y|z) p(z) block by block, images x pixels; meaningless where a pixel is ignored.
 
     A sample is part of the table it looks in, so that P(y|z) >= p(z) / N and the sum is at least 1 / (Z N).
     """
     rows = table.transpose(0, 1).flatten(1)
-    for images, pixels, weights, places, valid in _blocks(probs, labels, cells):
+    for images, pixels, weights, places, valid in _blocks(probs, labels, ignoring, cells):
         expected = rows[0].index_select(0, places).mul_(weights[0])
         for row, weight in zip(rows[1:], weights[1:], strict=True):
             expected.addcmul_(row.index_select(0, places), weight)
@@ -393,11 +399,11 @@ def _likelihoods(
 
 
 def _log_sums(
-    probs: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, cells: torch.Tensor | None = None
+    probs: torch.Tensor, labels: torch.Tensor, ignoring: bool, table: torch.Tensor, cells: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Over the images of a batch, at each pixel: the sum of the log-likelihoods, and their number; 2 x pixels."""
     sums = torch.zeros(2, labels[0].numel(), dtype=torch.float64, device=table.device)
-    for _, pixels, likelihood, valid in _likelihoods(probs, labels, table, cells):
+    for _, pixels, likelihood, valid in _likelihoods(probs, labels, ignoring, table, cells):
         if valid is None:
             sums[1, pixels] += len(likelihood)
         else:
@@ -412,9 +418,10 @@ def _log_sums(
 def _image_maps(batches: Iterable[Batch], table: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
     """The log-likelihoods themselves, NaN where a pixel is ignored."""
     maps: list[torch.Tensor] = []
-    for probs, labels in batches:
+    for batch in batches:
+        labels = batch[1]
         found = torch.empty(len(labels), labels[0].numel(), dtype=torch.float64, device=table.device)
-        for images, pixels, likelihood, valid in _likelihoods(probs, labels, table, None):
+        for images, pixels, likelihood, valid in _likelihoods(*batch, table):
             if valid is not None:
                 likelihood = torch.where(valid, likelihood, torch.nan)
             found[images, pixels] = likelihood.log_().clamp_(max=0)

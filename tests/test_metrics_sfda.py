@@ -49,10 +49,10 @@ class TestDiscriminantsOfScikitLearn:
         agree(features * spread, labels, by_scikit_learn(features * spread, labels))
 
     def test_several_blocks_of_samples(self):
-        features, labels = draw(n=2500)
+        features, labels = draw(n=5000)
         expected = by_scikit_learn(features, labels)
         assert compute_sfda(features, labels).item() == pytest.approx(expected, abs=1e-8)
-        assert streamed(SFDA(), features, labels, 1300 * [1] + [1200]).item() == pytest.approx(expected, abs=1e-8)
+        assert streamed(SFDA(), features, labels, 300 * [1] + [4700]).item() == pytest.approx(expected, abs=1e-8)
 
     def test_probabilities_whose_covariance_has_no_row_sums(self):
         features, labels = draw()

@@ -39,7 +39,7 @@ Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Reduction = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 # Rows of a block: enough for a product of matrices, few enough for the cache.
-BLOCK = 2**10
+BLOCK = 2**12
 
 LEAST_SHRINKAGE = 1e-10
 

@@ -1,7 +1,5 @@
 """Label volumes compared voxel by voxel: all pairs by SSIM, two sets by the Dice of their mean maps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,8 +8,8 @@ from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from medtl_ext._validation import InputError
-from medtl_ext.affinity._volumes import Reader, binary, bounding_box, warn
+from medtl_ext._validation import InputError, require_number, warn
+from medtl_ext.affinity._volumes import Reader, binary, bounding_box
 
 Volumes = list[np.ndarray]
 
@@ -27,7 +25,6 @@ def pairwise_ssim(
     k1: float = 0.3,
     k2: float = 0.3,
     window: int | None = None,
-    covariance_ddof: int = 1,
 ) -> torch.Tensor:
     r"""Structural similarity of every label volume of one set with every one of another.
 
@@ -46,15 +43,14 @@ def pairwise_ssim(
         k1, k2: stabilisers of the means and of the variances, > 0. SeqTran has 0.3; scikit-image, and the paper that
             introduced SSIM, have 0.01 and 0.03.
         window: None for the global form; an odd number, such as 7, for windows of so many voxels a side.
-        covariance_ddof: of the global form, whose variances divide by the number of voxels N: 1 divides covariances by
-            N - 1, as SeqTran's code does; 0 divides them by N.
 
     Returns:
         Na x Nb, float64, > -1, higher is more alike; 1 for two empty volumes. With k1 = k2 = 0.3 labels that fill
         little of their volume are all alike, wherever they lie: lesion maps of 0.02 % and of 0.7 % of the voxels have
         0.93. In the global form the similarity v of a volume with itself is not 1 but
-        ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, s being its variance, so 1 <= v <= 1 + 1 / (N - 1). It is 1 with
-        ``covariance_ddof=0`` or windows. The same pair gives the same value in either order.
+        ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, s being its variance, so 1 <= v <= 1 + 1 / (N - 1), because
+        SeqTran's code divides variances by the number of voxels N and covariances by N - 1. With windows it is 1. The
+        same pair gives the same value in either order.
 
         Memory: one byte per voxel of every volume, and nothing beyond the input where that is uint8 or bool.
 
@@ -71,11 +67,7 @@ def pairwise_ssim(
     Reference: SeqTran, eq. 4, with the constants of its code. With windows it equals
     `skimage.metrics.structural_similarity` with ``data_range=1``, ``K1=k1``, ``K2=k2`` and ``win_size=window``.
     """
-    for name, value in (("k1", k1), ("k2", k2)):
-        if not 0 < value < np.inf:
-            raise InputError(f"{name} is {value}; expected a finite number > 0.")
-    if covariance_ddof not in (0, 1) or (window is not None and covariance_ddof != 1):
-        raise InputError(f"covariance_ddof is {covariance_ddof}; expected 0 or 1, and no other than 1 with a window.")
+    c1, c2 = (require_number(name, value, 0, above=True) ** 2 for name, value in (("k1", k1), ("k2", k2)))
     reader = Reader()
     a = [binary(*named) for named in reader.volumes("labels_a", labels_a)]
     b = a if labels_b is labels_a else [binary(*named) for named in reader.volumes("labels_b", labels_b)]
@@ -83,8 +75,10 @@ def pairwise_ssim(
     for volumes in (a, b):
         volumes[:] = _on_grid(volumes, grid)
     if window is None:
-        return reader.tensor(_global_ssim(a, b, k1**2, k2**2, covariance_ddof))
-    return reader.tensor(_windowed_ssim(a, b, k1**2, k2**2, window))
+        return reader.tensor(_global_ssim(a, b, c1, c2))
+    if require_number("window", window, 3, min(grid), whole=True) % 2 == 0:
+        raise InputError(f"window is {window}; expected an odd number.")
+    return reader.tensor(_windowed_ssim(a, b, c1, c2, window))
 
 
 def mean_label_dice(labels_a: Iterable[ArrayLike], labels_b: Iterable[ArrayLike]) -> torch.Tensor:
@@ -154,10 +148,10 @@ def _ssim(
     return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * (2 * covariance + c2) / (variances + c2)
 
 
-def _global_ssim(a: Volumes, b: Volumes, c1: float, c2: float, ddof: int) -> np.ndarray:
+def _global_ssim(a: Volumes, b: Volumes, c1: float, c2: float) -> np.ndarray:
     voxels = a[0].size
     mean_a, mean_b = (np.array([np.count_nonzero(volume.view(bool)) for volume in side]) / voxels for side in (a, b))
-    return _ssim(mean_a[:, None], mean_b, _overlaps(a, b) / voxels, c1, c2, (voxels / (voxels - ddof), 1.0))
+    return _ssim(mean_a[:, None], mean_b, _overlaps(a, b) / voxels, c1, c2, (voxels / (voxels - 1), 1.0))
 
 
 def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
@@ -173,19 +167,15 @@ def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
 
 
 def _windowed_ssim(a: Volumes, b: Volumes, c1: float, c2: float, window: int) -> np.ndarray:
-    if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 3 or window % 2 == 0:
-        raise InputError(f"window is {window}; expected None, or an odd number from 3 on.")
-    shape = a[0].shape
-    if min(shape) < window:
-        raise InputError(f"window is {window} voxels wide, but the labels are {shape}: give a smaller one.")
     # A window that sees no label has SSIM 1, so only what is near the labels need be looked at.
     near_a, near_b = ([bounding_box(volume, margin=window - 1) for volume in side] for side in (a, b))
+    windows = np.prod(np.subtract(a[0].shape, window - 1))
     result = np.ones((len(a), len(b)))
     for i, j in np.ndindex(*result.shape):
         if b is a and j < i:
             result[i, j] = result[j, i]
         elif (near := _union(near_a[i], near_b[j])) is not None:
-            result[i, j] -= _missing(a[i][near], b[j][near], c1, c2, window) / np.prod(np.subtract(shape, window - 1))
+            result[i, j] -= _missing(a[i][near], b[j][near], c1, c2, window) / windows
     return result
 
 

@@ -1,7 +1,5 @@
 """Shape and place of the region of interest in a few numbers, and how alike two tasks are in them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np
@@ -9,8 +7,8 @@ import torch
 from numpy.typing import ArrayLike
 from scipy import ndimage, special
 
-from medtl_ext._validation import InputError
-from medtl_ext.affinity._volumes import Reader, binary, bounding_box, voxel_size, warn
+from medtl_ext._validation import InputError, warn
+from medtl_ext.affinity._volumes import Reader, binary, bounding_box, voxel_size
 
 #: What `shape_descriptors` measures, in 2D and in 3D.
 SHAPE_DESCRIPTORS = {
@@ -94,7 +92,7 @@ def shape_similarity(descriptors_a: ArrayLike, descriptors_b: ArrayLike) -> torc
         tensor(0.2447, dtype=torch.float64)
     """
     reader = Reader()
-    a, b = reader.tables(descriptors_a=descriptors_a, descriptors_b=descriptors_b, allow_nan=True)
+    a, b = reader.arrays(rows=True, allow_nan=True, descriptors_a=descriptors_a, descriptors_b=descriptors_b)
     names = {len(names): names for names in SHAPE_DESCRIPTORS.values()}.get(a.shape[1])
     if names is None:
         raise InputError(f"descriptors_a has {a.shape[1]} columns; expected those of shape_descriptors.")

@@ -1,32 +1,26 @@
 """Ignite handlers of the bundles: the weight map before training, resumable checkpoints, scores per patient."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.data import set_rnd
-from monai.engines import Evaluator
+from monai.engines import Evaluator, Trainer
 from monai.handlers import TensorBoardStatsHandler, from_engine
-from monai.utils import string_list_all_gather
+from monai.utils import evenly_divisible_all_gather, string_list_all_gather
 from torch import Tensor
 
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
-
-if TYPE_CHECKING:
-    from ignite.engine import Engine
-    from monai.engines import Trainer
 
 __all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurves", "WeightMap"]
 
@@ -109,28 +103,25 @@ class WeightMap:
 
     def _save(self, name: str, values: Tensor) -> None:
         """Write a map as NIfTI on the grid of the first training volume; a 2D map is repeated along its slices."""
-        if self.output_dir is None or idist.get_rank() != 0:
-            return
-        affine, shape = self.dataset.geometry[self.dataset[0]["subject"]]
-        values = repeat_cells(values.detach().cpu(), shape[: values.ndim])  # of a map with a stride
-        array = values.numpy().astype(np.float32)
-        if array.ndim == 2:
-            array = np.repeat(array[..., None], shape[-1], axis=-1)
-        with atomic_path(self.output_dir / name) as temporary:
-            nib.save(nib.Nifti1Image(array, affine), temporary)
+        subject = self.dataset[0]["subject"]
+        shape = self.dataset.geometry[subject][1]
+        array = repeat_cells(values.detach().cpu(), shape[: values.ndim]).numpy()  # of a map with a stride
+        self._write(name, np.broadcast_to(array[..., None] if array.ndim == 2 else array, shape), subject)
 
     def _save_per_subject(self, weights: Tensor) -> None:
         """Write each patient's weights as a volume on the patient's grid, 1 where no slice was trained on."""
-        if self.output_dir is None or idist.get_rank() != 0:
-            return
         volumes: dict[str, np.ndarray] = {}
         for item, weight in zip(self.dataset.plain(), weights, strict=True):
             shape = self.dataset.geometry[item["subject"]][1]
             volume = volumes.setdefault(item["subject"], np.ones(shape, np.float32))
-            volume[..., item["slice"]] = torch.as_tensor(weight).detach().cpu().numpy()
+            volume[..., item["slice"]] = weight.detach().cpu().numpy()
         for subject, volume in volumes.items():
-            with atomic_path(self.output_dir / f"weight_{subject}.nii.gz") as temporary:
-                nib.save(nib.Nifti1Image(volume, self.dataset.geometry[subject][0]), temporary)
+            self._write(f"weight_{subject}.nii.gz", volume, subject)
+
+    def _write(self, name: str, volume: np.ndarray, subject: str) -> None:
+        if self.output_dir is not None and idist.get_rank() == 0:
+            with atomic_path(self.output_dir / name) as temporary:
+                nib.save(nib.Nifti1Image(volume.astype(np.float32), self.dataset.geometry[subject][0]), temporary)
 
 
 class ResumableCheckpoint:
@@ -151,14 +142,11 @@ class ResumableCheckpoint:
         self, *, save_dir: str | Path, save_dict: Mapping[str, Any], evaluator: Evaluator | None = None
     ) -> None:
         self.folder = Path(save_dir)
+        self.last = self.folder / "last.pt"
         self.evaluator = evaluator
         self.save_dict = dict(save_dict)
         self.best = float("-inf")
         self.best_epoch = -1
-
-    @property
-    def last(self) -> Path:
-        return self.folder / "last.pt"
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self.resume)
@@ -186,8 +174,8 @@ class ResumableCheckpoint:
                 f"{self.last} is of another run ({str(error).splitlines()[0]}); give another --output_dir."
             ) from error
         self.best, self.best_epoch = state["best"], state["best_epoch"]
-        if self.best_epoch == state["epoch"] and idist.get_rank() == 0 and not self._network_is_saved():
-            self._save_network()  # the run was killed after last.pt, before model.pt
+        if self.best_epoch == state["epoch"] and idist.get_rank() == 0:
+            self._save_network()  # which a run that was killed after last.pt has not done
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         if engine.state.epoch < engine.state.max_epochs:
@@ -195,13 +183,13 @@ class ResumableCheckpoint:
 
     def save(self, engine: Trainer) -> None:
         """Save the state after an epoch, and the network if it is the best yet."""
-        epoch = engine.state.epoch
-        better = self.evaluator is None
+        epoch, value, better = engine.state.epoch, 0.0, self.evaluator is None
         if self.evaluator is not None and self.evaluator.state.epoch == epoch:  # validated in this epoch
-            value = _key_metric(self.evaluator)
+            state = self.evaluator.state
+            value = float(np.nan_to_num(state.metrics[state.key_metric_name], nan=-np.inf))  # no case could be scored
             better = value > self.best or self.best_epoch < 0
         if better:
-            self.best, self.best_epoch = (0.0 if self.evaluator is None else value), epoch
+            self.best, self.best_epoch = value, epoch
         if idist.get_rank() != 0:
             return
         state = {name: _unwrapped(item).state_dict() for name, item in self.save_dict.items()}
@@ -209,23 +197,9 @@ class ResumableCheckpoint:
         if better:
             self._save_network()
 
-    def _network_is_saved(self) -> bool:
-        path = self.folder / "model.pt"
-        if not path.is_file():
-            return False
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        state = _unwrapped(self.save_dict["network"]).state_dict()
-        return saved.keys() == state.keys() and all(torch.equal(saved[name], state[name].cpu()) for name in state)
-
     def _save_network(self) -> None:
         state = _unwrapped(self.save_dict["network"]).state_dict()
         _save({name: value.cpu() for name, value in state.items()}, self.folder / "model.pt")
-
-
-def _key_metric(evaluator: Engine) -> float:
-    """Key metric of the last validation; a NaN (no case could be scored) is worse than any number."""
-    value = float(evaluator.state.metrics[evaluator.state.key_metric_name])
-    return float("-inf") if np.isnan(value) else value
 
 
 def _unwrapped(item: Any) -> Any:
@@ -316,23 +290,11 @@ class SubjectTable:
 
     def tabulate(self, engine: Evaluator) -> None:
         """Join subjects and scores; with several processes the metrics' details come gathered in rank order."""
-        subjects, patients, empty = self._subjects, self._patients, torch.stack(self._empty).int()
-        if idist.get_world_size() > 1:
-            subjects, patients = string_list_all_gather(subjects), string_list_all_gather(patients)
-            counts = idist.all_gather(len(self._subjects))
-            padded = torch.zeros(max(counts), empty.shape[1], dtype=torch.int32, device=idist.device())
-            padded[: len(empty)] = empty.to(padded.device)
-            gathered = idist.all_gather(padded).reshape(len(counts), -1, empty.shape[1])
-            empty = torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)])
-        scores = {name: engine.state.metric_details[name].cpu().numpy() for name in self.metrics}
-        engine.state.subject_table = pd.DataFrame(
-            [
-                {"subject": subject}
-                | ({"patient": patient} if patient else {})
-                | {"class": name}
-                | {metric: float(values[row, column]) for metric, values in scores.items()}
-                | {"empty": bool(empty[row, column])}
-                for row, (subject, patient) in enumerate(zip(subjects, patients, strict=True))
-                for column, name in enumerate(self.class_names)
-            ]
-        ).drop_duplicates(["subject", "class"], ignore_index=True)
+        subjects, patients = string_list_all_gather(self._subjects), string_list_all_gather(self._patients)
+        empty = evenly_divisible_all_gather(torch.stack(self._empty).int().to(idist.device()))
+        known = [{"subject": s} | ({"patient": p} if p else {}) for s, p in zip(subjects, patients, strict=True)]
+        columns = {"class": np.tile(self.class_names, len(subjects))}
+        columns |= {name: engine.state.metric_details[name].flatten().tolist() for name in self.metrics}
+        columns["empty"] = empty.bool().flatten().tolist()
+        table = pd.DataFrame(known).loc[np.repeat(np.arange(len(known)), len(self.class_names))].assign(**columns)
+        engine.state.subject_table = table.drop_duplicates(["subject", "class"], ignore_index=True)

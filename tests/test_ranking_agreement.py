@@ -63,9 +63,9 @@ class TestFootrule:
             ({"a": 1, "x": 2}, {"a": 1}, 1, "no value for x"),
             ({"a": 1, "b": 2}, {"a": 1, "b": np.nan}, 1, "truth of source b is nan"),
             ({"a": np.inf, "b": 2}, {"a": 1, "b": 0}, 1, "scores of source a is inf"),
-            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 0, "from 1 to the 2 candidates"),
-            ({"a": 1, "b": 2}, {"a": 1, "b": 0, "c": 3}, 3, "from 1 to the 2 candidates"),
-            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 1.0, "integer"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 0, "k is 0; expected a whole number from 1 to 2"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0, "c": 3}, 3, "k is 3; expected a whole number from 1 to 2"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 1.0, "k is 1.0"),
         ],
     )
     def test_bad_input(self, scores, truth, k, message):

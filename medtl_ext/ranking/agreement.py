@@ -10,8 +10,6 @@ scores only, so scores of any unit can be compared:
 In all three a NaN score, which some metrics give where they cannot tell, ranks last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +18,7 @@ import pandas as pd
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_number
 from medtl_ext.ranking._words import listed
 
 ALPHA = 0.05
@@ -57,8 +55,7 @@ def spearman_footrule(scores: Mapping[str, float], truth: Mapping[str, float], k
     Reference: Li et al., *Finding the Most Transferable Tasks for Brain Image Segmentation*, BIBM 2022, Table VI.
     """
     scores, truth = _same_sources(scores, truth)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(scores):
-        raise InputError(f"k must be an integer from 1 to the {len(scores)} candidates in scores; found {k!r}.")
+    require_number("k", k, 1, len(scores), whole=True)
     true_ranks = truth.rank(ascending=False, method="min")[scores.index]
     distance = 0.0
     for first, group in true_ranks.groupby(scores.rank(ascending=False, method="min", na_option="bottom")):
@@ -163,9 +160,9 @@ class FriedmanNemenyi:
         worse = [method for method, gap in behind.items() if gap >= self.critical_difference]
         alike = [method for method in behind if method not in worse]
         text = (
-            f"The {count} methods differ {test}. {lead}; with a critical difference of {self.critical_difference:.2f} "
+            f"The {count} methods differ {test}. {lead}; with a critical difference of {self.critical_difference:.2f}"
         )
-        text += f"it is better than {listed(worse)}" if worse else "it is better than none of them"
+        text += f" it is better than {listed(worse) or 'none of them'}"
         return text + (f" and cannot be told from {listed(alike)}." if alike else ".")
 
 

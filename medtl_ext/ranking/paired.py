@@ -13,8 +13,6 @@ facts decide which statistic is asked for what:
 None of this measures the spread between training seeds: with one run per arm, the intervals are about patients alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

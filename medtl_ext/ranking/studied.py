@@ -1,7 +1,5 @@
 """What rankings were worth over the targets and seeds of a study, once every source was fine-tuned on every target."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

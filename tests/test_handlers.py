@@ -1,7 +1,5 @@
 """Weight maps before training, checkpoints that resume, scores per patient: on real engines."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import nibabel as nib

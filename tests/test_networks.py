@@ -1,7 +1,5 @@
 """Freezing leaves no trace; loading says what it did and refuses a poor fit."""
 
-from __future__ import annotations
-
 import copy
 import re
 

@@ -1,7 +1,5 @@
 """Patient bootstrap of a source ranking against every resample counted out, its verdict, and the baseline rankers."""
 
-from __future__ import annotations
-
 import warnings
 from functools import partial
 from itertools import product
@@ -13,8 +11,6 @@ import torch
 from scipy import stats
 
 from medtl_ext import InputError
-from medtl_ext.metrics.h_score import HScore
-from medtl_ext.metrics.patients import PatientScores
 from medtl_ext.ranking import baseline_rankings, bootstrap_ranking
 
 RNG = np.random.default_rng(0)
@@ -74,17 +70,6 @@ class TestBootstrap:
         for other in others:
             pd.testing.assert_frame_equal(other.table, vectors.table)
             assert other == vectors
-
-    def test_a_metric_of_patient_sums_is_such_a_function(self):
-        rng = np.random.default_rng(0)
-        labels, patients = torch.as_tensor(rng.integers(0, 2, 120)), [f"p{i // 20}" for i in range(120)]
-        metrics = {name: PatientScores({"h_score": HScore()}) for name in ("near", "far", "none")}
-        for metric, strength in zip(metrics.values(), (2.0, 0.2, 0.0), strict=True):
-            metric.update(torch.as_tensor(rng.normal(size=(120, 3))) + strength * labels[:, None], labels, patients)
-        scores = {name: lambda counts, m=metric: m.resampled(counts)["h_score"] for name, metric in metrics.items()}
-        result = bootstrap_ranking(scores, patients=6, n_resamples=200)
-        assert result.recommendation == "near"
-        assert row(result, "near")["score"] == pytest.approx(float(metrics["near"].compute()["h_score"]))
 
     def test_patients_are_paired_by_name_whatever_the_order(self):
         patients = [f"p{i}" for i in range(10)]

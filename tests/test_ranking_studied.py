@@ -1,7 +1,5 @@
 """What a study says of its verdicts, and what a ranker knows that ignores the target: against counts made by hand."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 

@@ -143,7 +143,8 @@ class TestVolumes:
 class TestGlobalSSIM:
     @pytest.mark.parametrize("shape", [(11, 9, 8), (13, 17)])
     def test_equals_a_plain_loop(self, rng, shape):
-        a, b = blobs(rng, 4, shape), blobs(rng, 3, shape)
+        a = blobs(rng, 4, shape)
+        b = [*blobs(rng, 3, shape), a[0]]  # with itself it is more than 1
         k1, k2 = rng.uniform(0.01, 0.5, 2)
         expected = [[plain_ssim(x, y, k1, k2) for y in b] for x in a]
         np.testing.assert_allclose(pairwise_ssim(a, b, k1=k1, k2=k2), expected, rtol=0, atol=1e-13)
@@ -157,15 +158,12 @@ class TestGlobalSSIM:
         assert np.count_nonzero(a & b) > 2**24
         assert pairwise_ssim([a], [b]).item() == pytest.approx(plain_ssim(a, b), rel=1e-9)
 
-    def test_symmetric_and_the_value_with_itself(self, rng):
+    def test_symmetric(self, rng):
         a, b = blobs(rng, 4, (11, 9, 8)), blobs(rng, 3, (11, 9, 8))
         assert torch.equal(pairwise_ssim(b, a), pairwise_ssim(a, b).T)
         itself = pairwise_ssim(a, a)
         assert torch.equal(itself, itself.T)
         assert torch.equal(itself, pairwise_ssim(a, list(a)))
-        n, variance = a[0].size, np.array([label.var() for label in a])
-        own = (2 * variance * n / (n - 1) + 0.09) / (2 * variance + 0.09)
-        np.testing.assert_allclose(itself.diagonal(), own, rtol=1e-13)
 
     def test_empty_and_full_volumes(self):
         volumes = [np.zeros((4, 5)), np.ones((4, 5))]
@@ -391,16 +389,6 @@ class TestShapeDescriptors:
         assert found["compactness"] == pytest.approx(np.log(region.area / ellipse))
         assert found["centre_1"] == pytest.approx((region.centroid[1] + 0.5) / 40 - 0.5)
 
-    def test_shapes_are_told_apart(self):
-        whole = ball((41,) * 3, (20,) * 3, 15)
-        solid, shell = described(whole), described(whole & ~ball((41,) * 3, (20,) * 3, 12.1))
-        rod = described(box((41,) * 3, (19, 22), (5, 35), (19, 22)))
-        plate = described(box((41,) * 3, (5, 35), (5, 35), (19, 22)))
-        assert solid["compactness"] == pytest.approx(0, abs=0.01)
-        assert shell["compactness"] < solid["compactness"] - 0.5
-        assert min(rod["elongation"], plate["flatness"]) > 2
-        assert [solid["elongation"], rod["flatness"], plate["elongation"]] == pytest.approx([0, 0, 0], abs=1e-9)
-
     def test_components_share_corners(self):
         label = np.diag([1, 1, 0, 0, 1, 0])
         assert described(label)["log_components"] == pytest.approx(np.log(2))
@@ -419,17 +407,12 @@ class TestShapeDescriptors:
         assert np.isfinite(list(found.values())).all()
         assert found["log_volume"] == 0
 
-    def test_nothing_labelled(self):
+    def test_nothing_labelled_and_spacing_per_volume(self):
         labels = [np.zeros((4, 4)), np.eye(4)]
         with pytest.warns(UserWarning, match=r"Nothing is labelled in labels\[0\]"):
-            rows = shape_descriptors(labels)
+            rows = shape_descriptors(labels, [(1, 2), (3, 4)])
         assert rows[0].isnan().all()
-        assert torch.equal(rows[1:], shape_descriptors(labels[1:]))
-
-    def test_spacing_per_volume(self, rng):
-        labels = blobs(rng, 2, (6, 7))
-        rows = shape_descriptors(labels, [(1, 2), (3, 4)])
-        assert torch.equal(rows[1], shape_descriptors(labels[1:], (3, 4))[0])
+        assert torch.equal(rows[1:], shape_descriptors(labels[1:], (3, 4)))
 
 
 class TestShapeSimilarity:

@@ -242,7 +242,7 @@ def mean_relative_rank(sources: Sequence[str], other_targets: Mapping[str, Mappi
 def _as_pool(scores: Scores, patients: int | None) -> tuple[PoolOfCounts, int]:
     """One function of the counts to all scores, whatever form they came in, and the number of patients."""
     if callable(scores):
-        return scores, require_number("patients", patients, 1, whole=True)
+        return scores, int(require_number("patients", patients, 1, whole=True))
     functions = dict(scores)
     if not functions:
         raise InputError("scores holds no source; expected at least one candidate.")
@@ -256,8 +256,8 @@ def _as_pool(scores: Scores, patients: int | None) -> tuple[PoolOfCounts, int]:
             raise InputError(f"scores of {source} are of {len(vector)} patients; patients says {patients}.")
         patients = len(vector)
         functions[source] = partial(np.average, vector, None)  # by weight
-    require_number("patients", patients, 1, whole=True)
-    return lambda counts: {source: score(counts) for source, score in functions.items()}, patients
+    count = int(require_number("patients", patients, 1, whole=True))
+    return lambda counts: {source: score(counts) for source, score in functions.items()}, count
 
 
 def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Series:
@@ -266,9 +266,8 @@ def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Ser
     try:
         vector = pd.Series(dict(values) if keyed else np.asarray([*values]), dtype=float)
     except (TypeError, ValueError):
-        raise InputError(
-            f"scores of {source} must be numbers, one per patient; found {type(values).__name__}."
-        ) from None
+        found = type(values).__name__
+        raise InputError(f"scores of {source} must be numbers, one per patient; found {found}.") from None
     return vector.sort_index(key=lambda names: names.astype(str)) if keyed else vector
 
 

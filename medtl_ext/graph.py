@@ -137,7 +137,6 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
     flow = _flow(lengths, np.arange(len(names)))
     while (found := connected_components(np.isfinite(lengths), directed=False))[0] < n_clusters:
         betweenness = flow.sum(axis=0)
-        betweenness += betweenness.T.copy()
         first = (betweenness >= betweenness.max() * (1 - TIE)).argmax()
         u, v = np.unravel_index(first, betweenness.shape)
         lengths[u, v] = lengths[v, u] = np.inf

@@ -204,16 +204,12 @@ def bootstrap_ranking(
     if scored.empty:
         text = f"No verdict: no source has a score ({metric}) on {on_patients}."
     elif len(scored) == 1:
-        default = tied[0]
-        text = (
-            f"{_named(scored)} is the only candidate{'' if len(table) == 1 else ' with a score'}: by {metric} there is "
-            "nothing to compare it with, and no evidence to prefer it."
-        )
+        default, only = tied[0], "the only candidate" if len(table) == 1 else "the only candidate with a score"
+        text = f"{_named(scored)} is {only}: by {metric} there is nothing to compare it with, and no evidence to "
+        text += "prefer it."
     elif patients < MINIMUM_PATIENTS:
-        text = (
-            f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}. "
-            f"By {metric} the order was {_named(scored)}."
-        )
+        text = f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}. "
+        text += f"By {metric} the order was {_named(scored)}."
     elif len(alike) == 1:
         recommendation, default, tied = tied[0], tied[0], tied[:1]
         text = _preferred_text(scored, metric, on_patients)
@@ -360,10 +356,8 @@ def _remarks(table: pd.DataFrame, picks: pd.DataFrame, patients: int, refused: s
     unscored = table.index[table["score"].isna()]
     text = f" No score: {listed(unscored, 6)}." if 0 < len(unscored) < len(table) else ""
     if len(table) - len(unscored) == 2 and patients >= MINIMUM_PATIENTS:
-        text += (
-            " With two scores the gap is all of the range and checks nothing: the bootstrap alone, which is "
-            "over-confident, decides."
-        )
+        text += " With two scores the gap is all of the range and checks nothing: "
+        text += "the bootstrap alone, which is over-confident, decides."
     if refused:
         text += f" {refused} resamples of the patients could not be scored."
     if len(picks) and len(table) > 1:

@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurve
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class WeightMap:
     """Weigh the loss by a map that is computed when training starts, from the frozen source or from the labels.
 
@@ -49,22 +51,12 @@ class WeightMap:
             ``weight_<subject>.nii.gz`` of maps per image. None writes nothing.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: Any,
-        loss: RiskWeightedLoss,
-        to_weight: Callable[[Tensor], Tensor],
-        evaluator: Evaluator | None = None,
-        metric: str = "leep_map",
-        output_dir: str | Path | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.loss = loss
-        self.to_weight = to_weight
-        self.evaluator = evaluator
-        self.metric = metric
-        self.output_dir = None if output_dir is None else Path(output_dir)
+    dataset: Any
+    loss: RiskWeightedLoss
+    to_weight: Callable[[Tensor], Tensor]
+    evaluator: Evaluator | None = None
+    metric: str = "leep_map"
+    output_dir: str | Path | None = None
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self.before)
@@ -120,10 +112,11 @@ class WeightMap:
 
     def _write(self, name: str, volume: np.ndarray, subject: str) -> None:
         if self.output_dir is not None and idist.get_rank() == 0:
-            with atomic_path(self.output_dir / name) as temporary:
+            with atomic_path(Path(self.output_dir, name)) as temporary:
                 nib.save(nib.Nifti1Image(volume.astype(np.float32), self.dataset.geometry[subject][0]), temporary)
 
 
+@dataclass(kw_only=True, eq=False)
 class ResumableCheckpoint:
     """Keep the best network as ``model.pt`` and everything needed to go on as ``last.pt``; go on from it when there.
 
@@ -138,15 +131,11 @@ class ResumableCheckpoint:
         save_dict: what to go on with beside the engine's own epoch, by name: network, optimizer, schedule.
     """
 
-    def __init__(
-        self, *, save_dir: str | Path, save_dict: Mapping[str, Any], evaluator: Evaluator | None = None
-    ) -> None:
-        self.folder = Path(save_dir)
-        self.last = self.folder / "last.pt"
-        self.evaluator = evaluator
-        self.save_dict = dict(save_dict)
-        self.best = float("-inf")
-        self.best_epoch = -1
+    save_dir: str | Path
+    save_dict: Mapping[str, Any]
+    evaluator: Evaluator | None = None
+    best: float = field(default=float("-inf"), init=False)
+    best_epoch: int = field(default=-1, init=False)
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self.resume)
@@ -161,18 +150,18 @@ class ResumableCheckpoint:
     def resume(self, engine: Trainer) -> None:
         """Continue from ``last.pt`` if there is one, and clear away what a killed run was writing."""
         if idist.get_rank() == 0:
-            for unfinished in (*self.folder.glob(".last.pt.*"), *self.folder.glob(".model.pt.*")):
+            for unfinished in Path(self.save_dir).glob(".*.pt.*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-        if not self.last.is_file():
+        last = Path(self.save_dir, "last.pt")
+        if not last.is_file():
             return
-        state = torch.load(self.last, map_location=engine.state.device, weights_only=True)
+        state = torch.load(last, map_location=engine.state.device, weights_only=True)
         try:
             for name, item in self.save_dict.items():
                 _unwrapped(item).load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{self.last} is of another run ({str(error).splitlines()[0]}); give another --output_dir."
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{last} is of another run ({reason}); give another --output_dir.") from error
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         if self.best_epoch == state["epoch"] and idist.get_rank() == 0:
             self._save_network()  # which a run that was killed after last.pt has not done
@@ -193,24 +182,24 @@ class ResumableCheckpoint:
         if idist.get_rank() != 0:
             return
         state = {name: _unwrapped(item).state_dict() for name, item in self.save_dict.items()}
-        _save(state | {"epoch": epoch, "best": self.best, "best_epoch": self.best_epoch}, self.last)
+        self._save("last.pt", state | {"epoch": epoch, "best": self.best, "best_epoch": self.best_epoch})
         if better:
             self._save_network()
 
     def _save_network(self) -> None:
         state = _unwrapped(self.save_dict["network"]).state_dict()
-        _save({name: value.cpu() for name, value in state.items()}, self.folder / "model.pt")
+        self._save("model.pt", {name: value.cpu() for name, value in state.items()})
+
+    def _save(self, name: str, content: Any) -> None:
+        with atomic_path(Path(self.save_dir, name)) as temporary:
+            torch.save(content, temporary)
 
 
 def _unwrapped(item: Any) -> Any:
     return item.module if isinstance(item, torch.nn.parallel.DistributedDataParallel) else item
 
 
-def _save(content: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
-
-
+@dataclass(kw_only=True, eq=False)
 class EpochSeed:
     """Seed every epoch by its number, so that a run resumed after an epoch gives what it would have given in one go.
 
@@ -219,9 +208,8 @@ class EpochSeed:
         seed: of the run.
     """
 
-    def __init__(self, *, dataset: Any, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+    dataset: Any
+    seed: int
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
@@ -253,6 +241,7 @@ class TensorBoardCurves(TensorBoardStatsHandler):
         )
 
 
+@dataclass(kw_only=True, eq=False)
 class SubjectTable:
     """Scores per patient and class of an evaluator's last pass, as the table ``evaluator.state.subject_table``.
 
@@ -265,12 +254,8 @@ class SubjectTable:
         metrics: names under which the evaluator's metrics keep their details per case.
     """
 
-    def __init__(self, *, class_names: list[str], metrics: tuple[str, ...] = ("dice", "iou")) -> None:
-        self.class_names = list(class_names)
-        self.metrics = tuple(metrics)
-        self._subjects: list[str] = []
-        self._patients: list[str] = []
-        self._empty: list[Tensor] = []
+    class_names: Sequence[str]
+    metrics: Sequence[str] = ("dice", "iou")
 
     def attach(self, engine: Evaluator) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
@@ -278,7 +263,9 @@ class SubjectTable:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.tabulate)
 
     def reset(self, engine: Evaluator) -> None:
-        self._subjects, self._patients, self._empty = [], [], []
+        self._subjects: list[str] = []
+        self._patients: list[str] = []
+        self._empty: list[Tensor] = []
 
     def collect(self, engine: Evaluator) -> None:
         """Note who is in the batch, and which classes are nowhere in truth and prediction (both one-hot)."""

@@ -17,9 +17,8 @@ NamedVolume = tuple[str, np.ndarray]
 class Reader:
     """Reads the arguments of one call; remembers what its volumes must share, and the device they came from."""
 
-    def __init__(self) -> None:
-        self._device = torch.device("cpu")
-        self._first: tuple[str, int] | None = None
+    _device = torch.device("cpu")
+    _first: tuple[str, int] | None = None
 
     def arrays(self, *, rows: bool = False, allow_nan: bool = False, **given: ArrayLike) -> list[np.ndarray]:
         """Float64 arrays, all of one shape or, with ``rows``, matrices that have as many columns."""

@@ -174,8 +174,8 @@ class ResumableCheckpoint:
         """Save the state after an epoch, and the network if it is the best yet."""
         epoch, value, better = engine.state.epoch, 0.0, self.evaluator is None
         if self.evaluator is not None and self.evaluator.state.epoch == epoch:  # validated in this epoch
-            state = self.evaluator.state
-            value = float(np.nan_to_num(state.metrics[state.key_metric_name], nan=-np.inf))  # no case could be scored
+            value = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])
+            value = float("-inf") if np.isnan(value) else value  # no case could be scored
             better = value > self.best or self.best_epoch < 0
         if better:
             self.best, self.best_epoch = value, epoch

@@ -440,7 +440,6 @@ def plot_scores_against_outcome(
     figure, note = _scatters(table, found, table[outcome], OUTCOME_NAMES[outcome])
     for panel in figure.axes:
         panel.axhline(scratch, color=_GREY, linestyle="--", linewidth=0.8)
-    title = title or f"Score against {OUTCOME_NAMES[outcome]} after fine-tuning"
     return _finish(figure, title, synthetic, f"{note}dashed: training from scratch")
 
 

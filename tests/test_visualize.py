@@ -332,7 +332,6 @@ class TestOutcome:
         figure = plot_scores_against_outcome(self.TABLE, scores=names, outcome="auc", scratch=0.5)
         assert figure.axes[0].collections[0].get_offsets()[:, 1].tolist() == self.TABLE["auc"].tolist()
         assert figure.get_supylabel() == "AUC"
-        assert figure.get_suptitle().replace("\n", " ") == "Score against AUC after fine-tuning"
         assert figure.get_supxlabel() == "dashed: training from scratch"
 
     def test_priors_against_what_a_source_gains_over_the_targets_mean(self):

@@ -332,12 +332,10 @@ def read_task_graph(path: str | os.PathLike[str]) -> nx.Graph:
         InputError: the file is missing, or holds no task graph.
     """
     path, hint = Path(path), "give the task_graph.json of a finished run."
-    if not path.is_file():
-        raise InputError(f"task graph {path} does not exist; {hint}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         graph = nx.node_link_graph(content, edges="edges")
-    except (ValueError, KeyError, TypeError, AttributeError, nx.NetworkXError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, nx.NetworkXError) as error:
         raise InputError(f"{path} holds no task graph ({error}); {hint}") from error
     _check_graph(graph)
     if len(graph) < len(content["nodes"]):

@@ -285,7 +285,7 @@ class TestTaskGraph:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, "does not exist"),
+            (None, "holds no task graph .*No such file"),
             ("{", "holds no task graph"),
             ("[]", "holds no task graph"),
             ("{}", "holds no task graph"),

@@ -35,8 +35,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 GROUP_COLOURS = {"baseline": BLUE, "weighting": ORANGE, "control": "#009E73", "all parameters": "#CC79A7"}
 
 SPLIT_NAMES = {"train": "training", "val": "validation"}
-OUTCOME_NAMES = {"dice": "Dice", "auc": "AUC"}
-PRIOR_NAMES = {"ssim": "label SSIM", "roi_dice": "Dice of mean label maps", "roi_shape": "shape similarity"}
+OUTCOME_NAMES = {"dice": "Dice", "auc": "AUC", "gain": "Dice less the target's mean"}
 
 _GREY = "#6b6b6b"
 _STYLE = {
@@ -416,7 +415,7 @@ def plot_scores_against_outcome(
     *,
     scores: Mapping[str, str],
     outcome: str,
-    scratch: float,
+    scratch: float | None = None,
     title: str = "",
     synthetic: bool = False,
 ) -> Figure:
@@ -425,7 +424,8 @@ def plot_scores_against_outcome(
     Args:
         table: one row per source with the scores and the outcome; with ``same_modality``, that is the colour.
         scores: column -> what it is called. One without a value, or not in the table, gets no panel.
-        outcome: column of the truth, ``dice`` or ``auc``.
+        outcome: column of the truth, ``dice`` or ``auc``; or ``gain``, the Dice less its mean over the sources of the
+            same ``target`` and ``seed``.
         scratch: outcome of training from scratch, a dashed line.
         title: above the figure.
         synthetic: print "synthetic phantom" below.
@@ -437,24 +437,27 @@ def plot_scores_against_outcome(
     ['LEEP']
     """
     found = {column: name for column, name in scores.items() if column in table and table[column].notna().any()}
-    figure, note = _scatters(table, found, table[outcome], OUTCOME_NAMES[outcome])
-    for panel in figure.axes:
-        panel.axhline(scratch, color=_GREY, linestyle="--", linewidth=0.8)
-    return _finish(figure, title, synthetic, f"{note}dashed: training from scratch")
-
-
-@matplotlib.rc_context(_STYLE)
-def plot_priors_against_dice(sources: pd.DataFrame, *, synthetic: bool = False) -> Figure:
-    """Similarity of the regions of interest against Dice less the target's mean, one dot per source, target and seed.
-
-    Args:
-        sources: columns ``target, seed, dice, same_modality, ssim, roi_dice, roi_shape``.
-        synthetic: print "synthetic phantom" below.
-    """
-    gain = sources["dice"] - sources.groupby(["target", "seed"])["dice"].transform("mean")
-    figure, note = _scatters(sources, PRIOR_NAMES, gain, "Dice less the target's mean")
-    title = "Similarity of the region of interest and Dice after transfer"
-    return _finish(figure, title, synthetic, note.removesuffix("; "))
+    if outcome == "gain":
+        table = table.assign(gain=table["dice"] - table.groupby(["target", "seed"])["dice"].transform("mean"))
+    across = min(4, len(found))
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(2.6 * across + 0.4, 2.4 * down + 0.8), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharey=True)
+    figure.supylabel(OUTCOME_NAMES[outcome], fontsize=9)
+    colours, notes = BLUE, []
+    if "same_modality" in table:
+        colours = [_LEADING_COLOURS[same > 0] for same in table["same_modality"].astype(float)]
+        notes.append("orange: same modality as the target, blue: another")
+    if scratch is not None:
+        notes.append("dashed: training from scratch")
+    for panel, (column, name) in zip(panels.flat, found.items(), strict=False):
+        panel.scatter(table[column].astype(float), table[outcome], s=22, color=colours, alpha=0.8, linewidths=0)
+        panel.set_title(name)
+        if scratch is not None:
+            panel.axhline(scratch, color=_GREY, linestyle="--", linewidth=0.8)
+    for panel in panels.flat[len(found) :]:
+        panel.remove()
+    return _finish(figure, title, synthetic, "; ".join(notes))
 
 
 @matplotlib.rc_context(_STYLE)
@@ -578,23 +581,6 @@ def _row_panels(
     for panel in panels:
         panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     return figure, panels
-
-
-def _scatters(table: pd.DataFrame, columns: Mapping[str, str], outcome: pd.Series, label: str) -> tuple[Figure, str]:
-    """A panel for each column of the table against the outcome, and what the colours mean."""
-    across = min(4, len(columns))
-    down = -(-len(columns) // across)
-    figure = Figure(figsize=(2.6 * across + 0.4, 2.4 * down + 0.8), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False, sharey=True)
-    known = "same_modality" in table
-    colours = [_LEADING_COLOURS[same > 0] for same in table["same_modality"].astype(float)] if known else BLUE
-    figure.supylabel(label, fontsize=9)
-    for panel, (column, name) in zip(panels.flat, columns.items(), strict=False):
-        panel.scatter(table[column].astype(float), outcome, s=22, color=colours, alpha=0.8, linewidths=0)
-        panel.set_title(name)
-    for panel in panels.flat[len(columns) :]:
-        panel.remove()
-    return figure, "orange: same modality as the target, blue: another; " if known else ""
 
 
 def _intervals(panel: Axes, table: pd.DataFrame, heights: np.ndarray, colours: Sequence[str]) -> None:

@@ -18,7 +18,6 @@ from medtl_ext.visualize import (
     plot_critical_difference,
     plot_montage,
     plot_overlay,
-    plot_priors_against_dice,
     plot_ranking,
     plot_risk_maps,
     plot_scores_against_outcome,
@@ -334,13 +333,14 @@ class TestOutcome:
         assert figure.get_supylabel() == "AUC"
         assert figure.get_supxlabel() == "dashed: training from scratch"
 
-    def test_priors_against_what_a_source_gains_over_the_targets_mean(self):
-        sources = self.TABLE.assign(target=[*"aabb"], seed=0, same_modality=True, ssim=[1, 2, 3, 4])
-        figure = plot_priors_against_dice(sources.assign(roi_dice=0.5, roi_shape=0.1))
-        assert titles(figure) == ["label SSIM", "Dice of mean label maps", "shape similarity"]
-        gains = figure.axes[0].collections[0].get_offsets()
-        assert gains.filled() == pytest.approx(np.array([[1, -0.1], [2, 0.1], [3, 0.1], [4, -0.1]]))
+    def test_similarities_against_what_a_source_gains(self):
+        table = self.TABLE.assign(same_modality=True, target=[*"aabb"], seed=0)
+        figure = plot_scores_against_outcome(table, scores={"leep": "label SSIM"}, outcome="gain")
+        gains = figure.axes[0].collections[0].get_offsets()[:, 1].tolist()
+        assert gains == pytest.approx([-0.1, 0.1, 0.1, -0.1])
         assert figure.get_supylabel() == "Dice less the target's mean"
+        assert figure.get_supxlabel().replace("\n", " ") == "orange: same modality as the target, blue: another"
+        assert not figure.axes[0].lines
 
 
 FIGURES = {

@@ -1,5 +1,6 @@
 """Weight maps before training, checkpoints that resume, scores per patient: on real engines."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -230,9 +231,10 @@ def test_a_finished_run_does_not_train_again(slices, tmp_path):
     assert same_weights(first.state_dict(), second.state_dict())
 
 
-def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path):
-    _, checkpoint, _ = train_with_scores(slices[0], tmp_path, [0.1, float("nan")], epochs=2)
-    assert checkpoint.best_epoch == 1
+@pytest.mark.parametrize(("scores", "best"), [([0.1, float("nan")], 1), ([float("nan"), 0.1], 2)])
+def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path, scores, best):
+    _, checkpoint, _ = train_with_scores(slices[0], tmp_path, scores, epochs=2)
+    assert checkpoint.best_epoch == best
 
 
 def test_a_checkpoint_of_another_network_says_so(slices, tmp_path):
@@ -249,20 +251,18 @@ def test_the_subject_table_scores_every_patient_and_class(slices):
     volumes = [load(dict(entry)) for entry in dataset.data]
     volumes[2]["label"] = volumes[2]["label"] * 0
     volumes[2]["image"] = volumes[2]["image"] * 0 - 1
-    truth = nn.Sequential(nn.Conv2d(1, 2, 1))
-    with torch.no_grad():
-        truth[0].weight.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1))
-        truth[0].bias.copy_(torch.tensor([0.5, 0.0]))
+    bright = nn.Conv2d(1, 3, 1)  # is class 1, and class 2 is nowhere
+    bright.weight.data, bright.bias.data = torch.tensor([0.0, 1, 0]).reshape(3, 1, 1, 1), torch.tensor([0.5, 0, -9])
     pair = from_engine(["pred", "label"])
     evaluator = SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(volumes, batch_size=1),
-        network=truth,
+        network=bright,
         inferer=SliceInferer(spatial_dim=2, roi_size=(12, 10), sw_batch_size=4),
-        postprocessing=AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2),
+        postprocessing=AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=3),
         key_val_metric={"dice": IgniteMetricHandler(DiceMetric(False, ignore_empty=False), output_transform=pair)},
         additional_metrics={"iou": IgniteMetricHandler(MeanIoU(False, ignore_empty=False), output_transform=pair)},
-        val_handlers=[SubjectTable(class_names=["ED"])],
+        val_handlers=[SubjectTable(class_names=["ED", "ET"])],
     )
     evaluator.run()
     table = evaluator.state.subject_table
@@ -271,14 +271,15 @@ def test_the_subject_table_scores_every_patient_and_class(slices):
         volume["patient"] = patient
     evaluator.run()
     scans = evaluator.state.subject_table
-    assert scans.pop("patient").tolist() == ["p1", "p2", "p1"]
+    assert scans.pop("patient").tolist() == ["p1", "p1", "p2", "p2", "p1", "p1"]
     pd.testing.assert_frame_equal(scans, table)
-    assert table.subject.tolist() == ["a", "b", "c"]
-    assert table["empty"].tolist() == [False, False, True]
+    assert list(zip(table["subject"], table["class"], strict=True)) == list(product("abc", ["ED", "ET"]))
+    assert table["empty"].tolist() == [False, True, False, True, True, True]
     predicted, real = volumes[0]["image"][0] > 0.5, volumes[0]["label"][0] > 0
     expected = 2 * (predicted & real).sum() / (predicted.sum() + real.sum())
     assert table.dice[0] == pytest.approx(float(expected))
-    assert table.dice[2] == table.iou[2] == 1.0
+    assert 0 < table.iou[0] < table.dice[0] < 1
+    assert table.dice[4] == table.iou[4] == table.dice[1] == 1.0
 
 
 @pytest.mark.parametrize("decollate", [False, True])

@@ -1,38 +1,34 @@
 """Ignite handlers of the bundles: the weight map before training, resumable checkpoints, scores per patient."""
 
-from __future__ import annotations
-
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.data import set_rnd
-from monai.engines import Evaluator
+from monai.engines import Evaluator, Trainer
 from monai.handlers import TensorBoardStatsHandler, from_engine
-from monai.utils import string_list_all_gather
+from monai.utils import evenly_divisible_all_gather, string_list_all_gather
 from torch import Tensor
 
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 
-if TYPE_CHECKING:
-    from ignite.engine import Engine
-    from monai.engines import Trainer
-
 __all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurves", "WeightMap"]
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class WeightMap:
     """Weigh the loss by a map that is computed when training starts, from the frozen source or from the labels.
 
@@ -55,22 +51,12 @@ class WeightMap:
             ``weight_<subject>.nii.gz`` of maps per image. None writes nothing.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: Any,
-        loss: RiskWeightedLoss,
-        to_weight: Callable[[Tensor], Tensor],
-        evaluator: Evaluator | None = None,
-        metric: str = "leep_map",
-        output_dir: str | Path | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.loss = loss
-        self.to_weight = to_weight
-        self.evaluator = evaluator
-        self.metric = metric
-        self.output_dir = None if output_dir is None else Path(output_dir)
+    dataset: Any
+    loss: RiskWeightedLoss
+    to_weight: Callable[[Tensor], Tensor]
+    evaluator: Evaluator | None = None
+    metric: str = "leep_map"
+    output_dir: str | Path | None = None
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self.before)
@@ -109,30 +95,28 @@ class WeightMap:
 
     def _save(self, name: str, values: Tensor) -> None:
         """Write a map as NIfTI on the grid of the first training volume; a 2D map is repeated along its slices."""
-        if self.output_dir is None or idist.get_rank() != 0:
-            return
-        affine, shape = self.dataset.geometry[self.dataset[0]["subject"]]
-        values = repeat_cells(values.detach().cpu(), shape[: values.ndim])  # of a map with a stride
-        array = values.numpy().astype(np.float32)
-        if array.ndim == 2:
-            array = np.repeat(array[..., None], shape[-1], axis=-1)
-        with atomic_path(self.output_dir / name) as temporary:
-            nib.save(nib.Nifti1Image(array, affine), temporary)
+        subject = self.dataset[0]["subject"]
+        shape = self.dataset.geometry[subject][1]
+        array = repeat_cells(values.detach().cpu(), shape[: values.ndim]).numpy()  # of a map with a stride
+        self._write(name, np.broadcast_to(array[..., None] if array.ndim == 2 else array, shape), subject)
 
     def _save_per_subject(self, weights: Tensor) -> None:
         """Write each patient's weights as a volume on the patient's grid, 1 where no slice was trained on."""
-        if self.output_dir is None or idist.get_rank() != 0:
-            return
         volumes: dict[str, np.ndarray] = {}
         for item, weight in zip(self.dataset.plain(), weights, strict=True):
             shape = self.dataset.geometry[item["subject"]][1]
             volume = volumes.setdefault(item["subject"], np.ones(shape, np.float32))
-            volume[..., item["slice"]] = torch.as_tensor(weight).detach().cpu().numpy()
+            volume[..., item["slice"]] = weight.detach().cpu().numpy()
         for subject, volume in volumes.items():
-            with atomic_path(self.output_dir / f"weight_{subject}.nii.gz") as temporary:
-                nib.save(nib.Nifti1Image(volume, self.dataset.geometry[subject][0]), temporary)
+            self._write(f"weight_{subject}.nii.gz", volume, subject)
+
+    def _write(self, name: str, volume: np.ndarray, subject: str) -> None:
+        if self.output_dir is not None and idist.get_rank() == 0:
+            with atomic_path(Path(self.output_dir, name)) as temporary:
+                nib.save(nib.Nifti1Image(volume.astype(np.float32), self.dataset.geometry[subject][0]), temporary)
 
 
+@dataclass(kw_only=True, eq=False)
 class ResumableCheckpoint:
     """Keep the best network as ``model.pt`` and everything needed to go on as ``last.pt``; go on from it when there.
 
@@ -147,18 +131,11 @@ class ResumableCheckpoint:
         save_dict: what to go on with beside the engine's own epoch, by name: network, optimizer, schedule.
     """
 
-    def __init__(
-        self, *, save_dir: str | Path, save_dict: Mapping[str, Any], evaluator: Evaluator | None = None
-    ) -> None:
-        self.folder = Path(save_dir)
-        self.evaluator = evaluator
-        self.save_dict = dict(save_dict)
-        self.best = float("-inf")
-        self.best_epoch = -1
-
-    @property
-    def last(self) -> Path:
-        return self.folder / "last.pt"
+    save_dir: str | Path
+    save_dict: Mapping[str, Any]
+    evaluator: Evaluator | None = None
+    best: float = field(default=float("-inf"), init=False)
+    best_epoch: int = field(default=-1, init=False)
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self.resume)
@@ -173,21 +150,21 @@ class ResumableCheckpoint:
     def resume(self, engine: Trainer) -> None:
         """Continue from ``last.pt`` if there is one, and clear away what a killed run was writing."""
         if idist.get_rank() == 0:
-            for unfinished in (*self.folder.glob(".last.pt.*"), *self.folder.glob(".model.pt.*")):
+            for unfinished in Path(self.save_dir).glob(".*.pt.*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-        if not self.last.is_file():
+        last = Path(self.save_dir, "last.pt")
+        if not last.is_file():
             return
-        state = torch.load(self.last, map_location=engine.state.device, weights_only=True)
+        state = torch.load(last, map_location=engine.state.device, weights_only=True)
         try:
             for name, item in self.save_dict.items():
                 _unwrapped(item).load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{self.last} is of another run ({str(error).splitlines()[0]}); give another --output_dir."
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{last} is of another run ({reason}); give another --output_dir.") from error
         self.best, self.best_epoch = state["best"], state["best_epoch"]
-        if self.best_epoch == state["epoch"] and idist.get_rank() == 0 and not self._network_is_saved():
-            self._save_network()  # the run was killed after last.pt, before model.pt
+        if self.best_epoch == state["epoch"] and idist.get_rank() == 0:
+            self._save_network()  # which a run that was killed after last.pt has not done
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         if engine.state.epoch < engine.state.max_epochs:
@@ -195,48 +172,34 @@ class ResumableCheckpoint:
 
     def save(self, engine: Trainer) -> None:
         """Save the state after an epoch, and the network if it is the best yet."""
-        epoch = engine.state.epoch
-        better = self.evaluator is None
+        epoch, value, better = engine.state.epoch, 0.0, self.evaluator is None
         if self.evaluator is not None and self.evaluator.state.epoch == epoch:  # validated in this epoch
-            value = _key_metric(self.evaluator)
+            value = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])
+            value = float("-inf") if np.isnan(value) else value  # no case could be scored
             better = value > self.best or self.best_epoch < 0
         if better:
-            self.best, self.best_epoch = (0.0 if self.evaluator is None else value), epoch
+            self.best, self.best_epoch = value, epoch
         if idist.get_rank() != 0:
             return
         state = {name: _unwrapped(item).state_dict() for name, item in self.save_dict.items()}
-        _save(state | {"epoch": epoch, "best": self.best, "best_epoch": self.best_epoch}, self.last)
+        self._save("last.pt", state | {"epoch": epoch, "best": self.best, "best_epoch": self.best_epoch})
         if better:
             self._save_network()
 
-    def _network_is_saved(self) -> bool:
-        path = self.folder / "model.pt"
-        if not path.is_file():
-            return False
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        state = _unwrapped(self.save_dict["network"]).state_dict()
-        return saved.keys() == state.keys() and all(torch.equal(saved[name], state[name].cpu()) for name in state)
-
     def _save_network(self) -> None:
         state = _unwrapped(self.save_dict["network"]).state_dict()
-        _save({name: value.cpu() for name, value in state.items()}, self.folder / "model.pt")
+        self._save("model.pt", {name: value.cpu() for name, value in state.items()})
 
-
-def _key_metric(evaluator: Engine) -> float:
-    """Key metric of the last validation; a NaN (no case could be scored) is worse than any number."""
-    value = float(evaluator.state.metrics[evaluator.state.key_metric_name])
-    return float("-inf") if np.isnan(value) else value
+    def _save(self, name: str, content: Any) -> None:
+        with atomic_path(Path(self.save_dir, name)) as temporary:
+            torch.save(content, temporary)
 
 
 def _unwrapped(item: Any) -> Any:
     return item.module if isinstance(item, torch.nn.parallel.DistributedDataParallel) else item
 
 
-def _save(content: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
-
-
+@dataclass(kw_only=True, eq=False)
 class EpochSeed:
     """Seed every epoch by its number, so that a run resumed after an epoch gives what it would have given in one go.
 
@@ -245,9 +208,8 @@ class EpochSeed:
         seed: of the run.
     """
 
-    def __init__(self, *, dataset: Any, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+    dataset: Any
+    seed: int
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
@@ -279,6 +241,7 @@ class TensorBoardCurves(TensorBoardStatsHandler):
         )
 
 
+@dataclass(kw_only=True, eq=False)
 class SubjectTable:
     """Scores per patient and class of an evaluator's last pass, as the table ``evaluator.state.subject_table``.
 
@@ -291,12 +254,8 @@ class SubjectTable:
         metrics: names under which the evaluator's metrics keep their details per case.
     """
 
-    def __init__(self, *, class_names: list[str], metrics: tuple[str, ...] = ("dice", "iou")) -> None:
-        self.class_names = list(class_names)
-        self.metrics = tuple(metrics)
-        self._subjects: list[str] = []
-        self._patients: list[str] = []
-        self._empty: list[Tensor] = []
+    class_names: Sequence[str]
+    metrics: Sequence[str] = ("dice", "iou")
 
     def attach(self, engine: Evaluator) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
@@ -304,7 +263,9 @@ class SubjectTable:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.tabulate)
 
     def reset(self, engine: Evaluator) -> None:
-        self._subjects, self._patients, self._empty = [], [], []
+        self._subjects: list[str] = []
+        self._patients: list[str] = []
+        self._empty: list[Tensor] = []
 
     def collect(self, engine: Evaluator) -> None:
         """Note who is in the batch, and which classes are nowhere in truth and prediction (both one-hot)."""
@@ -316,23 +277,11 @@ class SubjectTable:
 
     def tabulate(self, engine: Evaluator) -> None:
         """Join subjects and scores; with several processes the metrics' details come gathered in rank order."""
-        subjects, patients, empty = self._subjects, self._patients, torch.stack(self._empty).int()
-        if idist.get_world_size() > 1:
-            subjects, patients = string_list_all_gather(subjects), string_list_all_gather(patients)
-            counts = idist.all_gather(len(self._subjects))
-            padded = torch.zeros(max(counts), empty.shape[1], dtype=torch.int32, device=idist.device())
-            padded[: len(empty)] = empty.to(padded.device)
-            gathered = idist.all_gather(padded).reshape(len(counts), -1, empty.shape[1])
-            empty = torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)])
-        scores = {name: engine.state.metric_details[name].cpu().numpy() for name in self.metrics}
-        engine.state.subject_table = pd.DataFrame(
-            [
-                {"subject": subject}
-                | ({"patient": patient} if patient else {})
-                | {"class": name}
-                | {metric: float(values[row, column]) for metric, values in scores.items()}
-                | {"empty": bool(empty[row, column])}
-                for row, (subject, patient) in enumerate(zip(subjects, patients, strict=True))
-                for column, name in enumerate(self.class_names)
-            ]
-        ).drop_duplicates(["subject", "class"], ignore_index=True)
+        subjects, patients = string_list_all_gather(self._subjects), string_list_all_gather(self._patients)
+        empty = evenly_divisible_all_gather(torch.stack(self._empty).int().to(idist.device()))
+        known = [{"subject": s} | ({"patient": p} if p else {}) for s, p in zip(subjects, patients, strict=True)]
+        columns = {"class": np.tile(self.class_names, len(subjects))}
+        columns |= {name: engine.state.metric_details[name].flatten().tolist() for name in self.metrics}
+        columns["empty"] = empty.bool().flatten().tolist()
+        table = pd.DataFrame(known).loc[np.repeat(np.arange(len(known)), len(self.class_names))].assign(**columns)
+        engine.state.subject_table = table.drop_duplicates(["subject", "class"], ignore_index=True)

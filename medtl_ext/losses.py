@@ -1,7 +1,5 @@
 """Risk-weighted fine-tuning: pixel weights from a LEEP map, the baselines' weights, and the loss that applies them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,9 +10,6 @@ from monai.data import MetaTensor
 from torch import nn
 
 from medtl_ext._validation import IGNORED, InputError, as_plain_tensor, check_labels, require_choice, require_number
-
-DIRECTIONS = ("hardness", "literal")
-NORMALIZATIONS = ("foreground", "mean", "weights")
 
 # LEEP that differs by less than this share is the same up to rounding, which is no hardness.
 FLAT = 1e-9
@@ -56,17 +51,17 @@ def risk_map(
 
     Reference: Duan et al., *Transfer Risk Map*, eq. 5.
     """
-    require_choice("direction", direction, DIRECTIONS)
+    require_choice("direction", direction, ["hardness", "literal"])
     require_number("base", base, 1)
     one_tensor = not isinstance(leep_map, (list, tuple))
     maps = [_checked_map(one_map) for one_map in ([leep_map] if one_tensor else leep_map)]
     low, high = _range(maps, (0, 100) if clip is None else clip)
-    varies = high - low > FLAT * max(1, abs(low))
+    easiest, hardest = (high, low) if direction == "hardness" else (low, high)
     weights = []
     for one_map in maps:
-        hardness = (high - one_map.clamp(low, high)) / (high - low) if varies else torch.zeros_like(one_map)
-        if direction == "literal":
-            hardness = 1 - hardness if varies else hardness
+        hardness = torch.zeros_like(one_map)
+        if high - low > FLAT * max(1, abs(low)):
+            hardness = (one_map.clamp(low, high) - easiest) / (hardest - easiest)
         weight = (base**hardness).nan_to_num(nan=1.0)
         weights.append(weight if size is None else repeat_cells(weight, size))
     return weights[0] if one_tensor else weights
@@ -117,19 +112,16 @@ def frequency_map(target_labels: Any, *, base: float = 10.0, ignore_index: int |
         tensor([[ 1.0000,  3.1623, 10.0000]], dtype=torch.float64)
     """
     require_number("base", base, 1)
-    foreground = valid = None
+    counts = None
     for labels in _label_maps(target_labels, ignore_index):
-        if foreground is None:
-            foreground, valid = torch.zeros(2, *labels.shape, dtype=torch.float64, device=labels.device)
-        if labels.shape != foreground.shape:
-            raise InputError(
-                f"target_labels holds maps of shape {tuple(foreground.shape)} and {tuple(labels.shape)}; "
-                "expected one grid for all images."
-            )
-        foreground += labels > 0
-        valid += labels != IGNORED
-    if foreground is None:
+        seen = torch.stack([labels > 0, labels != IGNORED]).double()
+        if counts is not None and seen.shape != counts.shape:
+            shapes = f"{tuple(counts.shape[1:])} and {tuple(labels.shape)}"
+            raise InputError(f"target_labels holds maps of shape {shapes}; expected one grid for all images.")
+        counts = seen if counts is None else counts + seen
+    if counts is None:
         raise InputError("target_labels is empty; expected at least one label map.")
+    foreground, valid = counts
     return base ** (foreground / valid.clamp(min=1))
 
 
@@ -286,7 +278,7 @@ class RiskWeightedLoss(nn.Module):
             raise InputError(f"base_loss has reduction='{reduction}'; expected 'none', since every pixel is weighted.")
         self.base_loss = base_loss
         self.region_loss = region_loss
-        self.normalization = require_choice("normalization", normalization, NORMALIZATIONS)
+        self.normalization = require_choice("normalization", normalization, ["foreground", "mean", "weights"])
         self.register_buffer("weight", None, persistent=False)
         if weight is not None:
             self.set_weight(weight)

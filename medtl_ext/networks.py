@@ -1,7 +1,5 @@
 """Start from somebody else's weights, and keep frozen what should stay frozen."""
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle
@@ -29,8 +27,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         InputError: the file does not exist, is damaged, holds more than tensors and plain values, or holds no tensors.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         hint = "give a .pt file; if it is of a training that was finished, delete its folder and train it again"
         raise InputError(f"checkpoint {path} does not exist; {hint}.")
     try:
@@ -75,17 +72,15 @@ def load_weights(
     where = "the given weights" if isinstance(weights, Mapping) else str(weights)
     found = weights if isinstance(weights, Mapping) else read_weights(weights)
     own = network.state_dict()
-    fitting = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
-    others = [name for name in own if name in found and name not in fitting]
-    shapes = [f"{name}: {tuple(found[name].shape)} in the file, {tuple(own[name].shape)} here" for name in others]
+    shared = {name: (tuple(found[name].shape), tuple(own[name].shape)) for name in own if name in found}
+    fitting = {name: found[name] for name, (theirs, ours) in shared.items() if theirs == ours}
+    others = {
+        "of another shape": [f"{n}: {a} in the file, {b} here" for n, (a, b) in shared.items() if n not in fitting],
+        "not in the file": [name for name in own if name not in found],
+        "in the file without a place here": [name for name in found if name not in own],
+    }
     report = f"{len(fitting)} of {len(own)} tensors copied"
-    for what, names in (
-        ("of another shape", shapes),
-        ("not in the file", [name for name in own if name not in found]),
-        ("in the file without a place here", [name for name in found if name not in own]),
-    ):
-        if names:
-            report += f", {len(names)} {what} ({names[0]})"
+    report += "".join(f", {len(names)} {what} ({names[0]})" for what, names in others.items() if names)
     if len(fitting) < min_share * len(own):
         expected = f"expected at least {min_share:.0%}. Was it trained with another architecture or number of classes?"
         raise InputError(f"{where} does not fit this {type(network).__name__}: {report}; {expected}")
@@ -120,22 +115,20 @@ def freeze(network: nn.Module, pattern: str | None) -> nn.Module:
     """
     if pattern is None:
         return network
-    matches = re.compile(pattern).match
-    frozen = [parameter for name, parameter in network.named_parameters() if matches(name)]
+    frozen = [parameter for name, parameter in network.named_parameters() if re.match(pattern, name)]
     if not frozen:
         children = ", ".join(name for name, _ in network.named_children())
         raise InputError(f"freeze pattern '{pattern}' matches no parameter; the network's parts are: {children}.")
     for parameter in frozen:
         parameter.requires_grad_(False)
-    names = {name for name, _ in network.named_modules() if matches(name)}
-    network.register_forward_pre_hook(partial(_keep_in_eval_mode, names))
+    network.register_forward_pre_hook(partial(_keep_in_eval_mode, pattern))
     return network
 
 
-def _keep_in_eval_mode(names: set[str], network: nn.Module, _: object) -> None:
+def _keep_in_eval_mode(pattern: str, network: nn.Module, _: object) -> None:
     """Before a forward pass, whatever ``network.train()`` did to the frozen modules."""
     for name, module in network.named_modules():
-        if name in names:
+        if re.match(pattern, name):
             module.training = False
 
 

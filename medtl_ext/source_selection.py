@@ -27,7 +27,7 @@ from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import Key
 from medtl_ext.transfer.truth import TOP
 from medtl_ext.transforms import SelectLabelsd
-from medtl_ext.visualize import plot_priors_against_dice, save_figure
+from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 
 __all__ = ["SelectSource", "SelectionStudy", "filter_by_priors", "region_labels", "roi_similarity"]
 
@@ -312,7 +312,10 @@ class SelectionStudy(Study):
         return [*_prior_claims(mean), _modality_claim(sources), _similarity_claim(sources)]
 
     def figures(self, sources: pd.DataFrame) -> None:
-        save_figure(plot_priors_against_dice(sources, synthetic=self.synthetic), self.here.folder / "priors.png")
+        shown = {"scores": SIMILARITIES, "outcome": "gain", "synthetic": self.synthetic}
+        title = "Similarity of the region of interest and Dice after transfer"
+        figure = plot_scores_against_outcome(sources, title=title, **shown)
+        save_figure(figure, self.here.folder / "priors.png")
 
 
 def _prior_claims(mean: pd.DataFrame) -> list[str]:

@@ -1,7 +1,5 @@
 """Dictionary transforms: label values to the classes of a task, and intensities to a scale that networks share."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 

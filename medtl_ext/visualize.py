@@ -6,12 +6,11 @@ are shown the radiological way: front up, the patient's right on the left of the
 Ito, which readers with any colour vision tell apart.
 """
 
-from __future__ import annotations
-
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
+from typing import Any
 
 import matplotlib
 import networkx as nx
@@ -36,8 +35,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 GROUP_COLOURS = {"baseline": BLUE, "weighting": ORANGE, "control": "#009E73", "all parameters": "#CC79A7"}
 
 SPLIT_NAMES = {"train": "training", "val": "validation"}
-OUTCOME_NAMES = {"dice": "Dice", "auc": "AUC"}
-PRIOR_NAMES = {"ssim": "label SSIM", "roi_dice": "Dice of mean label maps", "roi_shape": "shape similarity"}
+OUTCOME_NAMES = {"dice": "Dice", "auc": "AUC", "gain": "Dice less the target's mean"}
 
 _GREY = "#6b6b6b"
 _STYLE = {
@@ -120,9 +118,9 @@ def plot_montage(
             if i == 0:
                 axes[i, j].set_title(column, loc="center")
     for column, names in (class_names or {}).items():
-        legend = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "fontsize": 7, "ncols": len(names)}
-        legend |= {"handlelength": 0.9, "columnspacing": 0.9, "handletextpad": 0.4}
-        axes[-1, columns.index(column)].legend(handles=_class_handles(names), **legend)
+        style = {"fontsize": 7, "ncols": len(names), "handlelength": 0.9, "columnspacing": 0.9, "handletextpad": 0.4}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+        axes[-1, columns.index(column)].legend(handles=_class_handles(names), **below, **style)
     return _finish(figure, title, synthetic, _RADIOLOGICAL)
 
 
@@ -288,31 +286,29 @@ def plot_comparison(
         title: above the figure.
         synthetic: print "synthetic phantom" below.
     """
-    pairs, sizes = list(dict.fromkeys(summary["pair"])), sorted(summary["slices"].unique())
+    pairs, sizes = summary.groupby("pair", sort=False), sorted(summary["slices"].unique())
     groups = [group for group in GROUP_COLOURS if group in set(summary["method"].map(method_group))]
     rows: list[str] = []
     for group in groups:  # a blank row keeps the groups apart
         rows += [*([""] if rows else []), *(m for m in dict.fromkeys(summary["method"]) if method_group(m) == group)]
 
     figure, panels = _row_panels(rows, len(pairs), (3.2 + 2.7 * len(pairs), 1.5 + 0.26 * len(rows)), {reference})
-    strengths = np.linspace(0, 1, len(sizes)) if len(sizes) > 1 else [1.0]
-    for panel, pair in zip(panels, pairs, strict=True):
-        for slices, strength in zip(sizes, strengths, strict=True):
-            cell = summary[(summary["pair"] == pair) & (summary["slices"] == slices)].set_index("method")
-            if reference in cell.index:
-                panel.axvline(cell.loc[reference, "mean"], color=_GREY, linestyle="--", linewidth=0.8, zorder=0)
-            heights = cell.index.map(rows.index) + (0.34 * (strength - 0.5) if len(sizes) > 1 else 0.0)
-            colours = [GROUP_COLOURS[method_group(method)] for method in cell.index]
-            panel.hlines(heights, cell["mean"] - cell["sd"], cell["mean"] + cell["sd"], colours, linewidth=1.3)
-            faces = [_tint(colour, strength) for colour in colours]
-            panel.scatter(cell["mean"], heights, s=24, c=faces, edgecolors=colours, zorder=3)
-            ends = cell["mean"] + cell["sd"].fillna(0)
-            for end, height in zip(ends[cell["p_holm"] < 0.05], heights[cell["p_holm"] < 0.05], strict=True):
-                panel.annotate("*", (end, height), xytext=(2, -4), textcoords="offset points")
+    several = len(sizes) > 1
+    strengths = dict(zip(sizes, np.linspace(0, 1, len(sizes)) if several else [1.0], strict=True))
+    for panel, (pair, cells) in zip(panels, pairs, strict=True):
+        for mean in cells.loc[cells["method"] == reference, "mean"]:
+            panel.axvline(mean, color=_GREY, linestyle="--", linewidth=0.8, zorder=0)
+        strength, mean, spread = cells["slices"].map(strengths), cells["mean"], cells["sd"]
+        heights = cells["method"].map(rows.index) + (0.34 * (strength - 0.5) if several else 0.0)
+        colours = [GROUP_COLOURS[method_group(method)] for method in cells["method"]]
+        panel.hlines(heights, mean - spread, mean + spread, colours, linewidth=1.3)
+        panel.scatter(mean, heights, s=24, c=list(map(_tint, colours, strength)), edgecolors=colours, zorder=3)
+        ends = pd.DataFrame({"end": mean + spread.fillna(0), "height": heights})
+        for end in ends[cells["p_holm"] < 0.05].to_numpy():
+            panel.annotate("*", end, xytext=(2, -4), textcoords="offset points")
         panel.set(title=pair, xlabel="mean Dice")
     keys = [(group, GROUP_COLOURS[group], 1.0) for group in groups]
-    if len(sizes) > 1:
-        keys += [(f"{slices} slices", _GREY, strength) for slices, strength in zip(sizes, strengths, strict=True)]
+    keys += [(f"{slices} slices", _GREY, strength) for slices, strength in strengths.items() if several]
     dot = {"marker": "o", "markersize": 5, "linestyle": "none"}
     handles = [Line2D([], [], label=k, color=c, markerfacecolor=_tint(c, strength), **dot) for k, c, strength in keys]
     figure.legend(handles=handles, loc="outside right upper")
@@ -322,36 +318,26 @@ def plot_comparison(
 
 
 @matplotlib.rc_context(_STYLE)
-def plot_ranking(
-    table: pd.DataFrame,
-    *,
-    tied: Sequence[str] = (),
-    recommended: str | None = None,
-    metric: str = "score",
-    title: str = "",
-    synthetic: bool = False,
-) -> Figure:
+def plot_ranking(ranking: Any, *, metric: str = "score", title: str = "", synthetic: bool = False) -> Figure:
     """A ranking of sources: score and rank with their intervals, what baselines would say, and how often each is first.
 
     Args:
-        table: the table of `medtl_ext.ranking.SourceRanking`: columns ``source, score, low, high, rank, rank_low,
-            rank_high, p_best``, one row per source, drawn from the top; each column ``<baseline>_rank`` is a baseline,
-            shown as hollow marks beside the ranks. A source without a score has its baseline ranks only.
-        tied: the leader and the sources that cannot be told from it; coloured, in bold.
-        recommended: the source that is preferred, if one is; the key says so.
+        ranking: a `medtl_ext.ranking.SourceRanking`. The rows of its table are drawn from the top, baselines as hollow
+            marks beside the ranks; a source without a score has its baseline ranks only. The leader and the sources
+            that cannot be told from it are coloured, in bold, unless there were too few patients to tell.
         metric: what the score is called.
         title: above the figure.
         synthetic: print "synthetic phantom" below.
 
     >>> from medtl_ext.ranking import bootstrap_ranking
     >>> ranking = bootstrap_ranking({"13-T1-ED": [0.6, 0.5, 0.7, 0.6], "17-T1-ET": [0.4, 0.3, 0.5, 0.4]})
-    >>> figure = plot_ranking(ranking.table, tied=ranking.tied, recommended=ranking.recommendation, metric="LEEP")
+    >>> figure = plot_ranking(ranking, metric="LEEP")
     >>> [axes.get_title(loc="left") for axes in figure.axes]
     ['LEEP', 'rank', 'ranked first']
     """
-    table = table.reset_index(drop=True)
+    table, tied = ranking.table, ranking.tied if ranking.resamples else ()
     names, places = list(table["source"]), table.index.to_numpy()
-    marks = dict(zip([column for column in table if column.endswith("_rank")], cycle(_BASELINE_MARKS), strict=False))
+    marks = dict(zip(table.filter(like="_rank"), cycle(_BASELINE_MARKS), strict=False))
     figure, (scores, ranks, firsts) = _row_panels(names, 3, (9.2, 1.9 + 0.3 * len(names)), set(tied), [3, 3, 1.3])
     colours = [_LEADING_COLOURS[name in tied] for name in names]
     scored = table.where(table["score"].notna())
@@ -366,7 +352,7 @@ def plot_ranking(
     ranks.set(title="rank", xlabel="1 is best", xlim=(0.4, len(names) + 0.6))
     ranks.locator_params(axis="x", integer=True, nbins=10)
     firsts.set(title="ranked first", xlabel="share of resamples", xlim=(0, 1))
-    lead = "preferred" if recommended else "tied at the top" if len(tied) > 1 else "best guess"
+    lead = "preferred" if ranking.recommendation else "tied at the top" if len(tied) > 1 else "best guess"
     key = ({lead: ORANGE} if tied else {}) | ({"others": BLUE} if len(tied) < len(names) else {})
     handles = [Line2D([], [], marker="D", linestyle="none", color=colour, label=label) for label, colour in key.items()]
     for column, style in marks.items():
@@ -377,43 +363,26 @@ def plot_ranking(
 
 
 @matplotlib.rc_context(_STYLE)
-def plot_critical_difference(
-    average_ranks: Mapping[str, float],
-    *,
-    critical_difference: float,
-    groups: Sequence[Sequence[str]],
-    title: str = "",
-    synthetic: bool = False,
-) -> Figure:
+def plot_critical_difference(test: Any, *, title: str = "", synthetic: bool = False) -> Figure:
     """Nemenyi diagram: methods along an axis of average ranks, bars over those that cannot be told apart.
 
     Args:
-        average_ranks: method -> average rank over targets, 1 is best.
-        critical_difference: drawn to scale above the axis.
-        groups: sets of methods joined by a bar.
+        test: a `medtl_ext.ranking.FriedmanNemenyi`, whose critical difference is drawn to scale above the axis.
         title: above the figure.
         synthetic: print "synthetic phantom" below.
 
-    All three numbers are attributes of `medtl_ext.ranking.FriedmanNemenyi`.
-
-    Raises:
-        InputError: fewer than two methods, or a group names one that has no rank.
-
     Reference: Demšar, JMLR 7, 2006, Fig. 1.
 
-    >>> ranks = {"LogME": 1.2, "LEEP": 1.9, "SFDA": 2.9}
-    >>> figure = plot_critical_difference(ranks, critical_difference=1.1, groups=[("LogME", "LEEP"), ("LEEP", "SFDA")])
+    >>> from medtl_ext.ranking import friedman_nemenyi
+    >>> table = pd.DataFrame({"LEEP": [0.2, 0.3, 0.1, 0.4], "LogME": [0.5, 0.4, 0.6, 0.5], "SFDA": [0, 0, 0, 0.1]})
+    >>> figure = plot_critical_difference(friedman_nemenyi(table))
     >>> [text.get_text().strip() for text in figure.axes[0].texts]
-    ['LogME  1.20', 'LEEP  1.90', '2.90  SFDA', 'critical difference 1.10']
+    ['LogME  1.00', 'LEEP  2.00', '3.00  SFDA', 'critical difference 1.66']
     """
     from scikit_posthocs import critical_difference_diagram  # slow to import
 
-    ranks = pd.Series(average_ranks).sort_values(kind="stable")
-    if len(ranks) < 2:
-        raise InputError(f"A critical-difference diagram needs at least two methods; found {len(ranks)}.")
+    ranks, groups, critical_difference = test.average_ranks, test.groups, test.critical_difference
     alike = pd.DataFrame(0.0, ranks.index, ranks.index)
-    if unknown := [method for group in groups for method in group if method not in ranks]:
-        raise InputError(f"groups names {unknown[0]}, which has no average rank. Known: {', '.join(ranks.index)}.")
     for group in groups:
         alike.loc[list(group), list(group)] = 1.0
     inches = 0.9 + 0.08 * max(len(name) for name in ranks.index)  # what a name and its number take beside the axis
@@ -446,7 +415,7 @@ def plot_scores_against_outcome(
     *,
     scores: Mapping[str, str],
     outcome: str,
-    scratch: float,
+    scratch: float | None = None,
     title: str = "",
     synthetic: bool = False,
 ) -> Figure:
@@ -455,7 +424,8 @@ def plot_scores_against_outcome(
     Args:
         table: one row per source with the scores and the outcome; with ``same_modality``, that is the colour.
         scores: column -> what it is called. One without a value, or not in the table, gets no panel.
-        outcome: column of the truth, ``dice`` or ``auc``.
+        outcome: column of the truth, ``dice`` or ``auc``; or ``gain``, the Dice less its mean over the sources of the
+            same ``target`` and ``seed``.
         scratch: outcome of training from scratch, a dashed line.
         title: above the figure.
         synthetic: print "synthetic phantom" below.
@@ -467,25 +437,27 @@ def plot_scores_against_outcome(
     ['LEEP']
     """
     found = {column: name for column, name in scores.items() if column in table and table[column].notna().any()}
-    figure, note = _scatters(table, found, table[outcome], OUTCOME_NAMES[outcome])
-    for panel in figure.axes:
-        panel.axhline(scratch, color=_GREY, linestyle="--", linewidth=0.8)
-    title = title or f"Score against {OUTCOME_NAMES[outcome]} after fine-tuning"
-    return _finish(figure, title, synthetic, f"{note}dashed: training from scratch")
-
-
-@matplotlib.rc_context(_STYLE)
-def plot_priors_against_dice(sources: pd.DataFrame, *, synthetic: bool = False) -> Figure:
-    """Similarity of the regions of interest against Dice less the target's mean, one dot per source, target and seed.
-
-    Args:
-        sources: columns ``target, seed, dice, same_modality, ssim, roi_dice, roi_shape``.
-        synthetic: print "synthetic phantom" below.
-    """
-    gain = sources["dice"] - sources.groupby(["target", "seed"])["dice"].transform("mean")
-    figure, note = _scatters(sources, PRIOR_NAMES, gain, "Dice less the target's mean")
-    title = "Similarity of the region of interest and Dice after transfer"
-    return _finish(figure, title, synthetic, note.removesuffix("; "))
+    if outcome == "gain":
+        table = table.assign(gain=table["dice"] - table.groupby(["target", "seed"])["dice"].transform("mean"))
+    across = min(4, len(found))
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(2.6 * across + 0.4, 2.4 * down + 0.8), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharey=True)
+    figure.supylabel(OUTCOME_NAMES[outcome], fontsize=9)
+    colours, notes = BLUE, []
+    if "same_modality" in table:
+        colours = [_LEADING_COLOURS[same > 0] for same in table["same_modality"].astype(float)]
+        notes.append("orange: same modality as the target, blue: another")
+    if scratch is not None:
+        notes.append("dashed: training from scratch")
+    for panel, (column, name) in zip(panels.flat, found.items(), strict=False):
+        panel.scatter(table[column].astype(float), table[outcome], s=22, color=colours, alpha=0.8, linewidths=0)
+        panel.set_title(name)
+        if scratch is not None:
+            panel.axhline(scratch, color=_GREY, linestyle="--", linewidth=0.8)
+    for panel in panels.flat[len(found) :]:
+        panel.remove()
+    return _finish(figure, title, synthetic, "; ".join(notes))
 
 
 @matplotlib.rc_context(_STYLE)
@@ -609,23 +581,6 @@ def _row_panels(
     for panel in panels:
         panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     return figure, panels
-
-
-def _scatters(table: pd.DataFrame, columns: Mapping[str, str], outcome: pd.Series, label: str) -> tuple[Figure, str]:
-    """A panel for each column of the table against the outcome, and what the colours mean."""
-    across = min(4, len(columns))
-    down = -(-len(columns) // across)
-    figure = Figure(figsize=(2.6 * across + 0.4, 2.4 * down + 0.8), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False, sharey=True)
-    known = "same_modality" in table
-    colours = [_LEADING_COLOURS[same > 0] for same in table["same_modality"].astype(float)] if known else BLUE
-    figure.supylabel(label, fontsize=9)
-    for panel, (column, name) in zip(panels.flat, columns.items(), strict=False):
-        panel.scatter(table[column].astype(float), outcome, s=22, color=colours, alpha=0.8, linewidths=0)
-        panel.set_title(name)
-    for panel in panels.flat[len(columns) :]:
-        panel.remove()
-    return figure, "orange: same modality as the target, blue: another; " if known else ""
 
 
 def _intervals(panel: Axes, table: pd.DataFrame, heights: np.ndarray, colours: Sequence[str]) -> None:

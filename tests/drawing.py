@@ -4,8 +4,6 @@ What a test claims must hold for other inputs as well: ``MEDTL_TEST_SEED=random 
 number that repeats them (``MEDTL_TEST_SEED=1234``) with each test that fails.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import zlib

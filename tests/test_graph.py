@@ -1,7 +1,5 @@
 """Task graph, clusters, representatives and paths: against brute force on small graphs, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -100,9 +98,12 @@ class TestClusters:
         for n_clusters in (1, 2):
             assert girvan_newman_clusters(graph, n_clusters, weight=None) == [{0, 1, 2}, {3, 4}]
 
-    def test_edges_that_only_rounding_tells_apart_go_by_name(self):
-        grid = nx.convert_node_labels_to_integers(nx.grid_2d_graph(3, 3))
-        assert girvan_newman_clusters(grid, 2, weight=None) == [{3, 4, 5, 6, 7, 8}, {0, 1, 2}]
+    @pytest.mark.parametrize("rungs", [6, 9, 11])
+    def test_edges_that_only_rounding_tells_apart_go_by_name(self, rungs):
+        ring = nx.relabel_nodes(nx.circular_ladder_graph(rungs), "{:02}".format)
+        for n_clusters in (2, 3, 4):
+            found = girvan_newman_clusters(ring, n_clusters, weight=None)
+            assert set(map(frozenset, found)) == brute_force_clusters(ring, n_clusters, None)
 
     def test_eighty_four_tasks_in_nine_clusters(self):
         """The size of the paper's graph: a few seconds, where networkx alone would take minutes."""
@@ -113,7 +114,7 @@ class TestClusters:
         assert graph.number_of_edges() == 1722
         start = time.process_time()
         clusters = girvan_newman_clusters(graph, 9)
-        assert time.process_time() - start < 8
+        assert time.process_time() - start < 4
         assert len(clusters) == 9
         assert set().union(*clusters) == set(names)
 
@@ -163,7 +164,7 @@ class TestPaths:
         costs = {node: float(rng.uniform(0, 3)) for node in graph if rng.uniform() < 0.8}
         expected = brute_force_paths(graph, costs, clusters, first, longest)
         if not expected:
-            with pytest.raises(InputError, match="there is no path to the target: "):
+            with pytest.raises(NoPathError):
                 optimal_transfer_path(graph, costs, clusters, first, max_intermediates=longest)
             return
         found = optimal_transfer_path(graph, costs, clusters, first, max_intermediates=longest, k=4)
@@ -185,25 +186,12 @@ class TestPaths:
         found = optimal_transfer_path(graph, dict.fromkeys("abc", 1.0), [set("cab")], ["a"])
         assert [path.tasks for path in found] == [("a", "b"), ("a", "c")]
 
-    @pytest.mark.parametrize(
-        ("costs", "reason"),
-        [
-            ({}, "the target is joined to no task"),
-            ({"a": math.inf, "b": math.inf}, "the target is joined to no task"),
-            ({"b": 1.0}, r"joined to none of the representatives \(a, c\)"),
-            ({"a": 1.0}, "no task joined to a representative within its cluster"),
-            ({"c": 1.0}, r"have one task each\. Use"),
-        ],
-    )
-    def test_says_why_there_is_none(self, costs, reason):
+    @pytest.mark.parametrize("costs", [{}, {"a": math.inf, "b": math.inf}, {"b": 1.0}, {"a": 1.0}, {"c": 1.0}])
+    def test_there_may_be_none(self, costs):
         graph = graph_of(("ab", 1.0))
         graph.add_node("c")
-        with pytest.raises(NoPathError, match=reason):
+        with pytest.raises(NoPathError, match=r"to no representative .* one task each"):
             optimal_transfer_path(graph, costs, [{"a", "b"}, {"c"}], ["a", "c"])
-
-    def test_fewer_clusters_are_advised_only_where_they_can_be_had(self):
-        with pytest.raises(NoPathError, match="have one task each; ask for fewer clusters"):
-            optimal_transfer_path(graph_of(("ab", 1.0)), {"a": 1.0, "b": 1.0}, [{"a"}, {"b"}], ["a", "b"])
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -276,8 +264,8 @@ class TestTaskGraph:
             ({"costs": np.full((4, 4), np.nan)}, "has weight nan"),
             ({"tasks": ["13-T1-ED"] * 4}, "13-T1-ED twice"),
             ({"tasks": ["13-T1-ED", "13-T2-ED", "14-T2-ET", "nonsense"]}, "'nonsense' is not of the form"),
-            ({"sizes": {}}, "sizes says None for 13-T1-ED"),
-            ({"sizes": dict.fromkeys(NAMES, 0)}, "sizes says 0 for 13-T1-ED"),
+            ({"sizes": {}}, "size of 13-T1-ED is None"),
+            ({"sizes": dict.fromkeys(NAMES, 0)}, "size of 13-T1-ED is 0"),
         ],
     )
     def test_refuses(self, change, message):
@@ -297,7 +285,7 @@ class TestTaskGraph:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, "does not exist"),
+            (None, "holds no task graph .*No such file"),
             ("{", "holds no task graph"),
             ("[]", "holds no task graph"),
             ("{}", "holds no task graph"),

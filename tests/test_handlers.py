@@ -1,7 +1,6 @@
 """Weight maps before training, checkpoints that resume, scores per patient: on real engines."""
 
-from __future__ import annotations
-
+from itertools import product
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -16,7 +15,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import IgniteMetricHandler, from_engine
 from monai.inferers import SliceInferer
 from monai.metrics import DiceMetric, MeanIoU
-from monai.transforms import AsDiscreted, Compose, LoadImaged, RandShiftIntensityd
+from monai.transforms import AsDiscreted, LoadImaged, RandShiftIntensityd
 from torch import nn
 
 from medtl_ext import InputError
@@ -45,8 +44,7 @@ def slices(tmp_path):
             entry[key] = str(tmp_path / f"{subject}_{key}.nii.gz")
             nib.save(nib.Nifti1Image(array, affine), entry[key])
         data.append(entry)
-    load = Compose([LoadImaged(["image", "label"], ensure_channel_first=True)])
-    return SliceDataset(data, load, progress=False), affine
+    return SliceDataset(data, LoadImaged(["image", "label"], ensure_channel_first=True), progress=False), affine
 
 
 def small_network(seed=0):
@@ -64,8 +62,8 @@ def leep_pass(dataset, network, leep_map):
     )
 
 
-def trainer_of(dataset, network, loss, handlers=(), epochs=1, optimizer=None):
-    return WeightedTrainer(
+def trainer_of(dataset, network, loss, handlers=(), epochs=1, optimizer=None, kind=WeightedTrainer):
+    return kind(
         device=torch.device("cpu"),
         max_epochs=epochs,
         train_data_loader=DataLoader(dataset, batch_size=4, shuffle=True),
@@ -156,16 +154,8 @@ def test_the_weighted_trainer_is_the_stock_one_without_weights(slices):
     dataset, _ = slices
     results = []
     for kind in (SupervisedTrainer, WeightedTrainer):
-        torch.manual_seed(3)
         network = small_network()
-        kind(
-            device=torch.device("cpu"),
-            max_epochs=2,
-            train_data_loader=DataLoader(dataset, batch_size=4),
-            network=network,
-            optimizer=torch.optim.SGD(network.parameters(), lr=0.01),
-            loss_function=cross_entropy(),
-        ).run()
+        trainer_of(dataset, network, cross_entropy(), epochs=2, kind=kind).run()
         results.append(network[0].weight.detach())
     assert torch.equal(*results)
 
@@ -210,16 +200,28 @@ def test_a_resumed_run_continues_and_never_replaces_a_better_model(slices, tmp_p
     assert same_weights(kept_in(tmp_path), network.state_dict())
 
 
-def test_killed_between_its_two_files_the_best_network_is_not_lost(slices, tmp_path):
-    train_with_scores(slices[0], tmp_path, [0.3], epochs=1)
-    old = (tmp_path / "model.pt").read_bytes()
-    _, _, best = train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
-    (tmp_path / "model.pt").write_bytes(old)  # last.pt was written, model.pt not yet
-    (tmp_path / ".model.pt.abcd").mkdir()  # ... but begun
-    _, checkpoint, _ = train_with_scores(slices[0], tmp_path, [0, 0, 0.5], epochs=3)
+@pytest.mark.parametrize("written", [0, 1])
+def test_killed_while_it_writes_either_file_a_run_loses_nothing(slices, tmp_path, monkeypatch, written):
+    _, _, first = train_with_scores(slices[0], tmp_path, [0.3], epochs=1)
+    real_save, saved = torch.save, []
+
+    def killed(content, path):
+        real_save(content, path)
+        saved.append(path)
+        if len(saved) > written:
+            path.write_bytes(path.read_bytes()[:100])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
+    monkeypatch.undo()
+    assert same_weights(kept_in(tmp_path), first.state_dict())
+    (tmp_path / ".model.pt.abcd").mkdir()  # what a harder kill leaves
+    _, checkpoint, best = train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
     assert (checkpoint.best, checkpoint.best_epoch) == (0.9, 2)
     assert same_weights(kept_in(tmp_path), best.state_dict())
-    assert not list(tmp_path.glob(".model.pt.*"))
+    assert sorted(path.name for path in tmp_path.glob("*.pt*")) == ["last.pt", "model.pt"]
 
 
 def test_a_finished_run_does_not_train_again(slices, tmp_path):
@@ -229,9 +231,10 @@ def test_a_finished_run_does_not_train_again(slices, tmp_path):
     assert same_weights(first.state_dict(), second.state_dict())
 
 
-def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path):
-    _, checkpoint, _ = train_with_scores(slices[0], tmp_path, [0.1, float("nan")], epochs=2)
-    assert checkpoint.best_epoch == 1
+@pytest.mark.parametrize(("scores", "best"), [([0.1, float("nan")], 1), ([float("nan"), 0.1], 2)])
+def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path, scores, best):
+    _, checkpoint, _ = train_with_scores(slices[0], tmp_path, scores, epochs=2)
+    assert checkpoint.best_epoch == best
 
 
 def test_a_checkpoint_of_another_network_says_so(slices, tmp_path):
@@ -242,45 +245,24 @@ def test_a_checkpoint_of_another_network_says_so(slices, tmp_path):
         trainer_of(slices[0], network, cross_entropy(), [checkpoint]).run()
 
 
-def test_a_killed_write_leaves_the_old_checkpoint(slices, tmp_path, monkeypatch):
-    network = small_network()
-    checkpoint = ResumableCheckpoint(save_dir=tmp_path, save_dict={"network": network})
-    trainer_of(slices[0], network, cross_entropy(), [checkpoint]).run()
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
-    real_save = torch.save
-
-    def killed(content, path):
-        real_save(content, path)
-        path.write_bytes(path.read_bytes()[:100])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        trainer_of(slices[0], network, cross_entropy(), [checkpoint], epochs=2).run()
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
 def test_the_subject_table_scores_every_patient_and_class(slices):
     dataset, _ = slices
-    load = Compose([LoadImaged(["image", "label"], ensure_channel_first=True)])
+    load = LoadImaged(["image", "label"], ensure_channel_first=True)
     volumes = [load(dict(entry)) for entry in dataset.data]
     volumes[2]["label"] = volumes[2]["label"] * 0
     volumes[2]["image"] = volumes[2]["image"] * 0 - 1
-    truth = nn.Sequential(nn.Conv2d(1, 2, 1))
-    with torch.no_grad():
-        truth[0].weight.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1))
-        truth[0].bias.copy_(torch.tensor([0.5, 0.0]))
+    bright = nn.Conv2d(1, 3, 1)  # is class 1, and class 2 is nowhere
+    bright.weight.data, bright.bias.data = torch.tensor([0.0, 1, 0]).reshape(3, 1, 1, 1), torch.tensor([0.5, 0, -9])
     pair = from_engine(["pred", "label"])
     evaluator = SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(volumes, batch_size=1),
-        network=truth,
+        network=bright,
         inferer=SliceInferer(spatial_dim=2, roi_size=(12, 10), sw_batch_size=4),
-        postprocessing=AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2),
+        postprocessing=AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=3),
         key_val_metric={"dice": IgniteMetricHandler(DiceMetric(False, ignore_empty=False), output_transform=pair)},
         additional_metrics={"iou": IgniteMetricHandler(MeanIoU(False, ignore_empty=False), output_transform=pair)},
-        val_handlers=[SubjectTable(class_names=["ED"])],
+        val_handlers=[SubjectTable(class_names=["ED", "ET"])],
     )
     evaluator.run()
     table = evaluator.state.subject_table
@@ -289,27 +271,22 @@ def test_the_subject_table_scores_every_patient_and_class(slices):
         volume["patient"] = patient
     evaluator.run()
     scans = evaluator.state.subject_table
-    assert scans.pop("patient").tolist() == ["p1", "p2", "p1"]
+    assert scans.pop("patient").tolist() == ["p1", "p1", "p2", "p2", "p1", "p1"]
     pd.testing.assert_frame_equal(scans, table)
-    assert table.subject.tolist() == ["a", "b", "c"]
-    assert table["empty"].tolist() == [False, False, True]
+    assert list(zip(table["subject"], table["class"], strict=True)) == list(product("abc", ["ED", "ET"]))
+    assert table["empty"].tolist() == [False, True, False, True, True, True]
     predicted, real = volumes[0]["image"][0] > 0.5, volumes[0]["label"][0] > 0
     expected = 2 * (predicted & real).sum() / (predicted.sum() + real.sum())
     assert table.dice[0] == pytest.approx(float(expected))
-    assert table.dice[2] == table.iou[2] == 1.0
+    assert 0 < table.iou[0] < table.dice[0] < 1
+    assert table.dice[4] == table.iou[4] == table.dice[1] == 1.0
 
 
 @pytest.mark.parametrize("decollate", [False, True])
 def test_scans_of_a_patient_are_kept_as_one_and_a_subject_without_a_patient_as_itself(decollate):
-    items = [
-        {
-            "image": torch.full((2, 4, 4), float(place)),
-            "label": torch.zeros(1, 4, 4),
-            "subject": subject,
-            "slice": 5 - place,
-        }
-        for place, subject in enumerate(["b1", "a2", "a1", "a1"])
-    ]
+    items = [{"label": torch.zeros(1, 4, 4), "subject": subject} for subject in ("b1", "a2", "a1", "a1")]
+    for place, item in enumerate(items):
+        item |= {"image": torch.full((2, 4, 4), float(place)), "slice": 5 - place}
 
     def seen(data):
         evaluator = SupervisedEvaluator(

@@ -1,8 +1,7 @@
 """Freezing leaves no trace; loading says what it did and refuses a poor fit."""
 
-from __future__ import annotations
-
 import copy
+import io
 import re
 
 import pytest
@@ -104,12 +103,18 @@ def test_reads_the_usual_checkpoint_forms(tmp_path, wrap):
     assert torch.equal(read_weights(tmp_path / "model.pt")["weight"], network.weight)
 
 
+def truncated(network):
+    torch.save(network.state_dict(), whole := io.BytesIO())
+    return whole.getvalue()[:2000]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "does not exist"),
         (b"", "cannot be read as weights"),
         (b"not a checkpoint", "cannot be read as weights"),
+        (truncated(unet()), "cannot be read as weights"),
         ({"model": nn.Linear(2, 1)}, r"\(it is damaged, or holds more than tensors\)"),  # code in it, which is not run
         ({"epoch": 3}, "holds no network weights"),
     ],
@@ -121,14 +126,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, message):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(InputError, match=message):
-        read_weights(path)
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "model.pt"
-    torch.save(unet().state_dict(), path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(InputError, match="cannot be read"):
         read_weights(path)
 
 

@@ -1,7 +1,5 @@
 """Paired statistics against scipy and hand counts, and the verdict's honesty by simulation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy import stats

@@ -1,6 +1,4 @@
-"""Footrule, weighted Kendall and Friedman/Nemenyi against brute force, textbook formulas and scipy."""
-
-from __future__ import annotations
+"""Footrule, weighted Kendall and Friedman/Nemenyi against brute force, textbook formulas and scipy, studies by hand."""
 
 from itertools import combinations, pairwise, permutations
 
@@ -12,7 +10,14 @@ from scikit_posthocs import posthoc_nemenyi_friedman
 from scipy import stats
 
 from medtl_ext import InputError
-from medtl_ext.ranking import friedman_nemenyi, spearman_footrule, weighted_kendall
+from medtl_ext.ranking import (
+    agreement_over_targets,
+    friedman_nemenyi,
+    known_elsewhere,
+    spearman_footrule,
+    verdict_claim,
+    weighted_kendall,
+)
 
 SOURCES = ["a", "b", "c", "d", "e", "f"]
 
@@ -63,9 +68,9 @@ class TestFootrule:
             ({"a": 1, "x": 2}, {"a": 1}, 1, "no value for x"),
             ({"a": 1, "b": 2}, {"a": 1, "b": np.nan}, 1, "truth of source b is nan"),
             ({"a": np.inf, "b": 2}, {"a": 1, "b": 0}, 1, "scores of source a is inf"),
-            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 0, "from 1 to the 2 candidates"),
-            ({"a": 1, "b": 2}, {"a": 1, "b": 0, "c": 3}, 3, "from 1 to the 2 candidates"),
-            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 1.0, "integer"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 0, "k is 0; expected a whole number from 1 to 2"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0, "c": 3}, 3, "k is 3; expected a whole number from 1 to 2"),
+            ({"a": 1, "b": 2}, {"a": 1, "b": 0}, 1.0, "k is 1.0"),
         ],
     )
     def test_bad_input(self, scores, truth, k, message):
@@ -73,35 +78,19 @@ class TestFootrule:
             spearman_footrule(scores, truth, k)
 
 
-def pair_by_pair(scores, truth):
-    """Weighted tau from its definition, without ties: hyperbolic weights, ranks by either side, averaged."""
-
-    def one_side(ranked_by):
-        rank = stats.rankdata(-np.asarray(ranked_by)) - 1
-        concordant = total = 0.0
-        for i in range(len(rank)):
-            for j in range(i):
-                weight = 1 / (rank[i] + 1) + 1 / (rank[j] + 1)
-                concordant += weight * np.sign((scores[i] - scores[j]) * (truth[i] - truth[j]))
-                total += weight
-        return concordant / total
-
-    return (one_side(scores) + one_side(truth)) / 2
-
-
 class TestWeightedKendall:
-    @pytest.mark.parametrize("seed", range(5))
-    def test_equals_the_definition(self, seed):
-        scores, truth = np.random.default_rng(seed).random((2, 6))
-        result = weighted_kendall(named(scores), dict(reversed(named(truth).items())))
-        assert result == pytest.approx(pair_by_pair(scores, truth))
-        assert weighted_kendall(named(truth), named(truth)) == pytest.approx(1)
-        assert weighted_kendall(named(-truth), named(truth)) == pytest.approx(-1)
+    def test_by_hand(self):
+        """Ranks from 0 weigh 1, 1/2, 1/3 and a pair the sum of two: (a, b) 3/2, (a, c) 4/3, (b, c) 5/6."""
+        truth = named([0.9, 0.8, 0.7])
+        assert weighted_kendall(truth, truth) == pytest.approx(1)
+        assert weighted_kendall(named([1, 2, 3]), truth) == pytest.approx(-1)
+        assert weighted_kendall({"c": 2, "b": 1, "a": 3}, truth) == pytest.approx((3 / 2 + 4 / 3 - 5 / 6) / (11 / 3))
 
     def test_is_scipys_with_ties(self):
         rng = np.random.default_rng(0)
         scores, truth = rng.integers(0, 3, 6).astype(float), rng.integers(0, 4, 6).astype(float)
-        assert weighted_kendall(named(scores), named(truth)) == stats.weightedtau(scores, truth).statistic
+        reordered = dict(reversed(named(truth).items()))
+        assert weighted_kendall(named(scores), reordered) == stats.weightedtau(scores, truth).statistic
 
     def test_nan_is_the_smallest(self):
         truth = named([0.9, 0.8, 0.7, 0.6])
@@ -210,3 +199,71 @@ class TestFriedmanNemenyi:
     def test_bad_table(self, table, message):
         with pytest.raises(InputError, match=message):
             friedman_nemenyi(table)
+
+
+DICE = {
+    ("t1", 0): {"a": 0.9, "b": 0.7, "c": 0.5},
+    ("t1", 1): {"a": 0.6, "b": 0.7, "c": 0.5},
+    ("t2", 0): {"a": 0.2, "b": 0.3, "c": 0.4},
+    ("t3", 0): {"a": 0.5, "b": 0.1, "c": 0.3},
+}
+
+
+@pytest.fixture
+def sources() -> pd.DataFrame:
+    rows = [(*key, source, dice) for key, values in DICE.items() for source, dice in values.items()]
+    return pd.DataFrame(rows, columns=["target", "seed", "source", "dice"])
+
+
+def test_verdicts_are_counted_and_held_against_the_truth(sources):
+    verdicts = {
+        ("t1", 0): {"recommendation": "a", "tied": ["a"], "default": "a"},  # right
+        ("t1", 1): {"recommendation": "a", "tied": ["a"], "default": "a"},  # wrong by 0.1
+        ("t2", 0): {"recommendation": None, "tied": ["b", "c"], "default": "b"},  # the best is tied; wrong by 0.1
+        ("t3", 0): {"recommendation": None, "tied": ["b", "c"], "default": None},
+    }
+    text = verdict_claim(sources, verdicts, outcome="dice", unit="Dice")
+    assert "Of 4 rankings 2 name one source, 1 of them the best one" in text
+    assert "(mean size 1.5) holds the best source in 2" in text
+    assert text.endswith("the best guess loses 0.067 Dice on average.")
+
+
+def test_no_best_guess_leaves_no_regret(sources):
+    text = verdict_claim(
+        sources, {("t1", 0): {"recommendation": None, "tied": ["a"], "default": None}}, outcome="dice", unit="AUC"
+    )
+    assert "0 name one source" in text
+    assert "loses nan AUC" in text
+
+
+def test_what_is_known_of_other_targets_leaves_this_one_and_other_seeds_out(sources):
+    known = {target: known_elsewhere(sources, target, 0, outcome="dice") for target in ("t1", "t2", "t3")}
+    first = {target: max(values, key=values.get) for target, values in known.items()}
+    # t2 and t3 rank c 1, 2; a 3, 1; b 2, 3: c leads. Without t2 it is a, first on t1 and on t3.
+    assert (first["t1"], first["t2"]) == ("c", "a")
+    assert set(known["t3"]) == {"a", "b", "c"}
+    assert known_elsewhere(sources, "t1", 1, outcome="dice") is None
+
+
+def test_sources_that_are_alike_elsewhere_share_their_rank():
+    """No draw decides between them, which would be a ranking of nothing."""
+    rows = [("t1", "a", 0.8), ("t1", "b", 0.6), ("t2", "a", 0.6), ("t2", "b", 0.8), ("t2", "c", 0.1), ("t1", "c", 0.1)]
+    rows += [("t3", name, 0.5) for name in "abcde"]
+    table = pd.DataFrame(rows, columns=["target", "source", "dice"]).assign(seed=0)
+    expected = {"a": -1.5, "b": -1.5, "c": -3, "d": -4.5, "e": -4.5}  # d and e are on no other target
+    assert known_elsewhere(table, "t3", 0, outcome="dice") == expected
+
+
+def test_each_ranking_is_judged_by_its_own_target_with_what_is_known_elsewhere(sources):
+    seen = []
+
+    def judge(ready, truth, *, static):
+        seen.append((truth.to_dict(), static))
+        return pd.DataFrame({"ranker": ["one", "two"], "best": [truth.idxmax(), ready.index[0]]})
+
+    table = agreement_over_targets(sources, judge, outcome="dice")
+    assert seen == [(values, known_elsewhere(sources, *key, outcome="dice")) for key, values in DICE.items()]
+    assert [static is None for _, static in seen] == [False, True, False, False]  # seed 1 has one target
+    assert list(table.columns) == ["ranker", "best", "target", "seed"]
+    assert list(zip(table["target"], table["seed"], strict=True)) == [key for key in DICE for _ in range(2)]
+    assert table["best"].tolist() == ["a", "a", "b", "a", "c", "a", "a", "a"]

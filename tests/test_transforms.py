@@ -1,7 +1,5 @@
 """Label values to classes, and intensities inside the body."""
 
-from __future__ import annotations
-
 import nibabel
 import numpy as np
 import pytest

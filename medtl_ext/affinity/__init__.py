@@ -1,11 +1,10 @@
 r"""How near two tasks are, from their labels and images alone: no network is trained or run.
 
-- `labels`: structural similarity of label volumes, all pairs as one matrix product (SeqTran, PriorSel), and the Dice of
-  two tasks' mean label maps.
+- `labels`: structural similarity of label volumes, all pairs as one matrix product (SeqTran, PriorSel), the Dice of two
+  tasks' mean label maps, and descriptors of the regions of interest (RoI) of two tasks with their similarity.
 - `images`: distance of image volumes through their principal components (SeqTran), with one principal component
   analysis and one sort per image, not per pair.
 - `tasks`: the two put into one cost, lower is nearer, and its weights fitted to transfers that were measured.
-- `shape`: descriptors of the regions of interest (RoI) of two tasks, and their similarity.
 - `context`: a cost that looks at intensities in and around the RoI, at its shape, and at the body.
 
 Volumes are X x Y x Z or X x Y, arrays or tensors, all of one call in 2D or all in 3D; a channel axis of length one in
@@ -19,8 +18,14 @@ Data*. PriorSel: Li et al., *Finding the Most Transferable Tasks for Brain Image
 
 from medtl_ext.affinity.context import TaskContext, pairwise_context, task_context
 from medtl_ext.affinity.images import image_quantiles, pairwise_wasserstein, quantile_distance
-from medtl_ext.affinity.labels import mean_label_dice, pairwise_ssim
-from medtl_ext.affinity.shape import SHAPE_DESCRIPTORS, SHAPE_SCALES, shape_descriptors, shape_similarity
+from medtl_ext.affinity.labels import (
+    SHAPE_DESCRIPTORS,
+    SHAPE_SCALES,
+    mean_label_dice,
+    pairwise_ssim,
+    shape_descriptors,
+    shape_similarity,
+)
 from medtl_ext.affinity.tasks import PUBLISHED_WEIGHTS, fit_affinity_weights, task_affinity
 
 __all__ = [

@@ -1,8 +1,5 @@
 """How arguments are read, and what is asked of volumes, the same in every function of the package."""
 
-from __future__ import annotations
-
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
@@ -17,35 +14,26 @@ from medtl_ext._validation import InputError
 NamedVolume = tuple[str, np.ndarray]
 
 
-def warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=3)
-
-
 class Reader:
     """Reads the arguments of one call; remembers what its volumes must share, and the device they came from."""
 
-    def __init__(self) -> None:
-        self._device = torch.device("cpu")
-        self._first: tuple[str, int] | None = None
+    _device = torch.device("cpu")
+    _first: tuple[str, int] | None = None
 
-    def arrays(self, **given: ArrayLike) -> list[np.ndarray]:
-        """Finite float64 arrays, all of one shape."""
-        arrays = [self._array(name, value) for name, value in given.items()]
-        shapes = [str(array.shape) for array in arrays]
-        if len(set(shapes)) > 1:
-            raise InputError(f"{', '.join(given)} have the shapes {', '.join(shapes)}; expected the same.")
-        return arrays
-
-    def tables(self, *, allow_nan: bool = False, **given: ArrayLike) -> list[np.ndarray]:
-        """Float64 matrices, all with as many columns."""
-        tables = [self._array(name, value, allow_nan=allow_nan) for name, value in given.items()]
-        for name, table in zip(given, tables, strict=True):
-            if table.ndim != 2 or table.size == 0:
-                raise InputError(f"{name} has shape {table.shape}; expected at least one row and one column.")
-        columns = [str(table.shape[1]) for table in tables]
-        if len(set(columns)) > 1:
-            raise InputError(f"{' and '.join(given)} have {' and '.join(columns)} columns; expected as many.")
-        return tables
+    def arrays(self, *, rows: bool = False, allow_nan: bool = False, **given: ArrayLike) -> list[np.ndarray]:
+        """Float64 arrays, all of one shape or, with ``rows``, matrices that have as many columns."""
+        arrays = {name: self._numbers(name, value).astype(np.float64) for name, value in given.items()}
+        for name, array in arrays.items():
+            bad = np.isinf(array) if allow_nan else ~np.isfinite(array)
+            if bad.any():
+                raise InputError(f"{name} holds {array[bad].flat[0]}; expected finite numbers.")
+            if rows and (array.ndim != 2 or array.size == 0):
+                raise InputError(f"{name} has shape {array.shape}; expected at least one row and one column.")
+        if len({array.shape[int(rows) :] for array in arrays.values()}) > 1:
+            shapes = ", ".join(str(array.shape) for array in arrays.values())
+            expected = "as many columns" if rows else "the same"
+            raise InputError(f"{', '.join(given)} have the shapes {shapes}; expected {expected}.")
+        return list(arrays.values())
 
     def volumes(self, name: str, volumes: Any) -> Iterator[NamedVolume]:
         """One volume after the other, with its name."""
@@ -65,19 +53,12 @@ class Reader:
                 more, fewer = (a, b) if second is None else (b, a)
                 raise InputError(f"{more} has more volumes than {fewer}; expected as many, in the same order.")
             if first[1].shape != second[1].shape:
-                (a, volume_a), (b, volume_b) = first, second
-                raise InputError(f"{b} has shape {volume_b.shape}, {a} {volume_a.shape}; expected the same.")
+                found = f"{second[0]} has shape {second[1].shape}, {first[0]} {first[1].shape}"
+                raise InputError(f"{found}; expected the same.")
             yield first, second
 
     def tensor(self, values: Any) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.float64).to(self._device)
-
-    def _array(self, name: str, value: Any, *, allow_nan: bool = False) -> np.ndarray:
-        array = self._numbers(name, value).astype(np.float64)
-        bad = np.isinf(array) if allow_nan else ~np.isfinite(array)
-        if bad.any():
-            raise InputError(f"{name} holds {array[bad].flat[0]}; expected finite numbers.")
-        return array
 
     def _numbers(self, name: str, value: Any) -> np.ndarray:
         if isinstance(value, torch.Tensor):
@@ -97,10 +78,8 @@ class Reader:
         given = self._numbers(name, value)
         volume = given[0] if given.ndim in (3, 4) and len(given) == 1 else given
         if volume.ndim not in (2, 3) or volume.size < 2:
-            raise InputError(
-                f"{name} has shape {given.shape}; expected each item of a list to be one 2D or 3D volume of at least "
-                "two voxels, without channels."
-            )
+            expected = "each item of a list to be one 2D or 3D volume of at least two voxels, without channels"
+            raise InputError(f"{name} has shape {given.shape}; expected {expected}.")
         self._first = self._first or (name, volume.ndim)
         if volume.ndim != self._first[1]:
             raise InputError(f"{name} is {volume.ndim}D, but {self._first[0]} is {self._first[1]}D; expected the same.")

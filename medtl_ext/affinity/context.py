@@ -1,7 +1,5 @@
 """A cost between tasks that looks at intensities in and around the region of interest, its shape, and the body."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Images compared by the distribution of their principal component scores, found once per image, not per pair."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -12,8 +10,8 @@ from scipy import linalg, sparse
 from scipy.spatial.distance import cdist
 from skimage.transform import resize
 
-from medtl_ext._validation import InputError
-from medtl_ext.affinity._volumes import Reader, bounding_box, finite, standardized, warn
+from medtl_ext._validation import require_number, warn
+from medtl_ext.affinity._volumes import Reader, bounding_box, finite, standardized
 
 QUANTILES = 2**14  # parts of equal mass in which the distribution of an image's scores is kept
 
@@ -37,8 +35,8 @@ def pairwise_wasserstein(
         images_a: Na images, 2D or 3D, each of any size, read one at a time.
         images_b: Nb images.
         size: voxels a side that every image is resized to: linearly, after a Gaussian filter if it shrinks.
-        variance: the components kept are the fewest that explain more than this share of the image's variance, in
-            (0, 1).
+        variance: the components kept are the fewest that explain more than this share of the image's variance, above 0
+            and at most 1, which keeps all.
         standardize: bring the non-zero voxels of each image to mean 0 and standard deviation 1 first; zero ones stay 0.
             False compares raw intensities, as the paper does, in which scanners differ for reasons of their own.
 
@@ -112,16 +110,14 @@ def quantile_distance(quantiles_a: ArrayLike, quantiles_b: ArrayLike) -> torch.T
         tensor([[0., 1.]], dtype=torch.float64)
     """
     reader = Reader()
-    return reader.tensor(mean_distances(*reader.tables(quantiles_a=quantiles_a, quantiles_b=quantiles_b)))
+    return reader.tensor(mean_distances(*reader.arrays(rows=True, quantiles_a=quantiles_a, quantiles_b=quantiles_b)))
 
 
 def _quantiles(
     reader: Reader, name: str, images: Iterable[ArrayLike], *, size: int, variance: float, standardize: bool
 ) -> np.ndarray:
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 2:
-        raise InputError(f"size is {size}; expected a whole number of voxels, at least 2.")
-    if not 0 < variance < 1:
-        raise InputError(f"variance is {variance}; expected a share of the variance in (0, 1).")
+    require_number("size", size, 2, whole=True)
+    require_number("variance", variance, 0, 1, above=True)
     images = reader.volumes(name, images)
     return np.stack([mass_quantiles(_scores(*named, size, variance, standardize), QUANTILES) for named in images])
 
@@ -131,7 +127,9 @@ def _scores(name: str, image: np.ndarray, size: int, variance: float, standardiz
     if box is not None:
         part = finite(name, image[box])  # zeros around the body add nothing to what follows
         if standardize:
-            _standardize(part, part != 0)
+            body = part != 0
+            values = part[body]
+            part[body] = standardized(values, values)
         resizing = [_resizing(n, size)[:, side] for n, side in zip(image.shape, box, strict=True)]
         scores = _leading_scores(part, resizing, variance)
     if scores is None:
@@ -154,11 +152,6 @@ def _leading_scores(part: np.ndarray, resizing: list[sparse.csr_array], variance
     loadings = loadings[:, : 1 + np.searchsorted(explained, variance, side="right")]
     largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
     return rows @ (last.T @ (loadings * np.sign(largest)))
-
-
-def _standardize(image: np.ndarray, inside: np.ndarray) -> None:
-    values = image[inside]
-    image[inside] = standardized(values, values)
 
 
 @lru_cache(maxsize=256)

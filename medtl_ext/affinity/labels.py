@@ -1,23 +1,32 @@
-"""Label volumes compared voxel by voxel: all pairs by SSIM, two sets by the Dice of their mean maps."""
-
-from __future__ import annotations
+"""Label volumes compared: all pairs by SSIM, two sets by the Dice of their mean maps, or by their shape and place."""
 
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy import ndimage
+from scipy import ndimage, special
 from scipy.spatial.distance import cdist
 
-from medtl_ext._validation import InputError
-from medtl_ext.affinity._volumes import Reader, binary, bounding_box, warn
+from medtl_ext._validation import InputError, require_number, warn
+from medtl_ext.affinity._volumes import Reader, binary, bounding_box, voxel_size
 
 Volumes = list[np.ndarray]
 
 # 16 MiB of float32 labels at a time: enough for the matrix product to be fast, and it stays near the processor. Beyond
 # 2**24 voxels in one block float32 would no longer count exactly.
 BLOCK = 2**22
+
+#: What `shape_descriptors` measures, in 2D and in 3D.
+SHAPE_DESCRIPTORS = {
+    2: ("log_volume", "log_components", "elongation", "compactness", "centre_0", "centre_1"),
+    3: ("log_volume", "log_components", "elongation", "flatness", "compactness", "centre_0", "centre_1", "centre_2"),
+}
+
+#: The difference in each descriptor that counts as one in `shape_similarity`: on 38 tasks of the phantom, the standard
+#: deviation between the means of tasks or that between the patients of one task, whichever is larger, rounded.
+SHAPE_SCALES = {"log_volume": 2.0, "log_components": 1.5, "elongation": 0.1, "flatness": 0.1, "compactness": 1.5}
+SHAPE_SCALES |= dict.fromkeys(("centre_0", "centre_1", "centre_2"), 0.1)
 
 
 def pairwise_ssim(
@@ -27,7 +36,6 @@ def pairwise_ssim(
     k1: float = 0.3,
     k2: float = 0.3,
     window: int | None = None,
-    covariance_ddof: int = 1,
 ) -> torch.Tensor:
     r"""Structural similarity of every label volume of one set with every one of another.
 
@@ -46,15 +54,14 @@ def pairwise_ssim(
         k1, k2: stabilisers of the means and of the variances, > 0. SeqTran has 0.3; scikit-image, and the paper that
             introduced SSIM, have 0.01 and 0.03.
         window: None for the global form; an odd number, such as 7, for windows of so many voxels a side.
-        covariance_ddof: of the global form, whose variances divide by the number of voxels N: 1 divides covariances by
-            N - 1, as SeqTran's code does; 0 divides them by N.
 
     Returns:
         Na x Nb, float64, > -1, higher is more alike; 1 for two empty volumes. With k1 = k2 = 0.3 labels that fill
         little of their volume are all alike, wherever they lie: lesion maps of 0.02 % and of 0.7 % of the voxels have
         0.93. In the global form the similarity v of a volume with itself is not 1 but
-        ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, s being its variance, so 1 <= v <= 1 + 1 / (N - 1). It is 1 with
-        ``covariance_ddof=0`` or windows. The same pair gives the same value in either order.
+        ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, s being its variance, so 1 <= v <= 1 + 1 / (N - 1), because
+        SeqTran's code divides variances by the number of voxels N and covariances by N - 1. With windows it is 1. The
+        same pair gives the same value in either order.
 
         Memory: one byte per voxel of every volume, and nothing beyond the input where that is uint8 or bool.
 
@@ -71,11 +78,7 @@ def pairwise_ssim(
     Reference: SeqTran, eq. 4, with the constants of its code. With windows it equals
     `skimage.metrics.structural_similarity` with ``data_range=1``, ``K1=k1``, ``K2=k2`` and ``win_size=window``.
     """
-    for name, value in (("k1", k1), ("k2", k2)):
-        if not 0 < value < np.inf:
-            raise InputError(f"{name} is {value}; expected a finite number > 0.")
-    if covariance_ddof not in (0, 1) or (window is not None and covariance_ddof != 1):
-        raise InputError(f"covariance_ddof is {covariance_ddof}; expected 0 or 1, and no other than 1 with a window.")
+    c1, c2 = (require_number(name, value, 0, above=True) ** 2 for name, value in (("k1", k1), ("k2", k2)))
     reader = Reader()
     a = [binary(*named) for named in reader.volumes("labels_a", labels_a)]
     b = a if labels_b is labels_a else [binary(*named) for named in reader.volumes("labels_b", labels_b)]
@@ -83,8 +86,10 @@ def pairwise_ssim(
     for volumes in (a, b):
         volumes[:] = _on_grid(volumes, grid)
     if window is None:
-        return reader.tensor(_global_ssim(a, b, k1**2, k2**2, covariance_ddof))
-    return reader.tensor(_windowed_ssim(a, b, k1**2, k2**2, window))
+        return reader.tensor(_global_ssim(a, b, c1, c2))
+    if require_number("window", window, 3, min(grid), whole=True) % 2 == 0:
+        raise InputError(f"window is {window}; expected an odd number.")
+    return reader.tensor(_windowed_ssim(a, b, c1, c2, window))
 
 
 def mean_label_dice(labels_a: Iterable[ArrayLike], labels_b: Iterable[ArrayLike]) -> torch.Tensor:
@@ -122,6 +127,88 @@ def mean_label_dice(labels_a: Iterable[ArrayLike], labels_b: Iterable[ArrayLike]
     return reader.tensor(soft_dice(mean_a[None], mean_b[None])[0, 0])
 
 
+def shape_descriptors(labels: Iterable[ArrayLike], spacing: ArrayLike = 1.0) -> torch.Tensor:
+    r"""A few numbers on the shape and place of what each volume labels, in columns that `SHAPE_DESCRIPTORS` names.
+
+    With :math:`\lambda_1 \ge \lambda_2 \ge \lambda_3` the principal variances of its extent in mm (each voxel a box):
+
+    - ``log_volume``: ln of the volume in mm3 (in 2D, of the area in mm2);
+    - ``log_components``: ln of the number of connected components; voxels that share a corner are connected;
+    - ``elongation``: :math:`\ln \sqrt{\lambda_1 / \lambda_2}`, 0 for a ball or a disc;
+    - ``flatness``, in 3D: :math:`\ln \sqrt{\lambda_2 / \lambda_3}`, 0 for a ball or a rod;
+    - ``compactness``: ln of the volume over that of the solid ellipsoid with the same variances: 0 for that ellipsoid,
+      -0.12 for a cube, lower for a shell, and lowest for scattered parts;
+    - ``centre_0`` and so on: where the centre of mass is along each axis, from the middle of the volume, in units of
+      the volume's extent.
+
+    Args:
+        labels: N label volumes of 0 and 1, 2D or 3D, read one at a time.
+        spacing: size of a voxel in mm: a number, one per axis, or N rows of one per axis.
+
+    Returns:
+        N x 6 (2D) or N x 8 (3D), float64. A volume without labelled voxel has no shape: its row is NaN, with a
+        `UserWarning`, and `shape_similarity` leaves it out.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> label = np.zeros((8, 8))
+        >>> label[2:6, 4:6] = 1  # 2 mm x 1 mm, right of the middle
+        >>> shape_descriptors([label], spacing=0.5).numpy().round(3)
+        array([[ 0.693,  0.   ,  0.693, -0.046,  0.   ,  0.125]])
+    """
+    reader, rows, empty = Reader(), [], []
+    for index, (name, volume) in enumerate(reader.volumes("labels", labels)):
+        label = binary(name, volume)
+        if label.any():
+            rows.append(_describe(label, voxel_size(spacing, index, label.ndim)))
+        else:
+            rows.append(np.full(len(SHAPE_DESCRIPTORS[label.ndim]), np.nan))
+            empty.append(name)
+    if empty:
+        warn(f"Nothing is labelled in {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}: no shape there, NaN.")
+    return reader.tensor(np.stack(rows))
+
+
+def shape_similarity(descriptors_a: ArrayLike, descriptors_b: ArrayLike) -> torch.Tensor:
+    r"""How alike the mean shapes of two tasks are.
+
+    .. math:: \exp \left( -\tfrac1D \textstyle\sum_j |\bar a_j - \bar b_j| / s_j \right)
+
+    with the scales s of `SHAPE_SCALES`.
+
+    Args:
+        descriptors_a: Na x D, from `shape_descriptors`. Rows with NaN, of volumes without RoI, are left out.
+        descriptors_b: Nb x D.
+
+    Returns:
+        A float64 scalar in (0, 1], higher is more alike, 1 for equal means; 0, with a `UserWarning`, if a side has no
+        shape at all.
+
+    Raises:
+        InputError: a ValueError that names the argument and what is wrong with it.
+
+    Example:
+        >>> cube, rod = np.zeros((9, 9, 9)), np.zeros((9, 9, 9))
+        >>> cube[3:6, 3:6, 3:6] = 1
+        >>> rod[4, 4] = 1
+        >>> shape_similarity(shape_descriptors([cube]), shape_descriptors([cube, rod]))
+        tensor(0.2447, dtype=torch.float64)
+    """
+    reader = Reader()
+    a, b = reader.arrays(rows=True, allow_nan=True, descriptors_a=descriptors_a, descriptors_b=descriptors_b)
+    names = {len(names): names for names in SHAPE_DESCRIPTORS.values()}.get(a.shape[1])
+    if names is None:
+        raise InputError(f"descriptors_a has {a.shape[1]} columns; expected those of shape_descriptors.")
+    a, b = (rows[~np.isnan(rows).any(axis=1)] for rows in (a, b))
+    if not len(a) or not len(b):
+        warn(f"descriptors_{'b' if len(a) else 'a'} describes no shape at all, so the similarity is 0.")
+        return reader.tensor(0.0)
+    scales = [SHAPE_SCALES[name] for name in names]
+    return reader.tensor(np.exp(-np.mean(np.abs(a.mean(axis=0) - b.mean(axis=0)) / scales)))
+
+
 def _common_grid(shapes: set[tuple[int, ...]]) -> tuple[int, ...]:
     grid = tuple(max(sides) for sides in zip(*shapes, strict=True))
     if len(shapes) > 1:
@@ -154,10 +241,10 @@ def _ssim(
     return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * (2 * covariance + c2) / (variances + c2)
 
 
-def _global_ssim(a: Volumes, b: Volumes, c1: float, c2: float, ddof: int) -> np.ndarray:
+def _global_ssim(a: Volumes, b: Volumes, c1: float, c2: float) -> np.ndarray:
     voxels = a[0].size
     mean_a, mean_b = (np.array([np.count_nonzero(volume.view(bool)) for volume in side]) / voxels for side in (a, b))
-    return _ssim(mean_a[:, None], mean_b, _overlaps(a, b) / voxels, c1, c2, (voxels / (voxels - ddof), 1.0))
+    return _ssim(mean_a[:, None], mean_b, _overlaps(a, b) / voxels, c1, c2, (voxels / (voxels - 1), 1.0))
 
 
 def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
@@ -173,19 +260,15 @@ def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
 
 
 def _windowed_ssim(a: Volumes, b: Volumes, c1: float, c2: float, window: int) -> np.ndarray:
-    if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 3 or window % 2 == 0:
-        raise InputError(f"window is {window}; expected None, or an odd number from 3 on.")
-    shape = a[0].shape
-    if min(shape) < window:
-        raise InputError(f"window is {window} voxels wide, but the labels are {shape}: give a smaller one.")
     # A window that sees no label has SSIM 1, so only what is near the labels need be looked at.
     near_a, near_b = ([bounding_box(volume, margin=window - 1) for volume in side] for side in (a, b))
+    windows = np.prod(np.subtract(a[0].shape, window - 1))
     result = np.ones((len(a), len(b)))
     for i, j in np.ndindex(*result.shape):
         if b is a and j < i:
             result[i, j] = result[j, i]
         elif (near := _union(near_a[i], near_b[j])) is not None:
-            result[i, j] -= _missing(a[i][near], b[j][near], c1, c2, window) / np.prod(np.subtract(shape, window - 1))
+            result[i, j] -= _missing(a[i][near], b[j][near], c1, c2, window) / windows
     return result
 
 
@@ -220,3 +303,24 @@ def soft_dice(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     # 2 ab = a^2 + b^2 - (a - b)^2, so that equal maps have exactly 1, two empty ones as well.
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)
     return np.maximum(1 - cdist(a, b, "sqeuclidean") / np.where(squares > 0, squares, 1), 0)
+
+
+# Shape
+
+
+def _describe(label: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    ndim, box = label.ndim, bounding_box(label)
+    voxels = np.argwhere(label[box])
+    variances = np.atleast_2d(np.cov(voxels * spacing, rowvar=False, ddof=0)) + np.diag(spacing**2 / 12)
+    radii = np.sqrt((ndim + 2) * np.linalg.eigvalsh(variances)[::-1])
+    volume = len(voxels) * np.prod(spacing)
+    ellipsoid = np.pi ** (ndim / 2) / special.gamma(ndim / 2 + 1) * np.prod(radii)
+    components = ndimage.label(label[box], structure=np.ones((3,) * ndim))[1]
+    centre = voxels.mean(axis=0) + 0.5 + [side.start for side in box]
+    descriptors = [
+        np.log([volume, components]),
+        np.log(radii[:-1] / radii[1:]),
+        np.log([volume / ellipsoid]),
+        centre / label.shape - 0.5,
+    ]
+    return np.concatenate(descriptors)

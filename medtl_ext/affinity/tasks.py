@@ -1,14 +1,12 @@
 """SeqTran's cost between tasks, and its weights fitted to transfers that were measured."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from scipy import optimize
 
-from medtl_ext._validation import InputError
-from medtl_ext.affinity._volumes import Reader, warn
+from medtl_ext._validation import InputError, require_number, warn
+from medtl_ext.affinity._volumes import Reader
 
 #: SeqTran's weights of the Wasserstein distance and of 1 - SSIM.
 PUBLISHED_WEIGHTS = (0.0044, 2.4756)
@@ -45,9 +43,8 @@ def task_affinity(
     Reference: SeqTran, eq. 5, which adds a distance and a similarity and minimises the sum. Its published constants
     resolve that: 0.0044 W - 2.4756 SSIM + 2.4756.
     """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= value < np.inf:
-            raise InputError(f"{name} is {value}; expected a finite number >= 0.")
+    require_number("alpha", alpha, 0)
+    require_number("beta", beta, 0)
     reader = Reader()
     distance, similarity = _transfers(reader, image_distance=image_distance, label_similarity=label_similarity)
     return reader.tensor(alpha * distance + beta * np.maximum(1 - similarity, 0))
@@ -89,22 +86,16 @@ def fit_affinity_weights(
     if performance.size < 3:
         raise InputError(f"performance holds {performance.size} value(s); expected at least three transfers.")
     terms, scales = _standardized(np.stack([distance.ravel(), -similarity.ravel()], axis=1))
-    loss, spread = _standardized(-performance.reshape(-1, 1))
-    if not spread.any() or not scales.any():
+    loss, spread = _standardized(-performance.ravel())
+    if spread == 0 or not scales.any():
         warn("The transfers are all alike and say nothing about the weights: the published ones are returned.")
         return PUBLISHED_WEIGHTS
-    loss = loss[:, 0]
     weights, _ = optimize.nnls(terms, loss)
     # The nearest point of a cone has the smallest angle of all its points, unless it is the tip: then an edge has.
     if not weights.any():
-        weights = np.eye(2)[np.where(scales > 0, terms.T @ loss, -np.inf).argmax()]
-    cost = terms @ weights
-    slope = cost @ loss / (cost @ cost)
-    if slope <= 0:
         warn("No weights >= 0 make the cost anti-correlate with performance: those that come nearest are returned.")
-        slope = 1 / np.linalg.norm(cost)
-    weights = weights * slope * spread
-    alpha, beta = np.divide(weights, scales, out=np.zeros(2), where=scales > 0)
+        weights = np.eye(2)[np.where(scales > 0, terms.T @ loss, -np.inf).argmax()]
+    alpha, beta = np.divide(weights * spread, scales, out=np.zeros(2), where=scales > 0)
     return float(alpha), float(beta)
 
 

@@ -43,12 +43,7 @@ class ReproduceTable2:
         write_csv(folder / "table2.csv", table)
         text = "\n".join(f"- {line}" for line in lines)
         write_text(folder / "table2.md", f"# Table 2 of Juodelyte et al., from the raw scores\n\n{text}")
-        figure = plot_critical_difference(
-            test.average_ranks.to_dict(),
-            critical_difference=test.critical_difference,
-            groups=test.groups,
-            title="Juodelyte et al., Table 2, corrected critical difference",
-        )
+        figure = plot_critical_difference(test, title="Juodelyte et al., Table 2, corrected critical difference")
         save_figure(figure, folder / "critical_difference.png")
         print("\n".join(lines))
         return table

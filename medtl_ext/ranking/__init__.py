@@ -2,16 +2,19 @@
 
 - `paired`: arms of a transfer audit on the same patients, and its verdict.
 - `sources`: candidate sources ranked by a transferability score, with a patient bootstrap, baselines and a verdict.
-- `agreement`: how well a ranking agrees with the truth, and whether methods differ over several targets.
-- `studied`: what the rankings of a study were worth, and its verdicts.
+- `agreement`: how well a ranking agrees with the truth, whether methods differ over several targets, and what the
+  rankings of a study were worth.
 """
 
 from medtl_ext.ranking._words import listed
 from medtl_ext.ranking.agreement import (
     FriedmanNemenyi,
+    agreement_over_targets,
     friedman_nemenyi,
+    known_elsewhere,
     mean_auc,
     spearman_footrule,
+    verdict_claim,
     weighted_kendall,
 )
 from medtl_ext.ranking.paired import (
@@ -24,7 +27,6 @@ from medtl_ext.ranking.paired import (
     paired_comparison,
 )
 from medtl_ext.ranking.sources import SourceRanking, baseline_rankings, bootstrap_ranking
-from medtl_ext.ranking.studied import agreement_over_targets, known_elsewhere, verdict_claim
 
 __all__ = [
     "MINIMUM_PATIENTS",

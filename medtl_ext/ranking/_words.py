@@ -1,7 +1,5 @@
 """Words that the sentences of several verdicts share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 SYNTHETIC = {True: " These are synthetic data, which say nothing about a clinic.", False: ""}

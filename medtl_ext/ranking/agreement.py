@@ -6,22 +6,24 @@ scores only, so scores of any unit can be compared:
 - `spearman_footrule` (PriorSel, Table VI) looks at the k sources it would pick first: 0 is a perfect choice.
 - `weighted_kendall` (DatasetTr, Table 2) looks at all pairs, the top ones most: 1 is perfect, 0 is chance.
 - `friedman_nemenyi` (Demšar, JMLR 2006) asks whether methods differ over targets, and which ones.
+- `agreement_over_targets` and `verdict_claim` say what rankings were worth over the targets and seeds of a study, once
+  every source was fine-tuned on every target; `known_elsewhere` is a ranking that ignores the target.
 
-In all three a NaN score, which some metrics give where they cannot tell, ranks last.
+In the first three a NaN score, which some metrics give where they cannot tell, ranks last.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_number
 from medtl_ext.ranking._words import listed
+from medtl_ext.ranking.sources import mean_relative_rank
 
 ALPHA = 0.05
 
@@ -57,8 +59,7 @@ def spearman_footrule(scores: Mapping[str, float], truth: Mapping[str, float], k
     Reference: Li et al., *Finding the Most Transferable Tasks for Brain Image Segmentation*, BIBM 2022, Table VI.
     """
     scores, truth = _same_sources(scores, truth)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(scores):
-        raise InputError(f"k must be an integer from 1 to the {len(scores)} candidates in scores; found {k!r}.")
+    require_number("k", k, 1, len(scores), whole=True)
     true_ranks = truth.rank(ascending=False, method="min")[scores.index]
     distance = 0.0
     for first, group in true_ranks.groupby(scores.rank(ascending=False, method="min", na_option="bottom")):
@@ -163,9 +164,9 @@ class FriedmanNemenyi:
         worse = [method for method, gap in behind.items() if gap >= self.critical_difference]
         alike = [method for method in behind if method not in worse]
         text = (
-            f"The {count} methods differ {test}. {lead}; with a critical difference of {self.critical_difference:.2f} "
+            f"The {count} methods differ {test}. {lead}; with a critical difference of {self.critical_difference:.2f}"
         )
-        text += f"it is better than {listed(worse)}" if worse else "it is better than none of them"
+        text += f" it is better than {listed(worse) or 'none of them'}"
         return text + (f" and cannot be told from {listed(alike)}." if alike else ".")
 
 
@@ -212,6 +213,75 @@ def friedman_nemenyi(table: pd.DataFrame, *, higher_is_better: bool = True) -> F
     critical = float(q * np.sqrt(n_methods * (n_methods + 1) / (6 * n_targets)))
     average = ranks.mean().sort_values(kind="stable").rename("average_rank")
     return FriedmanNemenyi(float(chi_square), float(p), critical, average, ranks)
+
+
+def agreement_over_targets(sources: pd.DataFrame, judge: Callable[..., pd.DataFrame], *, outcome: str) -> pd.DataFrame:
+    """Every ranker held against the truth, for each target and seed of a study.
+
+    Args:
+        sources: a row per ``target``, ``seed`` and ``source``, with scores and the outcome of fine-tuning.
+        judge: from one target's sources, their outcome, and ``static`` (of `known_elsewhere`) to a row per ranker.
+        outcome: column of the truth, higher is better.
+
+    Returns:
+        The rows of ``judge``, with ``target`` and ``seed``.
+    """
+    parts = []
+    for (target, seed), group in sources.groupby(["target", "seed"], sort=False):
+        ready = group.set_index("source")
+        static = known_elsewhere(sources, target, seed, outcome=outcome)
+        parts.append(judge(ready, ready[outcome], static=static).assign(target=target, seed=seed))
+    return pd.concat(parts, ignore_index=True)
+
+
+def known_elsewhere(sources: pd.DataFrame, target: str, seed: int, *, outcome: str) -> dict[str, float] | None:
+    """How well each source did on the study's other targets: what a ranker knows that ignores the target.
+
+    Args:
+        sources: a row per ``target``, ``seed`` and ``source``, with the outcome of fine-tuning.
+        target, seed: of the ranking.
+        outcome: its column, higher is better (``dice``, ``auc``).
+
+    Returns:
+        Source -> minus its rank by the mean over them, equal ones sharing their mean rank; None where the seed has no
+        other target.
+
+    Example:
+        >>> rows = [("t1", "a", 0.8), ("t1", "b", 0.6), ("t2", "a", 0.5), ("t2", "b", 0.7)]
+        >>> table = pd.DataFrame(rows, columns=["target", "source", "dice"]).assign(seed=0)
+        >>> known_elsewhere(table, "t2", 0, outcome="dice")
+        {'a': -1.0, 'b': -2.0}
+    """
+    sources = sources[sources["seed"] == seed]
+    others = sources[sources["target"] != target].groupby("target")
+    if not (known := {name: group.set_index("source")[outcome] for name, group in others}):
+        return None
+    costs = mean_relative_rank(sorted(set(sources.loc[sources["target"] == target, "source"])), known)
+    return (-costs.rank(na_option="bottom")).to_dict()  # on no other target: last
+
+
+def verdict_claim(
+    sources: pd.DataFrame, verdicts: Mapping[tuple[str, int], Mapping[str, Any]], *, outcome: str, unit: str
+) -> str:
+    """Whether the verdicts were right as often as they sounded, in a sentence.
+
+    Args:
+        sources: see `known_elsewhere`.
+        verdicts: (target, seed) -> ``recommendation`` (None for no evidence), ``tied`` and ``default`` of its ranking.
+        outcome: the column of the truth, higher is better.
+        unit: what it is called.
+    """
+    truth = {key: group.set_index("source")[outcome] for key, group in sources.groupby(["target", "seed"])}
+    called = {key: verdict["recommendation"] for key, verdict in verdicts.items() if verdict["recommendation"]}
+    right = sum(truth[key].idxmax() == source for key, source in called.items())
+    held = sum(truth[key].idxmax() in verdict["tied"] for key, verdict in verdicts.items())
+    regret = [truth[key].max() - truth[key][told["default"]] for key, told in verdicts.items() if told["default"]]
+    sizes = [len(verdict["tied"]) for verdict in verdicts.values()]
+    return (
+        f"**Is the verdict calibrated?** Of {len(verdicts)} rankings {len(called)} name one source, {right} of them "
+        f"the best one; the tied set (mean size {np.mean(sizes):.1f}) holds the best source in {held}; the best guess "
+        f"loses {np.mean(regret) if regret else np.nan:.3f} {unit} on average."
+    )
 
 
 def _same_sources(scores: Mapping[str, float], truth: Mapping[str, float]) -> tuple[pd.Series, pd.Series]:

@@ -13,8 +13,6 @@ facts decide which statistic is asked for what:
 None of this measures the spread between training seeds: with one run per arm, the intervals are about patients alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +29,11 @@ MINIMUM_PATIENTS = 4
 CONFIDENCE = 0.95
 COST = {"zero_shot": 0, "scratch": 1}
 """Nothing to train; nothing to obtain; all other arms have a source to obtain and to train on."""
+ADVICE = {
+    "zero_shot": "Use the source as it is",
+    "scratch": "Do not transfer this source, training from scratch is better",
+}
+GUESS = {"zero_shot": "using the source as it is (zero_shot)", "scratch": "training from scratch"}
 
 
 def bootstrap_interval(values: ArrayLike, *, n_resamples: int = 9999) -> tuple[float, float]:
@@ -219,10 +222,8 @@ def audit_verdict(
     on_patients = number_of_patients(patients, split)
     recommendation, default, tied, harmed = None, None, tuple(by_cost), {}
     if patients < MINIMUM_PATIENTS:
-        text = (
-            f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}, a fine one more. "
-            f"Mean Dice was {_named(arms)}."
-        )
+        text = f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}, a fine one more. "
+        text += f"Mean Dice was {_named(arms)}."
     else:
         tied = tuple(arm for arm in by_cost if not is_beaten[arm])
         if len(tied) == 1:
@@ -284,10 +285,7 @@ def _named(arms: pd.DataFrame) -> str:
 
 def _preferred_text(arms: pd.DataFrame, on_patients: str) -> str:
     best, others = arms.index[0], arms.iloc[1:]
-    lead = {
-        "zero_shot": "Use the source as it is",
-        "scratch": "Do not transfer this source, training from scratch is better",
-    }.get(best, f"Fine-tune with {best}")
+    lead = ADVICE.get(best, f"Fine-tune with {best}")
     gaps = [f"{arm} by {_behind(row)}" for arm, row in others.iterrows()]
     return f"{lead}: its mean Dice on {on_patients} is {arms['mean'].iloc[0]:.3f}, ahead of {listed(gaps)}."
 
@@ -297,11 +295,7 @@ def _undecided_text(arms: pd.DataFrame, tied: pd.DataFrame, worse: pd.DataFrame,
     ranked = tied.sort_values("mean", ascending=False, kind="stable")
     text = f"No evidence to prefer: {_named(ranked)} mean Dice cannot be told apart on {on_patients}"
     text += f"; {_named(worse)} {'is' if len(worse) == 1 else 'are'} worse. " if len(worse) else ". "
-    does = {
-        "zero_shot": "using the source as it is (zero_shot)",
-        "scratch": "training from scratch",
-    }.get(default, f"fine-tuning with {default}")
-    text += f"The best guess is {does}"
+    text += f"The best guess is {GUESS.get(default, f'fine-tuning with {default}')}"
     if default != best:
         return f"{text}, which costs less: its mean is within {_behind(arms.loc[default], f' of {best}')}."
     text += ": no arm has a higher mean." if means.eq(means.max()).sum() > 1 else ", which has the highest mean."

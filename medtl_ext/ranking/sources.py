@@ -17,8 +17,6 @@ The draws are balanced: over all of them every patient comes up equally often.
   `baseline_rankings` puts what they would have picked beside every ranking.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +27,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_number
 from medtl_ext.ranking._words import SYNTHETIC, listed, number_of_patients
 from medtl_ext.ranking.paired import CONFIDENCE, MINIMUM_PATIENTS
 
@@ -183,12 +181,9 @@ def bootstrap_ranking(
         {'source': ['13-T1-ED', '14-T2-ED', '17-T1-ET'], 'rank_low': [1.0, 1.0, 3.0], 'rank_high': [2.0, 2.0, 3.0]}
     """
     # A win probability of one half or less would prefer the loser of a pair.
-    if not 0.5 < minimum_win <= 1:
-        raise InputError(f"minimum_win must lie above 0.5 and at most at 1; found {minimum_win:g}.")
-    if not 0 <= minimum_gap <= 1:
-        raise InputError(f"minimum_gap must lie in [0, 1]; found {minimum_gap:g}.")
-    if n_resamples < 1:
-        raise InputError(f"n_resamples must be at least 1; found {n_resamples}.")
+    require_number("minimum_win", minimum_win, 0.5, 1, above=True)
+    require_number("minimum_gap", minimum_gap, 0, 1)
+    require_number("n_resamples", n_resamples, 1, whole=True)
     pool, patients = _as_pool(scores, patients)
     observed = pd.Series(_called(pool, np.ones(patients, dtype=np.int64)), dtype=float)
     if observed.empty:
@@ -209,16 +204,12 @@ def bootstrap_ranking(
     if scored.empty:
         text = f"No verdict: no source has a score ({metric}) on {on_patients}."
     elif len(scored) == 1:
-        default = tied[0]
-        text = (
-            f"{_named(scored)} is the only candidate{'' if len(table) == 1 else ' with a score'}: by {metric} there is "
-            "nothing to compare it with, and no evidence to prefer it."
-        )
+        default, only = tied[0], "the only candidate" if len(table) == 1 else "the only candidate with a score"
+        text = f"{_named(scored)} is {only}: by {metric} there is nothing to compare it with, and no evidence to "
+        text += "prefer it."
     elif patients < MINIMUM_PATIENTS:
-        text = (
-            f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}. "
-            f"By {metric} the order was {_named(scored)}."
-        )
+        text = f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}. "
+        text += f"By {metric} the order was {_named(scored)}."
     elif len(alike) == 1:
         recommendation, default, tied = tied[0], tied[0], tied[:1]
         text = _preferred_text(scored, metric, on_patients)
@@ -246,26 +237,23 @@ def mean_relative_rank(sources: Sequence[str], other_targets: Mapping[str, Mappi
 
 def _as_pool(scores: Scores, patients: int | None) -> tuple[PoolOfCounts, int]:
     """One function of the counts to all scores, whatever form they came in, and the number of patients."""
-    vectors = {}
-    if not callable(scores):
-        if not (scores := dict(scores)):
-            raise InputError("scores holds no source; expected at least one candidate.")
-        vectors = {source: _per_patient(source, values) for source, values in scores.items() if not callable(values)}
+    if callable(scores):
+        return scores, int(require_number("patients", patients, 1, whole=True))
+    functions = dict(scores)
+    if not functions:
+        raise InputError("scores holds no source; expected at least one candidate.")
+    vectors = {source: _per_patient(source, values) for source, values in functions.items() if not callable(values)}
     for source, vector in vectors.items():
         first = next(iter(vectors))
         if len(unpaired := vector.index.symmetric_difference(vectors[first].index)):
-            raise InputError(
-                f"scores of {source} and {first} must be of the same patients; only one has {listed(unpaired, 5)}."
-            )
+            same = f"scores of {source} and {first} must be of the same patients"
+            raise InputError(f"{same}; only one has {listed(unpaired, 5)}.")
         if patients not in (None, len(vector)):
             raise InputError(f"scores of {source} are of {len(vector)} patients; patients says {patients}.")
         patients = len(vector)
-    if isinstance(patients, bool) or not isinstance(patients, (int, np.integer)) or patients < 1:
-        raise InputError(f"patients, which functions count, must be an integer of at least 1; found {patients!r}.")
-    if callable(scores):
-        return scores, int(patients)
-    functions = scores | {source: partial(np.average, vector, None) for source, vector in vectors.items()}  # by weight
-    return lambda counts: {source: score(counts) for source, score in functions.items()}, int(patients)
+        functions[source] = partial(np.average, vector, None)  # by weight
+    count = int(require_number("patients", patients, 1, whole=True))
+    return lambda counts: {source: score(counts) for source, score in functions.items()}, count
 
 
 def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Series:
@@ -274,9 +262,8 @@ def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Ser
     try:
         vector = pd.Series(dict(values) if keyed else np.asarray([*values]), dtype=float)
     except (TypeError, ValueError):
-        raise InputError(
-            f"scores of {source} must be numbers, one per patient; found {type(values).__name__}."
-        ) from None
+        found = type(values).__name__
+        raise InputError(f"scores of {source} must be numbers, one per patient; found {found}.") from None
     return vector.sort_index(key=lambda names: names.astype(str)) if keyed else vector
 
 
@@ -369,10 +356,8 @@ def _remarks(table: pd.DataFrame, picks: pd.DataFrame, patients: int, refused: s
     unscored = table.index[table["score"].isna()]
     text = f" No score: {listed(unscored, 6)}." if 0 < len(unscored) < len(table) else ""
     if len(table) - len(unscored) == 2 and patients >= MINIMUM_PATIENTS:
-        text += (
-            " With two scores the gap is all of the range and checks nothing: the bootstrap alone, which is "
-            "over-confident, decides."
-        )
+        text += " With two scores the gap is all of the range and checks nothing: "
+        text += "the bootstrap alone, which is over-confident, decides."
     if refused:
         text += f" {refused} resamples of the patients could not be scored."
     if len(picks) and len(table) > 1:

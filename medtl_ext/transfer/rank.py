@@ -204,9 +204,7 @@ class RankSources:
         command = None if winner in (None, "scratch") else self.command(self.pool[winner])
         if self.here.figures:
             figure = plot_ranking(
-                ranking.table,
-                tied=ranking.tied if ranking.resamples else (),
-                recommended=ranking.recommendation,
+                ranking,
                 metric=SCORES[self.decide_by].label,
                 title=f"Which source to transfer from, for {self.target.name}",
                 synthetic=self.target.synthetic,

@@ -141,13 +141,8 @@ class Study:
         write_csv(folder / "agreement.csv", agreement)
         summary = mean.groupby(["ranker", "prior"], sort=False)[columns].mean().reset_index()
         write_text(folder / "study.md", self._page(table, summary, claims, target))
-        figure = plot_critical_difference(
-            test.average_ranks.to_dict(),
-            critical_difference=test.critical_difference,
-            groups=test.groups,
-            title="Rankers over targets, by weighted Kendall",
-            synthetic=self.synthetic,
-        )
+        title = "Rankers over targets, by weighted Kendall"
+        figure = plot_critical_difference(test, title=title, synthetic=self.synthetic)
         save_figure(figure, folder / "critical_difference.png")
         self.figures(sources)
         print("\n".join(claims))

@@ -97,7 +97,7 @@ def test_a_checkpoint_takes_what_it_is_given(find):
     assert one.tags == {"institution": "B", "modality": "T2star", "objective": "both"}
     assert (one.kind, one.n_classes, one.size, one.encoder) == ("checkpoint", 3, 2, "conv")
     (one,) = find({"checkpoint": "some/where.pt", "n_classes": 4, "convolutions": ["a", "b"]})
-    assert (one.name, one.n_classes, one.size, one.convolutions) == ("where", 4, None, ("a", "b"))
+    assert (one.name, one.n_classes, one.size, one.convolutions) == ("where", 4, None, ["a", "b"])
 
 
 def test_the_target_is_not_its_own_source(find, collection):

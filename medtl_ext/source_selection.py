@@ -3,8 +3,6 @@
 What is known of a source before its network is looked at: its tags, its size, how alike the regions of interest are.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, Spacingd
+from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, ResizeWithPadOrCropd, Spacingd
 from scipy import stats
 
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, require_choice, require_number
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.ranking import SourceRanking, audit_verdict
 from medtl_ext.transfer import SCORES, Arm, Job, RankSources, SegmentationTask, Source, Study, run_command
@@ -51,11 +49,11 @@ def region_labels(task: SegmentationTask, *, spacing: Sequence[float], roi_size:
             Orientationd(keys="label", axcodes="RAS", labels=None),
             Spacingd(keys="label", pixdim=spacing, mode="nearest"),
             SelectLabelsd(keys="label", values=task.label_values),
+            ResizeWithPadOrCropd(keys="label", spatial_size=[*roi_size, -1][:3]),
         ]
     )
-    pad = ResizeWithPadOrCrop(spatial_size=[*roi_size, -1][:3])
-    labels = [prepare({"label": item["label"]})["label"] for item in task.datalist("train")]
-    return [torch.as_tensor(pad(label))[0] > 0 for label in labels]
+    labels = (prepare({"label": item["label"]})["label"] for item in task.datalist("train"))
+    return [torch.as_tensor(label)[0] > 0 for label in labels]
 
 
 def roi_similarity(
@@ -101,7 +99,8 @@ def filter_by_priors(
     Raises:
         InputError: ``top_k`` would keep nothing.
     """
-    require_top_k(top_k)
+    if top_k is not None:
+        require_number("top_k", top_k, 1, whole=True)
     kept = pd.Series(True, table.index)
     reasons: dict[str, list[str]] = {source: [] for source in table.index}
     wrong = table["same_modality"].eq(False)
@@ -132,12 +131,6 @@ def filter_by_priors(
             kept[source] = source in good.index
             reasons[source].append(f"label SSIM {ssim:.3f}: {'kept' if kept[source] else 'dropped'} (keeps {rule})")
     return pd.DataFrame({"kept": kept, "reason": ["; ".join(reasons[source]) for source in table.index]})
-
-
-def require_top_k(top_k: int | None) -> None:
-    """Refuse to keep fewer than one source."""
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1, or null for the better half.")
 
 
 def _not_applied(why: str, reasons: Iterable[list[str]]) -> None:
@@ -182,6 +175,7 @@ class SelectSource(RankSources):
 
     def __post_init__(self) -> None:
         self.decide_by = self.decide_by or METHODS[require_choice("method", self.method, METHODS)]
+        self._similar: dict[Any, dict[str, float]] = {}
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -189,7 +183,8 @@ class SelectSource(RankSources):
 
     def check(self) -> None:
         super().check()
-        require_top_k(self.top_k)
+        if self.top_k is not None:
+            require_number("top_k", self.top_k, 1, whole=True)
         split = self.here.config["val_split"]
         if self.settle and split != "val":
             raise InputError(
@@ -209,10 +204,6 @@ class SelectSource(RankSources):
         return found | similar
 
     @cached_property
-    def _regions(self) -> dict[Any, dict[str, float]]:
-        return {}
-
-    @cached_property
     def _own_regions(self) -> list[torch.Tensor]:
         return region_labels(self.target, spacing=self.spacing, roi_size=self.roi_size)
 
@@ -220,11 +211,11 @@ class SelectSource(RankSources):
         """Tasks of several modalities may have the same label files, though not need to."""
         source = self.target.other(task, collection=source_collection(self.here.config))
         key = (tuple(item["label"] for item in source.datalist("train")), str(source.label_values))
-        if key not in self._regions:
+        if key not in self._similar:
             labels = region_labels(source, spacing=self.spacing, roi_size=self.roi_size)
             spacing = self.spacing[: labels[0].ndim]
-            self._regions[key] = roi_similarity(labels, self._own_regions, spacing=spacing)
-        return self._regions[key]
+            self._similar[key] = roi_similarity(labels, self._own_regions, spacing=spacing)
+        return self._similar[key]
 
     @cached_property
     def priors(self) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from medtl_ext import InputError
 from medtl_ext.ranking import holm
-from medtl_ext.transfer.report import ALL_PAIRS, audit_report, compare_report, patient_table, summarize
+from medtl_ext.transfer.report import ALL_PAIRS, audit_report, compare_report, patient_table
 
 
 def make_rows(dice, **fixed):

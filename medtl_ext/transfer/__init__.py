@@ -14,7 +14,7 @@ from medtl_ext.transfer.evaluate import DataCheck, ScoreImages, ScorePatients, S
 from medtl_ext.transfer.jobs import Arm, Job, Run, run_command, run_jobs
 from medtl_ext.transfer.page import Report, html_report
 from medtl_ext.transfer.rank import RankSources
-from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table, summarize
+from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Maps, Observation, Predictions, Score
 from medtl_ext.transfer.sources import SingleSource, Source, find_sources
 from medtl_ext.transfer.study import Study
@@ -58,5 +58,4 @@ __all__ = [
     "run_command",
     "run_jobs",
     "start",
-    "summarize",
 ]

@@ -16,6 +16,7 @@ from medtl_ext._validation import InputError, require_choice, require_choices, r
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Run, run_command
+from medtl_ext.transfer.report import records
 from medtl_ext.transfer.scores import SCORES, Observation, observe, patients_of, resampled_scores, score_values
 from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_collection, train_sources
 from medtl_ext.visualize import plot_ranking, save_figure
@@ -193,7 +194,7 @@ class RankSources:
         verdict = {key: getattr(ranking, key) for key in ("recommendation", "tied", "default", "patients", "resamples")}
         content = {"target": self.target.name, "decided_by": self.decide_by} | verdict
         content |= {"synthetic": self.target.synthetic, "answer": answer, "command": command, "settled": settled}
-        content |= self.said_besides() | {"baselines": _records(ranking.baselines), "table": _records(table)}
+        content |= self.said_besides() | {"baselines": records(ranking.baselines), "table": records(table)}
         write_json(folder / "ranking.json", content)
         hint = f"\n\nTo use it:\n{command}" if command else ""
         write_text(folder / "answer.txt", answer + hint)
@@ -254,11 +255,6 @@ class RankSources:
     def said_besides(self) -> dict[str, Any]:
         """Further entries of ``ranking.json``."""
         return {}
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain Python values, NaN as null, which JSON has no word for."""
-    return json.loads(table.to_json(orient="records", double_precision=10))
 
 
 def _without_interval(scores: Mapping[str, float], options: Mapping[str, Any]) -> SourceRanking:

@@ -19,8 +19,9 @@ from scipy import stats
 from medtl_ext._validation import InputError, require_choice, require_number
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.ranking import SourceRanking, audit_verdict
-from medtl_ext.transfer import SCORES, Arm, Job, RankSources, SegmentationTask, Source, Study, run_command
+from medtl_ext.transfer import SCORES, Arm, Job, RankSources, SegmentationTask, Source, Study
 from medtl_ext.transfer.arms import finetuning_job
+from medtl_ext.transfer.jobs import run_command
 from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import Key
 from medtl_ext.transfer.truth import TOP

@@ -11,7 +11,8 @@ import pytest
 from bundle_runs import refused
 from monai.bundle import ConfigWorkflow
 
-from medtl_ext.transfer import Job, bundle_root, jobs, run_jobs
+from medtl_ext.transfer import Job, bundle_root, jobs
+from medtl_ext.transfer.jobs import run_jobs
 
 
 def write_bundle(root: Path, **extra) -> Path:
@@ -27,7 +28,7 @@ def write_bundle(root: Path, **extra) -> Path:
         "output_dir": "$@bundle_root + '/eval'",
         "initialize": ["$transfer.start()"],
         "run": [
-            "$transfer.claim_output(@output_dir)",
+            "$transfer.config.claim_output(@output_dir)",
             "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
         ],
     } | extra
@@ -235,7 +236,7 @@ def test_a_job_started_twice_at_a_time_runs_once(tmp_path, monkeypatch):
     """Each would clear away what the other is writing; the second waits, and finds the job done."""
     log = tmp_path / "log.txt"
     steps = [
-        "$transfer.claim_output(@output_dir)",
+        "$transfer.config.claim_output(@output_dir)",
         f"$open({str(log)!r}, 'a').write('run\\n')",
         "$__import__('time').sleep(0.5)",
         "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",

@@ -22,7 +22,8 @@ from medtl_ext.data.classification import ClassificationDataset
 from medtl_ext.dataset_transferability import RankDatasets, RankOwnModel
 from medtl_ext.metrics.features import Samples
 from medtl_ext.source_selection import SelectionStudy
-from medtl_ext.transfer import ClassificationTask, Job, Maps, Observation, ScoreImages, SegmentationTask, Source, jobs
+from medtl_ext.transfer import ClassificationTask, Job, ScoreImages, SegmentationTask, Source, jobs
+from medtl_ext.transfer.scores import Maps, Observation
 from medtl_ext.transfer.tasks import auc_interval, image_auc
 from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
 

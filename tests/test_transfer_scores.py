@@ -19,8 +19,8 @@ from torch import nn
 
 from medtl_ext import metrics
 from medtl_ext.metrics.features import Samples
-from medtl_ext.transfer import SCORES, Maps, Observation, Predictions, Source
-from medtl_ext.transfer.scores import observe, resampled_scores, score_values
+from medtl_ext.transfer import SCORES, Predictions, Source
+from medtl_ext.transfer.scores import Maps, Observation, observe, resampled_scores, score_values
 
 EVERYBODY = [1] * 5
 

@@ -14,8 +14,8 @@ from bundle_runs import REPOSITORY, refused
 from monai.networks.nets import BasicUNet, ResNet
 
 from medtl_ext.data import write_collection
-from medtl_ext.transfer import ClassificationTask, SegmentationTask, Source, find_sources
-from medtl_ext.transfer.sources import built, pretraining_job
+from medtl_ext.transfer import ClassificationTask, SegmentationTask, Source
+from medtl_ext.transfer.sources import built, find_sources, pretraining_job
 
 UNET = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
 RESNET = {

@@ -1,7 +1,5 @@
 """One page of a finished run to look at and to send: ``report.html``, made from what the run left in its own folder."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -43,7 +43,7 @@ class RankSources:
         n_resamples, minimum_win, minimum_gap: see `medtl_ext.ranking.bootstrap_ranking`.
         source_dir, pool_seed: where the sources' networks are kept, and the seed of their training.
         check_data: read every file of a source task before it is trained on.
-        trust_bundles: see `medtl_ext.transfer.find_sources`.
+        trust_bundles: see `medtl_ext.transfer.sources.find_sources`.
         cross_domain: LP x FU is turned round, for sources of another domain than the target.
     """
 

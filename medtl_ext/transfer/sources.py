@@ -171,7 +171,7 @@ def find_sources(
     own = {source.name for source in found if mark_own and source.task and target.is_same(source.task)}
     if len(own) == len(found):
         raise InputError(f"no source is left: {', '.join(names)} is the target's own model, which is never ranked.")
-    reason = None if target.scores_own_model else "it is the target itself"
+    reason = "it is the target itself" if target.per_pixel else None
     return [replace(one, own=True, left_out=reason) if one.name in own else one for one in found]
 
 

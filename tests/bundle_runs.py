@@ -1,7 +1,5 @@
 """How the tests of the bundles run a bundle: in this process, or as users start it."""
 
-from __future__ import annotations
-
 import glob
 import json
 import os
@@ -17,10 +15,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from fire.parser import DefaultParseValue  # how the command line reads a word
 from monai.bundle import ConfigWorkflow
 
 from medtl_ext import InputError
+from medtl_ext.data import write_collection
 from medtl_ext.transfer import Job, Source
 from medtl_ext.transfer.sources import pretraining_job
 
@@ -137,6 +137,28 @@ DATASETS = Bundle(
     },
     whole={"figures": True},
 )
+
+
+def toy_collection(folder: Path) -> Path:
+    """A collection of two institutions, A and B, whose files are never opened."""
+    files = {"images": dict.fromkeys(("T1", "T2", "FLAIR"), "i"), "labels": {"tumour": "l"}}
+    subjects = [
+        {"id": f"{institution}{number}", "institution": institution, "split": split} | files
+        for institution in "AB"
+        for number, split in enumerate(["train", "train", "val", "test"])
+    ]
+    objectives = {"ED": {"label": "tumour", "values": [1]}, "both": {"label": "tumour", "values": [1, 2]}}
+    content = {"name": "toy", "labels": {"tumour": {"ED": 1, "ET": 2}}, "objectives": objectives, "subjects": subjects}
+    return write_collection(folder / "collection.json", content)
+
+
+def bundle_of_a_stranger(folder: Path, config: Any, weights: Any = None) -> None:
+    """A MONAI bundle with nothing but a config (its content, or its text) and weights."""
+    (folder / "configs").mkdir(parents=True)
+    (folder / "models").mkdir()
+    (folder / "configs" / "inference.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    if weights is not None:
+        torch.save(weights, folder / "models" / "model.pt")
 
 
 def command(files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0) -> list[str]:

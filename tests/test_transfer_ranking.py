@@ -1,7 +1,5 @@
 """The ranking of sources and its words, the truth, and what a study says: on made-up scores, nothing is trained."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import product
@@ -12,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import REPOSITORY, refused
+from bundle_runs import SOURCE_SELECTION, refused, toy_collection
+from monai.data import DataLoader, Dataset
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from medtl_ext import source_selection
-from medtl_ext.data import write_collection
 from medtl_ext.data.classification import ClassificationDataset
 from medtl_ext.dataset_transferability import RankDatasets, RankOwnModel
 from medtl_ext.metrics.features import Samples
@@ -32,32 +30,36 @@ from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
 
 def ranking(scores: dict[str, float], folder: Path, *, decide_by="logme", subjects=True, own=(), **options):
     """Sources whose features tell two classes apart as well as their number is high."""
-    labels, splits = np.arange(40) % 2, np.repeat(["train", "val"], 20)
-    names = tuple(f"p{place // 2}" for place in range(40)) if subjects else None
-    dataset = ClassificationDataset("t", np.zeros((40, 4, 4), np.uint8), labels, splits, ("a", "b"), names)
-    target = SimpleNamespace(name="t", dataset=dataset, synthetic=False, per_pixel=False)
+    generator, labels, names = (
+        np.random.default_rng(0),
+        np.arange(40) % 2,
+        tuple(f"p{place // 2}" for place in range(40)),
+    )
+    parts = (
+        np.zeros((40, 4, 4), np.uint8),
+        labels,
+        np.repeat(["train", "val"], 20),
+        ("a", "b"),
+        names if subjects else None,
+    )
+    target = SimpleNamespace(name="t", dataset=ClassificationDataset("t", *parts), synthetic=False, per_pixel=False)
     for attribute in ("own_task", "own_size", "own_outcome", "outcome", "unit"):
         setattr(target, attribute, getattr(ClassificationTask, attribute))
     config = {"target_task": "t.npz", "network_def": {}} | dict.fromkeys(RankDatasets.carried)
-    configs = folder / "configs"
-    configs.mkdir(exist_ok=True)
-    (configs / "train.json").write_text(json.dumps(config))
-    here = SimpleNamespace(folder=folder, configs=configs, config=config, seed=0, figures=True, progress=False)
-    here.leads = True
+    (folder / "train.json").write_text(json.dumps(config))
+    here = SimpleNamespace(
+        folder=folder, configs=folder, config=config, seed=0, figures=True, progress=False, leads=True
+    )
     here.job = lambda folder, *names, **overrides: Job(config, folder, [], overrides)
     settings = {"n_resamples": 60, "minimum_win": 0.95, "minimum_gap": 0.15, "source_dir": "", "pool_seed": 0}
     settings |= {"metrics": ["lp_fu", "lp", "fu", "logme", "ncti"], "image_shape": [1, 32, 32], "evaluator": None}
     found = RankDatasets(here=here, target=target, decide_by=decide_by, **settings | options)
-    generator = np.random.default_rng(0)
     found.pool = {name: Source(name, "task", checkpoint=f"{name}.pt", own=name in own) for name in scores}
-    found.seen = {}
+    found.seen, groups = {}, torch.arange(20) // 2
     for name, shift in scores.items():
         features = torch.from_numpy(generator.normal(size=(20, 3)) + shift * labels[:20, None])
-        whose = Samples(
-            features, torch.from_numpy(labels[:20]), torch.arange(20) // 2, tuple(f"p{n}" for n in range(10))
-        )
-        maps = Maps(torch.full((20, 2), 0.5), whose.labels, whose.groups, whose.names)
-        found.seen[name] = Observation(whose, maps, float(shift))
+        samples = Samples(features, torch.from_numpy(labels[:20]), groups, names[:20:2])
+        found.seen[name] = Observation(samples, Maps(torch.full((20, 2), 0.5), *samples[1:]), float(shift))
     return found
 
 
@@ -146,27 +148,17 @@ def test_the_auc_is_scikit_learns_and_its_interval_holds_it():
     assert np.isnan(image_auc(table[table["label"] == 0]))
 
 
-class Images(list):
-    """A loader as `ScoreImages` sees it."""
-
-    def __init__(self, count):
-        super().__init__(range(count))
-        items = [{"subject": f"s{place}", "name": f"{place}.png"} for place in range(count)]
-        self.dataset = SimpleNamespace(data=items)
-
-
 @pytest.mark.parametrize("margin", [4, 12, 14])
 def test_the_truth_is_the_auc_of_probabilities_that_were_not_rounded(margin, tmp_path, monkeypatch):
     """Six digits would make the probabilities of a sure network equal, and its AUC another one."""
     labels = torch.arange(30) % 3
-    logits = torch.nn.functional.one_hot(labels, 3) * margin + torch.rand(
-        30, 3, generator=torch.Generator().manual_seed(1)
-    )
-    probs = logits.softmax(1)
+    noise = torch.rand(30, 3, generator=torch.Generator().manual_seed(1))
+    probs = (torch.nn.functional.one_hot(labels, 3) * margin + noise).softmax(1)
     evaluator = SimpleNamespace(network=torch.nn.Linear(1, 1), state=SimpleNamespace(), run=lambda: None)
     evaluator.state.metric_details = {"auc": (probs, torch.nn.functional.one_hot(labels, 3))}
     torch.save(evaluator.network.state_dict(), tmp_path / "model.pt")
-    loaders = {"splits": ["val", "test"], "loaders": [Images(30), Images(30)]}
+    loader = DataLoader(Dataset([{"subject": f"s{place}", "name": f"{place}.png"} for place in range(30)]))
+    loaders = {"splits": ["val", "test"], "loaders": [loader, loader]}
     ScoreImages(evaluator=evaluator, output_dir=str(tmp_path), method="m", seed=0, **loaders).run()
     found = ClassificationTask.measure(Job({}, tmp_path), "test")
     expected = roc_auc_score(labels, probs.double(), multi_class="ovr")
@@ -239,21 +231,7 @@ def test_rankers_that_ignore_the_target_are_there():
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """Starts a study of source selection up to its first training, on a collection whose files are never opened."""
-    subjects = [
-        {
-            "id": f"{site}{n}",
-            "institution": site,
-            "split": split,
-            "images": {"T1": "i", "T2": "i"},
-            "labels": {"t": "l"},
-        }
-        for site in "AB"
-        for n, split in enumerate(["train", "val", "test"])
-    ]
-    objectives = {"ED": {"label": "t", "values": [1]}}
-    toy = {"name": "c", "labels": {"t": {"ED": 1}}, "objectives": objectives, "subjects": subjects}
-    collection = write_collection(tmp_path / "c" / "collection.json", toy)
-    root = REPOSITORY / "bundles" / "source_selection"
+    collection = toy_collection(tmp_path / "c")
 
     class Begun(Exception):
         """The trainings would run now."""
@@ -266,7 +244,7 @@ def started(monkeypatch, tmp_path):
         settings = {"collection": str(collection)} | asked.pop("settings")
         with monkeypatch.context() as patch:
             patch.setattr(jobs, "run_jobs", begin)
-            config = {"bundle_root": str(root), "settings": settings}
+            config = {"bundle_root": str(SOURCE_SELECTION.root), "settings": settings}
             for module in ("jobs", "config"):
                 patch.setattr(f"medtl_ext.transfer.{module}.current_config", lambda: config)
             try:

@@ -80,10 +80,10 @@ class Bundle:
                 plain[name] = value
         return plain | {"network_def": network}
 
-    def pool_job(self, task: str, *overlays: str, **options: Any) -> Job:
+    def pool_job(self, task: str, *overlays: str, network: Mapping[str, Any] | None = None, **options: Any) -> Job:
         """The pre-training of a source task with these options."""
         config = self.workflow(*overlays, **options).parser.get() | {"bundle_root": str(self.root)}
-        return pretraining_job(config, "sources", Source(task, "task", task=task), seed=0)
+        return pretraining_job(config, "sources", Source(task, "task", task=task, network=network), seed=0)
 
 
 SEGMENTATION = {

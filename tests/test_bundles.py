@@ -1,7 +1,5 @@
 """What all bundles promise: files, the same twice, one line for bad input, going on when killed; configs that agree."""
 
-from __future__ import annotations
-
 import json
 import os
 import pydoc
@@ -88,32 +86,6 @@ def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, optio
     for name, table in tables(first).items():
         ours = tables(again)[name].drop(columns="checkpoint", errors="ignore")
         pd.testing.assert_frame_equal(ours, table.drop(columns="checkpoint", errors="ignore"))
-
-
-@pytest.mark.parametrize(
-    ("bundle", "task", "same", "other"),
-    [
-        (
-            SOURCE_SELECTION,
-            "14-T2-ED",
-            [{"target_task": "17-FLAIR-ET"}, {"method": "paper"}, {"sources": ["14-T2-ED"]}, {"pixels": 7}],
-            [{"pool_epochs": 2}, {"lr_scheduler#power": 2.0}],
-        ),
-        (
-            DATASETS,
-            "14-T2-tumour",
-            [{"target_task": "17-T1-load"}, {"decide_by": "leep"}, {"train_per_class": 7}, {"sources": ["a"]}],
-            [{"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}],
-        ),
-    ],
-    ids=name_of,
-)
-def test_the_pool_depends_on_its_own_training_only(bundle, task, same, other, options):
-    def folder(**changed: Any) -> Path:
-        return bundle.pool_job(task, **options | changed).output_dir
-
-    assert {folder(**changed) for changed in same} == {folder()}
-    assert len({folder(), *(folder(**changed) for changed in other)}) == 1 + len(other)
 
 
 @pytest.mark.parametrize("quiet", [{"figures": False}, {"figures": True, "rank": 1}], ids=str)
@@ -213,12 +185,9 @@ def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_
 
 
 def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, in_this_process):
-    whole = {
-        "pairs": [["14-FLAIR-ED", "17-T2-ED"]],
-        "methods": ["vanilla", "zero_shot", "scratch"],
-        "train_slices": [8],
-    }
-    whole |= {"runs": [{"seed": seed, "source_seed": 0} for seed in (0, 1)], "output_dir": options["output_dir"]}
+    runs = [{"seed": seed, "source_seed": 0} for seed in (0, 1)]
+    whole = {"pairs": [["14-FLAIR-ED", "17-T2-ED"]], "methods": ["vanilla", "zero_shot", "scratch"], "runs": runs}
+    whole |= {"train_slices": [8], "output_dir": options["output_dir"]}
     settings = RISK_MAP.settings(**{name: options[name] for name in ("collection", "source_dir")})
     RISK_MAP.run(base="compare", **whole, settings=settings)
     folder, trained = Path(options["output_dir"]), list(in_this_process)
@@ -245,20 +214,20 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
 # As users start it
 
 
+SLOW = [
+    (RISK_MAP, {"collection": "nowhere.json"}, "nowhere.json does not exist"),
+    (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+    (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
+    (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),
+    (DATASETS, {"target_task": "wrong.npz"}, "has no 'train_images'; found the keys images"),
+]
+
+
 @pytest.mark.parametrize(
     ("bundle", "wrong", "said"),
     [
         (RISK_MAP, {"epoch": 1}, "option --epoch is not used by this bundle; did you mean --epochs?"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                (RISK_MAP, {"collection": "nowhere.json"}, "nowhere.json does not exist"),
-                (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
-                (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
-                (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),
-                (DATASETS, {"target_task": "wrong.npz"}, "has no 'train_images'; found the keys images"),
-            ]
-        ),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
     ids=name_of,
 )
@@ -341,53 +310,27 @@ VERB = re.compile(r"\$@(\w+|train#trainer)\.(run|start|check|write|end)\(\)")
 CONFIGS = [path for bundle in ALL for path in sorted(bundle.configs.glob("*.json"))]
 
 
-def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts in a config, with their keys."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            yield from strings(part, name)
-    elif isinstance(value, list):
-        for part in value:
-            yield from strings(part, key)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parts[-3]} {path.stem}")
+def test_a_run_is_of_steps_that_are_one_verb_of_an_object(path):
+    """It begins with whose folder it is, and ends with the report and where the results are."""
+    steps = json.loads(path.read_text()).get("run", [])
+    said = path.name == "inference.json" and steps[-1].startswith("$print(")  # where the results are
+    assert [step for step in steps[: len(steps) - said] if not VERB.fullmatch(step) or len(step) > 120] == []
+    if "$@here.start()" in steps:
+        assert all(step.endswith(".check()") for step in steps[: steps.index("$@here.start()")])
+        assert steps[-1] == "$@here.end()"
+    if path.name in ("train.json", "compare.json", "study.json") or "$@report.write()" in steps:
+        assert set(steps[steps.index("$@report.write()") + 1 :]) <= {"$@here.end()"}
 
 
-def test_every_step_is_one_verb_of_an_object():
-    for path in CONFIGS:
-        steps = json.loads(path.read_text()).get("run", [])
-        said = path.name == "inference.json" and steps[-1].startswith("$print(")  # where the results are
-        for step in steps[: len(steps) - said]:
-            assert VERB.fullmatch(step), f"{path}: {step}"
-        assert all(len(step) <= 120 for step in steps)
-
-
-def test_runs_begin_with_whose_folder_it_is_and_end_with_where_the_results_are():
-    for path in CONFIGS:
-        steps = json.loads(path.read_text()).get("run", [])
-        if "$@here.start()" in steps:
-            before = steps[: steps.index("$@here.start()")]
-            assert all(step.endswith(".check()") for step in before), path
-            assert steps[-1] == "$@here.end()", path
-        if "$@report.write()" in steps:
-            assert set(steps[steps.index("$@report.write()") + 1 :]) <= {"$@here.end()"}, path
-        if path.name in ("train.json", "compare.json", "study.json"):
-            assert "$@report.write()" in steps, path
-
-
-def test_everything_of_ours_that_configs_name_is_there():
-    for bundle in ALL:
-        texts = [item for path in bundle.configs.glob("*.json") for item in strings(json.loads(path.read_text()))]
-        modules = dict(
-            pair[::-1] for _, text in texts for pair in re.findall(r"\$import (medtl_ext[\w.]*) as (\w+)", text)
-        )
-        named = {text for key, text in texts if key == "_target_" and text.startswith("medtl_ext.")}
-        for _, text in texts:
-            if text.startswith("$"):
-                found = re.findall(r"(?<![\w.@])(\w+)\.(\w+)", text)
-                named |= {f"{modules[module]}.{name}" for module, name in found if module in modules}
-        assert len(named) > 5
-        assert not [name for name in named if pydoc.locate(name) is None], bundle
+@pytest.mark.parametrize("bundle", ALL, ids=name_of)
+def test_everything_of_ours_that_configs_name_is_there(bundle):
+    text = "\n".join(path.read_text() for path in bundle.configs.glob("*.json"))
+    named = set(re.findall(r'"_target_": "(medtl_ext\.[\w.]+)"', text))
+    for module, short in set(re.findall(r"\$import (medtl_ext[\w.]*) as (\w+)", text)):
+        named |= {f"{module}.{name}" for name in re.findall(rf"(?<![\w.@/]){short}\.(\w+)", text)}
+    assert len(named) > 5
+    assert not [name for name in named if pydoc.locate(name) is None]
 
 
 @pytest.mark.parametrize("bundle", ALL, ids=name_of)
@@ -434,12 +377,7 @@ def test_blocks_that_several_bundles_hold_are_equal():
         "multi_gpu_train": set(),
         "multi_gpu_evaluate": set(),
     }
-    images = {
-        "image_shape",
-        "score#dataloader#batch_size",
-        "test#dataloader#batch_size",
-        "validate#dataloader#batch_size",
-    }
+    images = {f"{part}#dataloader#batch_size" for part in ("score", "test", "validate")} | {"image_shape"}
     images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
     images |= {f"train#random_transforms#RandFlipd#{key}" for key in ("keys", "spatial_axis")}
     images |= {"train#random_transforms#RandShiftIntensityd#offsets", "train#random_transforms#order"}
@@ -451,15 +389,10 @@ def test_blocks_that_several_bundles_hold_are_equal():
     training = {"network_def#_target_", "loss#_target_", "optimizer#_target_", "optimizer#params", "start_weights"}
     training |= {"epochs", "pool_epochs", "iterations_per_epoch", "batch_size", "val_interval"}
     training |= {"train#handlers#ProgressBar#desc"}
-    of_classification = {"train": images | classes | training}
-    of_classification["inference"] = {
-        "dataloader#batch_size",
-        "dataset_dir",
-        "inferer#_target_",
-        "network_def#_target_",
-    }
-    of_classification["inference"] |= {"imports", "run", "handlers#order", "handlers#ProgressBar#desc"}
-    of_classification["inference"] |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
+    inference = {"dataloader#batch_size", "dataset_dir", "inferer#_target_", "network_def#_target_", "imports", "run"}
+    inference |= {"handlers#order", "handlers#ProgressBar#desc"}
+    inference |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
+    of_classification = {"train": images | classes | training, "inference": inference}
     segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]
     for config, keys in own.items():
         assert differing(config, segmentation) == keys

@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bundle_runs import REPOSITORY, bundle_of_a_stranger, refused, toy_collection
+from bundle_runs import DATASETS, SOURCE_SELECTION, bundle_of_a_stranger, refused, toy_collection
 from monai.networks.nets import BasicUNet, ResNet
 
 from medtl_ext.transfer import ClassificationTask, SegmentationTask, Source
-from medtl_ext.transfer.sources import built, find_sources, pretraining_job
+from medtl_ext.transfer.sources import built, find_sources
 
 UNET = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
 RESNET = {
@@ -219,25 +218,20 @@ def test_a_classification_source_that_does_not_fit_is_refused_in_one_line(weight
 # What a pool is kept for
 
 
-def pool_folder(bundle: str, source: Source, **changed) -> Path:
-    root = REPOSITORY / "bundles" / bundle
-    config = json.loads((root / "configs" / "train.json").read_text()) | {"bundle_root": str(root)} | changed
-    return pretraining_job(config, "pool", source, seed=0).output_dir
-
-
 def test_a_pool_is_trained_again_when_its_collection_or_its_training_change(collection, tmp_path):
     """A network is never taken for one that was trained on other patients, or in another way."""
 
     def folder(path=collection, **changed):
-        return pool_folder("source_selection", Source("s", "task", task="B-T2-ED"), collection=str(path), **changed)
+        return SOURCE_SELECTION.pool_job("B-T2-ED", collection=str(path), **changed).output_dir
 
     before = folder()
     moved = shutil.copytree(Path(collection).parent, tmp_path / "moved") / "collection.json"
     assert folder(moved) == before
-    for changed in ({"pool_epochs": 2}, {"optimizer": {"_target_": "torch.optim.SGD"}}, {"loss": {"_target_": "x"}}):
+    for changed in ({"pool_epochs": 2}, {"optimizer#_target_": "torch.optim.SGD"}, {"lr_scheduler#power": 2.0}):
         assert folder(**changed) != before, changed
+    assert folder(loss={"_target_": "x"}) != before
     for changed in ({"target_task": "A-FLAIR-ED"}, {"method": "paper"}, {"sources": ["x"]}, {"output_dir": "x"}):
-        assert folder(**changed) == before, changed
+        assert folder(**changed, pixels=7) == before, changed
     content = json.loads(moved.read_text())
     content["subjects"][0]["split"] = "test"
     moved.write_text(json.dumps(content))
@@ -249,7 +243,7 @@ def test_a_pool_is_trained_again_when_its_collection_or_its_training_change(coll
 
 def test_a_pool_is_trained_again_when_its_images_change(mnist, tmp_path):
     def folder(where, **changed):
-        return pool_folder("dataset_transferability", Source("s", "task", task=str(where)), **changed)
+        return DATASETS.pool_job(str(where), **changed).output_dir.name
 
     images = tmp_path / "images" / "cat"
     images.mkdir(parents=True)
@@ -260,8 +254,7 @@ def test_a_pool_is_trained_again_when_its_images_change(mnist, tmp_path):
     assert folder(images.parent) != before
     path = mnist()
     before = folder(path)
-    for changed in ({"decide_by": "leep"}, {"train_per_class": 7}, {"grid": {"learning_rate": [1.0]}}):
-        assert folder(path, **changed) == before, changed
-    network = Source("s", "task", task=path, network=RESNET)
-    assert pool_folder("dataset_transferability", network) != before
-    assert pool_folder("dataset_transferability", replace(network, network=None)) == before
+    same = [{"decide_by": "leep"}, {"train_per_class": 7}, {"grid": {"learning_rate": [1.0]}}, {"target_task": "x"}]
+    assert {folder(path, **changed) for changed in (*same, {"sources": ["a"]})} == {before}
+    other = [{"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}, {"network": RESNET}]
+    assert len({before, *(folder(path, **changed) for changed in other)}) == 5

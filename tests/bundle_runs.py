@@ -86,6 +86,7 @@ class Bundle:
         return pretraining_job(config, "sources", Source(task, "task", task=task, network=network), seed=0)
 
 
+ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]
 SEGMENTATION = {
     "spacing": [6.0, 6.0, 8.0],
     "roi_size": [32, 32],

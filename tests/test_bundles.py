@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from bundle_runs import (
+    ALL,
     DATASETS,
-    REPOSITORY,
     RISK_MAP,
     SOURCE_SELECTION,
     Bundle,
@@ -33,7 +33,6 @@ from medtl_ext.transfer.truth import best_of
 
 RANKERS = [SOURCE_SELECTION, DATASETS]
 RUN_HERE = [RISK_MAP, *RANKERS]
-ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 

@@ -1,7 +1,5 @@
 """Scores by name: one pass of a source gives all of them, for everybody and for any resample of the patients."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,6 +1,7 @@
 """Which source should I transfer from? One pass of each over the target, a ranking with intervals, and a verdict."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 from monai.engines import SupervisedEvaluator
+from tqdm import tqdm
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices, require_number
@@ -22,6 +24,8 @@ from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_
 from medtl_ext.visualize import plot_ranking, save_figure
 
 __all__ = ["RankSources"]
+
+logger = logging.getLogger(__name__)
 
 SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
 
@@ -98,17 +102,22 @@ class RankSources:
     @cached_property
     def seen(self) -> dict[str, Observation]:
         """What each source makes of the target; those that turn out not to fit are left out of the pool."""
-        seen, left_out = observe(
-            [source for source in self.pool.values() if source.left_out is None],
-            evaluator=self.evaluator,
-            network_def=self.here.config["network_def"],
-            image_shape=self.image_shape,
-            per_pixel=self.target.per_pixel,
-            with_fu=bool({"fu", "lp_fu"} & {*self.metrics, self.decide_by}),
-            progress=self.here.progress,
-        )
-        for name, reason in left_out.items():
-            self.pool[name] = replace(self.pool[name], left_out=reason)
+        seen, with_fu = {}, bool({"fu", "lp_fu"} & {*self.metrics, self.decide_by})
+        how = {"image_shape": self.image_shape, "per_pixel": self.target.per_pixel}
+        ready = [source for source in self.pool.values() if source.left_out is None]
+        for source in tqdm(ready, "scoring", unit="source", disable=None if self.here.progress else True):
+            try:
+                network = source.build(self.here.config["network_def"], **how)
+            except InputError as error:
+                if source.kind != "bundle":
+                    raise
+                reason = str(error).removeprefix(f"source {source.name}: ")
+                logger.warning("source %s is left out: %s", source.name, reason)
+                self.pool[source.name] = replace(source, left_out=reason)
+            else:
+                seen[source.name] = observe(source, network, self.evaluator, with_fu=with_fu)
+        if not seen:
+            raise InputError("no source's network takes the target's images; see the warnings above.")
         return seen
 
     @property
@@ -137,14 +146,9 @@ class RankSources:
     def facts(self, source: Source) -> dict[str, Any]:
         """What is known of a source before its network is looked at."""
         own = np.nan if source.job is None else self.target.own(source.job)
-        return {
-            "source": source.name,
-            "kind": source.kind,
-            self.target.own_task: source.task,
-            self.target.own_size: source.size,
-            self.target.own_outcome: own,
-            "checkpoint": source.checkpoint,
-        }
+        known = {"source": source.name, "kind": source.kind, self.target.own_task: source.task}
+        known |= {self.target.own_size: source.size, self.target.own_outcome: own}
+        return known | {"checkpoint": source.checkpoint}
 
     # The ranking
 
@@ -155,12 +159,9 @@ class RankSources:
         options |= {"metric": score.label, "synthetic": self.target.synthetic}
         own = table[self.target.own_outcome].astype(float).dropna().to_dict()
         sizes = table[self.target.own_size].astype(float)
-        options["baselines"] = baseline_rankings(
-            list(names),
-            sizes=None if sizes.isna().all() else sizes.to_dict(),
-            other_targets={"its own task": own} if own else None,
-            seed=self.here.seed,
-        )
+        known = {"sizes": None if sizes.isna().all() else sizes.to_dict()}
+        known["other_targets"] = {"its own task": own} if own else None
+        options["baselines"] = baseline_rankings(list(names), seed=self.here.seed, **known)
         seen, how = {name: self.seen[name] for name in names}, {"cross_domain": self.cross_domain}
         scores = resampled_scores(self.decide_by, seen, seed=self.here.seed, **how)
         if score.resamples == 0:
@@ -190,6 +191,8 @@ class RankSources:
         answer = " ".join(filter(None, sentences))
         command = None if winner in (None, "scratch") else self.command(self.pool[winner])
         table, folder = self.ranking_table(table, ranking), self.here.folder
+        if self.here.figures:
+            self._draw(ranking)
         write_csv(folder / "ranking.csv", table)
         verdict = {key: getattr(ranking, key) for key in ("recommendation", "tied", "default", "patients", "resamples")}
         content = {"target": self.target.name, "decided_by": self.decide_by} | verdict
@@ -198,20 +201,14 @@ class RankSources:
         write_json(folder / "ranking.json", content)
         hint = f"\n\nTo use it:\n{command}" if command else ""
         write_text(folder / "answer.txt", answer + hint)
-        if self.here.figures:
-            self._draw(ranking)
         print(answer + hint.replace("\n\n", "\n"))
         return ranking
 
     def _draw(self, ranking: SourceRanking) -> None:
-        figure = plot_ranking(
-            ranking.table,
-            tied=ranking.tied if ranking.resamples else (),
-            recommended=ranking.recommendation,
-            metric=SCORES[self.decide_by].label,
-            title=f"Which source to transfer from, for {self.target.name}",
-            synthetic=self.target.synthetic,
-        )
+        said = {"metric": SCORES[self.decide_by].label, "synthetic": self.target.synthetic}
+        said |= {"title": f"Which source to transfer from, for {self.target.name}"}
+        tied = ranking.tied if ranking.resamples else ()
+        figure = plot_ranking(ranking.table, tied=tied, recommended=ranking.recommendation, **said)
         save_figure(figure, self.here.folder / "ranking.png")
 
     def remarks(self, ranking: SourceRanking) -> list[str]:

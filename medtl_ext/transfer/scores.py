@@ -6,7 +6,6 @@ patients come from the same code.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from tqdm import tqdm
 
 from medtl_ext import metrics
 from medtl_ext._io import atomic_path
@@ -35,8 +33,6 @@ from medtl_ext.ranking import mean_auc
 from medtl_ext.transfer.sources import Source
 
 __all__ = ["SCORES", "KeepPixels", "Maps", "Observation", "Predictions", "Score", "observe", "resampled_scores"]
-
-logger = logging.getLogger(__name__)
 
 PIXELS_FILE = "pixels.npz"
 # Enough for the ten samples of 10,000 that OTCE draws to differ.
@@ -150,47 +146,24 @@ class Score:
 
 
 def observe(
-    sources: Sequence[Source],
-    *,
-    evaluator: SupervisedEvaluator,
-    network_def: Mapping[str, Any],
-    image_shape: Sequence[int],
-    per_pixel: bool,
-    with_fu: bool = False,
-    progress: bool = True,
-) -> tuple[dict[str, Observation], dict[str, str]]:
-    """Pass every source over the target's training images, once, with the evaluator.
+    source: Source, network: nn.Module, evaluator: SupervisedEvaluator, *, with_fu: bool = False
+) -> Observation:
+    """Pass a source over the target's training images, once, with the evaluator.
 
     Args:
-        sources: with checkpoints.
+        source: whose training may have left pixels of its own data.
+        network: of `Source.build`.
         evaluator: with the metrics ``samples`` and ``predictions``; its network is replaced.
-        network_def, image_shape, per_pixel: see `Source.build`.
-        with_fu: run each network backwards too, for FU.
-        progress: show a progress bar on a terminal.
-
-    Returns:
-        Source -> what it makes of the target; and, of bundles whose network does not take the target's images, source
-        -> why not.
+        with_fu: run the network backwards too, for FU.
 
     Raises:
-        InputError: another source does not fit its weights or the images; no source is left.
+        InputError: FU finds no two convolutions in the network.
     """
-    seen, left_out = {}, {}
-    for source in tqdm(sources, "scoring", unit="source", disable=None if progress else True):
-        try:
-            network = source.build(network_def, image_shape=image_shape, per_pixel=per_pixel)
-        except InputError as error:
-            if source.kind != "bundle":
-                raise
-            left_out[source.name] = str(error).removeprefix(f"source {source.name}: ")
-            logger.warning("source %s is left out: %s", source.name, left_out[source.name])
-            continue
-        found = _run(evaluator, network, source if with_fu else None)
-        pixels = _source_pixels(source)
-        seen[source.name] = Observation(found["samples"], found["predictions"], found.get("fu", float("nan")), pixels)
-    if not seen:
-        raise InputError("no source's network takes the target's images; see the warnings above.")
-    return seen, left_out
+    found, pixels = _run(evaluator, network, source if with_fu else None), None
+    if source.job is not None and (file := source.job.output_dir / PIXELS_FILE).is_file():
+        with np.load(file) as content:
+            pixels = torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
+    return Observation(found["samples"], found["predictions"], found.get("fu", float("nan")), pixels)
 
 
 def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | None = None) -> dict[str, Any]:
@@ -213,13 +186,6 @@ def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | No
             if update is not None:
                 update.detach(evaluator)
     return {name: float(value) if name == "fu" else value for name, value in evaluator.state.metrics.items()}
-
-
-def _source_pixels(source: Source) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if source.job is None or not (file := source.job.output_dir / PIXELS_FILE).is_file():
-        return None
-    with np.load(file) as content:
-        return torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
 
 
 @dataclass(kw_only=True, eq=False)

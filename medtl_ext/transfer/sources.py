@@ -106,7 +106,9 @@ class Source:
 
     def _with_weights(self, network_def: Mapping[str, Any], image_shape: Sequence[int]) -> nn.Module:
         in_channels, dims = image_shape[0], len(image_shape) - 1
-        definition = filled(self.network or network_def, n_classes=self.n_classes, in_channels=in_channels)
+        known = {"@n_classes": self.n_classes, "@in_channels": in_channels}
+        given = dict(self.network or network_def)
+        definition = {key: known.get(value, value) if isinstance(value, str) else value for key, value in given.items()}
         declared = definition.get("spatial_dims", definition.get("dimensions", dims))
         if declared != dims:
             raise InputError(f"its network is {declared}D, the target's images are {dims}D")
@@ -121,12 +123,6 @@ class Source:
         network = built(definition)
         load_weights(network, self.checkpoint, min_share=1.0)
         return network
-
-
-def filled(definition: Mapping[str, Any], *, n_classes: int, in_channels: int) -> dict[str, Any]:
-    """The definition with the two references that belong to it filled in."""
-    known = {"@n_classes": n_classes, "@in_channels": in_channels}
-    return {key: known.get(value, value) if isinstance(value, str) else value for key, value in definition.items()}
 
 
 def find_sources(

@@ -15,7 +15,7 @@ import torch
 from bundle_runs import refused
 from matplotlib.figure import Figure
 
-from medtl_ext.transfer import html_report
+from medtl_ext.transfer import Report
 from medtl_ext.visualize import save_figure
 
 EVIL = "<script>alert('\"&')</script>"
@@ -23,8 +23,9 @@ EVIL = "<script>alert('\"&')</script>"
 
 def page_of(folder: Path, **changed) -> ElementTree.Element:
     """The page as its elements, of which every one has to be closed in order."""
-    settings = {"title": "A title", "question": "A question?", "synthetic": False} | changed
-    text = html_report(folder, **settings).read_text(encoding="utf-8").replace("<details open>", "<details open=''>")
+    here = SimpleNamespace(folder=folder, figures=True, leads=True)
+    Report(**{"here": here, "title": "A title", "question": "A question?", "synthetic": False} | changed).write()
+    text = (folder / "report.html").read_text(encoding="utf-8").replace("<details open>", "<details open=''>")
     return ElementTree.fromstring(re.sub(r"<((?:meta|img|br)\b[^>]*)>", r"<\1/>", text))
 
 

@@ -12,7 +12,7 @@ from medtl_ext.transfer.arms import TransferAudit
 from medtl_ext.transfer.config import bundle_root, start
 from medtl_ext.transfer.evaluate import DataCheck, ScoreImages, ScorePatients, StoppedTraining
 from medtl_ext.transfer.jobs import Arm, Job, Run
-from medtl_ext.transfer.page import Report, html_report
+from medtl_ext.transfer.page import Report
 from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
@@ -44,7 +44,6 @@ __all__ = [
     "audit_report",
     "bundle_root",
     "compare_report",
-    "html_report",
     "images_to_classify",
     "images_to_segment",
     "markdown_table",

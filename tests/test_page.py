@@ -19,11 +19,13 @@ from medtl_ext.transfer import Report
 from medtl_ext.visualize import save_figure
 
 EVIL = "<script>alert('\"&')</script>"
+CONFIG = {"epochs": 3, "task": "17-T2-ED", "roi": [8, 8], "off": None, "same": "@epochs", "run": ["x"]}
+CONFIG |= {"built": "$1 + 1", "network": {"_target_": "UNet"}, "list": ["$x"]}
 
 
 def page_of(folder: Path, **changed) -> ElementTree.Element:
     """The page as its elements, of which every one has to be closed in order."""
-    here = SimpleNamespace(folder=folder, figures=True, leads=True)
+    here = SimpleNamespace(folder=folder, figures=True, leads=True, config=CONFIG)
     Report(**{"here": here, "title": "A title", "question": "A question?", "synthetic": False} | changed).write()
     text = (folder / "report.html").read_text(encoding="utf-8").replace("<details open>", "<details open=''>")
     return ElementTree.fromstring(re.sub(r"<((?:meta|img|br)\b[^>]*)>", r"<\1/>", text))
@@ -51,9 +53,7 @@ def finished(tmp_path) -> Path:
     figure.subplots().plot([0, 1])
     save_figure(figure, tmp_path / "ranking.png")
     (tmp_path / "scores.csv").write_text("source,rank,score\na,1,0.12345\nb,,0.5\n")
-    config = {"epochs": 3, "task": "17-T2-ED", "roi": [8, 8], "off": None, "same": "@epochs", "run": ["x"]}
-    config |= {"built": "$1 + 1", "network": {"_target_": "UNet"}, "list": ["$x"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path
 
 
@@ -182,13 +182,13 @@ def test_what_was_typed_is_shown_as_a_shell_takes_it(finished, monkeypatch):
     assert "\"['a b.json', 'c.json']\"" in command
 
 
-def test_everything_is_escaped(finished):
+def test_everything_is_escaped(finished, monkeypatch):
     (finished / "answer.txt").write_text(f"Use {EVIL}.\n\npython -m {EVIL}")
     (finished / "audit.json").write_text(json.dumps({"text": EVIL}))
     (finished / "study.md").write_text(f"# x\n\n- {EVIL}\n\n## **{EVIL}**\n\n| {EVIL} |\n|---|\n| **{EVIL}** |\n")
-    (finished / "config.json").write_text(json.dumps({"collection": EVIL, EVIL: 1}))
     pd.DataFrame({EVIL: [EVIL]}).to_csv(finished / "scores.csv", index=False)
     (finished / "ranking.png").rename(finished / "a\" onerror='x'.png")
+    monkeypatch.setitem(CONFIG, EVIL, EVIL)
     page = page_of(finished, title=EVIL, question=EVIL)
     assert not list(page.iter("script"))
     assert all(set(image.attrib) == {"src", "alt"} for image in page.iter("img"))

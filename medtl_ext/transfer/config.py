@@ -146,10 +146,15 @@ def _is_expression(value: Any) -> bool:
     return isinstance(value, str) and value[:1] in ("$", "@", "%")
 
 
+def on_command_line() -> bool:
+    """Whether the program is ``python -m monai.bundle``."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    return program is not None and program.name == "monai.bundle.__main__"
+
+
 def _show_input_errors_as_one_line() -> None:
     """On the command line, print an `InputError` without the traceback of the config machinery around it."""
-    program = getattr(sys.modules["__main__"], "__spec__", None)
-    if program is None or program.name != "monai.bundle.__main__":
+    if not on_command_line():
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:

@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from markdown_it import MarkdownIt
 from medtl_ext import __version__
 from medtl_ext._io import write_text
 from medtl_ext._validation import InputError
-from medtl_ext.transfer.config import current_config
+from medtl_ext.transfer.config import on_command_line
 from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word
 
 __all__ = ["Report"]
@@ -55,7 +56,7 @@ class Report:
 
     >>> import tempfile
     >>> from types import SimpleNamespace
-    >>> here = SimpleNamespace(folder=Path(tempfile.mkdtemp()), figures=True, leads=True)
+    >>> here = SimpleNamespace(folder=Path(tempfile.mkdtemp()), config={}, figures=True, leads=True)
     >>> _ = (here.folder / "answer.txt").write_text("Use <14-T2-ED>.")
     >>> Report(here=here, title="Source selection", question="Which source?", synthetic=True).write()
     >>> "Use &lt;14-T2-ED&gt;." in (here.folder / "report.html").read_text()
@@ -93,7 +94,7 @@ class Report:
             figures=[(path.name, _caption(path), image) for path, image in images.items()],
             tables=tables,
             command=_command(folder),
-            options=_options(folder),
+            options=_options(self.here.config),
             versions=f"medtl {__version__}, monai {monai.__version__}, torch {torch.__version__}, "
             f"Python {platform.python_version()}",
             files=sorted(
@@ -177,13 +178,8 @@ def _caption(path: Path) -> str:
     return CAPTIONS.get(path.stem, path.stem.replace("_", " ").capitalize())
 
 
-def _options(folder: Path) -> list[tuple[str, str]]:
-    """Options and their plain values, of the config that the run left or, if it left none, that is being evaluated."""
-    record = folder / "config.json"
-    try:
-        config = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else current_config()
-    except InputError:  # called by hand
-        return []
+def _options(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Options and their plain values."""
     steps = ("imports", "initialize", "run", "finalize")
     values = {name: value for name, value in config.items() if value is not None and name not in steps}
     texts = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in values.items()]
@@ -195,7 +191,4 @@ def _command(folder: Path) -> str | None:
     record = (folder / "config.json").resolve()
     if record.is_file():
         return run_command([record], {"output_dir": "again"})
-    program = getattr(sys.modules["__main__"], "__spec__", None)
-    if program is None or program.name != "monai.bundle.__main__":
-        return None
-    return " ".join(["python -m monai.bundle", *map(shell_word, sys.argv[1:])])
+    return " ".join(["python -m monai.bundle", *map(shell_word, sys.argv[1:])]) if on_command_line() else None

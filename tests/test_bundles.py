@@ -72,6 +72,33 @@ def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
     assert page.count("<img ") == len(list(folder.glob("*.png")))
 
 
+@pytest.mark.parametrize(
+    ("bundle", "known", "counted", "said"),
+    [
+        (
+            SOURCE_SELECTION,
+            ["ssim", "roi_dice", "roi_shape", "own_dice", "size"],
+            {"patients": 4},
+            "no score can judge",
+        ),
+        (DATASETS, ["own_auc", "images"], {"units": 4, "patients_known": True}, "The paper's LP x FU would pick"),
+    ],
+    ids=name_of,
+)
+def test_a_ranking_has_every_score_of_every_source(bundle, known, counted, said, whole_run):
+    folder, sources, train = whole_run(bundle), bundle.tiny["sources"], bundle.content("train")
+    table, content = ranking_of(folder), read_json(folder / "ranking.json")
+    assert set(table.index) == {*sources, "scratch"}
+    assert np.isfinite(table.loc[sources, train["metrics"] + known].to_numpy(float)).all()
+    assert table["score"].iloc[:-1].is_monotonic_decreasing
+    assert table.loc["scratch", "status"] == "no score"
+    assert {"random_rank", "source_size_rank", "static_rank", "rank_low", "p_best"} <= set(table.columns)
+    assert content.items() >= (counted | {"decided_by": train["decide_by"] or "h_score", "synthetic": True}).items()
+    assert said in content["answer"]
+    assert (folder / "answer.txt").read_text().startswith(content["answer"])
+    assert content["default"] is None or content["default"] in content["command"]
+
+
 @pytest.mark.parametrize("bundle", RUN_HERE, ids=name_of)
 def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, options, in_this_process):
     first, again = whole_run(bundle), Path(options["output_dir"])
@@ -365,33 +392,28 @@ def test_the_default_pool_and_study_are_wide_enough(bundle):
 
 def test_blocks_that_several_bundles_hold_are_equal():
     """But for what is listed here, key by key; what only the bundle of classification has otherwise is so elsewhere."""
-    what_is_asked = {"target_task", "source_task", "sources", "method", "output_dir", "report#title", "report#question"}
-    how_it_trains = {"learning_rate", "augment", "train_slices", "check#splits", "train#handlers#order"}
+    asked = {"target_task", "source_task", "sources", "method", "output_dir", "report#title", "report#question"}
+    steps = {"imports", "run", "learning_rate", "augment", "train_slices", "check#splits", "train#handlers#order"}
     weights_of_the_loss = {"train#trainer#_target_", "train#trainer#train_handlers", "loss_def#normalization"}
     weights_of_the_loss |= {"validate#postprocessing#transforms#order"}  # a shift of the logits goes before all else
-    own = {
-        "train": what_is_asked | how_it_trains | weights_of_the_loss | {"imports", "run"},
-        "mlflow": {"mlflow#_desc_", "mlflow#experiment", "+validate#handlers#MLFlowHandler#epoch_log"},
-        "inference": {"task"},
-        "multi_gpu_train": set(),
-        "multi_gpu_evaluate": set(),
-    }
-    images = {f"{part}#dataloader#batch_size" for part in ("score", "test", "validate")} | {"image_shape"}
-    images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
+    own = {"multi_gpu_train": set(), "multi_gpu_evaluate": set(), "inference": {"task"}}
+    own["mlflow"] = {"mlflow#_desc_", "mlflow#experiment", "+validate#handlers#MLFlowHandler#epoch_log"}
+    own["train"] = asked | steps | weights_of_the_loss
+    affine = ("keys", "mode", "padding_mode", "rotate_range", "scale_range", "translate_range")
+    images = {f"train#random_transforms#RandAffined#{key}" for key in affine} | {"image_shape"}
     images |= {f"train#random_transforms#RandFlipd#{key}" for key in ("keys", "spatial_axis")}
+    images |= {f"{part}#dataloader#batch_size" for part in ("score", "test", "validate")}
     images |= {"train#random_transforms#RandShiftIntensityd#offsets", "train#random_transforms#order"}
-    ranges = ("rotate_range", "scale_range", "translate_range")
-    images |= {f"train#random_transforms#RandAffined#{key}" for key in ("keys", "mode", "padding_mode", *ranges)}
+    images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
     images |= {"train#deterministic_transforms#order", "validate#postprocessing#transforms#AsDiscreted#keys"}
-    classes = {"target#_target_", "evaluation#_target_", "evaluation#splits", "ranking#_target_", "ranking#check_data"}
-    classes |= {"metrics", "decide_by", "score#evaluator#amp"}  # FU needs gradients in full
-    training = {"network_def#_target_", "loss#_target_", "optimizer#_target_", "optimizer#params", "start_weights"}
-    training |= {"epochs", "pool_epochs", "iterations_per_epoch", "batch_size", "val_interval"}
-    training |= {"train#handlers#ProgressBar#desc"}
+    classes = {f"{part}#_target_" for part in ("target", "evaluation", "ranking", "network_def", "loss", "optimizer")}
+    classes |= {"evaluation#splits", "ranking#check_data", "metrics", "decide_by", "train#handlers#ProgressBar#desc"}
+    classes |= {"score#evaluator#amp"}  # FU needs gradients in full
+    classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
     inference = {"dataloader#batch_size", "dataset_dir", "inferer#_target_", "network_def#_target_", "imports", "run"}
     inference |= {"handlers#order", "handlers#ProgressBar#desc"}
     inference |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
-    of_classification = {"train": images | classes | training, "inference": inference}
+    of_classification = {"train": images | classes | {"val_interval"}, "inference": inference}
     segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]
     for config, keys in own.items():
         assert differing(config, segmentation) == keys

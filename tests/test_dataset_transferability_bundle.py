@@ -20,19 +20,6 @@ def content_of(folder: Path | str) -> dict:
     return read_json(Path(folder) / "ranking.json")
 
 
-def test_the_whole_run_scores_every_source(whole_run):
-    folder = whole_run(DATASETS)
-    table, metrics = ranking_of(folder), DATASETS.content("train")["metrics"]
-    assert set(table.index) == {*SOURCES, "scratch"}
-    assert len(metrics) == 11
-    assert np.isfinite(table.loc[SOURCES, metrics].to_numpy(float)).all()
-    assert table.loc["scratch", "status"] == "no score"
-    assert {"random_rank", "source_size_rank", "static_rank", "rank_low", "p_best"} <= set(table.columns)
-    content = content_of(folder)
-    assert (content["units"], content["patients_known"], content["synthetic"]) == (4, True, True)
-    assert "The paper's LP x FU would pick" in content["answer"]
-
-
 def test_the_next_command_is_one_that_the_bundle_takes(options, whole_run, tmp_path):
     config, given = next_command(whole_run(DATASETS))
     assert "finetune.json" in config

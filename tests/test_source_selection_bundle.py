@@ -19,23 +19,6 @@ run = SOURCE_SELECTION.run
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
 
-def test_the_whole_run_scores_every_source(whole_run):
-    folder = whole_run(SOURCE_SELECTION)
-    table, metrics = ranking_of(folder), SOURCE_SELECTION.content("train")["metrics"]
-    assert set(table.index) == {*SOURCES, "scratch"}
-    assert np.isfinite(table.loc[SOURCES, metrics].to_numpy(float)).all()
-    assert table.loc[SOURCES, ["ssim", "roi_dice", "roi_shape", "own_dice", "size"]].notna().all(axis=None)
-    assert table.loc["scratch", "status"] == "no score"
-    assert table["score"].iloc[:-1].is_monotonic_decreasing
-    assert {"random_rank", "source_size_rank", "static_rank", "rank_low", "p_best"} <= set(table.columns)
-    content = read_json(folder / "ranking.json")
-    assert content["patients"] == 4
-    assert content["decided_by"] == "h_score"
-    assert "no score can judge" in content["answer"]
-    assert (folder / "answer.txt").read_text().startswith(content["answer"])
-    assert content["default"] in content["command"]
-
-
 def test_the_command_for_risk_map_is_one_that_risk_map_takes(whole_run):
     _, given = next_command(whole_run(SOURCE_SELECTION))
     workflow = RISK_MAP.workflow(**given | {"network_def#features": FEATURES})

@@ -180,7 +180,7 @@ def test_a_training_without_a_validation_is_refused(epochs, interval, shown, wri
 
 
 @pytest.mark.parametrize(
-    "part", ["loss", "loss_def", "region_loss", "leep", "optimizer", "lr_scheduler", "early_stopping"]
+    "part", ["network_def", "loss", "loss_def", "region_loss", "leep", "optimizer", "lr_scheduler", "early_stopping"]
 )
 def test_any_part_of_the_training_decides(part, write):
     config = write(**{part: {"base": {"_target_": "torch.nn.CrossEntropyLoss"}, "to": "$1 + 1"}})

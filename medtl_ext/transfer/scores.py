@@ -4,14 +4,12 @@ A score is a function of how often each target patient counts, so that a table (
 patients come from the same code.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import ignite.distributed as idist
 import numpy as np
@@ -54,7 +52,7 @@ class Maps(NamedTuple):
     groups: torch.Tensor
     names: tuple[Hashable, ...]
 
-    def resampled(self, counts: Sequence[int]) -> Maps:
+    def resampled(self, counts: Sequence[int]) -> Self:
         """The images with every patient as often as ``counts`` says."""
         times = torch.as_tensor(np.asarray(counts))
         rows = torch.arange(len(self.labels)).repeat_interleave(times[self.groups])

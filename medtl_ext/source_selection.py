@@ -3,11 +3,9 @@
 What is known of a source before its network is looked at: its tags, its size, how alike the regions of interest are.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,14 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, Spacingd
+from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, ResizeWithPadOrCropd, Spacingd
 from scipy import stats
 
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, require_choice, require_number
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.ranking import SourceRanking, audit_verdict
-from medtl_ext.transfer import SCORES, Arm, Job, RankSources, SegmentationTask, Source, Study, run_command
+from medtl_ext.transfer import SCORES, Job, RankSources, SegmentationTask, Source, Study
 from medtl_ext.transfer.arms import finetuning_job
+from medtl_ext.transfer.jobs import run_command
 from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import Key
 from medtl_ext.transfer.truth import TOP
@@ -51,11 +50,11 @@ def region_labels(task: SegmentationTask, *, spacing: Sequence[float], roi_size:
             Orientationd(keys="label", axcodes="RAS", labels=None),
             Spacingd(keys="label", pixdim=spacing, mode="nearest"),
             SelectLabelsd(keys="label", values=task.label_values),
+            ResizeWithPadOrCropd(keys="label", spatial_size=[*roi_size, -1][:3]),
         ]
     )
-    pad = ResizeWithPadOrCrop(spatial_size=[*roi_size, -1][:3])
-    labels = [prepare({"label": item["label"]})["label"] for item in task.datalist("train")]
-    return [torch.as_tensor(pad(label))[0] > 0 for label in labels]
+    labels = (prepare({"label": item["label"]})["label"] for item in task.datalist("train"))
+    return [torch.as_tensor(label)[0] > 0 for label in labels]
 
 
 def roi_similarity(
@@ -101,19 +100,16 @@ def filter_by_priors(
     Raises:
         InputError: ``top_k`` would keep nothing.
     """
-    require_top_k(top_k)
-    kept = pd.Series(True, table.index)
-    reasons: dict[str, list[str]] = {source: [] for source in table.index}
-    wrong = table["same_modality"].eq(False)
-    if wrong.all():
-        _not_applied("no source has the target's modality", reasons.values())
-    else:
-        for source, modality in table["modality"].items():
-            said = f"modality {modality}: {'dropped' if wrong[source] else 'same'}"
-            reasons[source].append(said if isinstance(modality, str) else "modality not known")
-        kept[wrong] = False
-    left = table.index[kept]
-    known = table.loc[left, "ssim"].astype(float).dropna().sort_values(ascending=False, kind="stable")
+    if top_k is not None:
+        require_number("top_k", top_k, 1, whole=True)
+    ssim, left = table["ssim"].astype(float), ~table["same_modality"].eq(False)
+    notes = [
+        f"modality {modality}: {'same' if same else 'dropped'}" if isinstance(modality, str) else "modality not known"
+        for modality, same in zip(table["modality"], left, strict=True)
+    ]
+    if not left.any():
+        notes, left = [_not_applied("no source has the target's modality")] * len(table), ~left
+    known = ssim[left].dropna().sort_values(ascending=False, kind="stable")
     good, rules = known, []
     if minimum_ssim is not None:
         good = good[good >= minimum_ssim]
@@ -122,29 +118,24 @@ def filter_by_priors(
         count = top_k if top_k is not None else (len(known) + 1) // 2
         rules.append(f"the best {count} of {len(good)}")
         good = good[good.round(9) >= good.round(9).iloc[min(count, len(good)) - 1]] if len(good) else good
-    rule = ", of these ".join(rules)
-    if len(known) and not len(good) and len(known) == len(left):
-        _not_applied(f"no source has a label SSIM of {rule}", [reasons[source] for source in left])
-    else:
-        for source in left.difference(known.index, sort=False):
-            reasons[source].append("label SSIM not known")
-        for source, ssim in known.items():
-            kept[source] = source in good.index
-            reasons[source].append(f"label SSIM {ssim:.3f}: {'kept' if kept[source] else 'dropped'} (keeps {rule})")
-    return pd.DataFrame({"kept": kept, "reason": ["; ".join(reasons[source]) for source in table.index]})
+    rule, missing = ", of these ".join(rules), "label SSIM not known"
+    alike = {
+        source: f"label SSIM {value:.3f}: {'kept' if source in good else 'dropped'} (keeps {rule})"
+        for source, value in known.items()
+    }
+    if 0 < len(known) == left.sum() and not len(good):
+        good, alike, missing = known, {}, _not_applied(f"no source has a label SSIM of {rule}")
+    reasons = [
+        f"{note}; {alike.get(source, missing)}" if left[source] else note
+        for source, note in zip(table.index, notes, strict=True)
+    ]
+    return pd.DataFrame({"kept": left & (ssim.isna() | table.index.isin(good.index)), "reason": reasons})
 
 
-def require_top_k(top_k: int | None) -> None:
-    """Refuse to keep fewer than one source."""
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InputError(f"top_k is {top_k!r}; give a whole number of at least 1, or null for the better half.")
-
-
-def _not_applied(why: str, reasons: Iterable[list[str]]) -> None:
+def _not_applied(why: str) -> str:
     warnings.warn(f"{why}: this filter would leave nothing, so it is not applied.", UserWarning, stacklevel=3)
     logger.warning("%s: this filter would leave nothing, so it is not applied", why)
-    for notes in reasons:
-        notes.append(f"filter not applied ({why})")
+    return f"filter not applied ({why})"
 
 
 def groups_by_priors(ready: pd.DataFrame, *, minimum_ssim: float | None, top_k: int | None) -> dict[str, pd.Index]:
@@ -182,6 +173,7 @@ class SelectSource(RankSources):
 
     def __post_init__(self) -> None:
         self.decide_by = self.decide_by or METHODS[require_choice("method", self.method, METHODS)]
+        self._similar: dict[Any, dict[str, float]] = {}
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -189,7 +181,8 @@ class SelectSource(RankSources):
 
     def check(self) -> None:
         super().check()
-        require_top_k(self.top_k)
+        if self.top_k is not None:
+            require_number("top_k", self.top_k, 1, whole=True)
         split = self.here.config["val_split"]
         if self.settle and split != "val":
             raise InputError(
@@ -198,19 +191,12 @@ class SelectSource(RankSources):
             )
 
     def facts(self, source: Source) -> dict[str, Any]:
-        found = super().facts(source) | {"network": source.network, "n_classes": source.n_classes}
-        found["encoder"] = source.encoder
+        found = super().facts(source) | {key: getattr(source, key) for key in ("network", "n_classes", "encoder")}
         for tag in self.target.tags:
             found[tag] = source.tags.get(tag)
             found[f"same_{tag}"] = None if found[tag] is None else found[tag] == getattr(self.target, tag)
-        similar = dict.fromkeys(SIMILARITIES, np.nan)
-        if source.task is not None and source.left_out is None:
-            similar = self._similarity(source.task)
-        return found | similar
-
-    @cached_property
-    def _regions(self) -> dict[Any, dict[str, float]]:
-        return {}
+        known = source.task is not None and source.left_out is None
+        return found | (self._similarity(source.task) if known else dict.fromkeys(SIMILARITIES, np.nan))
 
     @cached_property
     def _own_regions(self) -> list[torch.Tensor]:
@@ -220,11 +206,11 @@ class SelectSource(RankSources):
         """Tasks of several modalities may have the same label files, though not need to."""
         source = self.target.other(task, collection=source_collection(self.here.config))
         key = (tuple(item["label"] for item in source.datalist("train")), str(source.label_values))
-        if key not in self._regions:
+        if key not in self._similar:
             labels = region_labels(source, spacing=self.spacing, roi_size=self.roi_size)
             spacing = self.spacing[: labels[0].ndim]
-            self._regions[key] = roi_similarity(labels, self._own_regions, spacing=spacing)
-        return self._regions[key]
+            self._similar[key] = roi_similarity(labels, self._own_regions, spacing=spacing)
+        return self._similar[key]
 
     @cached_property
     def priors(self) -> pd.DataFrame:
@@ -250,11 +236,9 @@ class SelectSource(RankSources):
         said = []
         if self.method == "paper":
             first, other = ranking.default, self.rank(self.ranked).default
+            text = f"the first choice {'is the same,' if first == other else 'would be'} {other}"
             if other is None:
                 text = f"there would be no best guess{' either' if first is None else ''}"
-            else:
-                text = f"the first choice {'is the same' if first == other else 'would be'}"
-                text += f", {other}" if first == other else f" {other}"
             said.append(f"Without prior knowledge {text}.")
         said.append(
             "Training from scratch is a candidate that no score can judge: finish both runs and compare validation "
@@ -270,7 +254,7 @@ class SelectSource(RankSources):
         names = ranking.tied or tuple(self.candidates())
         jobs = {name: finetuning_job(self.here, folder / name, self.pool[name]) for name in names}
         jobs["scratch"] = finetuning_job(self.here, folder / "scratch", None)
-        self.here.train_arms([Arm(name, (job,)) for name, job in jobs.items()], "fine-tuning what is tied")
+        self.here.train(list(jobs.values()), "fine-tuning what is tied")
         dice = {name: self.target.patients(job, "val") for name, job in jobs.items()}
         verdict = audit_verdict(dice, synthetic=self.target.synthetic)
         means = {name: float(np.mean(list(values.values()))) for name, values in dice.items()}

@@ -1,7 +1,5 @@
 """How the tests of the bundles run a bundle: in this process, or as users start it."""
 
-from __future__ import annotations
-
 import glob
 import json
 import os
@@ -17,10 +15,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from fire.parser import DefaultParseValue  # how the command line reads a word
 from monai.bundle import ConfigWorkflow
 
 from medtl_ext import InputError
+from medtl_ext.data import write_collection
 from medtl_ext.transfer import Job, Source
 from medtl_ext.transfer.sources import pretraining_job
 
@@ -80,12 +80,13 @@ class Bundle:
                 plain[name] = value
         return plain | {"network_def": network}
 
-    def pool_job(self, task: str, *overlays: str, **options: Any) -> Job:
+    def pool_job(self, task: str, *overlays: str, network: Mapping[str, Any] | None = None, **options: Any) -> Job:
         """The pre-training of a source task with these options."""
         config = self.workflow(*overlays, **options).parser.get() | {"bundle_root": str(self.root)}
-        return pretraining_job(config, "sources", Source(task, "task", task=task), seed=0)
+        return pretraining_job(config, "sources", Source(task, "task", task=task, network=network), seed=0)
 
 
+ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]
 SEGMENTATION = {
     "spacing": [6.0, 6.0, 8.0],
     "roi_size": [32, 32],
@@ -137,6 +138,28 @@ DATASETS = Bundle(
     },
     whole={"figures": True},
 )
+
+
+def toy_collection(folder: Path) -> Path:
+    """A collection of two institutions, A and B, whose files are never opened."""
+    files = {"images": dict.fromkeys(("T1", "T2", "FLAIR"), "i"), "labels": {"tumour": "l"}}
+    subjects = [
+        {"id": f"{institution}{number}", "institution": institution, "split": split} | files
+        for institution in "AB"
+        for number, split in enumerate(["train", "train", "val", "test"])
+    ]
+    objectives = {"ED": {"label": "tumour", "values": [1]}, "both": {"label": "tumour", "values": [1, 2]}}
+    content = {"name": "toy", "labels": {"tumour": {"ED": 1, "ET": 2}}, "objectives": objectives, "subjects": subjects}
+    return write_collection(folder / "collection.json", content)
+
+
+def bundle_of_a_stranger(folder: Path, config: Any, weights: Any = None) -> None:
+    """A MONAI bundle with nothing but a config (its content, or its text) and weights."""
+    (folder / "configs").mkdir(parents=True)
+    (folder / "models").mkdir()
+    (folder / "configs" / "inference.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    if weights is not None:
+        torch.save(weights, folder / "models" / "model.pt")
 
 
 def command(files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0) -> list[str]:

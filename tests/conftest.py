@@ -74,6 +74,22 @@ def options(places) -> dict[str, str]:
 
 
 @pytest.fixture
+def mnist(tmp_path) -> Callable[..., str]:
+    """Writes MedMNIST files of noise whose brightness is the class, other noise for another name."""
+
+    def write(name: str = "tinymnist", n_classes: int = 2, shape=(28, 28), counts=(12, 8, 8)) -> str:
+        generator, arrays = np.random.default_rng(list(name.encode())), {}
+        for split, count in zip(("train", "val", "test"), counts, strict=True):
+            labels = np.arange(count) % n_classes
+            noise = generator.integers(0, 100, (count, *shape)) + 60 * labels.reshape(-1, *[1] * len(shape))
+            arrays |= {f"{split}_images": noise.astype(np.uint8), f"{split}_labels": labels[:, None]}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        return str(tmp_path / f"{name}.npz")
+
+    return write
+
+
+@pytest.fixture
 def in_this_process(monkeypatch) -> list[Path]:
     """Trainings run in this process, for speed; the folders of those that ran."""
     trained: list[Path] = []

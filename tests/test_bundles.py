@@ -1,7 +1,5 @@
 """What all bundles promise: files, the same twice, one line for bad input, going on when killed; configs that agree."""
 
-from __future__ import annotations
-
 import json
 import os
 import pydoc
@@ -16,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from bundle_runs import (
+    ALL,
     DATASETS,
-    REPOSITORY,
     RISK_MAP,
     SOURCE_SELECTION,
     Bundle,
@@ -35,7 +33,6 @@ from medtl_ext.transfer.truth import best_of
 
 RANKERS = [SOURCE_SELECTION, DATASETS]
 RUN_HERE = [RISK_MAP, *RANKERS]
-ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
@@ -75,6 +72,33 @@ def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
     assert page.count("<img ") == len(list(folder.glob("*.png")))
 
 
+@pytest.mark.parametrize(
+    ("bundle", "known", "counted", "said"),
+    [
+        (
+            SOURCE_SELECTION,
+            ["ssim", "roi_dice", "roi_shape", "own_dice", "size"],
+            {"patients": 4},
+            "no score can judge",
+        ),
+        (DATASETS, ["own_auc", "images"], {"units": 4, "patients_known": True}, "The paper's LP x FU would pick"),
+    ],
+    ids=name_of,
+)
+def test_a_ranking_has_every_score_of_every_source(bundle, known, counted, said, whole_run):
+    folder, sources, train = whole_run(bundle), bundle.tiny["sources"], bundle.content("train")
+    table, content = ranking_of(folder), read_json(folder / "ranking.json")
+    assert set(table.index) == {*sources, "scratch"}
+    assert np.isfinite(table.loc[sources, train["metrics"] + known].to_numpy(float)).all()
+    assert table["score"].iloc[:-1].is_monotonic_decreasing
+    assert table.loc["scratch", "status"] == "no score"
+    assert {"random_rank", "source_size_rank", "static_rank", "rank_low", "p_best"} <= set(table.columns)
+    assert content.items() >= (counted | {"decided_by": train["decide_by"] or "h_score", "synthetic": True}).items()
+    assert said in content["answer"]
+    assert (folder / "answer.txt").read_text().startswith(content["answer"])
+    assert content["default"] is None or content["default"] in content["command"]
+
+
 @pytest.mark.parametrize("bundle", RUN_HERE, ids=name_of)
 def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, options, in_this_process):
     first, again = whole_run(bundle), Path(options["output_dir"])
@@ -88,32 +112,6 @@ def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, optio
     for name, table in tables(first).items():
         ours = tables(again)[name].drop(columns="checkpoint", errors="ignore")
         pd.testing.assert_frame_equal(ours, table.drop(columns="checkpoint", errors="ignore"))
-
-
-@pytest.mark.parametrize(
-    ("bundle", "task", "same", "other"),
-    [
-        (
-            SOURCE_SELECTION,
-            "14-T2-ED",
-            [{"target_task": "17-FLAIR-ET"}, {"method": "paper"}, {"sources": ["14-T2-ED"]}, {"pixels": 7}],
-            [{"pool_epochs": 2}, {"lr_scheduler#power": 2.0}],
-        ),
-        (
-            DATASETS,
-            "14-T2-tumour",
-            [{"target_task": "17-T1-load"}, {"decide_by": "leep"}, {"train_per_class": 7}, {"sources": ["a"]}],
-            [{"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}],
-        ),
-    ],
-    ids=name_of,
-)
-def test_the_pool_depends_on_its_own_training_only(bundle, task, same, other, options):
-    def folder(**changed: Any) -> Path:
-        return bundle.pool_job(task, **options | changed).output_dir
-
-    assert {folder(**changed) for changed in same} == {folder()}
-    assert len({folder(), *(folder(**changed) for changed in other)}) == 1 + len(other)
 
 
 @pytest.mark.parametrize("quiet", [{"figures": False}, {"figures": True, "rank": 1}], ids=str)
@@ -213,12 +211,9 @@ def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_
 
 
 def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, in_this_process):
-    whole = {
-        "pairs": [["14-FLAIR-ED", "17-T2-ED"]],
-        "methods": ["vanilla", "zero_shot", "scratch"],
-        "train_slices": [8],
-    }
-    whole |= {"runs": [{"seed": seed, "source_seed": 0} for seed in (0, 1)], "output_dir": options["output_dir"]}
+    runs = [{"seed": seed, "source_seed": 0} for seed in (0, 1)]
+    whole = {"pairs": [["14-FLAIR-ED", "17-T2-ED"]], "methods": ["vanilla", "zero_shot", "scratch"], "runs": runs}
+    whole |= {"train_slices": [8], "output_dir": options["output_dir"]}
     settings = RISK_MAP.settings(**{name: options[name] for name in ("collection", "source_dir")})
     RISK_MAP.run(base="compare", **whole, settings=settings)
     folder, trained = Path(options["output_dir"]), list(in_this_process)
@@ -245,20 +240,20 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
 # As users start it
 
 
+SLOW = [
+    (RISK_MAP, {"collection": "nowhere.json"}, "nowhere.json does not exist"),
+    (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+    (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
+    (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),
+    (DATASETS, {"target_task": "wrong.npz"}, "has no 'train_images'; found the keys images"),
+]
+
+
 @pytest.mark.parametrize(
     ("bundle", "wrong", "said"),
     [
         (RISK_MAP, {"epoch": 1}, "option --epoch is not used by this bundle; did you mean --epochs?"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                (RISK_MAP, {"collection": "nowhere.json"}, "nowhere.json does not exist"),
-                (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
-                (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
-                (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),
-                (DATASETS, {"target_task": "wrong.npz"}, "has no 'train_images'; found the keys images"),
-            ]
-        ),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
     ids=name_of,
 )
@@ -341,53 +336,27 @@ VERB = re.compile(r"\$@(\w+|train#trainer)\.(run|start|check|write|end)\(\)")
 CONFIGS = [path for bundle in ALL for path in sorted(bundle.configs.glob("*.json"))]
 
 
-def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts in a config, with their keys."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            yield from strings(part, name)
-    elif isinstance(value, list):
-        for part in value:
-            yield from strings(part, key)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parts[-3]} {path.stem}")
+def test_a_run_is_of_steps_that_are_one_verb_of_an_object(path):
+    """It begins with whose folder it is, and ends with the report and where the results are."""
+    steps = json.loads(path.read_text()).get("run", [])
+    said = path.name == "inference.json" and steps[-1].startswith("$print(")  # where the results are
+    assert [step for step in steps[: len(steps) - said] if not VERB.fullmatch(step) or len(step) > 120] == []
+    if "$@here.start()" in steps:
+        assert all(step.endswith(".check()") for step in steps[: steps.index("$@here.start()")])
+        assert steps[-1] == "$@here.end()"
+    if path.name in ("train.json", "compare.json", "study.json") or "$@report.write()" in steps:
+        assert set(steps[steps.index("$@report.write()") + 1 :]) <= {"$@here.end()"}
 
 
-def test_every_step_is_one_verb_of_an_object():
-    for path in CONFIGS:
-        steps = json.loads(path.read_text()).get("run", [])
-        said = path.name == "inference.json" and steps[-1].startswith("$print(")  # where the results are
-        for step in steps[: len(steps) - said]:
-            assert VERB.fullmatch(step), f"{path}: {step}"
-        assert all(len(step) <= 120 for step in steps)
-
-
-def test_runs_begin_with_whose_folder_it_is_and_end_with_where_the_results_are():
-    for path in CONFIGS:
-        steps = json.loads(path.read_text()).get("run", [])
-        if "$@here.start()" in steps:
-            before = steps[: steps.index("$@here.start()")]
-            assert all(step.endswith(".check()") for step in before), path
-            assert steps[-1] == "$@here.end()", path
-        if "$@report.write()" in steps:
-            assert set(steps[steps.index("$@report.write()") + 1 :]) <= {"$@here.end()"}, path
-        if path.name in ("train.json", "compare.json", "study.json"):
-            assert "$@report.write()" in steps, path
-
-
-def test_everything_of_ours_that_configs_name_is_there():
-    for bundle in ALL:
-        texts = [item for path in bundle.configs.glob("*.json") for item in strings(json.loads(path.read_text()))]
-        modules = dict(
-            pair[::-1] for _, text in texts for pair in re.findall(r"\$import (medtl_ext[\w.]*) as (\w+)", text)
-        )
-        named = {text for key, text in texts if key == "_target_" and text.startswith("medtl_ext.")}
-        for _, text in texts:
-            if text.startswith("$"):
-                found = re.findall(r"(?<![\w.@])(\w+)\.(\w+)", text)
-                named |= {f"{modules[module]}.{name}" for module, name in found if module in modules}
-        assert len(named) > 5
-        assert not [name for name in named if pydoc.locate(name) is None], bundle
+@pytest.mark.parametrize("bundle", ALL, ids=name_of)
+def test_everything_of_ours_that_configs_name_is_there(bundle):
+    text = "\n".join(path.read_text() for path in bundle.configs.glob("*.json"))
+    named = set(re.findall(r'"_target_": "(medtl_ext\.[\w.]+)"', text))
+    for module, short in set(re.findall(r"\$import (medtl_ext[\w.]*) as (\w+)", text)):
+        named |= {f"{module}.{name}" for name in re.findall(rf"(?<![\w.@/]){short}\.(\w+)", text)}
+    assert len(named) > 5
+    assert not [name for name in named if pydoc.locate(name) is None]
 
 
 @pytest.mark.parametrize("bundle", ALL, ids=name_of)
@@ -423,43 +392,28 @@ def test_the_default_pool_and_study_are_wide_enough(bundle):
 
 def test_blocks_that_several_bundles_hold_are_equal():
     """But for what is listed here, key by key; what only the bundle of classification has otherwise is so elsewhere."""
-    what_is_asked = {"target_task", "source_task", "sources", "method", "output_dir", "report#title", "report#question"}
-    how_it_trains = {"learning_rate", "augment", "train_slices", "check#splits", "train#handlers#order"}
+    asked = {"target_task", "source_task", "sources", "method", "output_dir", "report#title", "report#question"}
+    steps = {"imports", "run", "learning_rate", "augment", "train_slices", "check#splits", "train#handlers#order"}
     weights_of_the_loss = {"train#trainer#_target_", "train#trainer#train_handlers", "loss_def#normalization"}
     weights_of_the_loss |= {"validate#postprocessing#transforms#order"}  # a shift of the logits goes before all else
-    own = {
-        "train": what_is_asked | how_it_trains | weights_of_the_loss | {"imports", "run"},
-        "mlflow": {"mlflow#_desc_", "mlflow#experiment", "+validate#handlers#MLFlowHandler#epoch_log"},
-        "inference": {"task"},
-        "multi_gpu_train": set(),
-        "multi_gpu_evaluate": set(),
-    }
-    images = {
-        "image_shape",
-        "score#dataloader#batch_size",
-        "test#dataloader#batch_size",
-        "validate#dataloader#batch_size",
-    }
-    images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
+    own = {"multi_gpu_train": set(), "multi_gpu_evaluate": set(), "inference": {"task"}}
+    own["mlflow"] = {"mlflow#_desc_", "mlflow#experiment", "+validate#handlers#MLFlowHandler#epoch_log"}
+    own["train"] = asked | steps | weights_of_the_loss
+    affine = ("keys", "mode", "padding_mode", "rotate_range", "scale_range", "translate_range")
+    images = {f"train#random_transforms#RandAffined#{key}" for key in affine} | {"image_shape"}
     images |= {f"train#random_transforms#RandFlipd#{key}" for key in ("keys", "spatial_axis")}
+    images |= {f"{part}#dataloader#batch_size" for part in ("score", "test", "validate")}
     images |= {"train#random_transforms#RandShiftIntensityd#offsets", "train#random_transforms#order"}
-    ranges = ("rotate_range", "scale_range", "translate_range")
-    images |= {f"train#random_transforms#RandAffined#{key}" for key in ("keys", "mode", "padding_mode", *ranges)}
+    images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
     images |= {"train#deterministic_transforms#order", "validate#postprocessing#transforms#AsDiscreted#keys"}
-    classes = {"target#_target_", "evaluation#_target_", "evaluation#splits", "ranking#_target_", "ranking#check_data"}
-    classes |= {"metrics", "decide_by", "score#evaluator#amp"}  # FU needs gradients in full
-    training = {"network_def#_target_", "loss#_target_", "optimizer#_target_", "optimizer#params", "start_weights"}
-    training |= {"epochs", "pool_epochs", "iterations_per_epoch", "batch_size", "val_interval"}
-    training |= {"train#handlers#ProgressBar#desc"}
-    of_classification = {"train": images | classes | training}
-    of_classification["inference"] = {
-        "dataloader#batch_size",
-        "dataset_dir",
-        "inferer#_target_",
-        "network_def#_target_",
-    }
-    of_classification["inference"] |= {"imports", "run", "handlers#order", "handlers#ProgressBar#desc"}
-    of_classification["inference"] |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
+    classes = {f"{part}#_target_" for part in ("target", "evaluation", "ranking", "network_def", "loss", "optimizer")}
+    classes |= {"evaluation#splits", "ranking#check_data", "metrics", "decide_by", "train#handlers#ProgressBar#desc"}
+    classes |= {"score#evaluator#amp"}  # FU needs gradients in full
+    classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
+    inference = {"dataloader#batch_size", "dataset_dir", "inferer#_target_", "network_def#_target_", "imports", "run"}
+    inference |= {"handlers#order", "handlers#ProgressBar#desc"}
+    inference |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
+    of_classification = {"train": images | classes | {"val_interval"}, "inference": inference}
     segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]
     for config, keys in own.items():
         assert differing(config, segmentation) == keys

@@ -1,7 +1,5 @@
 """Segmentations and maps lie on the image they belong to: oblique, permuted, flipped and anisotropic."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from bundle_runs import RISK_MAP, Bundle
 from monai.networks.nets import BasicUNet
 from nibabel.affines import apply_affine, voxel_sizes
 
@@ -17,9 +15,8 @@ from medtl_ext.data import generate_phantom
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
-BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 SPACING, ROI = [3.0, 3.0, 4.0], [64, 64]
-FEATURES = [4, 4, 4, 4, 4, 4]
+GRID = {"spacing": SPACING, "roi_size": ROI}
 
 
 def obliquely(image: nib.Nifti1Image) -> nib.Nifti1Image:
@@ -47,14 +44,6 @@ def oblique(tmp_path_factory) -> Path:
     return path
 
 
-def run(bundle: str, *names: str, **options) -> None:
-    files = [str(BUNDLES / bundle / "configs" / f"{name}.json") for name in names]
-    workflow = ConfigWorkflow(files, workflow_type=names[0], spacing=SPACING, roi_size=ROI, **options)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-
-
 # Segmentations
 
 
@@ -67,7 +56,7 @@ def pair(request, oblique, tmp_path_factory) -> tuple[nib.Nifti1Image, nib.Nifti
     network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
     image = oblique.parent / "17-000" / "T2.nii.gz"
     options = {"ckpt": str(folder / "bright.pt"), "network_def": network, "output_dir": str(folder)}
-    run(request.param, "inference", datalist=[{"image": str(image)}], **options)
+    Bundle(request.param).run(base="inference", datalist=[{"image": str(image)}], **GRID | options)
     return nib.load(image), nib.load(folder / "T2_seg.nii.gz")
 
 
@@ -111,20 +100,11 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
 
 def train(method: str, oblique: Path, folder: Path) -> Path:
     """A run of risk_map on the one training patient; where it left its maps."""
-    source = BasicUNet(2, 1, 2, features=FEATURES, norm=("BATCH", {}), act=("RELU", {}))
+    source = BasicUNet(2, 1, 2, features=[4] * 6, norm=("BATCH", {}), act=("RELU", {}))
     torch.save(source.state_dict(), folder / "source.pt")
-    options = {
-        "collection": str(oblique),
-        "source_task": "17-T2-ED",
-        "source_ckpt": str(folder / "source.pt"),
-        "network_def#features": FEATURES,
-        "train_slices": None,
-        "epochs": 1,
-        "iterations_per_epoch": 1,
-        "audit#arms": [],
-        **dict.fromkeys(["figures", "progress", "check_data"], False),
-    }
-    run("risk_map", "train", method, output_dir=str(folder / "out"), **options)
+    asked = {"collection": str(oblique), "source_task": "17-T2-ED", "source_ckpt": str(folder / "source.pt")}
+    asked |= {"network_def#features": [4] * 6, "train_slices": None, "iterations_per_epoch": 1}
+    RISK_MAP.run(method, **GRID | asked, output_dir=str(folder / "out"))
     return folder / "out"
 
 

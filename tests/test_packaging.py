@@ -1,7 +1,5 @@
 """What is published: the wheel, the source distribution and the bundles' zip files, used away from the repository."""
 
-from __future__ import annotations
-
 import ast
 import configparser
 import csv

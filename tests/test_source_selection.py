@@ -1,7 +1,5 @@
 """Prior knowledge of sources: how alike regions of interest are, and PriorSel's two filters."""
 
-from __future__ import annotations
-
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -96,7 +94,7 @@ def test_a_threshold_and_a_number_both_filter():
     assert "dropped (keeps at least 0.75, of these the best 2 of 3)" in result.loc["s2", "reason"]
     assert filter_by_priors(table, minimum_ssim=0.87, top_k=2)["kept"].tolist() == [True, False, False, False]
     for wrong in (0, -1, 1.5, True):
-        assert "at least 1" in refused(lambda wrong=wrong: filter_by_priors(table, top_k=wrong))
+        assert "1 or more" in refused(lambda wrong=wrong: filter_by_priors(table, top_k=wrong))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]], ids=str)

@@ -1,7 +1,5 @@
 """What is particular to the bundle source_selection: rankings, filters, settling, candidates, what it refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -10,32 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import RISK_MAP, SOURCE_SELECTION, next_command, ranking_of, read_json, refused
-from monai.networks.nets import BasicUNet
+from bundle_runs import RISK_MAP, SOURCE_SELECTION, bundle_of_a_stranger, next_command, ranking_of, read_json, refused
 
 from medtl_ext.transfer.sources import built
 
 SOURCES = SOURCE_SELECTION.tiny["sources"]
 FEATURES = SOURCE_SELECTION.tiny["network_def#features"]
+NETWORK = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": FEATURES}
 run = SOURCE_SELECTION.run
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
-
-
-def test_the_whole_run_scores_every_source(whole_run):
-    folder = whole_run(SOURCE_SELECTION)
-    table, metrics = ranking_of(folder), SOURCE_SELECTION.content("train")["metrics"]
-    assert set(table.index) == {*SOURCES, "scratch"}
-    assert np.isfinite(table.loc[SOURCES, metrics].to_numpy(float)).all()
-    assert table.loc[SOURCES, ["ssim", "roi_dice", "roi_shape", "own_dice", "size"]].notna().all(axis=None)
-    assert table.loc["scratch", "status"] == "no score"
-    assert table["score"].iloc[:-1].is_monotonic_decreasing
-    assert {"random_rank", "source_size_rank", "static_rank", "rank_low", "p_best"} <= set(table.columns)
-    content = read_json(folder / "ranking.json")
-    assert content["patients"] == 4
-    assert content["decided_by"] == "h_score"
-    assert "no score can judge" in content["answer"]
-    assert (folder / "answer.txt").read_text().startswith(content["answer"])
-    assert content["default"] in content["command"]
 
 
 def test_the_command_for_risk_map_is_one_that_risk_map_takes(whole_run):
@@ -105,19 +86,12 @@ def test_the_evaluation_compares_rankings_with_the_truth(options, in_this_proces
 
 
 def test_checkpoints_and_bundles_are_ranked_beside_tasks(options, in_this_process, tmp_path):
-    network = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": FEATURES}
-    arguments = {key: value for key, value in network.items() if key != "_target_"}
-    torch.save(BasicUNet(**arguments).state_dict(), tmp_path / "ours.pt")
-    for name, definition in {"fits": network, "four": network | {"in_channels": 4}}.items():
-        folder = tmp_path / "zoo" / name
-        (folder / "configs").mkdir(parents=True)
-        (folder / "models").mkdir()
-        (folder / "configs" / "inference.json").write_text(json.dumps({"network_def": definition}))
-        weights = BasicUNet(**arguments | {"in_channels": definition["in_channels"]}).state_dict()
-        torch.save(weights, folder / "models" / "model.pt")
+    torch.save(built(NETWORK).state_dict(), tmp_path / "ours.pt")
+    for name, network in {"fits": NETWORK, "four": NETWORK | {"in_channels": 4}}.items():
+        bundle_of_a_stranger(tmp_path / "zoo" / name, {"network_def": network}, built(network).state_dict())
     sources = [
         "14-T2-ED",
-        {"name": "ours", "checkpoint": str(tmp_path / "ours.pt"), "network": network, "modality": "T2"},
+        {"name": "ours", "checkpoint": str(tmp_path / "ours.pt"), "network": NETWORK, "modality": "T2"},
         {"bundles": str(tmp_path / "zoo")},
     ]
     run("evaluate", **options, sources=sources, metrics=["h_score", "otce"])
@@ -158,12 +132,8 @@ def test_the_command_for_another_network_is_one_that_this_bundle_takes(options, 
         ({"n_resamples": 0}, "n_resamples"),
         ({"top_k": 0}, "top_k is 0"),
         ({"settle": True, "val_split": "train"}, "give --settle false"),
-        ({"sources": []}, "at least one source"),
-        ({"sources": ["14-T2-ED", "14-T2-ED"]}, "twice"),
         ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
-        ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
         ({"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
-        ({"sources": ["17-T2-ED"]}, "no source is left: 17-T2-ED is the target's own model"),
         ({"collection": "nowhere.json"}, "does not exist"),
         ({"source": SOURCES}, "did you mean --sources"),
     ],
@@ -173,16 +143,11 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
     assert message in refused(lambda: run(**options | wrong))
 
 
-def test_networks_that_cannot_be_sources_are_refused(options, no_training, tmp_path):
-    ours = {"name": "ours", "checkpoint": str(tmp_path / "x.pt")}
-    torch.save(BasicUNet(2, 1, 2, features=(4, 4, 4, 4, 4, 4)).state_dict(), tmp_path / "x.pt")
-    message = refused(lambda: run(**options, sources=[ours]))
-    assert "source ours" in message
+def test_a_checkpoint_of_another_network_is_refused(options, no_training, tmp_path):
+    torch.save(built(NETWORK | {"features": [4] * 6}).state_dict(), tmp_path / "x.pt")
+    message = refused(lambda: run(**options, sources=[{"name": "ours", "checkpoint": str(tmp_path / "x.pt")}]))
+    assert message.startswith("source ours: ")
     assert "does not fit" in message
-    torch.save(BasicUNet(3, 1, 2, features=FEATURES).state_dict(), tmp_path / "x.pt")
-    network = {"_target_": "BasicUNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 2, "features": FEATURES}
-    message = refused(lambda: run(**options, sources=[ours | {"network": network}]))
-    assert "source ours: its network is 3D, the target's images are 2D" in message
 
 
 def damaged(collection: Path, folder: Path, damage) -> str:

@@ -1,7 +1,5 @@
 """Finding the bundle, refusing misspelled options, claiming output folders, and running many jobs."""
 
-from __future__ import annotations
-
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -11,35 +9,58 @@ import pytest
 from bundle_runs import refused
 from monai.bundle import ConfigWorkflow
 
-from medtl_ext.transfer import Job, bundle_root, jobs, run_jobs
+from medtl_ext.transfer import Job, bundle_root, jobs
+from medtl_ext.transfer.jobs import run_jobs
+
+CONFIG = {
+    "imports": ["$import medtl_ext.transfer as transfer", "$from pathlib import Path"],
+    "bundle_root": "$transfer.bundle_root()",
+    "number": 3,
+    "progress": True,
+    "figures": True,
+    "output_dir": "$@bundle_root + '/eval'",
+    "initialize": ["$transfer.start()"],
+    "run": [
+        "$transfer.config.claim_output(@output_dir)",
+        "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
+    ],
+}
+LOGGING = "[loggers]\nkeys=root\n[handlers]\nkeys=\n[formatters]\nkeys=\n[logger_root]\nlevel=INFO\nhandlers=\n"
+ONE_OR_TWO = "$1 if @choice is None else 2"
 
 
-def write_bundle(root: Path, **extra) -> Path:
-    """A bundle that squares a number into result.txt."""
-    configs = root / "configs"
-    configs.mkdir(parents=True)
-    config = {
-        "imports": ["$import medtl_ext.transfer as transfer", "$from pathlib import Path"],
-        "bundle_root": "$transfer.bundle_root()",
-        "number": 3,
-        "progress": True,
-        "figures": True,
-        "output_dir": "$@bundle_root + '/eval'",
-        "initialize": ["$transfer.start()"],
-        "run": [
-            "$transfer.claim_output(@output_dir)",
-            "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
-        ],
-    } | extra
-    (configs / "train.json").write_text(json.dumps(config))
-    (configs / "metadata.json").write_text("{}")
-    (configs / "logging.conf").write_text(
-        "[loggers]\nkeys=root\n[handlers]\nkeys=\n[formatters]\nkeys=\n[logger_root]\nlevel=INFO\nhandlers=\n"
-    )
-    return configs / "train.json"
+@pytest.fixture
+def write(tmp_path):
+    """Writes a bundle that squares a number into result.txt; the path of its config."""
+
+    def write_bundle(name: str = "", **extra) -> Path:
+        configs = tmp_path / name / "configs"
+        configs.mkdir(parents=True)
+        for file, text in {
+            "metadata.json": "{}",
+            "logging.conf": LOGGING,
+            "train.json": json.dumps(CONFIG | extra),
+        }.items():
+            (configs / file).write_text(text)
+        return configs / "train.json"
+
+    return write_bundle
 
 
-def run(config: Path, **overrides):
+@pytest.fixture
+def job(write, tmp_path):
+    """Makes a job of a bundle written before, or now, in a folder of its name."""
+
+    def make(name: str, overrides=(), result: str = "result.txt", **extra) -> Job:
+        if not (tmp_path / "configs").exists():
+            write()
+        config = CONFIG | {"bundle_root": str(tmp_path)} | extra
+        return Job(config, tmp_path / name, overrides=dict(overrides), result=result)
+
+    return make
+
+
+def run(config: Path, **overrides) -> ConfigWorkflow:
     workflow = ConfigWorkflow(config_file=str(config), workflow_type="train", **overrides)
     workflow.initialize()
     workflow.run()
@@ -50,41 +71,49 @@ def refusal(config: Path, **overrides) -> str:
     return refused(lambda: run(config, **overrides))
 
 
-def test_the_root_is_found_from_anywhere(tmp_path, monkeypatch):
-    config = write_bundle(tmp_path / "a bundle")
-    for folder, path in [
-        (tmp_path, Path("a bundle/configs/train.json")),
-        (tmp_path / "a bundle", Path("configs/train.json")),
-        (tmp_path / "a bundle" / "configs", Path("train.json")),
-    ]:
-        monkeypatch.chdir(folder)
-        run(path)
-        assert (config.parent.parent / "eval" / "result.txt").read_text() == "9"
-        (config.parent.parent / "eval" / "result.txt").unlink()
+# Where it is
+
+
+def test_the_root_is_found_from_anywhere(write, tmp_path, monkeypatch):
+    result = write("a bundle").parent.parent / "eval" / "result.txt"
+    for folder, path in {
+        "": "a bundle/configs/train.json",
+        "a bundle": "configs/train.json",
+        "a bundle/configs": "train.json",
+    }.items():
+        monkeypatch.chdir(tmp_path / folder)
+        run(Path(path))
+        assert result.read_text() == "9"
+        result.unlink()
+    assert bundle_root() == str(tmp_path / "a bundle" / "configs")  # outside of a workflow: the current folder
+
+
+# Options
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("numbr", r"option --numbr is not used by this bundle; did you mean --number\?"),
+        ("numbr", "option --numbr is not used by this bundle; did you mean --number?"),
         ("zzz", "see the bundle's docs"),
+        ("images", "option --images does nothing here; it is one of infer.json"),
     ],
 )
-def test_a_misspelled_option_names_the_nearest(tmp_path, option, message):
-    assert re.search(message, refusal(write_bundle(tmp_path), **{option: 4}))
-
-
-def test_an_option_of_another_config_is_refused_where_it_does_nothing(tmp_path):
-    config = write_bundle(tmp_path)
+def test_an_option_that_does_nothing_is_refused(option, message, write):
+    config = write()
     (config.parent / "infer.json").write_text(json.dumps({"images": ".", "spacing": [1.0, 1.0], "output_dir": None}))
-    (config.parent / "plain.json").write_text(json.dumps({"colour": "grey"}))  # an overlay
-    assert re.search(r"option --images does nothing here; it is one of infer\.json", refusal(config, images="there"))
+    assert message in refusal(config, **{option: 4})
+
+
+def test_an_option_of_an_overlay_is_one(write):
+    config = write()
+    (config.parent / "plain.json").write_text(json.dumps({"colour": "grey"}))
     ConfigWorkflow(config_file=[str(config), str(config.parent / "plain.json")], colour="red").initialize()
 
 
 @pytest.mark.parametrize(("text", "value"), [("false", False), ("true", True), ("null", None), ("$1 + 1", 2)])
-def test_options_are_read_as_json_words(tmp_path, text, value):
-    workflow = run(write_bundle(tmp_path, choice=True, number="$1 if @choice is None else 2"), choice=text)
+def test_options_are_read_as_json_words(text, value, write, tmp_path):
+    workflow = run(write(choice=True, number=ONE_OR_TWO), choice=text)
     assert workflow.parser.get_parsed_content("choice") == value
     assert (tmp_path / "eval" / "result.txt").read_text() == ("1" if value is None else "4")
 
@@ -99,20 +128,27 @@ def test_options_are_read_as_json_words(tmp_path, text, value):
         (3, True, "expected a whole number"),
         (0.5, "x", "expected a number"),
         (0.5, [1], "expected a number"),
+        ({"_target_": "x"}, 3, "a part with settings of its own, such as --choice#NAME"),
+        (0.5, 1, None),
+        (3, 4, None),
+        (3, None, None),
+        (True, "$1 > 2", None),
+        ("text", 3, None),
     ],
 )
-def test_an_option_of_another_kind_is_refused(tmp_path, declared, given, expected):
-    assert re.search(
-        f"option --choice is .*{expected}",
-        refused(
-            lambda: run(write_bundle(tmp_path, choice=declared, number="$1 if @choice is None else 2"), choice=given)
-        ),
-    )
+def test_an_option_has_to_be_of_its_kind(declared, given, expected, write):
+    config = write(choice=declared, number=ONE_OR_TWO)
+    if expected is None:
+        run(config, choice=given)
+    else:
+        assert re.search(f"option --choice is .*{re.escape(expected)}", refusal(config, choice=given))
 
 
-@pytest.mark.parametrize(("declared", "given"), [(0.5, 1), (3, 4), (3, None), (True, "$1 > 2"), ("text", 3)])
-def test_an_option_of_a_fitting_kind_is_taken(tmp_path, declared, given):
-    run(write_bundle(tmp_path, choice=declared, number="$1 if @choice is None else 2"), choice=given)
+@pytest.mark.parametrize(("name", "value", "least"), [("seed", -1, 0), ("epochs", -1, 0), ("batch_size", 0, 1)])
+def test_a_number_that_makes_no_sense_is_refused(name, value, least, write):
+    config = write(**{name: 2}, used=f"$@{name}")
+    assert f"option --{name} is {value}; expected at least {least}." in refusal(config, **{name: value})
+    run(config, **{name: max(least, 1)})
 
 
 @pytest.mark.parametrize(
@@ -121,149 +157,114 @@ def test_an_option_of_a_fitting_kind_is_taken(tmp_path, declared, given):
         (4, 10, (10, 4)),
         ("@pool_epochs", 4, (4, 3)),
         (4, "@number", (5, 4)),
+        ("$2 + 2", 10, (10, 4)),
+        (4, "$2 * @epochs", (8, 4)),
         (4, "@patience", None),
         (4, 4, None),
         (0, 10, None),
-        ("$2 + 2", 10, None),
-        (4, "$2 * @epochs", None),
         (4, "@epochs", None),
-        (4, "@nothing", None),
         (None, 3, None),
-        (4, "@val_interval", None),
     ],
 )
-def test_a_training_without_a_validation_is_refused(tmp_path, epochs, interval, shown):
+def test_a_training_without_a_validation_is_refused(epochs, interval, shown, write):
     settings = {"epochs": epochs, "val_interval": interval, "pool_epochs": 3, "number": 5, "patience": None}
-    config = write_bundle(tmp_path, **settings, used="$[@epochs, @val_interval, @pool_epochs, @patience]")
-    workflow = ConfigWorkflow(config_file=str(config), workflow_type="train")
+    config = write(**settings, used="$[@epochs, @val_interval, @pool_epochs, @patience]")
     if shown is None:
-        workflow.initialize()
-        return
-    with pytest.raises(RuntimeError) as caught:
-        workflow.initialize()
-    message = "--val_interval is {}, --epochs {}: no epoch would be validated; give at most --epochs.".format(*shown)
-    assert str(caught.value.__cause__) == message
+        run(config)
+    else:
+        message = "--val_interval is {}, --epochs {}: no epoch would be validated; give at most --epochs."
+        assert refusal(config) == message.format(*shown)
 
 
-def test_a_run_with_another_loss_is_another_run(tmp_path):
-    loss = {"_target_": "torch.nn.CrossEntropyLoss"}
-    config = write_bundle(tmp_path, loss=loss)
-    run(config)
-    run(config)
-    assert re.search("holds a run with loss=", refusal(config, **{"loss#_target_": "torch.nn.NLLLoss"}))
+# Whose folder it is
 
 
 @pytest.mark.parametrize(
-    "part", ["loss", "loss_def", "region_loss", "leep", "optimizer", "lr_scheduler", "early_stopping"]
+    "part", ["network_def", "loss", "loss_def", "region_loss", "leep", "optimizer", "lr_scheduler", "early_stopping"]
 )
-def test_any_part_of_the_training_decides(tmp_path, part):
-    config = write_bundle(tmp_path, **{part: {"base": {"_target_": "torch.nn.CrossEntropyLoss"}, "to": "$1 + 1"}})
+def test_any_part_of_the_training_decides(part, write):
+    config = write(**{part: {"base": {"_target_": "torch.nn.CrossEntropyLoss"}, "to": "$1 + 1"}})
     run(config)
     run(config)
     for change in ({f"{part}#base#_target_": "torch.nn.NLLLoss"}, {f"{part}#to": "$2"}):
         assert f"holds a run with {part}=" in refusal(config, **change)
 
 
-def test_fitted_weights_are_known_by_their_content(tmp_path):
-    config = write_bundle(tmp_path / "bundle", affinity=None)
-    first, second = tmp_path / "a.json", tmp_path / "b.json"
-    first.write_text('{"alpha": 1}')
-    second.write_text('{"alpha": 1}')
-    run(config, affinity=str(first))
-    run(config, affinity=str(second))
-    first.write_text('{"alpha": 2}')
-    assert "holds a run on another affinity, with other weights than" in refused(
-        lambda: run(config, affinity=str(first))
-    )
+def test_fitted_weights_are_known_by_their_content(write, tmp_path):
+    config, files = write("bundle", affinity=None), [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        file.write_text('{"alpha": 1}')
+        run(config, affinity=str(file))
+    files[0].write_text('{"alpha": 2}')
+    assert "holds a run on another affinity, with other weights than" in refusal(config, affinity=str(files[0]))
 
 
-def test_a_run_is_continued_but_never_overwritten_by_another(tmp_path):
-    config = write_bundle(tmp_path)
+def test_a_run_is_continued_but_never_overwritten_by_another(write, tmp_path):
+    config, result = write(), tmp_path / "eval" / "result.txt"
     run(config)
     run(config)
     assert "holds a run with number=3, this one has 4" in refusal(config, number=4)
-    assert (tmp_path / "eval" / "result.txt").read_text() == "9"
+    assert result.read_text() == "9"
     run(config, number=4, output_dir=str(tmp_path / "other"))
     assert (tmp_path / "other" / "result.txt").read_text() == "16"
+    assert "cannot be written to" in refusal(config, output_dir=str(result / "eval"))  # below a file
 
 
-def test_an_output_folder_that_cannot_be_written_says_so(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "cannot be written to" in refused(
-        lambda: run(write_bundle(tmp_path), output_dir=str(tmp_path / "file" / "eval"))
-    )
-
-
-def test_the_config_left_behind_can_be_run_again(tmp_path):
-    run(write_bundle(tmp_path), number=5)
+def test_the_config_left_behind_can_be_run_again(write, tmp_path):
+    run(write(), number=5)
     left = json.loads((tmp_path / "eval" / "config.json").read_text())
     Job(left, tmp_path / "again", result="result.txt").run()
     assert (tmp_path / "again" / "result.txt").read_text() == "25"
 
 
-def test_jobs_run_once_and_a_bad_one_costs_itself_only(tmp_path):
-    config = json.loads(write_bundle(tmp_path).read_text()) | {"bundle_root": str(tmp_path)}
-    jobs = [Job(config, tmp_path / name, overrides={"number": number}, result="result.txt") for name, number in
-            [("one", 1), ("bad", "x"), ("two", 2)]]  # fmt: skip
+# Jobs
+
+
+def test_jobs_run_once_and_a_bad_one_costs_itself_only(job, tmp_path):
+    series = [job(name, {"number": number}) for name, number in {"one": 1, "bad": "x", "two": 2}.items()]
     with pytest.raises(RuntimeError, match=r"1 of 3 runs failed; the first: .*bad"):
-        run_jobs(jobs, n_jobs=2)
-    assert [job.done for job in jobs] == [True, False, True]
+        run_jobs(series, n_jobs=2)
+    assert [one.done for one in series] == [True, False, True]
     before = (tmp_path / "one" / "result.txt").stat().st_mtime_ns
-    run_jobs([jobs[0], jobs[2]])
+    run_jobs([series[0], series[2]])
     assert (tmp_path / "one" / "result.txt").stat().st_mtime_ns == before
 
 
 def test_a_job_is_done_when_its_last_file_is_there(tmp_path):
-    job = Job({}, tmp_path)
+    one = Job({}, tmp_path)
     (tmp_path / "model.pt").touch()  # of the best epoch so far
-    assert not job.done
+    assert not one.done
     (tmp_path / "metrics.csv").touch()
-    assert job.done
+    assert one.done
 
 
-def test_a_failed_job_says_what_we_say_of_it(tmp_path):
+def test_a_failed_job_says_what_we_say_of_it(job, tmp_path):
     """Not what the library said that found it: torch's advice on a damaged file names no file, and is dangerous."""
     (tmp_path / "net.pt").write_bytes(b"no checkpoint")
     step = f"$__import__('medtl_ext.networks').networks.read_weights({str(tmp_path / 'net.pt')!r})"
-    config = json.loads(write_bundle(tmp_path, run=[step]).read_text()) | {"bundle_root": str(tmp_path)}
     with pytest.raises(RuntimeError, match=rf"the first: .*checkpoint {tmp_path / 'net.pt'} cannot be read") as caught:
-        run_jobs([Job(config, tmp_path / "one", result="result.txt")], n_jobs=1)
+        run_jobs([job("one", run=[step])], n_jobs=1)
     assert "weights_only" not in str(caught.value)
 
 
-def test_a_job_started_twice_at_a_time_runs_once(tmp_path, monkeypatch):
+def test_a_job_started_twice_at_a_time_runs_once(job, tmp_path, monkeypatch):
     """Each would clear away what the other is writing; the second waits, and finds the job done."""
-    log = tmp_path / "log.txt"
-    steps = [
-        "$transfer.claim_output(@output_dir)",
-        f"$open({str(log)!r}, 'a').write('run\\n')",
-        "$__import__('time').sleep(0.5)",
-        "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
-    ]
-    config = json.loads(write_bundle(tmp_path, run=steps).read_text()) | {"bundle_root": str(tmp_path)}
-    job = Job(config, tmp_path / "one", result="result.txt")
-    said = []
+    log, said = tmp_path / "log.txt", []
+    claim, square = CONFIG["run"]
+    steps = [claim, f"$open({str(log)!r}, 'a').write('run\\n')", "$__import__('time').sleep(0.5)", square]
     monkeypatch.setattr(jobs.logger, "warning", lambda text, *values: said.append(text % values))
     with ThreadPoolExecutor(2) as pool:  # a file lock holds between threads as it does between processes
-        for attempt in [pool.submit(job.run) for _ in range(2)]:
+        for attempt in [pool.submit(job("one", run=steps).run) for _ in range(2)]:
             attempt.result(120)
     assert said == [f"waiting for another process, which is running {tmp_path / 'one'}"]
     assert log.read_text() == "run\n"
     assert (tmp_path / "one" / "result.txt").read_text() == "9"
-    other = Job(config, tmp_path / "one", overrides={"number": 4}, result="other.txt")
-    with pytest.raises(RuntimeError) as caught:  # the lock is no file of the run
-        other.run()
-    assert "holds a run with number=3" in str(caught.value.__cause__)
+    other = job("one", {"number": 4}, result="other.txt", run=steps)  # the lock is no file of the run
+    assert "holds a run with number=3" in refused(other.run)
 
 
-def test_a_folder_that_holds_nothing_but_the_lock_is_free(tmp_path):
-    config = json.loads(write_bundle(tmp_path).read_text()) | {"bundle_root": str(tmp_path)}
+def test_a_folder_that_holds_nothing_but_the_lock_is_free(job, tmp_path):
     with pytest.raises(RuntimeError):
-        Job(config | {"run": ["$1 / 0"]}, tmp_path / "one", result="result.txt").run()
-    Job(config, tmp_path / "one", overrides={"number": 5}, result="result.txt").run()
+        job("one", run=["$1 / 0"]).run()
+    job("one", {"number": 5}).run()
     assert (tmp_path / "one" / "result.txt").read_text() == "25"
-
-
-def test_outside_of_a_workflow_the_root_is_the_current_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert bundle_root() == str(tmp_path)

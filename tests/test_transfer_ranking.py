@@ -1,28 +1,28 @@
 """The ranking of sources and its words, the truth, and what a study says: on made-up scores, nothing is trained."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import REPOSITORY, refused
+from bundle_runs import SOURCE_SELECTION, refused, toy_collection
+from monai.data import DataLoader, Dataset
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from medtl_ext import source_selection
-from medtl_ext.data import write_collection
 from medtl_ext.data.classification import ClassificationDataset
 from medtl_ext.dataset_transferability import RankDatasets, RankOwnModel
 from medtl_ext.metrics.features import Samples
 from medtl_ext.source_selection import SelectionStudy
-from medtl_ext.transfer import ClassificationTask, Job, Maps, Observation, ScoreImages, SegmentationTask, Source, jobs
+from medtl_ext.transfer import ClassificationTask, Job, ScoreImages, SegmentationTask, Source, jobs
+from medtl_ext.transfer.scores import Maps, Observation
 from medtl_ext.transfer.tasks import auc_interval, image_auc
 from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
 
@@ -31,32 +31,36 @@ from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
 
 def ranking(scores: dict[str, float], folder: Path, *, decide_by="logme", subjects=True, own=(), **options):
     """Sources whose features tell two classes apart as well as their number is high."""
-    labels, splits = np.arange(40) % 2, np.repeat(["train", "val"], 20)
-    names = tuple(f"p{place // 2}" for place in range(40)) if subjects else None
-    dataset = ClassificationDataset("t", np.zeros((40, 4, 4), np.uint8), labels, splits, ("a", "b"), names)
-    target = SimpleNamespace(name="t", dataset=dataset, synthetic=False, per_pixel=False)
+    generator, labels, names = (
+        np.random.default_rng(0),
+        np.arange(40) % 2,
+        tuple(f"p{place // 2}" for place in range(40)),
+    )
+    parts = (
+        np.zeros((40, 4, 4), np.uint8),
+        labels,
+        np.repeat(["train", "val"], 20),
+        ("a", "b"),
+        names if subjects else None,
+    )
+    target = SimpleNamespace(name="t", dataset=ClassificationDataset("t", *parts), synthetic=False, per_pixel=False)
     for attribute in ("own_task", "own_size", "own_outcome", "outcome", "unit"):
         setattr(target, attribute, getattr(ClassificationTask, attribute))
     config = {"target_task": "t.npz", "network_def": {}} | dict.fromkeys(RankDatasets.carried)
-    configs = folder / "configs"
-    configs.mkdir(exist_ok=True)
-    (configs / "train.json").write_text(json.dumps(config))
-    here = SimpleNamespace(folder=folder, configs=configs, config=config, seed=0, figures=True, progress=False)
-    here.leads = True
+    (folder / "train.json").write_text(json.dumps(config))
+    here = SimpleNamespace(
+        folder=folder, configs=folder, config=config, seed=0, figures=True, progress=False, leads=True
+    )
     here.job = lambda folder, *names, **overrides: Job(config, folder, [], overrides)
     settings = {"n_resamples": 60, "minimum_win": 0.95, "minimum_gap": 0.15, "source_dir": "", "pool_seed": 0}
     settings |= {"metrics": ["lp_fu", "lp", "fu", "logme", "ncti"], "image_shape": [1, 32, 32], "evaluator": None}
     found = RankDatasets(here=here, target=target, decide_by=decide_by, **settings | options)
-    generator = np.random.default_rng(0)
     found.pool = {name: Source(name, "task", checkpoint=f"{name}.pt", own=name in own) for name in scores}
-    found.seen = {}
+    found.seen, groups = {}, torch.arange(20) // 2
     for name, shift in scores.items():
         features = torch.from_numpy(generator.normal(size=(20, 3)) + shift * labels[:20, None])
-        whose = Samples(
-            features, torch.from_numpy(labels[:20]), torch.arange(20) // 2, tuple(f"p{n}" for n in range(10))
-        )
-        maps = Maps(torch.full((20, 2), 0.5), whose.labels, whose.groups, whose.names)
-        found.seen[name] = Observation(whose, maps, float(shift))
+        samples = Samples(features, torch.from_numpy(labels[:20]), groups, names[:20:2])
+        found.seen[name] = Observation(samples, Maps(torch.full((20, 2), 0.5), *samples[1:]), float(shift))
     return found
 
 
@@ -145,27 +149,17 @@ def test_the_auc_is_scikit_learns_and_its_interval_holds_it():
     assert np.isnan(image_auc(table[table["label"] == 0]))
 
 
-class Images(list):
-    """A loader as `ScoreImages` sees it."""
-
-    def __init__(self, count):
-        super().__init__(range(count))
-        items = [{"subject": f"s{place}", "name": f"{place}.png"} for place in range(count)]
-        self.dataset = SimpleNamespace(data=items)
-
-
 @pytest.mark.parametrize("margin", [4, 12, 14])
 def test_the_truth_is_the_auc_of_probabilities_that_were_not_rounded(margin, tmp_path, monkeypatch):
     """Six digits would make the probabilities of a sure network equal, and its AUC another one."""
     labels = torch.arange(30) % 3
-    logits = torch.nn.functional.one_hot(labels, 3) * margin + torch.rand(
-        30, 3, generator=torch.Generator().manual_seed(1)
-    )
-    probs = logits.softmax(1)
+    noise = torch.rand(30, 3, generator=torch.Generator().manual_seed(1))
+    probs = (torch.nn.functional.one_hot(labels, 3) * margin + noise).softmax(1)
     evaluator = SimpleNamespace(network=torch.nn.Linear(1, 1), state=SimpleNamespace(), run=lambda: None)
     evaluator.state.metric_details = {"auc": (probs, torch.nn.functional.one_hot(labels, 3))}
     torch.save(evaluator.network.state_dict(), tmp_path / "model.pt")
-    loaders = {"splits": ["val", "test"], "loaders": [Images(30), Images(30)]}
+    loader = DataLoader(Dataset([{"subject": f"s{place}", "name": f"{place}.png"} for place in range(30)]))
+    loaders = {"splits": ["val", "test"], "loaders": [loader, loader]}
     ScoreImages(evaluator=evaluator, output_dir=str(tmp_path), method="m", seed=0, **loaders).run()
     found = ClassificationTask.measure(Job({}, tmp_path), "test")
     expected = roc_auc_score(labels, probs.double(), multi_class="ovr")
@@ -191,7 +185,6 @@ def test_a_sources_own_dice_is_on_the_patients_it_was_validated_on(split, expect
 
 
 def test_a_grid_that_makes_no_sense_is_refused():
-    assert len(settings_of_grid({"learning_rate": [0.1, 0.01], "momentum": [0.9], "weight_decay": [0]})) == 2
     for grid in ({"learning_rate": [0.1]}, {"learning_rate": 0.1, "momentum": [0], "weight_decay": [0]}):
         assert "expected a list of values" in refused(lambda grid=grid: settings_of_grid(grid))
 
@@ -238,42 +231,20 @@ def test_rankers_that_ignore_the_target_are_there():
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """Starts a study of source selection up to its first training, on a collection whose files are never opened."""
-    subjects = [
-        {
-            "id": f"{site}{n}",
-            "institution": site,
-            "split": split,
-            "images": {"T1": "i", "T2": "i"},
-            "labels": {"t": "l"},
-        }
-        for site in "AB"
-        for n, split in enumerate(["train", "val", "test"])
-    ]
-    objectives = {"ED": {"label": "t", "values": [1]}}
-    toy = {"name": "c", "labels": {"t": {"ED": 1}}, "objectives": objectives, "subjects": subjects}
-    collection = write_collection(tmp_path / "c" / "collection.json", toy)
-    root = REPOSITORY / "bundles" / "source_selection"
+    collection = toy_collection(tmp_path / "c")
 
-    class Begun(Exception):
-        """The trainings would run now."""
-
-    def begin(*_, **__):
-        raise Begun
-
-    def start(**changed) -> bool:
+    def start(**changed) -> None:
         asked = {"targets": ["A-T1-ED", "A-T2-ED"], "sources": ["B-T1-ED"], "seeds": [0], "settings": {}} | changed
         settings = {"collection": str(collection)} | asked.pop("settings")
+        config = {"bundle_root": str(SOURCE_SELECTION.root), "settings": settings}
         with monkeypatch.context() as patch:
-            patch.setattr(jobs, "run_jobs", begin)
-            config = {"bundle_root": str(root), "settings": settings}
+            patch.setattr(jobs, "run_jobs", Mock(side_effect=InterruptedError))
             for module in ("jobs", "config"):
                 patch.setattr(f"medtl_ext.transfer.{module}.current_config", lambda: config)
-            try:
-                SelectionStudy(here=jobs.Run(tmp_path / "study"), **asked).run()
-            except Begun:
-                (tmp_path / "study" / "runs").mkdir(exist_ok=True)
-                return True
-        return False
+            study = SelectionStudy(here=jobs.Run(tmp_path / "study"), **asked)
+            with pytest.raises(InterruptedError):
+                study.run()
+        (tmp_path / "study" / "runs").mkdir(exist_ok=True)
 
     start.collection = collection
     return start
@@ -281,9 +252,9 @@ def started(monkeypatch, tmp_path):
 
 def test_a_study_grows_by_targets_and_seeds_but_not_by_sources(started):
     """Rankings that are done compare what was there: another source would be left out of them without a word."""
-    assert started()
-    assert started(targets=["A-T1-ED", "A-T2-ED", "B-T2-ED"])
-    assert started(seeds=[0, 1])
+    started()
+    started(targets=["A-T1-ED", "A-T2-ED", "B-T2-ED"])
+    started(seeds=[0, 1])
     for sources in (["B-T1-ED", "B-T2-ED"], ["B-T2-ED"]):
         assert "holds a study with sources=" in refused(lambda sources=sources: started(sources=sources))
     assert "holds a study with epochs=" in refused(lambda: started(settings={"epochs": 3}))
@@ -291,11 +262,11 @@ def test_a_study_grows_by_targets_and_seeds_but_not_by_sources(started):
 
 def test_a_study_has_the_patients_it_began_with(started, tmp_path):
     """Runs that are done would be compared with others on new patients, perhaps on those the sources were tested on."""
-    assert started()
+    started()
     moved = tmp_path / "moved.json"
     moved.write_bytes(started.collection.read_bytes())
     settings = {"collection": str(moved)}
-    assert started(settings=settings)
+    started(settings=settings)
     other = json.loads(moved.read_text())
     other["subjects"][0]["split"], other["subjects"][2]["split"] = "test", "train"
     moved.write_text(json.dumps(other))

@@ -1,7 +1,5 @@
 """Scores by name: one pass of a source gives all of them, for everybody and for any resample of the patients."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -19,8 +17,8 @@ from torch import nn
 
 from medtl_ext import metrics
 from medtl_ext.metrics.features import Samples
-from medtl_ext.transfer import SCORES, Maps, Observation, Predictions, Source
-from medtl_ext.transfer.scores import observe, resampled_scores, score_values
+from medtl_ext.transfer import SCORES, Predictions, Source
+from medtl_ext.transfer.scores import Maps, Observation, observe, resampled_scores, score_values
 
 EVERYBODY = [1] * 5
 
@@ -153,29 +151,26 @@ class Replay(nn.Module):
         return image[:, self.width :].float()
 
 
-def observed(items, networks, monkeypatch, *, batch_size=48, with_fu=False, convolutions=None) -> dict:
+def observed(items, networks, *, batch_size=48, with_fu=False, convolutions=None) -> list[Observation]:
     config = json.loads((REPOSITORY / "bundles/dataset_transferability/configs/train.json").read_text())
     parser = ConfigParser({"score": config["score"], "seed": 0, "device": "$torch.device('cpu')"})
     parser["score#dataset"] = Dataset(items)
     parser["score#dataloader#batch_size"] = batch_size
-    monkeypatch.setattr(Source, "build", lambda self, *_, **__: networks[self.name].eval())
-    sources = [Source(name, "checkpoint", convolutions=convolutions) for name in networks]
-    options = {"network_def": {}, "image_shape": [1, 1, 1], "per_pixel": False, "progress": False}
-    seen, left_out = observe(
-        sources, evaluator=parser.get_parsed_content("score#evaluator"), with_fu=with_fu, **options
+    evaluator, source = (
+        parser.get_parsed_content("score#evaluator"),
+        Source("s", "checkpoint", convolutions=convolutions),
     )
-    assert not left_out
-    return seen
+    return [observe(source, network, evaluator, with_fu=with_fu) for network in networks]
 
 
-def test_one_pass_of_the_config_gives_the_reference_values(vectors, monkeypatch):
+def test_one_pass_of_the_config_gives_the_reference_values(vectors):
     data = vectors("cls_basic")
     images = torch.from_numpy(np.concatenate([data["features"], data["source_logits"]], 1))
     items = [
         {"image": image, "label": int(label), "subject": f"p{place % 12}"}
         for place, (image, label) in enumerate(zip(images, data["labels"], strict=True))
     ]
-    one = observed(items, {"one": Replay(data["features"].shape[1])}, monkeypatch)["one"]
+    (one,) = observed(items, [Replay(data["features"].shape[1])])
     assert len(one.samples.labels) == 240
     assert one.samples.names == one.maps.names
     assert np.isnan(one.fu)  # nothing asked for it
@@ -188,7 +183,7 @@ def test_one_pass_of_the_config_gives_the_reference_values(vectors, monkeypatch)
     assert score("lp", one, everybody) == pytest.approx(float(data["lp_nca"]), abs=0.02)
 
 
-def test_feature_update_in_the_pass_equals_the_reference(vectors, monkeypatch):
+def test_feature_update_in_the_pass_equals_the_reference(vectors):
     data = vectors("fu_tinycnn")
     body = [nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()]
     network = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10), nn.Linear(10, 3))
@@ -201,13 +196,13 @@ def test_feature_update_in_the_pass_equals_the_reference(vectors, monkeypatch):
     ]
     fu = {"batch_size": 6, "with_fu": True}
     # The second is not scored with the first one's gradients.
-    seen = observed(items, {"one": network, "two": network}, monkeypatch, **fu)
-    assert [one.fu for one in seen.values()] == pytest.approx([float(data["fu"])] * 2, abs=1e-5)
+    seen = observed(items, [network, network], **fu)
+    assert [one.fu for one in seen] == pytest.approx([float(data["fu"])] * 2, abs=1e-5)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(144, 4), nn.ReLU(), nn.Linear(4, 3))
     for net, options, said in [
-        (network, {"convolutions": ("c1", "c2")}, "source three: convolutions 'c1' is unknown"),
-        (linear, {}, "source three: network ran 0 convolution"),
+        (network, {"convolutions": ("c1", "c2")}, "source s: convolutions 'c1' is unknown"),
+        (linear, {}, "source s: network ran 0 convolution"),
     ]:
-        text = refused(lambda net=net, options=options: observed(items, {"three": net}, monkeypatch, **fu, **options))
+        text = refused(lambda net=net, options=options: observed(items, [net], **fu, **options))
         assert said in text
         assert "name them as 'convolutions' of the source" in text

@@ -1,21 +1,16 @@
 """Sources: what a list of them means, bundles of strangers, what a network must fit, and what a pool is kept for."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from bundle_runs import REPOSITORY, refused
+from bundle_runs import DATASETS, SOURCE_SELECTION, bundle_of_a_stranger, refused, toy_collection
 from monai.networks.nets import BasicUNet, ResNet
 
-from medtl_ext.data import write_collection
-from medtl_ext.transfer import ClassificationTask, SegmentationTask, Source, find_sources
-from medtl_ext.transfer.sources import built, pretraining_job
+from medtl_ext.transfer import ClassificationTask, SegmentationTask, Source
+from medtl_ext.transfer.sources import built, find_sources
 
 UNET = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
 RESNET = {
@@ -31,45 +26,13 @@ RESNET = {
 
 @pytest.fixture
 def collection(tmp_path) -> str:
-    """A collection whose files are never opened."""
-    subjects = [
-        {
-            "id": f"{institution}{number}",
-            "institution": institution,
-            "split": split,
-            "images": {"T2": "i", "FLAIR": "i"},
-            "labels": {"tumour": "l"},
-        }
-        for institution in "AB"
-        for number, split in enumerate(["train", "train", "val", "test"])
-    ]
-    objectives = {"ED": {"label": "tumour", "values": [1]}, "both": {"label": "tumour", "values": [1, 2]}}
-    content = {"name": "toy", "labels": {"tumour": {"ED": 1, "ET": 2}}, "objectives": objectives, "subjects": subjects}
-    return str(write_collection(tmp_path / "toy" / "collection.json", content))
+    return str(toy_collection(tmp_path / "toy"))
 
 
 @pytest.fixture
 def find(collection):
     target = SegmentationTask("A-T2-ED", collection=collection)
     return lambda *entries, **options: find_sources(list(entries), target, collection=collection, **options)
-
-
-@pytest.fixture
-def mnist(tmp_path):
-    """Writes MedMNIST files of noise whose brightness is the class."""
-
-    def write(name="tinymnist", n_classes=2, shape=(28, 28)):
-        generator = np.random.default_rng(list(name.encode()))
-        arrays = {}
-        for split, count in zip(("train", "val", "test"), (12, 8, 8), strict=True):
-            labels = np.arange(count) % n_classes
-            noise = generator.integers(0, 100, (count, *shape))
-            arrays[f"{split}_images"] = (noise + 60 * labels.reshape(-1, *[1] * len(shape))).astype(np.uint8)
-            arrays[f"{split}_labels"] = labels[:, None]
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-        return str(tmp_path / f"{name}.npz")
-
-    return write
 
 
 @pytest.fixture
@@ -97,14 +60,13 @@ def test_a_checkpoint_takes_what_it_is_given(find):
     assert one.tags == {"institution": "B", "modality": "T2star", "objective": "both"}
     assert (one.kind, one.n_classes, one.size, one.encoder) == ("checkpoint", 3, 2, "conv")
     (one,) = find({"checkpoint": "some/where.pt", "n_classes": 4, "convolutions": ["a", "b"]})
-    assert (one.name, one.n_classes, one.size, one.convolutions) == ("where", 4, None, ("a", "b"))
+    assert (one.name, one.n_classes, one.size, one.convolutions) == ("where", 4, None, ["a", "b"])
 
 
-def test_the_target_is_not_its_own_source(find, collection):
+def test_the_target_is_not_its_own_source(find):
     own, other = find("A-T2-ED", "B-T2-ED")
     assert (own.own, own.left_out) == (True, "it is the target itself")
     assert (other.own, other.left_out) == (False, None)
-    assert "no source is left: A-T2-ED is the target's own model" in refused(lambda: find("A-T2-ED"))
 
 
 def test_the_targets_own_model_is_known_however_its_path_is_written(mnist, monkeypatch, tmp_path):
@@ -135,6 +97,7 @@ def test_the_targets_own_model_is_known_however_its_path_is_written(mnist, monke
         ([{"checkpoint": "x.pt", "n_classes": "two"}], "n_classes is 'two'; expected a whole number"),
         ([{"checkpoint": "x.pt", "convolutions": "stem"}], "convolutions is 'stem'; expected a list of two names"),
         (["B-T2-EDD"], "did you mean 'ED'"),
+        (["A-T2-ED"], "no source is left: A-T2-ED is the target's own model"),
         ([{"bundles": "nowhere"}], "does not exist"),
     ],
     ids=str,
@@ -156,14 +119,6 @@ def test_datasets_that_cannot_be_had_are_refused(mnist):
 # Bundles of strangers
 
 
-def bundle_in(folder: Path, config, *, weights=None) -> None:
-    (folder / "configs").mkdir(parents=True)
-    (folder / "models").mkdir()
-    (folder / "configs" / "inference.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    if weights is not None:
-        torch.save(weights, folder / "models" / "model.pt")
-
-
 def unet(**changed) -> dict:
     return UNET | changed
 
@@ -176,7 +131,7 @@ def test_a_bundle_is_read_without_running_it(tmp_path, find):
         "network_def": unet(channels="@channels"),
         "network": "$@network_def.to('cpu')",
     }
-    bundle_in(tmp_path / "zoo" / "good", config, weights=built(UNET).state_dict())
+    bundle_of_a_stranger(tmp_path / "zoo" / "good", config, weights=built(UNET).state_dict())
     (one,) = find({"bundles": str(tmp_path / "zoo")})
     assert (one.left_out, one.network) == (None, UNET)
     assert not one.build({}, image_shape=[1, 16, 16], per_pixel=True).training
@@ -187,11 +142,11 @@ def test_a_bundle_is_read_without_running_it(tmp_path, find):
     ("definition", "reason"),
     [
         (unet(channels="$[4, 8]"), "--trust_bundles true"),
-        (unet(channels="@nowhere"), "does not hold"),
+        (unet(channels="@nowhere"), "`@nowhere` is not defined"),
         (unet(act={"_target_": "os.system", "command": "true"}), "would have to be built"),
         ({"_target_": "os.system", "command": "true"}, "not one of monai.networks.nets or torch.nn"),
         ({"_target_": "monai.networks.utils.one_hot"}, "not one of"),
-        ({"_target_": "$print"}, "would have to be evaluated"),
+        ({"_target_": "$print"}, "its network needs '$print' evaluated"),
         (unet(channels=3), "cannot be built"),
         (unet(channels=[4, 16]), "does not fit"),
         ({"unet": 1}, "defines a network"),
@@ -199,25 +154,23 @@ def test_a_bundle_is_read_without_running_it(tmp_path, find):
     ids=str,
 )
 def test_a_bundle_that_cannot_be_used_is_left_out_with_the_reason(definition, reason, tmp_path, find):
-    bundle_in(tmp_path / "zoo" / "bad", {"network_def": definition}, weights=built(UNET).state_dict())
+    bundle_of_a_stranger(tmp_path / "zoo" / "bad", {"network_def": definition}, weights=built(UNET).state_dict())
     (one,) = find({"bundles": str(tmp_path / "zoo")})
     assert reason in one.left_out
 
 
 def test_damaged_bundles_are_left_out_with_the_reason(tmp_path, find):
-    zoo = tmp_path / "zoo"
-    bundle_in(zoo / "a", "{", weights=built(UNET).state_dict())
-    bundle_in(zoo / "b", {"network_def": UNET})
-    bundle_in(zoo / "c", {"network_def": UNET})
+    zoo, reasons = tmp_path / "zoo", {"a": "no JSON", "b": "without weights", "c": "cannot be read"}
+    for name in reasons:
+        bundle_of_a_stranger(zoo / name, "{" if name == "a" else {"network_def": UNET})
     (zoo / "c" / "models" / "model.pt").write_bytes(b"no weights")
-    reasons = [one.left_out for one in find({"bundles": str(zoo)})]
-    for reason, part in zip(reasons, ["no JSON", "without weights", "cannot be read"], strict=True):
-        assert part in reason
+    for one in find({"bundles": str(zoo)}):
+        assert reasons[one.name] in one.left_out
 
 
 def test_expressions_are_evaluated_when_the_user_trusts_the_bundle(tmp_path, find):
     config = {"network_def": unet(channels="$[4, 4 + 4]")}
-    bundle_in(tmp_path / "zoo" / "one", config, weights=built(UNET).state_dict())
+    bundle_of_a_stranger(tmp_path / "zoo" / "one", config, weights=built(UNET).state_dict())
     (one,) = find({"bundles": str(tmp_path / "zoo")}, trust_bundles=True)
     assert (one.left_out, one.network["channels"]) == (None, [4, 8])
 
@@ -230,11 +183,7 @@ def test_expressions_are_evaluated_when_the_user_trusts_the_bundle(tmp_path, fin
     [
         (BasicUNet(2, 1, 2, features=(4,) * 6), {"network": UNET}, "does not fit this UNet"),
         (built(unet(in_channels=4)), {"network": unet(in_channels=4)}, "takes 4 channels, the target's images have 1"),
-        (
-            built(unet(spatial_dims=3)),
-            {"network": unet(spatial_dims=3)},
-            "its network is 3D, the target's images are 2D",
-        ),
+        (built(unet(spatial_dims=3)), {"network": unet(spatial_dims=3)}, "network is 3D, the target's images are 2D"),
         (built(UNET), {"network": {"_target_": "os.system"}}, "network os.system is not one of"),
         (built(UNET), {"network": unet(channels=3)}, "cannot be built"),
         (ResNet("basic", [1] * 4, [4] * 4, 2, 1, num_classes=2), {}, "does not give one prediction per pixel"),
@@ -269,25 +218,20 @@ def test_a_classification_source_that_does_not_fit_is_refused_in_one_line(weight
 # What a pool is kept for
 
 
-def pool_folder(bundle: str, source: Source, **changed) -> Path:
-    root = REPOSITORY / "bundles" / bundle
-    config = json.loads((root / "configs" / "train.json").read_text()) | {"bundle_root": str(root)} | changed
-    return pretraining_job(config, "pool", source, seed=0).output_dir
-
-
 def test_a_pool_is_trained_again_when_its_collection_or_its_training_change(collection, tmp_path):
     """A network is never taken for one that was trained on other patients, or in another way."""
 
     def folder(path=collection, **changed):
-        return pool_folder("source_selection", Source("s", "task", task="B-T2-ED"), collection=str(path), **changed)
+        return SOURCE_SELECTION.pool_job("B-T2-ED", collection=str(path), **changed).output_dir
 
     before = folder()
     moved = shutil.copytree(Path(collection).parent, tmp_path / "moved") / "collection.json"
     assert folder(moved) == before
-    for changed in ({"pool_epochs": 2}, {"optimizer": {"_target_": "torch.optim.SGD"}}, {"loss": {"_target_": "x"}}):
+    for changed in ({"pool_epochs": 2}, {"optimizer#_target_": "torch.optim.SGD"}, {"lr_scheduler#power": 2.0}):
         assert folder(**changed) != before, changed
+    assert folder(loss={"_target_": "x"}) != before
     for changed in ({"target_task": "A-FLAIR-ED"}, {"method": "paper"}, {"sources": ["x"]}, {"output_dir": "x"}):
-        assert folder(**changed) == before, changed
+        assert folder(**changed, pixels=7) == before, changed
     content = json.loads(moved.read_text())
     content["subjects"][0]["split"] = "test"
     moved.write_text(json.dumps(content))
@@ -299,7 +243,7 @@ def test_a_pool_is_trained_again_when_its_collection_or_its_training_change(coll
 
 def test_a_pool_is_trained_again_when_its_images_change(mnist, tmp_path):
     def folder(where, **changed):
-        return pool_folder("dataset_transferability", Source("s", "task", task=str(where)), **changed)
+        return DATASETS.pool_job(str(where), **changed).output_dir.name
 
     images = tmp_path / "images" / "cat"
     images.mkdir(parents=True)
@@ -310,8 +254,7 @@ def test_a_pool_is_trained_again_when_its_images_change(mnist, tmp_path):
     assert folder(images.parent) != before
     path = mnist()
     before = folder(path)
-    for changed in ({"decide_by": "leep"}, {"train_per_class": 7}, {"grid": {"learning_rate": [1.0]}}):
-        assert folder(path, **changed) == before, changed
-    network = Source("s", "task", task=path, network=RESNET)
-    assert pool_folder("dataset_transferability", network) != before
-    assert pool_folder("dataset_transferability", replace(network, network=None)) == before
+    same = [{"decide_by": "leep"}, {"train_per_class": 7}, {"grid": {"learning_rate": [1.0]}}, {"target_task": "x"}]
+    assert {folder(path, **changed) for changed in (*same, {"sources": ["a"]})} == {before}
+    other = [{"pool_epochs": 3}, {"image_size": 64}, {"network_def#widen_factor": 1.0}, {"network": RESNET}]
+    assert len({before, *(folder(path, **changed) for changed in other)}) == 5

@@ -1,7 +1,5 @@
 """The tutorials as they are committed, and run from top to bottom."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """DatasetTr's Table 2 from its published raw scores: what agrees, and which printed cells are slips."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Source datasets ranked for a classification target, with what the paper's LP x FU says and the target's own model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +24,12 @@ class RankDatasets(RankSources):
     LP x FU, the answer is an order and never a preference.
 
     Args:
-        cross_domain: LP x FU is turned round, for sources of another domain than the target.
         options: see `medtl_ext.transfer.RankSources`.
     """
 
     scores = ("lp_fu", "lp", "fu", "leep", "nleep", "logme", "parc", "sfda", "ncti", "gbc", "h_score")
     carried = ("collection", "phantom_subjects", "train_per_class", "val_per_class", "image_size", "in_channels")
     carried += ("network_def", "seed")
-
-    cross_domain: bool = False
 
     def check(self) -> None:
         if (size := self.image_shape[1]) < 16:
@@ -45,10 +40,6 @@ class RankDatasets(RankSources):
                 f"decide_by is {self.decide_by}, which is not in metrics; add it there: {', '.join(self.metrics)}."
             )
         self.target.check(["train", "val", "test"])
-
-    @property
-    def score_options(self) -> dict[str, Any]:
-        return {"cross_domain": self.cross_domain}
 
     def remarks(self, ranking: SourceRanking) -> list[str]:
         ready, dataset, said = self.table.loc[self.ranked], self.target.dataset, []

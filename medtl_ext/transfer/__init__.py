@@ -9,14 +9,14 @@
 """
 
 from medtl_ext.transfer.arms import TransferAudit
-from medtl_ext.transfer.config import bundle_root, claim_output, current_config, start
+from medtl_ext.transfer.config import bundle_root, start
 from medtl_ext.transfer.evaluate import DataCheck, ScoreImages, ScorePatients, StoppedTraining
-from medtl_ext.transfer.jobs import Arm, Job, Run, run_command, run_jobs
-from medtl_ext.transfer.page import Report, html_report
+from medtl_ext.transfer.jobs import Arm, Job, Run
+from medtl_ext.transfer.page import Report
 from medtl_ext.transfer.rank import RankSources
-from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table, summarize
-from medtl_ext.transfer.scores import SCORES, KeepPixels, Maps, Observation, Predictions, Score
-from medtl_ext.transfer.sources import SingleSource, Source, find_sources
+from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
+from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
+from medtl_ext.transfer.sources import SingleSource, Source
 from medtl_ext.transfer.study import Study
 from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, images_to_classify, images_to_segment
 from medtl_ext.transfer.truth import FineTuneSources
@@ -29,13 +29,10 @@ __all__ = [
     "FineTuneSources",
     "Job",
     "KeepPixels",
-    "Maps",
-    "Observation",
     "Predictions",
     "RankSources",
     "Report",
     "Run",
-    "Score",
     "ScoreImages",
     "ScorePatients",
     "SegmentationTask",
@@ -46,17 +43,10 @@ __all__ = [
     "TransferAudit",
     "audit_report",
     "bundle_root",
-    "claim_output",
     "compare_report",
-    "current_config",
-    "find_sources",
-    "html_report",
     "images_to_classify",
     "images_to_segment",
     "markdown_table",
     "patient_table",
-    "run_command",
-    "run_jobs",
     "start",
-    "summarize",
 ]

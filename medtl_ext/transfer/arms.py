@@ -1,7 +1,5 @@
 """Arms: ways to use the labels that are trained to the end and compared; and the audit of the common ones."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

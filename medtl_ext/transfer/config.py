@@ -4,8 +4,6 @@ MONAI evaluates a config lazily and knows neither its own folder nor a misspelle
 `monai.bundle.ConfigWorkflow` that is evaluating them by walking up the call stack.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -13,7 +11,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Container, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,9 +37,10 @@ LEAST |= {"batch_size": 1, "iterations_per_epoch": 1, "val_interval": 1}
 # Options that may name a file, of which the content counts and not the place.
 WHAT_IS_IN = dict.fromkeys(("collection", "source_collection"), "patients, splits or files")
 WHAT_IS_IN |= {"affinity": "weights"}
-CONTENT = "content {}"
+CONTENT = "content "
 # What the command line leaves as text, where a config would have a value.
 JSON_WORDS = {"true": True, "false": False, "null": None}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def _evaluating(kind: type[Evaluating]) -> Evaluating | None:
@@ -80,110 +80,81 @@ def start() -> None:
     """
     _show_input_errors_as_one_line()
     torch.set_num_threads(threads_for(1))
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai\.")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"monai\.")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"monai\.")
     workflow = _evaluating(ConfigWorkflow)
-    if workflow is None:
-        return
-    for key, value in workflow.parser.get().items():
+    parser, folder = workflow.parser, Path(workflow.config_root_path)
+    for key, value in parser.get().items():
         if isinstance(value, str) and value in JSON_WORDS:
-            workflow.parser[key] = JSON_WORDS[value]
-    config = workflow.parser.get()
-    _check_names(config, Path(workflow.config_root_path))
-    _check_kinds(config, Path(workflow.config_root_path))
-    _check_validation(config)
-    if "RANK" not in os.environ and any("init_process_group" in text for text in _strings(config.get("initialize"))):
+            parser[key] = JSON_WORDS[value]
+    _check_options(parser.get(), _declared(folder))
+    interval, epochs = (parser.get_parsed_content(name, default=None) for name in ("val_interval", "epochs"))
+    if interval is not None and epochs is not None and interval > epochs > 0:  # it would end without a best network
+        raise InputError(
+            f"--val_interval is {interval}, --epochs {epochs}: no epoch would be validated; give at most --epochs."
+        )
+    if "RANK" not in os.environ and "init_process_group" in str(parser.get("initialize")):
         raise InputError(
             "a multi_gpu config is for several processes; start it by `torchrun --nproc_per_node=2 -m monai.bundle run "
             "...`, one process a GPU, or leave it out."
         )
 
 
-def _declared_options(folder: Path) -> dict[str, set[str]]:
-    """The top-level keys of each config of a bundle: a key that an overlay sets to nothing is still an option."""
-    contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {name: {key.split("#")[0] for key in content} for name, content in contents.items()}
+def _declared(folder: Path) -> dict[str, dict[str, Any]]:
+    """Content of each config of a bundle."""
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def _check_names(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse options that nothing in this run uses: misspelled ones, and those of another config.
+def _options(content: Mapping[str, Any]) -> set[str]:
+    """Its top-level keys, parts of which an overlay may set: what it sets to nothing is still an option."""
+    return {key.split("#")[0] for key in content}
+
+
+def _check_options(config: Mapping[str, Any], declared: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse options that nothing in this run uses, as misspelled ones, and values of a kind that no config has.
 
     MONAI does not say which files a config was read from: those whose keys are all in it may be among them.
     """
-    declared = _declared_options(folder)
-    used = {name for text in _strings(config) for name in re.findall(r"[@%]([A-Za-z_]\w*)", text)}
-    known = used.union(*(keys for keys in declared.values() if keys <= config.keys()))
-    for key in config:
-        if key in known or key.startswith("_"):
-            continue
-        if files := [name for name, keys in declared.items() if key in keys and name != "metadata.json"]:
-            inside = ", which the trainings here take from --settings" if "settings" in config else ""
-            raise InputError(f"option --{key} does nothing here; it is one of {', '.join(files)}{inside}.")
-        docs = "; see the bundle's docs/README.md for the options it has."
-        raise InputError(f"option --{key} is not used by this bundle{_hint(key, known, docs, '--')}")
-
-
-def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse text where the bundle's own configs have numbers, and the like."""
-    kinds: dict[str, set[type]] = {}
-    for path in sorted(folder.glob("*.json")):
-        for key, value in json.loads(path.read_text(encoding="utf-8")).items():
-            if value is not None and not _is_expression(value):
-                kinds.setdefault(key, set()).add(type(value))
-    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    files = {name: _options(content) for name, content in declared.items()}
+    used = set(re.findall(r"[@%]([A-Za-z_]\w*)", json.dumps(config, default=str)))
+    known = used.union(*(keys for keys in files.values() if keys <= config.keys()))
+    kinds: dict[str, set[type]] = defaultdict(set)
+    for key, value in (item for content in declared.values() for item in content.items()):
+        if value is not None and not _is_expression(value):
+            kinds[key].add(type(value))
     for key, value in config.items():
-        known = kinds.get(key, set())
-        if known == {dict} and not (isinstance(value, dict) or value is None or _is_expression(value)):
-            others = _hint(key, [name for name in kinds if name != key], "", "--")
-            raise InputError(f"option --{key} is a part with settings of its own, such as --{key}#NAME{others}")
-        if not known & names.keys() or value is None or _is_expression(value):
+        if key not in known and key[0] != "_":
+            if others := [name for name, keys in files.items() if key in keys and name != "metadata.json"]:
+                inside = ", which the trainings here take from --settings" if "settings" in config else ""
+                raise InputError(f"option --{key} does nothing here; it is one of {', '.join(others)}{inside}.")
+            docs = "; see the bundle's docs/README.md for the options it has."
+            raise InputError(f"option --{key} is not used by this bundle{_hint(key, known, docs, '--')}")
+        if value is None or _is_expression(value):
             continue
-        fits = type(value) in known or (type(value) is int and float in known)
-        if not fits:
-            expected = " or ".join(name for kind, name in names.items() if kind in known)
+        kind, given = kinds[key], type(value)
+        if kind == {dict} != {given}:
+            near = _hint(key, kinds.keys() - {key}, "", "--")
+            raise InputError(f"option --{key} is a part with settings of its own, such as --{key}#NAME{near}")
+        if kind & WORDS.keys() and given not in (kind | {int} if float in kind else kind):
+            expected = " or ".join(word for one, word in WORDS.items() if one in kind)
             raise InputError(f"option --{key} is {value!r}; expected {expected}.")
-        if key in LEAST and isinstance(value, int | float) and value < LEAST[key]:
+        if isinstance(value, int | float) and value < LEAST.get(key, value):
             raise InputError(f"option --{key} is {value}; expected at least {LEAST[key]}.")
-
-
-def _check_validation(config: Mapping[str, Any]) -> None:
-    """Refuse a training that would end before its first validation, and so without a best network to score."""
-    interval, epochs = (_number(config, name) for name in ("val_interval", "epochs"))
-    if interval is not None and epochs is not None and interval > epochs > 0:
-        raise InputError(
-            f"--val_interval is {interval}, --epochs {epochs}: no epoch would be validated; give at most --epochs."
-        )
-
-
-def _number(config: Mapping[str, Any], name: str) -> float | None:
-    """The number that a setting is or refers to (``@epochs``); None if it is neither, as an expression."""
-    value = config.get(name)
-    for _ in config:  # so many references at most
-        if not (isinstance(value, str) and value.startswith("@")):
-            break
-        value = config.get(value[1:])
-    return value if isinstance(value, int | float) else None
 
 
 def _is_expression(value: Any) -> bool:
     return isinstance(value, str) and value[:1] in ("$", "@", "%")
 
 
-def _strings(config: Any) -> Iterator[str]:
-    if isinstance(config, str):
-        yield config
-    elif isinstance(config, Mapping):
-        for value in config.values():
-            yield from _strings(value)
-    elif isinstance(config, Sequence):
-        for value in config:
-            yield from _strings(value)
+def on_command_line() -> bool:
+    """Whether the program is ``python -m monai.bundle``."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    return program is not None and program.name == "monai.bundle.__main__"
 
 
 def _show_input_errors_as_one_line() -> None:
     """On the command line, print an `InputError` without the traceback of the config machinery around it."""
-    program = getattr(sys.modules["__main__"], "__spec__", None)
-    if program is None or program.name != "monai.bundle.__main__":
+    if not on_command_line():
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
@@ -231,26 +202,19 @@ def identity(config: Mapping[str, Any], *, without: Container[str] = ()) -> dict
         config: see `current_config`.
         without: names of settings that do not count.
     """
-    plain = (str, int, float, bool, list, type(None))
+    plain, parts = (str, int, float, bool, list, type(None)), ConfigParser(dict(config))
     found = {k: v for k, v in config.items() if isinstance(v, plain) and k not in HOW_NOT_WHAT and k[:1] != "_"}
-    for name in DECIDING:
-        value: Any = config
-        for part in name.split("#"):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        found |= {} if value is None else {name: value}
-    found |= {name: CONTENT.format(_fingerprint(name, path)) for name, path in _files_in(config).items()}
+    found |= {name: part for name in DECIDING if (part := parts.get(name)) is not None}
+    for name in WHAT_IS_IN:
+        path = config.get(name)
+        if isinstance(path, str) and Path(path).is_file():
+            of = load_collection(path).fingerprint if name != "affinity" else _file_hash(path)
+            found[name] = CONTENT + of
     return {name: value for name, value in sorted(found.items()) if name not in without}
 
 
-def _files_in(config: Mapping[str, Any]) -> dict[str, Path]:
-    named = {name: config.get(name) for name in WHAT_IS_IN}
-    return {name: Path(path) for name, path in named.items() if isinstance(path, str) and Path(path).is_file()}
-
-
-def _fingerprint(name: str, path: Path) -> str:
-    if name == "affinity":
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    return load_collection(path).fingerprint
+def _file_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def claim_output(output_dir: str | os.PathLike[str]) -> Path:
@@ -286,7 +250,7 @@ def _require_same(holds: str, record: Path, now: Mapping[str, Any]) -> None:
         if one == other:
             continue
         what = f"{holds} with {name}={one!r}, this one has {other!r}"
-        if name in WHAT_IS_IN and all(str(value).startswith(CONTENT[:-2]) for value in (one, other)):
+        if name in WHAT_IS_IN and all(str(value).startswith(CONTENT) for value in (one, other)):
             what = f"{holds} on another {name}, with other {WHAT_IS_IN[name]} than this one has"
         raise InputError(f"{what}; give another folder with --output_dir, or delete that one.")
 
@@ -322,7 +286,7 @@ def study_config(output_dir: str | os.PathLike[str], settings: Mapping[str, Any]
     if not isinstance(settings, Mapping):
         raise InputError(f"settings is {settings!r}; expected options of train.json by name.")
     root = Path(current_config()["bundle_root"])
-    known = set().union(*_declared_options(root / "configs").values())
+    known = set().union(*map(_options, _declared(root / "configs").values()))
     for name in settings:
         if name.split("#")[0] not in known:
             raise InputError(f"settings holds {name}, which is no option of this bundle{_hint(name, known, '.')}")

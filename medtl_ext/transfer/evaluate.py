@@ -1,7 +1,5 @@
 """Steps around a training: read the data before it, train, and score every patient or image after it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from monai.handlers import EarlyStopHandler
 from medtl_ext._io import write_csv
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer.sources import TargetTask
-from medtl_ext.transfer.tasks import image_auc, probability_columns
+from medtl_ext.transfer.tasks import PROBABILITIES, image_auc
 
 __all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining"]
 
@@ -142,18 +140,11 @@ class ScoreImages(ScorePatients):
         return table
 
     def _write(self, table: pd.DataFrame) -> None:
-        columns = probability_columns(table)
-        rows = [
-            {
-                "method": self.method,
-                "seed": self.seed,
-                "split": split,
-                "images": len(of),
-                "auc": image_auc(of),
-                "accuracy": float((of[columns].to_numpy().argmax(1) == of["label"]).mean()),
-            }
-            for split, of in table.groupby("split", sort=False)
-        ]
+        rows = []
+        for split, of in table.groupby("split", sort=False):
+            right = of.filter(regex=PROBABILITIES).to_numpy().argmax(1) == of["label"]
+            row = {"method": self.method, "seed": self.seed, "split": split, "images": len(of)}
+            rows.append(row | {"auc": image_auc(of), "accuracy": float(right.mean())})
         # In full: six digits make probabilities near 1 equal.
         write_csv(Path(self.output_dir) / "predictions.csv", table.drop(columns=["method", "seed"]), digits=None)
         write_csv(Path(self.output_dir) / "metrics.csv", pd.DataFrame(rows))

@@ -1,14 +1,11 @@
 """Runs of a config in folders of their own, through joblib: on this machine, or on a cluster."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
 import logging
 import os
 import shlex
-import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -16,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ignite.distributed as idist
 import pandas as pd
@@ -36,7 +33,7 @@ class Job:
     """One run of a config in its own folder.
 
     Args:
-        config: content of the config to run, e.g. of `medtl_ext.transfer.current_config`.
+        config: content of the config to run, e.g. of `medtl_ext.transfer.config.current_config`.
         output_dir: the run's own folder.
         overlays: config files laid over it, in order.
         overrides: options that win over everything, as on the command line.
@@ -66,15 +63,13 @@ class Job:
         """Run the config in this process, on so many threads; whoever runs it meanwhile is waited for."""
         lock = FileLock(writable(self.output_dir) / ".run.lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             logger.warning("waiting for another process, which is running %s", self.output_dir)
-            lock.acquire()
-        try:
+            held = lock.acquire()
+        with held:
             if not self.done:
                 self._run(threads)
-        finally:
-            lock.release()
 
     def _run(self, threads: int | None) -> None:
         if "RANK" in os.environ:
@@ -103,12 +98,9 @@ class Job:
 
 def _be_the_only_rank() -> None:
     """Make this process, started by a rank of a distributed run, a distributed run of one: its config expects one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any port that is free
 
 
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -210,7 +202,7 @@ class Run:
         return Path(self.config["bundle_root"]) / "configs"
 
     def start(self) -> None:
-        """Claim the output folder; see `medtl_ext.transfer.claim_output`."""
+        """Claim the output folder; see `medtl_ext.transfer.config.claim_output`."""
         claim_output(self.folder)
 
     def end(self) -> None:
@@ -218,7 +210,7 @@ class Run:
         if self.leads:
             print("results are in", self.folder)
 
-    def seeded(self, config: Mapping[str, Any], seed: int) -> Run:
+    def seeded(self, config: Mapping[str, Any], seed: int) -> Self:
         """The same for trainings of another config and seed, one run of many, without progress bars of its own."""
         run = copy.copy(self)
         run.seed, run.config, run.progress = seed, {**config, "seed": seed}, False

@@ -1,13 +1,11 @@
 """One page of a finished run to look at and to send: ``report.html``, made from what the run left in its own folder."""
 
-from __future__ import annotations
-
 import base64
 import json
-import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
 from medtl_ext import __version__
-from medtl_ext._io import atomic_path
+from medtl_ext._io import write_text
 from medtl_ext._validation import InputError
-from medtl_ext.transfer.config import current_config
+from medtl_ext.transfer.config import on_command_line
 from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word
 
-__all__ = ["Report", "html_report"]
+__all__ = ["Report"]
 
 CAPTIONS = {
     "agreement": "What each ranking was worth",
@@ -45,11 +43,24 @@ LONG, MOST = 12, 300
 
 @dataclass(kw_only=True, eq=False)
 class Report:
-    """A step that writes `html_report` of the run.
+    """A step that writes ``report.html``: the verdict of a finished run, its figures, its tables, and how it was made.
+
+    Everything is read from the run's own folder (not from folders in it): texts (``answer.txt``, ``audit.json`` and
+    other JSON with a ``text``, Markdown pages), PNG figures, CSV tables, ``config.json``. A CSV beside a Markdown page
+    of its name is left out, for the page holds its tables. The page needs no other file and no network.
 
     Args:
-        run: whose folder it is of; without figures there is no report.
-        title, question, synthetic: see `html_report`.
+        here: whose folder it is of; without figures there is no report.
+        title, question: heading of the page, and the question that the run answers.
+        synthetic: the data are synthetic, which the page then says before anything else.
+
+    >>> import tempfile
+    >>> from types import SimpleNamespace
+    >>> here = SimpleNamespace(folder=Path(tempfile.mkdtemp()), config={}, figures=True, leads=True)
+    >>> _ = (here.folder / "answer.txt").write_text("Use <14-T2-ED>.")
+    >>> Report(here=here, title="Source selection", question="Which source?", synthetic=True).write()
+    >>> "Use &lt;14-T2-ED&gt;." in (here.folder / "report.html").read_text()
+    True
     """
 
     here: Run
@@ -58,63 +69,39 @@ class Report:
     synthetic: bool
 
     def write(self) -> None:
-        """Write the page, in the first of several processes."""
-        if self.here.figures and self.here.leads:
-            html_report(self.here.folder, title=self.title, question=self.question, synthetic=self.synthetic)
+        """Write the page, in the first of several processes.
 
-
-def html_report(output_dir: str | os.PathLike[str], *, title: str, question: str, synthetic: bool) -> Path:
-    """Write ``report.html``: the verdict of a finished run, its figures, its tables, and how it was made.
-
-    Everything is read from the run's own folder (not from folders in it): texts (``answer.txt``, ``audit.json`` and
-    other JSON with a ``text``, Markdown pages), PNG figures, CSV tables, ``config.json``. A CSV beside a Markdown page
-    of its name is left out, for the page holds its tables. The page needs no other file and no network.
-
-    Args:
-        output_dir: folder of the run.
-        title, question: heading of the page, and the question that the run answers.
-        synthetic: the data are synthetic, which the page then says before anything else.
-
-    Returns:
-        Path of the page.
-
-    Raises:
-        InputError: there is nothing to report in the folder.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "answer.txt").write_text("Use <14-T2-ED>.")
-    >>> page = html_report(folder, title="Source selection", question="Which source?", synthetic=True)
-    >>> "Use &lt;14-T2-ED&gt;." in page.read_text()
-    True
-    """
-    folder = Path(output_dir)
-    verdict, details = _texts(folder)
-    figures = [(p.name, _caption(p), base64.b64encode(p.read_bytes()).decode()) for p in sorted(folder.glob("*.png"))]
-    tables = [t for p in sorted(folder.glob("*.csv")) if not p.with_suffix(".md").is_file() for t in _tables(p)]
-    if not (verdict or details or figures or tables):
-        raise InputError(f"{folder} holds no text, table or figure to report; give the folder of a finished run.")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=FileSystemLoader(Path(__file__).parent)
-    )
-    environment.filters |= {"number": _is_number, "markdown": _html}
-    page = environment.get_template("report.html.jinja").render(
-        title=title,
-        question=question,
-        synthetic=synthetic,
-        verdict=verdict,
-        details=details,
-        figures=figures,
-        tables=tables,
-        command=_command(folder),
-        options=_options(folder),
-        versions=f"medtl {__version__}, monai {monai.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        files=sorted(path.name + "/" * path.is_dir() for path in folder.glob("[!.]*") if path.name != "report.html"),
-    )
-    with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return folder / "report.html"
+        Raises:
+            InputError: there is nothing to report in the folder.
+        """
+        if not (self.here.figures and self.here.leads):
+            return
+        folder = self.here.folder
+        verdict, details = _texts(folder)
+        images = {path: base64.b64encode(path.read_bytes()).decode() for path in sorted(folder.glob("*.png"))}
+        tables = [t for p in sorted(folder.glob("*.csv")) if not p.with_suffix(".md").is_file() for t in _tables(p)]
+        if not (verdict or details or images or tables):
+            raise InputError(f"{folder} holds no text, table or figure to report; give the folder of a finished run.")
+        files = FileSystemLoader(Path(__file__).parent)
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=files)
+        environment.filters |= {"number": _is_number, "markdown": _html}
+        page = environment.get_template("report.html.jinja").render(
+            title=self.title,
+            question=self.question,
+            synthetic=self.synthetic,
+            verdict=verdict,
+            details=details,
+            figures=[(path.name, _caption(path), image) for path, image in images.items()],
+            tables=tables,
+            command=_command(folder),
+            options=_options(self.here.config),
+            versions=f"medtl {__version__}, monai {monai.__version__}, torch {torch.__version__}, "
+            f"Python {platform.python_version()}",
+            files=sorted(
+                path.name + "/" * path.is_dir() for path in folder.glob("[!.]*") if path.name != "report.html"
+            ),
+        )
+        write_text(folder / "report.html", page)
 
 
 def _html(text: str) -> str:
@@ -191,13 +178,8 @@ def _caption(path: Path) -> str:
     return CAPTIONS.get(path.stem, path.stem.replace("_", " ").capitalize())
 
 
-def _options(folder: Path) -> list[tuple[str, str]]:
-    """Options and their plain values, of the config that the run left or, if it left none, that is being evaluated."""
-    record = folder / "config.json"
-    try:
-        config = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else current_config()
-    except InputError:  # called by hand
-        return []
+def _options(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Options and their plain values."""
     steps = ("imports", "initialize", "run", "finalize")
     values = {name: value for name, value in config.items() if value is not None and name not in steps}
     texts = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in values.items()]
@@ -209,7 +191,4 @@ def _command(folder: Path) -> str | None:
     record = (folder / "config.json").resolve()
     if record.is_file():
         return run_command([record], {"output_dir": "again"})
-    program = getattr(sys.modules["__main__"], "__spec__", None)
-    if program is None or program.name != "monai.bundle.__main__":
-        return None
-    return " ".join(["python -m monai.bundle", *map(shell_word, sys.argv[1:])])
+    return " ".join(["python -m monai.bundle", *map(shell_word, sys.argv[1:])]) if on_command_line() else None

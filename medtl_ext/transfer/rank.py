@@ -1,8 +1,7 @@
 """Which source should I transfer from? One pass of each over the target, a ranking with intervals, and a verdict."""
 
-from __future__ import annotations
-
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,17 +11,21 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 from monai.engines import SupervisedEvaluator
+from tqdm import tqdm
 
 from medtl_ext._io import write_csv, write_json, write_text
-from medtl_ext._validation import InputError, require_choice, require_choices
+from medtl_ext._validation import InputError, require_choice, require_choices, require_number
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Run, run_command
+from medtl_ext.transfer.report import records
 from medtl_ext.transfer.scores import SCORES, Observation, observe, patients_of, resampled_scores, score_values
 from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_collection, train_sources
 from medtl_ext.visualize import plot_ranking, save_figure
 
 __all__ = ["RankSources"]
+
+logger = logging.getLogger(__name__)
 
 SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
 
@@ -44,11 +47,14 @@ class RankSources:
         n_resamples, minimum_win, minimum_gap: see `medtl_ext.ranking.bootstrap_ranking`.
         source_dir, pool_seed: where the sources' networks are kept, and the seed of their training.
         check_data: read every file of a source task before it is trained on.
-        trust_bundles: see `medtl_ext.transfer.find_sources`.
+        trust_bundles: see `medtl_ext.transfer.sources.find_sources`.
+        cross_domain: LP x FU is turned round, for sources of another domain than the target.
     """
 
     scores: ClassVar[Sequence[str]] = tuple(SCORES)
     """Those that ``metrics`` may name."""
+    carried: ClassVar[Sequence[str]] = ()
+    """Options that a fine-tuning must share with the ranking."""
 
     here: Run
     target: TargetTask
@@ -63,6 +69,7 @@ class RankSources:
     pool_seed: int
     check_data: bool = True
     trust_bundles: bool = False
+    cross_domain: bool = False
 
     def check(self) -> None:
         """Refuse what cannot work before anything long runs.
@@ -74,11 +81,9 @@ class RankSources:
         self.target.datalist("train")
         self.metrics = require_choices("metric", self.metrics, self.scores)
         require_choice("decide_by", self.decide_by, self.scores)
-        win, gap = self.minimum_win, self.minimum_gap
-        if not 0.5 < win <= 1 or not 0 <= gap <= 1:
-            raise InputError(f"minimum_win is {win} and minimum_gap {gap}; they must lie in (0.5, 1] and in [0, 1].")
-        if self.n_resamples < 1:
-            raise InputError(f"n_resamples is {self.n_resamples}; it must be at least 1.")
+        require_number("minimum_win", self.minimum_win, 0.5, 1, above=True)
+        require_number("minimum_gap", self.minimum_gap, 0, 1)
+        require_number("n_resamples", self.n_resamples, 1, whole=True)
 
     # What is known, in the order in which it becomes known
 
@@ -86,34 +91,33 @@ class RankSources:
     def pool(self) -> dict[str, Source]:
         """The sources by name, trained where they can be used."""
         config = self.here.config
-        found = find_sources(
-            config["sources"],
-            self.target,
-            collection=source_collection(config),
-            trust_bundles=self.trust_bundles,
-        )
+        where = {"collection": source_collection(config), "trust_bundles": self.trust_bundles}
+        found = find_sources(config["sources"], self.target, **where)
         if all(source.left_out for source in found):
             reasons = "; ".join(f"{source.name}: {source.left_out}" for source in found)
             raise InputError(f"no source can be used ({reasons}).")
-        trained = train_sources(
-            found, self.here, self.target, folder=self.source_dir, seed=self.pool_seed, check=self.check_data
-        )
-        return {source.name: source for source in trained}
+        how = {"folder": self.source_dir, "seed": self.pool_seed, "check": self.check_data}
+        return {source.name: source for source in train_sources(found, self.here, self.target, **how)}
 
     @cached_property
     def seen(self) -> dict[str, Observation]:
         """What each source makes of the target; those that turn out not to fit are left out of the pool."""
-        seen, left_out = observe(
-            [source for source in self.pool.values() if source.left_out is None],
-            evaluator=self.evaluator,
-            network_def=self.here.config["network_def"],
-            image_shape=self.image_shape,
-            per_pixel=self.target.per_pixel,
-            with_fu=bool({"fu", "lp_fu"} & {*self.metrics, self.decide_by}),
-            progress=self.here.progress,
-        )
-        for name, reason in left_out.items():
-            self.pool[name] = replace(self.pool[name], left_out=reason)
+        seen, with_fu = {}, bool({"fu", "lp_fu"} & {*self.metrics, self.decide_by})
+        how = {"image_shape": self.image_shape, "per_pixel": self.target.per_pixel}
+        ready = [source for source in self.pool.values() if source.left_out is None]
+        for source in tqdm(ready, "scoring", unit="source", disable=None if self.here.progress else True):
+            try:
+                network = source.build(self.here.config["network_def"], **how)
+            except InputError as error:
+                if source.kind != "bundle":
+                    raise
+                reason = str(error).removeprefix(f"source {source.name}: ")
+                logger.warning("source %s is left out: %s", source.name, reason)
+                self.pool[source.name] = replace(source, left_out=reason)
+            else:
+                seen[source.name] = observe(source, network, self.evaluator, with_fu=with_fu)
+        if not seen:
+            raise InputError("no source's network takes the target's images; see the warnings above.")
         return seen
 
     @property
@@ -121,16 +125,13 @@ class RankSources:
         """The sources that may be ranked: not the target's own model, which is scored only."""
         return [name for name in self.seen if not self.pool[name].own]
 
-    def observed(self, names: Sequence[str]) -> dict[str, Observation]:
-        return {name: self.seen[name] for name in names}
-
     @cached_property
     def table(self) -> pd.DataFrame:
         """A row per source: what is known of it beforehand, every score, and why it was left out if it was."""
         scores = self.values(self.ranked)
         if own := [name for name in self.seen if self.pool[name].own]:
             alone = [metric for metric in self.metrics if SCORES[metric].combine is None]
-            mine = score_values(alone, self.observed(own), seed=self.here.seed)
+            mine = score_values(alone, {name: self.seen[name] for name in own}, seed=self.here.seed)
             scores = {metric: values | mine.get(metric, {}) for metric, values in scores.items()}
         facts = pd.DataFrame([self.facts(source) for source in self.pool.values()]).set_index("source")
         table = facts.join(pd.DataFrame(scores, columns=list(self.metrics), dtype=float))
@@ -139,24 +140,15 @@ class RankSources:
 
     def values(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Score -> source -> value, where a pool's scores are of these sources."""
-        return score_values(self.metrics, self.observed(names), seed=self.here.seed, **self.score_options)
-
-    @property
-    def score_options(self) -> dict[str, Any]:
-        """Of scores of a whole pool."""
-        return {}
+        how = {"seed": self.here.seed, "cross_domain": self.cross_domain}
+        return score_values(self.metrics, {name: self.seen[name] for name in names}, **how)
 
     def facts(self, source: Source) -> dict[str, Any]:
         """What is known of a source before its network is looked at."""
         own = np.nan if source.job is None else self.target.own(source.job)
-        return {
-            "source": source.name,
-            "kind": source.kind,
-            self.target.own_task: source.task,
-            self.target.own_size: source.size,
-            self.target.own_outcome: own,
-            "checkpoint": source.checkpoint,
-        }
+        known = {"source": source.name, "kind": source.kind, self.target.own_task: source.task}
+        known |= {self.target.own_size: source.size, self.target.own_outcome: own}
+        return known | {"checkpoint": source.checkpoint}
 
     # The ranking
 
@@ -167,18 +159,15 @@ class RankSources:
         options |= {"metric": score.label, "synthetic": self.target.synthetic}
         own = table[self.target.own_outcome].astype(float).dropna().to_dict()
         sizes = table[self.target.own_size].astype(float)
-        options["baselines"] = baseline_rankings(
-            list(names),
-            sizes=None if sizes.isna().all() else sizes.to_dict(),
-            other_targets={"its own task": own} if own else None,
-            seed=self.here.seed,
-        )
-        observed = self.observed(names)
-        scores = resampled_scores(self.decide_by, observed, seed=self.here.seed, **self.score_options)
+        known = {"sizes": None if sizes.isna().all() else sizes.to_dict()}
+        known["other_targets"] = {"its own task": own} if own else None
+        options["baselines"] = baseline_rankings(list(names), seed=self.here.seed, **known)
+        seen, how = {name: self.seen[name] for name in names}, {"cross_domain": self.cross_domain}
+        scores = resampled_scores(self.decide_by, seen, seed=self.here.seed, **how)
         if score.resamples == 0:
-            return _without_interval(scores(np.ones(patients_of(observed), dtype=int)), options)
+            return _without_interval(scores(np.ones(patients_of(seen), dtype=int)), options)
         resamples = min(self.n_resamples, score.resamples)
-        return bootstrap_ranking(scores, patients=patients_of(observed), n_resamples=resamples, **options)
+        return bootstrap_ranking(scores, patients=patients_of(seen), n_resamples=resamples, **options)
 
     def candidates(self) -> list[str]:
         """The sources that are ranked; a method may drop some."""
@@ -194,14 +183,14 @@ class RankSources:
         if not self.here.leads:
             return None
         ranking = self.rank(self.candidates())
+        settled, winner = self.settled(ranking), ranking.default
         sentences = [ranking.text, *self.remarks(ranking)]
-        settled = self.settled(ranking)
-        winner = ranking.default
         if settled is not None:
             sentences.append(f"Settled by fine-tuning: {settled['text']}")
             winner = settled["source"]
         answer = " ".join(filter(None, sentences))
         command = None if winner in (None, "scratch") else self.command(self.pool[winner])
+        table, folder = self.ranking_table(table, ranking), self.here.folder
         if self.here.figures:
             figure = plot_ranking(
                 ranking,
@@ -209,11 +198,16 @@ class RankSources:
                 title=f"Which source to transfer from, for {self.target.name}",
                 synthetic=self.target.synthetic,
             )
-            save_figure(figure, self.here.folder / "ranking.png")
-        self._write(self.ranking_table(table, ranking), ranking, answer, command, settled)
-        print(answer)
-        if command:
-            print(f"To use it:\n{command}")
+            save_figure(figure, folder / "ranking.png")
+        write_csv(folder / "ranking.csv", table)
+        verdict = {key: getattr(ranking, key) for key in ("recommendation", "tied", "default", "patients", "resamples")}
+        content = {"target": self.target.name, "decided_by": self.decide_by} | verdict
+        content |= {"synthetic": self.target.synthetic, "answer": answer, "command": command, "settled": settled}
+        content |= self.said_besides() | {"baselines": records(ranking.baselines), "table": records(table)}
+        write_json(folder / "ranking.json", content)
+        hint = f"\n\nTo use it:\n{command}" if command else ""
+        write_text(folder / "answer.txt", answer + hint)
+        print(answer + hint.replace("\n\n", "\n"))
         return ranking
 
     def remarks(self, ranking: SourceRanking) -> list[str]:
@@ -237,9 +231,6 @@ class RankSources:
         default = json.loads((self.here.configs / "train.json").read_text(encoding="utf-8"))
         return {name: config[name] for name in self.carried if config[name] != default[name]}
 
-    carried: ClassVar[Sequence[str]] = ()
-    """Options that a fine-tuning must share with the ranking."""
-
     def ranking_table(self, table: pd.DataFrame, ranking: SourceRanking) -> pd.DataFrame:
         """The ranked sources, best first, then those that were dropped or left out, and scratch."""
         table = ranking.table.set_index("source").join(table, how="right")
@@ -249,44 +240,13 @@ class RankSources:
         table.insert(1, "reason", self.reasons(table))
         table = table.sort_values("rank", kind="stable", na_position="last").drop(columns="left_out")
         table = table.reindex([*table.index, "scratch"])
-        table.loc["scratch", ["status", "reason"]] = [
-            "no score",
-            "training from scratch has no score: settle it by training",
-        ]
+        why = "training from scratch has no score: settle it by training"
+        table.loc["scratch", ["status", "reason"]] = ["no score", why]
         return table.rename_axis("source").reset_index()
 
     def reasons(self, table: pd.DataFrame) -> pd.Series:
         """Why each source was kept, dropped or left out."""
         return table["left_out"].fillna("")
-
-    def _write(
-        self,
-        table: pd.DataFrame,
-        ranking: SourceRanking,
-        answer: str,
-        command: str | None,
-        settled: Mapping[str, Any] | None,
-    ) -> None:
-        folder = self.here.folder
-        write_csv(folder / "ranking.csv", table)
-        content = {
-            "target": self.target.name,
-            "decided_by": self.decide_by,
-            "recommendation": ranking.recommendation,
-            "tied": list(ranking.tied),
-            "default": ranking.default,
-            "patients": ranking.patients,
-            "resamples": ranking.resamples,
-            "synthetic": self.target.synthetic,
-            "answer": answer,
-            "command": command,
-            "settled": settled,
-            **self.said_besides(),
-            "baselines": json.loads(ranking.baselines.to_json(orient="records")),
-            "table": json.loads(table.to_json(orient="records", double_precision=10)),
-        }
-        write_json(folder / "ranking.json", content)
-        write_text(folder / "answer.txt", answer + (f"\n\nTo use it:\n{command}" if command else ""))
 
     def said_besides(self) -> dict[str, Any]:
         """Further entries of ``ranking.json``."""

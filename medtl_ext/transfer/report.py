@@ -6,11 +6,9 @@ iou``, in a comparison also ``pair, source_seed, slices``. A class that is absen
 within a patient, runs within a patient, and tests are paired over patients.
 """
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.ranking import MINIMUM_PATIENTS, Verdict, audit_verdict, holm, paired_comparison
 from medtl_ext.visualize import SPLIT_NAMES, method_group, plot_audit, plot_comparison, save_figure
 
-__all__ = ["audit_report", "compare_report", "markdown_table", "patient_table", "summarize"]
+__all__ = ["audit_report", "compare_report", "markdown_table", "patient_table"]
 
 RUN_COLUMNS = ["pair", "slices", "split", "method", "source_seed", "seed"]
 """What tells one run from another; a table need not have all of them."""
@@ -51,7 +49,7 @@ def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
     [{'subject': 'p1', 'dice': 0.7, 'iou': 0.55, 'empty': 0}]
     """
     _require_columns(rows, ["method", "seed", "split", "subject", "class", "dice", "iou"])
-    run = _present(rows, RUN_COLUMNS)
+    run = [column for column in RUN_COLUMNS if column in rows]
     if (twice := rows.duplicated([*run, "subject", "class"])).any():
         first = rows[twice].iloc[0]
         raise InputError(
@@ -69,24 +67,6 @@ def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
         rows = rows.assign(subject=rows["patient"].fillna(rows["subject"]))
     grouped = rows.groupby([*run, "subject"], sort=False, dropna=False)
     return grouped.agg(dice=("dice", "mean"), iou=("iou", "mean"), empty=("empty", "sum")).reset_index()
-
-
-def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean and spread per method: patients are averaged within a run, then mean and sd (ddof 1) are taken over runs.
-
-    Args:
-        rows: as for `patient_table`. A run is one seed, and one source seed where there is that column.
-
-    Returns:
-        One row per pair, slices, split and method (those columns that ``rows`` has), in order of appearance, with
-        ``mean, sd, iou, runs, patients``; ``sd`` is NaN for a single run.
-
-    >>> rows = pd.DataFrame({"method": "full", "seed": [0, 0, 1, 1], "split": "test", "subject": ["p1", "p2"] * 2,
-    ...                      "class": "ED", "dice": [0.8, 0.6, 0.9, 0.7], "iou": 0.5})
-    >>> summarize(rows).round(3).to_dict("records")
-    [{'split': 'test', 'method': 'full', 'mean': 0.75, 'sd': 0.071, 'iou': 0.5, 'runs': 2, 'patients': 2}]
-    """
-    return _summarize_patients(patient_table(rows))
 
 
 def audit_report(
@@ -117,26 +97,20 @@ def audit_report(
         InputError: no validation results, the method is missing, or arms were evaluated on different patients.
     """
     patients = patient_table(rows)
-    if "val" not in set(patients["split"]):
-        raise InputError(f"An audit is decided on split 'val'; found {_listed(patients['split'].unique())} only.")
-    if method not in set(patients["method"]):
-        raise InputError(f"The audit has no results of '{method}'; found {_listed(patients['method'].unique())}.")
+    splits, methods, runs = patients["split"].unique(), patients["method"].unique(), _runs_per_arm(patients)
+    if "val" not in splits:
+        raise InputError(f"An audit is decided on split 'val'; found {_listed(splits)} only.")
+    if method not in methods:
+        raise InputError(f"The audit has no results of '{method}'; found {_listed(methods)}.")
+    said = {"margin": margin, "runs": runs, "synthetic": synthetic}
     verdicts = {
-        split: audit_verdict(
-            _scores(patients[patients["split"] == split]),
-            margin=margin,
-            split=SPLIT_NAMES.get(split, split),
-            runs=_runs_per_arm(patients),
-            synthetic=synthetic,
-        )
+        split: audit_verdict(_scores(patients[patients["split"] == split]), split=SPLIT_NAMES.get(split, split), **said)
         for split in ("val", "test")
-        if split in set(patients["split"])
+        if split in splits
     }
     verdict = verdicts["val"]
-    sentences = [verdict.text, _empty_sentence(rows)]
-    if "test" in verdicts:
-        sentences.insert(1, _check(verdict, verdicts["test"].table))
-    verdict = replace(verdict, text=" ".join(filter(None, sentences)))
+    sentences = [verdict.text, _check(verdict, verdicts["test"].table) if "test" in verdicts else ""]
+    verdict = replace(verdict, text=" ".join(filter(None, [*sentences, _empty_sentence(rows)])))
 
     output_dir = Path(output_dir)
     table = pd.concat([v.table.assign(split=split) for split, v in verdicts.items()])
@@ -144,11 +118,10 @@ def audit_report(
     write_csv(output_dir / "audit.csv", table)
     content = {key: value for key, value in asdict(verdict).items() if key != "table"}
     content |= {"method": method, "decided_on": "val", "margin": margin, "synthetic": synthetic}
-    content |= {"runs_per_arm": _runs_per_arm(patients), "tables": {s: _records(v.table) for s, v in verdicts.items()}}
+    content |= {"runs_per_arm": runs, "tables": {split: records(v.table) for split, v in verdicts.items()}}
     write_json(output_dir / "audit.json", content)
-    figure = plot_audit(
-        _average_runs(patients), table, recommended=verdict.recommendation, title=title, synthetic=synthetic
-    )
+    averaged = patients.groupby(["split", "method", "subject"], sort=False, as_index=False)["dice"].mean()
+    figure = plot_audit(averaged, table, recommended=verdict.recommendation, title=title, synthetic=synthetic)
     save_figure(figure, output_dir / "audit.png")
     return verdict
 
@@ -188,18 +161,20 @@ def compare_report(
         raise InputError(f"No results for split 'test'; found {_listed(rows['split'].unique())}.")
     rows = rows[rows["split"] == "test"]
     patients = _with_all_pairs(patient_table(rows))
-    cells = {cell: _scores(of) for cell, of in patients.groupby(["pair", "slices"], sort=False)}
-    for (pair, slices), scores in cells.items():
+    cells = {}
+    for (pair, slices), of in patients.groupby(["pair", "slices"], sort=False):
+        scores = _scores(of)
         if reference not in scores:
             raise InputError(
                 f"Pair {pair} with {slices} slices has no results of the reference '{reference}'; "
                 f"found {_listed(scores)}. Run it or choose another reference."
             )
-    table = _summarize_patients(patients).drop(columns="split").merge(_against(patients, cells, reference))
-    table["p_holm"] = table.groupby(["pair", "slices"])["p"].transform(holm)
-    shows = "\n".join(f"- {line}" for line in _what_it_shows(table, cells, reference))
+        cells[pair, slices] = _against(of, scores, reference), scores
+    table = pd.concat({cell: of for cell, (of, _) in cells.items()}, names=["pair", "slices"])
+    table = table.reset_index(["pair", "slices"]).reset_index(drop=True)
+    shows = "\n".join(f"- {line}" for line in _what_it_shows(cells, reference))
     parts = ["# Methods compared", _caption(rows, patients, synthetic), "## What it shows", shows]
-    for (pair, slices), cell in table.groupby(["pair", "slices"], sort=False):
+    for (pair, slices), (cell, _) in cells.items():
         parts += [f"## {pair}, {slices} slices", markdown_table(_in_words(cell, reference))]
     output_dir = Path(output_dir)
     write_csv(output_dir / "comparison.csv", table)
@@ -235,48 +210,29 @@ def _require_columns(rows: pd.DataFrame, columns: Iterable[str]) -> None:
         raise InputError("The results are empty; nothing to report.")
 
 
-def _present(table: pd.DataFrame, columns: Iterable[str]) -> list[str]:
-    return [column for column in columns if column in table]
-
-
 def _listed(names: Iterable[Any]) -> str:
     return ", ".join(map(str, names)) or "none"
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain Python values, NaN as null, which JSON has no word for."""
     return json.loads(table.to_json(orient="records", double_precision=10))
 
 
-def _summarize_patients(patients: pd.DataFrame) -> pd.DataFrame:
-    cell = _present(patients, ["pair", "slices", "split", "method"])
-    per_run = patients.groupby(_present(patients, RUN_COLUMNS), sort=False, dropna=False)[["dice", "iou"]].mean()
-    table = per_run.groupby(cell, sort=False).agg(
-        mean=("dice", "mean"), sd=("dice", "std"), iou=("iou", "mean"), runs=("dice", "size")
-    )
-    table["patients"] = patients.groupby(cell, sort=False)["subject"].nunique()
-    return table.reset_index()
+Scores = dict[str, dict[str, float]]
+"""Method -> subject -> Dice averaged over runs."""
 
 
-def _average_runs(patients: pd.DataFrame) -> pd.DataFrame:
-    keys = _present(patients, ["pair", "slices", "split", "method", "subject"])
-    return patients.groupby(keys, sort=False, as_index=False)["dice"].mean()
-
-
-def _scores(patients: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Method -> subject -> Dice averaged over runs (the patients of one split, pair and slice number)."""
-    averaged = _average_runs(patients)
-    return {
-        method: dict(zip(of["subject"], of["dice"], strict=True))
-        for method, of in averaged.groupby("method", sort=False)
-    }
+def _scores(patients: pd.DataFrame) -> Scores:
+    """Of the patients of one split, pair and slice number."""
+    averaged = patients.groupby(["method", "subject"], sort=False)["dice"].mean()
+    return {method: of.droplevel("method").to_dict() for method, of in averaged.groupby("method", sort=False)}
 
 
 def _runs_per_arm(patients: pd.DataFrame) -> int:
     """The fewest runs of any arm that was trained."""
-    runs = patients[_present(patients, ["method", "source_seed", "seed"])].drop_duplicates()
-    runs = runs[runs["method"] != "zero_shot"] if (runs["method"] != "zero_shot").any() else runs
-    return int(runs["method"].value_counts().min())
+    runs = patients.filter(["method", "source_seed", "seed"]).drop_duplicates()["method"].value_counts()
+    return int((runs.drop("zero_shot", errors="ignore") if len(runs) > 1 else runs).min())
 
 
 def _empty_sentence(rows: pd.DataFrame) -> str:
@@ -305,73 +261,66 @@ def _check(verdict: Verdict, test: pd.DataFrame) -> str:
 def _with_all_pairs(patients: pd.DataFrame) -> pd.DataFrame:
     """Add, where several pairs share a slice number, each patient's mean over its pairs as one more pair."""
     shared = patients.groupby("slices")["pair"].nunique().loc[lambda count: count > 1].index
-    keys = [column for column in [*_present(patients, RUN_COLUMNS), "subject"] if column != "pair"]
+    keys = ["slices", "split", "method", "source_seed", "seed", "subject"]
     pooled = patients[patients["slices"].isin(shared)].groupby(keys, sort=False, dropna=False, as_index=False)
     pooled = pooled[["dice", "iou", "empty"]].mean().assign(pair=ALL_PAIRS)
     return pd.concat([patients, pooled], ignore_index=True)
 
 
-Cells = dict[tuple[str, Any], dict[str, dict[str, float]]]
-"""(pair, slices) -> method -> subject -> Dice."""
+def _against(patients: pd.DataFrame, scores: Scores, reference: str) -> pd.DataFrame:
+    """Every method of a cell, and against the reference: over patients, and in how many runs its mean is ahead."""
+    runs = patients.groupby(["method", "source_seed", "seed"], sort=False, dropna=False)[["dice", "iou"]].mean()
+    rows = []
+    for method, values in scores.items():
+        own, gaps = runs.loc[method], []
+        row = {"method": method, "mean": own["dice"].mean(), "sd": own["dice"].std(), "iou": own["iou"].mean()}
+        row |= {"runs": len(own), "patients": len(values), "difference": 0.0}
+        row |= dict.fromkeys(["difference_low", "difference_high", "p"], np.nan)
+        if method != reference:
+            found = paired_comparison(values, scores[reference])
+            row |= {"difference": found.difference, "difference_low": found.low}
+            row |= {"difference_high": found.high, "p": found.p_wilcoxon}
+            # NaN says that a method does not depend on it: scratch on no source, the untouched source on no seed.
+            keys = [key for key in own.index.names if own.index.get_level_values(key).notna().all()]
+            if keys:
+                means = [table["dice"].groupby(keys).mean() for table in (own, runs.loc[reference])]
+                gaps = (means[0] - means[1]).dropna()
+        rows.append(row | {"runs_ahead": sum(gap > 0 for gap in gaps), "runs_matched": len(gaps)})
+    table = pd.DataFrame(rows)
+    return table.assign(p_holm=holm(table["p"]))
 
 
-def _against(patients: pd.DataFrame, cells: Cells, reference: str) -> pd.DataFrame:
-    """Every method against the reference in each cell: over patients, and in how many runs its mean is ahead."""
-    records = []
-    for (pair, slices), cell in patients.groupby(["pair", "slices"], sort=False):
-        scores = cells[pair, slices]
-        runs = cell.groupby(["method", "source_seed", "seed"], dropna=False)["dice"].mean()
-        for method, values in scores.items():
-            record = {"pair": pair, "slices": slices, "method": method, "difference": 0.0}
-            record |= {"difference_low": np.nan, "difference_high": np.nan, "p": np.nan}
-            gaps = runs[:0]
-            if method != reference:
-                found = paired_comparison(values, scores[reference])
-                record |= {"difference": found.difference, "difference_low": found.low}
-                record |= {"difference_high": found.high, "p": found.p_wilcoxon}
-                own, other = runs[method], runs[reference]
-                # NaN says that a method does not depend on it: scratch on no source, the untouched source on no seed.
-                keys = [key for key in own.index.names if own.index.get_level_values(key).notna().all()]
-                gaps = (own.groupby(keys).mean() - other.groupby(keys).mean()).dropna() if keys else gaps
-            records.append(record | {"runs_ahead": int((gaps > 0).sum()), "runs_matched": len(gaps)})
-    return pd.DataFrame(records)
-
-
-def _what_it_shows(table: pd.DataFrame, cells: Cells, reference: str) -> list[str]:
+def _what_it_shows(cells: Mapping[tuple[str, Any], tuple[pd.DataFrame, Scores]], reference: str) -> list[str]:
     """Sentences drawn from the numbers: what beats what over all pairs, and in which pairs not to transfer."""
     pooled = {slices for pair, slices in cells if pair == ALL_PAIRS}
-    lines = []
-    for (pair, slices), cell in table.groupby(["pair", "slices"], sort=False):
+    lines, alone, weak = [], [], {}
+    for (pair, slices), (table, scores) in cells.items():
+        where = f"{pair}, {slices} slices: "
         if pair == ALL_PAIRS or slices not in pooled:
-            found = [_against_reference(cell, reference), *_against_controls(cells[pair, slices])]
-            lines += [f"{pair}, {slices} slices: {line}" for line in found]
-    for (pair, slices), scores in cells.items():
-        lines += [f"{pair}, {slices} slices: {line}" for line in _scratch(scores)]
-    smallest = {cell: _smallest_p(of) for cell, of in table.groupby(["pair", "slices"], sort=False)}
-    if weak := {cell[0]: f"{cell[0]} (at least {p:.2g})" for cell, p in smallest.items() if p >= 0.05}:
-        lines.append(
+            lines += [where + line for line in (_against_reference(table, reference), *_against_controls(scores))]
+        alone += [where + line for line in _scratch(scores)]
+        # The smallest Holm-corrected p a Wilcoxon test can give with so many patients and so many tests.
+        smallest = min(1.0, table["p"].notna().sum() * 2 / 2 ** int(table["patients"].min()))
+        if smallest >= 0.05:
+            weak[pair] = f"{pair} (at least {smallest:.2g})"
+    if weak:
+        alone.append(
             f"Too few patients for any corrected p to reach .05, whatever the Dice: {_listed(weak.values())}. "
             "There, read the intervals."
         )
-    return lines
-
-
-def _smallest_p(cell: pd.DataFrame) -> float:
-    """The smallest Holm-corrected p a Wilcoxon test can give with so many patients and so many tests."""
-    return min(1.0, cell["p"].notna().sum() * 2 / 2 ** int(cell["patients"].min()))
+    return lines + alone
 
 
 def _against_reference(cell: pd.DataFrame, reference: str) -> str:
-    significant = cell[cell["p_holm"] < 0.05]
-    sides = {"better": significant[significant["difference"] > 0], "worse": significant[significant["difference"] < 0]}
-    named = {
-        word: _listed(f"{row.method} ({row.difference:+.3f})" for row in chosen.itertuples())
-        for word, chosen in sides.items()
-    }
-    return f"better than {reference} (corrected p < .05): {named['better']}; worse: {named['worse']}."
+    found = [row for row in cell.itertuples() if row.p_holm < 0.05]
+    better, worse = (
+        _listed(f"{row.method} ({row.difference:+.3f})" for row in found if row.difference * sign > 0)
+        for sign in (1, -1)
+    )
+    return f"better than {reference} (corrected p < .05): {better}; worse: {worse}."
 
 
-def _against_controls(scores: dict[str, dict[str, float]]) -> list[str]:
+def _against_controls(scores: Scores) -> list[str]:
     """Each risk map against the weightings that never saw the source, by paired t intervals."""
     controls = [method for method in scores if method_group(method) == "control"]
     lines = []
@@ -384,7 +333,7 @@ def _against_controls(scores: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def _scratch(scores: dict[str, dict[str, float]]) -> list[str]:
+def _scratch(scores: Scores) -> list[str]:
     """Whether training from scratch has the highest mean of all, and is clear of the runner-up."""
     means = {method: np.mean(list(values.values())) for method, values in scores.items()}
     first, *others = sorted(means, key=means.__getitem__, reverse=True)

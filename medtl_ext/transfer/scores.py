@@ -4,26 +4,22 @@ A score is a function of how often each target patient counts, so that a table (
 patients come from the same code.
 """
 
-from __future__ import annotations
-
-import logging
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+import ignite.distributed as idist
 import numpy as np
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from tqdm import tqdm
 
 from medtl_ext import metrics
 from medtl_ext._io import atomic_path
@@ -35,8 +31,6 @@ from medtl_ext.ranking import mean_auc
 from medtl_ext.transfer.sources import Source
 
 __all__ = ["SCORES", "KeepPixels", "Maps", "Observation", "Predictions", "Score", "observe", "resampled_scores"]
-
-logger = logging.getLogger(__name__)
 
 PIXELS_FILE = "pixels.npz"
 # Enough for the ten samples of 10,000 that OTCE draws to differ.
@@ -58,7 +52,7 @@ class Maps(NamedTuple):
     groups: torch.Tensor
     names: tuple[Hashable, ...]
 
-    def resampled(self, counts: Sequence[int]) -> Maps:
+    def resampled(self, counts: Sequence[int]) -> Self:
         """The images with every patient as often as ``counts`` says."""
         times = torch.as_tensor(np.asarray(counts))
         rows = torch.arange(len(self.labels)).repeat_interleave(times[self.groups])
@@ -104,18 +98,12 @@ class Predictions(TransferMetric):
 
     def compute(self) -> Maps:
         """The images of all processes."""
-        kept = self._kept
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            shares: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, kept)
-            kept = [image for share in shares for image in share]
+        kept = sorted((image for share in idist.all_gather(self._kept) for image in share), key=lambda image: image[:2])
         if not kept:
             raise InputError("Predictions has seen no image; look for an empty data loader.")
-        kept = sorted(kept, key=lambda image: image[:2])
-        names = tuple(sorted({image[2] for image in kept}))
-        number = {name: place for place, name in enumerate(names)}
-        groups = torch.tensor([number[image[2]] for image in kept])
-        return Maps(torch.stack([i[3] for i in kept]), torch.stack([i[4] for i in kept]), groups, names)
+        _, _, patients, probs, labels = zip(*kept, strict=True)
+        names, groups = np.unique(patients, return_inverse=True)
+        return Maps(torch.stack(probs), torch.stack(labels), torch.from_numpy(groups), tuple(names.tolist()))
 
 
 @dataclass(frozen=True)
@@ -145,58 +133,35 @@ class Score:
     Attributes:
         label: what tables and figures call it.
         of: an observation's value as a function of how often each patient counts.
-        combine: scales the values over all sources, where a score is about a pool.
+        combine: scales the values over all sources, where a score is about a pool, told whether it is turned round.
         resamples: at most so many resamples: few for what fits a model each time, 0 for what cannot be resampled.
     """
 
     label: str
     of: Callable[[Observation, int], ScoreOfCounts]
-    combine: Callable[[Mapping[str, Any]], dict[str, float]] | None = None
+    combine: Callable[[Mapping[str, Any], bool], dict[str, float]] | None = None
     resamples: int = 10**9
 
 
 def observe(
-    sources: Sequence[Source],
-    *,
-    evaluator: SupervisedEvaluator,
-    network_def: Mapping[str, Any],
-    image_shape: Sequence[int],
-    per_pixel: bool,
-    with_fu: bool = False,
-    progress: bool = True,
-) -> tuple[dict[str, Observation], dict[str, str]]:
-    """Pass every source over the target's training images, once, with the evaluator.
+    source: Source, network: nn.Module, evaluator: SupervisedEvaluator, *, with_fu: bool = False
+) -> Observation:
+    """Pass a source over the target's training images, once, with the evaluator.
 
     Args:
-        sources: with checkpoints.
+        source: whose training may have left pixels of its own data.
+        network: of `Source.build`.
         evaluator: with the metrics ``samples`` and ``predictions``; its network is replaced.
-        network_def, image_shape, per_pixel: see `Source.build`.
-        with_fu: run each network backwards too, for FU.
-        progress: show a progress bar on a terminal.
-
-    Returns:
-        Source -> what it makes of the target; and, of bundles whose network does not take the target's images, source
-        -> why not.
+        with_fu: run the network backwards too, for FU.
 
     Raises:
-        InputError: another source does not fit its weights or the images; no source is left.
+        InputError: FU finds no two convolutions in the network.
     """
-    seen, left_out = {}, {}
-    for source in tqdm(sources, "scoring", unit="source", disable=None if progress else True):
-        try:
-            network = source.build(network_def, image_shape=image_shape, per_pixel=per_pixel)
-        except InputError as error:
-            if source.kind != "bundle":
-                raise
-            left_out[source.name] = str(error).removeprefix(f"source {source.name}: ")
-            logger.warning("source %s is left out: %s", source.name, left_out[source.name])
-            continue
-        found = _run(evaluator, network, source if with_fu else None)
-        pixels = _source_pixels(source)
-        seen[source.name] = Observation(found["samples"], found["predictions"], found.get("fu", float("nan")), pixels)
-    if not seen:
-        raise InputError("no source's network takes the target's images; see the warnings above.")
-    return seen, left_out
+    found, pixels = _run(evaluator, network, source if with_fu else None), None
+    if source.job is not None and (file := source.job.output_dir / PIXELS_FILE).is_file():
+        with np.load(file) as content:
+            pixels = torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
+    return Observation(found["samples"], found["predictions"], found.get("fu", float("nan")), pixels)
 
 
 def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | None = None) -> dict[str, Any]:
@@ -221,13 +186,6 @@ def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | No
     return {name: float(value) if name == "fu" else value for name, value in evaluator.state.metrics.items()}
 
 
-def _source_pixels(source: Source) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if source.job is None or not (file := source.job.output_dir / PIXELS_FILE).is_file():
-        return None
-    with np.load(file) as content:
-        return torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
-
-
 @dataclass(kw_only=True, eq=False)
 class KeepPixels:
     """A step that writes softmax and labels of pixels of a network's own training data to ``pixels.npz``, for OTCE.
@@ -250,11 +208,10 @@ class KeepPixels:
         load_weights(network, f"{self.output_dir}/model.pt", min_share=1.0)
         probs, labels = _run(self.evaluator, network)["predictions"].flat()
         chosen = np.random.default_rng(self.seed).permutation(len(labels))[:KEPT_PIXELS]
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        kept = {"probs": probs[chosen].numpy(), "labels": labels[chosen].numpy().astype(np.uint8)}
+        if idist.get_rank() == 0:
             with atomic_path(Path(self.output_dir) / PIXELS_FILE) as temporary:
-                np.savez_compressed(
-                    temporary, probs=probs[chosen].numpy(), labels=labels[chosen].numpy().astype(np.uint8)
-                )
+                np.savez_compressed(temporary, **kept)
 
 
 def _h_score_map(maps: Maps) -> float:
@@ -313,10 +270,25 @@ def _lp_and_fu(seen: Observation, seed: int) -> ScoreOfCounts:
     return lambda counts: (float(metrics.compute_label_prediction(*seen.samples.resampled(counts))), seen.fu)
 
 
-def combine_lp_fu(values: Mapping[str, tuple[float, float]], *, cross_domain: bool = False) -> dict[str, float]:
-    """LP x FU of every source, each scaled over all of them; see `medtl_ext.metrics.combine_lp_fu`."""
+def _combine_lp_fu(values: Mapping[str, tuple[float, float]], cross_domain: bool) -> dict[str, float]:
     lp, fu = ({name: pair[place] for name, pair in values.items()} for place in (0, 1))
     return metrics.combine_lp_fu(lp, fu, cross_domain=cross_domain)
+
+
+def _combine_ncti(values: Mapping[str, Any], cross_domain: bool) -> dict[str, float]:
+    return metrics.combine_ncti(values)
+
+
+def _nleep(seen: Observation, seed: int) -> ScoreOfCounts:
+    return _of_samples(partial(metrics.compute_nleep, seed=seed), seen, seed)
+
+
+def _leep(maps: Maps) -> float:
+    return metrics.compute_leep(maps.probs, maps.labels)
+
+
+def _nce(maps: Maps) -> float:
+    return metrics.compute_nce(maps.probs.argmax(1), maps.labels)
 
 
 SLOW, FITTED = 200, 100
@@ -326,31 +298,24 @@ SCORES: dict[str, Score] = {
     "gbc": Score("GBC", partial(_of_sums, metrics.GBC())),
     "transrate": Score("TransRate", partial(_of_sums, metrics.TransRate())),
     "probe_auc": Score("linear-probe AUC", _probe_auc),
-    "leep": Score("LEEP", partial(_of_maps, lambda maps: metrics.compute_leep(maps.probs, maps.labels)), None, SLOW),
-    "nce": Score(
-        "NCE", partial(_of_maps, lambda maps: metrics.compute_nce(maps.probs.argmax(1), maps.labels)), None, SLOW
-    ),
-    "h_score_map": Score("H-score map", partial(_of_maps, _h_score_map), None, SLOW),
-    "otce": Score("OTCE", _otce, None, SLOW),
-    "sfda": Score("SFDA", partial(_of_samples, metrics.compute_sfda), None, FITTED),
-    "nleep": Score(
-        "NLEEP",
-        lambda seen, seed: _of_samples(partial(metrics.compute_nleep, seed=seed), seen, seed),
-        None,
-        FITTED,
-    ),
-    "parc": Score("PARC", partial(_of_samples, metrics.compute_parc), None, FITTED),
-    "ncti": Score("NCTI", partial(_of_samples, metrics.compute_ncti), metrics.combine_ncti, FITTED),
+    "leep": Score("LEEP", partial(_of_maps, _leep), resamples=SLOW),
+    "nce": Score("NCE", partial(_of_maps, _nce), resamples=SLOW),
+    "h_score_map": Score("H-score map", partial(_of_maps, _h_score_map), resamples=SLOW),
+    "otce": Score("OTCE", _otce, resamples=SLOW),
+    "sfda": Score("SFDA", partial(_of_samples, metrics.compute_sfda), resamples=FITTED),
+    "nleep": Score("NLEEP", _nleep, resamples=FITTED),
+    "parc": Score("PARC", partial(_of_samples, metrics.compute_parc), resamples=FITTED),
+    "ncti": Score("NCTI", partial(_of_samples, metrics.compute_ncti), _combine_ncti, FITTED),
     # LP learns a map of the features and FU runs the network backwards: no thousand resamples of that.
-    "lp": Score("LP", partial(_of_samples, metrics.compute_label_prediction), None, 0),
-    "fu": Score("FU", lambda seen, seed: lambda counts: seen.fu, None, 0),
-    "lp_fu": Score("LP x FU", _lp_and_fu, combine_lp_fu, 0),
+    "lp": Score("LP", partial(_of_samples, metrics.compute_label_prediction), resamples=0),
+    "fu": Score("FU", lambda seen, seed: lambda counts: seen.fu, resamples=0),
+    "lp_fu": Score("LP x FU", _lp_and_fu, _combine_lp_fu, 0),
 }
 """Every score by its name in configs and tables."""
 
 
 def resampled_scores(
-    name: str, seen: Mapping[str, Observation], *, seed: int = 0, **options: Any
+    name: str, seen: Mapping[str, Observation], *, seed: int = 0, cross_domain: bool = False
 ) -> Callable[[Sequence[int]], dict[str, float]]:
     """A score of all sources as a function of how often each target patient counts, for `bootstrap_ranking`.
 
@@ -358,7 +323,7 @@ def resampled_scores(
         name: of `SCORES`.
         seen: of `observe`.
         seed: of NLEEP's mixtures.
-        options: of the score's ``combine``, such as LP x FU's ``cross_domain``.
+        cross_domain: of LP x FU.
     """
     score = SCORES[name]
     functions = {source: score.of(one, seed) for source, one in seen.items()}
@@ -366,7 +331,7 @@ def resampled_scores(
     def values(counts: Sequence[int]) -> dict[str, float]:
         found = {source: function(counts) for source, function in functions.items()}
         if score.combine is not None:
-            return score.combine(found, **options)
+            return score.combine(found, cross_domain)
         return {source: float(value) for source, value in found.items()}
 
     return values
@@ -377,14 +342,9 @@ def patients_of(seen: Mapping[str, Observation]) -> int:
     return len(next(iter(seen.values())).maps.names)
 
 
-def score_values(
-    names: Sequence[str], seen: Mapping[str, Observation], *, seed: int = 0, **options: Any
-) -> dict[str, dict[str, float]]:
-    """Score -> source -> value with every patient once."""
+def score_values(names: Sequence[str], seen: Mapping[str, Observation], **options: Any) -> dict[str, dict[str, float]]:
+    """Score -> source -> value with every patient once; for the options see `resampled_scores`."""
     everybody = np.ones(patients_of(seen), dtype=int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return {
-            name: resampled_scores(name, seen, seed=seed, **(options if name == "lp_fu" else {}))(everybody)
-            for name in names
-        }
+        return {name: resampled_scores(name, seen, **options)(everybody) for name in names}

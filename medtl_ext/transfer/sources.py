@@ -5,13 +5,11 @@ unless the user says so: a network is taken only if it is a class of MONAI's or 
 values. What cannot be used is left out with the reason, never guessed.
 """
 
-from __future__ import annotations
-
 import hashlib
-import importlib
 import json
+import pydoc
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +17,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from monai.bundle import ConfigParser
-from monai.networks import nets
+from monai.bundle import ConfigExpression, ConfigParser
 from torch import nn
 
 from medtl_ext._validation import InputError, require_choice
@@ -33,8 +30,8 @@ from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, conte
 __all__ = ["SingleSource", "Source", "find_sources", "pretraining_job", "train_sources"]
 
 TargetTask = SegmentationTask | ClassificationTask
-KINDS = {"name": str, "task": str, "checkpoint": str, "network": Mapping, "n_classes": int, "encoder": str}
-KINDS |= {"convolutions": Sequence} | dict.fromkeys(SegmentationTask.tags, str)
+KEYS = {"name": str, "task": str, "checkpoint": str, "network": Mapping, "n_classes": int, "encoder": str}
+KEYS |= {"convolutions": Sequence} | dict.fromkeys(SegmentationTask.tags, str)
 WORDS = {str: "text", Mapping: "a definition with _target_", int: "a whole number", Sequence: "a list of two names"}
 RESERVED = {
     "scratch": "training without one",
@@ -75,7 +72,7 @@ class Source:
     n_classes: int = 2
     size: int | None = None
     encoder: str | None = None
-    convolutions: tuple[str, str] | None = None
+    convolutions: Sequence[str] | None = None
     own: bool = False
     left_out: str | None = None
     job: Job | None = None
@@ -109,7 +106,9 @@ class Source:
 
     def _with_weights(self, network_def: Mapping[str, Any], image_shape: Sequence[int]) -> nn.Module:
         in_channels, dims = image_shape[0], len(image_shape) - 1
-        definition = filled(self.network or network_def, n_classes=self.n_classes, in_channels=in_channels)
+        known = {"@n_classes": self.n_classes, "@in_channels": in_channels}
+        given = dict(self.network or network_def)
+        definition = {key: known.get(value, value) if isinstance(value, str) else value for key, value in given.items()}
         declared = definition.get("spatial_dims", definition.get("dimensions", dims))
         if declared != dims:
             raise InputError(f"its network is {declared}D, the target's images are {dims}D")
@@ -124,12 +123,6 @@ class Source:
         network = built(definition)
         load_weights(network, self.checkpoint, min_share=1.0)
         return network
-
-
-def filled(definition: Mapping[str, Any], *, n_classes: int, in_channels: int) -> dict[str, Any]:
-    """The definition with the two references that belong to it filled in."""
-    known = {"@n_classes": n_classes, "@in_channels": in_channels}
-    return {key: known.get(value, value) if isinstance(value, str) else value for key, value in definition.items()}
 
 
 def find_sources(
@@ -159,173 +152,126 @@ def find_sources(
         raise InputError(f"sources is {entries!r}; give a list with at least one source task, checkpoint or folder.")
     found: list[Source] = []
     for entry in entries:
-        if isinstance(entry, Mapping) and "bundles" in entry:
-            found += _bundles(Path(entry["bundles"]), trust_bundles)
-        else:
-            entry = {"task": entry} if isinstance(entry, str) else entry
-            found.append(_source(entry, target, collection, mark_own))
+        entry = {"task": entry} if isinstance(entry, str) else entry
+        kind = next((kind for kind in KINDS if isinstance(entry, Mapping) and kind in entry), None)
+        if kind is None:
+            known = '{"name": ..., "checkpoint": FILE} or {"bundles": FOLDER}'
+            raise InputError(f"source {entry!r} is no task, {known}.")
+        found += KINDS[kind](entry, target, collection, trust_bundles)
     names = [source.name for source in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"sources names {twice[0]} twice; give every source its own name.")
     for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"sources names {name} twice; give every source its own name.")
         if name in RESERVED:
             raise InputError(f"a source is named {name}, which means {RESERVED[name]}; give it another name.")
-    if all(source.own for source in found):
+    own = {source.name for source in found if mark_own and source.task and target.is_same(source.task)}
+    if len(own) == len(found):
         raise InputError(f"no source is left: {', '.join(names)} is the target's own model, which is never ranked.")
-    return found
+    reason = "it is the target itself" if target.per_pixel else None
+    return [replace(one, own=True, left_out=reason) if one.name in own else one for one in found]
 
 
-def source_name(entry: str | Mapping[str, Any]) -> str:
-    """What tables call an entry of ``sources``."""
-    if isinstance(entry, str):
-        return dataset_name(entry)
-    return str(entry.get("name") or dataset_name(entry.get("task") or Path(entry["checkpoint"]).stem))
-
-
-def _source(entry: Mapping[str, Any], target: TargetTask, collection: str | None, mark_own: bool) -> Source:
-    if not isinstance(entry, Mapping) or not ("task" in entry or "checkpoint" in entry):
-        raise InputError(f'source {entry!r} is no task, {{"name": ..., "checkpoint": FILE}} or {{"bundles": FOLDER}}.')
+def _network(entry: Mapping[str, Any], target: TargetTask, collection: str | None, trust: bool) -> list[Source]:
+    """A network of a task, which is trained here, or of a checkpoint."""
     where = f"source {entry.get('name', entry)}"
     for key, value in entry.items():
-        kind = KINDS[require_choice(f"{where}: key", key, KINDS)]
+        kind = KEYS[require_choice(f"{where}: key", key, KEYS)]
         wrong = not isinstance(value, kind) or (kind is Sequence and (isinstance(value, str) or len(value) != 2))
         if value is not None and wrong:
             raise InputError(f"{where}: {key} is {value!r}; expected {WORDS[kind]}.")
-    task, name = entry.get("task"), source_name(entry)
-    own = mark_own and task is not None and target.is_same(task)
-    known = None if task is None else target.other(task, collection=collection)
-    tags = {tag: getattr(known, tag) for tag in target.tags} if known else {}
-    return Source(
-        name,
-        "checkpoint" if "checkpoint" in entry else "task",
-        task=task,
-        tags=tags | {tag: entry[tag] for tag in SegmentationTask.tags if tag in entry},
-        checkpoint=entry.get("checkpoint"),
-        network=entry.get("network"),
-        n_classes=entry.get("n_classes", known.n_classes if known else 2),
-        size=known.size if known else None,
-        encoder=entry.get("encoder"),
-        convolutions=tuple(entry["convolutions"]) if entry.get("convolutions") else None,
-        own=own,
-        left_out="it is the target itself" if own and not target.scores_own_model else None,
-    )
+    given = {key: value for key, value in entry.items() if value is not None}
+    tags = {tag: given.pop(tag) for tag in SegmentationTask.tags if tag in given}
+    if "task" in given:
+        known = target.other(given["task"], collection=collection)
+        tags = {tag: getattr(known, tag) for tag in target.tags} | tags
+        given = {"n_classes": known.n_classes, "size": known.size} | given
+    name = str(given.pop("name", "")) or dataset_name(given.get("task") or Path(given["checkpoint"]).stem)
+    return [Source(name, "checkpoint" if "checkpoint" in given else "task", tags=tags, **given)]
 
 
-def _bundles(folder: Path, trust: bool) -> list[Source]:
+def _bundles(entry: Mapping[str, Any], target: TargetTask, collection: str | None, trust: bool) -> list[Source]:
+    """The networks of a folder of MONAI bundles; what cannot be used is left out with the reason."""
+    folder, found = Path(entry["bundles"]), []
     if not folder.is_dir():
         raise InputError(f"folder of bundles {folder} does not exist; give a folder whose folders are MONAI bundles.")
-    paths = sorted(path for path in folder.iterdir() if (path / "configs").is_dir())
-    if not paths:
+    for path in sorted(path for path in folder.iterdir() if (path / "configs").is_dir()):
+        weights = path / "models" / "model.pt"
+        source = Source(path.name, "bundle", tags={}, checkpoint=str(weights))
+        try:
+            source = replace(source, network=_definition(path, trust))
+            if not weights.is_file():
+                raise InputError("it comes without weights (models/model.pt)")
+            load_weights(built(source.network), weights, min_share=1.0)
+        except InputError as error:
+            source = replace(source, left_out=str(error).rstrip("."), network=None)
+        found.append(source)
+    if not found:
         raise InputError(f"folder {folder} holds no MONAI bundle, which is a folder with configs/ in it.")
-    return [_bundle(path, trust) for path in paths]
-
-
-def _bundle(path: Path, trust: bool) -> Source:
-    weights = path / "models" / "model.pt"
-    source = Source(path.name, "bundle", tags={}, checkpoint=str(weights))
-    try:
-        definition, config = _definition(path)
-        definition = _evaluated(path, definition, config) if trust else _literal(definition, config)
-        if not weights.is_file():
-            raise InputError("it comes without weights (models/model.pt)")
-        load_weights(built(definition), weights, min_share=1.0)
-    except InputError as error:
-        return replace(source, left_out=str(error).rstrip("."))
-    return replace(source, network=definition)
-
-
-def _definition(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The network's definition in a bundle's config as it is written, and the config."""
-    for name in ("inference.json", "train.json"):
-        file = path / "configs" / name
-        if not file.is_file():
-            continue
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"its {name} is no JSON ({error})") from error
-        for key in ("network_def", "network"):
-            if isinstance(config, dict) and isinstance(config.get(key), dict) and "_target_" in config[key]:
-                return config[key], config
-    raise InputError("no inference.json or train.json of its defines a network (network_def with a _target_)")
-
-
-def _literal(definition: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The definition with references to plain values filled in; refuses whatever would have to be evaluated."""
-
-    def filled(value: Any, depth: int = 0) -> Any:
-        if isinstance(value, str) and value.startswith("$"):
-            raise InputError(f"its network needs {value!r} evaluated, which --trust_bundles true would do")
-        if isinstance(value, str) and value.startswith(("@", "%")):
-            if depth > 8 or value[1:] not in config:
-                raise InputError(f"its network refers to {value!r}, which its config does not hold")
-            return filled(config[value[1:]], depth + 1)
-        if isinstance(value, Mapping):
-            if "_target_" in value:
-                raise InputError(f"its network is made of a {value['_target_']}, which would have to be built")
-            return {key: filled(inner, depth) for key, inner in value.items()}
-        return [filled(inner, depth) for inner in value] if isinstance(value, list) else value
-
-    target = definition["_target_"]
-    if not isinstance(target, str) or target.startswith(("$", "@", "%")):
-        raise InputError(f"its network is of class {target!r}, which would have to be evaluated")
-    arguments = {key: filled(value) for key, value in definition.items() if not re.fullmatch(r"_\w+_", key)}
-    if "pretrained" in arguments:  # a download; the bundle's own weights are loaded anyway
-        arguments["pretrained"] = False
-    return {"_target_": target, **arguments}
-
-
-def _evaluated(path: Path, definition: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The definition with its expressions evaluated: runs whatever the bundle's author wrote."""
-    parser = ConfigParser(config)
-    parser["bundle_root"] = str(path)
-    parser["network_def"] = definition
-    try:
-        resolved = parser.get_parsed_content("network_def", instantiate=False)
-        resolved = dict(resolved.get_config())
-    except Exception as error:  # whatever somebody else's config raises
-        raise InputError(f"its network cannot be evaluated ({error})") from error
-    return _literal(resolved, {})
-
-
-def network_class(target: str) -> type[nn.Module]:
-    """The class a definition's ``_target_`` names: one of MONAI's or torch's networks, nothing else.
-
-    >>> network_class("BasicUNet").__name__
-    'BasicUNet'
-    >>> network_class("os.system")
-    Traceback (most recent call last):
-    medtl_ext._validation.InputError: network os.system is not one of monai.networks.nets or torch.nn
-    """
-    name = target.rsplit(".", 1)[-1]
-    found = None
-    if "." not in target:
-        found = getattr(nets, target, None)
-    elif target.startswith(TRUSTED_PACKAGES):
-        try:
-            found = getattr(importlib.import_module(target.rsplit(".", 1)[0]), name, None)
-        except ImportError:
-            found = None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise InputError(f"network {target} is not one of monai.networks.nets or torch.nn")
     return found
 
 
+KINDS: dict[str, Callable[[Mapping[str, Any], TargetTask, str | None, bool], list[Source]]] = {
+    "bundles": _bundles,
+    "checkpoint": _network,
+    "task": _network,
+}
+"""The key that tells a kind of source -> the sources of such an entry, with collection and trust of `find_sources`."""
+
+
+def _definition(path: Path, trust: bool) -> dict[str, Any]:
+    """The network's definition in a bundle's config, references filled in; evaluates nothing unless it is trusted."""
+    for file in (path / "configs" / name for name in ("inference.json", "train.json")):
+        try:
+            config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise InputError(f"its {file.name} is no JSON ({error})") from error
+        for key in ("network_def", "network"):
+            if isinstance(config, dict) and isinstance(config.get(key), dict) and "_target_" in config[key]:
+                return _plain(config | {"bundle_root": str(path)}, key, trust)
+    raise InputError("no inference.json or train.json of its defines a network (network_def with a _target_)")
+
+
+def _plain(config: dict[str, Any], key: str, trust: bool) -> dict[str, Any]:
+    """A part of a config as plain values; refuses whatever would have to be built, or evaluated without trust."""
+
+    def refuse(value: Any) -> None:
+        if isinstance(value, ConfigExpression):
+            raise InputError(f"its network needs {value.get_config()!r} evaluated, which --trust_bundles true would do")
+        raise InputError(f"its network is made of {value!r}, which would have to be built")
+
+    try:
+        part = ConfigParser(config).get_parsed_content(key, instantiate=False, eval_expr=trust).get_config()
+        found = {name: value for name, value in part.items() if name == "_target_" or not re.fullmatch(r"_\w+_", name)}
+        if "pretrained" in found:  # a download; the bundle's own weights are loaded anyway
+            found["pretrained"] = False
+        return json.loads(json.dumps(found, default=refuse))
+    except InputError:
+        raise
+    except Exception as error:  # whatever somebody else's config raises
+        raise InputError(f"its network cannot be read ({error})") from error
+
+
 def built(definition: Mapping[str, Any]) -> nn.Module:
-    """A fresh network of a definition, without evaluating anything in it.
+    """A fresh network of a definition, of MONAI's or torch's classes, without evaluating anything in it.
 
     Raises:
         InputError: no network of MONAI's or torch's, or arguments it does not take.
+
+    >>> built({"_target_": "os.system", "command": "true"})
+    Traceback (most recent call last):
+    medtl_ext._validation.InputError: network os.system is not one of monai.networks.nets or torch.nn
     """
     if not isinstance(definition, Mapping) or "_target_" not in definition:
         raise InputError(f"network is {definition!r}; expected a definition with a _target_, such as BasicUNet")
-    arguments = {key: value for key, value in definition.items() if key != "_target_"}
+    target = str(definition["_target_"])
+    path = target if "." in target else f"monai.networks.nets.{target}"
+    network = pydoc.locate(path) if path.startswith(TRUSTED_PACKAGES) else None
+    if not (isinstance(network, type) and issubclass(network, nn.Module)):
+        raise InputError(f"network {target} is not one of monai.networks.nets or torch.nn")
     try:
-        return network_class(str(definition["_target_"]))(**arguments)
+        return network(**{key: value for key, value in definition.items() if key != "_target_"})
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"network {definition['_target_']} cannot be built from its arguments ({error})") from error
+        raise InputError(f"network {target} cannot be built from its arguments ({error})") from error
 
 
 def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Source, *, seed: int) -> Job:
@@ -336,19 +282,17 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     Raises:
         InputError: the collection is missing or breaks the format.
     """
-    overlay = Path(config["bundle_root"]) / "configs" / "pretrain.json"
+    overlay, collection = Path(config["bundle_root"]) / "configs" / "pretrain.json", source_collection(config)
     overrides: dict[str, Any] = {"source_task": source.task, "target_task": source.task, "seed": seed}
-    overrides |= {"source_ckpt": None, "collection": source_collection(config)}
-    overrides |= {"source_collection": overrides["collection"]} if "source_collection" in config else {}
-    overrides |= {"check_data": True} if "check_data" in config else {}
+    overrides |= {"source_ckpt": None, "collection": collection}
+    also = {"source_collection": collection, "check_data": True}
+    overrides |= {name: value for name, value in also.items() if name in config}
     overrides |= {"network_def": dict(source.network)} if source.network else {}
-    if overrides["collection"] is not None:
-        load_collection(overrides["collection"])  # a missing one has no content
-    merged = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}
-    path = Path(source.task)
-    key = identity(merged, without=("weight_map", "leep", "grid")) | {
-        "data": content_of(path) if path.exists() else None
-    }
+    if collection is not None:
+        load_collection(collection)  # a missing one has no content
+    merged, path = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}, Path(source.task)
+    key = identity(merged, without=("weight_map", "leep", "grid"))
+    key["data"] = content_of(path) if path.exists() else None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
 
@@ -381,19 +325,16 @@ def train_sources(
         for source in sources
         if source.checkpoint is None and source.left_out is None
     }
-    tasks = {source.name: source.task for source in sources}
     if not all(job.done for job in jobs.values()):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(folder) / ".pool.lock"):  # other processes find the pool done
-            for name, job in jobs.items():
+            for job in jobs.values():
                 if check and not job.done:
-                    splits = {"train", run.config.get("val_split", "val"), "test"}
-                    target.other(tasks[name], collection=source_collection(run.config)).check(splits)
+                    task = target.other(job.overrides["source_task"], collection=source_collection(run.config))
+                    task.check({"train", run.config.get("val_split", "val"), "test"})
             run.train(list(jobs.values()), "pre-training")
-    return [
-        replace(source, checkpoint=jobs[source.name].model, job=jobs[source.name]) if source.name in jobs else source
-        for source in sources
-    ]
+    trained = {name: {"checkpoint": job.model, "job": job} for name, job in jobs.items()}
+    return [replace(source, **trained.get(source.name, {})) for source in sources]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -425,12 +366,10 @@ class SingleSource:
     @cached_property
     def file(self) -> str:
         """Its weights, which are trained if there are none yet."""
-        if self.checkpoint is not None:
-            return self.checkpoint
-        if self.task is None or self.folder is None:
+        if self.checkpoint is None and (self.task is None or self.folder is None):
             what = "--source_ckpt" if self.folder is None else "--source_task (or --source_ckpt)"
             raise InputError(f"{what} is not given, and this config starts from it; give it.")
-        source = Source(dataset_name(self.task), "task", task=self.task)
+        source = Source(dataset_name(self.task or ""), "task", task=self.task, checkpoint=self.checkpoint)
         (trained,) = train_sources([source], self.here, self.target, folder=self.folder, seed=0, check=self.check)
         return trained.checkpoint
 

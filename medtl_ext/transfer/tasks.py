@@ -4,8 +4,6 @@ Segmentation and classification differ in their dataset, in what a network must 
 patient: the two classes here say all of it, and the rest of the flow does not know which of them it has.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -13,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 
 from medtl_ext._validation import InputError, require_number
-from medtl_ext.data import ClassificationDataset, Collection, Task, cached_phantom, check_collection, load_collection
+from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
 from medtl_ext.data.integrity import require_volumes
 from medtl_ext.ranking import bootstrap_interval, mean_auc
@@ -32,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 PHANTOM_SUBJECTS = 24
 N_RESAMPLES = 500
+PROBABILITIES = r"^p\d+$"
+"""Columns of a table of predictions that hold the probability of each class."""
 
 
 class SegmentationTask:
@@ -54,7 +54,7 @@ class SegmentationTask:
     outcome, unit, counted = "dice", "Dice", "patients"
     """Column of the score that a source is worth, what it is called, and the column of how many it is measured on."""
     tags = ("institution", "modality", "objective")
-    per_pixel, scores_own_model = True, False
+    per_pixel = True
     own_task, own_size, own_outcome = "task", "size", "own_dice"
     """Columns of what is known of a source: what and how many it was trained on, and how well it does its own task."""
 
@@ -68,17 +68,16 @@ class SegmentationTask:
         seed: int = 0,
     ) -> None:
         task = Task(name)
-        self.name, self.file, self.phantom_subjects = name, collection, phantom_subjects
+        self.name, self.phantom_subjects = name, phantom_subjects
         self.train_patients, self.seed = train_patients, seed
         if collection is None:
             collection = cached_phantom(institutions=[task.institution], subjects=phantom_subjects, seed=0)
-        self.collection: Collection = load_collection(collection)
+        self.collection = load_collection(collection)
         self.institution, self.modality, self.objective = task.institution, task.modality, task.objective
         self.class_names, self.label_values = self.collection.class_names(task), self.collection.label_values(task)
-        self.n_classes = len(self.label_values) + 1
-        self.synthetic = self.collection.synthetic
+        self.n_classes, self.synthetic = len(self.label_values) + 1, self.collection.synthetic
 
-    def other(self, name: str, *, collection: str | None = None, train_patients: int | None = None) -> SegmentationTask:
+    def other(self, name: str, *, collection: str | None = None, train_patients: int | None = None) -> Self:
         """Another task, of this collection file or of another one."""
         drawn = {"train_patients": train_patients, "seed": self.seed}
         return SegmentationTask(name, collection=collection, phantom_subjects=self.phantom_subjects, **drawn)
@@ -176,7 +175,7 @@ class ClassificationTask:
 
     outcome, unit, counted = "auc", "AUC", "test_images"
     tags = ()
-    per_pixel, scores_own_model = False, True
+    per_pixel = False
     own_task, own_size, own_outcome = "data", "images", "own_auc"
 
     def __init__(
@@ -193,7 +192,7 @@ class ClassificationTask:
     ) -> None:
         if in_channels not in (1, 3):
             raise InputError(f"in_channels is {in_channels}; expected 1 for grey images or 3 for RGB.")
-        self.where, self.file, self.phantom_subjects = name, collection, phantom_subjects
+        self.where, self.phantom_subjects = name, phantom_subjects
         self.image_size, self.in_channels = image_size, in_channels
         self.path = _dataset_path(name, collection, phantom_subjects)
         dataset = load_classification(self.path, size=image_size)
@@ -208,15 +207,10 @@ class ClassificationTask:
         """The images as they are drawn."""
         return sample_per_class(self._all, **self._drawn)
 
-    def other(self, name: str, *, collection: str | None = None) -> ClassificationTask:
+    def other(self, name: str, *, collection: str | None = None) -> Self:
         """Another dataset, all of it."""
-        return ClassificationTask(
-            name,
-            collection=collection,
-            phantom_subjects=self.phantom_subjects,
-            image_size=self.image_size,
-            in_channels=self.in_channels,
-        )
+        how = {"image_size": self.image_size, "in_channels": self.in_channels}
+        return ClassificationTask(name, collection=collection, phantom_subjects=self.phantom_subjects, **how)
 
     @property
     def folder(self) -> str:
@@ -287,7 +281,7 @@ def content_of(path: Path) -> str:
 
 def image_auc(table: pd.DataFrame, weights: np.ndarray | None = None) -> float:
     """`medtl_ext.ranking.mean_auc` of a table of predictions, its images weighted or alike."""
-    return mean_auc(table["label"].to_numpy(), table[probability_columns(table)].to_numpy(), weights)
+    return mean_auc(table["label"].to_numpy(), table.filter(regex=PROBABILITIES).to_numpy(), weights)
 
 
 def auc_interval(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float]:
@@ -296,10 +290,6 @@ def auc_interval(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float]:
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), N_RESAMPLES)
     low, high = np.nanquantile([image_auc(table, counts[groups]) for counts in draws], [0.025, 0.975])
     return float(low), float(high)
-
-
-def probability_columns(table: pd.DataFrame) -> list[str]:
-    return [column for column in table if column[0] == "p" and column[1:].isdigit()]
 
 
 def images_to_segment(input_dir: str | None, task: str) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from monai.engines import Evaluator
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
 from medtl_ext.sequential_transfer.plan import Plan, PlanPath, first_share
-from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, audit_report, patient_table
+from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, Study, audit_report, patient_table
 from medtl_ext.transfer.arms import arm_rows, finetuning_job
 from medtl_ext.transfer.sources import pretraining_job, source_collection
 
@@ -88,6 +88,16 @@ class Chains:
         overrides = {**first.overrides, "joint_task": second, "joint_patients": patients}
         overlays = [*first.overlays, self.here.configs / "joint.json"]
         return replace(first, output_dir=folder, overlays=overlays, overrides=overrides)
+
+
+def chains_to(study: Study, name: str, seed: int) -> Chains:
+    """Of a study all trainings lie below ``runs``, the pre-trainings in the pool of their seed."""
+    run, runs = study.here.seeded(study.here.config, seed), study.here.folder / "runs"
+    patients = run.config["train_patients"]
+    patients = run.config["stage_patients"] if patients == "@stage_patients" else patients
+    target = study.open(name, train_patients=patients, seed=seed)
+    folders = {"folder": runs / name / f"seed{seed}", "stage_dir": runs / "stages"}
+    return Chains(here=run, target=target, **folders, source_dir=run.config["source_dir"], pool_seed=seed)
 
 
 def steps_of(arm: Arm) -> tuple[str, str]:

@@ -1,10 +1,8 @@
 """The two weights of SeqTran's affinity, fitted to transfers, and their worth on a target they have not seen."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,84 +15,87 @@ from medtl_ext._validation import InputError
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
 from medtl_ext.sequential_transfer.affinities import SeqTranAffinity
+from medtl_ext.sequential_transfer.chain import chains_to
 from medtl_ext.sequential_transfer.plan import task_volumes
-from medtl_ext.sequential_transfer.study import study_chains, study_target
-from medtl_ext.transfer import Run, SegmentationTask
-from medtl_ext.transfer.config import study_config
+from medtl_ext.transfer import SegmentationTask, Study, patient_table
 from medtl_ext.transfer.jobs import shell_word, short_path
 from medtl_ext.transfer.sources import source_collection
-from medtl_ext.transfer.study import require_lists
+from medtl_ext.transfer.study import Arms, require_lists
 
 PAIR = ["source", "target"]
 CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]
 
 
 @dataclass(kw_only=True, eq=False)
-class FitWeights:
-    """A step that fits ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
+class FitWeights(Study):
+    """A study that fits ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
 
     An affinity is to rank the sources of one target, so distance, similarity and Dice each count less their mean over
-    the target's sources. Trainings have the options of ``train.json`` in the config's ``settings``. Writes
-    ``transfers.csv`` (source, target, distance, similarity, dice) and ``affinity_weights.json``, which says too what
-    the weights are worth on a target that is left out of the fit.
+    the target's sources. Writes ``transfers.csv`` (source, target, distance, similarity, dice) and
+    ``affinity_weights.json``, which says too what the weights are worth on a target that is left out of the fit.
 
     Args:
-        here: where it writes, and how its trainings are carried out.
         transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
         targets, sources: tasks, where ``transfers`` is None.
         standardize: see `SeqTranAffinity`.
     """
 
-    here: Run
     transfers: str | None
     targets: Sequence[str]
     sources: Sequence[str]
     standardize: bool
+    table: pd.DataFrame = field(init=False)
 
-    def run(self) -> tuple[float, float]:
-        """Train what is to be trained, fit, write it down, and say it; the two weights."""
-        folder = self.here.folder
+    def check(self) -> dict[str, Any]:
         if self.transfers is None:
             require_lists(targets=self.targets, sources=self.sources)
-            table = pd.DataFrame([(a, b) for b in self.targets for a in self.sources if a != b], columns=PAIR)
+            self.table = pd.DataFrame([(a, b) for b in self.targets for a in self.sources if a != b], columns=PAIR)
         else:
-            table = _read_transfers(Path(self.transfers))
-        if len(table) < 3:
+            self.table = _read_transfers(Path(self.transfers))
+        if len(self.table) < 3:
             asked = self.transfers or f"{list(self.sources)} to {list(self.targets)}"
-            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(table)}.")
-        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
-        targets = {name: study_target(config, name, config["seed"]) for name in table["target"].unique()}
-        if self.transfers is None:
-            table["dice"] = self._measured(config, table, targets)
-        any_target, limit = next(iter(targets.values())), config["affinity_patients"]
-        collections, volumes = {"source": source_collection(config), "target": config["collection"]}, {}
-        for side, name in {(of, name) for of in PAIR for name in table[of]}:
-            task = any_target.other(name, collection=collections[side])
-            volumes[side, name] = task_volumes(task, patients=limit)
+            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(self.table)}.")
+        return {}
+
+    def arms(self) -> Arms:
+        config = self.here.config
+        chains = {name: chains_to(self, name, config["seed"]) for name in self.table["target"].unique()}
+        if self.transfers is not None:
+            return []
+        for name in self.sources:
+            self._task(name, source_collection(config), config["source_patients"]).datalist("train")
+        for of in chains.values():
+            of.target.datalist("train")  # raises where there are fewer patients than are to be spent
+        pairs = self.table.itertuples(index=False)
+        return [({"pair": to, "method": name}, chains[to].arm(name, name)) for name, to in pairs]
+
+    def _task(self, name: str, collection: str | None, patients: int | None = None) -> SegmentationTask:
+        config = self.here.config
+        where = {"collection": collection, "phantom_subjects": config["phantom_subjects"]}
+        return SegmentationTask(name, **where, train_patients=patients, seed=config["seed"])
+
+    def report(self, table: pd.DataFrame, arms: Arms) -> None:
+        """Fit, write it down, and say it."""
+        config, folder, found = self.here.config, self.here.folder, self.table
+        if arms:
+            scores = patient_table(table)
+            scores = scores[scores["split"] == config["val_split"]]
+            found["dice"] = scores.groupby(["pair", "method"], sort=False)["dice"].mean().to_numpy()
+        where = {"source": source_collection(config), "target": config["collection"]}
+        volumes = {
+            (side, name): task_volumes(self._task(name, where[side]), patients=config["affinity_patients"])
+            for side in PAIR
+            for name in found[side].unique()
+        }
         affinity = SeqTranAffinity(standardize=self.standardize)
-        pairs = [(volumes["source", a], volumes["target", b]) for a, b in table[PAIR].itertuples(index=False)]
-        table["distance"] = [affinity.distance(*pair) for pair in pairs]
-        table["similarity"] = [affinity.similarity(*pair) for pair in pairs]
-        content = fit_to_transfers(table) | {"standardize": self.standardize}
-        write_csv(folder / "transfers.csv", table)
+        pairs = [(volumes["source", a], volumes["target", b]) for a, b in found[PAIR].itertuples(index=False)]
+        found["distance"] = [affinity.distance(*pair) for pair in pairs]
+        found["similarity"] = [affinity.similarity(*pair) for pair in pairs]
+        content = fit_to_transfers(found) | {"standardize": self.standardize}
+        write_csv(folder / "transfers.csv", found)
         weights = folder / "affinity_weights.json"
         write_json(weights, content)
         print(f"{fit_text(content)} To use them: --affinity {shell_word(str(short_path(weights)))}")
-        return content["alpha"], content["beta"]
-
-    def _measured(
-        self, config: Mapping[str, Any], table: pd.DataFrame, targets: Mapping[str, SegmentationTask]
-    ) -> list[float]:
-        """Dice of each transfer on the patients that trainings are validated on."""
-        any_target, where, spent = next(iter(targets.values())), source_collection(config), config["source_patients"]
-        sources = [any_target.other(name, collection=where, train_patients=spent) for name in self.sources]
-        for task in (*sources, *targets.values()):
-            task.datalist("train")  # raises where there are fewer patients than are to be spent
-        run = self.here.seeded(config, config["seed"])
-        chains = {name: study_chains(run, target) for name, target in targets.items()}
-        arms = [chains[target].arm(source, source) for source, target in table[PAIR].itertuples(index=False)]
-        self.here.train_arms(arms, "transfers")
-        return [SegmentationTask.measure(arm.last, config["val_split"])["dice"] for arm in arms]
 
 
 def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """When is a second step worth it? Every single source and every path to several targets."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,20 +13,17 @@ from medtl_ext._validation import InputError
 from medtl_ext.data import Task
 from medtl_ext.ranking import PairedComparison, paired_comparison
 from medtl_ext.sequential_transfer.affinities import Affinity, find_affinity
-from medtl_ext.sequential_transfer.chain import Chains, spent_text
+from medtl_ext.sequential_transfer.chain import Chains, chains_to, spent_text
 from medtl_ext.sequential_transfer.plan import Plan, PlanPath, SourceGraph, joined_to, shares
-from medtl_ext.transfer import Arm, Run, SegmentationTask, markdown_table, patient_table
-from medtl_ext.transfer.config import study_config
+from medtl_ext.transfer import Arm, Study, markdown_table, patient_table
 from medtl_ext.transfer.sources import source_collection
-from medtl_ext.transfer.study import Key, require_lists
+from medtl_ext.transfer.study import Arms, Key, require_lists
 
 OF_RUN = ["target", "seed"]
 OF_ARM = [*OF_RUN, "arm"]
 OF_CHOICE = [*OF_RUN, "steps", "how"]
 
 HEAD = ": head of its path"
-NO_AFFINITY = ("random", "LEEP", "best in hindsight")
-"""Ways to choose a single source that are no affinity."""
 
 PAIRS = [
     (("path", "{}"), ("single", "{}")),
@@ -46,108 +40,82 @@ PAIRS = [
 
 
 @dataclass(kw_only=True, eq=False)
-class StudyPaths:
-    """A step that trains from every source, along every path of two, and on both sources of a path, for each target.
+class StudyPaths(Study):
+    """A study that trains from every source, along every path of two, and on both sources of a path, for each target.
 
     From these, what every way to choose is worth: at random, by LEEP, by each affinity, in hindsight (the paper's
-    Table 4); scratch, one step and two (its Tables 1 and 3). Runs that are done are kept. The runs share the options of
-    ``train.json`` in the config's ``settings``. Writes ``study.csv`` (one row per target, seed and arm),
+    Table 4); scratch, one step and two (its Tables 1 and 3). Writes ``study.csv`` (one row per target, seed and arm),
     ``patients.csv`` (one per patient of these), ``choices.csv`` and ``study.md``.
 
     Args:
-        here: where it writes, and how its trainings are carried out.
         targets, sources: tasks; sources that share neither modality nor objective with a target are left out for it.
         seeds: the repetitions: of the pool's training, the draw of patients and the fine-tuning.
         affinities: names or import paths.
     """
 
-    here: Run
     targets: Sequence[str]
     sources: Sequence[str]
     seeds: Sequence[int]
     affinities: Sequence[str]
-    synthetic: bool = field(default=False, init=False)
+    plans: dict[Key, dict[str, Plan]] = field(default_factory=dict, init=False)
 
-    def run(self) -> pd.DataFrame:
-        """Train, compare, and write it down; one row per target, seed and way to choose."""
-        if len(self.targets) < 2:
-            raise InputError(f"a study needs two targets or more; found {list(self.targets)}.")
-        require_lists(targets=self.targets, sources=self.sources, seeds=self.seeds, affinities=self.affinities)
-        folder = self.here.folder
-        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
-        if config["max_intermediates"] != 1:
+    def check(self) -> dict:
+        lists = {"targets": self.targets, "sources": self.sources, "seeds": self.seeds, "affinities": self.affinities}
+        require_lists({"targets": 2}, **lists)
+        return {}
+
+    def arms(self) -> Arms:
+        if self.here.config["max_intermediates"] != 1:
             raise InputError(
                 "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
             )
-        targets = {key: study_target(config, *key) for key in product(self.targets, self.seeds)}
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
-        paths, plans, arms = {}, {}, {}
-        for key, target in targets.items():
-            run, near = self.here.seeded(config, target.seed), joined_to(target.name, self.sources)
-            paths[key] = {name: _path(run, target, near, affinity) for name, affinity in found.items()}
-            for path in paths[key].values():
-                path.check()
-        for key, of in paths.items():
-            plans[key] = {name: path.plan for name, path in of.items()}
-            arms[key] = _arms(next(iter(of.values())), plans[key].values())
-        self.here.train_arms([arm for of in arms.values() for arm in of], "study")
-        table, patients = _results(arms)
-        choices, scores = _choices(table, patients, plans)
-        for name, rows in {"study": table, "choices": choices, "patients": patients}.items():
-            write_csv(folder / f"{name}.csv", rows)
-        self.synthetic = next(iter(targets.values())).synthetic
-        spent = spent_text(config["source_patients"])
-        text = study_text(table, patients, choices, scores, synthetic=self.synthetic, spent=spent)
-        write_text(folder / "study.md", text)
+        paths = {}
+        for target, seed in product(self.targets, self.seeds):
+            chains, near = chains_to(self, target, seed), joined_to(target, self.sources)
+            paths[target, seed] = {name: _path(chains, near, affinity) for name, affinity in found.items()}, chains
+            paths[target, seed][0][self.affinities[0]].check()
+        arms: Arms = []
+        for (target, seed), (of, chains) in paths.items():
+            self.plans[target, seed] = {name: path.plan for name, path in of.items()}
+            for arm in _arms(chains, joined_to(target, self.sources), self.plans[target, seed].values()):
+                arms.append(({"pair": target, "seed": seed, "method": arm.name}, arm))
+        return arms
+
+    def report(self, table: pd.DataFrame, arms: Arms) -> None:
+        """Write what each arm, and each way to choose one, gave."""
+        patients = patient_table(table).rename(columns={"pair": "target", "method": "arm", "subject": "patient"})
+        patients = patients.loc[patients["split"] == "test", [*OF_ARM, "patient", "dice", "iou"]]
+        rows = pd.DataFrame([columns.values() for columns, _ in arms], columns=OF_ARM)
+        rows["steps"] = [-1 if "joint_task" in arm.jobs[0].overrides else len(arm.jobs) - 1 for _, arm in arms]
+        rows = rows.merge(patients.groupby(OF_ARM)[["dice", "iou"]].mean(), on=OF_ARM)
+        files = [arm.last.output_dir / "leep.json" for _, arm in arms]
+        rows["leep"] = [json.loads(file.read_text())["leep"] if file.is_file() else np.nan for file in files]
+        choices, scores = _choices(rows, patients, self.plans)
+        patients = patients.drop(columns="iou")
+        for name, of in {"study": rows, "choices": choices, "patients": patients}.items():
+            write_csv(self.here.folder / f"{name}.csv", of)
+        spent = spent_text(self.here.config["source_patients"])
+        text = study_text(rows, patients, choices, scores, self.affinities, synthetic=self.synthetic, spent=spent)
+        write_text(self.here.folder / "study.md", text)
         print(text)
-        return choices
 
 
-def study_target(config: Mapping[str, Any], task: str, seed: int) -> SegmentationTask:
-    """A target with the patients that all its arms train on."""
-    where = {"collection": config["collection"], "phantom_subjects": config["phantom_subjects"]}
-    patients = config["train_patients"]
-    patients = config["stage_patients"] if patients == "@stage_patients" else patients
-    return SegmentationTask(task, train_patients=patients, seed=seed, **where)
-
-
-def study_chains(run: Run, target: SegmentationTask) -> Chains:
-    """All trainings of a study lie below ``runs``, the pre-trainings in the pool of its seed."""
-    runs, pool = run.folder / "runs", {"source_dir": run.config["source_dir"], "pool_seed": run.seed}
-    folder = runs / target.name / f"seed{run.seed}"
-    return Chains(here=run, target=target, folder=folder, stage_dir=runs / "stages", **pool)
-
-
-def _path(run: Run, target: SegmentationTask, sources: Sequence[str], affinity: Affinity) -> PlanPath:
+def _path(chains: Chains, sources: Sequence[str], affinity: Affinity) -> PlanPath:
+    config = chains.here.config
     keys = ("phantom_subjects", "affinity_patients", "n_clusters", "cluster_weight", "representative_rule")
-    options = {key: run.config[key] for key in keys} | {"collection": source_collection(run.config)}
-    graph = SourceGraph(here=run, sources=sources, affinity=affinity, **options)
-    spent = {key: run.config[key] for key in ("source_patients", "stage_patients")}
-    return PlanPath(graph=graph, target=target, max_intermediates=1, **spent)
+    options = {key: config[key] for key in keys} | {"collection": source_collection(config)}
+    graph = SourceGraph(here=chains.here, sources=sources, affinity=affinity, **options)
+    spent = {key: config[key] for key in ("source_patients", "stage_patients")}
+    return PlanPath(graph=graph, target=chains.target, max_intermediates=1, **spent)
 
 
-def _arms(any_path: PlanPath, plans: Iterable[Plan]) -> list[Arm]:
+def _arms(chains: Chains, sources: Sequence[str], plans: Iterable[Plan]) -> list[Arm]:
     """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
-    sources, chains = any_path.graph.sources, study_chains(any_path.graph.here, any_path.target)
     arms = [chains.arm("scratch"), *(chains.arm(source, source) for source in sources)]
     arms += [chains.arm(f"{a} > {b}", a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
     chosen = dict.fromkeys(plan.path for plan in plans if plan.path)
     return arms + [chains.arm(" + ".join(path), *path, joint=True) for path in chosen]
-
-
-def _results(arms: Mapping[Key, Sequence[Arm]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row per target, seed and arm, and one per test patient of these, from which all intervals come."""
-    rows, patients = [], []
-    for (target, seed), of in arms.items():
-        for arm in of:
-            scores = patient_table(arm.last.read())
-            test = scores[scores["split"] == "test"]
-            leep, key = arm.last.output_dir / "leep.json", {"target": target, "seed": seed, "arm": arm.name}
-            joint = "joint_task" in arm.jobs[0].overrides
-            row = key | {"steps": -1 if joint else len(arm.jobs) - 1, **test[["dice", "iou"]].mean()}
-            rows.append(row | {"leep": json.loads(leep.read_text())["leep"] if leep.is_file() else np.nan})
-            patients.append(pd.DataFrame({**key, "patient": test["subject"], "dice": test["dice"]}))
-    return pd.DataFrame(rows), pd.concat(patients, ignore_index=True)
 
 
 def _choices(
@@ -190,6 +158,7 @@ def study_text(
     patients: pd.DataFrame,
     choices: pd.DataFrame,
     scores: pd.DataFrame,
+    affinities: Sequence[str],
     *,
     synthetic: bool,
     spent: str,
@@ -206,7 +175,7 @@ def study_text(
         "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "
         "that one who is a patient of several targets counts once), with 95 % t intervals; p: Wilcoxon, not corrected; "
         "left out: what one of the two lacks:",
-        markdown_table(differences(scores)),
+        markdown_table(differences(scores, affinities)),
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
         f"its two sources alone, {spent}. The interval is of the gain against the first source: 95 % t, over patients, "
         "each averaged over the paths, targets and seeds of the row:",
@@ -226,7 +195,7 @@ def _means_table(choices: pd.DataFrame) -> pd.DataFrame:
     return means.reset_index()
 
 
-def differences(scores: pd.DataFrame) -> pd.DataFrame:
+def differences(scores: pd.DataFrame, affinities: Sequence[str]) -> pd.DataFrame:
     """The comparisons of `PAIRS`, over the patients, targets and seeds that both sides have.
 
     Targets of one institution share their test patients, so a patient's Dice is averaged over targets and seeds before
@@ -234,36 +203,41 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         scores: columns ``target, seed, steps, how, patient, dice``.
+        affinities: names, for which {} stands.
 
     Returns:
         One row per comparison; ``pairs`` counts the target-seed pairs compared, ``left out`` names the others.
     """
     wide = scores.pivot(index=[*OF_RUN, "patient"], columns=["steps", "how"], values="dice")
-    singles = [how for steps, how in wide if steps == "single"]
-    affinities = [how for how in singles if how not in NO_AFFINITY and not how.endswith(HEAD)]
-    asked, rows = wide.index.droplevel("patient").unique(), {}
-    for (first, second), affinity in product(PAIRS, affinities):
-        a, b = ((steps, how.format(affinity)) for steps, how in (first, second))
-        both = wide.reindex(columns=[a, b])
+    asked, rows = wide.index.droplevel("patient").unique(), []
+    pairs = [
+        ((one, how.format(name)), (other, than.format(name)))
+        for ((one, how), (other, than)), name in product(PAIRS, affinities)
+    ]
+    for first, second in dict.fromkeys(pairs):
+        both = wide.reindex(columns=[first, second])
         known = both.dropna()
-        if (a, b) in rows or known.empty:
+        if known.empty:
             continue
-        found, compared = _compared(known[a], known[b]), known.index.droplevel("patient").unique()
-        halves = both[both.notna().sum(axis=1) == 1].index
+        found = _compared(known[first], known[second])
+        compared = known.index.droplevel("patient").unique()
+        halves = both.index[both.notna().sum(axis=1) == 1]
         lacking = halves[halves.droplevel("patient").isin(compared)].unique("patient")
         left_out = [_pairs_text(asked.difference(compared), asked)]
         left_out += [f"of a pair: {len(lacking)} patients"] if len(lacking) else []
-        rows[a, b] = {
-            "first": ", ".join(a),
-            "second": ", ".join(b),
-            "difference": f"{found.difference:+.3f}",
-            "interval": _interval(found),
-            "p": f"{found.p_wilcoxon:.3g}",
-            "patients": found.patients,
-            "pairs": len(compared),
-            "left out": "; ".join(filter(None, left_out)),
-        }
-    return pd.DataFrame(list(rows.values()))
+        rows.append(
+            {
+                "first": ", ".join(first),
+                "second": ", ".join(second),
+                "difference": f"{found.difference:+.3f}",
+                "interval": _interval(found),
+                "p": f"{found.p_wilcoxon:.3g}",
+                "patients": found.patients,
+                "pairs": len(compared),
+                "left out": "; ".join(filter(None, left_out)),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _compared(first: pd.Series, second: pd.Series | float = 0.0) -> PairedComparison:

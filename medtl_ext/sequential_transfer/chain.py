@@ -1,7 +1,5 @@
 """Fine-tuning along a path, as a chain of ordinary trainings of the bundle, and what it is worth beside one step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from monai.engines import Evaluator
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
-from medtl_ext.sequential_transfer.plan import Plan, PlanPath, first_share
+from medtl_ext.sequential_transfer.plan import PlanPath, first_share
 from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, Study, audit_report, patient_table
 from medtl_ext.transfer.arms import arm_rows, finetuning_job
 from medtl_ext.transfer.sources import pretraining_job, source_collection
@@ -108,7 +106,7 @@ def steps_of(arm: Arm) -> tuple[str, str]:
     return path, " + ".join("all" if count is None else str(count) for count in patients)
 
 
-def arms_of(chains: Chains, plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
+def arms_of(chains: Chains, plan: PlanPath, *, zero_shot: bool = True) -> list[Arm]:
     """What a plan is compared by: one step and two, the decoder alone and all parameters, no step and no source.
 
     Without ``zero_shot`` the untouched source is left out, as it has to be where its classes are not the target's.
@@ -162,15 +160,14 @@ class FollowPath:
 
     def run(self) -> Verdict | None:
         """The verdict of the validation patients; None without any, and in all but the first of several processes."""
-        here, target, plan = self.plan.graph.here, self.plan.target, self.plan.plan
+        here, target, plan = self.plan.graph.here, self.plan.target, self.plan
         if not here.leads:
             return None
-        pool = {"source_dir": self.source_dir, "pool_seed": self.pool_seed}
-        folders = {"folder": here.folder / "arms", "stage_dir": here.folder / "stages"}
-        chains = Chains(here=here, target=target, **folders, **pool)
-        arms = arms_of(chains, plan, zero_shot=self.plan.graph.open(plan.single).n_classes == target.n_classes)
+        folders = {"folder": here.folder / "arms", "stage_dir": here.folder / "stages", "source_dir": self.source_dir}
+        chains = Chains(here=here, target=target, pool_seed=self.pool_seed, **folders)
+        arms = arms_of(chains, plan, zero_shot=plan.graph.open(plan.single).n_classes == target.n_classes)
         here.train_arms(arms, f"paths to {target.name}")
-        rows, spent = arm_rows(arms), spent_text(self.plan.source_patients)
+        rows, spent = arm_rows(arms), spent_text(here.config["source_patients"])
         table = arms_table(rows, arms)
         write_csv(here.folder / "arms.csv", table)
         verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
@@ -179,7 +176,7 @@ class FollowPath:
             said = {"title": f"Ways to {target.name}, {spent}", "synthetic": target.synthetic}
             verdict = audit_report(rows, here.folder, method=method, margin=MARGIN, **said)
             answer = f"{second_step_text(rows, plan)} {verdict.text}"
-        write_text(here.folder / "answer.txt", f"{self.plan.text} {answer}")
+        write_text(here.folder / "answer.txt", f"{plan.graph.text} {plan.text} {answer}")
         shown = table[table["split"] == "test"].drop(columns="split")
         print(f"On the test patients, {spent}:\n{shown.to_string(index=False, float_format='{:.3f}'.format)}\n{answer}")
         return verdict
@@ -200,7 +197,7 @@ def arms_table(rows: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
     return table[["split", "method", "path", "patients", "dice", "iou"]]
 
 
-def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
+def second_step_text(rows: pd.DataFrame, plan: PlanPath) -> str:
     """Whether the intermediate task was worth it on the validation patients, against one step in the same way."""
     if plan.path is None:
         return "One step is all there is."  # the plan says why

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
 from medtl_ext.sequential_transfer.affinities import SeqTranAffinity
 from medtl_ext.sequential_transfer.chain import chains_to
-from medtl_ext.sequential_transfer.plan import task_volumes
-from medtl_ext.transfer import SegmentationTask, Study, patient_table
+from medtl_ext.sequential_transfer.plan import SourceGraph, task_volumes
+from medtl_ext.transfer import Study, patient_table
 from medtl_ext.transfer.jobs import shell_word, short_path
-from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import Arms, require_lists
 
 PAIR = ["source", "target"]
@@ -57,22 +57,21 @@ class FitWeights(Study):
             raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(self.table)}.")
         return {}
 
+    @cached_property
+    def pool(self) -> SourceGraph:
+        return SourceGraph(here=self.here, sources=self.sources, affinity=SeqTranAffinity(standardize=self.standardize))
+
     def arms(self) -> Arms:
         config = self.here.config
         chains = {name: chains_to(self, name, config["seed"]) for name in self.table["target"].unique()}
         if self.transfers is not None:
             return []
         for name in self.sources:
-            self._task(name, source_collection(config), config["source_patients"]).datalist("train")
+            self.pool.open(name, train_patients=config["source_patients"]).datalist("train")
         for of in chains.values():
             of.target.datalist("train")  # raises where there are fewer patients than are to be spent
         pairs = self.table.itertuples(index=False)
-        return [({"pair": to, "method": name}, chains[to].arm(name, name)) for name, to in pairs]
-
-    def _task(self, name: str, collection: str | None, patients: int | None = None) -> SegmentationTask:
-        config = self.here.config
-        where = {"collection": collection, "phantom_subjects": config["phantom_subjects"]}
-        return SegmentationTask(name, **where, train_patients=patients, seed=config["seed"])
+        return [({"pair": target, "method": source}, chains[target].arm(source, source)) for source, target in pairs]
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
         """Fit, write it down, and say it."""
@@ -81,16 +80,12 @@ class FitWeights(Study):
             scores = patient_table(table)
             scores = scores[scores["split"] == config["val_split"]]
             found["dice"] = scores.groupby(["pair", "method"], sort=False)["dice"].mean().to_numpy()
-        where = {"source": source_collection(config), "target": config["collection"]}
-        volumes = {
-            (side, name): task_volumes(self._task(name, where[side]), patients=config["affinity_patients"])
-            for side in PAIR
-            for name in found[side].unique()
-        }
-        affinity = SeqTranAffinity(standardize=self.standardize)
-        pairs = [(volumes["source", a], volumes["target", b]) for a, b in found[PAIR].itertuples(index=False)]
-        found["distance"] = [affinity.distance(*pair) for pair in pairs]
-        found["similarity"] = [affinity.similarity(*pair) for pair in pairs]
+        whole, limit = map(self.open, found["target"].unique()), config["affinity_patients"]
+        targets = {task.name: task_volumes(task, patients=limit) for task in whole}
+        sources = {volumes.name: volumes for volumes in self.pool.volumes(found["source"].unique())}
+        pairs = [(sources[a], targets[b]) for a, b in found[PAIR].itertuples(index=False)]
+        found["distance"] = [self.pool.cost.distance(*pair) for pair in pairs]
+        found["similarity"] = [self.pool.cost.similarity(*pair) for pair in pairs]
         content = fit_to_transfers(found) | {"standardize": self.standardize}
         write_csv(folder / "transfers.csv", found)
         weights = folder / "affinity_weights.json"
@@ -187,6 +182,6 @@ def _read_transfers(path: Path) -> pd.DataFrame:
     wrong["is from a task to itself"] = table["source"] == table["target"]
     for what, where in wrong.items():
         if where.any():
-            line = f"line {np.flatnonzero(where)[0] + 2}"
-            raise InputError(f"transfers file {path}: {line} {what}; mend it, or leave it out.")
+            line = where.argmax() + 2
+            raise InputError(f"transfers file {path}: line {line} {what}; mend it, or leave it out.")
     return table[[*PAIR, "dice"]]

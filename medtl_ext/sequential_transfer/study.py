@@ -12,12 +12,12 @@ from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.data import Task
 from medtl_ext.ranking import PairedComparison, paired_comparison
-from medtl_ext.sequential_transfer.affinities import Affinity, find_affinity
+from medtl_ext.sequential_transfer.affinities import find_affinity
 from medtl_ext.sequential_transfer.chain import Chains, chains_to, spent_text
-from medtl_ext.sequential_transfer.plan import Plan, PlanPath, SourceGraph, joined_to, shares
-from medtl_ext.transfer import Arm, Study, markdown_table, patient_table
-from medtl_ext.transfer.sources import source_collection
+from medtl_ext.sequential_transfer.plan import PlanPath, SourceGraph, joined_to, shares
+from medtl_ext.transfer import Arm, Study, patient_table
 from medtl_ext.transfer.study import Arms, Key, require_lists
+from medtl_ext.transfer.truth import page
 
 OF_RUN = ["target", "seed"]
 OF_ARM = [*OF_RUN, "arm"]
@@ -57,7 +57,7 @@ class StudyPaths(Study):
     sources: Sequence[str]
     seeds: Sequence[int]
     affinities: Sequence[str]
-    plans: dict[Key, dict[str, Plan]] = field(default_factory=dict, init=False)
+    plans: dict[Key, dict[str, PlanPath]] = field(default_factory=dict, init=False)
 
     def check(self) -> dict:
         lists = {"targets": self.targets, "sources": self.sources, "seeds": self.seeds, "affinities": self.affinities}
@@ -70,17 +70,19 @@ class StudyPaths(Study):
                 "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
             )
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
-        paths = {}
-        for target, seed in product(self.targets, self.seeds):
-            chains, near = chains_to(self, target, seed), joined_to(target, self.sources)
-            paths[target, seed] = {name: _path(chains, near, affinity) for name, affinity in found.items()}, chains
-            paths[target, seed][0][self.affinities[0]].check()
-        arms: Arms = []
-        for (target, seed), (of, chains) in paths.items():
-            self.plans[target, seed] = {name: path.plan for name, path in of.items()}
-            for arm in _arms(chains, joined_to(target, self.sources), self.plans[target, seed].values()):
-                arms.append(({"pair": target, "seed": seed, "method": arm.name}, arm))
-        return arms
+        chains = {key: chains_to(self, *key) for key in product(self.targets, self.seeds)}
+        for (target, seed), of in chains.items():
+            graph = {"here": of.here, "sources": joined_to(target, self.sources)}
+            self.plans[target, seed] = {
+                name: PlanPath(graph=SourceGraph(affinity=affinity, **graph), target=of.target)
+                for name, affinity in found.items()
+            }
+            self.plans[target, seed][self.affinities[0]].check()
+        return [
+            ({"pair": target, "seed": seed, "method": arm.name}, arm)
+            for (target, seed), of in chains.items()
+            for arm in _arms(of, joined_to(target, self.sources), self.plans[target, seed].values())
+        ]
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
         """Write what each arm, and each way to choose one, gave."""
@@ -101,16 +103,7 @@ class StudyPaths(Study):
         print(text)
 
 
-def _path(chains: Chains, sources: Sequence[str], affinity: Affinity) -> PlanPath:
-    config = chains.here.config
-    keys = ("phantom_subjects", "affinity_patients", "n_clusters", "cluster_weight", "representative_rule")
-    options = {key: config[key] for key in keys} | {"collection": source_collection(config)}
-    graph = SourceGraph(here=chains.here, sources=sources, affinity=affinity, **options)
-    spent = {key: config[key] for key in ("source_patients", "stage_patients")}
-    return PlanPath(graph=graph, target=chains.target, max_intermediates=1, **spent)
-
-
-def _arms(chains: Chains, sources: Sequence[str], plans: Iterable[Plan]) -> list[Arm]:
+def _arms(chains: Chains, sources: Sequence[str], plans: Iterable[PlanPath]) -> list[Arm]:
     """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
     arms = [chains.arm("scratch"), *(chains.arm(source, source) for source in sources)]
     arms += [chains.arm(f"{a} > {b}", a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
@@ -119,7 +112,7 @@ def _arms(chains: Chains, sources: Sequence[str], plans: Iterable[Plan]) -> list
 
 
 def _choices(
-    table: pd.DataFrame, patients: pd.DataFrame, plans: Mapping[Key, Mapping[str, Plan]]
+    table: pd.DataFrame, patients: pd.DataFrame, plans: Mapping[Key, Mapping[str, PlanPath]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each way to choose picks for a target and seed and what that gives, the mean where it is several; and that
     of each patient.
@@ -165,23 +158,23 @@ def study_text(
 ) -> str:
     """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
     seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
-    parts = [
+    warned = " **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""
+    return page(
         "# Sequential transfer: is a second step worth it?",
         f"Mean Dice of test patients over {targets} targets and {seeds} seeds, all parameters trained at every step, "
-        f"{spent}." + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
-        markdown_table(_means_table(choices)),
+        f"{spent}.{warned}",
+        _means_table(choices),
         f"pairs: target-seed pairs that a row stands for, of {seeds * targets}. Rows with fewer, where a way to choose "
         "has no path, are means over other targets or seeds and do not compare; the differences below do.",
         "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "
         "that one who is a patient of several targets counts once), with 95 % t intervals; p: Wilcoxon, not corrected; "
         "left out: what one of the two lacks:",
-        markdown_table(differences(scores, affinities)),
+        differences(scores, affinities),
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
         f"its two sources alone, {spent}. The interval is of the gain against the first source: 95 % t, over patients, "
         "each averaged over the paths, targets and seeds of the row:",
-        markdown_table(gains(table, patients)),
-    ]
-    return "\n\n".join(parts) + "\n"
+        gains(table, patients),
+    )
 
 
 def _means_table(choices: pd.DataFrame) -> pd.DataFrame:

@@ -16,11 +16,10 @@ from medtl_ext._validation import InputError
 from medtl_ext.ranking import agreement_over_targets, friedman_nemenyi, verdict_claim
 from medtl_ext.transfer.config import study_config
 from medtl_ext.transfer.jobs import Arm, Job, Run
-from medtl_ext.transfer.report import markdown_table
 from medtl_ext.transfer.scores import SCORES
 from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_collection, train_sources
 from medtl_ext.transfer.tasks import SegmentationTask
-from medtl_ext.transfer.truth import EVERY, TOP, agreement_table, finetunings
+from medtl_ext.transfer.truth import EVERY, NOTE, TOP, agreement_table, finetunings, page
 from medtl_ext.visualize import plot_critical_difference, save_figure
 
 __all__ = ["SourceStudy", "Study", "require_lists"]
@@ -186,7 +185,13 @@ class SourceStudy(Study):
         write_csv(folder / "study.csv", table)
         write_csv(folder / "agreement.csv", agreement)
         summary = mean.groupby(["ranker", "prior"], sort=False)[columns].mean().reset_index()
-        write_text(folder / "study.md", self._page(table, summary, claims))
+        outcome = table.groupby(["source", "target"], sort=False)[kind.outcome].mean().unstack()
+        head = self.head.format(**sources[["target", "source", "seed"]].nunique().add_suffix("s"))
+        head += " **Synthetic phantom: these numbers say nothing about a clinic.**" if self.synthetic else ""
+        parts = [f"# {self.title}", head, *[f"- {claim}" for claim in claims], "## Rankers, mean over targets"]
+        parts += [f"{NOTE} over the candidates left. Empty: fewer candidates than k.", summary]
+        parts += [f"## {kind.unit}, mean over seeds", outcome.reset_index()]
+        write_text(folder / "study.md", page(*parts))
         figure = plot_critical_difference(
             test.average_ranks.to_dict(),
             critical_difference=test.critical_difference,
@@ -197,17 +202,6 @@ class SourceStudy(Study):
         save_figure(figure, folder / "critical_difference.png")
         self.figures(sources)
         print("\n".join(claims))
-
-    def _page(self, table: pd.DataFrame, summary: pd.DataFrame, claims: Sequence[str]) -> str:
-        counts = table[table["source"] != "scratch"][["target", "source", "seed"]].nunique().add_suffix("s")
-        head = self.head.format(**counts)
-        if self.synthetic:
-            head += " **Synthetic phantom: these numbers say nothing about a clinic.**"
-        outcome = table.groupby(["source", "target"], sort=False)[self.kind.outcome].mean().unstack()
-        note = "Footrule of the top k: 0 is perfect. Tau: weighted Kendall over the candidates left. Empty: fewer "
-        parts = [f"# {self.title}", head, *[f"- {claim}" for claim in claims]]
-        parts += [f"## Rankers, mean over targets\n\n{note}candidates than k.", markdown_table(summary)]
-        return "\n\n".join([*parts, f"## {self.kind.unit}, mean over seeds", markdown_table(outcome.reset_index())])
 
 
 def _baseline_claim(plain: pd.DataFrame, target: type[TargetTask]) -> str:

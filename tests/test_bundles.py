@@ -19,6 +19,7 @@ from bundle_runs import (
     DATASETS,
     REPOSITORY,
     RISK_MAP,
+    SEQUENTIAL,
     SOURCE_SELECTION,
     Bundle,
     finish,
@@ -54,12 +55,15 @@ LEFT = {"config.json", "report.html"}
 LEFT_BY_RANKERS = LEFT | {"ranking.csv", "ranking.json", "ranking.png", "answer.txt"}
 LEFT_BY_RISK_MAP = LEFT | {"metrics.csv", "model.pt", "last.pt", "maps.png", "overlay.png", "weight.nii.gz", "audit"}
 LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "audit.json", "audit.png"}
+LEFT_BY_SEQUENTIAL = LEFT | {"plan.json", "paths.csv", "clusters.csv", "task_graph.json", "task_graph.graphml", "arms"}
+LEFT_BY_SEQUENTIAL |= {"task_graph.png", "stages", "audit.csv", "audit.json", "audit.png", "arms.csv", "answer.txt"}
 
 
 @pytest.mark.parametrize(
     ("bundle", "files", "title"),
     [
         (RISK_MAP, LEFT_BY_RISK_MAP, "14-FLAIR-ED to 17-T2-ED: risk_map"),
+        (SEQUENTIAL, LEFT_BY_SEQUENTIAL, "Paths to 17-T2-ED"),
         (SOURCE_SELECTION, LEFT_BY_RANKERS, "Source selection for 17-T2-ED"),
         (DATASETS, LEFT_BY_RANKERS, "Source datasets for 17-T2-tumour"),
     ],
@@ -75,7 +79,7 @@ def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
     assert page.count("<img ") == len(list(folder.glob("*.png")))
 
 
-@pytest.mark.parametrize("bundle", RUN_HERE, ids=name_of)
+@pytest.mark.parametrize("bundle", [*RUN_HERE, SEQUENTIAL], ids=name_of)
 def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, options, in_this_process):
     first, again = whole_run(bundle), Path(options["output_dir"])
     if trainings(first):  # what it trains is in its own folder
@@ -93,6 +97,12 @@ def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, optio
 @pytest.mark.parametrize(
     ("bundle", "task", "same", "other"),
     [
+        (
+            SEQUENTIAL,
+            "14-T2-ED",
+            [{"target_task": "17-FLAIR-ET"}, {"affinity": "seqtran"}, {"sources": ["14-T2-ED"]}, {"epochs": 3}],
+            [{"pool_epochs": 2}],
+        ),
         (
             SOURCE_SELECTION,
             "14-T2-ED",

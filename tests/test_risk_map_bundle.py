@@ -214,32 +214,16 @@ def segment(images: Path, source: Path, out: Path, **options) -> dict[str, nib.N
     return {path.name.removesuffix("_seg.nii.gz"): nib.load(path) for path in out.glob("*.nii.gz")}
 
 
-def test_a_segmentation_lies_on_its_own_image(collection, source, tmp_path):
+def test_a_network_finds_what_it_was_trained_on_however_the_image_lies(collection, source, tmp_path):
+    image, places = nib.load(collection.parent / "14-000" / "FLAIR.nii.gz"), nib.orientations
+    turn = places.ornt_transform(places.io_orientation(image.affine), places.axcodes2ornt("PIR"))
     (tmp_path / "in").mkdir()
-    image = nib.load(collection.parent / "14-000" / "FLAIR.nii.gz")
-    images = {"RAS": image}
-    for code in ("LPS", "PIR"):
-        start, end = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(code)
-        images[code] = image.as_reoriented(nib.orientations.ornt_transform(start, end))
-    coarse = image.affine @ np.diag([3, 1, 2, 1])
-    images["anisotropic"] = nib.Nifti1Image(image.get_fdata()[::3, :, ::2].astype(np.float32), coarse)
-    turn = np.eye(4)
-    turn[:2, :2] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
-    images["oblique"] = nib.Nifti1Image(image.get_fdata().astype(np.float32), turn @ image.affine)
-    for name, one in images.items():
-        nib.save(one, tmp_path / "in" / f"{name}.nii.gz")
-
+    nib.save(image, tmp_path / "in" / "upright.nii.gz")
+    nib.save(image.as_reoriented(turn), tmp_path / "in" / "turned.nii.gz")
     found = segment(tmp_path / "in", source, tmp_path / "out")
-    assert set(found) == set(images)
-    for name, one in images.items():
-        assert found[name].shape == one.shape
-        assert found[name].get_data_dtype() == np.uint8
-        np.testing.assert_allclose(found[name].affine, one.affine, atol=1e-4)
-    upright = np.asarray(found["RAS"].dataobj)
+    upright, turned = (np.asarray(nib.as_closest_canonical(found[name]).dataobj) for name in ("upright", "turned"))
+    assert (turned == upright).mean() > 0.999
     assert set(np.unique(upright)) == {0, 1}
-    for code in ("LPS", "PIR"):
-        back = nib.as_closest_canonical(found[code])
-        assert (np.asarray(back.dataobj) == upright).mean() > 0.999
     truth = np.asarray(nib.load(collection.parent / "14-000" / "tumour.nii.gz").dataobj) == 1
     assert 2 * (truth & (upright == 1)).sum() / (truth.sum() + (upright == 1).sum()) > 0.3
 
@@ -275,10 +259,7 @@ def test_inference_looks_at_all_images_before_it_begins(source, tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [
-        ({"ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
-        ({"n_classes": 4}, "tensors copied"),
-    ],
+    [({"ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"), ({"n_classes": 4}, "tensors copied")],
 )
 def test_inference_says_what_is_wrong_with_the_weights(collection, source, tmp_path, wrong, message):
     image = collection.parent / "17-000" / "T2.nii.gz"
@@ -339,23 +320,9 @@ def broken(collection: Path, folder: Path, damage) -> str:
     return str(folder / "collection.json")
 
 
-def put_nan(folder: Path, content: dict) -> None:
-    path = folder / "17-000" / "T2.nii.gz"
-    image = nib.load(path)
-    values = image.get_fdata().astype(np.float32)
-    values[40, 40, 10] = np.nan
-    nib.save(nib.Nifti1Image(values, image.affine), path)
-
-
 def truncate(folder: Path, content: dict, subject: str = "17-003/T2.nii.gz") -> None:
     path = folder / subject
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:5000]))
-
-
-def erase_foreground(folder: Path, content: dict) -> None:
-    for path in folder.glob("17-*/tumour.nii.gz"):
-        image = nib.load(path)
-        nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
 
 
 def empty_test_split(folder: Path, content: dict) -> None:
@@ -391,13 +358,7 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (put_nan, "17-000"),
-        (truncate, "17-003"),
-        (erase_foreground, "none of the 4 training subjects"),
-        (empty_test_split, "no subject in split 'test'"),
-    ],
+    ("damage", "message"), [(truncate, "17-003"), (empty_test_split, "no subject in split 'test'")]
 )
 def test_bad_data_are_refused_before_training(damage, message, options, collection, tmp_path, no_training):
     options |= {"collection": broken(collection, tmp_path / "bad", damage), "check_data": True}

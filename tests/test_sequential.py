@@ -21,16 +21,10 @@ from medtl_ext.affinity import pairwise_context, pairwise_ssim, pairwise_wassers
 from medtl_ext.graph import task_graph
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.sequential_transfer import PlanPath, SourceGraph, TaskVolumes, affinity_name
-from medtl_ext.sequential_transfer.affinities import (
-    ContextAffinity,
-    SeqTranAffinity,
-    affinity_costs,
-    find_affinity,
-)
+from medtl_ext.sequential_transfer.affinities import ContextAffinity, SeqTranAffinity, affinity_costs, find_affinity
 from medtl_ext.sequential_transfer.chain import Chains, arms_of, second_step_text, steps_of
-from medtl_ext.sequential_transfer.fit import fit_text, fit_to_transfers
 from medtl_ext.sequential_transfer.plan import task_volumes
-from medtl_ext.sequential_transfer.study import differences, gains, study_text
+from medtl_ext.sequential_transfer.study import differences, fit_text, fit_to_transfers, gains, study_text
 from medtl_ext.transfer import Run, SegmentationTask
 from medtl_ext.visualize import plot_task_graph
 

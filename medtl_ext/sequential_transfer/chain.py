@@ -10,7 +10,7 @@ import pandas as pd
 from monai.engines import Evaluator
 
 from medtl_ext._io import write_csv, write_json, write_text
-from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
+from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, paired_comparison
 from medtl_ext.sequential_transfer.plan import PlanPath, first_share
 from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, Study, audit_report, patient_table
 from medtl_ext.transfer.arms import arm_rows, finetuning_job
@@ -158,11 +158,11 @@ class FollowPath:
     source_dir: str
     pool_seed: int
 
-    def run(self) -> Verdict | None:
-        """The verdict of the validation patients; None without any, and in all but the first of several processes."""
+    def run(self) -> None:
+        """Train, compare, and write it down."""
         here, target, plan = self.plan.graph.here, self.plan.target, self.plan
         if not here.leads:
-            return None
+            return
         folders = {"folder": here.folder / "arms", "stage_dir": here.folder / "stages", "source_dir": self.source_dir}
         chains = Chains(here=here, target=target, pool_seed=self.pool_seed, **folders)
         arms = arms_of(chains, plan, zero_shot=plan.graph.open(plan.single).n_classes == target.n_classes)
@@ -170,7 +170,7 @@ class FollowPath:
         rows, spent = arm_rows(arms), spent_text(here.config["source_patients"])
         table = arms_table(rows, arms)
         write_csv(here.folder / "arms.csv", table)
-        verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
+        answer = "No patient is left to validate on, so nothing is decided: --val_split val needs some."
         if "val" in set(rows["split"]):
             method = "sequential_full" if "sequential_full" in set(rows["method"]) else "single_full"
             said = {"title": f"Ways to {target.name}, {spent}", "synthetic": target.synthetic}
@@ -179,7 +179,6 @@ class FollowPath:
         write_text(here.folder / "answer.txt", f"{plan.graph.text} {plan.text} {answer}")
         shown = table[table["split"] == "test"].drop(columns="split")
         print(f"On the test patients, {spent}:\n{shown.to_string(index=False, float_format='{:.3f}'.format)}\n{answer}")
-        return verdict
 
 
 def spent_text(source_patients: int | None) -> str:

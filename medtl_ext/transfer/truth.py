@@ -45,12 +45,12 @@ class FineTuneSources:
     ranking: RankSources
     grid: Mapping[str, Sequence[float]] | None = None
 
-    def run(self) -> pd.DataFrame | None:
-        """Train, compare, and write it down; the agreement of each ranker, None in all but the first process."""
+    def run(self) -> None:
+        """Train, compare, and write it down."""
         here, target = self.ranking.here, self.ranking.target
         ready = self.ranking.table.loc[self.ranking.ranked]
         if not here.leads:
-            return None
+            return
         folder, name = here.folder, target.name
         jobs = finetunings(here, folder / "finetune", [self.ranking.pool[one] for one in ready.index], self.grid)
         here.train([job for runs in jobs.values() for job in runs], "fine-tuning every source")
@@ -78,7 +78,6 @@ class FineTuneSources:
             )
             save_figure(figure, folder / "agreement.png")
         print(text)
-        return agreement
 
 
 def page(*parts: str | pd.DataFrame) -> str:

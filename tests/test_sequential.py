@@ -551,11 +551,9 @@ class TestSeries:
             """Two patients score 0.1 apart, and an arm the more, the later it is asked for; LEEP has it otherwise."""
             asked.extend(arms)
             for place, arm in enumerate(arms):
-                rows = [
-                    (0, split, name, "ED", dice + place / 100, 0.5)
-                    for split in ("val", "test")
-                    for name, dice in {"p0": 0.1, "p1": 0.2}.items()
-                ]
+                dice = {"p0": 0.1 + place / 100, "p1": 0.2 + place / 100}
+                rows = [(0, "test", name, "ED", value, 0.5) for name, value in dice.items()]
+                rows += [(0, "val", name, "ED", 1 - value, 0.5) for name, value in dice.items()]
                 table = pd.DataFrame(rows, columns=["seed", "split", "subject", "class", "dice", "iou"])
                 arm.last.output_dir.mkdir(parents=True)
                 table.assign(method=arm.name).to_csv(arm.last.output_dir / "metrics.csv", index=False)

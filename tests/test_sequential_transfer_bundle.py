@@ -222,12 +222,10 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
         ({"sources": [*SOURCES, "17-T2-ED"]}, "is one of the sources"),
         ({"sources": ["14-FLAIR-ET"]}, "no source shares modality or objective"),
         ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
-        ({"target_task": "17-PD-ED"}, "modality 'PD' is unknown"),
         ({"stage_patients": 0}, "expected a whole number, 1 or more"),
         ({"stage_patients": 9, "source_patients": None}, "fewer than the 9 that are to be spent"),
         ({"train_patients": 9}, "task 17-T2-ED has 4 training patients, fewer than the 9"),
         ({"source_patients": 1}, "leave none to pre-train on"),
-        ({"n_clusters": 0}, "n_clusters is 0"),
         ({"max_intermediates": 1, "representative_rule": "siz"}, "did you mean 'size'"),
         ({"task_graph": "nowhere.json"}, "nowhere.json does not exist"),
         ({"collection": "nowhere.json"}, "does not exist"),
@@ -238,15 +236,8 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
     assert message in refused(lambda: run(**options | wrong))
 
 
-def test_a_step_without_its_checkpoint_is_refused(options, tmp_path):
-    def stage(checkpoint: Path) -> str:
-        step = {"source_task": SOURCES[0], "source_ckpt": str(checkpoint), "train_patients": 1}
-        return refused(lambda: run("stage", **options | {"output_dir": str(tmp_path / "stage")}, **step))
-
+def test_a_step_without_its_checkpoint_is_refused(options):
     assert "--source_ckpt is not given" in refused(lambda: run("stage", **options, source_task=SOURCES[0]))
-    assert "missing.pt" in stage(tmp_path / "missing.pt")
-    torch.save({"other.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "does not fit" in stage(tmp_path / "other.pt")
 
 
 # Its defaults

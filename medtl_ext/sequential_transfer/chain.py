@@ -56,13 +56,11 @@ class Chains:
         jobs = [self._pretraining(tasks[0], len(tasks) - 1)]
         if joint:
             jobs = [self._joint(jobs[0], *tasks[1:])]
-        else:
-            where = {"collection": source_collection(self.here.config)}
-            where |= {"train_patients": self.here.config["stage_patients"]}
-            for n, task in enumerate(tasks[1:], start=2):
-                stage = self.stage_dir / jobs[0].output_dir.name / "_".join(tasks[1:n])
-                stage /= f"{'full' if full else 'decoder'}_seed{self.here.seed}"
-                jobs.append(self._step(stage, task, jobs[-1], full=full, **where))
+        config, how = self.here.config, f"{'full' if full else 'decoder'}_seed{self.here.seed}"
+        where = {"collection": source_collection(config), "train_patients": config["stage_patients"]}
+        for n, task in enumerate(() if joint else tasks[1:], start=2):
+            stage = self.stage_dir / jobs[0].output_dir.name / "_".join(tasks[1:n]) / how
+            jobs.append(self._step(stage, task, jobs[-1], full=full, **where))
         return Arm(name, (*jobs, self._step(folder, self.target.name, jobs[-1], full=full, method=name, **options)))
 
     def _step(self, folder: Path, task: str, before: Job, *, full: bool, **options: Any) -> Job:

@@ -124,7 +124,7 @@ class CompareMethods(Study):
             require_choice("method", method, sorted(path.stem for path in here.configs.glob("*.json")))
         for name in dict.fromkeys(target for _, target in self.pairs):
             self.open(name).check({"train", config["val_split"], "test"})
-        tasks = {source for source, _ in self.pairs}
+        tasks = dict.fromkeys(source for source, _ in self.pairs)
         for task in tasks:
             self.kind(task, collection=source_collection(config), phantom_subjects=config["phantom_subjects"])
         pool = {

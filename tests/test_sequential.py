@@ -563,7 +563,8 @@ class TestSeries:
         jobs = [job for arm in asked for job in arm.jobs]
         used = {(job.overrides["target_task"][:2], job.overrides.get("collection", "the target's")) for job in jobs}
         assert {(of, Path(where).name) for of, where in used} == {("14", "14.json"), ("17", "the target's")}
-        assert {job.overrides["seed"] for job in jobs} == {0, 1}
+        seeds = {(arm.last.output_dir.parent.name, f"seed{job.overrides['seed']}") for arm in asked for job in arm.jobs}
+        assert seeds == {("seed0", "seed0"), ("seed1", "seed1")}
         trained = {job.output_dir: str(sorted(job.overrides.items())) for job in jobs}
         assert all(str(sorted(job.overrides.items())) == trained[job.output_dir] for job in jobs)
 

@@ -216,6 +216,7 @@ def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_
     names = {path.name for path in folder.iterdir()}
     assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "runs", "report.html"} <= names
     assert len(pd.read_csv(folder / "study.csv")) == 4 + 3
+    assert not list(folder.glob("runs/14-T2-tumour/seed3/finetune/14-T2-tumour*"))
     assert "Is a target its own best source?" in (folder / "study.md").read_text()
     trained = list(in_this_process)
     study(DATASETS, options)

@@ -197,6 +197,12 @@ def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path)
     assert "holds a study with epochs=2, this one has 1" in refused(lambda: run(**shared, settings=settings))
 
 
+def test_a_comparison_looks_at_its_targets_before_it_trains(collection, tmp_path, no_training):
+    settings = {"collection": broken(collection, tmp_path / "bad", truncate)}
+    asked = {"pairs": [["14-T2-ED", "17-T2-ED"]], "methods": ["vanilla"], "output_dir": str(tmp_path / "out")}
+    assert "17-003" in refused(lambda: run(base="compare", **asked, settings=settings))
+
+
 def test_evaluation_repeats_the_scores_of_training_in_a_folder_of_its_own(options, tmp_path):
     run("vanilla", **options)
     ckpt, trained = str(Path(options["output_dir"]) / "model.pt"), table(options["output_dir"])

@@ -1,9 +1,7 @@
 """What is particular to the bundle ``risk_map``: its pictures, and the comparison of its methods."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from torch.utils.data import Dataset
 from medtl_ext._validation import require_choice
 from medtl_ext.data import SliceDataset
 from medtl_ext.networks import load_weights
-from medtl_ext.transfer import Job, Run, SegmentationTask, compare_report
-from medtl_ext.transfer.config import study_config
-from medtl_ext.transfer.sources import Source, pretraining_job, source_collection
+from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report
+from medtl_ext.transfer.sources import pretraining_job, source_collection
+from medtl_ext.transfer.study import Arms
 from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
 
 __all__ = ["CompareMethods", "Pictures"]
@@ -100,15 +98,13 @@ class Pictures:
 
 
 @dataclass(kw_only=True, eq=False)
-class CompareMethods:
-    """A step that fine-tunes with every method on every pair, sample size, source checkpoint and seed, and reports.
+class CompareMethods(Study):
+    """A study that fine-tunes with every method on every pair, sample size, source checkpoint and seed, and reports.
 
-    Runs that are done are kept, so an interrupted comparison continues. Training from scratch needs no source, and the
-    untouched source no seed: they run once for each distinct result. Writes the files of
-    `medtl_ext.transfer.compare_report`, and every run below ``runs``.
+    Training from scratch needs no source, and the untouched source no seed: they run once for each distinct result.
+    Writes the files of `medtl_ext.transfer.compare_report`, and every run below ``runs``.
 
     Args:
-        here: where it writes; its config holds ``settings``, options of ``train.json`` for all runs.
         pairs: (source task, target task) each.
         methods: names of overlay configs beside ``train.json``.
         runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. A seed draws target slices, fresh weights and
@@ -116,53 +112,41 @@ class CompareMethods:
         train_slices: numbers of labelled target slices.
     """
 
-    here: Run
     pairs: Sequence[Sequence[str]]
     methods: Sequence[str]
     runs: Sequence[Mapping[str, int]]
     train_slices: Sequence[int]
-    synthetic: bool = field(default=False, init=False)
 
-    def run(self) -> pd.DataFrame:
-        """Train, compare and write; one row per run, patient and class."""
-        here = self.here
-        config = here.config = study_config(here.folder, here.config["settings"])
+    def arms(self) -> Arms:
+        """Each distinct training once, after that of its source."""
+        here, config = self.here, self.here.config
         for method in self.methods:
             require_choice("method", method, sorted(path.stem for path in here.configs.glob("*.json")))
-        where = {"phantom_subjects": config["phantom_subjects"]}
         for name in dict.fromkeys(target for _, target in self.pairs):
-            target = SegmentationTask(name, collection=config["collection"], **where)
-            target.check({"train", config["val_split"], "test"})
-            self.synthetic |= target.synthetic
-        sources = {
+            self.open(name).check({"train", config["val_split"], "test"})
+        tasks = dict.fromkeys(source for source, _ in self.pairs)
+        for task in tasks:
+            self.kind(task, collection=source_collection(config), phantom_subjects=config["phantom_subjects"])
+        pool = {
             (task, seed): pretraining_job(config, config["source_dir"], Source(task, "task", task=task), seed=seed)
-            for task, seed in product({source for source, _ in self.pairs}, {one["source_seed"] for one in self.runs})
+            for task, seed in product(tasks, {one["source_seed"] for one in self.runs})
         }
-        for task, _ in self.pairs:
-            SegmentationTask(task, collection=source_collection(config), **where)
-        here.train(list(sources.values()), "pre-training")
-        rows = self._runs(sources)
-        here.train([job for job, _ in rows.values()], "comparison")
-        parts = [job.read().drop(columns=["method", "seed"]).assign(**row) for job, row in rows.values()]
-        table = pd.concat(parts, ignore_index=True)
-        compare_report(table, here.folder, synthetic=self.synthetic)
-        return table
-
-    def _runs(self, sources: Mapping[tuple[str, int], Job]) -> dict[Path, tuple[Job, dict[str, Any]]]:
-        """Folder -> a training, each distinct one once, and what the table says of it."""
-        found = {}
+        found: dict[Path, tuple[dict[str, Any], Arm]] = {}
         for slices, one, (source, target), method in product(self.train_slices, self.runs, self.pairs, self.methods):
-            seed, source_seed = one["seed"], one["source_seed"]
-            folder = self.here.folder / "runs" / f"{source}_to_{target}" / str(slices) / method
-            row = {"pair": f"{source} -> {target}", "slices": slices, "method": method}
-            row |= {"source_seed": np.nan, "seed": np.nan}
+            folder = here.folder / "runs" / f"{source}_to_{target}" / str(slices) / method
+            columns = {"pair": f"{source} -> {target}", "slices": slices, "method": method}
+            columns |= {"source_seed": np.nan, "seed": np.nan}
             if method != "scratch":
-                folder /= f"source{source_seed}"
-                row["source_seed"] = source_seed
+                folder /= f"source{one['source_seed']}"
+                columns["source_seed"] = one["source_seed"]
             if method != "zero_shot":
-                folder /= f"seed{seed}"
-                row["seed"] = seed
-            options = {"source_task": source, "target_task": target, "train_slices": slices, "seed": seed}
-            options |= {"source_ckpt": sources[source, source_seed].model, "check_data": False, "audit#arms": []}
-            found.setdefault(folder, (self.here.job(folder, method, **options), row))
-        return found
+                folder /= f"seed{one['seed']}"
+                columns["seed"] = one["seed"]
+            before = pool[source, one["source_seed"]]
+            options = {"source_task": source, "target_task": target, "train_slices": slices, "seed": one["seed"]}
+            job = here.job(folder, method, source_ckpt=before.model, **options | {"audit#arms": []})
+            found.setdefault(folder, (columns, Arm(method, (before, job))))
+        return list(found.values())
+
+    def report(self, table: pd.DataFrame, arms: Arms) -> None:
+        compare_report(table, self.here.folder, synthetic=self.synthetic)

@@ -19,7 +19,7 @@ from scipy import stats
 from medtl_ext._validation import InputError, require_choice, require_number
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.ranking import SourceRanking, audit_verdict
-from medtl_ext.transfer import SCORES, Job, RankSources, SegmentationTask, Source, Study
+from medtl_ext.transfer import SCORES, Job, RankSources, SegmentationTask, Source, SourceStudy
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import run_command
 from medtl_ext.transfer.sources import source_collection
@@ -273,8 +273,8 @@ class SelectSource(RankSources):
         return {"method": self.method}
 
 
-class SelectionStudy(Study):
-    """PriorSel's claims over several targets and seeds; see `medtl_ext.transfer.Study`.
+class SelectionStudy(SourceStudy):
+    """PriorSel's claims over several targets and seeds; see `medtl_ext.transfer.SourceStudy`.
 
     A seed draws the pool's training too. Writes ``priors.png`` besides.
     """
@@ -284,9 +284,6 @@ class SelectionStudy(Study):
         "{targets} targets x {sources} sources x {seeds} seeds; Dice of test patients after fine-tuning with a frozen "
         "encoder and cross-entropy (PriorSel's protocol)."
     )
-
-    def open(self, name: str, config: Mapping[str, Any]) -> SegmentationTask:
-        return SegmentationTask(name, collection=config["collection"], phantom_subjects=config["phantom_subjects"])
 
     def groups(self, ready: pd.DataFrame) -> dict[str, pd.Index]:
         return groups_by_priors(ready, minimum_ssim=None, top_k=None)

@@ -117,6 +117,23 @@ SOURCE_SELECTION = Bundle(
     },
     whole={"figures": True, "check_data": True},
 )
+SEQUENTIAL = Bundle(
+    "sequential_transfer",
+    SEGMENTATION
+    | {
+        "target_task": "17-T2-ED",
+        "sources": ["14-T2-ED", "14-FLAIR-ED", "14-T2-ET"],
+        "affinity": "context",
+        "affinity_patients": 2,
+        "n_clusters": 1,
+        "source_patients": 3,
+        "stage_patients": 1,
+        "network_def#features": [4, 4, 8, 8, 8, 4],
+        "pool_epochs": 1,
+        "iterations_per_epoch": 4,
+    },
+    whole={"figures": True, "check_data": True},
+)
 DATASETS = Bundle(
     "dataset_transferability",
     {

@@ -17,6 +17,7 @@ from bundle_runs import (
     ALL,
     DATASETS,
     RISK_MAP,
+    SEQUENTIAL,
     SOURCE_SELECTION,
     Bundle,
     finish,
@@ -51,12 +52,15 @@ LEFT = {"config.json", "report.html"}
 LEFT_BY_RANKERS = LEFT | {"ranking.csv", "ranking.json", "ranking.png", "answer.txt"}
 LEFT_BY_RISK_MAP = LEFT | {"metrics.csv", "model.pt", "last.pt", "maps.png", "overlay.png", "weight.nii.gz", "audit"}
 LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "audit.json", "audit.png"}
+LEFT_BY_SEQUENTIAL = LEFT | {"plan.json", "paths.csv", "clusters.csv", "task_graph.json", "task_graph.graphml", "arms"}
+LEFT_BY_SEQUENTIAL |= {"task_graph.png", "stages", "audit.csv", "audit.json", "audit.png", "arms.csv", "answer.txt"}
 
 
 @pytest.mark.parametrize(
     ("bundle", "files", "title"),
     [
         (RISK_MAP, LEFT_BY_RISK_MAP, "14-FLAIR-ED to 17-T2-ED: risk_map"),
+        (SEQUENTIAL, LEFT_BY_SEQUENTIAL, "Paths to 17-T2-ED"),
         (SOURCE_SELECTION, LEFT_BY_RANKERS, "Source selection for 17-T2-ED"),
         (DATASETS, LEFT_BY_RANKERS, "Source datasets for 17-T2-tumour"),
     ],
@@ -99,7 +103,7 @@ def test_a_ranking_has_every_score_of_every_source(bundle, known, counted, said,
     assert content["default"] is None or content["default"] in content["command"]
 
 
-@pytest.mark.parametrize("bundle", RUN_HERE, ids=name_of)
+@pytest.mark.parametrize("bundle", [*RUN_HERE, SEQUENTIAL], ids=name_of)
 def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, options, in_this_process):
     first, again = whole_run(bundle), Path(options["output_dir"])
     if trainings(first):  # what it trains is in its own folder
@@ -204,6 +208,7 @@ def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_
     names = {path.name for path in folder.iterdir()}
     assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "runs", "report.html"} <= names
     assert len(pd.read_csv(folder / "study.csv")) == 4 + 3
+    assert not list(folder.glob("runs/14-T2-tumour/seed3/finetune/14-T2-tumour*"))
     assert "Is a target its own best source?" in (folder / "study.md").read_text()
     trained = list(in_this_process)
     study(DATASETS, options)

@@ -1,10 +1,9 @@
 """What is particular to the bundle risk_map: its methods, its weight maps, whose folder it is, inference, bad data."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -97,29 +96,13 @@ def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_tr
     assert source_folder(**{"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss"}}) != source_folder()
 
 
-def test_a_source_is_kept_for_the_content_of_its_collection(collection, tmp_path, monkeypatch):
-    """``collection.json`` of another folder, or with other patients, must not find a network trained on this one."""
-    there, other = (tmp_path / name / "collection.json" for name in ("there", "other"))
-    for path in (there, other):
-        shutil.copytree(collection.parent, path.parent)
-    content = json.loads(other.read_text())
-    content["subjects"] = content["subjects"][1:]
-    other.write_text(json.dumps(content))
-    expected = source_folder(collection=str(collection))
-    assert source_folder(collection=str(there)) == expected
-    monkeypatch.chdir(there.parent)
-    assert source_folder(collection="collection.json") == expected
-    monkeypatch.chdir(other.parent)
-    assert source_folder(collection="collection.json") != expected
-    assert source_folder(collection=str(collection), source_collection="collection.json") == source_folder(
-        collection=str(other)
-    )
-
-    before = source_folder(collection=str(there))
-    (there.parent / "14-000" / "FLAIR.nii.gz").write_bytes(b"another image")
-    assert source_folder(collection=str(there)) != before
-    there.unlink()
-    assert "does not exist" in refused(lambda: source_folder(collection=str(there)))
+def test_a_source_is_kept_for_the_content_of_its_collection_wherever_it_lies(collection, tmp_path, monkeypatch):
+    there = shutil.copytree(collection.parent, tmp_path / "there")
+    before = source_folder(collection=str(collection))
+    monkeypatch.chdir(there)
+    assert source_folder(collection="collection.json") == before
+    (there / "14-000" / "FLAIR.nii.gz").write_bytes(b"another image")
+    assert source_folder(collection="collection.json") != before
 
 
 def test_four_classes(options, tmp_path):
@@ -186,29 +169,19 @@ def test_a_map_with_a_stride_lies_on_the_grid_and_is_drawn(options):
 
 def test_files_of_no_known_run_are_not_replaced(options, source, tmp_path):
     shutil.copy(source, tmp_path / "model.pt")
-    before = (tmp_path / "model.pt").read_bytes()
     message = refused(lambda: run("vanilla", **options | {"output_dir": str(tmp_path)}))
     assert "holds model.pt of no run that is known here" in message
-    assert (tmp_path / "model.pt").read_bytes() == before
-    run("vanilla", **options)
-    scores = table(options["output_dir"])
-    ckpt = str(Path(options["output_dir"]) / "model.pt")
-    assert "holds a run with" in refused(lambda: run("vanilla", "evaluate", **options, ckpt=ckpt))
-    pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
+    assert (tmp_path / "model.pt").read_bytes() == source.read_bytes()
 
 
 def test_a_run_belongs_to_the_content_of_its_collection(options, collection, tmp_path):
-    here, there = (tmp_path / name / "collection.json" for name in ("here", "there"))
-    shutil.copytree(collection.parent, here.parent)
-    run("vanilla", **options | {"collection": str(here)})
+    there = shutil.copytree(collection.parent, tmp_path / "there") / "collection.json"
+    run("zero_shot", **options | {"epochs": 0})
     scores = table(options["output_dir"])
-    here.parent.rename(there.parent)
-    run("vanilla", **options | {"collection": str(there)})
-    pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
-    content = json.loads(there.read_text())
-    content["subjects"] = content["subjects"][1:]
-    there.write_text(json.dumps(content))
-    message = refused(lambda: run("vanilla", **options | {"collection": str(there)}))
+    run("zero_shot", **options | {"epochs": 0, "collection": str(there)})
+    content = read_json(there)
+    there.write_text(json.dumps(content | {"subjects": content["subjects"][1:]}))
+    message = refused(lambda: run("zero_shot", **options | {"epochs": 0, "collection": str(there)}))
     assert "holds a run on another collection" in message
     pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
 
@@ -224,11 +197,17 @@ def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path)
     assert "holds a study with epochs=2, this one has 1" in refused(lambda: run(**shared, settings=settings))
 
 
-def test_evaluation_repeats_the_scores_of_training(options, tmp_path):
+def test_a_comparison_looks_at_its_targets_before_it_trains(collection, tmp_path, no_training):
+    settings = {"collection": broken(collection, tmp_path / "bad", truncate)}
+    asked = {"pairs": [["14-T2-ED", "17-T2-ED"]], "methods": ["vanilla"], "output_dir": str(tmp_path / "out")}
+    assert "17-003" in refused(lambda: run(base="compare", **asked, settings=settings))
+
+
+def test_evaluation_repeats_the_scores_of_training_in_a_folder_of_its_own(options, tmp_path):
     run("vanilla", **options)
-    ckpt = str(Path(options["output_dir"]) / "model.pt")
+    ckpt, trained = str(Path(options["output_dir"]) / "model.pt"), table(options["output_dir"])
+    assert "holds a run with" in refused(lambda: run("vanilla", "evaluate", **options, ckpt=ckpt))
     run("vanilla", "evaluate", **options | {"ckpt": ckpt, "output_dir": str(tmp_path / "again")})
-    trained = table(options["output_dir"])
     pd.testing.assert_frame_equal(table(tmp_path / "again"), trained[trained.split == "test"], check_exact=False)
 
 
@@ -241,32 +220,16 @@ def segment(images: Path, source: Path, out: Path, **options) -> dict[str, nib.N
     return {path.name.removesuffix("_seg.nii.gz"): nib.load(path) for path in out.glob("*.nii.gz")}
 
 
-def test_a_segmentation_lies_on_its_own_image(collection, source, tmp_path):
+def test_a_network_finds_what_it_was_trained_on_however_the_image_lies(collection, source, tmp_path):
+    image, places = nib.load(collection.parent / "14-000" / "FLAIR.nii.gz"), nib.orientations
+    turn = places.ornt_transform(places.io_orientation(image.affine), places.axcodes2ornt("PIR"))
     (tmp_path / "in").mkdir()
-    image = nib.load(collection.parent / "14-000" / "FLAIR.nii.gz")
-    images = {"RAS": image}
-    for code in ("LPS", "PIR"):
-        start, end = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(code)
-        images[code] = image.as_reoriented(nib.orientations.ornt_transform(start, end))
-    coarse = image.affine @ np.diag([3, 1, 2, 1])
-    images["anisotropic"] = nib.Nifti1Image(image.get_fdata()[::3, :, ::2].astype(np.float32), coarse)
-    turn = np.eye(4)
-    turn[:2, :2] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
-    images["oblique"] = nib.Nifti1Image(image.get_fdata().astype(np.float32), turn @ image.affine)
-    for name, one in images.items():
-        nib.save(one, tmp_path / "in" / f"{name}.nii.gz")
-
+    nib.save(image, tmp_path / "in" / "upright.nii.gz")
+    nib.save(image.as_reoriented(turn), tmp_path / "in" / "turned.nii.gz")
     found = segment(tmp_path / "in", source, tmp_path / "out")
-    assert set(found) == set(images)
-    for name, one in images.items():
-        assert found[name].shape == one.shape
-        assert found[name].get_data_dtype() == np.uint8
-        np.testing.assert_allclose(found[name].affine, one.affine, atol=1e-4)
-    upright = np.asarray(found["RAS"].dataobj)
+    upright, turned = (np.asarray(nib.as_closest_canonical(found[name]).dataobj) for name in ("upright", "turned"))
+    assert (turned == upright).mean() > 0.999
     assert set(np.unique(upright)) == {0, 1}
-    for code in ("LPS", "PIR"):
-        back = nib.as_closest_canonical(found[code])
-        assert (np.asarray(back.dataobj) == upright).mean() > 0.999
     truth = np.asarray(nib.load(collection.parent / "14-000" / "tumour.nii.gz").dataobj) == 1
     assert 2 * (truth & (upright == 1)).sum() / (truth.sum() + (upright == 1).sum()) > 0.3
 
@@ -302,10 +265,7 @@ def test_inference_looks_at_all_images_before_it_begins(source, tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [
-        ({"ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
-        ({"n_classes": 4}, "tensors copied"),
-    ],
+    [({"ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"), ({"n_classes": 4}, "tensors copied")],
 )
 def test_inference_says_what_is_wrong_with_the_weights(collection, source, tmp_path, wrong, message):
     image = collection.parent / "17-000" / "T2.nii.gz"
@@ -317,58 +277,41 @@ def test_inference_says_what_is_wrong_with_the_weights(collection, source, tmp_p
 # Resuming
 
 
-def interrupted(after: int, **options) -> None:
-    """A run that dies at the start of an epoch."""
-    workflow = workflow_of("vanilla", **options)
+def epochs_begun(dies_at: int | None = None, **options) -> list[int]:
+    """The epochs that a run begins, which dies at the start of one of them (None: it does not)."""
+    workflow, epochs = workflow_of("vanilla", **options), []
     workflow.initialize()
 
-    def die(engine):
-        raise KeyboardInterrupt
+    def note(engine):
+        epochs.append(engine.state.epoch)
+        if engine.state.epoch == dies_at:
+            raise KeyboardInterrupt
 
-    workflow.parser.get_parsed_content("train#trainer").add_event_handler(Events.EPOCH_STARTED(once=after + 1), die)
-    with pytest.raises(BaseException) as caught:  # noqa: PT011
+    workflow.parser.get_parsed_content("train#trainer").add_event_handler(Events.EPOCH_STARTED, note)
+    with pytest.raises(BaseException) if dies_at else nullcontext():  # noqa: PT011
         workflow.run()
-    chain = [caught.value]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    assert isinstance(chain[-1], KeyboardInterrupt)
+    return epochs
 
 
 def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(options):
     options |= {"epochs": 3, "val_interval": 1}
-    interrupted(2, **options)
     folder = Path(options["output_dir"])
+    assert epochs_begun(dies_at=3, **options) == [1, 2, 3]
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 2
     assert not (folder / "metrics.csv").exists()
-    epochs = []
-    workflow = workflow_of("vanilla", **options)
-    workflow.initialize()
-    trainer = workflow.parser.get_parsed_content("train#trainer")
-    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: epochs.append(engine.state.epoch))
-    workflow.run()
-    assert epochs == [3]
-    state = (folder / "last.pt").stat().st_mtime_ns, (folder / "model.pt").stat().st_mtime_ns
-    scores = table(folder)
-    run("vanilla", **options)
-    assert ((folder / "last.pt").stat().st_mtime_ns, (folder / "model.pt").stat().st_mtime_ns) == state
-    pd.testing.assert_frame_equal(table(folder), scores)
+    assert epochs_begun(**options) == [3]
+    assert epochs_begun(**options) == []
 
 
 def test_a_resumed_run_never_replaces_a_better_model(options):
     options |= {"epochs": 3, "val_interval": 1}
-    interrupted(1, **options)
     folder = Path(options["output_dir"])
+    epochs_begun(dies_at=2, **options)
     state = torch.load(folder / "last.pt", weights_only=True)
     torch.save(state | {"best": 2.0}, folder / "last.pt")  # better than any Dice can be
     best = (folder / "model.pt").read_bytes()
-    run("vanilla", **options)
-    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 3
+    assert epochs_begun(**options) == [2, 3]
     assert (folder / "model.pt").read_bytes() == best
-
-
-def test_another_run_is_not_written_over(options):
-    run("vanilla", **options)
-    assert "holds a run with method='vanilla'" in refused(lambda: run("dice_ce", **options))
 
 
 # Bad input
@@ -383,23 +326,9 @@ def broken(collection: Path, folder: Path, damage) -> str:
     return str(folder / "collection.json")
 
 
-def put_nan(folder: Path, content: dict) -> None:
-    path = folder / "17-000" / "T2.nii.gz"
-    image = nib.load(path)
-    values = image.get_fdata().astype(np.float32)
-    values[40, 40, 10] = np.nan
-    nib.save(nib.Nifti1Image(values, image.affine), path)
-
-
 def truncate(folder: Path, content: dict, subject: str = "17-003/T2.nii.gz") -> None:
     path = folder / subject
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:5000]))
-
-
-def erase_foreground(folder: Path, content: dict) -> None:
-    for path in folder.glob("17-*/tumour.nii.gz"):
-        image = nib.load(path)
-        nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
 
 
 def empty_test_split(folder: Path, content: dict) -> None:
@@ -425,8 +354,6 @@ def no_training(no_training, monkeypatch):
         ({"target_task": "17-T2-FeTS", "source_task": "14-FLAIR-FeTS"}, "number of classes"),
         ({"network_def#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
         ({"freeze": "backbone"}, "matches no parameter"),
-        ({"epoch": 1}, "did you mean --epochs"),
-        ({"val_interval": 2}, "--val_interval is 2, --epochs 1: no epoch would be validated"),
         ({"train_slices": 0}, "max_slices must be at least 1"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
@@ -437,13 +364,7 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (put_nan, "17-000"),
-        (truncate, "17-003"),
-        (erase_foreground, "none of the 4 training subjects"),
-        (empty_test_split, "no subject in split 'test'"),
-    ],
+    ("damage", "message"), [(truncate, "17-003"), (empty_test_split, "no subject in split 'test'")]
 )
 def test_bad_data_are_refused_before_training(damage, message, options, collection, tmp_path, no_training):
     options |= {"collection": broken(collection, tmp_path / "bad", damage), "check_data": True}
@@ -451,19 +372,9 @@ def test_bad_data_are_refused_before_training(damage, message, options, collecti
 
 
 def test_bad_source_data_are_refused_before_pretraining(options, collection, tmp_path, no_training):
-    def damage(folder, content):
-        truncate(folder, content, "14-000/FLAIR.nii.gz")
-
-    options |= {"collection": broken(collection, tmp_path / "bad", damage), "source_ckpt": None, "check_data": True}
-    assert "14-000" in refused(lambda: run(**options | {"source_dir": str(tmp_path / "sources")}))
-    options |= {"source_task": "14-FLAIR-EDD"}
-    message = refused(lambda: run(**options | {"source_dir": str(tmp_path / "sources")}))
-    assert "did you mean 'ED'" in message
-
-
-def test_a_file_in_the_place_of_the_output_folder_is_refused(options, no_training, tmp_path):
-    (tmp_path / "file").touch()
-    assert "cannot be written to" in refused(lambda: run(**options | {"output_dir": str(tmp_path / "file")}))
+    bad = broken(collection, tmp_path / "bad", lambda *where: truncate(*where, "14-000/FLAIR.nii.gz"))
+    options |= {"collection": bad, "source_dir": str(tmp_path / "sources"), "source_ckpt": None, "check_data": True}
+    assert "14-000" in refused(lambda: run(**options))
 
 
 def test_a_run_that_was_refused_does_not_claim_its_folder(options):

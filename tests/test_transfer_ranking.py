@@ -300,7 +300,8 @@ def reported(tables: dict, verdicts: dict, folder: Path, monkeypatch, *, synthet
         done[key] = Job({}, folder / f"{key[0]}{key[1]}")
         done[key].output_dir.mkdir()
         (done[key].output_dir / "ranking.json").write_text(json.dumps(verdict))
-    study.report(pd.concat(rows, ignore_index=True), done, SegmentationTask)
+    arms = [({"target": target, "seed": seed}, jobs.Arm("scored", (job,))) for (target, seed), job in done.items()]
+    study.report(pd.concat(rows, ignore_index=True), arms)
     return pd.read_csv(folder / "agreement.csv")
 
 

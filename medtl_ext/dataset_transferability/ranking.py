@@ -9,7 +9,7 @@ import pandas as pd
 from medtl_ext._io import write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.ranking import SourceRanking, listed
-from medtl_ext.transfer import SCORES, ClassificationTask, Job, RankSources, Study
+from medtl_ext.transfer import SCORES, ClassificationTask, Job, RankSources, SourceStudy
 from medtl_ext.transfer.jobs import read_table
 from medtl_ext.transfer.study import Key
 
@@ -92,16 +92,13 @@ class RankOwnModel:
         return found
 
 
-class DatasetStudy(Study):
-    """Several classification targets and seeds, of one pool; see `medtl_ext.transfer.Study`."""
+class DatasetStudy(SourceStudy):
+    """Several classification targets and seeds, of one pool; see `medtl_ext.transfer.SourceStudy`."""
 
     title = "Dataset transferability studied"
     head = "{targets} targets, {sources} sources, {seeds} seeds; AUC of the test images after fine-tuning everything."
-    seeds_pool = False
-
-    def open(self, name: str, config: Mapping[str, Any]) -> ClassificationTask:
-        keys = ("collection", "phantom_subjects", "image_size", "in_channels")
-        return ClassificationTask(name, **{key: config[key] for key in keys})
+    seeds_pool, kind = False, ClassificationTask
+    where = ("collection", "phantom_subjects", "image_size", "in_channels")
 
     def claims(self, table: pd.DataFrame, mean: pd.DataFrame, jobs: Mapping[Key, Job]) -> list[str]:
         files = [job.output_dir / "own_model.csv" for job in jobs.values()]

@@ -2,14 +2,13 @@
 
 - `affinities`: how near two tasks are, a part that can be exchanged.
 - `plan`: source graph and path. `chain`: the trainings along it, and what they are compared with.
-- `study`, `fit`: several targets, and weights of the affinity fitted to transfers.
+- `study`: every path to several targets, and weights of the affinity fitted to transfers.
 """
 
 from medtl_ext.sequential_transfer.affinities import TaskVolumes, affinity_name
 from medtl_ext.sequential_transfer.chain import FollowPath, NoteLEEP
-from medtl_ext.sequential_transfer.fit import FitWeights
 from medtl_ext.sequential_transfer.plan import PlanPath, SourceGraph
-from medtl_ext.sequential_transfer.study import StudyPaths
+from medtl_ext.sequential_transfer.study import FitWeights, StudyPaths
 
 __all__ = [
     "FitWeights",

@@ -106,28 +106,27 @@ class SeqTranAffinity:
     def distance(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean Wasserstein distance of images."""
         pair = frozenset((a.image_files, b.image_files))
-        if pair not in self._kept:
-            self._kept[pair] = float(measures.quantile_distance(self._image_set(a), self._image_set(b)).mean())
-        return self._kept[pair]
+        return self._once(pair, lambda: float(measures.quantile_distance(*map(self._quantiles, (a, b))).mean()))
 
     def similarity(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean structural similarity of labels."""
         pair = frozenset((a.regions, b.regions))
-        if pair not in self._kept:
-            self._kept[pair] = float(measures.pairwise_ssim(self._label_set(a), self._label_set(b)).mean())
-        return self._kept[pair]
+        return self._once(pair, lambda: float(measures.pairwise_ssim(*map(self._labels, (a, b))).mean()))
 
-    def _image_set(self, task: TaskVolumes) -> torch.Tensor:
-        if task.image_files not in self._kept:
-            self._kept[task.image_files] = measures.image_quantiles(task.images(), standardize=self.standardize)
-        return self._kept[task.image_files]
+    def _quantiles(self, task: TaskVolumes) -> torch.Tensor:
+        how = {"standardize": self.standardize}
+        return self._once(task.image_files, lambda: measures.image_quantiles(task.images(), **how))
 
-    def _label_set(self, task: TaskVolumes) -> Iterator[np.ndarray]:
-        """Labels, of which one bit a voxel stays in memory: some 70 MB for 60 volumes of 240 x 240 x 155."""
-        if task.regions not in self._kept:
-            self._kept[task.regions] = [(tuple(label.shape), np.packbits(label)) for label in task.labels()]
-        for shape, bits in self._kept[task.regions]:
+    def _labels(self, task: TaskVolumes) -> Iterator[np.ndarray]:
+        """One bit a voxel stays in memory: some 70 MB for 60 volumes of 240 x 240 x 155."""
+        packed = self._once(task.regions, lambda: [(tuple(one.shape), np.packbits(one)) for one in task.labels()])
+        for shape, bits in packed:
             yield np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
+
+    def _once(self, what: Any, find: Callable[[], Any]) -> Any:
+        if what not in self._kept:
+            self._kept[what] = find()
+        return self._kept[what]
 
 
 class ContextAffinity:

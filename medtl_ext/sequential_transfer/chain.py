@@ -1,7 +1,5 @@
 """Fine-tuning along a path, as a chain of ordinary trainings of the bundle, and what it is worth beside one step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +10,9 @@ import pandas as pd
 from monai.engines import Evaluator
 
 from medtl_ext._io import write_csv, write_json, write_text
-from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, paired_comparison
-from medtl_ext.sequential_transfer.plan import Plan, PlanPath, first_share
-from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, audit_report, patient_table
+from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, paired_comparison
+from medtl_ext.sequential_transfer.plan import PlanPath, first_share
+from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, Study, audit_report, patient_table
 from medtl_ext.transfer.arms import arm_rows, finetuning_job
 from medtl_ext.transfer.sources import pretraining_job, source_collection
 
@@ -58,13 +56,11 @@ class Chains:
         jobs = [self._pretraining(tasks[0], len(tasks) - 1)]
         if joint:
             jobs = [self._joint(jobs[0], *tasks[1:])]
-        else:
-            where = {"collection": source_collection(self.here.config)}
-            where |= {"train_patients": self.here.config["stage_patients"]}
-            for n, task in enumerate(tasks[1:], start=2):
-                stage = self.stage_dir / jobs[0].output_dir.name / "_".join(tasks[1:n])
-                stage /= f"{'full' if full else 'decoder'}_seed{self.here.seed}"
-                jobs.append(self._step(stage, task, jobs[-1], full=full, **where))
+        config, how = self.here.config, f"{'full' if full else 'decoder'}_seed{self.here.seed}"
+        where = {"collection": source_collection(config), "train_patients": config["stage_patients"]}
+        for n, task in enumerate(() if joint else tasks[1:], start=2):
+            stage = self.stage_dir / jobs[0].output_dir.name / "_".join(tasks[1:n]) / how
+            jobs.append(self._step(stage, task, jobs[-1], full=full, **where))
         return Arm(name, (*jobs, self._step(folder, self.target.name, jobs[-1], full=full, method=name, **options)))
 
     def _step(self, folder: Path, task: str, before: Job, *, full: bool, **options: Any) -> Job:
@@ -90,6 +86,16 @@ class Chains:
         return replace(first, output_dir=folder, overlays=overlays, overrides=overrides)
 
 
+def chains_to(study: Study, name: str, seed: int) -> Chains:
+    """Of a study all trainings lie below ``runs``, the pre-trainings in the pool of their seed."""
+    run, runs = study.here.seeded(study.here.config, seed), study.here.folder / "runs"
+    patients = run.config["train_patients"]
+    patients = run.config["stage_patients"] if patients == "@stage_patients" else patients
+    target = study.open(name, train_patients=patients, seed=seed)
+    folders = {"folder": runs / name / f"seed{seed}", "stage_dir": runs / "stages"}
+    return Chains(here=run, target=target, **folders, source_dir=run.config["source_dir"], pool_seed=seed)
+
+
 def steps_of(arm: Arm) -> tuple[str, str]:
     """Tasks of an arm's steps and the labelled patients of each training: ``a -> b -> target``, ``7 + 3 + 3``."""
     settings = [{**job.config, **job.overrides} for job in arm.jobs]
@@ -98,7 +104,7 @@ def steps_of(arm: Arm) -> tuple[str, str]:
     return path, " + ".join("all" if count is None else str(count) for count in patients)
 
 
-def arms_of(chains: Chains, plan: Plan, *, zero_shot: bool = True) -> list[Arm]:
+def arms_of(chains: Chains, plan: PlanPath, *, zero_shot: bool = True) -> list[Arm]:
     """What a plan is compared by: one step and two, the decoder alone and all parameters, no step and no source.
 
     Without ``zero_shot`` the untouched source is left out, as it has to be where its classes are not the target's.
@@ -150,29 +156,27 @@ class FollowPath:
     source_dir: str
     pool_seed: int
 
-    def run(self) -> Verdict | None:
-        """The verdict of the validation patients; None without any, and in all but the first of several processes."""
-        here, target, plan = self.plan.graph.here, self.plan.target, self.plan.plan
+    def run(self) -> None:
+        """Train, compare, and write it down."""
+        here, target, plan = self.plan.graph.here, self.plan.target, self.plan
         if not here.leads:
-            return None
-        pool = {"source_dir": self.source_dir, "pool_seed": self.pool_seed}
-        folders = {"folder": here.folder / "arms", "stage_dir": here.folder / "stages"}
-        chains = Chains(here=here, target=target, **folders, **pool)
-        arms = arms_of(chains, plan, zero_shot=self.plan.graph.open(plan.single).n_classes == target.n_classes)
+            return
+        folders = {"folder": here.folder / "arms", "stage_dir": here.folder / "stages", "source_dir": self.source_dir}
+        chains = Chains(here=here, target=target, pool_seed=self.pool_seed, **folders)
+        arms = arms_of(chains, plan, zero_shot=plan.graph.open(plan.single).n_classes == target.n_classes)
         here.train_arms(arms, f"paths to {target.name}")
-        rows, spent = arm_rows(arms), spent_text(self.plan.source_patients)
+        rows, spent = arm_rows(arms), spent_text(here.config["source_patients"])
         table = arms_table(rows, arms)
         write_csv(here.folder / "arms.csv", table)
-        verdict, answer = None, "No patient is left to validate on, so nothing is decided: --val_split val needs some."
+        answer = "No patient is left to validate on, so nothing is decided: --val_split val needs some."
         if "val" in set(rows["split"]):
             method = "sequential_full" if "sequential_full" in set(rows["method"]) else "single_full"
             said = {"title": f"Ways to {target.name}, {spent}", "synthetic": target.synthetic}
             verdict = audit_report(rows, here.folder, method=method, margin=MARGIN, **said)
             answer = f"{second_step_text(rows, plan)} {verdict.text}"
-        write_text(here.folder / "answer.txt", f"{self.plan.text} {answer}")
+        write_text(here.folder / "answer.txt", f"{plan.graph.text} {plan.text} {answer}")
         shown = table[table["split"] == "test"].drop(columns="split")
         print(f"On the test patients, {spent}:\n{shown.to_string(index=False, float_format='{:.3f}'.format)}\n{answer}")
-        return verdict
 
 
 def spent_text(source_patients: int | None) -> str:
@@ -190,7 +194,7 @@ def arms_table(rows: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
     return table[["split", "method", "path", "patients", "dice", "iou"]]
 
 
-def second_step_text(rows: pd.DataFrame, plan: Plan) -> str:
+def second_step_text(rows: pd.DataFrame, plan: PlanPath) -> str:
     """Whether the intermediate task was worth it on the validation patients, against one step in the same way."""
     if plan.path is None:
         return "One step is all there is."  # the plan says why

@@ -1,22 +1,21 @@
 """Which path of sources leads to a target? Task graph, clusters, best path, and the single sources beside it."""
 
-from __future__ import annotations
-
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import networkx as nx
 import pandas as pd
 
 from medtl_ext import graph as graphs
 from medtl_ext._io import write_csv, write_json
-from medtl_ext._validation import InputError, require_number
+from medtl_ext._validation import InputError, require_number, warn
 from medtl_ext.data import Task
 from medtl_ext.sequential_transfer.affinities import Affinity, TaskVolumes, affinity_costs, affinity_name, find_affinity
 from medtl_ext.transfer import Run, SegmentationTask
+from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import require_lists
 from medtl_ext.transfer.tasks import draw_patients, patients_of
 from medtl_ext.visualize import plot_task_graph, save_figure
@@ -68,35 +67,28 @@ class SourceGraph:
     """The source tasks, joined where they share modality or objective, in clusters with a representative each.
 
     Args:
-        here: where it writes.
+        here: where it writes. Its config says what of each task the affinity looks at (``affinity_patients``), and how
+            clusters are found (``n_clusters``, ``cluster_weight``; of fewer tasks each is one) and represented
+            (``representative_rule``): see `medtl_ext.graph`.
         sources: names of tasks.
-        collection, phantom_subjects: where they are described, see `medtl_ext.transfer.SegmentationTask`.
         affinity: see `find_affinity`.
-        affinity_patients: training patients of each task that the affinity looks at; None: all.
-        n_clusters, cluster_weight: see `medtl_ext.graph.girvan_newman_clusters`; of fewer tasks each is a cluster.
-        representative_rule: see `medtl_ext.graph.cluster_representatives`.
         task_graph: a ``task_graph.json`` made before, for other targets: no cost between sources is computed then.
     """
 
     here: Run
     sources: Sequence[str]
-    collection: str | None
-    phantom_subjects: int
     affinity: str | Affinity
-    affinity_patients: int | None
-    n_clusters: int
-    cluster_weight: str | None
-    representative_rule: str
     task_graph: str | None = None
 
     def open(self, source: str, *, train_patients: int | None = None) -> SegmentationTask:
         """A source task by its name."""
-        where = {"collection": self.collection, "phantom_subjects": self.phantom_subjects}
+        config = self.here.config
+        where = {"collection": source_collection(config), "phantom_subjects": config["phantom_subjects"]}
         return SegmentationTask(source, train_patients=train_patients, **where)
 
     def volumes(self, sources: Iterable[str]) -> list[TaskVolumes]:
         """What the affinity looks at."""
-        return [task_volumes(self.open(source), patients=self.affinity_patients) for source in sources]
+        return [task_volumes(self.open(source), patients=self.here.config["affinity_patients"]) for source in sources]
 
     @cached_property
     def cost(self) -> Affinity:
@@ -107,7 +99,7 @@ class SourceGraph:
     def graph(self) -> nx.Graph:
         """See `medtl_ext.graph.task_graph`."""
         require_lists(sources=self.sources)
-        require_number("n_clusters", self.n_clusters, 1, whole=True)
+        require_number("n_clusters", self.here.config["n_clusters"], 1, whole=True)
         name = affinity_name(self.affinity)
         if self.task_graph is None:
             tasks = self.volumes(self.sources)
@@ -133,14 +125,16 @@ class SourceGraph:
 
     @cached_property
     def clusters(self) -> list[list[str]]:
-        asked, count = self.n_clusters, min(self.n_clusters, len(self.graph))
-        if asked > count:
-            warnings.warn(f"n_clusters is {asked}, of {count} source tasks: each is its own cluster.", stacklevel=2)
-        return list(map(sorted, graphs.girvan_newman_clusters(self.graph, count, weight=self.cluster_weight)))
+        asked, weight = (self.here.config[name] for name in ("n_clusters", "cluster_weight"))
+        if asked > len(self.graph):
+            warn(f"n_clusters is {asked}, of {len(self.graph)} source tasks: each is its own cluster.")
+        count = min(asked, len(self.graph))
+        return list(map(sorted, graphs.girvan_newman_clusters(self.graph, count, weight=weight)))
 
     @cached_property
     def representatives(self) -> list[str]:
-        return graphs.cluster_representatives(self.graph, self.clusters, rule=self.representative_rule)
+        rule = self.here.config["representative_rule"]
+        return graphs.cluster_representatives(self.graph, self.clusters, rule=rule)
 
     @property
     def synthetic(self) -> bool:
@@ -158,10 +152,10 @@ class SourceGraph:
             f"clusters: {'; '.join(clusters)}."
         )
 
-    def write(self, plan: Plan | None = None) -> None:
+    def write(self, **shown: Any) -> None:
         """Write ``task_graph.json``, ``task_graph.graphml``, ``clusters.csv`` and ``task_graph.png``, and say it.
 
-        The picture shows clusters in colours, sizes of tasks, and the path of a plan in bold.
+        The picture shows clusters in colours, sizes of tasks, and what else is given to be ``shown`` in it.
         """
         if not self.here.leads:
             return
@@ -175,32 +169,76 @@ class SourceGraph:
         ]
         write_csv(folder / "clusters.csv", pd.DataFrame(rows))
         if self.here.figures:
-            shown = {"representatives": self.representatives, "synthetic": self.synthetic, "title": "Task graph"}
-            if plan:
-                shown |= {"path": plan.path, "target": plan.target, "target_costs": plan.costs}
-                shown["title"] += f" and the path to {plan.target}" if plan.path else ""
-            figure = plot_task_graph(self.graph, self.clusters, **shown)
+            shown = {"title": "Task graph", "synthetic": self.synthetic} | shown
+            figure = plot_task_graph(self.graph, self.clusters, representatives=self.representatives, **shown)
             save_figure(figure, folder / "task_graph.png")
         print(self.text)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the affinity says of a target, before anything is trained.
+@dataclass(kw_only=True, eq=False)
+class PlanPath:
+    """A step that finds the cheapest paths to the target, and beside them the nearest single source.
 
-    Attributes:
-        target: the target task.
-        costs: source task -> affinity cost to the target, for those that share its modality or objective.
-        paths: the best paths, best first; none where ``no_path`` says why.
-        single: the one source with the least cost.
-        no_path: why there is no path.
+    Writes ``plan.json`` and ``paths.csv``, and the files of `SourceGraph`, with the path in the picture.
+
+    The config says how many intermediate tasks there may be (``max_intermediates``), and the labelled patients that
+    every arm is to spend on its sources in all (``source_patients``) and on an intermediate task (``stage_patients``).
+
+    Args:
+        graph: of the sources.
+        target: of its training patients only those that will be trained on are looked at.
     """
 
-    target: str
-    costs: dict[str, float]
-    paths: list[graphs.TransferPath]
-    single: str
-    no_path: str | None = None
+    graph: SourceGraph
+    target: SegmentationTask
+    no_path: str | None = field(default=None, init=False)
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything long runs.
+
+        Raises:
+            InputError: no labelled training patient of the target, the target among the sources, numbers of patients
+                that leave none to pre-train on, or a task with fewer patients than it is to give.
+        """
+        config, sources, target = self.graph.here.config, self.graph.sources, self.target
+        in_all, stage, most = (config[name] for name in ("source_patients", "stage_patients", "max_intermediates"))
+        require_lists(sources=sources)
+        if target.name in sources:
+            raise InputError(f"the target {target.name} is one of the sources; leave it out of sources.")
+        require_number("max_intermediates", most, 0, whole=True)
+        require_number("stage_patients", stage, 1, whole=True)
+        first_share(in_all, stage, most)
+        target.datalist("train")
+        for source, patients in product(sources, [in_all, stage] if most else [in_all]):
+            self.graph.open(source, train_patients=patients).datalist("train")
+
+    @cached_property
+    def costs(self) -> dict[str, float]:
+        """Source -> affinity cost to the target, for those that share its modality or objective.
+
+        Raises:
+            InputError: there is none.
+        """
+        near, goal = joined_to(self.target.name, self.graph.graph), [task_volumes(self.target)]
+        progress = self.graph.here.progress
+        costs = affinity_costs(self.graph.cost, self.graph.volumes(near), goal, progress=progress)[:, 0]
+        return dict(zip(near, costs.tolist(), strict=True))
+
+    @property
+    def single(self) -> str:
+        """The one source with the least cost."""
+        return min(self.costs, key=lambda task: (self.costs[task], task))
+
+    @cached_property
+    def paths(self) -> list[graphs.TransferPath]:
+        """The best paths, best first; none where ``no_path`` then says why."""
+        parts = (self.graph.graph, self.costs, self.graph.clusters, self.graph.representatives)
+        most = self.graph.here.config["max_intermediates"]
+        try:
+            return graphs.optimal_transfer_path(*parts, max_intermediates=most)
+        except graphs.NoPathError as reason:
+            self.no_path = str(reason)
+            return []
 
     @property
     def path(self) -> tuple[str, ...] | None:
@@ -210,88 +248,33 @@ class Plan:
     @property
     def text(self) -> str:
         """Paths, expected costs, and the nearest single source in words."""
+        name = self.target.name
         best = zip(("Best path", "Next"), self.paths, strict=False)
-        said = [f"{what}: {' -> '.join((*path.tasks, self.target))}, cost {path.cost:.3f}." for what, path in best]
+        said = [f"{what}: {' -> '.join((*path.tasks, name))}, cost {path.cost:.3f}." for what, path in best]
         return (
-            f"{' '.join(said) or f'For {self.target} {self.no_path}'} Nearest single source: {self.single}, cost "
+            f"{' '.join(said) or f'For {name} {self.no_path}'} Nearest single source: {self.single}, cost "
             f"{self.costs[self.single]:.3f}. Costs rank paths among themselves and single sources among themselves; "
             "whether a second step pays is settled by training."
         )
-
-
-@dataclass(kw_only=True, eq=False)
-class PlanPath:
-    """A step that finds the cheapest paths to the target, and beside them the nearest single source.
-
-    Writes ``plan.json`` and ``paths.csv``, and the files of `SourceGraph`, with the path in the picture.
-
-    Args:
-        graph: of the sources.
-        target: of its training patients only those that will be trained on are looked at.
-        max_intermediates: see `medtl_ext.graph.optimal_transfer_path`.
-        source_patients, stage_patients: labelled patients that every arm is to spend on its sources in all, and on an
-            intermediate task.
-    """
-
-    graph: SourceGraph
-    target: SegmentationTask
-    max_intermediates: int
-    source_patients: int | None
-    stage_patients: int
-
-    def check(self) -> None:
-        """Refuse what cannot work before anything long runs.
-
-        Raises:
-            InputError: no labelled training patient of the target, the target among the sources, numbers of patients
-                that leave none to pre-train on, or a task with fewer patients than it is to give.
-        """
-        sources, target = self.graph.sources, self.target
-        require_lists(sources=sources)
-        if target.name in sources:
-            raise InputError(f"the target {target.name} is one of the sources; leave it out of sources.")
-        require_number("max_intermediates", self.max_intermediates, 0, whole=True)
-        require_number("stage_patients", self.stage_patients, 1, whole=True)
-        first_share(self.source_patients, self.stage_patients, self.max_intermediates)
-        target.datalist("train")
-        spent = [self.source_patients, self.stage_patients] if self.max_intermediates else [self.source_patients]
-        for source, patients in product(sources, spent):
-            self.graph.open(source, train_patients=patients).datalist("train")
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The costs and paths.
-
-        Raises:
-            InputError: the target shares neither modality nor objective with any source.
-        """
-        sources = self.graph
-        near = joined_to(self.target.name, sources.graph)
-        goal, progress = [task_volumes(self.target)], sources.here.progress
-        costs = affinity_costs(sources.cost, sources.volumes(near), goal, progress=progress)[:, 0]
-        to_target = dict(zip(near, costs.tolist(), strict=True))
-        plan = Plan(self.target.name, to_target, [], single=min(to_target, key=lambda task: (to_target[task], task)))
-        parts = (sources.graph, to_target, sources.clusters, sources.representatives)
-        try:
-            return replace(plan, paths=graphs.optimal_transfer_path(*parts, max_intermediates=self.max_intermediates))
-        except graphs.NoPathError as reason:
-            return replace(plan, no_path=str(reason))
-
-    @property
-    def text(self) -> str:
-        """Graph and plan in words."""
-        return f"{self.graph.text} {self.plan.text}"
 
     def run(self) -> None:
         """Find them, write them down, and say it."""
         if not self.graph.here.leads:
             return
-        plan, folder = self.plan, self.graph.here.folder
-        self.graph.write(plan)
-        paths = [{"cost": path.cost, "tasks": list(path.tasks)} for path in plan.paths]
-        content = asdict(plan) | {"paths": paths, "text": self.text, "synthetic": self.target.synthetic}
+        folder, target, paths = self.graph.here.folder, self.target, self.paths
+        title = f"Task graph and the path to {target.name}" if paths else "Task graph"
+        self.graph.write(title=title, path=self.path, target=target.name, target_costs=self.costs)
+        content = {
+            "target": target.name,
+            "costs": self.costs,
+            "paths": [{"cost": path.cost, "tasks": list(path.tasks)} for path in paths],
+            "single": self.single,
+            "no_path": self.no_path,
+            "text": f"{self.graph.text} {self.text}",
+            "synthetic": target.synthetic,
+        }
         write_json(folder / "plan.json", content)
-        steps = [("path", " -> ".join(path.tasks), path.cost) for path in plan.paths]
-        steps += sorted((("single", *item) for item in plan.costs.items()), key=lambda step: (step[2], step[1]))
+        steps = [("path", " -> ".join(path.tasks), path.cost) for path in paths]
+        steps += sorted((("single", *item) for item in self.costs.items()), key=lambda step: (step[2], step[1]))
         write_csv(folder / "paths.csv", pd.DataFrame(steps, columns=["kind", "tasks", "cost"]))
-        print(plan.text)
+        print(self.text)

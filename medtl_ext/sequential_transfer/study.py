@@ -1,35 +1,43 @@
-"""When is a second step worth it? Every single source and every path to several targets."""
+"""Studies of several targets: when a second step is worth it, and the two weights of SeqTran's affinity.
 
-from __future__ import annotations
+`StudyPaths` trains from every single source and along every path; `FitWeights` fits the weights to transfers, and says
+their worth on a target they have not seen.
+"""
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from medtl_ext._io import write_csv, write_text
+from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError
+from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
+from medtl_ext.affinity.tasks import ROUNDING
 from medtl_ext.data import Task
 from medtl_ext.ranking import PairedComparison, paired_comparison
-from medtl_ext.sequential_transfer.affinities import Affinity, find_affinity
-from medtl_ext.sequential_transfer.chain import Chains, spent_text
-from medtl_ext.sequential_transfer.plan import Plan, PlanPath, SourceGraph, joined_to, shares
-from medtl_ext.transfer import Arm, Run, SegmentationTask, markdown_table, patient_table
-from medtl_ext.transfer.config import study_config
-from medtl_ext.transfer.sources import source_collection
-from medtl_ext.transfer.study import Key, require_lists
+from medtl_ext.sequential_transfer.affinities import SeqTranAffinity, find_affinity
+from medtl_ext.sequential_transfer.chain import Chains, chains_to, spent_text
+from medtl_ext.sequential_transfer.plan import PlanPath, SourceGraph, joined_to, shares, task_volumes
+from medtl_ext.transfer import Arm, Study, patient_table
+from medtl_ext.transfer.jobs import shell_word, short_path
+from medtl_ext.transfer.study import Arms, Key, require_lists
+from medtl_ext.transfer.truth import page
 
 OF_RUN = ["target", "seed"]
 OF_ARM = [*OF_RUN, "arm"]
 OF_CHOICE = [*OF_RUN, "steps", "how"]
 
+PAIR = ["source", "target"]
+CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]
 HEAD = ": head of its path"
-NO_AFFINITY = ("random", "LEEP", "best in hindsight")
-"""Ways to choose a single source that are no affinity."""
 
 PAIRS = [
     (("path", "{}"), ("single", "{}")),
@@ -46,112 +54,79 @@ PAIRS = [
 
 
 @dataclass(kw_only=True, eq=False)
-class StudyPaths:
-    """A step that trains from every source, along every path of two, and on both sources of a path, for each target.
+class StudyPaths(Study):
+    """A study that trains from every source, along every path of two, and on both sources of a path, for each target.
 
     From these, what every way to choose is worth: at random, by LEEP, by each affinity, in hindsight (the paper's
-    Table 4); scratch, one step and two (its Tables 1 and 3). Runs that are done are kept. The runs share the options of
-    ``train.json`` in the config's ``settings``. Writes ``study.csv`` (one row per target, seed and arm),
+    Table 4); scratch, one step and two (its Tables 1 and 3). Writes ``study.csv`` (one row per target, seed and arm),
     ``patients.csv`` (one per patient of these), ``choices.csv`` and ``study.md``.
 
     Args:
-        here: where it writes, and how its trainings are carried out.
         targets, sources: tasks; sources that share neither modality nor objective with a target are left out for it.
         seeds: the repetitions: of the pool's training, the draw of patients and the fine-tuning.
         affinities: names or import paths.
     """
 
-    here: Run
     targets: Sequence[str]
     sources: Sequence[str]
     seeds: Sequence[int]
     affinities: Sequence[str]
-    synthetic: bool = field(default=False, init=False)
+    plans: dict[Key, dict[str, PlanPath]] = field(default_factory=dict, init=False)
 
-    def run(self) -> pd.DataFrame:
-        """Train, compare, and write it down; one row per target, seed and way to choose."""
-        if len(self.targets) < 2:
-            raise InputError(f"a study needs two targets or more; found {list(self.targets)}.")
-        require_lists(targets=self.targets, sources=self.sources, seeds=self.seeds, affinities=self.affinities)
-        folder = self.here.folder
-        config = study_config(folder, self.here.config["settings"]) | {"check_data": False}
-        if config["max_intermediates"] != 1:
+    def check(self) -> dict:
+        lists = {"targets": self.targets, "sources": self.sources, "seeds": self.seeds, "affinities": self.affinities}
+        require_lists({"targets": 2}, **lists)
+        return {}
+
+    def arms(self) -> Arms:
+        if self.here.config["max_intermediates"] != 1:
             raise InputError(
                 "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
             )
-        targets = {key: study_target(config, *key) for key in product(self.targets, self.seeds)}
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
-        paths, plans, arms = {}, {}, {}
-        for key, target in targets.items():
-            run, near = self.here.seeded(config, target.seed), joined_to(target.name, self.sources)
-            paths[key] = {name: _path(run, target, near, affinity) for name, affinity in found.items()}
-            for path in paths[key].values():
-                path.check()
-        for key, of in paths.items():
-            plans[key] = {name: path.plan for name, path in of.items()}
-            arms[key] = _arms(next(iter(of.values())), plans[key].values())
-        self.here.train_arms([arm for of in arms.values() for arm in of], "study")
-        table, patients = _results(arms)
-        choices, scores = _choices(table, patients, plans)
-        for name, rows in {"study": table, "choices": choices, "patients": patients}.items():
-            write_csv(folder / f"{name}.csv", rows)
-        self.synthetic = next(iter(targets.values())).synthetic
-        spent = spent_text(config["source_patients"])
-        text = study_text(table, patients, choices, scores, synthetic=self.synthetic, spent=spent)
-        write_text(folder / "study.md", text)
+        chains = {key: chains_to(self, *key) for key in product(self.targets, self.seeds)}
+        for (target, seed), of in chains.items():
+            graph = {"here": of.here, "sources": joined_to(target, self.sources)}
+            self.plans[target, seed] = {
+                name: PlanPath(graph=SourceGraph(affinity=affinity, **graph), target=of.target)
+                for name, affinity in found.items()
+            }
+            self.plans[target, seed][self.affinities[0]].check()
+        return [
+            ({"pair": target, "seed": seed, "method": arm.name}, arm)
+            for (target, seed), of in chains.items()
+            for arm in _arms(of, joined_to(target, self.sources), self.plans[target, seed].values())
+        ]
+
+    def report(self, table: pd.DataFrame, arms: Arms) -> None:
+        """Write what each arm, and each way to choose one, gave."""
+        patients = patient_table(table).rename(columns={"pair": "target", "method": "arm", "subject": "patient"})
+        patients = patients.loc[patients["split"] == "test", [*OF_ARM, "patient", "dice", "iou"]]
+        rows = pd.DataFrame([columns.values() for columns, _ in arms], columns=OF_ARM)
+        rows["steps"] = [-1 if "joint_task" in arm.jobs[0].overrides else len(arm.jobs) - 1 for _, arm in arms]
+        rows = rows.merge(patients.groupby(OF_ARM)[["dice", "iou"]].mean(), on=OF_ARM)
+        files = [arm.last.output_dir / "leep.json" for _, arm in arms]
+        rows["leep"] = [json.loads(file.read_text())["leep"] if file.is_file() else np.nan for file in files]
+        choices, scores = _choices(rows, patients, self.plans)
+        patients = patients.drop(columns="iou")
+        for name, of in {"study": rows, "choices": choices, "patients": patients}.items():
+            write_csv(self.here.folder / f"{name}.csv", of)
+        spent = spent_text(self.here.config["source_patients"])
+        text = study_text(rows, patients, choices, scores, self.affinities, synthetic=self.synthetic, spent=spent)
+        write_text(self.here.folder / "study.md", text)
         print(text)
-        return choices
 
 
-def study_target(config: Mapping[str, Any], task: str, seed: int) -> SegmentationTask:
-    """A target with the patients that all its arms train on."""
-    where = {"collection": config["collection"], "phantom_subjects": config["phantom_subjects"]}
-    patients = config["train_patients"]
-    patients = config["stage_patients"] if patients == "@stage_patients" else patients
-    return SegmentationTask(task, train_patients=patients, seed=seed, **where)
-
-
-def study_chains(run: Run, target: SegmentationTask) -> Chains:
-    """All trainings of a study lie below ``runs``, the pre-trainings in the pool of its seed."""
-    runs, pool = run.folder / "runs", {"source_dir": run.config["source_dir"], "pool_seed": run.seed}
-    folder = runs / target.name / f"seed{run.seed}"
-    return Chains(here=run, target=target, folder=folder, stage_dir=runs / "stages", **pool)
-
-
-def _path(run: Run, target: SegmentationTask, sources: Sequence[str], affinity: Affinity) -> PlanPath:
-    keys = ("phantom_subjects", "affinity_patients", "n_clusters", "cluster_weight", "representative_rule")
-    options = {key: run.config[key] for key in keys} | {"collection": source_collection(run.config)}
-    graph = SourceGraph(here=run, sources=sources, affinity=affinity, **options)
-    spent = {key: run.config[key] for key in ("source_patients", "stage_patients")}
-    return PlanPath(graph=graph, target=target, max_intermediates=1, **spent)
-
-
-def _arms(any_path: PlanPath, plans: Iterable[Plan]) -> list[Arm]:
+def _arms(chains: Chains, sources: Sequence[str], plans: Iterable[PlanPath]) -> list[Arm]:
     """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
-    sources, chains = any_path.graph.sources, study_chains(any_path.graph.here, any_path.target)
     arms = [chains.arm("scratch"), *(chains.arm(source, source) for source in sources)]
     arms += [chains.arm(f"{a} > {b}", a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
     chosen = dict.fromkeys(plan.path for plan in plans if plan.path)
     return arms + [chains.arm(" + ".join(path), *path, joint=True) for path in chosen]
 
 
-def _results(arms: Mapping[Key, Sequence[Arm]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row per target, seed and arm, and one per test patient of these, from which all intervals come."""
-    rows, patients = [], []
-    for (target, seed), of in arms.items():
-        for arm in of:
-            scores = patient_table(arm.last.read())
-            test = scores[scores["split"] == "test"]
-            leep, key = arm.last.output_dir / "leep.json", {"target": target, "seed": seed, "arm": arm.name}
-            joint = "joint_task" in arm.jobs[0].overrides
-            row = key | {"steps": -1 if joint else len(arm.jobs) - 1, **test[["dice", "iou"]].mean()}
-            rows.append(row | {"leep": json.loads(leep.read_text())["leep"] if leep.is_file() else np.nan})
-            patients.append(pd.DataFrame({**key, "patient": test["subject"], "dice": test["dice"]}))
-    return pd.DataFrame(rows), pd.concat(patients, ignore_index=True)
-
-
 def _choices(
-    table: pd.DataFrame, patients: pd.DataFrame, plans: Mapping[Key, Mapping[str, Plan]]
+    table: pd.DataFrame, patients: pd.DataFrame, plans: Mapping[Key, Mapping[str, PlanPath]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each way to choose picks for a target and seed and what that gives, the mean where it is several; and that
     of each patient.
@@ -190,29 +165,30 @@ def study_text(
     patients: pd.DataFrame,
     choices: pd.DataFrame,
     scores: pd.DataFrame,
+    affinities: Sequence[str],
     *,
     synthetic: bool,
     spent: str,
 ) -> str:
     """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
     seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
-    parts = [
+    warned = " **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""
+    return page(
         "# Sequential transfer: is a second step worth it?",
         f"Mean Dice of test patients over {targets} targets and {seeds} seeds, all parameters trained at every step, "
-        f"{spent}." + (" **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""),
-        markdown_table(_means_table(choices)),
+        f"{spent}.{warned}",
+        _means_table(choices),
         f"pairs: target-seed pairs that a row stands for, of {seeds * targets}. Rows with fewer, where a way to choose "
         "has no path, are means over other targets or seeds and do not compare; the differences below do.",
         "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "
         "that one who is a patient of several targets counts once), with 95 % t intervals; p: Wilcoxon, not corrected; "
         "left out: what one of the two lacks:",
-        markdown_table(differences(scores)),
+        differences(scores, affinities),
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
         f"its two sources alone, {spent}. The interval is of the gain against the first source: 95 % t, over patients, "
         "each averaged over the paths, targets and seeds of the row:",
-        markdown_table(gains(table, patients)),
-    ]
-    return "\n\n".join(parts) + "\n"
+        gains(table, patients),
+    )
 
 
 def _means_table(choices: pd.DataFrame) -> pd.DataFrame:
@@ -226,7 +202,7 @@ def _means_table(choices: pd.DataFrame) -> pd.DataFrame:
     return means.reset_index()
 
 
-def differences(scores: pd.DataFrame) -> pd.DataFrame:
+def differences(scores: pd.DataFrame, affinities: Sequence[str]) -> pd.DataFrame:
     """The comparisons of `PAIRS`, over the patients, targets and seeds that both sides have.
 
     Targets of one institution share their test patients, so a patient's Dice is averaged over targets and seeds before
@@ -234,36 +210,41 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         scores: columns ``target, seed, steps, how, patient, dice``.
+        affinities: names, for which {} stands.
 
     Returns:
         One row per comparison; ``pairs`` counts the target-seed pairs compared, ``left out`` names the others.
     """
     wide = scores.pivot(index=[*OF_RUN, "patient"], columns=["steps", "how"], values="dice")
-    singles = [how for steps, how in wide if steps == "single"]
-    affinities = [how for how in singles if how not in NO_AFFINITY and not how.endswith(HEAD)]
-    asked, rows = wide.index.droplevel("patient").unique(), {}
-    for (first, second), affinity in product(PAIRS, affinities):
-        a, b = ((steps, how.format(affinity)) for steps, how in (first, second))
-        both = wide.reindex(columns=[a, b])
+    asked, rows = wide.index.droplevel("patient").unique(), []
+    pairs = [
+        ((one, how.format(name)), (other, than.format(name)))
+        for ((one, how), (other, than)), name in product(PAIRS, affinities)
+    ]
+    for first, second in dict.fromkeys(pairs):
+        both = wide.reindex(columns=[first, second])
         known = both.dropna()
-        if (a, b) in rows or known.empty:
+        if known.empty:
             continue
-        found, compared = _compared(known[a], known[b]), known.index.droplevel("patient").unique()
-        halves = both[both.notna().sum(axis=1) == 1].index
+        found = _compared(known[first], known[second])
+        compared = known.index.droplevel("patient").unique()
+        halves = both.index[both.notna().sum(axis=1) == 1]
         lacking = halves[halves.droplevel("patient").isin(compared)].unique("patient")
         left_out = [_pairs_text(asked.difference(compared), asked)]
         left_out += [f"of a pair: {len(lacking)} patients"] if len(lacking) else []
-        rows[a, b] = {
-            "first": ", ".join(a),
-            "second": ", ".join(b),
-            "difference": f"{found.difference:+.3f}",
-            "interval": _interval(found),
-            "p": f"{found.p_wilcoxon:.3g}",
-            "patients": found.patients,
-            "pairs": len(compared),
-            "left out": "; ".join(filter(None, left_out)),
-        }
-    return pd.DataFrame(list(rows.values()))
+        rows.append(
+            {
+                "first": ", ".join(first),
+                "second": ", ".join(second),
+                "difference": f"{found.difference:+.3f}",
+                "interval": _interval(found),
+                "p": f"{found.p_wilcoxon:.3g}",
+                "patients": found.patients,
+                "pairs": len(compared),
+                "left out": "; ".join(filter(None, left_out)),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _compared(first: pd.Series, second: pd.Series | float = 0.0) -> PairedComparison:
@@ -314,3 +295,164 @@ def gains(table: pd.DataFrame, patients: pd.DataFrame) -> pd.DataFrame:
     means.insert(0, "paths", groups.size())
     means.insert(2, "interval", groups["gain"].agg(lambda gain: _interval(_compared(pd.concat(list(gain))))))
     return means.reset_index()
+
+
+@dataclass(kw_only=True, eq=False)
+class FitWeights(Study):
+    """A study that fits ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
+
+    An affinity is to rank the sources of one target, so distance, similarity and Dice each count less their mean over
+    the target's sources. Writes ``transfers.csv`` (source, target, distance, similarity, dice) and
+    ``affinity_weights.json``, which says too what the weights are worth on a target that is left out of the fit.
+
+    Args:
+        transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
+        targets, sources: tasks, where ``transfers`` is None.
+        standardize: see `SeqTranAffinity`.
+    """
+
+    transfers: str | None
+    targets: Sequence[str]
+    sources: Sequence[str]
+    standardize: bool
+    table: pd.DataFrame = field(init=False)
+
+    def check(self) -> dict[str, Any]:
+        if self.transfers is None:
+            require_lists(targets=self.targets, sources=self.sources)
+            self.table = pd.DataFrame([(a, b) for b in self.targets for a in self.sources if a != b], columns=PAIR)
+        else:
+            self.table = _read_transfers(Path(self.transfers))
+        if len(self.table) < 3:
+            asked = self.transfers or f"{list(self.sources)} to {list(self.targets)}"
+            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(self.table)}.")
+        return {}
+
+    @cached_property
+    def pool(self) -> SourceGraph:
+        return SourceGraph(here=self.here, sources=self.sources, affinity=SeqTranAffinity(standardize=self.standardize))
+
+    def arms(self) -> Arms:
+        config = self.here.config
+        chains = {name: chains_to(self, name, config["seed"]) for name in self.table["target"].unique()}
+        if self.transfers is not None:
+            return []
+        for name in self.sources:
+            self.pool.open(name, train_patients=config["source_patients"]).datalist("train")
+        for of in chains.values():
+            of.target.datalist("train")  # raises where there are fewer patients than are to be spent
+        pairs = self.table.itertuples(index=False)
+        return [({"pair": target, "method": source}, chains[target].arm(source, source)) for source, target in pairs]
+
+    def report(self, table: pd.DataFrame, arms: Arms) -> None:
+        """Fit, write it down, and say it."""
+        config, folder, found = self.here.config, self.here.folder, self.table
+        if arms:
+            scores = patient_table(table)
+            scores = scores[scores["split"] == config["val_split"]]
+            found["dice"] = scores.groupby(["pair", "method"], sort=False)["dice"].mean().to_numpy()
+        whole, limit = map(self.open, found["target"].unique()), config["affinity_patients"]
+        targets = {task.name: task_volumes(task, patients=limit) for task in whole}
+        sources = {volumes.name: volumes for volumes in self.pool.volumes(found["source"].unique())}
+        pairs = [(sources[a], targets[b]) for a, b in found[PAIR].itertuples(index=False)]
+        found["distance"] = [self.pool.cost.distance(*pair) for pair in pairs]
+        found["similarity"] = [self.pool.cost.similarity(*pair) for pair in pairs]
+        content = fit_to_transfers(found) | {"standardize": self.standardize}
+        write_csv(folder / "transfers.csv", found)
+        weights = folder / "affinity_weights.json"
+        write_json(weights, content)
+        print(f"{fit_text(content)} To use them: --affinity {shell_word(str(short_path(weights)))}")
+
+
+def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
+    """The weights, and how cost and Dice correlate within targets (negative where the cost predicts).
+
+    Args:
+        table: a row per transfer with ``target, dice, distance, similarity``.
+
+    Returns:
+        ``alpha``, ``beta``, the number of ``transfers``, and three correlations, each the mean over the same targets,
+        None where nothing varies: ``correlation`` with these weights, on the transfers they were fitted to;
+        ``correlation_left_out`` with weights fitted to the other targets' transfers; ``correlation_published``. Of the
+        ``targets_left_out``, ``targets_predicted`` have the predicting sign, and on ``targets_better`` the weights of
+        the others beat the published ones.
+    """
+    values = table.reset_index(drop=True).set_index("target", append=True)[["dice", "distance", "similarity"]]
+    rows = values.groupby("target").transform(_within_target)
+    weights = _fit(rows)
+    found = []
+    for _, own in rows.groupby("target", sort=False):
+        others, left_out = rows.drop(own.index), np.nan
+        if len(others) >= 3:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the whole fit it is said
+                left_out = _correlation(own, _fit(others))
+        found.append([_correlation(own, weights), left_out, _correlation(own, PUBLISHED_WEIGHTS)])
+    compared = pd.DataFrame(found, columns=CORRELATIONS)
+    known = compared.dropna()
+    means = (known if len(known) else compared).mean()
+    return {
+        "alpha": weights[0],
+        "beta": weights[1],
+        "transfers": len(table),
+        **{kind: None if np.isnan(value) else value for kind, value in means.items()},
+        "targets_left_out": len(known),
+        "targets_predicted": int((known["correlation_left_out"] < 0).sum()),
+        "targets_better": int((known["correlation_left_out"] < known["correlation_published"] - ROUNDING).sum()),
+    }
+
+
+def _within_target(values: pd.Series) -> pd.Series:
+    """Without what differs between targets: how hard they are, how far from all sources.
+
+    What is the same for all sources of a target becomes 0, not what rounding leaves of it.
+    """
+    varies = values.max() - values.min() > ROUNDING * values.abs().max()
+    return values - values.mean() if varies else 0.0 * values
+
+
+def _fit(rows: pd.DataFrame) -> tuple[float, float]:
+    return fit_affinity_weights(rows["distance"] - rows["distance"].min(), rows["similarity"], rows["dice"])
+
+
+def _correlation(rows: pd.DataFrame, weights: tuple[float, float]) -> float:
+    """Of cost and Dice within a target; NaN where either is constant."""
+    cost = weights[0] * rows["distance"] - weights[1] * rows["similarity"]
+    return float(cost.corr(rows["dice"])) if cost.any() and rows["dice"].any() else np.nan
+
+
+def fit_text(content: Mapping[str, Any]) -> str:
+    """What `fit_to_transfers` says, and whether to prefer its weights."""
+    said = ["unknown" if content[kind] is None else f"{content[kind]:+.2f}" for kind in CORRELATIONS]
+    fitted, left_out, published = said
+    targets, predicted, better = (content[f"targets_{kind}"] for kind in ("left_out", "predicted", "better"))
+    text = (
+        f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g} of {content['transfers']} transfers. Cost and Dice "
+        f"of a target's sources correlate, in the mean over targets, at {fitted} with these weights, which have seen "
+        f"them; at {left_out} on targets left out of the fit; at {published} with the published weights. Lower is "
+        "better."
+    )
+    found = f"of {targets} targets left out, {predicted} have the predicting sign, and {better} are predicted better"
+    found += " than by the published weights"
+    ahead = targets > 0 and content["correlation_left_out"] < content["correlation_published"]
+    # One-sided sign tests at 5 %: 5 of 5 targets, or 7 of 8, are more than chance.
+    if ahead and all(stats.binomtest(n, targets, alternative="greater").pvalue <= 0.05 for n in (predicted, better)):
+        return f"{text} Prefer these weights to the published ones for further targets of this kind: {found}."
+    few = ", and fewer than 5 cannot show it" if targets < 5 else ""
+    return f"{text} No evidence to prefer these weights to the published ones on another target: {found}{few}."
+
+
+def _read_transfers(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"transfers file {path} cannot be read as CSV ({str(error).strip()}).") from error
+    if missing := {"source", "target", "dice"} - set(table):
+        raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
+    table["dice"] = pd.to_numeric(table["dice"], errors="coerce")
+    wrong = {"has no dice between 0 and 1": ~table["dice"].between(0, 1)}
+    wrong["is from a task to itself"] = table["source"] == table["target"]
+    for what, where in wrong.items():
+        if where.any():
+            line = where.argmax() + 2
+            raise InputError(f"transfers file {path}: line {line} {what}; mend it, or leave it out.")
+    return table[[*PAIR, "dice"]]

@@ -17,7 +17,7 @@ from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
 from medtl_ext.transfer.sources import SingleSource, Source
-from medtl_ext.transfer.study import Study
+from medtl_ext.transfer.study import SourceStudy, Study
 from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, images_to_classify, images_to_segment
 from medtl_ext.transfer.truth import FineTuneSources
 
@@ -38,6 +38,7 @@ __all__ = [
     "SegmentationTask",
     "SingleSource",
     "Source",
+    "SourceStudy",
     "StoppedTraining",
     "Study",
     "TransferAudit",

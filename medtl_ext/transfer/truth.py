@@ -1,7 +1,5 @@
 """The ground truth: every source fine-tuned on the target, scratch beside, and what the rankings were worth."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -25,6 +23,7 @@ from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 __all__ = ["FineTuneSources", "agreement_table", "rankers"]
 
 TOP = (1, 2, 3, 4)
+NOTE = "Footrule of the top k: 0 is perfect. Tau: weighted Kendall"
 GRID_KEYS = ("learning_rate", "momentum", "weight_decay")
 EVERY = "none"
 """The group of sources that no prior knowledge has thinned out."""
@@ -46,12 +45,12 @@ class FineTuneSources:
     ranking: RankSources
     grid: Mapping[str, Sequence[float]] | None = None
 
-    def run(self) -> pd.DataFrame | None:
-        """Train, compare, and write it down; the agreement of each ranker, None in all but the first process."""
+    def run(self) -> None:
+        """Train, compare, and write it down."""
         here, target = self.ranking.here, self.ranking.target
         ready = self.ranking.table.loc[self.ranking.ranked]
         if not here.leads:
-            return None
+            return
         folder, name = here.folder, target.name
         jobs = finetunings(here, folder / "finetune", [self.ranking.pool[one] for one in ready.index], self.grid)
         here.train([job for runs in jobs.values() for job in runs], "fine-tuning every source")
@@ -61,18 +60,13 @@ class FineTuneSources:
         table = truth.join(ready.drop(columns=["left_out", "checkpoint", "network", "encoder"], errors="ignore"))
         sources = truth[target.outcome].drop("scratch")
         agreement = agreement_table(ready, sources, target=target, groups=self.ranking.groups(ready))
-        text = _text(name, truth, agreement, target)
-        if target.synthetic:
-            text += f" {SYNTHETIC}"
+        text = _text(name, truth, agreement, target) + (f" {SYNTHETIC}" if target.synthetic else "")
         write_csv(folder / "truth.csv", table.reset_index())
         write_csv(folder / "agreement.csv", agreement)
-        note = "Footrule of the top k: 0 is perfect. Tau: weighted Kendall, 1 is perfect. Regret: "
-        note += (
-            f"{target.unit} lost by the first choice. Empty: fewer candidates than k are left, or all scores are equal."
-        )
-        page = [f"# What the rankings were worth for {name}", text, f"{target.unit} of the test patients:"]
-        page += [markdown_table(truth.reset_index()), note, markdown_table(agreement)]
-        write_text(folder / "agreement.md", "\n\n".join(page))
+        note = f"{NOTE}, 1 is perfect. Regret: {target.unit} lost by the first choice. Empty: fewer candidates than k "
+        parts = [f"# What the rankings were worth for {name}", text, f"{target.unit} of the test patients:"]
+        parts += [truth.reset_index(), f"{note}are left, or all scores are equal.", agreement]
+        write_text(folder / "agreement.md", page(*parts))
         if here.figures:
             figure = plot_scores_against_outcome(
                 table.drop("scratch"),
@@ -84,29 +78,23 @@ class FineTuneSources:
             )
             save_figure(figure, folder / "agreement.png")
         print(text)
-        return agreement
+
+
+def page(*parts: str | pd.DataFrame) -> str:
+    """Paragraphs and tables as Markdown."""
+    return "\n\n".join(markdown_table(part) if isinstance(part, pd.DataFrame) else part for part in parts)
 
 
 def finetunings(
-    run: Run,
-    folder: Path,
-    sources: Sequence[Source],
-    grid: Mapping[str, Sequence[float]] | None,
-    **overrides: Any,
+    run: Run, folder: Path, sources: Sequence[Source], grid: Mapping[str, Sequence[float]] | None, **overrides: Any
 ) -> dict[str, list[Job]]:
     """The trainings from each source and from scratch: one, or one for each setting of a grid."""
-    settings = [{}] if grid is None else settings_of_grid(grid)
-    return {
-        source.name if source else "scratch": [
-            finetuning_job(run, _place(folder, source, one), source, **overrides, **one) for one in settings
-        ]
-        for source in (*sources, None)
-    }
-
-
-def _place(folder: Path, source: Source | None, setting: Mapping[str, float]) -> Path:
-    place = folder / (source.name if source else "scratch")
-    return place / "_".join(f"{value:g}" for value in setting.values()) if setting else place
+    starts: dict[str, Source | None] = {source.name: source for source in sources} | {"scratch": None}
+    found: dict[str, list[Job]] = {name: [] for name in starts}
+    for (name, source), setting in product(starts.items(), [{}] if grid is None else settings_of_grid(grid)):
+        place = folder / name / "_".join(f"{value:g}" for value in setting.values())
+        found[name].append(finetuning_job(run, place, source, **overrides, **setting))
+    return found
 
 
 def settings_of_grid(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
@@ -150,7 +138,7 @@ def agreement_table(
     truth: pd.Series,
     *,
     target: TargetTask,
-    groups: Mapping[str, pd.Index] | None = None,
+    groups: Mapping[str, pd.Index],
     static: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
     """Each ranker against the truth, of all sources and of those that prior knowledge leaves.
@@ -159,7 +147,7 @@ def agreement_table(
         ready: sources with their scores and priors.
         truth: source -> score after fine-tuning, higher is better.
         target: whose sources they are.
-        groups: kind of prior knowledge -> the sources that it leaves; None: all sources.
+        groups: kind of prior knowledge -> the sources that it leaves.
         static: see `rankers`.
 
     Returns:
@@ -168,9 +156,7 @@ def agreement_table(
         equal) and ``footrule_1`` to ``footrule_4`` (NaN where fewer candidates are left).
     """
     rows = []
-    for (name, values), (prior, group) in product(
-        rankers(ready, target, static).items(), (groups or {EVERY: ready.index}).items()
-    ):
+    for (name, values), (prior, group) in product(rankers(ready, target, static).items(), groups.items()):
         chosen = values[group]
         if chosen.isna().all():
             continue

@@ -166,7 +166,7 @@ class TestSplitsThatAreDrawn:
         ("objectives.ED.label", "tumor", "label 'tumor' is unknown; did you mean 'tumour'"),
         ("objectives.ED.label", None, "objectives: ED: label is missing"),
         ("objectives.ED.values", [4], "objective 'ED': values must be declared for label 'tumour' .* found .*4"),
-        ("objectives.ED.values", ["ED"], "must be a valid integer; found 'ED'"),
+        ("objectives.ED.values", ["oedema"], "values must be declared .* or by their names; found .*oedema"),
         ("objectives.ED.values", [True], "must be a valid integer; found True"),
         ("objectives.ED.values", [], "values must have at least 1 item"),
         ("objectives.ED.values", [[]], "values: 0 must have at least 1 item"),

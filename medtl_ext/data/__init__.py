@@ -6,12 +6,14 @@ from typing import Any
 
 from medtl_ext.data.classification import ClassificationDataset, load_image_folder, load_medmnist
 from medtl_ext.data.collection import Collection, Subject, Task, load_collection, write_collection
+from medtl_ext.data.files import ChannelReader
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.readers import read_collection
 from medtl_ext.data.slices import SliceDataset
 from medtl_ext.data.splits import split_collection
 
 __all__ = [
+    "ChannelReader",
     "ClassificationDataset",
     "Collection",
     "IntegrityReport",

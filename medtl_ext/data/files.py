@@ -200,7 +200,8 @@ def _by_itk(path: str, folder: bool) -> tuple[np.ndarray, dict[str, Any]]:
     if folder:
         _require_one_series(path)
     reader = ITKReader()
-    return reader.get_data(reader.read(path))
+    array, meta = reader.get_data(reader.read(path))
+    return np.asarray(array), meta
 
 
 def _require_one_series(folder: str) -> None:
@@ -248,7 +249,7 @@ def find_images(where: str, channels: Sequence[str]) -> list[dict[str, Any]]:
         for image in [file] if inside is None else inside:
             if image.name[0] == "." or not (_is_series(image) or suffix_of(image) in FORMATS):
                 continue
-            stem = image.name.removesuffix(suffix_of(image)) if image.is_file() else image.name
+            stem = image.name[: len(image.name) - len(suffix_of(image))] if image.is_file() else image.name
             name, channel = _named(stem, channels)
             patient = found.setdefault(file.name if inside is not None else name, {})
             if channel in patient:

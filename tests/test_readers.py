@@ -558,7 +558,7 @@ def unlabelled(root):
             other_subjects,
             [
                 f"FeTS2022_00000||listed in partitioning_1.csv, but has no files|{LEFT_OUT}",
-                f"FeTS2022_00099||has no institution in partitioning_1.csv|{LEFT_OUT}",
+                f"FeTS2022_00099||has no institution|{LEFT_OUT}",
             ],
         ),
         ("msd", unlabelled, [f"la_001||no label label|{LEFT_OUT}"]),
@@ -579,7 +579,7 @@ def unlabelled(root):
         ),
         ("csv", with_cell([1], "Modality", "T1"), [f"p0|liste.csv|two images of T1|{LEFT_OUT}"]),
         ("csv", with_cell([0, 1], "Modality", "T1-w"), [f"p0|liste.csv|two images of T1_w|{LEFT_OUT}"]),
-        ("csv", with_cell([2, 3], "Institution", ""), [f"p1|liste.csv|no subject or no institution|{LEFT_OUT}"]),
+        ("csv", with_cell([2, 3], "Institution", ""), [f"p1||has no institution|{LEFT_OUT}"]),
     ],
 )
 def test_what_is_left_out_is_said(make, name, change, expected):

@@ -108,7 +108,7 @@ def check_collection(
     """
     chosen = collection.tasks() if tasks is None else [Task(str(task)) for task in tasks]
     files = _list_files(collection, None if tasks is None else chosen)
-    scans = _for_each(lambda file: _scan(file, collection.labels), files, progress=progress)
+    scans = for_each(lambda file: _scan(file, collection.labels), files, progress=progress)
     readable = [scan for scan in scans if scan.shape is not None]
     issues = [
         *chain.from_iterable(scan.issues for scan in scans),
@@ -133,13 +133,13 @@ def require_volumes(paths: Sequence[Path], *, progress: bool = False) -> None:
             return f"{path}: {'; '.join(reason.args)}"
         return None
 
-    problems = [found for found in _for_each(problem, paths, progress=progress) if found]
+    problems = [found for found in for_each(problem, paths, progress=progress) if found]
     if problems:
         more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
 
 
-def _for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: bool) -> list[Any]:
+def for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: bool) -> list[Any]:
     """What ``read`` returns of each file, several read at a time."""
     threads = joblib.Parallel(min(_MAX_THREADS, joblib.cpu_count()), require="sharedmem", return_as="generator")
     jobs = threads(joblib.delayed(read)(file) for file in files)

@@ -1,7 +1,5 @@
 """The brain phantom: reproducible, aligned with its atlas, well labelled, and safe to generate."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time
@@ -19,9 +17,9 @@ from medtl_ext.data import check_collection, load_collection
 from medtl_ext.data.phantom import INSTITUTIONS, MODALITIES, cached_phantom, generate, generate_phantom
 from medtl_ext.data.phantom.atlas import load_atlas
 from medtl_ext.data.phantom.fields import SHAPE, grid_points, random_stream, smooth_noise
+from medtl_ext.data.phantom.generate import make_subject
 from medtl_ext.data.phantom.lesions import place_tumour
 from medtl_ext.data.phantom.scanner import Institution
-from medtl_ext.data.phantom.subject import make_subject
 
 MILLILITRES = 2 * 2 * 4 / 1000  # per voxel
 SITES = ("13", "17", "I1", "S")

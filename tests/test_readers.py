@@ -1,12 +1,8 @@
 """Every reader against a tree with the documented layout, and against the ways such trees break."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
-import sys
-from importlib.util import find_spec
 
 import nibabel
 import numpy as np
@@ -23,7 +19,6 @@ SHAPE = (6, 5, 4)
 OLD, NEW = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")
 FETS = "MICCAI_FeTS2022_TrainingData"
 LEFT_OUT = "the subject is left out"
-needs_pybids = pytest.mark.skipif(find_spec("bids") is None, reason="pybids is not installed")
 
 
 def save(path, values=None, shape=SHAPE):
@@ -235,7 +230,7 @@ def refuses(message, name, root, **options):
     assert not list(root.parent.glob("*.json")), "nothing is written"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[needs_pybids] if n == "bids" else []) for n in TREES])
+@pytest.mark.parametrize("name", TREES)
 class TestEveryReader:
     def test_a_sound_tree(self, make, name):
         root = make(name)
@@ -494,7 +489,6 @@ class TestNnUNet:
 
 
 class TestBids:
-    @needs_pybids
     def test_labels_sessions_and_spaces(self, make):
         root = make("bids")
         anat = root / "derivatives/seg/sub-01/ses-2/anat"
@@ -512,11 +506,7 @@ class TestBids:
         assert "derivatives" in image.parts, "the image of the label's own dataset"
         first, second = rows(reading)
         assert first.startswith("sub-01|sub-01/anat/sub-01")
-        assert second.startswith("sub-02|sub-02/anat/sub-02_T1w.nii.gz|sub-02_T1w.nii.gz is there too|the file is not")
-
-    def test_without_pybids(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "bids", None)
-        refuses("pip install pybids", "bids", tmp_path)
+        assert second.startswith("sub-02|sub-02/anat/sub-02_T1w.nii.gz|the subject has this image already|the file is not")
 
 
 def test_splits_and_patients_of_a_table(make):
@@ -617,7 +607,7 @@ CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
         ("msd", listed(labels={"a": "b"}), {}, "dataset.json: labels must map names to whole numbers"),
         ("nnunet", listed(file_ending=".png"), {}, "Convert them"),
         ("nnunet", listed(channel_names={}), {}, "every modality"),
-        pytest.param("bids", lost("*.tsv"), {}, "no dseg.tsv names the values", marks=needs_pybids),
+        ("bids", lost("*.tsv"), {}, "no dseg.tsv names the values"),
         ("csv", tabled(lambda frame: frame.drop(columns="Image")), {}, "no column 'image'"),
         ("csv", with_cell([0], "Split", "val"), {}, "subject 'p0' has several values of split"),
         ("csv", with_cell([6, 7], "Split", ""), {}, "have no 'split'"),

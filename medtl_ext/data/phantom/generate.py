@@ -1,7 +1,5 @@
 """Phantom collections on disk: a folder per subject and a ``collection.json``, like any real dataset."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -20,12 +18,18 @@ from tqdm import tqdm
 
 from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice, require_choices
-from medtl_ext.data.phantom.anatomy import TISSUE_LABELS
-from medtl_ext.data.phantom.atlas import load_atlas
-from medtl_ext.data.phantom.fields import AFFINE
-from medtl_ext.data.phantom.lesions import TUMOUR_LABELS, WMH_LABELS
+from medtl_ext.data.phantom.anatomy import TISSUE_LABELS, deform, grow_brain
+from medtl_ext.data.phantom.atlas import Atlas, load_atlas
+from medtl_ext.data.phantom.contrast import acquire, render
+from medtl_ext.data.phantom.fields import AFFINE, random_stream, smooth_noise
+from medtl_ext.data.phantom.lesions import (
+    TUMOUR_LABELS,
+    WMH_LABELS,
+    add_tumour,
+    add_white_matter_hyperintensities,
+    place_tumour,
+)
 from medtl_ext.data.phantom.scanner import INSTITUTIONS, MODALITIES, Institution
-from medtl_ext.data.phantom.subject import make_subject
 
 GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no stale cache is read
 
@@ -160,7 +164,15 @@ def _collection(
         "modalities": [name for name in MODALITIES if name in (modalities or MODALITIES)],
     }
     entries = [
-        _entry(name, index, settings["modalities"]) for name in settings["institutions"] for index in range(subjects)
+        {
+            "id": f"{institution}-{index:03d}",
+            "institution": institution,
+            "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
+            "images": {name: f"{institution}-{index:03d}/{name}.nii.gz" for name in settings["modalities"]},
+            "labels": {name: f"{institution}-{index:03d}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
+        }
+        for institution in settings["institutions"]
+        for index in range(subjects)
     ]
     present = {label for entry in entries for label in entry["labels"]}
     return {
@@ -172,17 +184,6 @@ def _collection(
         "labels": {name: values for name, values in LABELS.items() if name in present},
         "objectives": {name: objective for name, objective in OBJECTIVES.items() if objective["label"] in present},
         "subjects": entries,
-    }
-
-
-def _entry(institution: str, index: int, modalities: Sequence[str]) -> dict[str, Any]:
-    subject = f"{institution}-{index:03d}"
-    return {
-        "id": subject,
-        "institution": institution,
-        "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
-        "images": {name: f"{subject}/{name}.nii.gz" for name in modalities},
-        "labels": {name: f"{subject}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
     }
 
 
@@ -229,3 +230,38 @@ def _write_nifti(path: Path, values: np.ndarray) -> None:
     image.set_qform(AFFINE, code="mni")
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
+
+
+def make_subject(
+    atlas: Atlas, institution: Institution, index: int, *, seed: int, modalities: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Images (int16, by modality) and labels (uint8, by label file) of subject ``index`` of an institution.
+
+    Every part has a random stream of its own, so that none disturbs another.
+    """
+
+    def stream(part: str) -> np.random.Generator:
+        return random_stream(seed, institution.name, index, part)
+
+    cohort, shape, lesions = institution.cohort, stream("anatomy"), stream("tumour")
+    points = deform(shape, size=cohort.size)
+    if "tumour" in cohort.labels:
+        points, *core = place_tumour(atlas, points, lesions, core_radius=institution.core_radius)
+    anatomy = grow_brain(atlas, points, shape, atrophy=institution.atrophy)
+
+    labels = {"tissue": anatomy.tissue_label()}
+    if "wmh" in cohort.labels:
+        labels["wmh"] = add_white_matter_hyperintensities(anatomy, stream("wmh"), load=institution.wmh_load)
+    if "tumour" in cohort.labels:
+        labels["tumour"] = add_tumour(anatomy, *core, lesions, institution)
+        for name in ("tissue", "wmh"):  # what lies under a tumour cannot be seen: it is none of the healthy tissues
+            labels[name][labels["tumour"] > 0] = 0
+
+    texture = stream("texture")
+    textures = [smooth_noise(texture, length) for length in (4, 7)]
+    images = {}
+    for modality in modalities:
+        noise = stream(modality)
+        ideal = render(anatomy, institution, modality, textures, noise)
+        images[modality] = acquire(ideal, anatomy.brain, institution.scanners[modality], noise)
+    return images | labels

@@ -1,7 +1,5 @@
 """Classification datasets: MedMNIST files, folders of images, draws per class, and tasks cut from the phantom."""
 
-from __future__ import annotations
-
 import json
 import logging
 from functools import partial
@@ -82,7 +80,7 @@ def test_patients_and_class_names_where_the_file_has_them(write):
     assert data.class_names == ("healthy", "ill")
     assert [item["subject"] for item in data.datalist("val")] == ["val0", "val0", "val1", "val1"]
     subjects["test_subjects"] = np.array(["test0", "train0"])
-    with pytest.raises(InputError, match="subject 'train0' is in 'train' and 'test'"):
+    with pytest.raises(InputError, match="subject 'train0' in 'train' and 'test'"):
         load_medmnist(write(**subjects))
 
 
@@ -92,10 +90,10 @@ def test_patients_and_class_names_where_the_file_has_them(write):
         ({"val_labels": None}, "has no 'val_labels'; found the keys test_images"),
         ({"train_images": np.zeros((6, 28, 28, 28), np.uint8)}, r"N x H x W x 3 \(2D\)"),
         ({"train_images": np.zeros((6, 28, 28, 3, 1), np.uint8)}, r"N x H x W x 3 \(2D\)"),
-        ({"train_images": np.zeros((6, 28, 28), np.float32)}, "is float32"),
-        ({"train_images": np.zeros((6, 28), np.uint8)}, "of shape"),
+        ({"train_images": np.zeros((6, 28, 28), np.float32)}, "of float32"),
+        ({"train_images": np.zeros((6, 28), np.uint8)}, r"uint8 and shape \(6, 28\)"),
         ({"train_labels": np.zeros((6, 14), np.uint8)}, "multi-label data, as ChestMNIST"),
-        ({"train_labels": np.zeros((5, 1), np.uint8)}, "5 labels for 6 images"),
+        ({"train_labels": np.zeros((5, 1), np.uint8)}, "5 train_labels for 6 images"),
         ({"train_labels": np.full((6, 1), -1)}, "expected classes 0, 1, 2"),
         ({"train_labels": np.full((6, 1), 0.5)}, "float64 values"),
         ({"val_labels": np.array([[0], [1], [2], [0]])}, "has label 2, but 2 classes"),

@@ -1,7 +1,5 @@
 """The integrity check finds every kind of damage, says what to do, and stays silent on sound data."""
 
-from __future__ import annotations
-
 import gzip
 
 import nibabel

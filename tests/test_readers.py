@@ -354,30 +354,73 @@ class TestTumours:
         path.write_text(path.read_text().replace("18,", "18_1,"))
         assert read("fets", root, institutions=path).collection.institutions == ["1", "18_1"]
 
-    @pytest.mark.parametrize(("name", "found", "expected"), [("fets", 3, 4), ("brats2021", 3, 4), ("brats2023", 4, 3)])
-    def test_the_other_value_of_et(self, make, name, found, expected):
-        root = make(name)
-        for path in root.rglob("*seg*"):
-            save(path, (1, 2, found))
-        refuses(f"holds the value {found}, where {expected} was expected.*give et_label {found}", name, root)
-        reading = read(name, root, et_label=found, check=True)
-        assert reading.check.issues == []
-        assert reading.collection.labels["tumour"]["ET"] == found
-
-    def test_the_other_value_in_one_file(self, make):
-        root = make("brats2021")
-        save(sorted(root.rglob("*seg*"))[-1], (1, 2, 3))
-        (error,) = read("brats2021", root, check=True).check.errors
-        assert (error.subject, "undeclared values 3" in error.problem) == ("BraTS2021_00003", True)
-
     def test_fets_has_the_names_until_2022(self, make):
         root = make("brats2023")
-        refuses("no subject found.*found 25 image files", "fets", root, institutions=root / "none.csv")
+        sites = rewritten("sites.csv", "subject,institution\nnobody,1\n")
+        sites(root)
+        refuses("no subject found.*found 25 image files", "fets", root, institutions=root / "sites.csv")
 
     def test_visits_stay_together(self, make):
         first, second, *_ = read("brats2023", make("brats2023")).collection.subjects
         assert first.id[:-4] == second.id[:-4] == first.patient
         assert first.split == second.split
+
+
+NCR_ED_ET = {"NCR": 1, "ED": 2, "ET": 3}
+NETC_SNFH_ET = {"NETC": 1, "SNFH": 2, "ET": 3}
+UNTOLD = "hold the values .* which do not say what they mean .*; give the challenge"
+
+
+@pytest.mark.parametrize(
+    ("code", "files", "options", "expected"),
+    [
+        ("", [(1, 2), (1, 2, 4)], {}, {"NCR": 1, "ED": 2, "ET": 4}),
+        (
+            "",
+            [(1, 2, 4), (1, 2, 3)],
+            {},
+            r"00001_seg.nii.gz holds the values \[1, 2, 3\], but .* 4 ET; .*with labels",
+        ),
+        ("", [(1, 2, 3)], {"labels": NCR_ED_ET}, NCR_ED_ET),
+        ("GLI", [(1, 2), (1, 2, 3)], {}, NCR_ED_ET),
+        ("GLI", [(1, 2, 3), (1, 2, 4), (1, 2, 3, 4)], {}, NETC_SNFH_ET | {"RC": 4}),
+        ("GLI", [(1, 2, 4)], {}, UNTOLD),  # ET as until 2022, or a cavity
+        ("GLI", [(1, 2, 3), (1, 2, 4)], {}, UNTOLD),
+        ("GLI", [(1, 2, 4)], {"challenge": "GLI-2017"}, {"NCR": 1, "ED": 2, "ET": 4}),
+        ("GLI", [(1, 2, 4)], {"challenge": "GLI-2024"}, NETC_SNFH_ET | {"RC": 4}),
+        ("GLI", [(1, 2, 3)], {"challenge": "PED-2024"}, "challenge of files with these names 'PED-2024' is unknown"),
+        ("SSA", [(1, 2, 3)], {}, NCR_ED_ET),
+        ("MEN", [(1, 2, 3)], {}, NETC_SNFH_ET),
+        (
+            "MEN",
+            [(1, 2, 3), (1, 2, 3, 4)],
+            {},
+            r"holds the values \[1, 2, 3, 4\], but those .* MEN-2023",
+        ),
+        ("MET", [(1, 2, 3)], {}, NETC_SNFH_ET),
+        ("MET", [(1, 2, 3), (1, 4)], {}, NETC_SNFH_ET | {"RC": 4}),
+        ("PED", [(1, 2, 3), (1, 2, 3, 4)], {}, {"ET": 1, "NET": 2, "CC": 3, "ED": 4}),
+        ("PED", [(1, 2), (1, 2, 3)], {}, "PED-2023: 1 NC, 2 ED, 3 ET; PED-2024: 1 ET, 2 NET, 3 CC, 4 ED"),
+        ("PED", [(1, 2, 3)], {"challenge": "PED-2023"}, {"NC": 1, "ED": 2, "ET": 3}),
+        ("PED", [(1, 2, 3)], {"challenge": "PED-2024"}, {"ET": 1, "NET": 2, "CC": 3, "ED": 4}),
+        ("GoAT", [(1, 2, 3)], {}, UNTOLD),
+        ("GoAT", [(1, 2, 3)], {"challenge": "GLI-2023"}, NCR_ED_ET),
+        ("GoAT", [(1, 7)], {"labels": {"core": 1, "rest": 7}}, {"core": 1, "rest": 7}),
+        ("GoAT", [(1, 7)], {"labels": {"core": 1}}, r"holds the values \[1, 7\]"),
+    ],
+)
+def test_names_and_all_label_files_say_whose_labels_they_are(tmp_path, code, files, options, expected):
+    root = tmp_path / "tree"
+    for number, values in enumerate(files):
+        name, how = (f"BraTS-{code}-{number:05d}-000", ("-", NEW)) if code else (f"BraTS2021_{number:05d}", ("_", OLD))
+        tumours(root, [name], *how, values=values)
+    if isinstance(expected, str):
+        return refuses(expected, "brats", root, **options)
+    reading = read("brats", root, check=True, **options)
+    assert reading.collection.labels == {"tumour": expected}
+    assert not [issue for issue in reading.check.errors if "undeclared" in issue.problem]
+    together = "FeTS" if set(expected) == set(NCR_ED_ET) else "All"
+    assert reading.collection.label_values(f"BraTS-T1CE-{together}") == [[expected[key]] for key in sorted(expected)]
 
 
 class TestInfants:
@@ -506,7 +549,7 @@ class TestBids:
         assert "derivatives" in image.parts, "the image of the label's own dataset"
         first, second = rows(reading)
         assert first.startswith("sub-01|sub-01/anat/sub-01")
-        assert second.startswith("sub-02|sub-02/anat/sub-02_T1w.nii.gz|the subject has this image already|the file is not")
+        assert second.startswith("sub-02|sub-02/anat/sub-02_T1w.nii.gz|the subject has this image already")
 
 
 def test_splits_and_patients_of_a_table(make):
@@ -578,6 +621,15 @@ def test_what_is_left_out_is_said(make, name, change, expected):
     assert rows(read(name, root)) == expected
 
 
+def pediatric(root):
+    tumours(root, ["BraTS-PED-00001-000"], "-", NEW, (1, 2, 3))
+
+
+def other_meaning(root):
+    folder = root / "derivatives/seg/sub-02/anat"
+    (folder / "sub-02_desc-tissue_dseg.tsv").write_text("index\tname\n1\tCSF\n")
+
+
 PARTITIONING = f"{FETS}/partitioning_1.csv"
 TWICE = "Partition_ID,Subject_ID\n1,FeTS2022_00000\n2,FETS2022_00000\n"
 CASE = "training must hold the paths of 'image' and 'label' files"
@@ -593,10 +645,13 @@ CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
         ("fets", lost("*seg*"), {}, "no subject found.*FeTS2022_00000: no label tumour"),
         ("brats2023", lost("*seg*"), {}, r"expected SUBJECT/SUBJECT_\{t1,.*found 20 image files"),
         ("brats2023", brats2021, {}, "mixes the names of BraTS until 2022 .*read one of them at a time"),
+        ("brats2023", pediatric, {}, "mixes files of GLI and PED"),
+        ("bids", other_meaning, {}, "values of label 'tissue' are {'CSF': 1}, and elsewhere {'GM': 1, 'WM': 2}"),
         ("msd", listed(labels=None), {}, "names no labels"),
         ("msd", listed(modality=None), {"labels": {"LA": 1}}, "every modality"),
         ("msd", listed(modality={"0": "FLAIR", "1": "T1w"}), {}, CHANNELS),
         ("msd", saved("imagesTr/*", shape=(*SHAPE, 3)), {}, CHANNELS),
+        ("msd", saved("imagesTr/la_007.nii.gz", shape=(*SHAPE, 3)), {}, CHANNELS),
         ("msd", listed(training=[{"image": "a.nii.gz", "label": 3}]), {}, CASE),
         ("msd", listed(training=[{"image": [1]}]), {}, CASE),
         ("msd", listed(training=[{"image": []}]), {}, CASE),
@@ -620,7 +675,7 @@ CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
         ("csv", lost("none"), {"labels": {"left atrium": 1, "left-atrium": 2}}, "one name two values"),
         ("csv", lost("none"), {"labels": {"background": 1, "lesion": 2}}, "or background one besides 0"),
         ("csv", lost("none"), {"labels": {"lesion": 1.7}}, "labels must map names to whole numbers"),
-        ("iseg", lost("none"), {"et_label": 3}, "option of reader 'iseg' 'et_label' is unknown"),
+        ("iseg", lost("none"), {"labels": {"WM": 3}}, "option of reader 'iseg' 'labels' is unknown"),
         ("fest", lost("none"), {}, "reader 'fest' is unknown; did you mean 'fets'"),
     ],
 )
@@ -715,6 +770,11 @@ class TestCommandLine:
         assert {subject.split for subject in load_collection(root.parent / "c.json").subjects} == {"train", "val"}
         with pytest.raises(SystemExit):
             main([*command, "--labels", "lesion"])
+
+    def test_the_challenge(self, words, capsys):
+        _, command = words("brats2023", "--no-check", "--challenge", "GLI-2024")
+        assert main(command) == 0
+        assert "objectives ET, NETC, RC, SNFH, All" in capsys.readouterr().out
 
     def test_a_report_replaces_nothing_but_a_report(self, words, capsys):
         root, command = words("csv", "--labels", "lesion=1", "--csv")

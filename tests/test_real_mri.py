@@ -4,8 +4,6 @@ Two patients of a public dataset of multiple sclerosis lesions, one to train on.
 here; source and target are modalities of the same patients, so that the scores mean nothing.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Splits and folds: whole patients, every institution, the same on every machine, and written into the file."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter, defaultdict

@@ -749,7 +749,7 @@ class TestCommandLine:
 
         def build(name, *more):
             root = make(name)
-            return root, ["read", name, "--root", str(root), "--out", str(root.parent / "c.json"), *more]
+            return root, ["read", TREES[name][1], "--root", str(root), "--out", str(root.parent / "c.json"), *more]
 
         return build
 

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from medtl_ext._io import atomic_path, write_json
-from medtl_ext._validation import InputError, require_choice, require_choices
+from medtl_ext._validation import InputError, require_choice, require_choices, require_number
 from medtl_ext.data.phantom.anatomy import TISSUE_LABELS, deform, grow_brain
 from medtl_ext.data.phantom.atlas import Atlas, load_atlas
 from medtl_ext.data.phantom.contrast import acquire, render
@@ -34,16 +34,9 @@ from medtl_ext.data.phantom.scanner import INSTITUTIONS, MODALITIES, Institution
 GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no stale cache is read
 
 LABELS = {"tumour": TUMOUR_LABELS, "tissue": TISSUE_LABELS, "wmh": WMH_LABELS}
-OBJECTIVES = {
-    "ED": {"label": "tumour", "values": [1]},
-    "ET": {"label": "tumour", "values": [2]},
-    "NCR": {"label": "tumour", "values": [3]},
-    "FeTS": {"label": "tumour", "values": [1, 2, 3]},
-    "CSF": {"label": "tissue", "values": [1]},
-    "GM": {"label": "tissue", "values": [2]},
-    "WM": {"label": "tissue", "values": [3]},
-    "WMH": {"label": "wmh", "values": [1]},
-}
+_ASKED = {label: {name: [value] for name, value in values.items()} for label, values in LABELS.items()}
+_ASKED["tumour"]["FeTS"] = [1, 2, 3]
+OBJECTIVES = {name: {"label": label, "values": v} for label, asked in _ASKED.items() for name, v in asked.items()}
 # 40 % train, 25 % val, 35 % test, in an order that spreads each evenly: three subjects already have all of them.
 SPLIT_CYCLE = ("train", "test", "val", "train", "test", "val", "train", "test", "train", "val",
                "test", "train", "test", "train", "val", "test", "train", "val", "test", "train")  # fmt: skip
@@ -117,23 +110,19 @@ def generate_phantom(
     return out / "collection.json"
 
 
-def cached_phantom(
-    *, institutions: Sequence[str], subjects: int, seed: int = 0, modalities: Sequence[str] | None = None, **how: Any
-) -> Path:
+def cached_phantom(*, institutions: Sequence[str], subjects: int, seed: int = 0, **how: Any) -> Path:
     """`generate_phantom` into a cache shared by all runs: made once, then only looked up. Same arguments, but ``out``.
 
     The cache is the folder ``phantom`` of ``$MONAI_DATA_DIRECTORY``, else ``$XDG_CACHE_HOME/medtl`` or
     ``~/.cache/medtl``. Processes that ask for the same phantom at once wait for the first of them to make it.
     """
-    settings = _collection(institutions, subjects, seed, modalities)["generator"]
+    settings = _collection(institutions, subjects, seed, how.get("modalities"))["generator"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{'+'.join(settings['institutions'])}_{subjects}-subjects_seed-{seed}_{digest}"
     folder = cache_root() / "phantom"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
-        return generate_phantom(
-            folder / name, institutions=institutions, subjects=subjects, seed=seed, modalities=modalities, **how
-        )
+        return generate_phantom(folder / name, institutions=institutions, subjects=subjects, seed=seed, **how)
 
 
 def cache_root() -> Path:
@@ -152,10 +141,8 @@ def _collection(
     institutions = require_choices("institution", institutions, INSTITUTIONS)
     for name in modalities or ():
         require_choice("modality", name, MODALITIES)
-    if subjects < 1:
-        raise InputError(f"subjects is {subjects}; ask for at least one subject per institution.")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must not be negative.")
+    require_number("subjects", subjects, 1, whole=True)
+    require_number("seed", seed, 0, whole=True)
     settings = {
         "version": GENERATOR_VERSION,
         "institutions": [name for name in INSTITUTIONS if name in institutions],

@@ -18,7 +18,7 @@ from medtl_ext.data.classification import load_classification
 SHAPE = (6, 5, 4)
 OLD, NEW = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")
 FETS = "MICCAI_FeTS2022_TrainingData"
-LEFT_OUT = "the subject is left out"
+CHANNEL_7 = "imagesTr/prostate_02_0007.nii.gz"
 
 
 def save(path, values=None, shape=SHAPE):
@@ -586,39 +586,28 @@ def unlabelled(root):
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        (
-            "fets",
-            other_subjects,
-            [
-                f"FeTS2022_00000||listed in partitioning_1.csv, but has no files|{LEFT_OUT}",
-                f"FeTS2022_00099||has no institution|{LEFT_OUT}",
-            ],
-        ),
-        ("msd", unlabelled, [f"la_001||no label label|{LEFT_OUT}"]),
-        (
-            "datalist",
-            uneven,
-            [
-                f"case1_flair||4 images for 2 modalities|{LEFT_OUT}",
-                "|dataset.json|the list's own folds are not used|draw splits or folds",
-            ],
-        ),
+        ("fets", other_subjects, "FeTS2022_00000||listed in partitioning_1.csv, but has no files|LEFT_OUT"),
+        ("fets", other_subjects, "FeTS2022_00099||has no institution|LEFT_OUT"),
+        ("msd", unlabelled, "la_001||no label label|LEFT_OUT"),
+        ("datalist", uneven, "case1_flair||4 images for 2 modalities|LEFT_OUT"),
+        ("datalist", uneven, "|dataset.json|the list's own folds are not used|draw splits or folds"),
         (
             "nnunet",
-            saved("imagesTr/prostate_02_0007.nii.gz"),
-            [
-                "prostate_02|imagesTr/prostate_02_0007.nii.gz|the channel is not in dataset.json|the file is not used",
-            ],
+            saved(CHANNEL_7),
+            f"prostate_02|{CHANNEL_7}|the channel is not in dataset.json|the file is not used",
         ),
-        ("csv", with_cell([1], "Modality", "T1"), [f"p0|liste.csv|two images of T1|{LEFT_OUT}"]),
-        ("csv", with_cell([0, 1], "Modality", "T1-w"), [f"p0|liste.csv|two images of T1_w|{LEFT_OUT}"]),
-        ("csv", with_cell([2, 3], "Institution", ""), [f"p1||has no institution|{LEFT_OUT}"]),
+        ("csv", with_cell([1], "Modality", "T1"), "p0|liste.csv|two images of T1|LEFT_OUT"),
+        ("csv", with_cell([0, 1], "Modality", "T1-w"), "p0|liste.csv|two images of T1_w|LEFT_OUT"),
+        ("csv", with_cell([2, 3], "Institution", ""), "p1||has no institution|LEFT_OUT"),
+        ("csv", with_cell([2, 3], "Subject", ""), "|liste.csv|rows that name no subject|LEFT_OUT"),
     ],
 )
 def test_what_is_left_out_is_said(make, name, change, expected):
     root = make(name)
     change(root)
-    assert rows(read(name, root)) == expected
+    noted = rows(read(name, root))
+    assert expected.replace("LEFT_OUT", "the subject is left out").replace("NOT_USED", "the file is not used") in noted
+    assert len(noted) == (2 if change in (other_subjects, uneven) else 1)
 
 
 def pediatric(root):
@@ -711,33 +700,29 @@ class TestMedMNIST:
         ("options", "message"),
         [
             ({"file": "other.npz"}, "other.npz does not exist"),
-            ({"labels": {"ill": 2}}, "labels gives ill the number 2"),
+            ({"labels": {"ill": 2}, "file": "lung mnist.npz"}, "labels gives ill the number 2"),
             ({"folds": 3}, "folds"),
             ({"out": "lung mnist.npz"}, "is no description of a MedMNIST file, so it is not replaced"),
+            ({}, "should hold one .npz file; found lung mnist.npz, second.npz"),
         ],
     )
     def test_refuses(self, folder, options, message):
+        (folder / ("sub" if "out" in options else "second.npz")).write_bytes(b"")
         before = {path: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(InputError, match=message):
             read_collection("medmnist", folder, folder / options.pop("out", "out.json"), **options)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
-    def test_several_files_have_to_be_chosen_from(self, folder):
-        (folder / "second.npz").write_bytes(b"")
-        with pytest.raises(InputError, match=r"should hold one .npz file; found lung mnist.npz, second.npz"):
-            read_collection("medmnist", folder, folder / "out.json")
-        assert read_collection("medmnist", folder, folder / "out.json", file="lung mnist.npz").dataset.n_classes == 2
-
     @pytest.mark.parametrize(
-        ("content", "message"),
+        ("names", "file", "message"),
         [
-            ("{", "describes no MedMNIST file"),
-            ('{"name": "x", "medmnist": "none.npz", "class_names": ["a", "b"]}', "none.npz does not exist"),
-            ('{"name": "x", "medmnist": "lung mnist.npz", "class_names": ["a"]}', "names 1 classes"),
+            (["a", "b"], None, "describes no MedMNIST file"),
+            (["a", "b"], "none.npz", "none.npz does not exist"),
+            (["a"], "lung mnist.npz", "names 1 classes"),
         ],
     )
-    def test_a_wrong_description_is_refused(self, folder, content, message):
-        (folder / "bad.json").write_text(content)
+    def test_a_wrong_description_is_refused(self, folder, names, file, message):
+        write(folder / "bad.json", {"name": "x", "medmnist": file, "class_names": names})
         with pytest.raises(InputError, match=message):
             load_classification(folder / "bad.json")
 

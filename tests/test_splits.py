@@ -71,6 +71,10 @@ class TestDrawSplits:
     def test_scans_of_a_patient_stay_together_also_at_another_institution(self):
         entries = [*subjects(visits=10, A=60), {"id": "B-000", "institution": "B", "patient": "A-p0"}]
         assert patients_are_whole(draw_splits(entries, fractions=FRACTIONS))
+        entries[13] |= {"split": "test"}
+        drawn = draw_splits(entries, fractions=FRACTIONS)
+        assert patients_are_whole(drawn)
+        assert by_id(drawn)["A-010"] == "test", "all scans of a patient who has one in the test set"
         both = [{"id": f"{name}-x", "institution": name, "patient": "x"} for name in "BA"]
         assert set(by_id(draw_splits([*subjects(A=2), *both])).values()) == {"train", "val", "test"}, "counts at A"
 

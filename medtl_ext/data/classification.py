@@ -187,12 +187,11 @@ def _faults(content: Mapping[str, np.ndarray]) -> Iterator[str]:
             yield f"holds {len(part)} {split}_labels for {len(images)} images; {expected}"
         if part.size and (not np.issubdtype(part.dtype, np.integer) or part.min() < 0):
             yield f"holds {split}_labels of {part.dtype} values from {part.min()}; expected classes 0, 1, 2, ..."
+    names = content.get("class_names", range(int(labels["train"].max(initial=0)) + 1))
     highest = max(part.max(initial=0) for part in labels.values())
-    source = "class_names" if "class_names" in content else "training labels"
-    n_classes = len(content["class_names"]) if "class_names" in content else labels["train"].max(initial=0) + 1
-    if highest >= n_classes:
-        yield f"has label {highest}, but {n_classes} classes by its {source}; correct it"
-    yield from _class_faults(labels["train"], n_classes)
+    if highest >= len(names):
+        yield f"has label {highest}, but {len(names)} classes by its class_names or training labels; correct it"
+    yield from _class_faults(labels["train"], len(names))
     if all(f"{split}_subjects" in content for split in SPLITS):
         patients = pd.concat({split: pd.Series(content[f"{split}_subjects"]) for split in SPLITS}, names=["split"])
         n_images = sum(map(len, labels.values()))

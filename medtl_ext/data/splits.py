@@ -172,7 +172,7 @@ def write_splits(
     if fractions is not None or folds is not None:
         for entry in subjects:
             entry.pop("fold", None)
-            if not keep_test or entry.get("split") != "test":
+            if not keep_test:
                 entry.pop("split", None)
     elif {entry.get("split") for entry in subjects} in ({None}, {None, "test"}):
         fractions = FRACTIONS

@@ -82,12 +82,11 @@ def read_datalist(
         if len(images) != len(names):
             draft.note(subject, "", f"{len(images)} images for {len(names)} modalities", LEFT_OUT)
             continue
-        target = {("labels", "label"): draft.root / case.label if case.label else None}
-        files = {("images", name): image for name, image in zip(names, images, strict=True)} | target
-        of = {"institution": case.institution or about["name"], "patient": case.patient}
-        for what, found in files.items():
-            split = case.split if case.split in fixed else None
-            draft.add(subject, *what, found, place=str(images), split=split, **of)
+        of = {"institution": case.institution or about["name"], "patient": case.patient, "place": str(images)}
+        of["split"] = case.split if case.split in fixed else None
+        draft.add(subject, "labels", "label", draft.root / case.label if case.label else None, **of)
+        for name, image in zip(names, images, strict=True):
+            draft.add(subject, "images", name, image, **of)
     if any(case.fold is not None for case in cases):
         draft.note("", path, "the list's own folds are not used", "draw splits or folds")
     return draft.write("entries with image and label under training", **about)
@@ -203,14 +202,15 @@ def read_csv(draft: Draft, *, file: PathLike | None = None, labels: Mapping[str,
         for column, values in known.items():
             if len(values) > 1:
                 raise InputError(f"{path}: subject '{subject}' has several values of {column}: {values}; keep one.")
-        if twice := sorted(rows.modality[rows.modality.duplicated()]) or not subject:
+        twice = sorted(rows.modality[rows.modality.duplicated()])
+        if twice or not subject:
             problem = f"two images of {twice[0]}" if subject else "rows that name no subject"
             draft.note(subject, path, problem, LEFT_OUT)
             continue
-        institution, label, split, patient = ("".join(values) for values in known.values())
-        files = [("images", *row) for row in rows[["modality", "image"]].itertuples(index=False)]
-        for kind, name, found in [*files, ("labels", "label", label)]:
-            of = {"institution": institution, "split": split, "patient": patient}
-            draft.add(subject, kind, name, draft.root / found if found else None, **of)
+        of = {column: "".join(values) for column, values in known.items()}
+        label = of.pop("label")
+        draft.add(subject, "labels", "label", draft.root / label if label else None, **of)
+        for row in rows.itertuples():
+            draft.add(subject, "images", row.modality, draft.root / row.image if row.image else None, **of)
     about = {"name": clean(path.stem), "license": "", **objectives("label", parse_labels(labels, path))}
     return draft.write("rows with subject, institution, modality, image and label", **about)

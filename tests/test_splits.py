@@ -180,6 +180,8 @@ class TestSplitCollection:
         tested = [name for path in paths for name in of_split(path, "test")]
         assert sorted(tested) == [entry["id"] for entry in subjects(A=8, B=4)]
         assert json.loads(paths[3].read_text())["drawn"] == {"folds": 4, "fold": 3, "seed": 2}
+        (path,) = split_collection(paths[3], tmp_path / "plain.json")
+        assert "fold" not in json.loads(path.read_text())["subjects"][0], "what was drawn before is forgotten"
 
     def test_keep_test(self, collection, tmp_path):
         (drawn,) = split_collection(collection, tmp_path / "a.json", fractions=(0.5, 0.25, 0.25), seed=1)

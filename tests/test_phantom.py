@@ -198,6 +198,7 @@ def test_collection_is_read_and_checked_like_any_other(phantom):
     assert "ICBM 2009" in collection.license
     assert [entry.id for entry in collection.subjects[:3]] == ["13-000", "13-001", "13-002"]
     assert not check_collection(collection, progress=False).errors
+    assert collection.label_values("17-FLAIR-FeTS") == [[1], [2], [3]]
     assert {"13-T1-ED", "17-FLAIR-FeTS", "I1-T2-WM", "S-FLAIR-WMH"} <= {str(task) for task in collection.tasks()}
 
 

@@ -257,10 +257,8 @@ def _find_twins(scans: Sequence[_Scan]) -> None:
     for scan in scans:
         twin = first.setdefault(scan.digest, scan) if scan.digest else scan
         if scan.subject.id != twin.subject.id:
-            splits = twin.subject.split, scan.subject.split
-            severity, where = "error", f"in {splits[0]} and {splits[1]}"
-            if splits[0] == splits[1]:
-                severity, where = "warning", f"both in {splits[0]}"
+            one, other = twin.subject.split, scan.subject.split
+            severity, where = ("warning", f"both in {one}") if one == other else ("error", f"in {one} and {other}")
             problem = f"the image is identical to {twin.name} of subject {twin.subject.id} ({where})"
             scan.note(severity, problem, "list a patient once, or all its scans in one split")
 

@@ -178,21 +178,22 @@ def write_splits(
         fractions = FRACTIONS
     if keep_test and not any(entry.get("split") == "test" for entry in subjects):
         raise InputError("there is no test set to keep; draw one with fractions, or do not ask to keep it.")
-    drawn = {out: {"subjects": subjects}}
+    drawn: list[tuple[Path, dict[str, Any], list[dict[str, Any]]]] = [(out, {}, subjects)]
     if fractions is not None:
-        how = {"fractions": list(fractions), "seed": seed}
-        drawn = {out: {"drawn": how, "subjects": draw_splits(subjects, fractions=fractions, seed=seed)}}
+        how = {"drawn": {"fractions": list(fractions), "seed": seed}}
+        drawn = [(out, how, draw_splits(subjects, fractions=fractions, seed=seed))]
     elif folds is not None:
-        drawn = {
-            out.with_name(f"{out.stem}_fold{fold}{out.suffix}"): {
-                "drawn": {"folds": folds, "fold": fold, "seed": seed},
-                "subjects": entries,
-            }
-            for fold, entries in enumerate(draw_folds(subjects, folds=folds, seed=seed))
-        }
-    for path in drawn:
+        drawn = [
+            (
+                out.with_name(f"{out.stem}_fold{n}{out.suffix}"),
+                {"drawn": {"folds": folds, "fold": n, "seed": seed}},
+                turn,
+            )
+            for n, turn in enumerate(draw_folds(subjects, folds=folds, seed=seed))
+        ]
+    for path, *_ in drawn:
         refuse_to_replace(path, load_collection, "collection")
-    return [write_collection(path, {**content, **entries}) for path, entries in drawn.items()]
+    return [write_collection(path, {**content, **how, "subjects": entries}) for path, how, entries in drawn]
 
 
 def _relocate(entry: Mapping[str, Any], source: Path, folder: Path) -> dict[str, Any]:

@@ -178,19 +178,14 @@ def write_splits(
         fractions = FRACTIONS
     if keep_test and not any(entry.get("split") == "test" for entry in subjects):
         raise InputError("there is no test set to keep; draw one with fractions, or do not ask to keep it.")
-    drawn: list[tuple[Path, dict[str, Any], list[dict[str, Any]]]] = [(out, {}, subjects)]
+    drawn = [(out, {}, subjects)]
     if fractions is not None:
-        how = {"drawn": {"fractions": list(fractions), "seed": seed}}
-        drawn = [(out, how, draw_splits(subjects, fractions=fractions, seed=seed))]
+        how = {"fractions": list(fractions), "seed": seed}
+        drawn = [(out, {"drawn": how}, draw_splits(subjects, fractions=fractions, seed=seed))]
     elif folds is not None:
-        drawn = [
-            (
-                out.with_name(f"{out.stem}_fold{n}{out.suffix}"),
-                {"drawn": {"folds": folds, "fold": n, "seed": seed}},
-                turn,
-            )
-            for n, turn in enumerate(draw_folds(subjects, folds=folds, seed=seed))
-        ]
+        turns = enumerate(draw_folds(subjects, folds=folds, seed=seed))
+        how = {"folds": folds, "seed": seed}
+        drawn = [(out.with_stem(f"{out.stem}_fold{n}"), {"drawn": how | {"fold": n}}, turn) for n, turn in turns]
     for path, *_ in drawn:
         refuse_to_replace(path, load_collection, "collection")
     return [write_collection(path, {**content, **how, "subjects": entries}) for path, how, entries in drawn]

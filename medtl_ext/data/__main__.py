@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_split_options(option)
     option("--institutions", metavar="FILE", help="CSV file with columns subject and institution")
     option("--file", metavar="FILE", help="csv, datalist, medmnist: the list or the .npz to read")
-    option("--labels", nargs="+", type=_label, metavar="NAME=VALUE", help="what label values mean, or classes")
+    option("--labels", nargs="+", type=_label, metavar="NAME=VALUE", help="what values mean; not of all layouts")
     option("--modalities", nargs="+", metavar="NAME", help="datalist: of the images, in their order")
     option("--challenge", choices=CHALLENGES, help="brats: whose labels they are, where files do not tell")
     option("--no-check", dest="check", action="store_false", help="do not read every file")

@@ -342,22 +342,18 @@ class TestTreesOfNames:
 
 
 class TestTumours:
-    def test_modalities_and_labels(self, make):
-        collection = read("fets", make("fets")).collection
-        assert collection.modalities == ["T1", "T1CE", "T2", "FLAIR"]
-        assert collection.labels == {"tumour": {"NCR": 1, "ED": 2, "ET": 4}}
-        assert collection.class_names("1-T1-FeTS") == ["ED", "ET", "NCR"]
-
     def test_the_other_partitioning(self, make):
         root = make("fets")
         path = root / f"{FETS}/partitioning_2.csv"
         path.write_text(path.read_text().replace("18,", "18_1,"))
-        assert read("fets", root, institutions=path).collection.institutions == ["1", "18_1"]
+        collection = read("fets", root, institutions=path).collection
+        assert collection.institutions == ["1", "18_1"]
+        assert collection.modalities == ["T1", "T1CE", "T2", "FLAIR"]
+        assert collection.class_names("1-T1-FeTS") == ["ED", "ET", "NCR"]
 
     def test_fets_has_the_names_until_2022(self, make):
         root = make("brats2023")
-        sites = rewritten("sites.csv", "subject,institution\nnobody,1\n")
-        sites(root)
+        (root / "sites.csv").write_text("subject,institution\nnobody,1\n")
         refuses("no subject found.*found 25 image files", "fets", root, institutions=root / "sites.csv")
 
     def test_visits_stay_together(self, make):

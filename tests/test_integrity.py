@@ -1,7 +1,5 @@
 """The integrity check finds every kind of damage, says what to do, and stays silent on sound data."""
 
-from __future__ import annotations
-
 import gzip
 
 import nibabel
@@ -194,16 +192,3 @@ class TestCommandLine:
         assert table.columns.tolist() == ["severity", "subject", "file", "problem", "advice"]
         assert table.subject.tolist() == ["s0"]
         assert main(["check", str(collection.path), "--task", "13-T2-ED", "13-T2-ET"]) == 0
-
-    @pytest.mark.parametrize("arguments", [["none.json"], ["COLLECTION", "--task", "13-T1"]])
-    def test_bad_input_is_one_line(self, collection, capsys, arguments):
-        arguments = [str(collection.path) if argument == "COLLECTION" else argument for argument in arguments]
-        assert main(["check", *arguments]) == 2
-        error = capsys.readouterr().err.strip()
-        assert error.startswith("Error: ")
-        assert "\n" not in error
-
-    def test_help(self, capsys):
-        with pytest.raises(SystemExit, match="0"):
-            main(["check", "--help"])
-        assert "Exit status" in capsys.readouterr().out

@@ -1,7 +1,5 @@
 """Look at every file of a collection before anything long runs on it."""
 
-from __future__ import annotations
-
 import gzip
 import os
 from collections import defaultdict
@@ -108,14 +106,12 @@ def check_collection(
     """
     chosen = collection.tasks() if tasks is None else [Task(str(task)) for task in tasks]
     files = _list_files(collection, None if tasks is None else chosen)
-    scans = _for_each(lambda file: _scan(file, collection.labels), files, progress=progress)
+    scans = for_each(lambda file: _scan(file, collection.labels), files, progress=progress)
     readable = [scan for scan in scans if scan.shape is not None]
-    issues = [
-        *chain.from_iterable(scan.issues for scan in scans),
-        *_grid_issues(readable),
-        *_duplicate_issues(readable),
-        *_foreground_issues(collection, chosen, readable),
-    ]
+    _compare_grids(readable)
+    _find_twins(readable)
+    unseen = list(_find_foreground(collection, chosen, readable))
+    issues = [*chain.from_iterable(scan.issues for scan in scans), *unseen]
     return IntegrityReport(collection.path, len({scan.subject.id for scan in scans}), len(scans), issues)
 
 
@@ -133,13 +129,13 @@ def require_volumes(paths: Sequence[Path], *, progress: bool = False) -> None:
             return f"{path}: {'; '.join(reason.args)}"
         return None
 
-    problems = [found for found in _for_each(problem, paths, progress=progress) if found]
+    problems = [found for found in for_each(problem, paths, progress=progress) if found]
     if problems:
         more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
 
 
-def _for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: bool) -> list[Any]:
+def for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: bool) -> list[Any]:
     """What ``read`` returns of each file, several read at a time."""
     threads = joblib.Parallel(min(_MAX_THREADS, joblib.cpu_count()), require="sharedmem", return_as="generator")
     jobs = threads(joblib.delayed(read)(file) for file in files)
@@ -161,28 +157,26 @@ class _Scan:
     values: frozenset[float] | None = None  # of a label
     digest: str | None = None  # of an image, unless it is constant
 
-    def issue(self, severity: Literal["error", "warning"], problem: str, advice: str) -> Issue:
-        return Issue(severity, self.subject.id, self.shown, problem, advice)
+    def note(self, severity: Literal["error", "warning"], problem: str, advice: str) -> None:
+        self.issues.append(Issue(severity, self.subject.id, self.shown, problem, advice))
 
 
 def _list_files(collection: Collection, tasks: Sequence[Task] | None) -> list[_Scan]:
     """All files of the collection, or those that the tasks use."""
     folder = collection.path.parent
-    files = [
+    wanted = {
+        (subject.id, *used)
+        for task in tasks or ()
+        for subject in collection.subjects_of(task)
+        for used in (("image", task.modality), ("label", collection.objectives[task.objective].label))
+    }
+    return [
         _Scan(subject, kind, name, path, str(path.relative_to(folder) if path.is_relative_to(folder) else path))
         for subject in collection.subjects
         for kind, paths in (("image", subject.images), ("label", subject.labels))
         for name, path in paths.items()
+        if tasks is None or (subject.id, kind, name) in wanted
     ]
-    if tasks is None:
-        return files
-    wanted = {
-        (subject.id, *used)
-        for task in tasks
-        for subject in collection.subjects_of(task)
-        for used in (("image", task.modality), ("label", collection.objectives[task.objective].label))
-    }
-    return [file for file in files if (file.subject.id, file.kind, file.name) in wanted]
 
 
 class _Unusable(Exception):
@@ -213,37 +207,34 @@ def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _scan(scan: _Scan, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
     """Read one file and look at it by itself."""
 
-    def note(*issue: str) -> None:
-        scan.issues.append(scan.issue(*issue))
-
     try:
         voxels, scan.affine = _read_volume(scan.path)
     except _Unusable as reason:
-        note("error", *reason.args)
+        scan.note("error", *reason.args)
         return scan
     scan.shape = voxels.shape
     if not np.isfinite(voxels).all():
-        note("error", "it holds NaN or infinite values", "replace them, or leave the subject out")
+        scan.note("error", "it holds NaN or infinite values", "replace them, or leave the subject out")
     elif scan.kind == "label":
         declared, scan.values = labels[scan.name], frozenset(np.unique(voxels).tolist())
         fractional = sorted(value for value in scan.values if value != round(value))
         undeclared = sorted(scan.values - {0, *declared.values()} - set(fractional))
         if fractional:
             problem = f"the label holds fractional values, such as {fractional[0]:g}"
-            note("error", problem, "resample labels with nearest-neighbour interpolation")
+            scan.note("error", problem, "resample labels with nearest-neighbour interpolation")
         if undeclared:
             found = ", ".join(f"{value:g}" for value in undeclared[:5]) + (", ..." if len(undeclared) > 5 else "")
             problem = f"the label holds undeclared values {found} (declared: {declared})"
-            note("error", problem, f"declare them under labels '{scan.name}', or correct the file")
+            scan.note("error", problem, f"declare them under labels '{scan.name}', or correct the file")
     elif voxels.min() == voxels.max():
         problem = f"every voxel of the image is {voxels.flat[0]:g}"
-        note("warning", problem, "look at it, and leave the subject out if it is empty")
+        scan.note("warning", problem, "look at it, and leave the subject out if it is empty")
     else:
         scan.digest = joblib.hash(np.asarray(voxels, dtype=np.float32))
     return scan
 
 
-def _grid_issues(scans: Sequence[_Scan]) -> Iterator[Issue]:
+def _compare_grids(scans: Sequence[_Scan]) -> None:
     """Every image is compared with every label of its subject."""
     labels = defaultdict(list)
     for scan in scans:
@@ -254,43 +245,37 @@ def _grid_issues(scans: Sequence[_Scan]) -> Iterator[Issue]:
         for label in labels[image.subject.id] if image.kind == "image" else ():
             against = f"of label '{label.name}'"
             if image.shape != label.shape:
-                problem = f"image shape {image.shape} differs from shape {label.shape} {against}"
-                yield image.issue("error", problem, advice)
+                image.note("error", f"image shape {image.shape} differs from shape {label.shape} {against}", advice)
             elif not np.allclose(image.affine, label.affine, atol=_SAME_AFFINE_MM):
                 apart = np.abs(image.affine - label.affine).max()
-                problem = f"the image's affine differs from that {against} by up to {apart:.3g} mm"
-                yield image.issue("error", problem, advice)
+                image.note("error", f"the image's affine differs from that {against} by up to {apart:.3g} mm", advice)
 
 
-def _duplicate_issues(scans: Sequence[_Scan]) -> Iterator[Issue]:
+def _find_twins(scans: Sequence[_Scan]) -> None:
     """The same voxels under two subject ids, each later one against the first."""
     first: dict[str, _Scan] = {}
     for scan in scans:
         twin = first.setdefault(scan.digest, scan) if scan.digest else scan
-        if scan.subject.id == twin.subject.id:
-            continue
-        splits = twin.subject.split, scan.subject.split
-        where = f"both in {splits[0]}" if splits[0] == splits[1] else f"in {splits[0]} and {splits[1]}"
-        problem = f"the image is identical to {twin.name} of subject {twin.subject.id} ({where})"
-        severity = "warning" if splits[0] == splits[1] else "error"
-        yield scan.issue(severity, problem, "list a patient once, or all its scans in one split")
+        if scan.subject.id != twin.subject.id:
+            one, other = twin.subject.split, scan.subject.split
+            severity, where = ("warning", f"both in {one}") if one == other else ("error", f"in {one} and {other}")
+            problem = f"the image is identical to {twin.name} of subject {twin.subject.id} ({where})"
+            scan.note(severity, problem, "list a patient once, or all its scans in one split")
 
 
-def _foreground_issues(collection: Collection, tasks: Sequence[Task], scans: Sequence[_Scan]) -> Iterator[Issue]:
-    """Subjects without foreground, and objectives that no training subject of an institution shows."""
+def _find_foreground(collection: Collection, tasks: Sequence[Task], scans: Sequence[_Scan]) -> Iterator[Issue]:
+    """Note subjects without foreground; yield the objectives that no training subject of an institution shows."""
     for institution, name in dict.fromkeys((task.institution, task.objective) for task in tasks):
         objective = collection.objectives[name]
         foreground = {value for group in objective.values for value in group}
-        shown = []  # whether each training subject does
-        for scan in scans:
-            if scan.values is None or (scan.name, scan.subject.institution) != (objective.label, institution):
-                continue
+        of = [scan for scan in scans if (scan.name, scan.subject.institution) == (objective.label, institution)]
+        labels = [scan for scan in of if scan.values is not None]
+        for scan in labels:
             if not foreground & scan.values:
                 advice = f"nothing to do if {name} is absent in this patient"
-                yield scan.issue("warning", f"no voxel of objective {name}", advice)
-            if scan.subject.split == "train":
-                shown.append(bool(foreground & scan.values))
-        if shown and not any(shown):
-            problem = f"none of the {len(shown)} training subjects of institution {institution} shows objective {name}"
+                scan.note("warning", f"no voxel of objective {name}", advice)
+        training = [scan for scan in labels if scan.subject.split == "train"]
+        if training and not any(foreground & scan.values for scan in training):
+            shown = f"training subjects of institution {institution} shows objective {name}"
             advice = "correct the objective's values, or move subjects that show it to train"
-            yield Issue("error", "", "", problem, advice)
+            yield Issue("error", "", "", f"none of the {len(training)} {shown}", advice)

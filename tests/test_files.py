@@ -162,7 +162,7 @@ def broken(folder):
         (["v.nii", "small.nii"], r"has shape \(6, 9, 5\), .*v.nii \(7, 9, 5\); resample"),
         (["v.nii", "shifted.nii"], "differ in their affines by up to 0.5 mm"),
         (["five.nii"], "store one 3D volume of numbers"),
-        (["rgb.png"], 'has 3 channels, of which the collection names one; name each, such as "R.G.B"'),
+        (["rgb.png"], 'has 3 channels where one is expected; name the channels of an image, such as "R.G.B"'),
         (["rgb.png#0/2", "rgb.png#1/2"], "has 3 channels, and the collection names 2"),
         (["v.nii#0/2"], "has 1 channel, and the collection names 2"),
         (["v.nii#rgb"], "is no colour file"),

@@ -182,14 +182,18 @@ class Subject(BaseModel, frozen=True):
     labels: dict[str, _File]
     patient: str | None = None
 
+    @property
+    def group(self) -> str:
+        """Who it is of: scans of one patient are never apart."""
+        return self.patient or self.id
+
     def channels(self) -> dict[str, str]:
         """Channel -> its file, as `ChannelReader` takes it: of a file of several with its number."""
-        found = {}
-        for name, path in self.images.items():
-            names = channels_of(name)
-            numbers = [f"#{number}/{len(names)}" for number in range(len(names))] if len(names) > 1 else [""]
-            found |= {channel: f"{path}{number}" for channel, number in zip(names, numbers, strict=True)}
-        return found
+        return {
+            channel: f"{path}#{number}/{len(names)}" if len(names) > 1 else str(path)
+            for path, names in ((path, channels_of(name)) for name, path in self.images.items())
+            for number, channel in enumerate(names)
+        }
 
 
 class Objective(BaseModel, frozen=True):
@@ -205,7 +209,7 @@ def _settle_splits(subjects: list[Subject]) -> list[Subject]:
     written: dict[str, str | None] = {}
     institutions: dict[str, dict[str, None]] = {}
     for subject in subjects:
-        patient, split = subject.patient or subject.id, subject.split
+        patient, split = subject.group, subject.split
         if written.setdefault(patient, split) != split:
             raise InputError(
                 f"patient '{patient}' (subject '{subject.id}') is in splits '{written[patient]}' and '{split}'; keep "
@@ -226,7 +230,7 @@ def _settle_splits(subjects: list[Subject]) -> list[Subject]:
     drawn: dict[str, str] = {}  # a patient seen at two institutions stays where it was drawn first
     for patients in institutions.values():
         drawn = dict(zip(shuffled(patients), cycle(("train", "val", "test", "train")), strict=False)) | drawn
-    return [subject.model_copy(update={"split": drawn[subject.patient or subject.id]}) for subject in subjects]
+    return [subject.model_copy(update={"split": drawn[subject.group]}) for subject in subjects]
 
 
 def count_splits(subjects: Iterable[Subject]) -> str:
@@ -355,16 +359,15 @@ class Collection(BaseModel, frozen=True):
         require_choice("split", split, SPLITS)
         task, subjects = Task(str(task)), self.subjects_of(task)
         label = self._objective(task).label
-        colours = "#rgb" if any(isinstance(value, Colour) for value in self.labels[label].values()) else ""
         named = any(subject.patient for subject in self.subjects)
         datalist = [
             {
                 "image": _one_or_all([subject.channels()[channel] for channel in task.channels]),
-                "label": f"{subject.labels[label]}{colours}",
+                "label": self.label_file(subject, label),
                 "subject": subject.id,
                 "institution": subject.institution,
             }
-            | ({"patient": subject.patient or subject.id} if named else {})
+            | ({"patient": subject.group} if named else {})
             for subject in subjects
             if subject.split == split
         ]
@@ -374,6 +377,11 @@ class Collection(BaseModel, frozen=True):
                 f"label '{label}': {count_splits(subjects)}); choose another task or split, or add subjects."
             )
         return datalist
+
+    def label_file(self, subject: Subject, label: str) -> str:
+        """As `ChannelReader` takes it."""
+        colours = any(isinstance(value, Colour) for value in self.labels[label].values())
+        return f"{subject.labels[label]}{'#rgb' if colours else ''}"
 
     def class_names(self, task: Task | str) -> list[str]:
         """Names of the foreground classes in order; an objective of one class lends it its own name."""

@@ -30,7 +30,14 @@ MODES = ("1", "L", "P", "I;16", "I;16B", "I", "F", "RGB")
 TURNED_BY = 0x0112  # EXIF's tag of the orientation
 SAME_AFFINE_MM = 1e-3  # headers keep affines in float32, so two tools rarely agree to the last digit
 MAX_THREADS = 8  # every thread holds a volume or two: more would read no faster and could fill a large machine's memory
-EXTRA = "is read by ITK, which is not installed: pip install 'medtl[itk]'"
+
+
+class Unusable(InputError):
+    """A file that cannot be used: what is wrong with it, and what to do."""
+
+    def __init__(self, path: str, problem: str, advice: str) -> None:
+        super().__init__(f"{path} {problem}; {advice}.")
+        self.problem, self.advice = problem, advice
 
 
 class Part(NamedTuple):
@@ -94,10 +101,10 @@ def read_channels(names: Iterable[str], *, every_byte: bool = False) -> tuple[np
         array, meta = _read(path, colour=parts[0].colours or parts[0].of > 1, every_byte=every_byte)
         if parts[0].colours:
             if len(array) != 3:
-                raise InputError(f"{path} is no colour file, though its label is declared by colours; use numbers.")
+                raise Unusable(path, "is no colour file, though its label is declared by colours", "declare numbers")
             array = (array[0].astype(np.int32) << 16 | array[1].astype(np.int32) << 8 | array[2])[None]
         elif len(array) != parts[0].of:
-            raise InputError(f"{path} {_miscounted(len(array), parts[0].of)}.")
+            raise Unusable(path, *_miscounted(len(array), parts[0].of))
         wanted = [part.channel for part in parts]
         channels.append(array if wanted in ([None], list(range(len(array)))) else array[wanted])
         metas.append((path, meta))
@@ -107,32 +114,30 @@ def read_channels(names: Iterable[str], *, every_byte: bool = False) -> tuple[np
     return array, metas[0][1] | {"original_channel_dim": 0}
 
 
-def _miscounted(found: int, expected: int) -> str:
+def _miscounted(found: int, expected: int) -> tuple[str, str]:
     if expected == 1:
-        three = "R+G+B" if found == 3 else "T1+T2"
-        return (
-            f'has {found} channels, of which the collection names one; name each, such as "{three}" for its key in '
-            '"images", or store one volume a file'
-        )
-    return f"has {found} channel{'s'[: found != 1]}, and the collection names {expected}; name as many"
+        key = "R+G+B" if found == 3 else "T1+T2"
+        advice = f'name the channels of an image, such as "{key}" for its key in "images", or store one volume a file'
+        return f"has {found} channels where one is expected", advice
+    return f"has {found} channel{'s'[: found != 1]}, and the collection names {expected}", "name as many"
 
 
 def _require_one_grid(path: str, meta: dict[str, Any], first: str, meta_of_first: dict[str, Any]) -> None:
     shape, expected = (tuple(map(int, one["spatial_shape"])) for one in (meta, meta_of_first))
     if shape != expected:
-        raise InputError(f"{path} has shape {shape}, {first} {expected}; resample one onto the grid of the other.")
+        raise Unusable(path, f"has shape {shape}, {first} {expected}", "resample one onto the grid of the other")
     apart = float(np.abs(meta["affine"] - meta_of_first["affine"]).max())
     if apart > SAME_AFFINE_MM:
-        raise InputError(f"{path} and {first} differ in their affines by up to {apart:.3g} mm; resample one.")
+        raise Unusable(path, f"and {first} differ in their affines by up to {apart:.3g} mm", "resample one")
 
 
 def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """Channels x X x Y x Z and the metadata of one file."""
     suffix, folder = suffix_of(path), Path(path).is_dir()
     if not Path(path).exists():
-        raise InputError(f"{path} does not exist; correct its path, or restore it.")
+        raise Unusable(path, "does not exist", "correct its path, or restore it")
     if suffix not in FORMATS and not folder:
-        raise InputError(f"{path} is of no format that is read here ({', '.join(FORMATS)}); convert it.")
+        raise Unusable(path, f"is of no format that is read here ({', '.join(FORMATS)})", "convert it")
     try:
         if suffix in NIFTI:
             array, meta = _nifti(path, every_byte)
@@ -144,7 +149,7 @@ def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dic
         raise
     except Exception as error:  # a broken file fails in a dozen ways
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path} cannot be read ({reason}); copy or convert it again.") from error
+        raise Unusable(path, f"cannot be read ({reason})", "copy or convert it again") from error
     if np.isnan(meta["original_channel_dim"]):
         array = array[None]
     else:
@@ -152,10 +157,8 @@ def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dic
     if array.ndim == 3:  # a picture, or a volume of two dimensions
         array = array[..., None]
     if array.ndim != 4 or array.size == 0 or array.dtype.kind not in "biuf":
-        raise InputError(
-            f"{path} has shape {array.shape[1:]} and voxels of type {array.dtype}; store one 3D volume of numbers, or "
-            "one 2D image, a file."
-        )
+        problem = f"has shape {array.shape[1:]} and voxels of type {array.dtype}"
+        raise Unusable(path, problem, "store one 3D volume of numbers, or one 2D image, a file")
     affine = np.eye(4)
     given = np.asarray(meta.get("affine", affine))
     side = len(given) - 1
@@ -175,13 +178,13 @@ def _nifti(path: str, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
 def _picture(path: str, colour: bool) -> tuple[np.ndarray, dict[str, Any]]:
     image = Image.open(path)
     if getattr(image, "n_frames", 1) > 1:
-        raise InputError(f"{path} has {image.n_frames} pages; save each as a file of its own.")
+        raise Unusable(path, f"has {image.n_frames} pages", "save each as a file of its own")
     if image.getexif().get(TURNED_BY, 1) != 1:
-        raise InputError(f"{path} is turned by its EXIF entry, which not every tool obeys; save it turned and without.")
+        raise Unusable(path, "is turned by its EXIF entry, which not every tool obeys", "save it turned and without")
     if image.mode in ("LA", "RGBA", "PA"):
-        raise InputError(f"{path} has an alpha channel; save it without.")
+        raise Unusable(path, "has an alpha channel", "save it without")
     if image.mode not in MODES:
-        raise InputError(f"{path} has pixels of mode {image.mode}; save it as grey or RGB.")
+        raise Unusable(path, f"has pixels of mode {image.mode}", "save it as grey or RGB")
     if image.mode == "RGB" and "16" in str(image.tile):  # of which PIL would keep eight bits
         return _by_itk(path, False)
     image.load()  # a truncated file ends here
@@ -196,7 +199,7 @@ def _itk() -> Any:
 
 def _by_itk(path: str, folder: bool) -> tuple[np.ndarray, dict[str, Any]]:
     if _itk() is None:
-        raise InputError(f"{path} {EXTRA}.")
+        raise Unusable(path, "is read by ITK, which is not installed", "pip install 'medtl[itk]'")
     if folder:
         _require_one_series(path)
     reader = ITKReader()
@@ -213,7 +216,7 @@ def _require_one_series(folder: str) -> None:
     series = list(names.GetSeriesUIDs())
     if len(series) != 1:
         what = f"{len(series)} DICOM series" if series else "no DICOM file"
-        raise InputError(f"{folder} holds {what}; give the folder of one series.")
+        raise Unusable(folder, f"holds {what}", "give the folder of one series")
     places = []
     for file in names.GetFileNames(series[0]):
         header = itk.GDCMImageIO.New()
@@ -223,10 +226,8 @@ def _require_one_series(folder: str) -> None:
         places.append(float(np.dot(normal, [header.GetOrigin(axis) for axis in range(3)])))
     steps = np.diff(sorted(places))
     if len(steps) and steps.max() > 1.5 * np.median(steps):
-        raise InputError(
-            f"{folder} lacks slices: they are {np.median(steps):.3g} mm apart, and {steps.max():.3g} mm in one place; "
-            "export the whole series again."
-        )
+        gap = f"{np.median(steps):.3g} mm apart, and {steps.max():.3g} mm in one place"
+        raise Unusable(folder, f"lacks slices: they are {gap}", "export the whole series again")
 
 
 def find_images(where: str, channels: Sequence[str]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 
 from medtl_ext._validation import InputError, require_choice
-from medtl_ext.data.integrity import for_each
+from medtl_ext.data.files import for_each
 from medtl_ext.data.readers._draft import Draft, Reading, objectives, parse_labels
 
 _FIRST = {"t1": "T1", "t1ce": "T1CE", "t2": "T2", "flair": "FLAIR"}  # BraTS until 2022

@@ -32,6 +32,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def suffix_of(path: str | os.PathLike[str]) -> str:
+    """The ending that says what format a file has, in lower case: ``.nii.gz`` is one."""
+    name = Path(path).name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write ``content`` as indented JSON, whole or not at all."""
     with atomic_path(path) as temporary:

@@ -1,21 +1,23 @@
 """Dictionary transforms: label values to the classes of a task, and intensities to a scale that networks share."""
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.data import NibabelWriter, get_track_meta
-from monai.transforms import MapTransform
+from monai.data import NibabelWriter, PILWriter, get_track_meta
+from monai.transforms import MapTransform, SaveImage
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
 from scipy.ndimage import binary_fill_holes
 
-from medtl_ext._io import atomic_path
+from medtl_ext._io import atomic_path, suffix_of
 from medtl_ext._validation import InputError
 
-__all__ = ["HeaderWriter", "NormalizeBodyd", "SelectLabelsd", "body_mask"]
+__all__ = ["NormalizeBodyd", "SaveSegmentationd", "SelectLabelsd", "body_mask"]
 
 # Measured on eight brain-extracted clinical MRI volumes, where resampling left values of either sign around the brain.
 # 2 % and 5 % select the same brain to within 3 % of its voxels, while 10 % loses up to 7 %, mostly cerebrospinal fluid.
@@ -135,15 +137,41 @@ class SelectLabelsd(MapTransform):
         return data
 
 
-class HeaderWriter(NibabelWriter):
-    """A writer for `monai.transforms.SaveImaged` that keeps what else the input's NIfTI header says of its space, and
-    writes a file whole or not at all.
+class SaveSegmentationd(MapTransform):
+    """Write a segmentation beside nothing else of its patient: in the format, size and affine of the image it is of.
 
-    MONAI's own writes the affine with both codes 1 (scanner) and no units, so that a segmentation of an image in MNI
-    space (code 4) would no longer say so. In a bundle's JSON::
+    NIfTI keeps what else the header says of its space (codes and units; MONAI's own writer does not). Of a PNG, BMP or
+    TIFF the pixels are class numbers, shown in colours; of a JPEG, which would change them, a PNG is written, of
+    a DICOM series a NIfTI file. A file is written whole or not at all.
 
-        {"_target_": "SaveImaged", "keys": "pred", "writer": "medtl_ext.transforms.HeaderWriter", ...}
+    Args:
+        keys: segmentations, 1 x X x Y x Z on the grid of the image, whose file MONAI's metadata name.
+        output_dir: gets ``NAME_seg.ENDING``, with the item's ``name`` or, if it has none, the name of its image.
     """
+
+    def __init__(self, keys: KeysCollection, output_dir: str) -> None:
+        super().__init__(keys)
+        self.folder = Path(output_dir)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            source = Path(re.sub(r"#\d+/\d+$", "", data[key].meta["filename_or_obj"]))
+            suffix = suffix_of(source)
+            ending = WRITTEN_AS.get(suffix, suffix)
+            name = data.get("name") or source.name[: len(source.name) - len(suffix)]
+            how = {"output_ext": ending, "output_dtype": np.uint8, "writer": WRITERS.get(ending), "print_log": False}
+            with atomic_path(self.folder / f"{name}_seg{ending}") as temporary:
+                SaveImage(self.folder, **how)(data[key], filename=str(temporary)[: -len(ending)])
+        return dict(data)
+
+
+WRITERS = dict.fromkeys((".nii", ".nii.gz"), "medtl_ext.transforms.HeaderWriter")
+WRITERS |= dict.fromkeys((".png", ".bmp", ".tif", ".tiff"), "medtl_ext.transforms.ClassWriter")
+WRITTEN_AS = {"": ".nii.gz", ".dcm": ".nii.gz", ".hdr": ".nii.gz", ".img": ".nii.gz", ".jpg": ".png", ".jpeg": ".png"}
+
+
+class HeaderWriter(NibabelWriter):
+    """Keeps what else the input's NIfTI header says of its space: MONAI's own writes both codes as 1 and no units."""
 
     KEPT = ("sform_code", "qform_code", "xyzt_units")
 
@@ -152,8 +180,18 @@ class HeaderWriter(NibabelWriter):
         self.kept = {key: int(value) for key, value in (meta_dict or {}).items() if key in self.KEPT}
 
     def write(self, filename: Any, verbose: bool = False, **options: Any) -> None:
-        with atomic_path(filename) as temporary:
-            super().write(str(temporary), verbose, **options)
-            for key, value in self.kept.items():
-                self.data_obj.header[key] = value
-            nib.save(self.data_obj, temporary)
+        super().write(filename, verbose, **options)
+        for key, value in self.kept.items():
+            self.data_obj.header[key] = value
+        nib.save(self.data_obj, filename)
+
+
+class ClassWriter(PILWriter):
+    """A picture whose pixels are class numbers, with colours to see them by."""
+
+    COLOURS = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0, 204, 121, 167)
+
+    def write(self, filename: Any, verbose: bool = False, **options: Any) -> None:
+        picture = self.create_backend_obj(self.data_obj, dtype=np.uint8, scale=None)
+        picture.putpalette([*self.COLOURS, *(grey for grey in range(8, 256) for _ in range(3))])
+        picture.save(filename)

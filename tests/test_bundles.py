@@ -367,7 +367,7 @@ def test_everything_of_ours_that_configs_name_is_there(bundle):
 @pytest.mark.parametrize("bundle", ALL, ids=name_of)
 def test_inference_prepares_images_as_training_did(bundle):
     train, inference = bundle.content("train"), bundle.content("inference")
-    shared = {"spacing", "roi_size", "image_size", "in_channels", "network_def"} & train.keys()
+    shared = {"axcodes", "spacing", "roi_size", "image_size", "network_def"} & train.keys()
     assert {key: inference[key] for key in shared} == {key: train[key] for key in shared}
     steps = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
     prepared = inference["preprocessing"]["transforms"]

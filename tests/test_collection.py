@@ -150,9 +150,61 @@ class TestSplitsThatAreDrawn:
         assert splits["later"] == splits["13-002"]
 
 
+class TestChannels:
+    """Tasks of several channels, from a file each or from one that holds them all."""
+
+    @pytest.fixture
+    def content(self, content):
+        content["subjects"][2] = subject("c", split="test")
+        return content
+
+    def test_are_in_the_order_of_the_task(self, content, load):
+        collection = load(content)
+        (item,) = collection.datalist("13-FLAIR+T1-ED", "train")
+        assert item["image"] == [collection.datalist(f"13-{name}-ED", "train")[0]["image"] for name in ("FLAIR", "T1")]
+
+    def test_of_one_file_are_its_numbers(self, content, load):
+        for entry in content["subjects"]:
+            entry["images"] = {"FLAIR+T1+T2": "all.nii.gz", "PD": "pd.nii.gz"}
+        collection = load(content)
+        assert collection.modalities == ["FLAIR", "T1", "T2", "PD"]
+        (item,) = collection.datalist("13-T2+PD+FLAIR-ED", "train")
+        names = [name.removeprefix(f"{collection.path.parent}/") for name in item["image"]]
+        assert names == ["all.nii.gz#2/3", "pd.nii.gz", "all.nii.gz#0/3"]
+
+    def test_who_lacks_one_is_named_or_left_out_where_the_collection_says_so(self, content, load):
+        del content["subjects"][0]["images"]["T1"]
+        with pytest.raises(InputError, match=r"subject 'a' has no T1, which task 13-T1\+FLAIR-ED needs"):
+            load(content).subjects_of("13-T1+FLAIR-ED")
+        content["missing"] = "skip"
+        assert [one.id for one in load(content).subjects_of("13-T1+FLAIR-ED")] == ["b", "c"]
+        assert [one.id for one in load(content).subjects_of("13-T1-ED")] == ["b", "c"]  # as ever
+
+    @pytest.mark.parametrize(
+        ("images", "task", "message"),
+        [
+            ({"R+R+B": "x.png"}, None, "channels R.R.B must each have a name, none twice"),
+            ({"R+": "x.png"}, None, "must each have a name"),
+            ({"R+G": "x.png", "R": "y.png"}, None, "two files hold channel R"),
+            ({"RGB": "x.png"}, "13-R+G-ED", "modality 'R' is unknown; the collection holds RGB: .* such as R.G.B"),
+            ({"R+G+B": "x.png"}, "13-R+R-ED", "none twice"),
+            ({"R+G+B": "x.png"}, "13-R+X-ED", "modality 'X' is unknown"),
+        ],
+    )
+    def test_refused(self, content, load, images, task, message):
+        for entry in content["subjects"]:
+            entry["images"] = images
+        with pytest.raises(InputError, match=message):
+            load(content).datalist(task, "train")
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
+        ("labels.wmh", {"WMH": [255, 0, 256]}, r"a colour must be \[red, green, blue\], each 0 to 255"),
+        ("labels.wmh", {"WMH": [0, 0, 0]}, "not black"),
+        ("labels.wmh", {"WMH": [9, 0, 0], "Other": 2}, "mixes numbers and colours"),
+        ("missing", "ignore", "missing must be 'refuse' or 'skip'"),
         ("name", None, "name is missing"),
         ("labels", None, "labels is missing"),
         ("subjects", "all", "subjects must be a valid list; found 'all'"),
@@ -166,7 +218,7 @@ class TestSplitsThatAreDrawn:
         ("objectives.ED.label", "tumor", "label 'tumor' is unknown; did you mean 'tumour'"),
         ("objectives.ED.label", None, "objectives: ED: label is missing"),
         ("objectives.ED.values", [4], "objective 'ED': values must be declared for label 'tumour' .* found .*4"),
-        ("objectives.ED.values", ["ED"], "must be a valid integer; found 'ED'"),
+        ("objectives.ED.values", ["oedema"], "values must be declared .* or by their names; found .*oedema"),
         ("objectives.ED.values", [True], "must be a valid integer; found True"),
         ("objectives.ED.values", [], "values must have at least 1 item"),
         ("objectives.ED.values", [[]], "values: 0 must have at least 1 item"),

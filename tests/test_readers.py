@@ -1,12 +1,8 @@
 """Every reader against a tree with the documented layout, and against the ways such trees break."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
-import sys
-from importlib.util import find_spec
 
 import nibabel
 import numpy as np
@@ -22,8 +18,7 @@ from medtl_ext.data.classification import load_classification
 SHAPE = (6, 5, 4)
 OLD, NEW = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")
 FETS = "MICCAI_FeTS2022_TrainingData"
-LEFT_OUT = "the subject is left out"
-needs_pybids = pytest.mark.skipif(find_spec("bids") is None, reason="pybids is not installed")
+CHANNEL_7 = "imagesTr/prostate_02_0007.nii.gz"
 
 
 def save(path, values=None, shape=SHAPE):
@@ -235,7 +230,7 @@ def refuses(message, name, root, **options):
     assert not list(root.parent.glob("*.json")), "nothing is written"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[needs_pybids] if n == "bids" else []) for n in TREES])
+@pytest.mark.parametrize("name", TREES)
 class TestEveryReader:
     def test_a_sound_tree(self, make, name):
         root = make(name)
@@ -347,42 +342,81 @@ class TestTreesOfNames:
 
 
 class TestTumours:
-    def test_modalities_and_labels(self, make):
-        collection = read("fets", make("fets")).collection
-        assert collection.modalities == ["T1", "T1CE", "T2", "FLAIR"]
-        assert collection.labels == {"tumour": {"NCR": 1, "ED": 2, "ET": 4}}
-        assert collection.class_names("1-T1-FeTS") == ["ED", "ET", "NCR"]
-
     def test_the_other_partitioning(self, make):
         root = make("fets")
         path = root / f"{FETS}/partitioning_2.csv"
         path.write_text(path.read_text().replace("18,", "18_1,"))
-        assert read("fets", root, institutions=path).collection.institutions == ["1", "18_1"]
-
-    @pytest.mark.parametrize(("name", "found", "expected"), [("fets", 3, 4), ("brats2021", 3, 4), ("brats2023", 4, 3)])
-    def test_the_other_value_of_et(self, make, name, found, expected):
-        root = make(name)
-        for path in root.rglob("*seg*"):
-            save(path, (1, 2, found))
-        refuses(f"holds the value {found}, where {expected} was expected.*give et_label {found}", name, root)
-        reading = read(name, root, et_label=found, check=True)
-        assert reading.check.issues == []
-        assert reading.collection.labels["tumour"]["ET"] == found
-
-    def test_the_other_value_in_one_file(self, make):
-        root = make("brats2021")
-        save(sorted(root.rglob("*seg*"))[-1], (1, 2, 3))
-        (error,) = read("brats2021", root, check=True).check.errors
-        assert (error.subject, "undeclared values 3" in error.problem) == ("BraTS2021_00003", True)
+        collection = read("fets", root, institutions=path).collection
+        assert collection.institutions == ["1", "18_1"]
+        assert collection.modalities == ["T1", "T1CE", "T2", "FLAIR"]
+        assert collection.class_names("1-T1-FeTS") == ["ED", "ET", "NCR"]
 
     def test_fets_has_the_names_until_2022(self, make):
         root = make("brats2023")
-        refuses("no subject found.*found 25 image files", "fets", root, institutions=root / "none.csv")
+        (root / "sites.csv").write_text("subject,institution\nnobody,1\n")
+        refuses("no subject found.*found 25 image files", "fets", root, institutions=root / "sites.csv")
 
     def test_visits_stay_together(self, make):
         first, second, *_ = read("brats2023", make("brats2023")).collection.subjects
         assert first.id[:-4] == second.id[:-4] == first.patient
         assert first.split == second.split
+
+
+NCR_ED_ET = {"NCR": 1, "ED": 2, "ET": 3}
+NETC_SNFH_ET = {"NETC": 1, "SNFH": 2, "ET": 3}
+UNTOLD = "hold the values .* which do not say what they mean .*; give the challenge"
+
+
+@pytest.mark.parametrize(
+    ("code", "files", "options", "expected"),
+    [
+        ("", [(1, 2), (1, 2, 4)], {}, {"NCR": 1, "ED": 2, "ET": 4}),
+        (
+            "",
+            [(1, 2, 4), (1, 2, 3)],
+            {},
+            r"00001_seg.nii.gz holds the values \[1, 2, 3\], but .* 4 ET; .*with labels",
+        ),
+        ("", [(1, 2, 3)], {"labels": NCR_ED_ET}, NCR_ED_ET),
+        ("GLI", [(1, 2), (1, 2, 3)], {}, NCR_ED_ET),
+        ("GLI", [(1, 2, 3), (1, 2, 4), (1, 2, 3, 4)], {}, NETC_SNFH_ET | {"RC": 4}),
+        ("GLI", [(1, 2, 4)], {}, UNTOLD),  # ET as until 2022, or a cavity
+        ("GLI", [(1, 2, 3), (1, 2, 4)], {}, UNTOLD),
+        ("GLI", [(1, 2, 4)], {"challenge": "GLI-2017"}, {"NCR": 1, "ED": 2, "ET": 4}),
+        ("GLI", [(1, 2, 4)], {"challenge": "GLI-2024"}, NETC_SNFH_ET | {"RC": 4}),
+        ("GLI", [(1, 2, 3)], {"challenge": "PED-2024"}, "challenge of files with these names 'PED-2024' is unknown"),
+        ("SSA", [(1, 2, 3)], {}, NCR_ED_ET),
+        ("MEN", [(1, 2, 3)], {}, NETC_SNFH_ET),
+        (
+            "MEN",
+            [(1, 2, 3), (1, 2, 3, 4)],
+            {},
+            r"holds the values \[1, 2, 3, 4\], but those .* MEN-2023",
+        ),
+        ("MET", [(1, 2, 3)], {}, NETC_SNFH_ET),
+        ("MET", [(1, 2, 3), (1, 4)], {}, NETC_SNFH_ET | {"RC": 4}),
+        ("PED", [(1, 2, 3), (1, 2, 3, 4)], {}, {"ET": 1, "NET": 2, "CC": 3, "ED": 4}),
+        ("PED", [(1, 2), (1, 2, 3)], {}, "PED-2023: 1 NC, 2 ED, 3 ET; PED-2024: 1 ET, 2 NET, 3 CC, 4 ED"),
+        ("PED", [(1, 2, 3)], {"challenge": "PED-2023"}, {"NC": 1, "ED": 2, "ET": 3}),
+        ("PED", [(1, 2, 3)], {"challenge": "PED-2024"}, {"ET": 1, "NET": 2, "CC": 3, "ED": 4}),
+        ("GoAT", [(1, 2, 3)], {}, UNTOLD),
+        ("GoAT", [(1, 2, 3)], {"challenge": "GLI-2023"}, NCR_ED_ET),
+        ("GoAT", [(1, 7)], {"labels": {"core": 1, "rest": 7}}, {"core": 1, "rest": 7}),
+        ("GoAT", [(1, 7)], {"labels": {"core": 1}}, r"holds the values \[1, 7\]"),
+    ],
+)
+def test_names_and_all_label_files_say_whose_labels_they_are(tmp_path, code, files, options, expected):
+    root = tmp_path / "tree"
+    for number, values in enumerate(files):
+        name, how = (f"BraTS-{code}-{number:05d}-000", ("-", NEW)) if code else (f"BraTS2021_{number:05d}", ("_", OLD))
+        tumours(root, [name], *how, values=values)
+    if isinstance(expected, str):
+        return refuses(expected, "brats", root, **options)
+    reading = read("brats", root, check=True, **options)
+    assert reading.collection.labels == {"tumour": expected}
+    assert not [issue for issue in reading.check.errors if "undeclared" in issue.problem]
+    together = "FeTS" if set(expected) == set(NCR_ED_ET) else "All"
+    assert reading.collection.label_values(f"BraTS-T1CE-{together}") == [[expected[key]] for key in sorted(expected)]
 
 
 class TestInfants:
@@ -494,7 +528,6 @@ class TestNnUNet:
 
 
 class TestBids:
-    @needs_pybids
     def test_labels_sessions_and_spaces(self, make):
         root = make("bids")
         anat = root / "derivatives/seg/sub-01/ses-2/anat"
@@ -512,11 +545,7 @@ class TestBids:
         assert "derivatives" in image.parts, "the image of the label's own dataset"
         first, second = rows(reading)
         assert first.startswith("sub-01|sub-01/anat/sub-01")
-        assert second.startswith("sub-02|sub-02/anat/sub-02_T1w.nii.gz|sub-02_T1w.nii.gz is there too|the file is not")
-
-    def test_without_pybids(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "bids", None)
-        refuses("pip install pybids", "bids", tmp_path)
+        assert second.startswith("sub-02|sub-02/anat/sub-02_T1w.nii.gz|the subject has this image already")
 
 
 def test_splits_and_patients_of_a_table(make):
@@ -553,39 +582,37 @@ def unlabelled(root):
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        (
-            "fets",
-            other_subjects,
-            [
-                f"FeTS2022_00000||listed in partitioning_1.csv, but has no files|{LEFT_OUT}",
-                f"FeTS2022_00099||has no institution in partitioning_1.csv|{LEFT_OUT}",
-            ],
-        ),
-        ("msd", unlabelled, [f"la_001||no label label|{LEFT_OUT}"]),
-        (
-            "datalist",
-            uneven,
-            [
-                f"case1_flair||4 images for 2 modalities|{LEFT_OUT}",
-                "|dataset.json|the list's own folds are not used|draw splits or folds",
-            ],
-        ),
+        ("fets", other_subjects, "FeTS2022_00000||listed in partitioning_1.csv, but has no files|LEFT_OUT"),
+        ("fets", other_subjects, "FeTS2022_00099||has no institution|LEFT_OUT"),
+        ("msd", unlabelled, "la_001||no label label|LEFT_OUT"),
+        ("datalist", uneven, "case1_flair||4 images for 2 modalities|LEFT_OUT"),
+        ("datalist", uneven, "|dataset.json|the list's own folds are not used|draw splits or folds"),
         (
             "nnunet",
-            saved("imagesTr/prostate_02_0007.nii.gz"),
-            [
-                "prostate_02|imagesTr/prostate_02_0007.nii.gz|the channel is not in dataset.json|the file is not used",
-            ],
+            saved(CHANNEL_7),
+            f"prostate_02|{CHANNEL_7}|the channel is not in dataset.json|the file is not used",
         ),
-        ("csv", with_cell([1], "Modality", "T1"), [f"p0|liste.csv|two images of T1|{LEFT_OUT}"]),
-        ("csv", with_cell([0, 1], "Modality", "T1-w"), [f"p0|liste.csv|two images of T1_w|{LEFT_OUT}"]),
-        ("csv", with_cell([2, 3], "Institution", ""), [f"p1|liste.csv|no subject or no institution|{LEFT_OUT}"]),
+        ("csv", with_cell([1], "Modality", "T1"), "p0|liste.csv|two images of T1|LEFT_OUT"),
+        ("csv", with_cell([0, 1], "Modality", "T1-w"), "p0|liste.csv|two images of T1_w|LEFT_OUT"),
+        ("csv", with_cell([2, 3], "Institution", ""), "p1||has no institution|LEFT_OUT"),
+        ("csv", with_cell([2, 3], "Subject", ""), "|liste.csv|rows that name no subject|LEFT_OUT"),
     ],
 )
 def test_what_is_left_out_is_said(make, name, change, expected):
     root = make(name)
     change(root)
-    assert rows(read(name, root)) == expected
+    noted = rows(read(name, root))
+    assert expected.replace("LEFT_OUT", "the subject is left out").replace("NOT_USED", "the file is not used") in noted
+    assert len(noted) == (2 if change in (other_subjects, uneven) else 1)
+
+
+def pediatric(root):
+    tumours(root, ["BraTS-PED-00001-000"], "-", NEW, (1, 2, 3))
+
+
+def other_meaning(root):
+    folder = root / "derivatives/seg/sub-02/anat"
+    (folder / "sub-02_desc-tissue_dseg.tsv").write_text("index\tname\n1\tCSF\n")
 
 
 PARTITIONING = f"{FETS}/partitioning_1.csv"
@@ -603,10 +630,13 @@ CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
         ("fets", lost("*seg*"), {}, "no subject found.*FeTS2022_00000: no label tumour"),
         ("brats2023", lost("*seg*"), {}, r"expected SUBJECT/SUBJECT_\{t1,.*found 20 image files"),
         ("brats2023", brats2021, {}, "mixes the names of BraTS until 2022 .*read one of them at a time"),
+        ("brats2023", pediatric, {}, "mixes files of GLI and PED"),
+        ("bids", other_meaning, {}, "values of label 'tissue' are {'CSF': 1}, and elsewhere {'GM': 1, 'WM': 2}"),
         ("msd", listed(labels=None), {}, "names no labels"),
         ("msd", listed(modality=None), {"labels": {"LA": 1}}, "every modality"),
         ("msd", listed(modality={"0": "FLAIR", "1": "T1w"}), {}, CHANNELS),
         ("msd", saved("imagesTr/*", shape=(*SHAPE, 3)), {}, CHANNELS),
+        ("msd", saved("imagesTr/la_007.nii.gz", shape=(*SHAPE, 3)), {}, CHANNELS),
         ("msd", listed(training=[{"image": "a.nii.gz", "label": 3}]), {}, CASE),
         ("msd", listed(training=[{"image": [1]}]), {}, CASE),
         ("msd", listed(training=[{"image": []}]), {}, CASE),
@@ -617,7 +647,7 @@ CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
         ("msd", listed(labels={"a": "b"}), {}, "dataset.json: labels must map names to whole numbers"),
         ("nnunet", listed(file_ending=".png"), {}, "Convert them"),
         ("nnunet", listed(channel_names={}), {}, "every modality"),
-        pytest.param("bids", lost("*.tsv"), {}, "no dseg.tsv names the values", marks=needs_pybids),
+        ("bids", lost("*.tsv"), {}, "no dseg.tsv names the values"),
         ("csv", tabled(lambda frame: frame.drop(columns="Image")), {}, "no column 'image'"),
         ("csv", with_cell([0], "Split", "val"), {}, "subject 'p0' has several values of split"),
         ("csv", with_cell([6, 7], "Split", ""), {}, "have no 'split'"),
@@ -630,7 +660,7 @@ CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
         ("csv", lost("none"), {"labels": {"left atrium": 1, "left-atrium": 2}}, "one name two values"),
         ("csv", lost("none"), {"labels": {"background": 1, "lesion": 2}}, "or background one besides 0"),
         ("csv", lost("none"), {"labels": {"lesion": 1.7}}, "labels must map names to whole numbers"),
-        ("iseg", lost("none"), {"et_label": 3}, "option of reader 'iseg' 'et_label' is unknown"),
+        ("iseg", lost("none"), {"labels": {"WM": 3}}, "option of reader 'iseg' 'labels' is unknown"),
         ("fest", lost("none"), {}, "reader 'fest' is unknown; did you mean 'fets'"),
     ],
 )
@@ -666,33 +696,29 @@ class TestMedMNIST:
         ("options", "message"),
         [
             ({"file": "other.npz"}, "other.npz does not exist"),
-            ({"labels": {"ill": 2}}, "labels gives ill the number 2"),
+            ({"labels": {"ill": 2}, "file": "lung mnist.npz"}, "labels gives ill the number 2"),
             ({"folds": 3}, "folds"),
             ({"out": "lung mnist.npz"}, "is no description of a MedMNIST file, so it is not replaced"),
+            ({}, "should hold one .npz file; found lung mnist.npz, second.npz"),
         ],
     )
     def test_refuses(self, folder, options, message):
+        (folder / ("sub" if "out" in options else "second.npz")).write_bytes(b"")
         before = {path: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(InputError, match=message):
             read_collection("medmnist", folder, folder / options.pop("out", "out.json"), **options)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
-    def test_several_files_have_to_be_chosen_from(self, folder):
-        (folder / "second.npz").write_bytes(b"")
-        with pytest.raises(InputError, match=r"should hold one .npz file; found lung mnist.npz, second.npz"):
-            read_collection("medmnist", folder, folder / "out.json")
-        assert read_collection("medmnist", folder, folder / "out.json", file="lung mnist.npz").dataset.n_classes == 2
-
     @pytest.mark.parametrize(
-        ("content", "message"),
+        ("names", "file", "message"),
         [
-            ("{", "describes no MedMNIST file"),
-            ('{"name": "x", "medmnist": "none.npz", "class_names": ["a", "b"]}', "none.npz does not exist"),
-            ('{"name": "x", "medmnist": "lung mnist.npz", "class_names": ["a"]}', "names 1 classes"),
+            (["a", "b"], None, "describes no MedMNIST file"),
+            (["a", "b"], "none.npz", "none.npz does not exist"),
+            (["a"], "lung mnist.npz", "names 1 classes"),
         ],
     )
-    def test_a_wrong_description_is_refused(self, folder, content, message):
-        (folder / "bad.json").write_text(content)
+    def test_a_wrong_description_is_refused(self, folder, names, file, message):
+        write(folder / "bad.json", {"name": "x", "medmnist": file, "class_names": names})
         with pytest.raises(InputError, match=message):
             load_classification(folder / "bad.json")
 
@@ -704,7 +730,7 @@ class TestCommandLine:
 
         def build(name, *more):
             root = make(name)
-            return root, ["read", name, "--root", str(root), "--out", str(root.parent / "c.json"), *more]
+            return root, ["read", TREES[name][1], "--root", str(root), "--out", str(root.parent / "c.json"), *more]
 
         return build
 
@@ -725,6 +751,11 @@ class TestCommandLine:
         assert {subject.split for subject in load_collection(root.parent / "c.json").subjects} == {"train", "val"}
         with pytest.raises(SystemExit):
             main([*command, "--labels", "lesion"])
+
+    def test_the_challenge(self, words, capsys):
+        _, command = words("brats2023", "--no-check", "--challenge", "GLI-2024")
+        assert main(command) == 0
+        assert "objectives ET, NETC, RC, SNFH, All" in capsys.readouterr().out
 
     def test_a_report_replaces_nothing_but_a_report(self, words, capsys):
         root, command = words("csv", "--labels", "lesion=1", "--csv")

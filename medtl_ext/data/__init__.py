@@ -1,17 +1,16 @@
 """Collections of subjects, the tasks they pose, their integrity check, slices of volumes, and the brain phantom."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from medtl_ext.data.classification import ClassificationDataset, load_image_folder, load_medmnist
 from medtl_ext.data.collection import Collection, Subject, Task, load_collection, write_collection
+from medtl_ext.data.files import ChannelReader
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
+from medtl_ext.data.phantom import cached_phantom, generate_phantom
 from medtl_ext.data.readers import read_collection
 from medtl_ext.data.slices import SliceDataset
 from medtl_ext.data.splits import split_collection
 
 __all__ = [
+    "ChannelReader",
     "ClassificationDataset",
     "Collection",
     "IntegrityReport",
@@ -29,12 +28,3 @@ __all__ = [
     "split_collection",
     "write_collection",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the phantom when it is first asked for: it brings nilearn, which work on real data does not need."""
-    if name in ("cached_phantom", "generate_phantom"):
-        from medtl_ext.data import phantom
-
-        return getattr(phantom, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

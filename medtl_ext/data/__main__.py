@@ -1,7 +1,5 @@
 """Command line of the data room: ``python -m medtl_ext.data``, then ``check``, ``phantom``, ``read`` or ``split``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +11,8 @@ import pandas as pd
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import count_splits, load_collection, refuse_to_replace
 from medtl_ext.data.integrity import IntegrityReport, check_collection
-from medtl_ext.data.readers import READERS, read_collection
+from medtl_ext.data.phantom import generate_phantom
+from medtl_ext.data.readers import CHALLENGES, READERS, read_collection
 from medtl_ext.data.splits import FRACTIONS, split_collection
 
 
@@ -32,8 +31,6 @@ def phantom(out: str, **options: Any) -> int:
 
     The same seed gives the same images.
     """
-    from medtl_ext.data.phantom import generate_phantom  # brings nilearn, which the other commands do not need
-
     path = generate_phantom(out, **options)
     print(f"Synthetic collection written to {path}")
     print(f"Next: python -m medtl_ext.data check {path}")
@@ -95,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_split_options(option)
     option("--institutions", metavar="FILE", help="CSV file with columns subject and institution")
     option("--file", metavar="FILE", help="csv, datalist, medmnist: the list or the .npz to read")
-    option("--labels", nargs="+", type=_label, metavar="NAME=VALUE", help="csv, datalist, medmnist: what labels mean")
+    option("--labels", nargs="+", type=_label, metavar="NAME=VALUE", help="what values mean; not of all layouts")
     option("--modalities", nargs="+", metavar="NAME", help="datalist: of the images, in their order")
-    option("--et-label", type=int, choices=(3, 4), help="fets, brats: the value of enhancing tumour")
+    option("--challenge", choices=CHALLENGES, help="brats: whose labels they are, where files do not tell")
     option("--no-check", dest="check", action="store_false", help="do not read every file")
     option("--csv", metavar="FILE", help="also write what was left out, and the issues, as a table")
 
@@ -128,11 +125,8 @@ def _refuse_other_table(csv: str | None, collection: str) -> None:
     if csv and Path(csv).absolute() == Path(collection).absolute():
         raise InputError(f"--csv {csv} is the collection; give another file for the report.")
     if csv:
-        refuse_to_replace(csv, _is_report, "report of issues")
-
-
-def _is_report(path: Path) -> bool:
-    return pd.read_csv(path, nrows=0).columns[:2].tolist() in (["severity", "subject"], ["class", "train"])
+        reports = (["severity", "subject"], ["class", "train"])
+        refuse_to_replace(csv, lambda path: [*pd.read_csv(path, nrows=0)][:2] in reports, "report of issues")
 
 
 def _show(report: Any, found: IntegrityReport | None, csv: str | None) -> int:

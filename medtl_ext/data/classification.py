@@ -4,20 +4,18 @@ Everything that asks "which class is this image of?" is one `ClassificationDatas
 takes it from there: `ClassificationDataset.datalist` gives the dictionaries that its transforms and datasets expect.
 """
 
-from __future__ import annotations
-
-import json
 import logging
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from medtl_ext._validation import InputError, require_choice
@@ -84,7 +82,7 @@ class ClassificationDataset:
         """Number of images of each class in a split."""
         return np.bincount(self.labels[self.splits == split], minlength=self.n_classes).tolist()
 
-    def select(self, rows: np.ndarray) -> ClassificationDataset:
+    def select(self, rows: np.ndarray) -> Self:
         """The dataset of some of the images, given by a mask or by indices in the order wanted."""
         places = np.arange(len(self.labels))[rows]
         return replace(
@@ -149,34 +147,6 @@ def load_medmnist(path: str | os.PathLike[str]) -> ClassificationDataset:
     Reference: Yang et al., *MedMNIST v2*, Scientific Data 10, 2023.
     """
     path = Path(path)
-    content = _read_npz(path)
-    images, labels = zip(*(_medmnist_split(content, split, path) for split in SPLITS), strict=True)
-    splits = np.repeat(SPLITS, [len(part) for part in labels])
-    names = tuple(f"{split}/{place}" for split, part in zip(SPLITS, labels, strict=True) for place in range(len(part)))
-    labels = np.concatenate(labels)
-    class_names = tuple(map(str, content.get("class_names", range(labels[splits == "train"].max(initial=0) + 1))))
-    if labels.max(initial=0) >= len(class_names):
-        source = "class_names" if "class_names" in content else "training labels"
-        raise InputError(
-            f"{path} has label {labels.max()}, but {len(class_names)} classes by its {source}; correct it."
-        )
-    _require_classes(labels[splits == "train"], len(class_names), path)
-    subjects = None
-    if all(f"{split}_subjects" in content for split in SPLITS):
-        subjects = tuple(str(name) for split in SPLITS for name in content[f"{split}_subjects"])
-        if len(subjects) != len(labels):
-            raise InputError(f"{path} has {len(subjects)} subjects for {len(labels)} images; expected one for each.")
-        held = pd.Series(splits).groupby(np.array(subjects)).unique()
-        for subject, found in held[held.map(len) > 1].items():
-            where = " and ".join(f"'{split}'" for split in found)
-            raise InputError(f"{path}: subject '{subject}' is in {where}; keep it in one split.")
-    synthetic = bool(content.get("synthetic", False))
-    return ClassificationDataset(
-        path.stem, np.concatenate(images), labels, splits, class_names, subjects, names, synthetic
-    )
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the path of a MedMNIST .npz file.")
     try:
@@ -184,33 +154,59 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             content = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path} cannot be read as a .npz file of plain arrays ({error}).") from error
+    for fault in _faults(content):
+        raise InputError(f"{path} {fault}.")
+    parts = [content[f"{split}_labels"].reshape(-1).astype(np.int64) for split in SPLITS]
+    subjects = [str(name) for split in SPLITS for name in content.get(f"{split}_subjects", ())]
+    return ClassificationDataset(
+        name=path.stem,
+        images=np.concatenate([content[f"{split}_images"] for split in SPLITS]),
+        labels=np.concatenate(parts),
+        splits=np.repeat(SPLITS, [len(part) for part in parts]),
+        class_names=tuple(map(str, content.get("class_names", range(parts[0].max() + 1)))),
+        subjects=tuple(subjects) if len(subjects) == sum(map(len, parts)) else None,
+        names=tuple(f"{split}/{n}" for split, part in zip(SPLITS, parts, strict=True) for n in range(len(part))),
+        synthetic=bool(content.get("synthetic", False)),
+    )
+
+
+def _faults(content: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """What is wrong with the arrays of a MedMNIST file; what comes later holds only if nothing comes before."""
     needed = [f"{split}_{what}" for split in SPLITS for what in ("images", "labels")]
     if missing := [key for key in needed if key not in content]:
         found = ", ".join(sorted(content)) or "none"
-        raise InputError(f"{path} has no '{missing[0]}'; found the keys {found}, expected {', '.join(needed)}.")
-    return content
+        yield f"has no '{missing[0]}'; found the keys {found}, expected {', '.join(needed)}"
+    labels = {split: content[f"{split}_labels"].reshape(-1) for split in SPLITS}
+    for split, part in labels.items():
+        images = content[f"{split}_images"]
+        if images.ndim < 3 or images.shape[3:] not in ((), (3,)) or images.dtype != np.uint8:
+            expected = "expected uint8, N x H x W or N x H x W x 3 (2D)"
+            yield f"holds {split}_images of {images.dtype} and shape {images.shape}; {expected}"
+        if len(part) != len(images):
+            expected = "expected one for each (of multi-label data, as ChestMNIST, give a checkpoint as a source)"
+            yield f"holds {len(part)} {split}_labels for {len(images)} images; {expected}"
+        if part.size and (not np.issubdtype(part.dtype, np.integer) or part.min() < 0):
+            yield f"holds {split}_labels of {part.dtype} values from {part.min()}; expected classes 0, 1, 2, ..."
+    names = content.get("class_names", range(int(labels["train"].max(initial=0)) + 1))
+    highest = max(part.max(initial=0) for part in labels.values())
+    if highest >= len(names):
+        yield f"has label {highest}, but {len(names)} classes by its class_names or training labels; correct it"
+    yield from _class_faults(labels["train"], len(names))
+    if all(f"{split}_subjects" in content for split in SPLITS):
+        patients = pd.concat({split: pd.Series(content[f"{split}_subjects"]) for split in SPLITS}, names=["split"])
+        n_images = sum(map(len, labels.values()))
+        if len(patients) != n_images:
+            yield f"has {len(patients)} subjects for {n_images} images; expected one for each"
+        held = patients.reset_index("split").groupby(0).split.unique()
+        for subject, splits in held[held.map(len) > 1].items():
+            yield f"has subject '{subject}' in {' and '.join(map(repr, splits))}; keep it in one split"
 
 
-def _medmnist_split(content: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = content[f"{split}_images"], content[f"{split}_labels"].reshape(-1)
-    where = f"{path}: {split}_"
-    if images.ndim < 3 or images.shape[3:] not in ((), (3,)) or images.dtype != np.uint8:
-        expected = "expected uint8, N x H x W or N x H x W x 3 (2D)"
-        raise InputError(f"{where}images is {images.dtype} of shape {images.shape}; {expected}.")
-    if len(labels) != len(images):
-        expected = "expected one for each (of multi-label data, as ChestMNIST, give a checkpoint as a source)"
-        raise InputError(f"{where}labels holds {len(labels)} labels for {len(images)} images; {expected}.")
-    if labels.size and (not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0):
-        found = f"{labels.dtype} values from {labels.min()}"
-        raise InputError(f"{where}labels holds {found}; expected classes 0, 1, 2, ...")
-    return images, labels.astype(np.int64)
-
-
-def _require_classes(training: np.ndarray, n_classes: int, path: Path) -> None:
+def _class_faults(training: np.ndarray, n_classes: int) -> Iterator[str]:
     present = len(np.unique(training))
     if not 2 <= present == n_classes:
         found = f"training images of {present} of its {n_classes} class(es)"
-        raise InputError(f"{path} has {found}; expected all, and two or more to tell apart.")
+        yield f"has {found}; expected all, and two or more to tell apart"
 
 
 def load_image_folder(path: str | os.PathLike[str], *, size: int | None = None) -> ClassificationDataset:
@@ -245,7 +241,8 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int | None = None) 
     ]
     labels = np.array([label for _, label, _ in files], dtype=np.int64)
     splits = np.array([split for *_, split in files], dtype=str) if has_splits else _drawn_splits(labels)
-    _require_classes(labels[splits == "train"], len(classes), path)
+    for fault in _class_faults(labels[splits == "train"], len(classes)):
+        raise InputError(f"{path} {fault}.")
     images = [read_image(file, size) for file, *_ in tqdm(files, "reading images", disable=None)]
     if len({image.shape[:2] for image in images}) > 1:
         raise InputError(f"{path} holds images of several sizes; give size=... to bring them to one.")
@@ -271,16 +268,23 @@ def load_classification(path: str | os.PathLike[str], *, size: int | None = None
     if path.suffix != ".json":
         return load_medmnist(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        file, names = path.parent / content["medmnist"], tuple(map(str, content["class_names"]))
-        name = str(content["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        described = _Described.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         hint = "write one with python -m medtl_ext.data read medmnist"
-        raise InputError(f"{path} describes no MedMNIST file ({error!r}); {hint}.") from error
+        raise InputError(f"{path} describes no MedMNIST file; {hint}.") from error
+    names, file = described.class_names, path.parent / described.medmnist
     dataset = load_medmnist(file)
     if len(names) != dataset.n_classes:
         raise InputError(f"{path} names {len(names)} classes, {file} has {dataset.n_classes}; correct the names.")
-    return replace(dataset, name=name, class_names=names)
+    return replace(dataset, name=described.name, class_names=tuple(names))
+
+
+class _Described(BaseModel):
+    """What ``data read medmnist`` writes."""
+
+    name: str
+    medmnist: str
+    class_names: list[str]
 
 
 def _drawn_splits(labels: np.ndarray) -> np.ndarray:

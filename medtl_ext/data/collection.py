@@ -23,6 +23,7 @@ from pydantic import (
     StrictBool,
     StrictInt,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
@@ -40,14 +41,17 @@ PathLike = str | os.PathLike[str]
 class Task:
     """The question "find this objective, on this modality, at this institution", written ``13-T1-ED``.
 
-    The name is read from the right, so an institution may contain hyphens; a modality or an objective may not.
+    The name is read from the right, so an institution may contain hyphens; a modality or an objective may not. Several
+    channels are joined by ``+``, in the order in which a network gets them: ``13-T1+FLAIR-ED``.
 
     Raises:
-        InputError: the name does not have three parts.
+        InputError: the name does not have three parts, or a channel is named twice.
 
     >>> task = Task("St-Olav-T1-ED")
     >>> task.institution, task.modality, task.objective
     ('St-Olav', 'T1', 'ED')
+    >>> Task("CHASE-R+G+B-Vessel").channels
+    ('R', 'G', 'B')
     >>> Task.of("13", "FLAIR", "WMH") == Task("13-FLAIR-WMH")
     True
     """
@@ -58,6 +62,10 @@ class Task:
         parts = str(self.name).rsplit("-", 2)
         if len(parts) != 3 or not all(parts):
             raise InputError(f"task {self.name!r} is not of the form institution-modality-objective, such as 13-T1-ED.")
+        try:
+            channels_of(parts[1])
+        except ValueError as error:
+            raise InputError(f"task {self.name!r}: {error}") from error
 
     @classmethod
     def of(cls, institution: str, modality: str, objective: str) -> Task:
@@ -76,6 +84,11 @@ class Task:
         return self.name.rsplit("-", 2)[1]
 
     @property
+    def channels(self) -> tuple[str, ...]:
+        """The images of a patient that a network gets at once: of ``T1`` one, of ``R+G+B`` three."""
+        return channels_of(self.modality)
+
+    @property
     def objective(self) -> str:
         return self.name.rsplit("-", 2)[2]
 
@@ -83,10 +96,42 @@ class Task:
         return self.name
 
 
+def channels_of(name: str) -> tuple[str, ...]:
+    """The channels that a name joins by ``+``: of a task, or of one file that holds them all, in this order."""
+    channels = tuple(name.split("+"))
+    if not all(channels) or len(set(channels)) < len(channels):
+        raise ValueError(f"channels {name} must each have a name, none twice, such as R+G+B.")
+    return channels
+
+
 def _part_of_a_task(name: str) -> str:
     if not name or "-" in name:
         raise ValueError("the name must not be empty or contain '-', which separates the parts of a task.")
     return name
+
+
+def _channels_once(images: dict[str, Path]) -> dict[str, Path]:
+    channels = [channel for name in images for channel in channels_of(name)]
+    if twice := [channel for channel in channels if channels.count(channel) > 1]:
+        raise ValueError(f"two files hold channel {twice[0]}; name every channel once.")
+    return images
+
+
+class Colour(int):
+    """A colour of a mask as one number, red x 65536 + green x 256 + blue."""
+
+    @classmethod
+    def of(cls, rgb: Any) -> Colour:
+        if len(rgb) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in rgb) or not any(rgb):
+            raise ValueError(f"a colour must be [red, green, blue], each 0 to 255, and not black; found {rgb}.")
+        return cls(rgb[0] << 16 | rgb[1] << 8 | rgb[2])
+
+    def __repr__(self) -> str:
+        return str([self >> 16, self >> 8 & 255, self & 255])
+
+
+def _colour_or(value: Any, number: Callable[[Any], int]) -> int:
+    return Colour.of(value) if isinstance(value, list | tuple) else number(value)
 
 
 def _beside_the_collection(file: Any, info: Any) -> Path:
@@ -102,33 +147,57 @@ def _as_group(values: Any) -> Any:
 def _of_different_values(label: dict[str, int]) -> dict[str, int]:
     if len(set(label.values())) < len(label):
         raise ValueError(f"two names share a value in {label}; give every name its own.")
+    if len({type(value) for value in label.values()}) > 1:
+        raise ValueError(f"{label} mixes numbers and colours; a file holds either.")
     return label
+
+
+def _name_or(value: Any, number: Callable[[Any], int]) -> int | str:
+    return value if isinstance(value, str) else number(value)
 
 
 _Text = Annotated[str, Field(min_length=1)]
 _Name = Annotated[str, AfterValidator(_part_of_a_task)]
 _File = Annotated[Path, BeforeValidator(_beside_the_collection)]
 _Value = Annotated[StrictInt, Field(ge=1)]  # 0 is background
-_Group = Annotated[list[_Value], BeforeValidator(_as_group), Field(min_length=1)]
-_Label = Annotated[dict[str, _Value], Field(min_length=1), AfterValidator(_of_different_values)]
+_ValueOrName = Annotated[
+    _Value, WrapValidator(lambda value, number: value if isinstance(value, str) else number(value))
+]
+_Group = Annotated[list[_ValueOrName], BeforeValidator(_as_group), Field(min_length=1)]
+_Declared = Annotated[_Value, WrapValidator(_colour_or)]
+_Label = Annotated[dict[str, _Declared], Field(min_length=1), AfterValidator(_of_different_values)]
 
 
 class Subject(BaseModel, frozen=True):
     """One scan of a patient: where the images (by modality) and label files (by name) are.
 
-    ``patient`` is who it is of, where the collection says so; otherwise every subject is a patient.
+    A name such as ``R+G+B`` says which channels one file holds. ``patient`` is who it is of, where the collection says
+    so; otherwise every subject is a patient.
     """
 
     id: _Text
     institution: _Text
     split: Split | None = None  # of a collection that was loaded, never None
-    images: dict[_Name, _File]
+    images: Annotated[dict[_Name, _File], AfterValidator(_channels_once)]
     labels: dict[str, _File]
     patient: str | None = None
 
+    @property
+    def group(self) -> str:
+        """Who it is of: scans of one patient are never apart."""
+        return self.patient or self.id
+
+    def channels(self) -> dict[str, str]:
+        """Channel -> its file, as `ChannelReader` takes it: of a file of several with its number."""
+        return {
+            channel: f"{path}#{number}/{len(names)}" if len(names) > 1 else str(path)
+            for path, names in ((path, channels_of(name)) for name, path in self.images.items())
+            for number, channel in enumerate(names)
+        }
+
 
 class Objective(BaseModel, frozen=True):
-    """What to segment: a label file, and for every foreground class its values in that file."""
+    """What to segment: a label file, and for every foreground class its values in that file, or their names."""
 
     label: str
     values: Annotated[list[_Group], Field(min_length=1)]
@@ -140,7 +209,7 @@ def _settle_splits(subjects: list[Subject]) -> list[Subject]:
     written: dict[str, str | None] = {}
     institutions: dict[str, dict[str, None]] = {}
     for subject in subjects:
-        patient, split = subject.patient or subject.id, subject.split
+        patient, split = subject.group, subject.split
         if written.setdefault(patient, split) != split:
             raise InputError(
                 f"patient '{patient}' (subject '{subject.id}') is in splits '{written[patient]}' and '{split}'; keep "
@@ -161,7 +230,7 @@ def _settle_splits(subjects: list[Subject]) -> list[Subject]:
     drawn: dict[str, str] = {}  # a patient seen at two institutions stays where it was drawn first
     for patients in institutions.values():
         drawn = dict(zip(shuffled(patients), cycle(("train", "val", "test", "train")), strict=False)) | drawn
-    return [subject.model_copy(update={"split": drawn[subject.patient or subject.id]}) for subject in subjects]
+    return [subject.model_copy(update={"split": drawn[subject.group]}) for subject in subjects]
 
 
 def count_splits(subjects: Iterable[Subject]) -> str:
@@ -178,7 +247,8 @@ def shuffled(names: Iterable[str], seed: int = 0) -> list[str]:
 class Collection(BaseModel, frozen=True):
     """Subjects with images and labels, and the objectives that can be asked of them; made by `load_collection`.
 
-    ``labels`` maps each label file's name to its declared values, as ``{"tumour": {"ED": 1, "ET": 2}}``.
+    ``labels`` maps each label file's name to its declared values, as ``{"tumour": {"ED": 1, "ET": 2}}``, or to colours.
+    ``missing`` says what happens to a patient who has some channels of a task and not all.
     """
 
     path: Path
@@ -186,6 +256,7 @@ class Collection(BaseModel, frozen=True):
     description: str = ""
     license: str = ""
     synthetic: StrictBool = False
+    missing: Literal["refuse", "skip"] = "refuse"
     labels: dict[str, _Label]
     objectives: Annotated[dict[_Name, Objective], Field(min_length=1)]
     subjects: Annotated[list[Subject], Field(min_length=1), AfterValidator(_settle_splits)]
@@ -195,11 +266,13 @@ class Collection(BaseModel, frozen=True):
         for name, objective in self.objectives.items():
             where = f"objective '{name}'"
             declared = self.labels[require_choice(f"{where}: label", objective.label, self.labels)]
-            values = [value for group in objective.values for value in group]
+            groups = [[declared.get(value, value) for value in group] for group in objective.values]
+            self.objectives[name] = objective.model_copy(update={"values": groups})
+            values = [value for group in groups for value in group]
             if not set(values) <= set(declared.values()) or len(set(values)) < len(values):
                 raise InputError(
                     f"{where}: values must be declared for label '{objective.label}' ({declared}), and each be there "
-                    f"once, such as [1, [2, 3]]; found {objective.values}."
+                    f"once, such as [1, [2, 3]], or by their names; found {objective.values}."
                 )
         for subject in self.subjects:
             for label in subject.labels:
@@ -212,17 +285,21 @@ class Collection(BaseModel, frozen=True):
 
     @property
     def modalities(self) -> list[str]:
-        return list(dict.fromkeys(modality for subject in self.subjects for modality in subject.images))
+        """Every channel that some subject has."""
+        return list(dict.fromkeys(channel for names in self._names() for channel in channels_of(names)))
+
+    def _names(self) -> dict[str, None]:
+        return dict.fromkeys(name for subject in self.subjects for name in subject.images)
 
     @cached_property
     def fingerprint(self) -> str:
         """Twelve characters that change with the file's content or with the size of any image or label."""
         files = (file for subject in self.subjects for file in (*subject.images.values(), *subject.labels.values()))
-        sizes = [file.stat().st_size if file.is_file() else None for file in files]
+        sizes = [_size(file) for file in files]
         return hashlib.sha256(self.path.read_bytes() + json.dumps(sizes).encode()).hexdigest()[:12]
 
     def tasks(self) -> list[Task]:
-        """Every task that at least one subject has both the image and the label file for."""
+        """Every task of one channel that at least one subject has both the image and the label file for."""
         tasks = (Task.of(*parts) for parts in product(self.institutions, self.modalities, self.objectives))
         return [task for task in tasks if self.subjects_of(task)]
 
@@ -230,17 +307,39 @@ class Collection(BaseModel, frozen=True):
         """The subjects of the task's institution that have its modality and its label file, in all splits.
 
         Raises:
-            InputError: the collection does not know the institution, the modality or the objective.
+            InputError: the collection does not know the institution, a channel or the objective; or a subject has some
+                channels of the task and not all, and the collection does not say ``"missing": "skip"``.
         """
         task = Task(str(task))
         require_choice("institution", task.institution, self.institutions)
-        require_choice("modality", task.modality, self.modalities)
-        label = self._objective(task).label
-        return [
-            subject
-            for subject in self.subjects
-            if subject.institution == task.institution and task.modality in subject.images and label in subject.labels
-        ]
+        for channel in task.channels:
+            self._require_channel(channel)
+        label, channels = self._objective(task).label, set(task.channels)
+        subjects, partly = [], []
+        for subject in self.subjects:
+            if subject.institution != task.institution or label not in subject.labels:
+                continue
+            missing = channels.difference(*map(channels_of, subject.images))
+            if not missing:
+                subjects.append(subject)
+            elif missing < channels:
+                partly.append(f"subject '{subject.id}' has no {' and no '.join(sorted(missing))}")
+        if partly and self.missing == "refuse":
+            more = f" (and {len(partly) - 1} more are without a channel)" if len(partly) > 1 else ""
+            raise InputError(
+                f"{partly[0]}, which task {task} needs{more}; add the files to {self.path}, choose other channels, or "
+                'write "missing": "skip" there to leave such subjects out.'
+            )
+        return subjects
+
+    def _require_channel(self, channel: str) -> None:
+        files = [name for name in self._names() if len(channel) == 1 and channel in name]
+        if channel not in self.modalities and files:  # R of a file that is called RGB
+            raise InputError(
+                f"modality '{channel}' is unknown; the collection holds {', '.join(files)}: if that is one file of "
+                "several channels, name each in the collection, such as R+G+B."
+            )
+        require_choice("modality", channel, self.modalities)
 
     def datalist(self, task: Task | str, split: str) -> list[dict[str, str]]:
         """The task's subjects in one split, as MONAI transforms take them.
@@ -250,33 +349,39 @@ class Collection(BaseModel, frozen=True):
             split: ``train``, ``val`` or ``test``.
 
         Returns:
-            One dictionary a subject: ``image`` and ``label`` (absolute paths), ``subject`` and ``institution``; where
-            the collection names patients also ``patient``, whom scores are averaged over and resampled by.
+            One dictionary a subject: ``image`` and ``label`` (absolute paths; of several channels a list; see
+            `ChannelReader`), ``subject`` and ``institution``; where the collection names patients also ``patient``,
+            whom scores are averaged over and resampled by.
 
         Raises:
             InputError: an unknown task or split, or no subject in it.
         """
         require_choice("split", split, SPLITS)
         task, subjects = Task(str(task)), self.subjects_of(task)
-        modality, label = task.modality, self._objective(task).label
+        label = self._objective(task).label
         named = any(subject.patient for subject in self.subjects)
         datalist = [
             {
-                "image": str(subject.images[modality]),
-                "label": str(subject.labels[label]),
+                "image": _one_or_all([subject.channels()[channel] for channel in task.channels]),
+                "label": self.label_file(subject, label),
                 "subject": subject.id,
                 "institution": subject.institution,
             }
-            | ({"patient": subject.patient or subject.id} if named else {})
+            | ({"patient": subject.group} if named else {})
             for subject in subjects
             if subject.split == split
         ]
         if not datalist:
             raise InputError(
-                f"task {task} has no subject in split '{split}' of {self.path} (subjects with {modality} and label "
-                f"'{label}': {count_splits(subjects)}); choose another task or split, or add subjects."
+                f"task {task} has no subject in split '{split}' of {self.path} (subjects with {task.modality} and "
+                f"label '{label}': {count_splits(subjects)}); choose another task or split, or add subjects."
             )
         return datalist
+
+    def label_file(self, subject: Subject, label: str) -> str:
+        """As `ChannelReader` takes it."""
+        colours = any(isinstance(value, Colour) for value in self.labels[label].values())
+        return f"{subject.labels[label]}{'#rgb' if colours else ''}"
 
     def class_names(self, task: Task | str) -> list[str]:
         """Names of the foreground classes in order; an objective of one class lends it its own name."""
@@ -296,6 +401,17 @@ class Collection(BaseModel, frozen=True):
 
     def _objective(self, task: Task | str) -> Objective:
         return self.objectives[require_choice("objective", Task(str(task)).objective, self.objectives)]
+
+
+def _one_or_all(files: list[str]) -> str | list[str]:
+    return files if len(files) > 1 else files[0]
+
+
+def _size(file: Path) -> int | list[int] | None:
+    """Of a file, or of those of a DICOM series."""
+    if file.is_dir():
+        return sorted(inner.stat().st_size for inner in file.iterdir())
+    return file.stat().st_size if file.is_file() else None
 
 
 def load_collection(path: PathLike) -> Collection:

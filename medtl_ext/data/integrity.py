@@ -1,33 +1,24 @@
 """Look at every file of a collection before anything long runs on it."""
 
-from __future__ import annotations
-
-import gzip
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import joblib
-import nibabel
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
-from medtl_ext._io import write_csv
+from medtl_ext._io import suffix_of, write_csv
 from medtl_ext._validation import InputError
-from medtl_ext.data.collection import Collection, Subject, Task
+from medtl_ext.data.collection import Collection, Colour, Subject, Task, channels_of
+from medtl_ext.data.duplicates import near_identical, thumbnail
+from medtl_ext.data.files import LOSSY, SAME_AFFINE_MM, Unusable, for_each, read_channels
 
-__all__ = ["IntegrityReport", "Issue", "check_collection", "require_volumes"]
-
-# Every thread holds a volume or two: more of them would read no faster and could fill the memory of a large machine.
-_MAX_THREADS = 8
-
-# Headers keep affines in float32, so two tools rarely agree to the last digit.
-_SAME_AFFINE_MM = 1e-3
+__all__ = ["IntegrityReport", "Issue", "check_collection"]
 
 
 class Issue(NamedTuple):
@@ -90,10 +81,10 @@ def check_collection(
 ) -> IntegrityReport:
     """Read every file of a collection in full and report what would spoil training or evaluation.
 
-    Errors: a file that is missing, unreadable or truncated, or not a single 3D volume; NaN or infinite values; a label
-    with fractional or undeclared values, or on another grid than an image; one image under two subjects of different
-    splits; no training subject with foreground. Warnings: one image under two subjects of the same split, an image of
-    one value, and a subject without foreground.
+    Errors: a file that is missing, unreadable or truncated, or not what `ChannelReader` takes; NaN, infinity; a
+    label with fractional or undeclared values, in a lossy format, or on another grid than an image; one image under two
+    subjects of different splits; no training subject with foreground. Warnings: one image under two subjects of the
+    same split, almost the same image under patients of two, an image of one value, a subject without foreground.
 
     Args:
         collection: from `load_collection`.
@@ -108,42 +99,13 @@ def check_collection(
     """
     chosen = collection.tasks() if tasks is None else [Task(str(task)) for task in tasks]
     files = _list_files(collection, None if tasks is None else chosen)
-    scans = _for_each(lambda file: _scan(file, collection.labels), files, progress=progress)
+    scans = for_each(lambda file: _scan(file, collection.labels), files, progress=progress)
     readable = [scan for scan in scans if scan.shape is not None]
-    issues = [
-        *chain.from_iterable(scan.issues for scan in scans),
-        *_grid_issues(readable),
-        *_duplicate_issues(readable),
-        *_foreground_issues(collection, chosen, readable),
-    ]
+    _compare_grids(readable)
+    _find_twins(readable)
+    unseen = list(_find_foreground(collection, chosen, readable))
+    issues = [*chain.from_iterable(scan.issues for scan in scans), *unseen]
     return IntegrityReport(collection.path, len({scan.subject.id for scan in scans}), len(scans), issues)
-
-
-def require_volumes(paths: Sequence[Path], *, progress: bool = False) -> None:
-    """Refuse files that are not each one 3D volume, before a long run meets them; every byte is read.
-
-    Raises:
-        InputError: some are unreadable, truncated or of another shape; it names the first.
-    """
-
-    def problem(path: Path) -> str | None:
-        try:
-            _read_volume(path)
-        except _Unusable as reason:
-            return f"{path}: {'; '.join(reason.args)}"
-        return None
-
-    problems = [found for found in _for_each(problem, paths, progress=progress) if found]
-    if problems:
-        more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
-        raise InputError(problems[0] + more)
-
-
-def _for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: bool) -> list[Any]:
-    """What ``read`` returns of each file, several read at a time."""
-    threads = joblib.Parallel(min(_MAX_THREADS, joblib.cpu_count()), require="sharedmem", return_as="generator")
-    jobs = threads(joblib.delayed(read)(file) for file in files)
-    return list(tqdm(jobs, "checking files", total=len(files), unit="file", disable=None if progress else True))
 
 
 @dataclass
@@ -152,98 +114,82 @@ class _Scan:
 
     subject: Subject
     kind: Literal["image", "label"]
-    name: str  # of the modality, or of the label
+    name: str  # of the modality or the channels of the file, or of the label
     path: Path
+    parts: list[str]  # as `read_channels` takes them
     shown: str  # the path below the collection's folder
     issues: list[Issue] = field(default_factory=list)
     shape: tuple[int, ...] | None = None  # of a 3D volume that could be read
     affine: np.ndarray | None = None
     values: frozenset[float] | None = None  # of a label
     digest: str | None = None  # of an image, unless it is constant
+    thumbnail: np.ndarray | None = None
 
-    def issue(self, severity: Literal["error", "warning"], problem: str, advice: str) -> Issue:
-        return Issue(severity, self.subject.id, self.shown, problem, advice)
+    def note(self, severity: Literal["error", "warning"], problem: str, advice: str) -> None:
+        self.issues.append(Issue(severity, self.subject.id, self.shown, problem, advice))
 
 
 def _list_files(collection: Collection, tasks: Sequence[Task] | None) -> list[_Scan]:
     """All files of the collection, or those that the tasks use."""
     folder = collection.path.parent
-    files = [
-        _Scan(subject, kind, name, path, str(path.relative_to(folder) if path.is_relative_to(folder) else path))
-        for subject in collection.subjects
-        for kind, paths in (("image", subject.images), ("label", subject.labels))
-        for name, path in paths.items()
-    ]
-    if tasks is None:
-        return files
     wanted = {
         (subject.id, *used)
-        for task in tasks
+        for task in tasks or ()
         for subject in collection.subjects_of(task)
-        for used in (("image", task.modality), ("label", collection.objectives[task.objective].label))
+        for used in (
+            *(("image", name) for name in subject.images if not {*channels_of(name)}.isdisjoint(task.channels)),
+            ("label", collection.objectives[task.objective].label),
+        )
     }
-    return [file for file in files if (file.subject.id, file.kind, file.name) in wanted]
-
-
-class _Unusable(Exception):
-    """The problem, and what to do about it."""
-
-
-def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine of a file that holds one 3D volume of numbers, every byte of it read."""
-    if not path.is_file():
-        raise _Unusable("the file does not exist", "correct its path in the collection, or restore it")
-    try:
-        image = nibabel.load(path)
-        if path.suffix == ".gz":
-            # nibabel stops at the last voxel; decompressing everything also compares the checksum behind it.
-            image = image.from_bytes(gzip.decompress(path.read_bytes()))
-        voxels, affine = np.asanyarray(image.dataobj), image.affine
-    except Exception as error:  # a broken file fails in a dozen ways, and none of them may end the check
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise _Unusable(f"the file cannot be read ({reason})", "copy or convert it again") from error
-    if voxels.shape[3:] == (1,):  # as Analyze files often have it; MONAI takes it as the channel
-        voxels = voxels[..., 0]
-    if voxels.ndim != 3 or voxels.size == 0 or voxels.dtype.kind not in "biuf":
-        problem = f"the volume has shape {voxels.shape} and voxels of type {voxels.dtype}"
-        raise _Unusable(problem, "store one 3D volume of numbers a file")
-    return voxels, affine
+    found = []
+    for subject in collection.subjects:
+        channels = subject.channels()
+        parts = {("image", name): [channels[one] for one in channels_of(name)] for name in subject.images}
+        parts |= {("label", name): [collection.label_file(subject, name)] for name in subject.labels}
+        for (kind, name), of_file in parts.items():
+            path = (subject.images if kind == "image" else subject.labels)[name]
+            shown = str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+            if tasks is None or (subject.id, kind, name) in wanted:
+                found.append(_Scan(subject, kind, name, path, of_file, shown))
+    return found
 
 
 def _scan(scan: _Scan, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
     """Read one file and look at it by itself."""
-
-    def note(*issue: str) -> None:
-        scan.issues.append(scan.issue(*issue))
-
     try:
-        voxels, scan.affine = _read_volume(scan.path)
-    except _Unusable as reason:
-        note("error", *reason.args)
+        voxels, meta = read_channels(scan.parts, every_byte=True)
+    except Unusable as error:
+        scan.note("error", error.problem, error.advice)
         return scan
-    scan.shape = voxels.shape
+    scan.shape, scan.affine = voxels.shape[1:], meta["affine"]
+    if scan.kind == "label" and suffix_of(scan.path) in LOSSY:
+        scan.note("error", "a JPEG changes the values of a mask", "draw it again, or export it as PNG")
+    if scan.kind == "image" and meta.get("mode") == "P":
+        scan.note("error", "its pixels are numbers of a palette", "save it as grey or RGB")
     if not np.isfinite(voxels).all():
-        note("error", "it holds NaN or infinite values", "replace them, or leave the subject out")
+        scan.note("error", "it holds NaN or infinite values", "replace them, or leave the subject out")
     elif scan.kind == "label":
         declared, scan.values = labels[scan.name], frozenset(np.unique(voxels).tolist())
+        shown = Colour if scan.parts[0].endswith("#rgb") else "{:g}".format
         fractional = sorted(value for value in scan.values if value != round(value))
         undeclared = sorted(scan.values - {0, *declared.values()} - set(fractional))
         if fractional:
             problem = f"the label holds fractional values, such as {fractional[0]:g}"
-            note("error", problem, "resample labels with nearest-neighbour interpolation")
+            scan.note("error", problem, "resample labels with nearest-neighbour interpolation")
         if undeclared:
-            found = ", ".join(f"{value:g}" for value in undeclared[:5]) + (", ..." if len(undeclared) > 5 else "")
+            found = ", ".join(str(shown(value)) for value in undeclared[:5]) + (", ..." if len(undeclared) > 5 else "")
             problem = f"the label holds undeclared values {found} (declared: {declared})"
-            note("error", problem, f"declare them under labels '{scan.name}', or correct the file")
+            scan.note("error", problem, f"declare them under labels '{scan.name}', or correct the file")
     elif voxels.min() == voxels.max():
         problem = f"every voxel of the image is {voxels.flat[0]:g}"
-        note("warning", problem, "look at it, and leave the subject out if it is empty")
+        scan.note("warning", problem, "look at it, and leave the subject out if it is empty")
     else:
-        scan.digest = joblib.hash(np.asarray(voxels, dtype=np.float32))
+        scan.digest = joblib.hash(np.asarray(voxels[0] if len(voxels) == 1 else voxels, dtype=np.float32))
+        scan.thumbnail = thumbnail(voxels.mean(0))
     return scan
 
 
-def _grid_issues(scans: Sequence[_Scan]) -> Iterator[Issue]:
+def _compare_grids(scans: Sequence[_Scan]) -> None:
     """Every image is compared with every label of its subject."""
     labels = defaultdict(list)
     for scan in scans:
@@ -254,43 +200,48 @@ def _grid_issues(scans: Sequence[_Scan]) -> Iterator[Issue]:
         for label in labels[image.subject.id] if image.kind == "image" else ():
             against = f"of label '{label.name}'"
             if image.shape != label.shape:
-                problem = f"image shape {image.shape} differs from shape {label.shape} {against}"
-                yield image.issue("error", problem, advice)
-            elif not np.allclose(image.affine, label.affine, atol=_SAME_AFFINE_MM):
+                image.note("error", f"image shape {image.shape} differs from shape {label.shape} {against}", advice)
+            elif not np.allclose(image.affine, label.affine, atol=SAME_AFFINE_MM):
                 apart = np.abs(image.affine - label.affine).max()
-                problem = f"the image's affine differs from that {against} by up to {apart:.3g} mm"
-                yield image.issue("error", problem, advice)
+                image.note("error", f"the image's affine differs from that {against} by up to {apart:.3g} mm", advice)
 
 
-def _duplicate_issues(scans: Sequence[_Scan]) -> Iterator[Issue]:
-    """The same voxels under two subject ids, each later one against the first."""
+def _find_twins(scans: Sequence[_Scan]) -> None:
+    """The same voxels under two subject ids, each later one against the first; almost the same in two splits."""
     first: dict[str, _Scan] = {}
     for scan in scans:
         twin = first.setdefault(scan.digest, scan) if scan.digest else scan
-        if scan.subject.id == twin.subject.id:
-            continue
-        splits = twin.subject.split, scan.subject.split
-        where = f"both in {splits[0]}" if splits[0] == splits[1] else f"in {splits[0]} and {splits[1]}"
-        problem = f"the image is identical to {twin.name} of subject {twin.subject.id} ({where})"
-        severity = "warning" if splits[0] == splits[1] else "error"
-        yield scan.issue(severity, problem, "list a patient once, or all its scans in one split")
+        if scan.subject.id != twin.subject.id:
+            one, other = twin.subject.split, scan.subject.split
+            severity, where = ("warning", f"both in {one}") if one == other else ("error", f"in {one} and {other}")
+            problem = f"the image is identical to {twin.name} of subject {twin.subject.id} ({where})"
+            scan.note(severity, problem, "list a patient once, or all its scans in one split")
+    by_name = defaultdict(list)
+    for scan in first.values():
+        by_name[scan.name].append(scan)
+    for images in by_name.values():
+        pairs = near_identical([scan.thumbnail for scan in images], [scan.subject.group for scan in images])
+        for one, other, correlation in sorted(pairs, key=lambda pair: -pair[2]):
+            scan, twin = images[other], images[one]
+            if scan.subject.split != twin.subject.split:
+                where = f"{twin.shown} of subject {twin.subject.id} (in {twin.subject.split} and {scan.subject.split})"
+                problem = f"the image is almost the same as {where}; thumbnails correlate by {correlation:.3f}"
+                scan.note("warning", problem, "look at both: if of one patient, name it as 'patient' of both")
 
 
-def _foreground_issues(collection: Collection, tasks: Sequence[Task], scans: Sequence[_Scan]) -> Iterator[Issue]:
-    """Subjects without foreground, and objectives that no training subject of an institution shows."""
+def _find_foreground(collection: Collection, tasks: Sequence[Task], scans: Sequence[_Scan]) -> Iterator[Issue]:
+    """Note subjects without foreground; yield the objectives that no training subject of an institution shows."""
     for institution, name in dict.fromkeys((task.institution, task.objective) for task in tasks):
         objective = collection.objectives[name]
         foreground = {value for group in objective.values for value in group}
-        shown = []  # whether each training subject does
-        for scan in scans:
-            if scan.values is None or (scan.name, scan.subject.institution) != (objective.label, institution):
-                continue
+        of = [scan for scan in scans if (scan.name, scan.subject.institution) == (objective.label, institution)]
+        labels = [scan for scan in of if scan.values is not None]
+        for scan in labels:
             if not foreground & scan.values:
                 advice = f"nothing to do if {name} is absent in this patient"
-                yield scan.issue("warning", f"no voxel of objective {name}", advice)
-            if scan.subject.split == "train":
-                shown.append(bool(foreground & scan.values))
-        if shown and not any(shown):
-            problem = f"none of the {len(shown)} training subjects of institution {institution} shows objective {name}"
+                scan.note("warning", f"no voxel of objective {name}", advice)
+        training = [scan for scan in labels if scan.subject.split == "train"]
+        if training and not any(foreground & scan.values for scan in training):
+            shown = f"training subjects of institution {institution} shows objective {name}"
             advice = "correct the objective's values, or move subjects that show it to train"
-            yield Issue("error", "", "", problem, advice)
+            yield Issue("error", "", "", f"none of the {len(training)} {shown}", advice)

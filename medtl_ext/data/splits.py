@@ -1,7 +1,5 @@
 """Patient-wise splits and folds, written into the collection: who has the file trains on the same patients."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
 from medtl_ext._validation import InputError
@@ -59,11 +58,11 @@ def draw_splits(
             f"split fractions {list(fractions)} must be three, of train, val and test, at least 0 (train above 0) and "
             "sum to 1, such as 0.6 0.2 0.2."
         )
-    held_out = _held_out(subjects)
+    held_out, strata = _patients(subjects, seed)
     if held_out:
         shares = np.array([*shares[:2], 0]) / shares[:2].sum()
     splits = dict.fromkeys(held_out, "test")
-    for patients in _strata(subjects, without=held_out, seed=seed).values():
+    for patients in strata.values():
         splits |= dict(zip(patients, _deal(len(patients), shares), strict=True))
     return [{**entry, "split": splits[_patient(entry)]} for entry in subjects]
 
@@ -90,8 +89,7 @@ def draw_folds(subjects: Sequence[Mapping[str, Any]], *, folds: int, seed: int =
     >>> [sum(entry["split"] == "test" for entry in turn) for turn in turns]
     [2, 2, 2]
     """
-    held_out = _held_out(subjects)
-    strata = _strata(subjects, without=held_out, seed=seed)
+    held_out, strata = _patients(subjects, seed)
     most = max(map(len, strata.values()), default=0)
     least = 2 if held_out else 3
     if not least <= folds <= most:
@@ -116,24 +114,14 @@ def draw_folds(subjects: Sequence[Mapping[str, Any]], *, folds: int, seed: int =
     return [[{**entry, **place(_patient(entry), turn)} for entry in subjects] for turn in range(folds)]
 
 
-def split_collection(
-    path: PathLike,
-    out: PathLike,
-    *,
-    fractions: Sequence[float] | None = None,
-    folds: int | None = None,
-    seed: int = 0,
-    keep_test: bool = False,
-) -> list[Path]:
+def split_collection(path: PathLike, out: PathLike, **draw: Any) -> list[Path]:
     """Draw new splits, or folds, for a collection and write them with the collection to new files.
 
     Args:
         path: a collection file; it is not changed.
         out: the file to write. With ``folds``, one file each beside it: ``out_fold0.json``, ``out_fold1.json``, ...
-        fractions: of train, val and test, as `draw_splits` takes them; a half and two quarters by default.
-        folds: draw folds instead, as `draw_folds` does.
-        seed: another seed is another draw.
-        keep_test: leave the present test set as it is.
+        **draw: ``fractions`` of train, val and test, as `draw_splits` takes them (a half and two quarters by default),
+            or ``folds``, as `draw_folds` does; ``seed`` (0), and ``keep_test`` (False), to leave the present test set.
 
     Returns:
         The files written. ``drawn`` in each records how.
@@ -142,15 +130,14 @@ def split_collection(
         InputError: the collection is broken, or the draw is impossible; nothing is written.
     """
     collection = load_collection(path)
-    if folds is None and Path(out).exists() and os.path.samefile(out, collection.path):
+    if draw.get("folds") is None and Path(out).exists() and os.path.samefile(out, collection.path):
         raise InputError(f"{path} is the collection itself, which is not changed; give another file to write.")
     content = read_json(collection.path)
     drawn = {subject.id: subject.split for subject in collection.subjects}  # also where the file leaves them out
     content["subjects"] = [{**entry, "split": drawn[entry["id"]]} for entry in content["subjects"]]
-    if fractions is None and folds is None:
-        fractions = FRACTIONS
-    folder = collection.path.parent
-    return write_splits(content, out, folder, fractions=fractions, folds=folds, seed=seed, keep_test=keep_test)
+    if draw.get("folds") is None:
+        draw["fractions"] = draw.get("fractions") or FRACTIONS
+    return write_splits(content, out, collection.path.parent, **draw)
 
 
 def write_splits(
@@ -173,10 +160,7 @@ def write_splits(
         out: as for `split_collection`.
         folder: what relative paths in ``content`` start from. Files below the folder of ``out`` are written relative to
             it, so that both can be moved together; others absolute.
-        fractions: as for `split_collection`.
-        folds: as for `split_collection`.
-        seed: another seed is another draw.
-        keep_test: as for `split_collection`.
+        fractions, folds, seed, keep_test: as for `split_collection`.
 
     Raises:
         InputError: fractions and folds are both given, or the draw is impossible; nothing is written.
@@ -186,33 +170,25 @@ def write_splits(
     out = Path(os.path.abspath(out))
     subjects = [_relocate(entry, folder, out.parent) for entry in content["subjects"]]
     if fractions is not None or folds is not None:
-        subjects = [_undecided(entry, keep_test) for entry in subjects]
+        for entry in subjects:
+            entry.pop("fold", None)
+            if not keep_test:
+                entry.pop("split", None)
     elif {entry.get("split") for entry in subjects} in ({None}, {None, "test"}):
         fractions = FRACTIONS
-    if keep_test and not _held_out(subjects):
+    if keep_test and not any(entry.get("split") == "test" for entry in subjects):
         raise InputError("there is no test set to keep; draw one with fractions, or do not ask to keep it.")
-    files: dict[Path, dict[str, Any]] = {out: {"subjects": subjects}}
+    drawn = [(out, {}, subjects)]
     if fractions is not None:
-        drawn = {"fractions": list(fractions), "seed": seed}
-        files[out] = {"drawn": drawn, "subjects": draw_splits(subjects, fractions=fractions, seed=seed)}
+        how = {"fractions": list(fractions), "seed": seed}
+        drawn = [(out, {"drawn": how}, draw_splits(subjects, fractions=fractions, seed=seed))]
     elif folds is not None:
         turns = enumerate(draw_folds(subjects, folds=folds, seed=seed))
-        files = {
-            out.with_name(f"{out.stem}_fold{turn}{out.suffix}"): {
-                "drawn": {"folds": folds, "fold": turn, "seed": seed},
-                "subjects": entries,
-            }
-            for turn, entries in turns
-        }
-    for path in files:
+        how = {"folds": folds, "seed": seed}
+        drawn = [(out.with_stem(f"{out.stem}_fold{n}"), {"drawn": how | {"fold": n}}, turn) for n, turn in turns]
+    for path, *_ in drawn:
         refuse_to_replace(path, load_collection, "collection")
-    return [write_collection(path, {**content, **entries}) for path, entries in files.items()]
-
-
-def _undecided(entry: Mapping[str, Any], keep_test: bool) -> dict[str, Any]:
-    """The entry without its split and fold, unless it is a test patient's and those stay."""
-    kept = ("split",) if keep_test and entry.get("split") == "test" else ()
-    return {key: value for key, value in entry.items() if key in kept or key not in ("split", "fold")}
+    return [write_collection(path, {**content, **how, "subjects": entries}) for path, how, entries in drawn]
 
 
 def _relocate(entry: Mapping[str, Any], source: Path, folder: Path) -> dict[str, Any]:
@@ -232,24 +208,17 @@ def _patient(entry: Mapping[str, Any]) -> str:
     return entry.get("patient") or entry["id"]
 
 
-def _held_out(subjects: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The patients whose split is fixed, which can only be test."""
-    return {_patient(entry) for entry in subjects if entry.get("split") == "test"}
-
-
-def _strata(subjects: Sequence[Mapping[str, Any]], *, without: set[str], seed: int) -> dict[str, list[str]]:
-    """The patients of every institution, shuffled by a hash of their names: the same on every machine.
+def _patients(subjects: Sequence[Mapping[str, Any]], seed: int) -> tuple[set[str], dict[str, list[str]]]:
+    """Patients whose split is fixed, which can only be test, and the others of every institution, shuffled by a hash.
 
     A patient seen at two institutions counts at the first by name.
     """
     if seed < 0:
         raise InputError(f"seed must be at least 0; got {seed}.")
-    home: dict[str, str] = {}
-    for entry in subjects:
-        home[_patient(entry)] = min(entry["institution"], home.get(_patient(entry), entry["institution"]))
-    patients = [patient for patient in shuffled(home, seed) if patient not in without]
-    institutions = sorted({home[patient] for patient in patients})
-    return {institution: [name for name in patients if home[name] == institution] for institution in institutions}
+    scans = [(_patient(entry), entry["institution"], entry.get("split") == "test") for entry in subjects]
+    patients = pd.DataFrame(scans, columns=["name", "home", "held"]).groupby("name").agg({"home": "min", "held": "any"})
+    free = patients[~patients.held].loc[lambda table: shuffled(table.index, seed)]
+    return {*patients.index[patients.held]}, {home: list(group.index) for home, group in free.groupby("home")}
 
 
 def _deal(count: int, shares: np.ndarray) -> list[str]:

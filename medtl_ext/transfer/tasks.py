@@ -19,7 +19,7 @@ import pandas as pd
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
-from medtl_ext.data.integrity import require_volumes
+from medtl_ext.data.files import find_images, require_readable
 from medtl_ext.ranking import bootstrap_interval, mean_auc
 from medtl_ext.transfer.jobs import Job
 from medtl_ext.transfer.report import patient_table
@@ -47,7 +47,7 @@ class SegmentationTask:
     Attributes:
         collection: the `medtl_ext.data.Collection`.
         institution, modality, objective: the parts of its name.
-        class_names, label_values, n_classes: of the foreground; with the background.
+        class_names, label_values, n_classes, n_channels: of the foreground; with the background; of an image.
         synthetic: no patient was scanned.
     """
 
@@ -75,7 +75,8 @@ class SegmentationTask:
         self.collection = load_collection(collection)
         self.institution, self.modality, self.objective = task.institution, task.modality, task.objective
         self.class_names, self.label_values = self.collection.class_names(task), self.collection.label_values(task)
-        self.n_classes, self.synthetic = len(self.label_values) + 1, self.collection.synthetic
+        self.n_classes, self.n_channels = len(self.label_values) + 1, len(task.channels)
+        self.synthetic = self.collection.synthetic
 
     def other(self, name: str, *, collection: str | None = None, train_patients: int | None = None) -> Self:
         """Another task, of this collection file or of another one."""
@@ -292,24 +293,15 @@ def auc_interval(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def images_to_segment(input_dir: str | None, task: str) -> list[dict[str, str]]:
-    """The NIfTI images in a folder, or (None) those of the phantom's test patients of ``task``.
+def images_to_segment(input_dir: str | None, task: str) -> list[dict[str, Any]]:
+    """The images in a folder that ``task`` can be asked of, or (None) those of the phantom's test patients.
 
-    Raises:
-        InputError: there is no such folder, no NIfTI file in it, or one that is not a single 3D volume.
+    See `medtl_ext.data.files.find_images`. Every file is read before anything long runs.
     """
     if input_dir is None:
-        return [{"image": item["image"]} for item in SegmentationTask(task).datalist("test")]
-    path = Path(input_dir)
-    files = [path] if path.is_file() else sorted(path.glob("*"))
-    images = [file for file in files if file.name.lower().endswith((".nii", ".nii.gz"))]
-    if not images:
-        raise InputError(f"no NIfTI image (*.nii, *.nii.gz) in {input_dir}; give an image or their folder.")
-    stems = [file.name.split(".nii")[0] for file in images]
-    if twice := [stem for stem in stems if stems.count(stem) > 1]:
-        raise InputError(f"{input_dir} holds two images called {twice[0]}, whose segmentations would be one file.")
-    require_volumes(images, progress=True)
-    return [{"image": str(image)} for image in images]
+        items = SegmentationTask(task).datalist("test")
+        return [{"image": item["image"], "name": f"{item['subject']}/{Task(task).modality}"} for item in items]
+    return require_readable(find_images(input_dir, Task(task).channels))
 
 
 def images_to_classify(

@@ -1,7 +1,5 @@
 """One subject's healthy brain: the atlas deformed, and what share of every voxel each tissue fills."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 ICBM 2009 nonlinear symmetric template, Fonov et al., NeuroImage 54 (2011) 313-327. Nothing is downloaded.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

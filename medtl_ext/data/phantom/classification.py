@@ -4,8 +4,6 @@ The name of a task is *institution-modality-objective*, as everywhere. A task is
 form with the patients beside, and read back like any real one.
 """
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Callable

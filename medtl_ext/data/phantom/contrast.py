@@ -1,7 +1,5 @@
 """The images: how bright each tissue is in each modality, and what the scanner makes of it."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy import ndimage
 

@@ -1,7 +1,5 @@
 """The voxel grid of a phantom scan, and the random fields drawn on it. All lengths in mm, in MNI space."""
 
-from __future__ import annotations
-
 import zlib
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """Phantom collections on disk: a folder per subject and a ``collection.json``, like any real dataset."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -19,27 +17,26 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from medtl_ext._io import atomic_path, write_json
-from medtl_ext._validation import InputError, require_choice, require_choices
-from medtl_ext.data.phantom.anatomy import TISSUE_LABELS
-from medtl_ext.data.phantom.atlas import load_atlas
-from medtl_ext.data.phantom.fields import AFFINE
-from medtl_ext.data.phantom.lesions import TUMOUR_LABELS, WMH_LABELS
+from medtl_ext._validation import InputError, require_choice, require_choices, require_number
+from medtl_ext.data.phantom.anatomy import TISSUE_LABELS, deform, grow_brain
+from medtl_ext.data.phantom.atlas import Atlas, load_atlas
+from medtl_ext.data.phantom.contrast import acquire, render
+from medtl_ext.data.phantom.fields import AFFINE, random_stream, smooth_noise
+from medtl_ext.data.phantom.lesions import (
+    TUMOUR_LABELS,
+    WMH_LABELS,
+    add_tumour,
+    add_white_matter_hyperintensities,
+    place_tumour,
+)
 from medtl_ext.data.phantom.scanner import INSTITUTIONS, MODALITIES, Institution
-from medtl_ext.data.phantom.subject import make_subject
 
 GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no stale cache is read
 
 LABELS = {"tumour": TUMOUR_LABELS, "tissue": TISSUE_LABELS, "wmh": WMH_LABELS}
-OBJECTIVES = {
-    "ED": {"label": "tumour", "values": [1]},
-    "ET": {"label": "tumour", "values": [2]},
-    "NCR": {"label": "tumour", "values": [3]},
-    "FeTS": {"label": "tumour", "values": [1, 2, 3]},
-    "CSF": {"label": "tissue", "values": [1]},
-    "GM": {"label": "tissue", "values": [2]},
-    "WM": {"label": "tissue", "values": [3]},
-    "WMH": {"label": "wmh", "values": [1]},
-}
+_ASKED = {label: {name: [value] for name, value in values.items()} for label, values in LABELS.items()}
+_ASKED["tumour"]["FeTS"] = [1, 2, 3]
+OBJECTIVES = {name: {"label": label, "values": v} for label, asked in _ASKED.items() for name, v in asked.items()}
 # 40 % train, 25 % val, 35 % test, in an order that spreads each evenly: three subjects already have all of them.
 SPLIT_CYCLE = ("train", "test", "val", "train", "test", "val", "train", "test", "train", "val",
                "test", "train", "test", "train", "val", "test", "train", "val", "test", "train")  # fmt: skip
@@ -113,23 +110,19 @@ def generate_phantom(
     return out / "collection.json"
 
 
-def cached_phantom(
-    *, institutions: Sequence[str], subjects: int, seed: int = 0, modalities: Sequence[str] | None = None, **how: Any
-) -> Path:
+def cached_phantom(*, institutions: Sequence[str], subjects: int, seed: int = 0, **how: Any) -> Path:
     """`generate_phantom` into a cache shared by all runs: made once, then only looked up. Same arguments, but ``out``.
 
     The cache is the folder ``phantom`` of ``$MONAI_DATA_DIRECTORY``, else ``$XDG_CACHE_HOME/medtl`` or
     ``~/.cache/medtl``. Processes that ask for the same phantom at once wait for the first of them to make it.
     """
-    settings = _collection(institutions, subjects, seed, modalities)["generator"]
+    settings = _collection(institutions, subjects, seed, how.get("modalities"))["generator"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{'+'.join(settings['institutions'])}_{subjects}-subjects_seed-{seed}_{digest}"
     folder = cache_root() / "phantom"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
-        return generate_phantom(
-            folder / name, institutions=institutions, subjects=subjects, seed=seed, modalities=modalities, **how
-        )
+        return generate_phantom(folder / name, institutions=institutions, subjects=subjects, seed=seed, **how)
 
 
 def cache_root() -> Path:
@@ -148,10 +141,8 @@ def _collection(
     institutions = require_choices("institution", institutions, INSTITUTIONS)
     for name in modalities or ():
         require_choice("modality", name, MODALITIES)
-    if subjects < 1:
-        raise InputError(f"subjects is {subjects}; ask for at least one subject per institution.")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must not be negative.")
+    require_number("subjects", subjects, 1, whole=True)
+    require_number("seed", seed, 0, whole=True)
     settings = {
         "version": GENERATOR_VERSION,
         "institutions": [name for name in INSTITUTIONS if name in institutions],
@@ -160,7 +151,15 @@ def _collection(
         "modalities": [name for name in MODALITIES if name in (modalities or MODALITIES)],
     }
     entries = [
-        _entry(name, index, settings["modalities"]) for name in settings["institutions"] for index in range(subjects)
+        {
+            "id": f"{institution}-{index:03d}",
+            "institution": institution,
+            "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
+            "images": {name: f"{institution}-{index:03d}/{name}.nii.gz" for name in settings["modalities"]},
+            "labels": {name: f"{institution}-{index:03d}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
+        }
+        for institution in settings["institutions"]
+        for index in range(subjects)
     ]
     present = {label for entry in entries for label in entry["labels"]}
     return {
@@ -172,17 +171,6 @@ def _collection(
         "labels": {name: values for name, values in LABELS.items() if name in present},
         "objectives": {name: objective for name, objective in OBJECTIVES.items() if objective["label"] in present},
         "subjects": entries,
-    }
-
-
-def _entry(institution: str, index: int, modalities: Sequence[str]) -> dict[str, Any]:
-    subject = f"{institution}-{index:03d}"
-    return {
-        "id": subject,
-        "institution": institution,
-        "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
-        "images": {name: f"{subject}/{name}.nii.gz" for name in modalities},
-        "labels": {name: f"{subject}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
     }
 
 
@@ -229,3 +217,38 @@ def _write_nifti(path: Path, values: np.ndarray) -> None:
     image.set_qform(AFFINE, code="mni")
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
+
+
+def make_subject(
+    atlas: Atlas, institution: Institution, index: int, *, seed: int, modalities: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Images (int16, by modality) and labels (uint8, by label file) of subject ``index`` of an institution.
+
+    Every part has a random stream of its own, so that none disturbs another.
+    """
+
+    def stream(part: str) -> np.random.Generator:
+        return random_stream(seed, institution.name, index, part)
+
+    cohort, shape, lesions = institution.cohort, stream("anatomy"), stream("tumour")
+    points = deform(shape, size=cohort.size)
+    if "tumour" in cohort.labels:
+        points, *core = place_tumour(atlas, points, lesions, core_radius=institution.core_radius)
+    anatomy = grow_brain(atlas, points, shape, atrophy=institution.atrophy)
+
+    labels = {"tissue": anatomy.tissue_label()}
+    if "wmh" in cohort.labels:
+        labels["wmh"] = add_white_matter_hyperintensities(anatomy, stream("wmh"), load=institution.wmh_load)
+    if "tumour" in cohort.labels:
+        labels["tumour"] = add_tumour(anatomy, *core, lesions, institution)
+        for name in ("tissue", "wmh"):  # what lies under a tumour cannot be seen: it is none of the healthy tissues
+            labels[name][labels["tumour"] > 0] = 0
+
+    texture = stream("texture")
+    textures = [smooth_noise(texture, length) for length in (4, 7)]
+    images = {}
+    for modality in modalities:
+        noise = stream(modality)
+        ideal = render(anatomy, institution, modality, textures, noise)
+        images[modality] = acquire(ideal, anatomy.brain, institution.scanners[modality], noise)
+    return images | labels

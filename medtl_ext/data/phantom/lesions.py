@@ -1,7 +1,5 @@
 """What is wrong with the brain: white-matter hyperintensities, and a tumour with oedema, enhancing rim and necrosis."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy import ndimage
 

@@ -1,7 +1,5 @@
 """The institutions: who is scanned there, on what scanner, and how wide the annotators draw."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from medtl_ext._validation import require_choice

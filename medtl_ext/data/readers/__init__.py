@@ -1,7 +1,5 @@
 """Readers write a collection for a dataset as it was downloaded. They copy no image and change none."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 
@@ -9,13 +7,13 @@ from medtl_ext._validation import require_choice
 from medtl_ext.data.collection import PathLike
 from medtl_ext.data.readers._draft import Draft, Reading
 from medtl_ext.data.readers.bids import read_bids
-from medtl_ext.data.readers.challenges import read_brats, read_fets, read_iseg, read_wmh
+from medtl_ext.data.readers.challenges import CHALLENGES, read_brats, read_fets, read_iseg, read_wmh
 from medtl_ext.data.readers.lists import read_csv, read_datalist, read_nnunet
 from medtl_ext.data.readers.medmnist import ClassificationReading, read_medmnist
 
 _ALL = (read_fets, read_brats, read_iseg, read_wmh, read_datalist, read_nnunet, read_bids, read_csv, read_medmnist)
 READERS = {reader.__name__.removeprefix("read_"): reader for reader in _ALL} | {"msd": read_datalist}
-__all__ = ["READERS", "Reading", "read_collection", *(reader.__name__ for reader in _ALL)]
+__all__ = ["CHALLENGES", "READERS", "Reading", "read_collection"]
 
 
 def read_collection(name: str, root: PathLike, out: PathLike, **options: Any) -> Reading | ClassificationReading:
@@ -56,9 +54,9 @@ def read_collection(name: str, root: PathLike, out: PathLike, **options: Any) ->
     ['iSeg-T1-CSF', 'iSeg-T1-GM', 'iSeg-T1-WM']
     """
     reader = READERS[require_choice("reader", name, READERS)]
-    accepted = set(inspect.signature(reader).parameters)
-    if "options" in accepted:
-        accepted |= set(inspect.signature(Draft).parameters)
+    own = inspect.signature(reader).parameters.keys() - {"draft"}
+    common = {"progress"} if reader is read_medmnist else inspect.signature(Draft).parameters.keys() - {"root", "out"}
     for option in options:
-        require_choice(f"option of reader '{name}'", option, sorted(accepted - {"root", "out", "options"}))
-    return reader(root, out, **options)
+        require_choice(f"option of reader '{name}'", option, sorted(own | common))
+    draft = Draft(root, out, **{option: options.pop(option) for option in common & options.keys()})
+    return reader(draft, **options)

@@ -1,11 +1,8 @@
 """What every reader shares: finding files, noting what was left out, writing the collection and checking it."""
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +21,11 @@ _SUFFIX = re.compile(r"\.(nii\.gz|nii|img|hdr)$", re.IGNORECASE)
 _PREFERENCE = (".nii.gz", ".nii", ".img")
 _PARTNERS = {".hdr": ".img", ".img": ".hdr", ".HDR": ".IMG", ".IMG": ".HDR"}  # of the Analyze format
 _CLASS_VALUES = TypeAdapter(int | list[int])
-SUBJECT_COLUMNS = ("subject", "subject_id", "participant_id", "id")
-INSTITUTION_COLUMNS = ("institution", "partition_id", "site", "center", "centre")
+_ALIASES = {
+    "subject": ("subject", "subject_id", "participant_id", "id"),
+    "institution": ("institution", "partition_id", "site", "center", "centre"),
+}
+LEFT_OUT = "the subject is left out"
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,24 @@ class Reading:
         """The collection, of the first fold where folds were drawn."""
         return load_collection(self.paths[0])
 
-    @property
-    def issues(self) -> list[Issue]:
-        """What was left out, and what the data check found."""
-        return self.left_out + (self.check.issues if self.check else [])
-
     def __str__(self) -> str:
-        collection, rows = self.collection, defaultdict(list)
-        for issue in self.left_out:
-            rows[f"{issue.problem}; {issue.advice}"].append(issue.subject or issue.file)
+        collection = self.collection
+        notes = [(f"{issue.problem}; {issue.advice}", issue.subject or issue.file) for issue in self.left_out]
+        names = pd.DataFrame(notes, columns=["note", "name"]).groupby("note", sort=False).name.agg(list)
         lines = [
             f"{len(collection.subjects)} subjects ({count_splits(collection.subjects)}) of "
             f"{len(collection.institutions)} institutions, modalities {', '.join(collection.modalities)}, "
             f"objectives {', '.join(collection.objectives)}",
             *(f"Collection written to {path}" for path in self.paths),
             f"Noted while reading: {len(self.left_out)}",
-            *(f"{problem}: {_first(names, 5)}" for problem, names in rows.items()),
+            *(f"{note}: {_first(found, 5)}" for note, found in names.items()),
         ]
         return "\n".join([*lines, str(self.check or "The files were not checked.")])
 
     def to_csv(self, path: PathLike) -> None:
-        """Write the issues as a table: severity, subject, file, problem, advice."""
-        IntegrityReport(self.paths[0], 0, 0, self.issues).to_csv(path)
+        """Write what was left out and what the check found as a table: severity, subject, file, problem, advice."""
+        found = self.left_out + (self.check.issues if self.check else [])
+        IntegrityReport(self.paths[0], 0, 0, found).to_csv(path)
 
 
 def _first(names: Sequence[str], most: int) -> str:
@@ -71,7 +67,10 @@ def _first(names: Sequence[str], most: int) -> str:
 
 @dataclass
 class Draft:
-    """A collection in the making. Its options are those that every reader takes, as `read_collection` tells."""
+    """A collection in the making: readers add one file at a time, and everything else about subjects is done here.
+
+    Its options are those that every reader takes, as `read_collection` tells.
+    """
 
     root: PathLike
     out: PathLike
@@ -84,10 +83,9 @@ class Draft:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.subjects: list[dict[str, Any]] = []
+        self.subjects: dict[str, dict[str, Any]] = {}  # by their `comparable` names
         self.left_out: list[Issue] = []
         self.found = "none"  # in a few words, for the message when no subject is
-        self._names: set[str] = set()
         self.root = Path(os.path.abspath(self.root))
         if not self.root.is_dir():
             raise InputError(f"root {self.root} is not a folder; give the folder of the dataset.")
@@ -98,32 +96,23 @@ class Draft:
             path = path.relative_to(self.root).as_posix()
         self.left_out.append(Issue("warning", subject, str(path), problem, consequence))
 
-    def add(
-        self,
-        subject: str,
-        institution: str,
-        images: Mapping[str, Path | None],
-        labels: Mapping[str, Path | None],
-        **more: str | None,
-    ) -> None:
-        """Add a subject, or note why not. A file is None where none was found; ``more`` may name patient and split."""
-        if comparable(subject) in self._names:
-            self.note(subject, "", "the subject is there twice", "the second is left out")
-            return
-        self._names.add(comparable(subject))
-        entry = {"id": subject, "institution": institution, **{key: value for key, value in more.items() if value}}
-        wanted = {"images": images, "labels": labels}
-        for kind, files in wanted.items():
-            entry[kind] = {name: str(path) for name, path in files.items() if path is not None and path.is_file()}
-        usable = entry["images"] and entry["labels"]
-        for kind, files in wanted.items():
-            for name, path in (files or {"": None}).items():
-                if name not in entry[kind]:
-                    problem = f"no {kind.removesuffix('s')} {name}".rstrip()
-                    consequence = "kept without it" if usable else "the subject is left out"
-                    self.note(subject, path or "", problem, consequence)
-        if usable:
-            self.subjects.append(entry)
+    def add(self, subject: str, kind: str, name: str, path: Path | None, place: str = "", **known: str | None) -> None:
+        """Add a file to a subject, unless it has that image or label already, which is noted.
+
+        Args:
+            subject: its name; the case makes no difference.
+            kind: ``images`` or ``labels``.
+            name: of the modality, or of the label.
+            path: of the file; None where none was found.
+            place: files of one subject lie in one place, so that two copies of a subject are never mixed.
+            **known: the subject's ``institution`` and, where they are known, its ``patient`` and ``split``.
+        """
+        known = {"id": subject} | {key: value for key, value in known.items() if value}
+        entry = self.subjects.setdefault(
+            comparable(subject), {"known": known, "place": place, "images": {}, "labels": {}}
+        )
+        if entry["place"] != place or entry[kind].setdefault(name, path) != path:
+            self.note(subject, path or "", f"the subject has this {kind[:-1]} already", "the file is not used")
 
     def find_images(self) -> Iterator[Path]:
         """NIfTI and Analyze files below the root, of a header and its image the image; hidden ones are skipped."""
@@ -137,78 +126,91 @@ class Draft:
             for name in sorted(name for name in names if not name.startswith(".") and _SUFFIX.search(name)):
                 path = Path(folder, name)
                 partner = path.with_suffix(_PARTNERS.get(path.suffix, path.suffix))
-                if partner != path and not partner.is_file():
+                if not partner.is_file():
                     self.note("", path, f"no {partner.suffix} beside it", "the file is not used")
                 elif path.suffix.lower() != ".hdr":
                     yield path
 
-    def group(self, pattern: str, ignore: str = "(?!)") -> list[tuple[re.Match[str], dict[str, Path]]]:
-        """Sort the images into subjects by their names.
+    def match(self, pattern: str, ignore: str = "(?!)") -> list[tuple[re.Match[str], dict[str, Any]]]:
+        """The images whose names are the dataset's, by subject; those to prefer come first.
 
         Args:
             pattern: matches paths below the root without their suffix, in any case, from start to end, and names the
-                groups ``subject`` and ``role``. Files of one subject have the same ``place``, if the pattern has such a
-                group, or the same beginning up to the subject.
+                group ``subject``. Files of one subject have the same ``place``, if the pattern has such a group, or the
+                same beginning up to the subject.
             ignore: matches files that belong to the dataset and are not wanted; all other files are noted.
 
         Returns:
-            For every subject the match of one of its files, and the file of each role (in lower case).
+            For every file its match, and what `add` takes: its ``path`` and ``place``.
         """
-
-        def place(match: re.Match[str]) -> str:
-            return comparable(match.groupdict().get("place") or match.string[: match.start("subject")])
-
-        found: dict[str, tuple[re.Match[str], dict[str, Path]]] = {}
-        paths = list(self.find_images())
+        paths, found = list(self.find_images()), []
         for path in sorted(paths, key=lambda path: _PREFERENCE.index(_SUFFIX.search(path.name)[0].lower())):
             name = _SUFFIX.sub("", path.relative_to(self.root).as_posix())
-            match = re.fullmatch(pattern, name, re.IGNORECASE)
-            if not match:
-                if not re.fullmatch(ignore, name, re.IGNORECASE):
-                    self.note("", path, "the name is not one of this dataset's", "the file is not used")
-                continue
-            first, files = found.setdefault(comparable(match["subject"]), (match, {}))
-            if place(match) != place(first) or files.setdefault(match["role"].lower(), path) is not path:
-                self.note(match["subject"], path, "the subject has this image already", "the file is not used")
+            if match := re.fullmatch(pattern, name, re.IGNORECASE):
+                place = match.groupdict().get("place") or name[: match.start("subject")]
+                found.append((match, {"path": path, "place": comparable(place)}))
+            elif not re.fullmatch(ignore, name, re.IGNORECASE):
+                self.note("", path, "the name is not one of this dataset's", "the file is not used")
         self.found = f"{len(paths)} image files" + (f", such as {paths[0].relative_to(self.root)}" if paths else "")
-        return [found[key] for key in sorted(found)]
+        return sorted(found, key=lambda file: comparable(file[0]["subject"]))
 
-    def write(self, layout: str, **about: Any) -> Reading:
+    def write(self, layout: str, modalities: Sequence[str] = (), **about: Any) -> Reading:
         """Split and write the collection, then check every file of it.
 
         Args:
             layout: what the reader expects, in a few words, for the message when there is no subject.
+            modalities: what every subject should have, besides the images that were added.
             **about: the collection but for its subjects.
         """
-        if self.institutions is not None and self.subjects:
+        if self.institutions is not None:
             self._assign_institutions(Path(self.institutions))
-        if not self.subjects:
+        subjects = self._usable({"images": modalities, "labels": [*about["labels"]]})
+        if not subjects:
             reasons = [f"{issue.subject}: {issue.problem}" for issue in self.left_out if issue.subject]
             raise InputError(
                 f"no subject found below {self.root}; expected {layout}, found {self.found}"
                 f"{'; left out: ' + _first(reasons, 2) if reasons else ''}. Check the root and the reader's name."
             )
-        content = {"synthetic": False, **about, "subjects": self.subjects}
+        content = {"synthetic": False, **about, "subjects": subjects}
         draw = {"fractions": self.split, "folds": self.folds, "seed": self.seed, "keep_test": self.keep_test}
         paths = write_splits(content, self.out, self.root, **draw)
         report = check_collection(load_collection(paths[0]), progress=self.progress) if self.check else None
         return Reading(paths, self.left_out, report)
 
     def _assign_institutions(self, path: Path) -> None:
-        """Take the institutions from a table of subjects; both ways, who is not in the other is noted."""
-        table = read_table(path, {"subject": SUBJECT_COLUMNS, "institution": INSTITUTION_COLUMNS})
-        sites = table.groupby(table.subject.map(comparable)).institution.agg(["first", "nunique"])
-        if sites["nunique"].max() > 1:
+        """Take the institutions from a table of subjects; those listed without files are noted."""
+        table = read_table(path, ("subject", "institution"))
+        key = table.subject.map(comparable)
+        sites = table.institution.groupby(key).unique()
+        if (sites.map(len) > 1).any():
             raise InputError(f"{path} lists a subject at two institutions; list every subject once.")
-        met = {comparable(issue.subject) for issue in self.left_out} | self._names
-        for subject in table.subject[~table.subject.map(comparable).isin(met)]:
-            self.note(subject, "", f"listed in {path.name}, but has no files", "the subject is left out")
-        subjects, self.subjects = self.subjects, []
-        for entry in subjects:
-            if institution := sites["first"].get(comparable(entry["id"])):
-                self.subjects.append(entry | {"institution": institution})
-            else:
-                self.note(entry["id"], "", f"has no institution in {path.name}", "the subject is left out")
+        for name, entry in self.subjects.items():
+            entry["known"]["institution"] = sites[name][0] if name in sites else ""
+        met = {comparable(issue.subject) for issue in self.left_out} | self.subjects.keys()
+        for subject in table.subject[~key.isin(met)]:
+            self.note(subject, "", f"listed in {path.name}, but has no files", LEFT_OUT)
+
+    def _usable(self, expected: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+        """The subjects with an institution, an image and a label; what any of them lacks is noted."""
+        usable = []
+        for entry in self.subjects.values():
+            known, wanted = entry["known"], {kind: entry[kind] for kind in expected}
+            wanted["images"] = dict.fromkeys(expected["images"]) | entry["images"]
+            there = {
+                kind: {name: str(path) for name, path in files.items() if path and path.is_file()}
+                for kind, files in wanted.items()
+            }
+            whole = known.get("institution") and all(there.values())
+            if not known.get("institution"):
+                self.note(known["id"], "", "has no institution", LEFT_OUT)
+            for kind, files in wanted.items():
+                for name, path in (files or {" or ".join(expected[kind]): None}).items():
+                    if name not in there[kind]:
+                        lost = f"no {kind[:-1]} {name}".rstrip()
+                        self.note(known["id"], path or "", lost, "kept without it" if whole else LEFT_OUT)
+            if whole:
+                usable.append(known | there)
+        return usable
 
 
 def comparable(name: str) -> str:
@@ -230,20 +232,20 @@ def clean(name: str) -> str:
     return re.sub(r"[\s/-]+", "_", name.strip())
 
 
-def objectives(label: str, values: Mapping[str, int | list[int]]) -> dict[str, Any]:
-    """The entries ``labels`` and ``objectives`` of a collection: each class, and all of them at once.
+def objectives(label: str, values: Mapping[str, int | list[int]], together: str = "All") -> dict[str, Any]:
+    """The entries ``labels`` and ``objectives`` of a collection: each class, and all of them ``together``.
 
-    A class of several values (a region) is one class of the objective; regions may overlap, so there is no ``All``.
+    A class of several values (a region) is one class of the objective; regions may overlap and stay apart.
 
     >>> objectives("tissue", {"GM": 150, "WM": 250})["objectives"]["All"]
     {'label': 'tissue', 'values': [150, 250]}
     """
-    groups = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-    declared = {name: group[0] for name, group in groups.items() if len(group) == 1}
-    rest = sorted({value for group in groups.values() for value in group} - set(declared.values()))
-    asked = {name: group if len(group) == 1 else [group] for name, group in groups.items()}
-    if 1 < len(groups) == len(declared):
-        asked.setdefault("All", list(declared.values()))
+    declared = {name: value for name, value in values.items() if isinstance(value, int)}
+    regions = {name: value for name, value in values.items() if name not in declared}
+    asked = {name: [regions[name]] if name in regions else [value] for name, value in values.items()}
+    if len(declared) > 1 and not regions:
+        asked.setdefault(together, list(declared.values()))
+    rest = sorted({value for region in regions.values() for value in region} - set(declared.values()))
     return {
         "labels": {label: declared | {f"value{value}": value for value in rest}},
         "objectives": {name: {"label": label, "values": classes} for name, classes in asked.items()},
@@ -263,10 +265,8 @@ def parse_labels(labels: Any, path: Path) -> dict[str, int | list[int]]:
     return dict(foreground)
 
 
-def read_table(
-    path: Path, required: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]] | None = None
-) -> pd.DataFrame:
-    """The columns asked for of a CSV or TSV file, as text; each is found by any of its names, in any case.
+def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
+    """The columns asked for of a CSV or TSV file, as text; in any case, and under any of their usual names.
 
     An optional column that is not there is empty.
     """
@@ -280,11 +280,11 @@ def read_table(
         raise InputError(f"{path} cannot be read as a table ({error}); save it as UTF-8 with commas.") from error
     if not isinstance(table.index, pd.RangeIndex):
         raise InputError(f"{path} has rows with more fields than its header, such as a last comma; remove them.")
-    names = {str(column).strip().lower(): column for column in table.columns}
-    columns = {}
-    for name, aliases in {**required, **(optional or {})}.items():
-        present = [names[alias] for alias in aliases if alias in names]
+    table = table.rename(columns=lambda column: column.strip().lower()).apply(lambda column: column.str.strip())
+    for name in (*required, *optional):
+        aliases = _ALIASES.get(name, (name,))
+        present = [alias for alias in aliases if alias in table]
         if not present and name in required:
-            raise InputError(f"{path} has no column '{name}' ({' or '.join(aliases)}); found: {', '.join(names)}.")
-        columns[name] = table[present[0]].str.strip() if present else ""
-    return pd.DataFrame(columns, index=table.index)
+            raise InputError(f"{path} has no column '{name}' ({' or '.join(aliases)}); found: {', '.join(table)}.")
+        table[name] = table[present[0]] if present else ""
+    return table[[*required, *optional]]

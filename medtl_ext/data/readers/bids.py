@@ -1,31 +1,20 @@
 """BIDS: segmentations among the derivatives, and the images that lie in the same space."""
 
-from __future__ import annotations
-
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from medtl_ext._validation import InputError
-from medtl_ext.data.collection import PathLike, read_json
-from medtl_ext.data.readers._draft import (
-    INSTITUTION_COLUMNS,
-    SUBJECT_COLUMNS,
-    Draft,
-    Reading,
-    clean,
-    objectives,
-    parse_labels,
-    read_table,
-)
+from medtl_ext.data.collection import read_json
+from medtl_ext.data.readers._draft import Draft, Reading, clean, objectives, parse_labels, read_table
 
 _MODALITIES = {"T1w": "T1", "T2w": "T2", "FLAIR": "FLAIR", "PDw": "PD", "CT": "CT"}
-_LABELS = ("dseg", "mask")
-_NATIVE = {None, "T1w", "orig", "individual"}  # spaces of the scanner
+_NATIVE = {"T1w", "orig", "individual"}  # spaces of the scanner
+_NO_DATA = {"code", "sourcedata", "stimuli"}  # folders whose files are not the dataset's
 
 
-def read_bids(root: PathLike, out: PathLike, **options: Any) -> Reading:
-    """A BIDS dataset with derivatives, or a derivatives dataset by itself; needs ``pip install pybids``.
+def read_bids(draft: Draft) -> Reading:
+    """A BIDS dataset with derivatives, or a derivatives dataset by itself.
 
     Labels are ``_dseg`` (values named by the ``index`` and ``name`` of a ``dseg.tsv``) and ``_mask`` (value 1, named by
     its ``label`` or ``desc``). Images are T1w (T1CE with a ``ce`` entity), T2w, FLAIR, PDw and CT in ``anat``, of the
@@ -33,93 +22,84 @@ def read_bids(root: PathLike, out: PathLike, **options: Any) -> Reading:
     split. Institutions are the column ``institution`` or ``site`` of ``participants.tsv``, else the dataset's name.
 
     Args:
-        root: the folder with ``dataset_description.json``.
-        out: the collection file to write.
-        **options: as `read_collection` tells.
+        draft: its root is the folder with ``dataset_description.json``.
     """
-    try:
-        from bids import BIDSLayout
-    except ImportError as error:
-        raise InputError("reading BIDS needs pybids; install it with: pip install pybids") from error
-    draft = Draft(root, out, **options)
     described = read_json(draft.root / "dataset_description.json")
-    try:
-        layout = BIDSLayout(draft.root, validate=False, derivatives=(draft.root / "derivatives").is_dir())
-    except Exception as error:  # pybids has an exception of its own for every fault of a dataset
-        raise InputError(f"{draft.root} is not a BIDS dataset: {' '.join(str(error).split())}") from error
-    about = {
-        "name": clean(str(described.get("Name") or draft.root.name)),
-        "license": str(described.get("License") or ""),
-        "labels": {},
-        "objectives": {},
-    }
+    name = clean(str(described.get("Name") or draft.root.name))
     sites = _sites(draft.root / "participants.tsv")
-    images = layout.get(extension=[".nii", ".nii.gz"], datatype="anat")
-    used = sorted((file for file in images if _role(file)), key=_place)
-    for (subject, session, space), group in groupby(used, key=_place):
-        files = list(group)
-        # The label's own dataset comes first: it may hold the images as they were when the label was drawn.
-        datasets = {_dataset(file, draft.root) for file in files if file.entities["suffix"] in _LABELS}
-        chosen: dict[str, Any] = {}
-        for file in sorted(files, key=lambda file: (_dataset(file, draft.root) not in datasets, file.path)):
-            if chosen.setdefault(_role(file), file) is not file:
-                problem = f"{chosen[_role(file)].filename} is there too"
-                draft.note(f"sub-{subject}", Path(file.path), problem, "the file is not used")
-        paths: dict[bool, dict[str, Path]] = {True: {}, False: {}}  # of labels, and of images
-        for role, file in chosen.items():
-            paths[file.entities["suffix"] in _LABELS][role] = Path(file.path)
-            if file.entities["suffix"] in _LABELS and role not in about["labels"]:
-                _declare(about, role, file, layout)
-        parts = [f"sub-{subject}", session and f"ses-{session}", space and f"space-{space}"]
-        institution = sites.get(f"sub-{subject}") or about["name"]
-        draft.add("_".join(filter(None, parts)), institution, paths[False], paths[True], patient=f"sub-{subject}")
-    return draft.write("anat/sub-01_T1w.nii.gz and a derivative such as sub-01_label-lesion_mask.nii.gz", **about)
+    tables = sorted(draft.root.rglob("*dseg.tsv"))
+    files = [file for path in draft.find_images() if (file := _parse(path, draft.root))]
+    # The label's own dataset comes first: it may hold the images as they were when the label was drawn.
+    own = {(file.scan, file.dataset) for file in files if file.kind == "labels"}
+    files.sort(key=lambda file: (file.scan, (file.scan, file.dataset) not in own, file.path))
+    values: dict[str, dict[str, Any]] = {}
+    for file in files:
+        of = {"institution": sites.get(file.scan[0], name), "patient": file.scan[0]}
+        draft.add("_".join(filter(None, file.scan)), file.kind, file.name, file.path, **of)
+        if file.kind == "labels" and (here := _values(file, tables)) != values.setdefault(file.name, here):
+            raise InputError(
+                f"{file.path}: the values of label '{file.name}' are {here}, and elsewhere {values[file.name]}; give "
+                "what differs a label or desc of its own."
+            )
+    about: dict[str, Any] = {"labels": {}, "objectives": {}}
+    for label, named in values.items():
+        part = objectives(label, named)
+        about["labels"] |= part["labels"]
+        for key, objective in part["objectives"].items():
+            about["objectives"][f"{label}_{key}" if key in about["objectives"] else key] = objective
+    layout = "anat/sub-01_T1w.nii.gz and a derivative such as sub-01_label-lesion_mask.nii.gz"
+    return draft.write(layout, name=name, license=str(described.get("License") or ""), **about)
 
 
-def _role(file: Any) -> str:
-    """The modality of an image, the name of a label, nothing for any other file."""
-    entities = file.entities
-    if entities["suffix"] in _LABELS:
-        return clean(str(entities.get("label") or entities.get("desc") or entities["suffix"]))
-    if entities["suffix"] == "T1w" and "ceagent" in entities:
-        return "T1CE"
-    return _MODALITIES.get(entities["suffix"], "")
+class _File(NamedTuple):
+    """An image or label: whose it is (subject, session and space, empty where there is none), and of which dataset."""
+
+    path: Path
+    kind: Literal["images", "labels"]
+    name: str
+    scan: tuple[str, str, str]
+    dataset: tuple[str, ...]
 
 
-def _place(file: Any) -> tuple[str, str, str]:
-    """Subject, session and space, empty where there is none."""
-    entities = file.entities
-    space = entities.get("space")
-    return entities["subject"], entities.get("session", ""), "" if space in _NATIVE else space
+def _entities(path: Path) -> dict[str, str]:
+    """Such as ``{"sub": "01", "label": "lesion", "suffix": "mask"}``."""
+    *pairs, suffix = path.name.partition(".")[0].split("_")
+    return {key: value for key, _, value in (pair.partition("-") for pair in pairs)} | {"suffix": suffix}
 
 
-def _dataset(file: Any, root: Path) -> tuple[str, ...]:
-    """The derivative that a file belongs to, by its folder."""
-    parts = Path(file.path).relative_to(root).parts
-    return parts[:2] if parts[0] == "derivatives" else ()
+def _parse(path: Path, root: Path) -> _File | None:
+    """What the names of a file and its folders say; None where it is neither image nor label."""
+    entities, folders = _entities(path), path.relative_to(root).parts[:-1]
+    suffix = entities["suffix"]
+    kind = "labels" if suffix in ("dseg", "mask") else "images"
+    name = clean(entities.get("label") or entities.get("desc") or suffix)
+    if kind == "images":
+        name = "T1CE" if suffix == "T1w" and "ce" in entities else _MODALITIES.get(suffix)
+    if name is None or "sub" not in entities or folders[-1:] != ("anat",) or _NO_DATA & {*folders}:
+        return None
+    session = f"ses-{entities['ses']}" if "ses" in entities else ""
+    space = f"space-{entities['space']}" if entities.get("space", "orig") not in _NATIVE else ""
+    dataset = folders[:2] if folders[0] == "derivatives" else ()
+    return _File(path, kind, name, (f"sub-{entities['sub']}", session, space), dataset)
 
 
-def _declare(about: dict[str, Any], label: str, file: Any, layout: Any) -> None:
-    """Declare a label and its objectives."""
-    values = {label: 1}
-    if file.entities["suffix"] == "dseg":
-        own = file.entities.items()
-        tables = layout.get(suffix="dseg", extension=".tsv")
-        tables = [table for table in tables if table.entities.items() - {("extension", ".tsv")} <= own]
-        if not tables:
-            raise InputError(f"no dseg.tsv names the values of {file.path}; add one with columns index and name.")
-        nearest = Path(max(tables, key=lambda table: len(table.entities)).path)  # holds for all with its entities
-        rows = read_table(nearest, {"name": ("name",), "value": ("index",)})
-        values = parse_labels(dict(zip(rows.name, rows.value, strict=True)), nearest)
-    part = objectives(label, values)
-    about["labels"] |= part["labels"]
-    for name, objective in part["objectives"].items():
-        about["objectives"][f"{label}_{name}" if name in about["objectives"] else name] = objective
+def _values(file: _File, tables: Sequence[Path]) -> dict[str, Any]:
+    """The values of a label: 1 of a mask; else those of the nearest table that holds for it, by folder and entities."""
+    entities = _entities(file.path)
+    if entities["suffix"] == "mask":
+        return {file.name: 1}
+    above = [path for path in tables if file.path.is_relative_to(path.parent)]
+    hold = [path for path in above if _entities(path).items() <= entities.items()]
+    if not hold:
+        raise InputError(f"no dseg.tsv names the values of {file.path}; add one with columns index and name.")
+    nearest = max(hold, key=lambda path: (len(path.parts), len(_entities(path))))
+    rows = read_table(nearest, ("name", "index"))
+    return parse_labels(dict(zip(rows.name, rows["index"], strict=True)), nearest)
 
 
 def _sites(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    table = read_table(path, {"subject": SUBJECT_COLUMNS}, {"institution": INSTITUTION_COLUMNS})
-    known = table[table.institution.str.lower() != "n/a"]  # how BIDS writes a missing value
+    table = read_table(path, ("subject",), ("institution",))
+    known = table[~table.institution.str.lower().isin(("", "n/a"))]  # how BIDS writes a missing value
     return dict(zip(known.subject, known.institution, strict=True))

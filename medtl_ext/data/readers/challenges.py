@@ -1,38 +1,49 @@
 """Challenges whose files are told by their names: FeTS, BraTS, iSeg and WMH."""
 
-from __future__ import annotations
-
 import re
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
 import nibabel
 import numpy as np
 
-from medtl_ext._validation import InputError
-from medtl_ext.data.collection import PathLike
-from medtl_ext.data.readers._draft import Draft, Reading, objectives
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.data.files import for_each
+from medtl_ext.data.readers._draft import Draft, Reading, objectives, parse_labels
 
 _FIRST = {"t1": "T1", "t1ce": "T1CE", "t2": "T2", "flair": "FLAIR"}  # BraTS until 2022
 _SECOND = {"t1n": "T1", "t1c": "T1CE", "t2w": "T2", "t2f": "FLAIR"}  # from 2023 on
-_TIMEPOINT = re.compile(r"(BraTS-\w+-\d{5})-\d{3}", re.IGNORECASE)  # 2023: patient and visit
+_NAME = re.compile(r"(?P<patient>BraTS-(?P<code>[A-Z]+)-\d{5})(?:-\d{3})?", re.IGNORECASE)  # from 2023 on
+
+# What the values of the label files mean, by challenge and the first year of the convention. Where several hold, the
+# first is taken, but only if they agree.
+CHALLENGES = {
+    "GLI-2023": {"NCR": 1, "ED": 2, "ET": 3},
+    "GLI-2024": {"NETC": 1, "SNFH": 2, "ET": 3, "RC": 4},  # after treatment
+    "GLI-2017": {"NCR": 1, "ED": 2, "ET": 4},
+    "SSA-2023": {"NCR": 1, "ED": 2, "ET": 3},
+    "MEN-2023": {"NETC": 1, "SNFH": 2, "ET": 3},
+    "MET-2023": {"NETC": 1, "SNFH": 2, "ET": 3},
+    "MET-2025": {"NETC": 1, "SNFH": 2, "ET": 3, "RC": 4},
+    "PED-2023": {"NC": 1, "ED": 2, "ET": 3},
+    "PED-2024": {"ET": 1, "NET": 2, "CC": 3, "ED": 4},
+}
+_SAME = {"NETC": "NCR", "SNFH": "ED"}  # later names of one thing
 
 # A scanner of Amsterdam is no plain number; some copies have its scanners at the top.
 _SCANNER = r"(?<!Amsterdam/)(?P<scanner>GE3T|GE1T5|Philips[^/]*)"
 _SITE = rf"(?P<site>Utrecht|Singapore|Amsterdam(?:/[^/]*[^/\d][^/]*)?|{_SCANNER})"
 
 
-def read_fets(root: PathLike, out: PathLike, *, et_label: int = 4, **options: Any) -> Reading:
+def read_fets(draft: Draft, *, labels: Mapping[str, int] | None = None) -> Reading:
     """FeTS 2021 and 2022: a folder per subject, and the institutions in a table.
 
     Args:
-        root: ``MICCAI_FeTS2022_TrainingData`` or a folder above it: ``SUBJECT/SUBJECT_t1``, ``_t1ce``, ``_t2``,
-            ``_flair`` and ``_seg`` ``.nii.gz``.
-        out: the collection file to write.
-        et_label: the value of enhancing tumour; NCR is 1 and oedema (ED) 2.
-        **options: as `read_collection` tells. ``institutions`` is ``partitioning_1.csv`` (by site) if not given;
-            ``partitioning_2.csv`` divides the large sites further by tumour size.
+        draft: its root is ``MICCAI_FeTS2022_TrainingData`` or a folder above it: ``SUBJECT/SUBJECT_t1``, ``_t1ce``,
+            ``_t2``, ``_flair`` and ``_seg`` ``.nii.gz``. Its ``institutions`` are ``partitioning_1.csv`` (by site) if
+            not given; ``partitioning_2.csv`` divides the large sites further by tumour size.
+        labels: values by name, where they are not the dataset's: 1 NCR, 2 ED, 4 ET.
     """
-    draft = Draft(root, out, **options)
     if draft.institutions is None:
         tables = [path for path in draft.root.rglob("*.[cC][sS][vV]") if path.name.lower() == "partitioning_1.csv"]
         if len(tables) != 1:
@@ -41,83 +52,113 @@ def read_fets(root: PathLike, out: PathLike, *, et_label: int = 4, **options: An
                 "check the root, or give the table with institutions."
             )
         draft.institutions = tables[0]
-    return _read_tumours(draft, "FeTS", "Gliomas on MRI of many institutions (FeTS challenge)", _FIRST, et_label)
+    about = {"name": "FeTS", "description": "Gliomas on MRI of many institutions (FeTS challenge)"}
+    return _read_tumours(draft, _FIRST, None, labels, **about)
 
 
-def read_brats(root: PathLike, out: PathLike, *, et_label: int | None = None, **options: Any) -> Reading:
-    """BraTS: ``BraTS20_Training_001_t1ce.nii.gz`` (2020, 2021) or ``BraTS-GLI-00000-000-t1c.nii.gz`` (2023).
+def read_brats(draft: Draft, *, challenge: str | None = None, labels: Mapping[str, int] | None = None) -> Reading:
+    """BraTS: ``BraTS20_Training_001_t1ce.nii.gz`` (2020, 2021) or ``BraTS-GLI-00000-000-t1c.nii.gz`` (from 2023 on).
 
-    Visits of one patient in the 2023 names (the last three digits) stay together in a split.
+    What the values mean differs between the challenges and years, as `CHALLENGES` tells. The files' names say the
+    challenge (``GLI``, ``SSA``, ``MEN``, ``MET``, ``PED``), and the values found in all label files the year, unless
+    they mean different things in different years. Visits of one patient in the names of 2023 (the last three digits)
+    stay together in a split.
 
     Args:
-        root: a folder with the subjects' folders, at any depth, of one naming.
-        out: the collection file to write.
-        et_label: the value of enhancing tumour: 3 in the names of 2023, else 4, if not given; NCR is 1, oedema (ED) 2.
-        **options: as `read_collection` tells. The data do not name institutions: all are ``BraTS`` unless
-            ``institutions`` is given.
+        draft: its root is a folder with the subjects' folders, at any depth, of one challenge and naming. The data do
+            not name institutions: all are ``BraTS`` unless ``institutions`` is given.
+        challenge: one of `CHALLENGES`, where names and values do not say which.
+        labels: values by name, where they are none of these.
+
+    Raises:
+        InputError: also where it cannot be told what a value means, or a label file holds one that means nothing.
     """
-    draft = Draft(root, out, **options)
-    return _read_tumours(draft, "BraTS", "Gliomas on MRI (BraTS challenge)", _FIRST | _SECOND, et_label)
+    about = {"name": "BraTS", "description": "Brain tumours on MRI (BraTS challenge)"}
+    return _read_tumours(draft, _FIRST | _SECOND, challenge, labels, **about)
 
 
-def _read_tumours(draft: Draft, name: str, description: str, roles: dict[str, str], et: int | None) -> Reading:
-    found = draft.group(rf"(?:.*/)?(?P<subject>[^/]+)[_-](?P<role>{'|'.join(roles)}|seg)")
-    present = {role for _, files in found for role in files}
+def _read_tumours(
+    draft: Draft, roles: dict[str, str], challenge: str | None, labels: Mapping[str, int] | None, **about: str
+) -> Reading:
+    found = draft.match(rf"(?:.*/)?(?P<subject>[^/]+)[_-](?P<role>{'|'.join(roles)}|seg)")
+    present = {match["role"].lower() for match, _ in found}
     first, second = sorted(present & set(_FIRST)), sorted(present & set(_SECOND))
     if first and second:
         raise InputError(
             f"{draft.root} mixes the names of BraTS until 2022 ({', '.join(first)}) and from 2023 on "
             f"({', '.join(second)}), whose labels differ; read one of them at a time."
         )
-    et = et or (3 if second else 4)
-    for match, files in found:
-        visit = _TIMEPOINT.fullmatch(match["subject"])
-        images = {modality: files.get(role) for role, modality in (_SECOND if second else _FIRST).items()}
-        labels = {"tumour": files.get("seg")}
-        draft.add(match["subject"], name, images, labels, patient=visit[1] if visit else None)
-    _check_convention(draft, et)
-    asked = {"ED": [2], "ET": [et], "NCR": [1], "FeTS": [2, et, 1]}
+    codes = set()
+    for match, file in found:
+        name, role = _NAME.fullmatch(match["subject"]), match["role"].lower()
+        codes.add(name["code"].upper() if name else "")
+        what = ("labels", "tumour") if role == "seg" else ("images", roles[role])
+        of = {"institution": about["name"], "patient": name and name["patient"]}
+        draft.add(match["subject"], *what, **file, **of)
+    if len(codes) > 1:
+        raise InputError(f"{draft.root} mixes files of {' and '.join(sorted(codes))}; read one challenge at a time.")
+    values = _values(draft, "GLI-2017" if first else "".join(codes), challenge, labels)
+    together = "FeTS" if set(values) == {"ED", "ET", "NCR"} else "All"
     return draft.write(
         f"SUBJECT/SUBJECT_{{{','.join(roles)},seg}}.nii.gz",
-        name=name,
-        description=description,
+        list(_FIRST.values()),
         license="as agreed with the provider (Synapse)",
-        labels={"tumour": {"NCR": 1, "ED": 2, "ET": et}},
-        objectives={objective: {"label": "tumour", "values": values} for objective, values in asked.items()},
+        **about,
+        **objectives("tumour", dict(sorted(values.items())), together),
     )
 
 
-def _check_convention(draft: Draft, et: int) -> None:
-    """Refuse labels of the other convention, looking until a label file shows the value of ET in either."""
-    other = 7 - et
-    for entry in draft.subjects:
-        try:
-            values = np.unique(np.asanyarray(nibabel.load(entry["labels"]["tumour"]).dataobj))
-        except Exception:  # a broken file fails in a dozen ways, and the data check names it
-            continue
-        if other in values:
-            raise InputError(
-                f"{entry['labels']['tumour']} holds the value {other}, where {et} was expected for ET (ET is 4 until "
-                f"2022 and 3 from 2023 on); if ET is {other} in these files, give et_label {other}."
-            )
-        if et in values:
-            return
+def _values(draft: Draft, code: str, challenge: str | None, labels: Mapping[str, int] | None) -> dict[str, int]:
+    """What every value means: as given, or by the challenge's ``code`` and the values in all label files."""
+    known = {name: values for name, values in CHALLENGES.items() if name.startswith(code)} or CHALLENGES
+    if challenge:
+        known = {challenge: known[require_choice("challenge of files with these names", challenge, known)]}
+    if labels:
+        known = {"these labels": parse_labels(labels, draft.root)}
+    told = "; ".join(f"{name}: {', '.join(f'{v} {k}' for k, v in values.items())}" for name, values in known.items())
+    paths = [path for entry in draft.subjects.values() if entry["images"] for path in entry["labels"].values()]
+    held = for_each(_held_values, paths, progress=draft.progress)
+    fits = [{name for name in known if values <= {*known[name].values()}} for values in held]
+    if not all(fits):
+        place = fits.index(set())
+        raise InputError(
+            f"{paths[place]} holds the values {sorted(held[place])}, but those of such files are {told}; if the file "
+            "is right, give what its values mean with labels, such as NCR=1 ED=2 ET=4."
+        )
+    everywhere = [name for name in known if all(name in names for names in fits)]
+    found, possible = set().union(*held), set().union(*fits)
+    meanings = {(v, _SAME.get(k, k)) for name in possible for k, v in known[name].items() if v in found}
+    proven = [name for name in everywhere if {name} in fits]
+    if not everywhere or not (proven or len(meanings) == len(found)):
+        raise InputError(
+            f"the label files below {draft.root} hold the values {sorted(found)}, which do not say what they mean "
+            f"({told}); give the challenge, or labels if it is none of these."
+        )
+    return known[(proven or everywhere)[0]]
 
 
-def read_iseg(root: PathLike, out: PathLike, **options: Any) -> Reading:
+def _held_values(path: Path) -> set[int]:
+    """The values of a label file but 0; none of a broken one, which fails in a dozen ways: the data check names it."""
+    try:
+        return {*np.unique(np.asanyarray(nibabel.load(path).dataobj)).tolist()} - {0}
+    except Exception:
+        return set()
+
+
+def read_iseg(draft: Draft) -> Reading:
     """iSeg-2019: ``subject-1-T1``, ``-T2`` and ``-label`` as Analyze pairs (``.hdr`` and ``.img``) or NIfTI.
 
     Args:
-        root: ``iSeg-2019-Training`` or a folder above it; iSeg-2017 has the same layout.
-        out: the collection file to write.
-        **options: as `read_collection` tells. The institution is ``iSeg`` unless ``institutions`` is given.
+        draft: its root is ``iSeg-2019-Training`` or a folder above it; iSeg-2017 has the same layout. The institution
+            is ``iSeg`` unless ``institutions`` is given.
     """
-    draft = Draft(root, out, **options)
-    for match, files in draft.group(r"(?:.*/)?(?P<subject>subject-\d+)-(?P<role>t1|t2|label)"):
-        images = {"T1": files.get("t1"), "T2": files.get("t2")}
-        draft.add(match["subject"], "iSeg", images, {"tissue": files.get("label")})
+    for match, file in draft.match(r"(?:.*/)?(?P<subject>subject-\d+)-(?P<role>t1|t2|label)"):
+        role = match["role"].lower()
+        what = ("labels", "tissue") if role == "label" else ("images", role.upper())
+        draft.add(match["subject"], *what, **file, institution="iSeg")
     return draft.write(
         "subject-1-T1, subject-1-T2 and subject-1-label, each .hdr and .img",
+        ["T1", "T2"],
         name="iSeg",
         description="Brain MRI of infants of six months (iSeg-2019 challenge)",
         license="as agreed with the provider",
@@ -125,7 +166,7 @@ def read_iseg(root: PathLike, out: PathLike, **options: Any) -> Reading:
     )
 
 
-def read_wmh(root: PathLike, out: PathLike, **options: Any) -> Reading:
+def read_wmh(draft: Draft) -> Reading:
     """The WMH challenge: ``Utrecht/0/pre/FLAIR.nii.gz``, ``pre/T1.nii.gz`` and ``wmh.nii.gz``.
 
     The preprocessed images are read (``pre``), not the original ones. Institutions are the sites, with the scanner
@@ -133,23 +174,21 @@ def read_wmh(root: PathLike, out: PathLike, **options: Any) -> Reading:
     test split. Value 2 (other pathology) is declared, but not part of the objective: it counts as background.
 
     Args:
-        root: the folder with ``training`` and ``test``, or one of them.
-        out: the collection file to write.
-        **options: as `read_collection` tells.
+        draft: its root is the folder with ``training`` and ``test``, or one of them.
     """
-    draft = Draft(root, out, **options)
-    found = draft.group(
+    found = draft.match(
         rf"(?P<part>.*/|)(?P<subject>{_SITE}/[^/]+)/(?P<role>pre/FLAIR|pre/T1|wmh)",
         ignore=r"(?:.*/)?(?:orig|pre|additional_annotations)/.*",
     )
-    for match, files in found:
+    for match, file in found:
         site = f"Amsterdam/{match['site']}" if match["scanner"] else match["site"]
         subject, institution = (name.replace("/", "-").replace(" ", "_") for name in (match["subject"], site))
-        images = {"FLAIR": files.get("pre/flair"), "T1": files.get("pre/t1")}
+        what = {"pre/flair": ("images", "FLAIR"), "pre/t1": ("images", "T1"), "wmh": ("labels", "wmh")}
         split = "test" if "test" in match["part"].lower().split("/") else None
-        draft.add(subject, institution, images, {"wmh": files.get("wmh")}, split=split)
+        draft.add(subject, *what[match["role"].lower()], **file, institution=institution, split=split)
     return draft.write(
         "Utrecht/0/pre/FLAIR.nii.gz, Utrecht/0/pre/T1.nii.gz and Utrecht/0/wmh.nii.gz",
+        ["FLAIR", "T1"],
         name="WMH",
         description="White-matter hyperintensities on MRI of three sites (Kuijf et al. 2019)",
         license="as agreed with the provider (doi:10.34894/AECRSD)",

@@ -1,7 +1,5 @@
 """Datasets that a list describes: a Decathlon or MONAI ``dataset.json``, nnU-Net's, or a plain table."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import SPLITS, PathLike, read_json
 from medtl_ext.data.readers._draft import (
-    INSTITUTION_COLUMNS,
-    SUBJECT_COLUMNS,
+    LEFT_OUT,
     Draft,
     Reading,
     clean,
@@ -43,13 +40,11 @@ class _Case(BaseModel):
 
 
 def read_datalist(
-    root: PathLike,
-    out: PathLike,
+    draft: Draft,
     *,
     file: PathLike | None = None,
     labels: Mapping[str, int] | None = None,
     modalities: Sequence[str] | None = None,
-    **options: Any,
 ) -> Reading:
     """A Decathlon task or a MONAI datalist: ``training``, ``validation`` and ``test`` list ``image`` and ``label``.
 
@@ -58,18 +53,15 @@ def read_datalist(
     the list is the institution.
 
     Args:
-        root: the folder that paths in the list start from.
-        out: the collection file to write.
+        draft: its root is the folder that paths in the list start from.
         file: the list; ``dataset.json`` in the root if not given.
         labels: values by name; those of the list (``labels``) if not given.
         modalities: in the order of the images; those of the list (``modality``) if not given.
-        **options: as `read_collection` tells.
 
     Raises:
         InputError: also where several modalities share one 4D file, as in Task01_BrainTumour and Task05_Prostate: a
             collection takes one 3D file a modality.
     """
-    draft = Draft(root, out, **options)
     path = draft.root / "dataset.json" if file is None else Path(file)
     content = read_json(path)
     labels = labels or content.get("labels")
@@ -86,15 +78,15 @@ def read_datalist(
     fixed = SPLITS if any(case.split == "val" and case.label for case in cases) else ("test",)
     for case, subject in zip(cases, _subjects(cases), strict=True):
         images = [draft.root / image for image in case.image]
-        if not draft.subjects:
-            _refuse_channels(images, names, path, draft.root)
+        _refuse_channels(images, names, path, draft.root)
         if len(images) != len(names):
-            draft.note(subject, "", f"{len(images)} images for {len(names)} modalities", "the subject is left out")
+            draft.note(subject, "", f"{len(images)} images for {len(names)} modalities", LEFT_OUT)
             continue
-        target = {"label": draft.root / case.label if case.label else None}
-        split = case.split if case.split in fixed else None
-        institution, files = case.institution or about["name"], dict(zip(names, images, strict=True))
-        draft.add(subject, institution, files, target, split=split, patient=case.patient)
+        of = {"institution": case.institution or about["name"], "patient": case.patient, "place": str(images)}
+        of["split"] = case.split if case.split in fixed else None
+        draft.add(subject, "labels", "label", draft.root / case.label if case.label else None, **of)
+        for name, image in zip(names, images, strict=True):
+            draft.add(subject, "images", name, image, **of)
     if any(case.fold is not None for case in cases):
         draft.note("", path, "the list's own folds are not used", "draw splits or folds")
     return draft.write("entries with image and label under training", **about)
@@ -153,19 +145,16 @@ def _refuse_channels(images: Sequence[Path], names: Sequence[str], path: Path, r
         )
 
 
-def read_nnunet(root: PathLike, out: PathLike, **options: Any) -> Reading:
+def read_nnunet(draft: Draft) -> Reading:
     """A dataset in nnU-Net's raw format, version 1 or 2: ``imagesTr/CASE_0000.nii.gz`` and ``labelsTr/CASE.nii.gz``.
 
     ``labelsTs``, where it is there, makes a test split of ``imagesTs``. A region (several values under one name)
     becomes an objective that merges them. The value ``ignore`` is declared but no objective: it counts as background.
 
     Args:
-        root: the dataset's folder, such as ``Dataset005_Prostate``.
-        out: the collection file to write.
-        **options: as `read_collection` tells. All subjects are of one institution, the dataset's name, unless
-            ``institutions`` is given.
+        draft: its root is the dataset's folder, such as ``Dataset005_Prostate``. All subjects are of one institution,
+            the dataset's name, unless ``institutions`` is given.
     """
-    draft = Draft(root, out, **options)
     path = draft.root / "dataset.json"
     content = read_json(path)
     ending = content.get("file_ending", ".nii.gz")
@@ -178,58 +167,50 @@ def read_nnunet(root: PathLike, out: PathLike, **options: Any) -> Reading:
     if ignored is not None:
         about["labels"]["label"]["ignore"] = ignored
         draft.note("", path, f"value {ignored} is to be ignored, which a collection cannot say", "it is background")
+    roles = {"": ("labels", "label")} | {f"_{number:04d}": ("images", name) for number, name in enumerate(modalities)}
     labels_or_images = r"(?:(?P<images>images)|labels)(?P<place>T[rs])"  # a role is what tells channels apart
-    for match, files in draft.group(rf"{labels_or_images}/(?P<subject>.+?)(?P<role>(?(images)_\d{{4}}|))"):
-        images = {modality: files.pop(f"_{number:04d}", None) for number, modality in enumerate(modalities)}
+    for match, file in draft.match(rf"{labels_or_images}/(?P<subject>.+?)(?P<role>(?(images)_\d{{4}}|))"):
+        if match["role"] not in roles:
+            draft.note(match["subject"], file["path"], "the channel is not in dataset.json", "the file is not used")
+            continue
         split = "test" if match["place"].lower() == "ts" else None
-        draft.add(match["subject"], about["name"], images, {"label": files.pop("", None)}, split=split)
-        for path in files.values():
-            draft.note(match["subject"], path, "the channel is not in dataset.json", "the file is not used")
-    return draft.write(f"imagesTr/CASE_0000{ending} and labelsTr/CASE{ending}", **about)
+        draft.add(match["subject"], *roles[match["role"]], **file, institution=about["name"], split=split)
+    return draft.write(f"imagesTr/CASE_0000{ending} and labelsTr/CASE{ending}", modalities, **about)
 
 
-def read_csv(
-    root: PathLike, out: PathLike, *, file: PathLike | None = None, labels: dict[str, int] | None = None, **options: Any
-) -> Reading:
+def read_csv(draft: Draft, *, file: PathLike | None = None, labels: Mapping[str, int] | None = None) -> Reading:
     """A table with the columns subject, institution, modality, image and label, and, if wanted, split and patient.
 
     One row an image. A subject's rows agree on its institution, split and patient, and on its label, which one of them
     has to name. Columns are separated by commas, semicolons or tabs.
 
     Args:
-        root: the folder that paths in the table start from.
-        out: the collection file to write.
+        draft: its root is the folder that paths in the table start from.
         file: the table; the only CSV file in the root if not given.
         labels: the values in the label files by name, such as ``{"lesion": 1}``; required.
-        **options: as `read_collection` tells.
     """
-    draft = Draft(root, out, **options)
     tables = [Path(file)] if file is not None else sorted(draft.root.glob("*.csv"))
     if len(tables) != 1:
         raise InputError(f"{len(tables)} CSV files in {draft.root}; give the table with file.")
     if not labels:
         raise InputError("a table does not say what its label files hold; give labels, such as lesion=1.")
-    columns = {"subject": SUBJECT_COLUMNS, "institution": INSTITUTION_COLUMNS}
-    columns |= {name: (name,) for name in ("modality", "image", "label")}
-    table = read_table(tables[0], columns, {"split": ("split",), "patient": ("patient",)})
+    path = tables[0]
+    table = read_table(path, ("subject", "institution", "modality", "image", "label"), ("split", "patient"))
+    table = table.assign(modality=table.modality.map(clean))
     for subject, rows in table.groupby("subject", sort=False):
-        own = {}
-        for column in ("institution", "label", "split", "patient"):
-            values = sorted(set(rows[column]) - {""})
+        known = {column: sorted({*rows[column]} - {""}) for column in ("institution", "label", "split", "patient")}
+        for column, values in known.items():
             if len(values) > 1:
-                raise InputError(
-                    f"{tables[0]}: subject '{subject}' has several values of {column}: {values}; keep one."
-                )
-            own[column] = values[0] if values else None
-        modalities = rows.modality.map(clean)
-        twice = modalities[modalities.duplicated()]
-        if not subject or not own["institution"] or len(twice):
-            problem = f"two images of {twice.iloc[0]}" if len(twice) else "no subject or no institution"
-            draft.note(str(subject), tables[0], problem, "the subject is left out")
+                raise InputError(f"{path}: subject '{subject}' has several values of {column}: {values}; keep one.")
+        twice = sorted(rows.modality[rows.modality.duplicated()])
+        if twice or not subject:
+            problem = f"two images of {twice[0]}" if subject else "rows that name no subject"
+            draft.note(subject, path, problem, LEFT_OUT)
             continue
-        files = [draft.root / image if image else None for image in rows.image]
-        target = {"label": draft.root / own["label"] if own["label"] else None}
-        images = dict(zip(modalities, files, strict=True))
-        draft.add(subject, own["institution"], images, target, split=own["split"], patient=own["patient"])
-    about = {"name": clean(tables[0].stem), "license": "", **objectives("label", parse_labels(labels, tables[0]))}
+        of = {column: "".join(values) for column, values in known.items()}
+        label = of.pop("label")
+        draft.add(subject, "labels", "label", draft.root / label if label else None, **of)
+        for row in rows.itertuples():
+            draft.add(subject, "images", row.modality, draft.root / row.image if row.image else None, **of)
+    about = {"name": clean(path.stem), "license": "", **objectives("label", parse_labels(labels, path))}
     return draft.write("rows with subject, institution, modality, image and label", **about)

@@ -1,0 +1,310 @@
+"""Files of images and labels: channels on one grid, whatever the format, read by MONAI's own readers."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import joblib
+import numpy as np
+from monai.data import ImageReader, ITKReader, NibabelReader, PILReader
+from monai.utils import ensure_tuple, optional_import
+from PIL import Image
+from tqdm import tqdm
+
+from medtl_ext._io import suffix_of
+from medtl_ext._validation import InputError
+
+__all__ = ["FORMATS", "LOSSY", "ChannelReader", "find_images", "read_channels"]
+
+NIFTI, PICTURES = (".nii", ".nii.gz", ".hdr", ".img"), (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+BY_ITK = (".nrrd", ".mha", ".mhd", ".dcm")
+FORMATS = (*NIFTI, *PICTURES, *BY_ITK)
+LOSSY = (".jpg", ".jpeg")
+MODES = ("1", "L", "P", "I;16", "I;16B", "I", "F", "RGB")
+TURNED_BY = 0x0112  # EXIF's tag of the orientation
+SAME_AFFINE_MM = 1e-3  # headers keep affines in float32, so two tools rarely agree to the last digit
+MAX_THREADS = 8  # every thread holds a volume or two: more would read no faster and could fill a large machine's memory
+
+
+class Unusable(InputError):
+    """A file that cannot be used: what is wrong with it, and what to do."""
+
+    def __init__(self, path: str, problem: str, advice: str) -> None:
+        super().__init__(f"{path} {problem}; {advice}.")
+        self.problem, self.advice = problem, advice
+
+
+class Part(NamedTuple):
+    """Of what a datalist names: all of a file, one of its channels (``#1/3``) or its colours as numbers (``#rgb``)."""
+
+    path: str
+    channel: int | None = None
+    of: int = 1
+    colours: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """
+        >>> Part.parse("p1.png#1/3")
+        Part(path='p1.png', channel=1, of=3, colours=False)
+        """
+        found = re.fullmatch(r"(.*)#(?:(\d+)/(\d+)|rgb)", text, flags=re.DOTALL)
+        if found is None:
+            return cls(text)
+        path, channel, of = found.groups()
+        return cls(path, colours=True) if channel is None else cls(path, int(channel), int(of))
+
+
+class ChannelReader(ImageReader):
+    """A reader for `monai.transforms.LoadImage` that gives channels x X x Y x Z from files of any format.
+
+    NIfTI and Analyze (`NibabelReader`), PNG, JPEG, BMP and TIFF (`PILReader`; X x Y x 1, rows along Y, voxels of 1),
+    NRRD, MetaImage and a folder of one DICOM series (`ITKReader`, which needs ``pip install 'medtl[itk]'``). Several
+    files are several channels of one grid. ``FILE#1/3`` is the second of three channels in a file, which a colour or
+    4D file has, and ``FILE#rgb`` the colours of a mask as one number, red x 65536 + green x 256 + blue. In a bundle::
+
+        {"_target_": "LoadImaged", "keys": ["image", "label"], "reader": "medtl_ext.data.ChannelReader",
+         "ensure_channel_first": true}
+
+    Raises:
+        InputError: a file that is missing, broken, turned by EXIF, of several pages, with an alpha channel, or of other
+            channels than it should have; files on different grids.
+    """
+
+    def verify_suffix(self, filename: Any) -> bool:
+        return all(suffix_of(Part.parse(str(name)).path) in FORMATS for name in ensure_tuple(filename))
+
+    def read(self, data: Any, **kwargs: Any) -> tuple[str, ...]:
+        """The names: MONAI would hide what goes wrong here behind an error of its own."""
+        return tuple(map(str, ensure_tuple(data)))
+
+    def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
+        return read_channels(img)
+
+
+def read_channels(names: Iterable[str], *, every_byte: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
+    """Channels x X x Y x Z of files, and MONAI's metadata of the first; see `ChannelReader`.
+
+    Args:
+        names: as a datalist gives them.
+        every_byte: compare the checksum behind compressed voxels too.
+    """
+    channels, metas = [], []
+    for path, parts in groupby(map(Part.parse, names), key=lambda part: part.path):
+        parts = list(parts)
+        array, meta = _read(path, colour=parts[0].colours or parts[0].of > 1, every_byte=every_byte)
+        if parts[0].colours:
+            if len(array) != 3:
+                raise Unusable(path, "is no colour file, though its label is declared by colours", "declare numbers")
+            array = (array[0].astype(np.int32) << 16 | array[1].astype(np.int32) << 8 | array[2])[None]
+        elif len(array) != parts[0].of:
+            raise Unusable(path, *_miscounted(len(array), parts[0].of))
+        wanted = [part.channel for part in parts]
+        channels.append(array if wanted in ([None], list(range(len(array)))) else array[wanted])
+        metas.append((path, meta))
+    for path, meta in metas[1:]:
+        _require_one_grid(path, meta, *metas[0])
+    array = channels[0] if len(channels) == 1 else np.concatenate(channels)
+    return array, metas[0][1] | {"original_channel_dim": 0}
+
+
+def _miscounted(found: int, expected: int) -> tuple[str, str]:
+    if expected == 1:
+        key = "R+G+B" if found == 3 else "T1+T2"
+        advice = f'name the channels of an image, such as "{key}" for its key in "images", or store one volume a file'
+        return f"has {found} channels where one is expected", advice
+    return f"has {found} channel{'s'[: found != 1]}, and the collection names {expected}", "name as many"
+
+
+def _require_one_grid(path: str, meta: dict[str, Any], first: str, meta_of_first: dict[str, Any]) -> None:
+    shape, expected = (tuple(map(int, one["spatial_shape"])) for one in (meta, meta_of_first))
+    if shape != expected:
+        raise Unusable(path, f"has shape {shape}, {first} {expected}", "resample one onto the grid of the other")
+    apart = float(np.abs(meta["affine"] - meta_of_first["affine"]).max())
+    if apart > SAME_AFFINE_MM:
+        raise Unusable(path, f"and {first} differ in their affines by up to {apart:.3g} mm", "resample one")
+
+
+def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    """Channels x X x Y x Z and the metadata of one file."""
+    suffix, folder = suffix_of(path), Path(path).is_dir()
+    if not Path(path).exists():
+        raise Unusable(path, "does not exist", "correct its path, or restore it")
+    if suffix not in FORMATS and not folder:
+        raise Unusable(path, f"is of no format that is read here ({', '.join(FORMATS)})", "convert it")
+    try:
+        if suffix in NIFTI:
+            array, meta = _nifti(path, every_byte)
+        elif suffix in PICTURES:
+            array, meta = _picture(path, colour)
+        else:
+            array, meta = _by_itk(path, folder)
+    except InputError:
+        raise
+    except Exception as error:  # a broken file fails in a dozen ways
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Unusable(path, f"cannot be read ({reason})", "copy or convert it again") from error
+    if np.isnan(meta["original_channel_dim"]):
+        array = array[None]
+    else:
+        array = np.moveaxis(array, int(meta["original_channel_dim"]), 0)
+    if array.ndim == 3:  # a picture, or a volume of two dimensions
+        array = array[..., None]
+    if array.ndim != 4 or array.size == 0 or array.dtype.kind not in "biuf":
+        problem = f"has shape {array.shape[1:]} and voxels of type {array.dtype}"
+        raise Unusable(path, problem, "store one 3D volume of numbers, or one 2D image, a file")
+    affine = np.eye(4)
+    given = np.asarray(meta.get("affine", affine))
+    side = len(given) - 1
+    affine[:side, :side], affine[:side, 3] = given[:side, :side], given[:side, side]
+    grid = {"affine": affine, "original_affine": affine.copy(), "spatial_shape": np.array(array.shape[1:])}
+    return array, meta | grid
+
+
+def _nifti(path: str, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    reader = NibabelReader()
+    image = reader.read(path)
+    if every_byte and suffix_of(path).endswith(".gz"):  # nibabel stops at the last voxel
+        image = type(image).from_bytes(gzip.decompress(Path(path).read_bytes()))
+    return reader.get_data(image)
+
+
+def _picture(path: str, colour: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    image = Image.open(path)
+    if getattr(image, "n_frames", 1) > 1:
+        raise Unusable(path, f"has {image.n_frames} pages", "save each as a file of its own")
+    if image.getexif().get(TURNED_BY, 1) != 1:
+        raise Unusable(path, "is turned by its EXIF entry, which not every tool obeys", "save it turned and without")
+    if image.mode in ("LA", "RGBA", "PA"):
+        raise Unusable(path, "has an alpha channel", "save it without")
+    if image.mode not in MODES:
+        raise Unusable(path, f"has pixels of mode {image.mode}", "save it as grey or RGB")
+    if image.mode == "RGB" and "16" in str(image.tile):  # of which PIL would keep eight bits
+        return _by_itk(path, False)
+    image.load()  # a truncated file ends here
+    return PILReader().get_data(image.convert("RGB") if colour and image.mode == "P" else image)
+
+
+@cache
+def _itk() -> Any:
+    itk, found = optional_import("itk")
+    return itk if found else None
+
+
+def _by_itk(path: str, folder: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    if _itk() is None:
+        raise Unusable(path, "is read by ITK, which is not installed", "pip install 'medtl[itk]'")
+    if folder:
+        _require_one_series(path)
+    reader = ITKReader()
+    array, meta = reader.get_data(reader.read(path))
+    return np.asarray(array), meta
+
+
+def _require_one_series(folder: str) -> None:
+    """A folder of one DICOM series without a gap."""
+    itk = _itk()
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetUseSeriesDetails(True)
+    names.SetDirectory(folder)
+    series = list(names.GetSeriesUIDs())
+    if len(series) != 1:
+        what = f"{len(series)} DICOM series" if series else "no DICOM file"
+        raise Unusable(folder, f"holds {what}", "give the folder of one series")
+    places = []
+    for file in names.GetFileNames(series[0]):
+        header = itk.GDCMImageIO.New()
+        header.SetFileName(file)
+        header.ReadImageInformation()
+        normal = np.cross(header.GetDirection(0), header.GetDirection(1))
+        places.append(float(np.dot(normal, [header.GetOrigin(axis) for axis in range(3)])))
+    steps = np.diff(sorted(places))
+    if len(steps) and steps.max() > 1.5 * np.median(steps):
+        gap = f"{np.median(steps):.3g} mm apart, and {steps.max():.3g} mm in one place"
+        raise Unusable(folder, f"lacks slices: they are {gap}", "export the whole series again")
+
+
+def find_images(where: str, channels: Sequence[str]) -> list[dict[str, Any]]:
+    """The patients in a folder, or the one that a file is of: ``name`` and ``image``, as a datalist has it.
+
+    Of several channels each file ends in one (``p1_T1.nii.gz``, or nnU-Net's ``p1_0000.nii.gz``), or holds them all, as
+    a colour photograph does; or each patient has a folder, whose files are called, or end in, the channels. A folder of
+    ``.dcm`` files is one image.
+
+    Raises:
+        InputError: nothing there can be read, a patient lacks a channel, or two would have one name.
+    """
+    path = Path(where)
+    if not path.exists():
+        raise InputError(f"{where} does not exist; give an image, or a folder of images.")
+    files = [path] if path.is_file() or _is_series(path) else sorted(path.iterdir())
+    found: dict[str, dict[str | None, Path]] = {}
+    for file in files:
+        inside = sorted(file.iterdir()) if file.is_dir() and not _is_series(file) else None
+        for image in [file] if inside is None else inside:
+            if image.name[0] == "." or not (_is_series(image) or suffix_of(image) in FORMATS):
+                continue
+            stem = image.name[: len(image.name) - len(suffix_of(image))] if image.is_file() else image.name
+            name, channel = _named(stem, channels)
+            patient = found.setdefault(file.name if inside is not None else name, {})
+            if channel in patient:
+                twice = f"{channel or 'images'} of {name}"
+                raise InputError(f"{where} holds two {twice}: {patient[channel].name} and {image.name}; keep one.")
+            patient[channel] = image
+    if not found:
+        raise InputError(f"no image ({', '.join(FORMATS)}) in {where}; give an image or a folder of images.")
+    return [{"name": name, "image": _of_patient(name, files, channels)} for name, files in found.items()]
+
+
+def require_readable(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items, whose images were all read to their last byte, or the first thing that is wrong with them."""
+
+    def problem(item: dict[str, Any]) -> str | None:
+        try:
+            read_channels(ensure_tuple(item["image"]), every_byte=True)
+        except InputError as error:
+            return str(error)
+        return None
+
+    if problems := [found for found in for_each(problem, items) if found]:
+        raise InputError(problems[0] + (f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""))
+    return items
+
+
+def for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: bool = True) -> list[Any]:
+    """What ``read`` returns of each file, several read at a time."""
+    threads = joblib.Parallel(min(MAX_THREADS, joblib.cpu_count()), require="sharedmem", return_as="generator")
+    jobs = threads(joblib.delayed(read)(file) for file in files)
+    return list(tqdm(jobs, "checking files", total=len(files), unit="file", disable=None if progress else True))
+
+
+def _is_series(path: Path) -> bool:
+    return path.is_dir() and any(suffix_of(file) == ".dcm" for file in path.iterdir())
+
+
+def _named(stem: str, channels: Sequence[str]) -> tuple[str, str | None]:
+    """Whose file it is, and of which channel (None: of all, or of the only one)."""
+    for number, channel in enumerate(channels if len(channels) > 1 else ()):
+        for ending in (channel, f"{number:04d}"):
+            if stem == ending or stem.endswith(f"_{ending}"):
+                return stem.removesuffix(ending).removesuffix("_"), channel
+    return stem, None
+
+
+def _of_patient(name: str, files: dict[str | None, Path], channels: Sequence[str]) -> str | list[str]:
+    if set(files) == {None}:
+        path = str(files[None])
+        several = [f"{path}#{number}/{len(channels)}" for number in range(len(channels))]
+        return several if len(several) > 1 else path
+    if missing := [channel for channel in channels if channel not in files]:
+        raise InputError(
+            f"{name} has no file of {' and '.join(missing)} beside {next(iter(files.values()))}; a file's name ends in "
+            f"its channel ({', '.join(channels)}) or its number (0000, 0001, ...)."
+        )
+    return [str(files[channel]) for channel in channels]

@@ -46,7 +46,7 @@ def region_labels(task: SegmentationTask, *, spacing: Sequence[float], roi_size:
     """
     prepare = Compose(
         [
-            LoadImaged(keys="label", reader="NibabelReader", ensure_channel_first=True),
+            LoadImaged(keys="label", reader="medtl_ext.data.ChannelReader", ensure_channel_first=True),
             Orientationd(keys="label", axcodes="RAS", labels=None),
             Spacingd(keys="label", pixdim=spacing, mode="nearest"),
             SelectLabelsd(keys="label", values=task.label_values),

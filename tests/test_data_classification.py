@@ -285,6 +285,17 @@ def test_each_slice_is_asked_about_in_one_modality(phantom):
         np.testing.assert_array_equal(item["image"][0] > 0, image[:, :, z].T[::-1] > 0)
 
 
+def test_three_modalities_are_a_colour_image(phantom):
+    colour = load_medmnist(phantom_classification("17-T2+T1+FLAIR-tumour", collection=phantom))
+    for place, modality in enumerate(("T2", "T1", "FLAIR")):
+        grey = load_medmnist(phantom_classification(f"17-{modality}-tumour", collection=phantom))
+        if place == 0:  # which says what slices are usable
+            assert (colour.images[..., 0] == grey.images).all()
+        first = colour.datalist("train", channels=3)[0]["image"][place]
+        assert first.shape == grey.datalist("train")[0]["image"][0].shape
+        np.testing.assert_array_equal(first, grey.datalist("train")[0]["image"][0])
+
+
 def test_a_task_is_kept_whole_and_not_made_again(phantom, monkeypatch):
     def broken(*arguments, **options):
         raise OSError("disk full")
@@ -307,6 +318,7 @@ def test_a_task_is_kept_whole_and_not_made_again(phantom, monkeypatch):
         ("17-T1-modality", "the modality is ALL for the objective 'modality'"),
         ("17-ALL-tumour", "the modality is ALL for the objective 'modality'"),
         ("17-T3-tumour", "modality 'T3' is unknown"),
+        ("17-T1+T2-tumour", "has 2 channels; an image to classify has one, or three as colours"),
         ("19-T1-tumour", "institution '19' is unknown"),
     ],
 )

@@ -51,7 +51,7 @@ def run_of(tmp_path) -> Callable[..., Run]:
 
 def arrays(task: TaskVolumes) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Images and labels by nibabel alone; the phantom lies RAS already."""
-    images = [nib.load(image).get_fdata(dtype=np.float32) for image, _ in task.items]
+    images = [nib.load(image).get_fdata(dtype=np.float32) for image in task.image_files()]
     values = [value for group in task.label_values for value in group]
     return images, [np.isin(np.asarray(nib.load(label).dataobj), values) for _, label in task.items]
 
@@ -67,9 +67,21 @@ class TestAffinities:
         assert affinity(a, b) == pytest.approx(expected, rel=1e-6)
         assert SeqTranAffinity()(b, a) == pytest.approx(expected, rel=1e-6)
 
+    @pytest.mark.parametrize("affinity", [SeqTranAffinity(alpha=1, beta=0), ContextAffinity()])
+    def test_channels_count_by_their_names_or_so_that_the_mean_is_least(self, collection, affinity):
+        def cost(one: str, other: str) -> float:
+            tasks = (SegmentationTask(name, collection=str(collection)) for name in (f"14-{one}-ED", f"17-{other}-ED"))
+            return affinity(*(task_volumes(task, patients=2) for task in tasks))
+
+        same, crossed = (np.mean([cost("T1", a), cost("T2", b)]) for a, b in (("T1", "T2"), ("T2", "T1")))
+        assert cost("T1+T2", "T2+T1") == pytest.approx(same, rel=1e-6) != pytest.approx(crossed, rel=1e-6)
+        ways = [np.mean([cost("T1", a), cost("T2", b)]) for a, b in (("FLAIR", "T2"), ("T2", "FLAIR"))]
+        assert cost("T1+T2", "FLAIR+T2") == pytest.approx(min(ways), rel=1e-6)
+        assert cost("T2", "T1+T2") == pytest.approx(min(cost("T2", "T1"), cost("T2", "T2")), rel=1e-6)
+
     def test_context_is_that_of_the_volumes(self, volumes):
         a, b = volumes["14-T2-ED"], volumes["17-T2-ED"]
-        assert np.allclose(a.spacing(), np.abs(nib.load(a.items[0][0]).header.get_zooms()))
+        assert np.allclose(a.spacing(), np.abs(nib.load(a.image_files()[0]).header.get_zooms()))
         contexts = [[task_context(*arrays(task), spacing=task.spacing())] for task in (a, b)]
         expected = float(pairwise_context(*contexts))
         assert ContextAffinity()(a, b) == pytest.approx(expected, rel=1e-5)
@@ -200,7 +212,7 @@ class TestPlans:
         apart = [{TASKS[0], TASKS[3]}, {TASKS[1], TASKS[2]}, {TASKS[3], "17-T2-ED"}]
         assert names == {frozenset(pair) for pair in combinations([*TASKS, "17-T2-ED"], 2) if set(pair) not in apart}
         seen = {task.name: task for pair in pairs for task in pair}
-        assert list(seen["17-T2-ED"].image_files) == [item["image"] for item in plan.target.datalist("train")]
+        assert list(seen["17-T2-ED"].image_files()) == [item["image"] for item in plan.target.datalist("train")]
         assert {(len(seen[task].items), seen[task].size) for task in TASKS} == {(1, 4)}
 
     def test_an_unreachable_target_is_refused(self, graph):

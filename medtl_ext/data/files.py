@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import joblib
+import nibabel
 import numpy as np
 from monai.data import ImageReader, ITKReader, NibabelReader, PILReader
 from monai.utils import ensure_tuple, optional_import
@@ -112,6 +113,12 @@ def read_channels(names: Iterable[str], *, every_byte: bool = False) -> tuple[np
         _require_one_grid(path, meta, *metas[0])
     array = channels[0] if len(channels) == 1 else np.concatenate(channels)
     return array, metas[0][1] | {"original_channel_dim": 0}
+
+
+def affine_of(name: str) -> np.ndarray:
+    """Voxels to mm, 4 x 4, of a file as a datalist names it; of NIfTI from its header alone."""
+    path = Part.parse(name).path
+    return nibabel.load(path).affine if suffix_of(path) in NIFTI else read_channels([name])[1]["affine"]
 
 
 def _miscounted(found: int, expected: int) -> tuple[str, str]:

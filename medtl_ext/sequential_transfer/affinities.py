@@ -15,10 +15,13 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import LoadImaged, Orientationd
+from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 from medtl_ext import affinity as measures
 from medtl_ext._validation import InputError
+from medtl_ext.data import Task
+from medtl_ext.data.files import affine_of
 from medtl_ext.transforms import SelectLabelsd
 
 ALPHA, BETA = measures.PUBLISHED_WEIGHTS
@@ -33,28 +36,31 @@ class TaskVolumes:
 
     Attributes:
         name: of the task.
-        items: image and label file of each patient, as in `medtl_ext.data.Collection.datalist`.
+        items: image files, one a channel, and label file of each patient, as in `medtl_ext.data.Collection.datalist`.
         label_values: for every class its values in the label file.
         size: how many labelled training patients the task has; `items` may be some of them.
     """
 
     name: str
-    items: tuple[tuple[str, str], ...]
+    items: tuple[tuple[tuple[str, ...], str], ...]
     label_values: tuple[tuple[int, ...], ...]
     size: int
 
     @property
-    def image_files(self) -> tuple[str, ...]:
-        return tuple(image for image, _ in self.items)
+    def channels(self) -> tuple[str, ...]:
+        return Task(self.name).channels
+
+    def image_files(self, channel: int = 0) -> tuple[str, ...]:
+        return tuple(images[channel] for images, _ in self.items)
 
     @property
     def regions(self) -> tuple[Any, ...]:
         """What tells the labels of one task from those of another: other modalities of a patient have the same."""
         return tuple(label for _, label in self.items), self.label_values
 
-    def images(self) -> Iterator[torch.Tensor]:
+    def images(self, channel: int = 0) -> Iterator[torch.Tensor]:
         """X x Y x Z, oriented RAS."""
-        for image, _ in self.items:
+        for image in self.image_files(channel):
             yield self._load({"image": image})["image"][0]
 
     def labels(self) -> Iterator[torch.Tensor]:
@@ -64,18 +70,27 @@ class TaskVolumes:
 
     def spacing(self) -> np.ndarray:
         """Patients x 3, the size of a voxel of `images` in mm, from the files' headers."""
-        affines = [nib.load(image).affine for image, _ in self.items]
+        affines = [affine_of(image) for image in self.image_files()]
         axes = (np.argsort(nib.io_orientation(affine)[:, 0]) for affine in affines)
         return np.stack([nib.affines.voxel_sizes(affine)[order] for affine, order in zip(affines, axes, strict=True)])
 
     def _load(self, files: dict[str, str]) -> dict[str, Any]:
-        load = LoadImaged(list(files), reader="NibabelReader", ensure_channel_first=True)
+        load = LoadImaged(list(files), reader="medtl_ext.data.ChannelReader", ensure_channel_first=True)
         turn = Orientationd(list(files), "RAS", labels=None)
         select = SelectLabelsd("label", values=self.label_values, allow_missing_keys=True)
         return select(turn(load(files)))
 
 
 Tasks = Sequence[TaskVolumes]
+
+
+def mean_over_channels(a: TaskVolumes, b: TaskVolumes, cost: Callable[[int, int], float]) -> float:
+    """The mean cost of channels of two tasks: those of one name or, where the names differ, so that it is least."""
+    if set(a.channels) == set(b.channels):
+        pairs = [(place, b.channels.index(channel)) for place, channel in enumerate(a.channels)]
+        return float(np.mean([cost(*pair) for pair in pairs]))
+    costs = np.array([[cost(i, j) for j in range(len(b.channels))] for i in range(len(a.channels))])
+    return float(costs[linear_sum_assignment(costs)].mean())
 
 
 class SeqTranAffinity:
@@ -104,18 +119,23 @@ class SeqTranAffinity:
         return float(measures.task_affinity(self.distance(a, b), self.similarity(a, b), **weights))
 
     def distance(self, a: TaskVolumes, b: TaskVolumes) -> float:
-        """Mean Wasserstein distance of images."""
-        pair = frozenset((a.image_files, b.image_files))
-        return self._once(pair, lambda: float(measures.quantile_distance(*map(self._quantiles, (a, b))).mean()))
+        """Mean Wasserstein distance of images, channel by channel; see `mean_over_channels`."""
+
+        def cost(i: int, j: int) -> float:
+            pair = frozenset((a.image_files(i), b.image_files(j)))
+            distances = measures.quantile_distance
+            return self._once(pair, lambda: float(distances(self._quantiles(a, i), self._quantiles(b, j)).mean()))
+
+        return mean_over_channels(a, b, cost)
 
     def similarity(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean structural similarity of labels."""
         pair = frozenset((a.regions, b.regions))
         return self._once(pair, lambda: float(measures.pairwise_ssim(*map(self._labels, (a, b))).mean()))
 
-    def _quantiles(self, task: TaskVolumes) -> torch.Tensor:
+    def _quantiles(self, task: TaskVolumes, channel: int) -> torch.Tensor:
         how = {"standardize": self.standardize}
-        return self._once(task.image_files, lambda: measures.image_quantiles(task.images(), **how))
+        return self._once(task.image_files(channel), lambda: measures.image_quantiles(task.images(channel), **how))
 
     def _labels(self, task: TaskVolumes) -> Iterator[np.ndarray]:
         """One bit a voxel stays in memory: some 70 MB for 60 volumes of 240 x 240 x 155."""
@@ -130,7 +150,10 @@ class SeqTranAffinity:
 
 
 class ContextAffinity:
-    """`medtl_ext.affinity.pairwise_context`: intensity in and around the RoI, its shape, and the body's intensities."""
+    """`medtl_ext.affinity.pairwise_context`: intensity in and around the RoI, its shape, and the body's intensities.
+
+    Channel by channel; see `mean_over_channels`.
+    """
 
     name = "context"
 
@@ -138,11 +161,14 @@ class ContextAffinity:
         self._context = cache(_context)
 
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
-        return float(measures.pairwise_context([self._context(a)], [self._context(b)]))
+        def cost(i: int, j: int) -> float:
+            return float(measures.pairwise_context([self._context(a, i)], [self._context(b, j)]))
+
+        return mean_over_channels(a, b, cost)
 
 
-def _context(task: TaskVolumes) -> measures.TaskContext:
-    return measures.task_context(task.images(), task.labels(), spacing=task.spacing())
+def _context(task: TaskVolumes, channel: int) -> measures.TaskContext:
+    return measures.task_context(task.images(channel), task.labels(), spacing=task.spacing())
 
 
 def affinity_name(affinity: str | Affinity) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import networkx as nx
 import pandas as pd
+from monai.utils import ensure_tuple
 
 from medtl_ext import graph as graphs
 from medtl_ext._io import write_csv, write_json
@@ -41,7 +42,8 @@ def joined_to(target: str, sources: Iterable[str]) -> list[str]:
 def task_volumes(task: SegmentationTask, *, patients: int | None = None) -> TaskVolumes:
     """A task's training patients, at most ``patients`` of them, for its affinity to others."""
     items = task.datalist("train")
-    files = tuple((item["image"], item["label"]) for item in draw_patients(items, patients, seed=0))
+    drawn = draw_patients(items, patients, seed=0)
+    files = tuple((ensure_tuple(item["image"]), item["label"]) for item in drawn)
     return TaskVolumes(task.name, files, tuple(map(tuple, task.label_values)), len(patients_of(items)))
 
 

@@ -40,6 +40,7 @@ RESERVED = {
 }
 TRUSTED_PACKAGES = ("monai.networks.", "torch.nn.")
 CHANNEL_KEYS = ("n_input_channels", "in_channels")
+MOST_CHANNELS = 8  # of images; the first layer of a network that splits them otherwise has more
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Source:
             InputError: it cannot be built, the weights are not its own, or it does not take such images.
         """
         try:
-            network = self._with_weights(network_def, image_shape)
+            network = self._with_weights(network_def, image_shape, grey_is_repeated=not per_pixel)
             with torch.no_grad():
                 output = network.eval()(torch.zeros(1, *image_shape))
         except InputError as error:
@@ -104,7 +105,9 @@ class Source:
             raise InputError(f"source {self.name}: its network does not give {self.n_classes} class scores an image")
         return network
 
-    def _with_weights(self, network_def: Mapping[str, Any], image_shape: Sequence[int]) -> nn.Module:
+    def _with_weights(
+        self, network_def: Mapping[str, Any], image_shape: Sequence[int], *, grey_is_repeated: bool
+    ) -> nn.Module:
         in_channels, dims = image_shape[0], len(image_shape) - 1
         known = {"@n_classes": self.n_classes, "@in_channels": in_channels}
         given = dict(self.network or network_def)
@@ -113,13 +116,14 @@ class Source:
         if declared != dims:
             raise InputError(f"its network is {declared}D, the target's images are {dims}D")
         channels = next((definition[key] for key in CHANNEL_KEYS if key in definition), in_channels)
-        if channels == in_channels == 1:  # the definition may take them from the target; the weights do not
+        if channels == in_channels:  # the definition may take them from the target; the weights do not
             weights = read_weights(self.checkpoint).values()
-            first = next((tuple(value.shape) for value in weights if value.ndim == dims + 2), (0, 1))
-            channels = 3 if first[1] == 3 else 1
+            first = next((tuple(value.shape) for value in weights if value.ndim == dims + 2), (0, channels))
+            channels = first[1] if first[1] <= MOST_CHANNELS else channels
         if channels != in_channels:
-            hint = "; give --in_channels 3, which repeats grey images" if channels == 3 else ""
-            raise InputError(f"its network takes {channels} channels, the target's images have {in_channels}{hint}")
+            hint = "; give --in_channels 3, which repeats grey images" if channels == 3 and grey_is_repeated else ""
+            takes = f"{channels} channel{'s'[: channels != 1]}"
+            raise InputError(f"its network takes {takes}, the target's images have {in_channels}{hint}")
         network = built(definition)
         load_weights(network, self.checkpoint, min_share=1.0)
         return network

@@ -6,18 +6,18 @@ form with the patients beside, and read back like any real one.
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 from filelock import FileLock
 
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data.collection import SPLITS, Collection, Task, load_collection
+from medtl_ext.data.files import read_channels
 from medtl_ext.data.phantom.generate import cache_root, cached_phantom
 from medtl_ext.data.phantom.scanner import MODALITIES
 
@@ -80,6 +80,7 @@ def phantom_classification(task: str, *, collection: str | os.PathLike[str] | No
     ``modality``  which modality is it? (``17-ALL-modality``)    all
     ============= ============================================== ========================================
 
+    Three modalities are a colour image (``17-T1+T2+FLAIR-tumour``, with ``--in_channels 3``).
     The slices are axial, 96 x 96 pixels of 2 mm, uint8 (each volume's own range), without those that hold hardly any
     brain, or fewer than 20 pixels of what is asked for. A patient's slices are all in one split.
 
@@ -108,35 +109,44 @@ def phantom_classification(task: str, *, collection: str | os.PathLike[str] | No
 
 def _write(file: Path, collection: Collection, task: Task, objective: Objective) -> None:
     require_choice("institution", task.institution, collection.institutions)
-    modalities = MODALITIES if task.modality == ALL else (require_choice("modality", task.modality, MODALITIES),)
+    channels = MODALITIES if task.modality == ALL else task.channels
+    looks = [(one,) for one in MODALITIES] if task.modality == ALL else [channels]
+    for channel in channels:
+        require_choice("modality", channel, MODALITIES)
+    if len(looks[0]) not in (1, 3):
+        raise InputError(
+            f"task {task} has {len(channels)} channels; an image to classify has one, or three as colours."
+        )
     needed = {objective.label} - {None}
     held: dict[str, list[np.ndarray]] = defaultdict(list)
     for subject in collection.subjects:
-        there = subject.images.keys() >= set(modalities) and subject.labels.keys() >= needed
+        files = subject.channels()
+        there = files.keys() >= set(channels) and subject.labels.keys() >= needed
         if subject.institution != task.institution or not there:
             continue
-        label = _volume(subject.labels[objective.label]) if needed else np.zeros(1)
-        for place, modality in enumerate(modalities):
-            image = _volume(subject.images[modality])
-            classes = objective.classes_of(label, image)
-            usable = (classes >= 0) & ((image != 0).sum((0, 1)) >= LEAST_BRAIN)
+        label = _volumes([str(subject.labels[objective.label])])[0] if needed else np.zeros(1)
+        for place, look in enumerate(looks):
+            images = _volumes([files[channel] for channel in look])
+            classes = objective.classes_of(label, images[0])
+            usable = (classes >= 0) & ((images[0] != 0).sum((0, 1)) >= LEAST_BRAIN)
             if task.modality == ALL:  # each slice in one modality: the question is not who the patient is
-                usable &= np.arange(len(classes)) % len(modalities) == place
+                usable &= np.arange(len(classes)) % len(looks) == place
                 classes = np.full(len(classes), place)
-            held[f"{subject.split}_images"].append(_slices(image)[usable])
+            slices = np.stack([_slices(image)[usable] for image in images], -1)
+            held[f"{subject.split}_images"].append(slices[..., 0] if len(look) == 1 else slices)
             held[f"{subject.split}_labels"].append(classes[usable])
-            held[f"{subject.split}_subjects"].append(np.full(usable.sum(), subject.patient or subject.id))
+            held[f"{subject.split}_subjects"].append(np.full(usable.sum(), subject.group))
     if missing := [split for split in SPLITS if f"{split}_labels" not in held]:
-        files = " and ".join([*modalities, *needed])
-        raise InputError(f"task {task} has no subject in split '{missing[0]}' with {files}; choose another task.")
+        asked = " and ".join([*channels, *needed])
+        raise InputError(f"task {task} has no subject in split '{missing[0]}' with {asked}; choose another task.")
     arrays = {key: np.concatenate(parts) for key, parts in held.items()}
     arrays |= {"class_names": np.array(objective.class_names), "synthetic": np.array(collection.synthetic)}
     with atomic_path(file) as temporary:
         np.savez_compressed(temporary, **arrays)
 
 
-def _volume(path: Path) -> np.ndarray:
-    return np.asarray(nibabel.load(path).dataobj)
+def _volumes(names: Sequence[str]) -> np.ndarray:
+    return read_channels(names)[0]
 
 
 def _slices(image: np.ndarray) -> np.ndarray:

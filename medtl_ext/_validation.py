@@ -80,7 +80,7 @@ def require_number(
 def warn(message: str) -> None:
     """Issue a `UserWarning` that points at the line outside this package which led here."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "medtl_ext":
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "medtl_ext":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 

@@ -14,7 +14,7 @@ from monai.engines import SupervisedEvaluator
 from torch.utils.data import Dataset
 
 from medtl_ext._validation import require_choice
-from medtl_ext.data import SliceDataset
+from medtl_ext.data import SliceDataset, Task
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report
 from medtl_ext.transfer.sources import pretraining_job, source_collection
@@ -48,19 +48,20 @@ class Pictures:
         """Draw, unless the run is to leave no figures."""
         if not (self.here.leads and self.here.figures):
             return
-        self._draw_maps({"title": self.here.config["method"], "synthetic": self.target.synthetic})
+        said = {"synthetic": self.target.synthetic, "photographs": self.target.photographs}
+        self._draw_maps({"title": self.here.config["method"], **said})
         folder = self.here.folder
         arms = {path.parent.name: path for path in sorted(folder.glob("audit/*/model.pt"))}
         arms |= {self.here.config["method"]: folder / "model.pt"}
         items = [self.patients[place] for place in range(min(N_PATIENTS, len(self.patients)))]
         places = [int(item["label"][0].flatten(0, 1).gt(0).sum(0).argmax()) for item in items]
         figure = plot_overlay(
-            [item["image"][0, ..., z] for item, z in zip(items, places, strict=True)],
+            [self._shown(item["image"][..., z]) for item, z in zip(items, places, strict=True)],
             [item["label"][0, ..., z] for item, z in zip(items, places, strict=True)],
             {arm: self._segment(path, items, places) for arm, path in arms.items()},
             subjects=[item["subject"] for item in items],
             class_names=self.target.class_names,
-            synthetic=self.target.synthetic,
+            **said,
         )
         save_figure(figure, folder / "overlay.png")
 
@@ -69,14 +70,14 @@ class Pictures:
         plain = self.training.plain()
         maps = [folder / f"leep_{when}.nii.gz" for when in ("before", "after")]
         if all(path.is_file() for path in maps):
-            image = torch.stack([item["image"][0] for item in plain]).mean(0)
+            image = torch.stack([self._shown(item["image"]) for item in plain]).mean(0)
             before, after = (nib.load(path).get_fdata()[..., 0] for path in maps)
             figure = plot_risk_maps(before, after, image=image, quantity="leep", **options)
         elif "weight" in plain[0]:
             items = [plain[place] for place in np.linspace(0, len(plain) - 1, N_PATIENTS).astype(int)]
             rows = {
                 f"{item['subject']}, slice {item['slice']}": {
-                    "image": item["image"][0],
+                    "image": self._shown(item["image"]),
                     "label": item["label"][0].int(),
                     "weight": item["weight"][0],
                 }
@@ -86,6 +87,11 @@ class Pictures:
         else:
             return
         save_figure(figure, folder / "maps.png")
+
+    def _shown(self, image: torch.Tensor) -> torch.Tensor:
+        """The first channel, or all three of a colour image last."""
+        colour = Task(self.target.name).channels == ("R", "G", "B")
+        return image.as_subclass(torch.Tensor).movedim(0, -1) if colour else image[0]
 
     def _segment(self, path: Any, items: Sequence[Any], places: Sequence[int]) -> list[torch.Tensor]:
         """Labels of one slice of each volume by the evaluator's network with the weights of a checkpoint."""

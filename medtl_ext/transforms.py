@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.data import NibabelWriter, PILWriter, get_track_meta
+from monai.data import MetaTensor, NibabelWriter, PILWriter, get_track_meta
 from monai.transforms import MapTransform, SaveImage
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
 from scipy.ndimage import binary_fill_holes
@@ -161,7 +161,10 @@ class SaveSegmentationd(MapTransform):
             name = data.get("name") or source.name[: len(source.name) - len(suffix)]
             how = {"output_ext": ending, "output_dtype": np.uint8, "writer": WRITERS.get(ending), "print_log": False}
             with atomic_path(self.folder / f"{name}_seg{ending}") as temporary:
-                SaveImage(self.folder, **how)(data[key], filename=str(temporary)[: -len(ending)])
+                save, path = SaveImage(self.folder, **how), str(temporary)[: -len(ending)]
+                # The writer drops the channel; said to have one, MONAI would take the last axis for it.
+                meta = {**data[key].meta, "original_channel_dim": float("nan")}
+                save(MetaTensor(data[key].as_tensor(), meta=meta), filename=path)
         return dict(data)
 
 

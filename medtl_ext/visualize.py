@@ -73,16 +73,19 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(temporary, dpi=150)
 
 
-def to_display(array: ArrayLike) -> np.ndarray:
+def to_display(array: ArrayLike, *, photograph: bool = False) -> np.ndarray:
     """Turn an (X, Y) slice in RAS into picture rows: front at the top, the patient's right on the left.
+
+    A photograph is turned into its own rows. Colours are a third axis of three.
 
     >>> to_display([[1, 2], [3, 4]]).tolist()  # x = 1, y = 1 is right and front: it goes to the top left
     [[4, 2], [3, 1]]
     """
     array = np.asarray(array)
-    if array.ndim != 2:
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
         raise InputError(f"A picture needs one slice, shape (X, Y); found {array.shape}. Take a channel and a slice.")
-    return array.T[::-1, ::-1]
+    rows = array.swapaxes(0, 1)
+    return rows if photograph else rows[::-1, ::-1]
 
 
 @matplotlib.rc_context(_STYLE)
@@ -92,16 +95,18 @@ def plot_montage(
     class_names: Mapping[str, Sequence[str]] | None = None,
     title: str = "",
     synthetic: bool = False,
+    photographs: bool = False,
 ) -> Figure:
     """A grid of slices, such as subjects by modalities and labels.
 
     Args:
-        images: row name -> column name -> (X, Y) slice. Floating arrays are shown in grey, stretched between their 1st
-            and 99th percentile; integer arrays as label panels with one colour per class, 0 black. A missing panel
-            stays empty.
+        images: row name -> column name -> (X, Y) slice. Floating arrays are shown in grey, or (X, Y, 3) in colour,
+            stretched between their 1st and 99th percentile; integer arrays as label panels with one colour per class,
+            0 black. A missing panel stays empty.
         class_names: label column -> names of its classes 1, 2, ..., listed below that column.
         title: above the figure.
         synthetic: print "synthetic phantom" below.
+        photographs: they have no patient's right and left, and are shown in their own rows.
 
     >>> figure = plot_montage({"13-000": {"T1": np.random.rand(8, 9), "label": np.eye(8, 9, dtype=int)}})
     >>> len(figure.axes)
@@ -110,18 +115,18 @@ def plot_montage(
     columns = list(dict.fromkeys(column for row in images.values() for column in row))
     if not columns:
         raise InputError("plot_montage needs at least one image; found none.")
-    figure, axes = _slices_grid(list(images), len(columns), height=0.9)
+    figure, axes = _slices_grid(list(images), len(columns), height=0.9, photographs=photographs)
     for i, panels in enumerate(images.values()):
         for j, column in enumerate(columns):
             if column in panels:
-                _show_panel(axes[i, j], np.asarray(panels[column]))
+                _show_panel(axes[i, j], np.asarray(panels[column]), photographs)
             if i == 0:
                 axes[i, j].set_title(column, loc="center")
     for column, names in (class_names or {}).items():
         style = {"fontsize": 7, "ncols": len(names), "handlelength": 0.9, "columnspacing": 0.9, "handletextpad": 0.4}
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
         axes[-1, columns.index(column)].legend(handles=_class_handles(names), **below, **style)
-    return _finish(figure, title, synthetic, _RADIOLOGICAL)
+    return _finish(figure, title, synthetic, "" if photographs else _RADIOLOGICAL)
 
 
 @matplotlib.rc_context(_STYLE)
@@ -133,16 +138,17 @@ def plot_risk_maps(
     quantity: str = "weight",
     title: str = "",
     synthetic: bool = False,
+    photographs: bool = False,
 ) -> Figure:
     """A map before and after fine-tuning on one colour scale (RiskMap Fig. 2): bright where transfer is hard.
 
     Args:
         before, after: (X, Y) slices; NaN (no valid pixel) is drawn in grey. The scale runs from the 0.5th to the 99.5th
             percentile of both, so that one extreme pixel does not darken the rest.
-        image: slice of the same shape, shown beside the maps.
+        image: slice of the same shape (or with three colours), shown beside the maps.
         quantity: ``"weight"`` (risk map, high is hard) or ``"leep"`` (LEEP map, low is hard).
         title: above the figure.
-        synthetic: print "synthetic phantom" below.
+        synthetic, photographs: see `plot_montage`.
 
     Raises:
         InputError: shapes differ, or nothing is finite.
@@ -154,7 +160,7 @@ def plot_risk_maps(
     require_choice("quantity", quantity, ["weight", "leep"])
     panels = {"image": image, "before fine-tuning": before, "after fine-tuning": after}
     panels = {name: np.asarray(array, dtype=float) for name, array in panels.items() if array is not None}
-    if len(shapes := {array.shape for array in panels.values()}) > 1:
+    if len(shapes := {array.shape[:2] for array in panels.values()}) > 1:
         raise InputError(f"before, after and image must have one shape; found {sorted(shapes)}.")
     finite = np.concatenate([array[np.isfinite(array)] for name, array in panels.items() if name != "image"])
     if finite.size == 0:
@@ -162,18 +168,19 @@ def plot_risk_maps(
     low, high = np.percentile(finite, [0.5, 99.5])
     colours = matplotlib.colormaps["inferno" if quantity == "weight" else "inferno_r"].with_extremes(bad="#c8c8c8")
 
-    figure, axes = _slices_grid([""], len(panels), size=2.6, height=0.7)
+    figure, axes = _slices_grid([""], len(panels), size=2.6, height=0.7, photographs=photographs)
     for panel, (name, array) in zip(axes[0], panels.items(), strict=True):
         if name == "image":
-            _show_panel(panel, array)
+            _show_panel(panel, array, photographs)
             panel.set_title("\nimage", loc="center")
         else:
-            drawn = panel.imshow(to_display(array), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+            rows = to_display(array, photograph=photographs)
+            drawn = panel.imshow(rows, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
             panel.set_title(f"{name}\nmean {np.nanmean(array):.2f}", loc="center")
     label = "risk weight (high: hard to transfer)" if quantity == "weight" else "LEEP (low: hard to transfer)"
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[finite.min() < low, finite.max() > high]
     figure.colorbar(drawn, ax=list(axes[0]), label=label, extend=extend, shrink=0.8, pad=0.02)
-    return _finish(figure, title, synthetic, _RADIOLOGICAL)
+    return _finish(figure, title, synthetic, "" if photographs else _RADIOLOGICAL)
 
 
 @matplotlib.rc_context(_STYLE)
@@ -186,18 +193,19 @@ def plot_overlay(
     class_names: Sequence[str],
     title: str = "",
     synthetic: bool = False,
+    photographs: bool = False,
 ) -> Figure:
     """Target slices with the outlines of truth and predictions: one row per subject, one column per prediction.
 
     Args:
-        images: one (X, Y) slice per subject.
+        images: one (X, Y) slice per subject, or (X, Y, 3) in colour.
         truths: one (X, Y) label slice per subject, class 0 background.
         predictions: column name (a method) -> one (X, Y) label slice per subject. The Dice of this slice, averaged over
             the classes in it, stands above each; it is not the Dice of the volume.
         subjects: row names.
         class_names: names of classes 1, 2, ...
         title: above the figure.
-        synthetic: print "synthetic phantom" below.
+        synthetic, photographs: see `plot_montage`.
 
     Raises:
         InputError: not one image, truth and prediction per subject.
@@ -212,22 +220,23 @@ def plot_overlay(
     for name, of in {"images": images, "truths": truths, **predictions}.items():
         if len(of) != len(subjects):
             raise InputError(f"plot_overlay has {len(subjects)} subjects but {len(of)} slices in '{name}'.")
-    figure, axes = _slices_grid(subjects, 2 + len(predictions), size=2.1, height=0.5 + 0.25 * len(subjects))
+    height = 0.5 + 0.25 * len(subjects)
+    figure, axes = _slices_grid(subjects, 2 + len(predictions), size=2.1, height=height, photographs=photographs)
     classes = np.arange(len(class_names)) + 1
     for i in range(len(subjects)):
         outlines = {"image": None, "truth": truths[i], **{name: of[i] for name, of in predictions.items()}}
         for panel, (name, labels) in zip(axes[i], outlines.items(), strict=True):
-            _show_panel(panel, np.asarray(images[i], dtype=float))
+            _show_panel(panel, np.asarray(images[i], dtype=float), photographs)
             heading = [name] if i == 0 else []
             if labels is not None:
-                _outline(panel, labels, classes)
+                _outline(panel, labels, classes, photographs)
             if name in predictions:
                 pair = np.ravel(truths[i]), np.ravel(labels)
                 dice = f1_score(*pair, labels=classes, average="macro", zero_division=np.nan)
                 heading.append("nothing to segment" if np.isnan(dice) else f"Dice of the slice {dice:.2f}")
             panel.set_title("\n".join(heading), loc="center")
     figure.legend(handles=_class_handles(class_names), loc="outside right upper", handlelength=1)
-    return _finish(figure, title, synthetic, _RADIOLOGICAL)
+    return _finish(figure, title, synthetic, "" if photographs else _RADIOLOGICAL)
 
 
 @matplotlib.rc_context(_STYLE)
@@ -525,12 +534,14 @@ def _finish(figure: Figure, title: str, synthetic: bool, note: str) -> Figure:
     width, left = figure.get_figwidth(), {"x": 0.01, "ha": "left"}
     if title:
         figure.suptitle(textwrap.fill(title, max(20, int(10 * (width - 1.3)))), fontsize=11, fontweight="bold", **left)
-    note = f"synthetic phantom; {note}" if synthetic else note
+    note = "; ".join(filter(None, ["synthetic phantom" if synthetic else "", note]))
     figure.supxlabel(textwrap.fill(note, int(19 * width)), fontsize=7, color=_GREY, **left)
     return figure
 
 
-def _slices_grid(rows: Sequence[str], columns: int, *, size: float = 1.7, height: float) -> tuple[Figure, np.ndarray]:
+def _slices_grid(
+    rows: Sequence[str], columns: int, *, size: float = 1.7, height: float, photographs: bool
+) -> tuple[Figure, np.ndarray]:
     """Empty panels whose rows are named, the patient's sides marked in the first."""
     figure = Figure(figsize=(size * columns + 0.4, size * len(rows) + height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.05, wspace=0.01, hspace=0.01)
@@ -542,24 +553,29 @@ def _slices_grid(rows: Sequence[str], columns: int, *, size: float = 1.7, height
         panel.set_ylabel(row)
     box = {"boxstyle": "square,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
     style = {"transform": axes[0, 0].transAxes, "color": "white", "fontsize": 7, "bbox": box}
-    for x, side in ((0.03, "R"), (0.97, "L")):
+    for x, side in () if photographs else ((0.03, "R"), (0.97, "L")):
         axes[0, 0].text(x, 0.5, side, va="center", ha="center", **style)
     return figure, axes
 
 
-def _show_panel(panel: Axes, array: np.ndarray) -> None:
+def _show_panel(panel: Axes, array: np.ndarray, photograph: bool) -> None:
+    rows = to_display(array, photograph=photograph)
+    if array.ndim == 3:
+        low, high = np.nanpercentile(array, [1, 99], axis=(0, 1))
+        panel.imshow(np.clip((rows - low) / np.where(high > low, high - low, 1), 0, 1))
+        return
     if np.issubdtype(array.dtype, np.floating):
         low, high = np.nanpercentile(array, [1, 99])
-        panel.imshow(to_display(array), cmap="gray", vmin=low, vmax=high if high > low else low + 1)
+        panel.imshow(rows, cmap="gray", vmin=low, vmax=high if high > low else low + 1)
         return
     # More classes than colours share the last one; a label panel is for a handful of classes.
     colours = ListedColormap(["black", *CLASS_COLOURS])
-    panel.imshow(to_display(array), cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest")
+    panel.imshow(rows, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest")
 
 
-def _outline(panel: Axes, labels: ArrayLike, classes: np.ndarray) -> None:
+def _outline(panel: Axes, labels: ArrayLike, classes: np.ndarray, photograph: bool) -> None:
     for index in np.intersect1d(np.asarray(labels, dtype=int), classes):
-        mask = (to_display(labels) == index).astype(float)
+        mask = (to_display(labels, photograph=photograph) == index).astype(float)
         panel.contour(mask, levels=[0.5], colors=[CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]], linewidths=1.1)
 
 

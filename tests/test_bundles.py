@@ -405,7 +405,7 @@ def test_blocks_that_several_bundles_hold_are_equal():
     own["mlflow"] = {"mlflow#_desc_", "mlflow#experiment", "+validate#handlers#MLFlowHandler#epoch_log"}
     own["train"] = asked | steps | weights_of_the_loss
     affine = ("keys", "mode", "padding_mode", "rotate_range", "scale_range", "translate_range")
-    images = {f"train#random_transforms#RandAffined#{key}" for key in affine} | {"image_shape"}
+    images = {f"train#random_transforms#RandAffined#{key}" for key in affine} | {"image_shape", "in_channels"}
     images |= {f"train#random_transforms#RandFlipd#{key}" for key in ("keys", "spatial_axis")}
     images |= {f"{part}#dataloader#batch_size" for part in ("score", "test", "validate")}
     images |= {"train#random_transforms#RandShiftIntensityd#offsets", "train#random_transforms#order"}
@@ -416,7 +416,7 @@ def test_blocks_that_several_bundles_hold_are_equal():
     classes |= {"score#evaluator#amp"}  # FU needs gradients in full
     classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
     inference = {"dataloader#batch_size", "dataset_dir", "inferer#_target_", "network_def#_target_", "imports", "run"}
-    inference |= {"handlers#order", "handlers#ProgressBar#desc"}
+    inference |= {"handlers#order", "handlers#ProgressBar#desc", "in_channels"}
     inference |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
     of_classification = {"train": images | classes | {"val_interval"}, "inference": inference}
     segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]

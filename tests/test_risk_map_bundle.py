@@ -235,31 +235,32 @@ def test_a_network_finds_what_it_was_trained_on_however_the_image_lies(collectio
 
 
 def test_patients_with_files_of_one_name_do_not_overwrite_each_other(collection, source, tmp_path):
-    datalist = [{"image": str(collection.parent / subject / "FLAIR.nii.gz")} for subject in ("14-000", "14-001")]
-    segment(tmp_path, source, tmp_path / "out", datalist=datalist)
-    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.nii.gz")) == [
-        "14-000/FLAIR_seg.nii.gz",
-        "14-001/FLAIR_seg.nii.gz",
-    ]
+    for subject in ("14-000", "14-001"):
+        (tmp_path / "in" / subject).mkdir(parents=True)
+        shutil.copy(collection.parent / subject / "FLAIR.nii.gz", tmp_path / "in" / subject)
+    segment(tmp_path / "in", source, tmp_path / "out", task="14-FLAIR-ED")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["14-000_seg.nii.gz", "14-001_seg.nii.gz"]
 
 
 def test_inference_looks_at_all_images_before_it_begins(source, tmp_path):
-    assert "no NIfTI image" in refused(lambda: segment(tmp_path, source, tmp_path / "out"))
+    assert "no image (.nii, " in refused(lambda: segment(tmp_path, source, tmp_path / "out"))
     (tmp_path / "a.nii.gz.json").touch()
     good = nib.Nifti1Image(np.ones((4, 4, 2), np.float32), np.eye(4))
     for name in ("a.nii", "a.nii.gz", "C.NII.GZ"):
         nib.save(good, tmp_path / name)
-    assert images_to_segment(str(tmp_path / "C.NII.GZ"), "17-T2-ED") == [{"image": str(tmp_path / "C.NII.GZ")}]
-    with pytest.raises(InputError, match="two images called a"):
+    assert images_to_segment(str(tmp_path / "C.NII.GZ"), "17-T2-ED") == [
+        {"name": "C", "image": str(tmp_path / "C.NII.GZ")}
+    ]
+    with pytest.raises(InputError, match="two images of a"):
         images_to_segment(str(tmp_path), "17-T2-ED")
     (tmp_path / "a.nii").unlink()
     assert len(images_to_segment(str(tmp_path), "17-T2-ED")) == 2
     nib.save(nib.Nifti1Image(np.ones((4, 4, 2, 3), np.float32), np.eye(4)), tmp_path / "b.nii.gz")
     message = refused(lambda: images_to_segment(str(tmp_path), "17-T2-ED"))
-    assert message.startswith(f"{tmp_path}/b.nii.gz: the volume has shape (4, 4, 2, 3)")
+    assert message.startswith(f"{tmp_path}/b.nii.gz has 3 channels where one is expected")
     (tmp_path / "a.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:-20])
     message = refused(lambda: images_to_segment(str(tmp_path), "17-T2-ED"))
-    assert message.startswith(f"{tmp_path}/a.nii.gz: the file cannot be read")
+    assert message.startswith(f"{tmp_path}/a.nii.gz cannot be read")
     assert message.endswith("(and 1 more like this)")
 
 

@@ -227,7 +227,7 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
         ({"train_patients": 9}, "task 17-T2-ED has 4 training patients, fewer than the 9"),
         ({"source_patients": 1}, "leave none to pre-train on"),
         ({"max_intermediates": 1, "representative_rule": "siz"}, "did you mean 'size'"),
-        ({"task_graph": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"task_graph": "nowhere.json"}, "nowhere.json holds no task graph"),
         ({"collection": "nowhere.json"}, "does not exist"),
     ],
     ids=lambda value: str(value)[:40],

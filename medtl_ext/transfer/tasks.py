@@ -16,10 +16,11 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
-from medtl_ext.data.files import find_images, require_readable
+from medtl_ext.data.files import PICTURES, Part, find_images, require_readable
 from medtl_ext.ranking import bootstrap_interval, mean_auc
 from medtl_ext.transfer.jobs import Job
 from medtl_ext.transfer.report import patient_table
@@ -87,6 +88,12 @@ class SegmentationTask:
     def folder(self) -> str:
         """Where its collection lies."""
         return str(self.collection.path.parent)
+
+    @property
+    def photographs(self) -> bool:
+        """Its images are pictures, not scans: they have no patient's right and left."""
+        files = (name for subject in self.collection.subjects_of(self.name) for name in subject.channels().values())
+        return suffix_of(Part.parse(next(files)).path) in PICTURES
 
     @property
     def size(self) -> int:

@@ -189,6 +189,8 @@ def _network(entry: Mapping[str, Any], target: TargetTask, collection: str | Non
         known = target.other(given["task"], collection=collection)
         tags = {tag: getattr(known, tag) for tag in target.tags} | tags
         given = {"n_classes": known.n_classes, "size": known.size} | given
+        if target.per_pixel and known.n_channels != target.n_channels:
+            given["left_out"] = f"it is of {known.modality}, the target's images are {target.modality}"
     name = str(given.pop("name", "")) or dataset_name(given.get("task") or Path(given["checkpoint"]).stem)
     return [Source(name, "checkpoint" if "checkpoint" in given else "task", tags=tags, **given)]
 

@@ -1,5 +1,7 @@
 """Files of every format, by the reader of the bundles' configs and by what writes segmentations beside them."""
 
+import locale
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ def by_itk(itk, path, voxels):
 
 def series(itk, folder, *, places=range(5), uid="1.2.3"):
     """A DICOM series, a slice at each place."""
+    before = locale.setlocale(locale.LC_ALL)
     for place in places:
         image = itk.image_from_array(np.ascontiguousarray(VOLUME[..., place].T))
         entries = {
@@ -56,6 +59,7 @@ def series(itk, folder, *, places=range(5), uid="1.2.3"):
         io.KeepOriginalUIDOn()
         writer.SetImageIO(io)
         writer.Update()
+    locale.setlocale(locale.LC_ALL, before)  # which GDCM changes
     return folder
 
 
@@ -119,7 +123,9 @@ class TestReading:
         assert np.allclose(np.abs(np.diag(meta["affine"])), [2, 2, 4, 1])
 
     def test_a_dicom_series(self, itk, tmp_path):
-        found, meta = read_channels([str(series(itk, tmp_path / "s"))])
+        folder, before = series(itk, tmp_path / "s"), locale.setlocale(locale.LC_ALL)
+        found, meta = read_channels([str(folder)])
+        assert locale.setlocale(locale.LC_ALL) == before  # so that text stays UTF-8
         assert (found[0][..., :: int(np.sign(meta["affine"][2, 2]))] == VOLUME).all()
         assert np.allclose(np.abs(np.diag(meta["affine"])), [2, 2, 4, 1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import locale
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -207,10 +208,14 @@ def _itk() -> Any:
 def _by_itk(path: str, folder: bool) -> tuple[np.ndarray, dict[str, Any]]:
     if _itk() is None:
         raise Unusable(path, "is read by ITK, which is not installed", "pip install 'medtl[itk]'")
-    if folder:
-        _require_one_series(path)
-    reader = ITKReader()
-    array, meta = reader.get_data(reader.read(path))
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        if folder:
+            _require_one_series(path)
+        reader = ITKReader()
+        array, meta = reader.get_data(reader.read(path))
+    finally:  # what reads DICOM leaves the process in the locale C, where no text file is UTF-8
+        locale.setlocale(locale.LC_ALL, before)
     return np.asarray(array), meta
 
 

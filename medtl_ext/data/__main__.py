@@ -46,8 +46,7 @@ def read(name: str, out: str, root: str | None = None, csv: str | None = None, *
     if root is None and name != "images":
         raise InputError("give the folder of the dataset with --root.")
     if "labels" in options:
-        words = options["labels"]
-        options["labels"] = words[0] if name == "images" and len(words) == 1 else _parse_values(words)
+        options["labels"] = (_parse_folder if name == "images" else _parse_values)(options["labels"])
     if "values" in options:
         options["values"] = _parse_values(options["values"])
     _refuse_other_table(csv, out)
@@ -106,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--root", metavar="DIR", help="folder of the dataset; of images the current folder if not given")
     option("--images", metavar="DIR", help="images: folder of the images, or a pattern such as 'scans/*_flair.nii.gz'")
     _add_split_options(option)
-    option("--institutions", metavar="FILE", help="CSV file with columns subject and institution")
+    option("--institutions", metavar="FILE", help="CSV file with columns subject, institution and, if wanted, patient")
     option("--file", metavar="FILE", help="csv, datalist, medmnist: the list or the .npz to read")
     what = "what values mean, NAME=VALUE; not of all layouts. images: folder of the masks, or a pattern"
     option("--labels", nargs="+", metavar="NAME=VALUE|DIR", help=what)
@@ -136,6 +135,12 @@ def _add_split_options(option: Callable[..., Any]) -> None:
     option("--folds", type=int, metavar="K", help="draw folds instead, and write K files FILE_fold0, ...")
     option("--seed", type=int, metavar="N", help="another seed is another draw (default: 0)")
     option("--keep-test", action="store_true", help="leave the test set as it is")
+
+
+def _parse_folder(words: Sequence[str]) -> str:
+    if len(words) > 1:
+        raise InputError("--labels is one folder of masks, or one pattern in quotes; what values mean is --values.")
+    return words[0]
 
 
 def _parse_values(words: Sequence[str]) -> dict[str, int | list[int]]:

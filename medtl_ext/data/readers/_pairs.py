@@ -63,11 +63,11 @@ _SAME = Rule(((), ()), ((), ()))
 
 
 class Pairs(NamedTuple):
-    """Of every mask that has one its image; masks without, by the name that it should have; and what was learnt."""
+    """Of every mask that has one its image; of others what it would be called; and the masks named by each rule."""
 
     images: dict[Name, Name]
     alone: dict[Name, Name]
-    rules: dict[Rule, int]
+    rules: dict[Rule, list[Name]]
 
 
 def learn_pairs(images: Collection[Name], masks: Collection[Name], *, together: bool = False) -> Pairs:
@@ -95,7 +95,7 @@ def learn_pairs(images: Collection[Name], masks: Collection[Name], *, together: 
         found = {mask: images[image] for mask, image in wanted.items() if image in images}
         lost = {mask: image for mask, image in wanted.items() if mask not in found and rule != _SAME}
         learnt |= {(mask.folder, rule.shared(mask)): mask for mask in found}
-        pairs, alone, rules = pairs | found, alone | lost, rules | {rule: len(found)}
+        pairs, alone, rules = pairs | found, alone | lost, rules | {rule: [*found]}
         masks -= {*found, *lost, *(found.values() if together else ())}
         settled = {*found.values(), *((*found, *lost) if together else ())}
         images = {image: image for image in images if image not in settled}
@@ -151,7 +151,7 @@ def _cut(tokens: Tokens, shared: Tokens) -> tuple[Tokens, Tokens] | None:
 
 
 def _refuse_two_masks(
-    pairs: dict[Name, Name], rest: Collection[Name], learnt: dict[tuple[str, Tokens], Name], rules: dict[Rule, int]
+    pairs: dict[Name, Name], rest: Collection[Name], learnt: dict[tuple[str, Tokens], Name], rules: Collection[Rule]
 ) -> None:
     """Refuse a name that belongs to nothing else, and holds what the names of a pair share."""
     doubles, kinds = [], Counter()

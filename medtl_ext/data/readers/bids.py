@@ -20,7 +20,8 @@ def read_bids(draft: Draft) -> Reading:
     Labels are ``_dseg`` (values named by the ``index`` and ``name`` of a ``dseg.tsv``), ``_mask`` and ``_roi`` (value
     1, named by ``label`` or ``desc``). Images are T1w (T1CE with a ``ce`` entity), T2w, FLAIR, PDw and CT. All are in
     ``anat``, the images of the label's subject, session and space; those of the label's own dataset first. Sessions of
-    a patient stay together in a split. Institutions are the column ``institution`` or ``site`` of ``participants.tsv``, else the dataset's name.
+    a patient stay together in a split. Institutions are the column ``institution`` or ``site`` of
+    ``participants.tsv``, else the dataset's name.
 
     Args:
         draft: its root is the folder with ``dataset_description.json``.

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.collection import PathLike
 from medtl_ext.data.files import FORMATS, LOSSY, NIFTI, PICTURES, for_each, read_channels
 from medtl_ext.data.readers._draft import Draft, Reading, clean, comparable, held_values, stem
-from medtl_ext.data.readers._pairs import Name, learn_pairs
+from medtl_ext.data.readers._pairs import Name, Pairs, learn_pairs
 
 _MOST_CLASSES = 12  # of which a reader believes that they are classes
 _WILD = re.compile(r"[*?\[]")
@@ -44,7 +44,7 @@ def read_images(
         values: what the values of the masks mean, by name, or their colours (``[255, 0, 0]``). Not needed if all masks
             hold one value besides 0, which is called ``foreground``.
         modalities: of several, what the images' names end in, by name or number (``p1_T1``, ``p1_0000``), or, where no
-            name does, the channels of every file in their order. Else colour pictures are ``R+G+B``, others ``image``.
+            name does, the channels of every file in their order. Else colour pictures are ``R+G+B``, others ``grey``.
         institution: of all images, where no ``institutions`` are given; else the name of their folder.
 
     Raises:
@@ -59,15 +59,12 @@ def read_images(
     scans_by_name, masks_by_name = _by_names(scans, masks)
     pairs = learn_pairs([*scans_by_name], [*masks_by_name], together=together)
     if not pairs.images:
+        other = "another file there and something more" if together else f"an image in {images}"
         raise InputError(
-            f"no mask in {labels} has a name like that of an image in {images}, such as {masks[0].path.name} and "
-            f"{scans[0].path.name}; a beginning or an ending, the same in all names, may differ."
+            f"no mask in {labels}, such as {masks[0].path.name}, is named like {other}; a beginning or an ending, the "
+            "same in all names, may differ. Rename, or give the masks by a pattern, such as 'DIR/*_mask.png'."
         )
-    if draft.institutions is None:
-        draft.told.append(
-            "Every image counts as a patient: if some are of one, say so in a column patient of institutions"
-        )
-    draft.told += [f"Paired by names: {rule} ({number})" for rule, number in pairs.rules.items()]
+    draft.told += _tell(draft, pairs, scans_by_name, masks_by_name)
     taken = {*pairs.images, *pairs.alone} if together else set()
     scans = [file for name, channels in scans_by_name.items() if name not in taken for file in channels.values()]
     keys = _keys(scans, modalities)
@@ -78,8 +75,12 @@ def read_images(
         file = masks_by_name[mask][""]
         draft.add(file._replace(name=image.text).id, "labels", "mask", file.path, institution=site)
     about = _about(draft, [masks_by_name[mask][""].path for mask in pairs.images], values)
-    expected = {*keys.values()} if len({*keys.values()}) == 1 else [clean(name) for name in modalities or ()]
-    return draft.write("images and masks", [*expected], name=site, license="", **about)
+    expected = [*dict.fromkeys(keys.values())]
+    if any(file.channel for file in scans):
+        expected = [clean(name) for name in modalities]
+    elif len(expected) > 1:  # grey and colour pictures
+        expected = []
+    return draft.write("images and masks", expected, name=site, license="", **about)
 
 
 class _File(NamedTuple):
@@ -89,6 +90,10 @@ class _File(NamedTuple):
     folder: str
     name: str
     channel: str = ""
+
+    @property
+    def shown(self) -> str:
+        return f"{self.folder}/{self.path.name}".removeprefix("/")
 
     @property
     def id(self) -> str:
@@ -106,7 +111,7 @@ def _listed(draft: Draft, given: PathLike, what: str, channels: Sequence[str] = 
             raise InputError(f"{folder} is not a folder; give the folder of the {what}s, or a pattern of their names.")
         chosen = {*folder.glob("/".join(path.parts[wild[0] :]))}
     files = [
-        _File(file, file.relative_to(folder).parent.as_posix().strip("."), *_cut_off(stem(file), channels))
+        _File(file, file.relative_to(folder).parent.as_posix().removeprefix("."), *_cut_off(stem(file), channels))
         for file in draft.find_images(FORMATS, folder)
         if chosen is None or file in chosen
     ]
@@ -131,12 +136,13 @@ def _tell_apart(draft: Draft, scans: Sequence[_File], masks: Sequence[_File]) ->
 
 def _cut_off(name: str, channels: Sequence[str]) -> tuple[str, str]:
     """The name without the channel that it ends in, by name or nnU-Net's number, and that channel."""
-    for number, channel in enumerate(channels if len(channels) > 1 else ()):
-        for ending in (channel, f"{number:04d}"):
-            if comparable(name) == comparable(ending):
-                return "", channel
-            if comparable(name).endswith(tuple(f"{separator}{comparable(ending)}" for separator in "_-. ")):
-                return name[: -len(ending) - 1], channel
+    numbers = {f"{number:04d}": channel for number, channel in enumerate(channels)}
+    endings = {**numbers, **{channel: channel for channel in channels}} if len(channels) > 1 else {}
+    for ending in sorted(endings, key=len, reverse=True):  # of T1 and ce-T1 the longer
+        if comparable(name) == comparable(ending):
+            return "", endings[ending]
+        if comparable(name).endswith(tuple(f"{separator}{comparable(ending)}" for separator in "_-. ")):
+            return name[: -len(ending) - 1], endings[ending]
     return name, ""
 
 
@@ -162,6 +168,18 @@ def _by_names(*sets: Sequence[_File]) -> list[dict[Name, dict[str, _File]]]:
     return found
 
 
+def _tell(
+    draft: Draft, pairs: Pairs, scans: Mapping[Name, dict[str, _File]], masks: Mapping[Name, dict[str, _File]]
+) -> Iterator[str]:
+    """What was taken for granted, to be looked at."""
+    for rule, (mask, *more) in pairs.rules.items():
+        image, file = next(iter(scans[pairs.images[mask]].values())), masks[mask][""]
+        how = f"names: {rule}" if rule.shared(mask) else "folders"
+        yield f"Paired by {how}, {len(more) + 1} of them, such as {image.shown} with {file.shown}"
+    if draft.institutions is None:
+        yield "Every image counts as a patient: if some are of one, say so in a column patient of institutions"
+
+
 def _keys(files: Sequence[_File], modalities: Sequence[str] | None) -> dict[Path, str]:
     """What the collection calls each image: by its channel, or by all channels that it holds."""
     if len(modalities or ()) > 1:
@@ -171,7 +189,7 @@ def _keys(files: Sequence[_File], modalities: Sequence[str] | None) -> dict[Path
         if count == 3 and not modalities and suffix_of(file.path) in PICTURES:
             keys[file.path] = "R+G+B"
         elif count == 1:
-            keys[file.path] = clean(modalities[0]) if modalities else "image"
+            keys[file.path] = clean(modalities[0]) if modalities else "grey"
         else:
             raise InputError(
                 f"{file.path} has {count} channels; name them with modalities in their order, such as T1 T2."
@@ -209,7 +227,7 @@ def _about(
         )
     if not values:
         values = {"foreground": _only_value(masks)}
-        draft.told.append(f"All masks hold one value, {values['foreground']}, and 0: it is called foreground")
+        draft.told.append(f"All masks hold one value besides 0, {values['foreground']}: it is called foreground")
     declared = {clean(name): value for name, value in values.items()}
     asked = {name: [name] for name in declared} | ({"All": [*declared]} if len(declared) > 1 else {})
     return {

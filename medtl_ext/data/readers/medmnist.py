@@ -55,7 +55,8 @@ def read_medmnist(
         labels: names of the classes and their numbers from 0; numbers are names otherwise.
 
     Raises:
-        InputError: no such file, several to choose from, one of volumes (``organmnist3d.npz``), or what `medtl_ext.data.load_medmnist` refuses.
+        InputError: no such file, several to choose from, one of volumes (``organmnist3d.npz``), or what
+            `medtl_ext.data.load_medmnist` refuses.
     """
     out = Path(draft.out).absolute()
     found = sorted(draft.root.glob("*.npz")) if file is None else [draft.root / file]
@@ -78,13 +79,15 @@ def read_medmnist(
 def _refuse_volumes(path: Path) -> None:
     """Say of the files in 3D where they do not fit; only the header is read, for a file may be of many gigabytes."""
     shape: tuple[int, ...] = ()
-    with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):  # which loading it tells
-        with zipfile.ZipFile(path).open("train_images.npy") as file:
-            np.lib.format.read_magic(file)
-            shape, *_ = np.lib.format.read_array_header_1_0(file)
+    with (
+        contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile),  # which loading it tells
+        zipfile.ZipFile(path) as archive,
+        archive.open("train_images.npy") as file,
+    ):
+        np.lib.format.read_magic(file)
+        shape, *_ = np.lib.format.read_array_header_1_0(file)
     if len(shape) == 4 and shape[3] != 3:
         raise InputError(
-            f"{path.name} holds volumes of {' x '.join(map(str, shape[1:]))}, but images of classification are 2D here; "
-            "take a dataset in 2D (of organmnist3d: organamnist, organcmnist or organsmnist), or save slices of the "
-            "volumes as N x H x W."
+            f"{path.name} holds volumes of {' x '.join(map(str, shape[1:]))}, but images of classification are 2D; "
+            "take a dataset in 2D (of organmnist3d: organamnist, organcmnist, organsmnist), or save slices, N x H x W."
         )

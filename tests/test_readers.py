@@ -16,6 +16,7 @@ from medtl_ext.data import Task, load_collection, read_collection
 from medtl_ext.data.__main__ import main
 from medtl_ext.data.classification import load_classification
 from medtl_ext.data.files import read_channels
+from medtl_ext.data.readers._pairs import Name, learn_pairs
 from medtl_ext.data.sample import SAMPLES
 
 SHAPE = (6, 5, 4)
@@ -797,6 +798,32 @@ class TestImages:
         assert (str(collection.tasks()[0]), collection.labels) == ("CHASE-grey-vessel", {"mask": {"vessel": 0xFF0000}})
 
 
+@pytest.mark.parametrize(
+    ("images", "masks", "pairs", "alone"),
+    [
+        ("p1 p2", "p1 p2 p1_2", "p1:p1 p2:p2", "p1_2"),  # the mask of a lost image
+        ("p1 p2 p3", "p1_m p2_m p3_old", "p1:p1_m p2:p2_m", "p3_old"),  # one pair teaches nothing
+        ("p1", "p1_m", "p1:p1_m", ""),  # unless it is all there is
+        ("p1 p2 p3 p4", "p1 p2 p3_m p4_m", "p1:p1 p2:p2 p3:p3_m p4:p4_m", ""),
+        ("p1 p2 p3 p4 p5", "p1_m p2_m p3_m p4_s p5_s", "p1:p1_m p2:p2_m p3:p3_m p4:p4_s p5:p5_s", ""),
+        ("p1 p2 p1_2", "p1_m p2_m p2_2_m", "p1:p1_m p2:p2_m", "p2_2"),
+        ("p1 p1_m p2 p2_m p3_m p4_m p3_m_x p4_m_x", None, "p1:p1_m p2:p2_m", "p3 p4"),
+        ("p1 p2", "p1 p2 p1_b p2_b", "p1 could go with p1 and with p1_b .and 1 more", None),
+        ("p1 p2 p1_2", "p1_m p2_m p1_2_m p1_2_b", "p1_2 could go with p1_2_m and with p1_2_b; .* 'DIR/._m", None),
+    ],
+)
+def test_names_that_pair(images, masks, pairs, alone):
+    images = [Name.of(text) for text in images.split()]
+    masks, together = ([Name.of(text) for text in masks.split()], False) if masks else (images, True)
+    if alone is None:
+        with pytest.raises(InputError, match=pairs):
+            learn_pairs(images, masks)
+        return
+    found = learn_pairs(images, masks, together=together)
+    assert sorted(f"{image.text}:{mask.text}" for mask, image in found.images.items()) == pairs.split()
+    assert sorted(name.text for name in found.alone.values()) == alone.split()
+
+
 def test_splits_and_patients_of_a_table(make):
     root = make("csv")
     tabled(lambda frame: frame.assign(Patient=list("aabbccdd")))(root)
@@ -820,7 +847,7 @@ def other_subjects(root):
 
 def uneven(root):
     first, second = json.loads((root / "dataset.json").read_text())["training"]
-    edit(root / "dataset.json", training=[first | {"fold": 0}, second | {"image": second["image"] * 2}])
+    edit(root / "dataset.json", training=[first | {"fold": 0}, second | {"image": second["image"][:1]}])
 
 
 def unlabelled(root):
@@ -834,7 +861,7 @@ def unlabelled(root):
         ("fets", other_subjects, "FeTS2022_00000||listed in partitioning_1.csv, but has no files|LEFT_OUT"),
         ("fets", other_subjects, "FeTS2022_00099||has no institution|LEFT_OUT"),
         ("msd", unlabelled, "la_001||no label label|LEFT_OUT"),
-        ("datalist", uneven, "case1_flair||4 images for 2 modalities|LEFT_OUT"),
+        ("datalist", uneven, "case1_flair||1 images for 2 modalities|LEFT_OUT"),
         ("datalist", uneven, "|dataset.json|the list's own folds are not used|draw splits or folds"),
         (
             "nnunet",

@@ -56,6 +56,7 @@ def read_images(
     scans, masks, together = _tell_apart(draft, scans, masks)
     if not scans or not masks:
         raise InputError(f"{images} and {labels} are the same files; give the masks, or the images, by a pattern.")
+    draft.found = f"{len(scans)} images and {len(masks)} masks"
     scans_by_name, masks_by_name = _by_names(scans, masks)
     pairs = learn_pairs([*scans_by_name], [*masks_by_name], together=together)
     if not pairs.images:

@@ -9,11 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from monai.transforms import LoadImaged
+from PIL import Image
 
 from medtl_ext import InputError
 from medtl_ext.data import Task, load_collection, read_collection
 from medtl_ext.data.__main__ import main
 from medtl_ext.data.classification import load_classification
+from medtl_ext.data.files import read_channels
+from medtl_ext.data.readers._pairs import Name, learn_pairs
+from medtl_ext.data.sample import SAMPLES
 
 SHAPE = (6, 5, 4)
 OLD, NEW = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")
@@ -30,6 +34,17 @@ def save(path, values=None, shape=SHAPE):
         voxels = np.resize(random.permutation([0, *values]), shape).astype(np.uint8)
     kind = nibabel.AnalyzeImage if path.suffix == ".img" else nibabel.Nifti1Image
     nibabel.save(kind(voxels, None if path.suffix == ".img" else np.diag([-1.0, 1, 2, 1])), path)
+
+
+def picture(path, *values, colour=False):
+    """A picture of noise or, with ``values``, a mask that holds all of them and 0: numbers, or colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(len(str(path)))
+    pixels = random.integers(0, 256, (6, 5, 3) if colour else (6, 5))
+    if values:
+        table = np.array([np.zeros_like(values[0]), *values])
+        pixels = table[np.resize(np.arange(len(table)), (6, 5))]
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 def write(path, content):
@@ -165,6 +180,12 @@ def bids(root):
     (root / "derivatives/seg/desc-tissue_dseg.tsv").write_text("index\tname\n0\tbackground\n1\tGM\n2\tWM\n")
 
 
+def folders(root):
+    for number in (1, 2, 3, 11):
+        save(root / f"images/case_{number}.nii.gz")
+        save(root / f"labels/case_{number}_seg.nii.gz", (1, 2))
+
+
 def table(root):
     rows = []
     for number, split in enumerate(("train", "train", "val", "test")):
@@ -177,6 +198,7 @@ def table(root):
     pd.DataFrame(rows, columns=columns).to_csv(root / "liste.csv", index=False, sep=";")
 
 
+FOLDER = "Dataset005_Prostate"
 AMSTERDAM = ["Amsterdam-GE3T", "Amsterdam-Philips_VU_.PETMR_01."]
 
 # name of the tree: how it is made, the reader and its options, a task and its subjects, its values, the institutions
@@ -191,6 +213,7 @@ TREES = {
     "datalist": (datalist, "datalist", {}, "dataset-T1_Gd-oedema", 4, [[2]], ["dataset"]),
     "nnunet": (nnunet, "nnunet", {}, "Prostate-ADC-TZ", 3, [[2]], ["Prostate"]),
     "bids": (bids, "bids", {}, "Tromsø-T1CE-All", 3, [[1], [2]], ["Oslo", "Tromsø"]),
+    "folders": (folders, "images", {"values": {"a": 1, "b": 2}}, "Dataset005_Prostate-grey-b", 4, [[2]], [FOLDER]),
     "csv": (table, "csv", {"labels": {"lesion": 1}}, "St-Olav-FLAIR-lesion", 4, [[1]], ["St-Olav"]),
 }
 FOLDERS = [name for name in TREES if name in ("fets", "brats2020", "brats2023", "iseg", "wmh")]  # told by names alone
@@ -201,7 +224,7 @@ def make(tmp_path):
     """Make a tree, below a folder with spaces and characters that are not ASCII."""
 
     def build(name):
-        root = tmp_path / "données d'été 数据" / "Dataset005_Prostate"
+        root = tmp_path / "données d'été 数据" / FOLDER
         root.mkdir(parents=True)
         TREES[name][0](root)
         return root
@@ -493,6 +516,17 @@ class TestLists:
         reading = read("msd", root, labels={"LA": 1}, modalities=["T1"], file=path)
         assert "LeftAtrium-T1-LA" in map(str, reading.collection.tasks())
 
+    def test_channels_of_one_file(self, make):
+        """As in the Decathlon's brain tumours: 4D, the channels along the last axis."""
+        root = make("msd")
+        saved("imagesTr/*", shape=(*SHAPE, 3))(root)
+        edit(root / "dataset.json", modality={"1": "T1w", "0": "FLAIR", "2": "T2w"})
+        collection = read("msd", root).collection
+        assert collection.modalities == ["FLAIR", "T1w", "T2w"]
+        (item, *_) = collection.datalist("LeftAtrium-T2w+FLAIR-left_atrium", "train")
+        whole = nibabel.load(item["image"][0].partition("#")[0]).get_fdata()
+        np.testing.assert_array_equal(read_channels(item["image"])[0], np.moveaxis(whole, -1, 0)[[2, 0]])
+
 
 class TestNnUNet:
     def test_a_case_that_ends_like_a_channel(self, make):
@@ -510,6 +544,34 @@ class TestNnUNet:
         assert reading.collection.labels["label"]["ignore"] == 3
         assert reading.check.errors == []
         assert any("value 3 is to be ignored" in row for row in rows(reading))
+
+    @pytest.mark.parametrize("ending", [".png", ".PNG", ".bmp", ".tif", ".nrrd"])
+    def test_every_format_that_is_read(self, tmp_path, ending):
+        """Whether a format can be read is the business of who reads it."""
+        root = tmp_path / "Dataset007_Skin"
+        for name in ("imagesTr/a_0000", "imagesTr/a_0001", "labelsTr/a", "imagesTs/b_0000", "imagesTs/b_0001"):
+            picture(root / f"{name}.png", *([1] if "labels" in name else []))
+            (root / f"{name}.png").rename(root / f"{name}{ending}")
+        save(root / "imagesTr/a_0000.nii.gz")  # of another format than the dataset's
+        labels = {"background": 0, "lesion": 1}
+        write(root / "dataset.json", {"channel_names": {"0": "A", "1": "B"}, "labels": labels, "file_ending": ending})
+        reading = read("nnunet", root, split=[1, 0, 0])
+        assert rows(reading) == ["b||no label label|the subject is left out"]
+        (subject,) = reading.collection.subjects
+        assert {key: path.name for key, path in subject.images.items()} == {
+            "A": f"a_0000{ending}",
+            "B": f"a_0001{ending}",
+        }
+
+    def test_one_colour_picture_a_case(self, tmp_path):
+        for case in "abc":
+            picture(tmp_path / f"imagesTr/{case}_0000.png", colour=True)
+            picture(tmp_path / f"labelsTr/{case}.png", 1)
+        names = {"0": "R", "1": "G", "2": "B"}
+        write(tmp_path / "dataset.json", {"channel_names": names, "labels": {"road": 1}, "file_ending": ".png"})
+        reading = read("nnunet", tmp_path, out=tmp_path / "c.json")
+        assert rows(reading) == []
+        assert [[*subject.images] for subject in reading.collection.subjects] == [["R+G+B"]] * 3
 
     def test_version_one(self, make):
         root = make("nnunet")
@@ -547,6 +609,220 @@ class TestBids:
         assert first.startswith("sub-01|sub-01/anat/sub-01")
         assert second.startswith("sub-02|sub-02/anat/sub-02_T1w.nii.gz|the subject has this image already")
 
+    @pytest.mark.parametrize("name", ["label-lesion_roi", "desc-lesion_mask", "T1w_label-lesion_mask"])
+    def test_a_label_beside_its_image(self, make, name):
+        root = make("bids")
+        shutil.rmtree(root / "derivatives")
+        for number in range(1, 7):
+            save(root / f"sub-{number:02d}/anat/sub-{number:02d}_{name}.nii.gz", (1,))
+        reading = read("bids", root, check=True)
+        assert (rows(reading), reading.check.issues) == ([], [])
+        assert reading.collection.labels == {"lesion": {"lesion": 1}}
+        assert reading.collection.label_values("Oslo-FLAIR-lesion") == [[1]]
+
+
+class TestImages:
+    """Which image a mask is of, and what its values mean, is told by all files together, or asked."""
+
+    @pytest.fixture
+    def make(self, tmp_path):
+        """Pictures: what they are called, and a mask's values; ``{}`` stands for six numbers, some within others."""
+
+        def build(images="{}.png", masks="{}_mask.png", values=(255,), colour=False, folders=("images", "labels")):
+            root = tmp_path / "Eyes"
+            for number in (1, 2, 3, 11, 12, 21):
+                picture(root / folders[0] / images.format(number), colour=colour)
+                if masks:
+                    picture(root / folders[1] / masks.format(number), *values)
+            return root
+
+        return build
+
+    @staticmethod
+    def pairs(reading):
+        """The names of each subject's files."""
+        subjects = reading.collection.subjects
+        return {s.id: [path.name for path in (*s.images.values(), *s.labels.values())] for s in subjects}
+
+    @pytest.mark.parametrize(
+        ("images", "masks", "learnt"),
+        [
+            ("{}.png", "{}.png", "names: NAME with mask NAME"),
+            ("Image_{}L.bmp", "image_{}l_1stHO.png", "names: NAME with mask NAME_1stho"),
+            ("{}_training.tif", "{}_manual1.png", "names: NAME_training with mask NAME_manual1"),
+            ("image{}.png", "mask{}.tif", "names: imageNAME with mask maskNAME"),
+            ("p_{}.png", "p_label_{}.png", "names: p_NAME with mask p_label_NAME"),
+            ("benign ({}).png", "benign ({})_mask.png", "names: NAME with mask NAME_mask"),
+            ("{}/image.png", "{}/mask.png", "folders"),
+        ],
+    )
+    def test_what_names_of_pairs_have_besides_is_learnt(self, make, images, masks, learnt):
+        root = make(images, masks)
+        reading = read("images", root)
+        assert rows(reading) == []
+        assert f"Paired by {learnt}, 6 of them" in str(reading)
+        found = {str(s.images["grey"]): str(s.labels["mask"]) for s in reading.collection.subjects}
+        assert found == {
+            str(root / "images" / images.format(number)): str(root / "labels" / masks.format(number))
+            for number in (1, 2, 3, 11, 12, 21)
+        }
+
+    def test_folders_tell_where_names_repeat(self, make):
+        root = make("a/{}.png", "a/{}_mask.png")
+        make("b/{}.png", "b/{}_mask.png")
+        subjects = read("images", root).collection.subjects
+        assert {s.id[0] + s.labels["mask"].parent.name for s in subjects} == {"aa", "bb"}
+        assert len(subjects) == 12
+
+    def test_what_has_no_partner_is_said(self, make):
+        root = make()
+        (root / "labels/3_mask.png").unlink()
+        (root / "images/11.png").unlink()
+        picture(root / "labels/overview.png", 1)
+        reading = read("images", root)
+        left_out = "the subject is left out"
+        told = {"3": "no label mask", "11": "no image grey", "overview": "no image grey"}
+        assert {*rows(reading)} == {f"{name}||{what}|{left_out}" for name, what in told.items()}
+        assert [*self.pairs(reading)] == ["1", "12", "2", "21"]
+
+    def test_images_and_masks_in_one_folder(self, make):
+        root = make(folders=("all", "all"))
+        picture(root / "all/7.png")
+        picture(root / "all/8_mask.png", 255)
+        reading = read("images", root, images="all", labels="all")
+        assert self.pairs(reading)["11"] == ["11.png", "11_mask.png"]
+        assert [row[:18] for row in rows(reading)] == ["7||no label mask|t", "8||no image grey|t"]
+        assert self.pairs(read("images", root, images="all", labels="all/*_mask.png")) == self.pairs(reading)
+
+    @pytest.mark.parametrize(("first", "second"), [("{}_T1.png", "{}_ce-T1.png"), ("{}_0000.png", "{}_0001.png")])
+    def test_several_files_a_patient(self, make, first, second):
+        root = make(first, "{}_seg.png", folders=("all", "all"))
+        make(second, None, folders=("all", "all"))
+        (root / "all" / second.format(12)).unlink()
+        picture(root / "all/note_5.png")
+        reading = read("images", root, images="all", labels="all", modalities=["T1", "ce-T1"], values={"V": 255})
+        assert self.pairs(reading)["11"] == [first.format(11), second.format(11), "11_seg.png"]
+        assert reading.collection.modalities == ["T1", "ce_T1"]
+        assert "12||no image ce_T1|kept without it" in rows(reading)
+        assert "note_5||no label mask|the subject is left out" not in rows(reading)
+        assert "note_5||no image T1|the subject is left out" in rows(reading)
+
+    def test_colour_pictures_have_three_channels(self, make):
+        reading = read("images", make(colour=True))
+        assert reading.collection.modalities == ["R", "G", "B"]
+        (item, *_) = reading.collection.datalist("Eyes-B+R-foreground", "train")
+        pixels = np.asarray(Image.open(item["image"][0].partition("#")[0]))
+        np.testing.assert_array_equal(read_channels(item["image"])[0][..., 0], pixels.T[[2, 0]])
+
+    def test_channels_that_only_you_know(self, make):
+        reading = read("images", make(colour=True), modalities=["actin", "nuclei", "none"], institution="St-Olav")
+        assert [*reading.collection.subjects[0].images] == ["actin+nuclei+none"]
+        assert reading.collection.institutions == ["St-Olav"]
+
+    def test_visits_of_a_patient(self, make):
+        root = make()
+        table = pd.DataFrame({"subject": ["1", "2", "3", "11"], "institution": "A", "patient": "p"})
+        table.to_csv(root / "sites.csv", index=False)
+        reading = read("images", root, institutions=root / "sites.csv")
+        assert {subject.patient for subject in reading.collection.subjects} == {"p"}
+        assert {*splits_of(reading)} == {"train"}
+
+    @pytest.mark.parametrize(
+        ("values", "given", "expected"),
+        [
+            ((255,), None, {"foreground": 255}),
+            ((1,), {"left atrium": 1}, {"left_atrium": 1}),
+            ((255, 128), {"a": 128, "b": 255}, {"a": 128, "b": 255}),
+            (((0, 9, 0),), None, {"foreground": [0, 9, 0]}),
+            (((255, 0, 0), (0, 9, 0)), {"a": [0, 9, 0], "b": [255, 0, 0]}, {"a": [0, 9, 0], "b": [255, 0, 0]}),
+        ],
+    )
+    def test_what_values_mean(self, make, values, given, expected):
+        reading = read("images", make(values=values), values=given)
+        collection = reading.collection
+        assert json.loads(reading.paths[0].read_text())["labels"] == {"mask": expected}
+        assert [*collection.objectives] == [*expected] + ["All"] * (len(expected) > 1)
+        assert ("is called foreground" in str(reading)) == (given is None)
+        (item, *_) = collection.datalist(f"Eyes-grey-{[*collection.objectives][-1]}", "train")
+        declared = {*collection.labels["mask"].values()}
+        assert {*np.unique(read_channels([item["label"]])[0])} == {0, *declared}
+
+    def test_one_file_has_another_value(self, make):
+        root = make()
+        picture(root / "labels/12_mask.png", 255, 7)
+        refuses("the masks hold the values 7, 255 besides 0; .*: --values NAME=7 NAME=255", "images", root)
+
+    @pytest.mark.parametrize(
+        ("tree", "more", "options", "message"),
+        [
+            ({"masks": "{}_gt.jpg"}, {}, {}, "_gt.jpg is a JPEG, which changes the values"),
+            ({"values": ((255, 0, 0), (0, 9, 0))}, {}, {}, "--values NAME=0,9,0 NAME=255,0,0"),
+            ({"values": range(1, 30)}, {}, {}, "29 values besides 0 .1, 2, 3, ....: smoothed, or numbered objects"),
+            ({"values": [0]}, {}, {}, "no mask holds a value besides 0"),
+            ({}, {"labels/3_mask.png": [(0, 9, 0)]}, {}, "3_mask.png is a mask in colours and .* numbers"),
+            ({}, {"labels/3_mask_1.png": [255]}, {}, r"3_mask and with 3_mask_1; .* 'DIR/\*_mask.\*'"),
+            ({}, {"images/3.bmp": []}, {}, "3.bmp and .*3.png have one name"),
+            ({"colour": True}, {}, {"modalities": ["fundus"]}, "png has 3 channels; name them with modalities"),
+            ({}, {}, {"labels": "none"}, "none is not a folder"),
+            ({}, {}, {"labels": "labels/*.tif"}, "no mask .* in folder"),
+            (
+                {"masks": None},
+                {},
+                {"labels": "images"},
+                "no mask in images, such as .* is named like another file there",
+            ),
+        ],
+    )
+    def test_is_asked_in_one_line(self, make, tree, more, options, message):
+        root = make(**tree)
+        for name, values in more.items():
+            picture(root / name, *values)
+        refuses(message, "images", root, **options)
+
+    def test_two_readers_of_every_image(self, make):
+        root = make("{}.png", "{}_1stHO.png")
+        make("{}.png", "{}_2ndHO.png")
+        refuses("could go with 1_1stHO and with 1_2ndHO .and 5 more like this", "images", root)
+        reading = read("images", root, labels="labels/*_2ndHO.*")
+        assert self.pairs(reading)["1"] == ["1.png", "1_2ndHO.png"]
+
+    def test_command_line(self, make, monkeypatch, capsys):
+        monkeypatch.chdir(make(values=((255, 0, 0),), folders=("scans", "masks")))
+        words = ["read", "images", "--images", "scans", "--labels", "masks", "--out", "c.json", "--no-check"]
+        assert main(words) == 0
+        assert "called foreground" in capsys.readouterr().out
+        assert main([*words[:5], "masks/1_mask.png", *words[5:]]) == 2
+        assert "one pattern in quotes" in capsys.readouterr().err
+        assert main([*words, "--values", "vessel=255,0,0", "--institution", "CHASE"]) == 0
+        collection = load_collection("c.json")
+        assert (str(collection.tasks()[0]), collection.labels) == ("CHASE-grey-vessel", {"mask": {"vessel": 0xFF0000}})
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "pairs", "alone"),
+    [
+        ("p1 p2", "p1 p2 p1_2", "p1:p1 p2:p2", "p1_2"),  # the mask of a lost image
+        ("p1 p2 p3", "p1_m p2_m p3_old", "p1:p1_m p2:p2_m", "p3_old"),  # one pair teaches nothing
+        ("p1", "p1_m", "p1:p1_m", ""),  # unless it is all there is
+        ("p1 p2 p3 p4", "p1 p2 p3_m p4_m", "p1:p1 p2:p2 p3:p3_m p4:p4_m", ""),
+        ("p1 p2 p3 p4 p5", "p1_m p2_m p3_m p4_s p5_s", "p1:p1_m p2:p2_m p3:p3_m p4:p4_s p5:p5_s", ""),
+        ("p1 p2 p1_2", "p1_m p2_m p2_2_m", "p1:p1_m p2:p2_m", "p2_2"),
+        ("p1 p1_m p2 p2_m p3_m p4_m p3_m_x p4_m_x", None, "p1:p1_m p2:p2_m", "p3 p4"),
+        ("p1 p2", "p1 p2 p1_b p2_b", "p1 could go with p1 and with p1_b .and 1 more", None),
+        ("p1 p2 p1_2", "p1_m p2_m p1_2_m p1_2_b", "p1_2 could go with p1_2_m and with p1_2_b; .* 'DIR/._m", None),
+    ],
+)
+def test_names_that_pair(images, masks, pairs, alone):
+    images = [Name.of(text) for text in images.split()]
+    masks, together = ([Name.of(text) for text in masks.split()], False) if masks else (images, True)
+    if alone is None:
+        with pytest.raises(InputError, match=pairs):
+            learn_pairs(images, masks)
+        return
+    found = learn_pairs(images, masks, together=together)
+    assert sorted(f"{image.text}:{mask.text}" for mask, image in found.images.items()) == pairs.split()
+    assert sorted(name.text for name in found.alone.values()) == alone.split()
+
 
 def test_splits_and_patients_of_a_table(make):
     root = make("csv")
@@ -571,7 +847,7 @@ def other_subjects(root):
 
 def uneven(root):
     first, second = json.loads((root / "dataset.json").read_text())["training"]
-    edit(root / "dataset.json", training=[first | {"fold": 0}, second | {"image": second["image"] * 2}])
+    edit(root / "dataset.json", training=[first | {"fold": 0}, second | {"image": second["image"][:1]}])
 
 
 def unlabelled(root):
@@ -585,7 +861,7 @@ def unlabelled(root):
         ("fets", other_subjects, "FeTS2022_00000||listed in partitioning_1.csv, but has no files|LEFT_OUT"),
         ("fets", other_subjects, "FeTS2022_00099||has no institution|LEFT_OUT"),
         ("msd", unlabelled, "la_001||no label label|LEFT_OUT"),
-        ("datalist", uneven, "case1_flair||4 images for 2 modalities|LEFT_OUT"),
+        ("datalist", uneven, "case1_flair||1 images for 2 modalities|LEFT_OUT"),
         ("datalist", uneven, "|dataset.json|the list's own folds are not used|draw splits or folds"),
         (
             "nnunet",
@@ -618,7 +894,6 @@ def other_meaning(root):
 PARTITIONING = f"{FETS}/partitioning_1.csv"
 TWICE = "Partition_ID,Subject_ID\n1,FeTS2022_00000\n2,FETS2022_00000\n"
 CASE = "training must hold the paths of 'image' and 'label' files"
-CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
 
 
 @pytest.mark.parametrize(
@@ -634,9 +909,6 @@ CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
         ("bids", other_meaning, {}, "values of label 'tissue' are {'CSF': 1}, and elsewhere {'GM': 1, 'WM': 2}"),
         ("msd", listed(labels=None), {}, "names no labels"),
         ("msd", listed(modality=None), {"labels": {"LA": 1}}, "every modality"),
-        ("msd", listed(modality={"0": "FLAIR", "1": "T1w"}), {}, CHANNELS),
-        ("msd", saved("imagesTr/*", shape=(*SHAPE, 3)), {}, CHANNELS),
-        ("msd", saved("imagesTr/la_007.nii.gz", shape=(*SHAPE, 3)), {}, CHANNELS),
         ("msd", listed(training=[{"image": "a.nii.gz", "label": 3}]), {}, CASE),
         ("msd", listed(training=[{"image": [1]}]), {}, CASE),
         ("msd", listed(training=[{"image": []}]), {}, CASE),
@@ -645,7 +917,7 @@ CHANNELS = "several modalities in one file .*nnUNetv2_convert_MSD_dataset"
         ("msd", rewritten("dataset.json", "{"), {}, "dataset.json is not valid JSON"),
         ("msd", rewritten("dataset.json", "[]"), {}, "dataset.json must hold an object"),
         ("msd", listed(labels={"a": "b"}), {}, "dataset.json: labels must map names to whole numbers"),
-        ("nnunet", listed(file_ending=".png"), {}, "Convert them"),
+        ("nnunet", listed(file_ending=".gif"), {}, "file_ending is '.gif'; read are .nii, .* convert"),
         ("nnunet", listed(channel_names={}), {}, "every modality"),
         ("bids", lost("*.tsv"), {}, "no dseg.tsv names the values"),
         ("csv", tabled(lambda frame: frame.drop(columns="Image")), {}, "no column 'image'"),
@@ -698,11 +970,14 @@ class TestMedMNIST:
             ({"file": "other.npz"}, "other.npz does not exist"),
             ({"labels": {"ill": 2}, "file": "lung mnist.npz"}, "labels gives ill the number 2"),
             ({"folds": 3}, "folds"),
+            ({"file": "organs3d.npz"}, "organs3d.npz holds volumes of 28 x 28 x 28, .*; take a dataset in 2D"),
             ({"out": "lung mnist.npz"}, "is no description of a MedMNIST file, so it is not replaced"),
             ({}, "should hold one .npz file; found lung mnist.npz, second.npz"),
         ],
     )
     def test_refuses(self, folder, options, message):
+        if "file" in options:
+            np.savez(folder / "organs3d.npz", train_images=np.zeros((2, 28, 28, 28), np.uint8))
         (folder / ("sub" if "out" in options else "second.npz")).write_bytes(b"")
         before = {path: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(InputError, match=message):
@@ -749,8 +1024,11 @@ class TestCommandLine:
         assert main(command) == 0
         assert "were not checked" in capsys.readouterr().out
         assert {subject.split for subject in load_collection(root.parent / "c.json").subjects} == {"train", "val"}
-        with pytest.raises(SystemExit):
-            main([*command, "--labels", "lesion"])
+        for words_of_labels, message in (("lesion", "not of the form NAME=VALUE"), ("a=1 a=2", "a has two values")):
+            assert main([*command, "--labels", *words_of_labels.split()]) == 2
+            assert message in capsys.readouterr().err
+        assert main(["read", "csv", "--out", str(root.parent / "d.json")]) == 2
+        assert "give the folder of the dataset with --root" in capsys.readouterr().err
 
     def test_the_challenge(self, words, capsys):
         _, command = words("brats2023", "--no-check", "--challenge", "GLI-2024")
@@ -779,3 +1057,14 @@ class TestCommandLine:
             assert error.startswith(f"Error: {message}")
             assert "\n" not in error
         assert not out.exists()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_sample_is_written_with_its_card_and_what_to_do_next(tmp_path, capsys, name):
+    assert main(["sample", name, "--out", str(tmp_path / name)]) == 0
+    printed = capsys.readouterr().out
+    for told in ("collection.json", "License CC BY", "README.md", "Next: python -m medtl_ext.data check"):
+        assert told in printed
+    assert load_collection(tmp_path / name / "collection.json").subjects
+    assert main(["sample", name, "--out", str(tmp_path / name)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err

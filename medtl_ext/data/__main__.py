@@ -1,4 +1,4 @@
-"""Command line of the data room: ``python -m medtl_ext.data``, then ``check``, ``phantom``, ``read`` or ``split``."""
+"""Command line of the data room: ``python -m medtl_ext.data check``, ``phantom``, ``read``, ``sample`` or ``split``."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ from medtl_ext.data.collection import count_splits, load_collection, refuse_to_r
 from medtl_ext.data.integrity import IntegrityReport, check_collection
 from medtl_ext.data.phantom import generate_phantom
 from medtl_ext.data.readers import CHALLENGES, READERS, read_collection
+from medtl_ext.data.sample import SAMPLES, write_sample
 from medtl_ext.data.splits import FRACTIONS, split_collection
 
 
@@ -37,16 +38,29 @@ def phantom(out: str, **options: Any) -> int:
     return 0
 
 
-def read(name: str, root: str, out: str, csv: str | None = None, **options: Any) -> int:
+def read(name: str, out: str, root: str | None = None, csv: str | None = None, **options: Any) -> int:
     """Write a collection for a dataset in its own layout, then check every file of it. No image is copied or changed.
 
     Exit status: 0 without errors, 1 with errors in the files, 2 when nothing can be written.
     """
+    if root is None and name != "images":
+        raise InputError("give the folder of the dataset with --root.")
     if "labels" in options:
-        options["labels"] = dict(options["labels"])
+        options["labels"] = (_parse_folder if name == "images" else _parse_values)(options["labels"])
+    if "values" in options:
+        options["values"] = _parse_values(options["values"])
     _refuse_other_table(csv, out)
-    reading = read_collection(name, root, out, **options)
+    reading = read_collection(name, root or ".", out, **options)
     return _show(reading, reading.check, csv)
+
+
+def sample(name: str, out: str) -> int:
+    """Write a small real collection that ships with the package into a new folder, to try things on."""
+    path = write_sample(name, out)
+    print(f"Collection written to {path}")
+    print(f"License {load_collection(path).license}; where it is from and whom to cite: {path.with_name('README.md')}")
+    print(f"Next: python -m medtl_ext.data check {path}")
+    return 0
 
 
 def split(path: str, out: str, split: Sequence[float] | None = None, **options: Any) -> int:
@@ -88,15 +102,25 @@ def _parser() -> argparse.ArgumentParser:
 
     option = command(read, "write a collection for a public or your own dataset")
     option("name", metavar="NAME", help=f"the layout: {', '.join(READERS)}")
-    option("--root", required=True, metavar="DIR", help="folder of the dataset")
+    option("--root", metavar="DIR", help="folder of the dataset; of images the current folder if not given")
+    option("--images", metavar="DIR", help="images: folder of the images, or a pattern such as 'scans/*_flair.nii.gz'")
     _add_split_options(option)
-    option("--institutions", metavar="FILE", help="CSV file with columns subject and institution")
+    option("--institutions", metavar="FILE", help="CSV file with columns subject, institution and, if wanted, patient")
     option("--file", metavar="FILE", help="csv, datalist, medmnist: the list or the .npz to read")
-    option("--labels", nargs="+", type=_label, metavar="NAME=VALUE", help="what values mean; not of all layouts")
-    option("--modalities", nargs="+", metavar="NAME", help="datalist: of the images, in their order")
+    what = "what values mean, NAME=VALUE; not of all layouts. images: folder of the masks, or a pattern"
+    option("--labels", nargs="+", metavar="NAME=VALUE|DIR", help=what)
+    what = "images: what the masks' values mean, such as vessel=255, or colours, such as vessel=255,0,0"
+    option("--values", nargs="+", metavar="NAME=VALUE", help=what)
+    what = "datalist: of the images, in their order; images: what their names end in, or their channels in order"
+    option("--modalities", nargs="+", metavar="NAME", help=what)
+    option("--institution", metavar="NAME", help="images: where all are from; else the name of their folder")
     option("--challenge", choices=CHALLENGES, help="brats: whose labels they are, where files do not tell")
     option("--no-check", dest="check", action="store_false", help="do not read every file")
     option("--csv", metavar="FILE", help="also write what was left out, and the issues, as a table")
+
+    option = command(sample, "write a small real collection to try things on")
+    option("name", metavar="NAME", help="; ".join(f"{name}: {what}" for name, what in SAMPLES.items()))
+    option("--out", required=True, metavar="DIR", help="new folder to write")
 
     option = command(split, "draw splits or folds for a collection")
     option("path", metavar="COLLECTION.json", help="the collection file; it is not changed")
@@ -113,11 +137,24 @@ def _add_split_options(option: Callable[..., Any]) -> None:
     option("--keep-test", action="store_true", help="leave the test set as it is")
 
 
-def _label(text: str) -> tuple[str, int]:
-    name, _, value = text.rpartition("=")
-    if not name or not value.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not of the form NAME=VALUE, such as lesion=1")
-    return name, int(value)
+def _parse_folder(words: Sequence[str]) -> str:
+    if len(words) > 1:
+        raise InputError("--labels is one folder of masks, or one pattern in quotes; what values mean is --values.")
+    return words[0]
+
+
+def _parse_values(words: Sequence[str]) -> dict[str, int | list[int]]:
+    """Such as ``vessel=255``, or of a colour ``vessel=255,0,0``."""
+    values = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        numbers = value.split(",")
+        if not name or not all(number.isdecimal() for number in numbers):
+            raise InputError(f"'{word}' is not of the form NAME=VALUE, such as lesion=1.")
+        if name in values:
+            raise InputError(f"{name} has two values; give every value a name of its own.")
+        values[name] = [int(number) for number in numbers] if len(numbers) > 1 else int(value)
+    return values
 
 
 def _refuse_other_table(csv: str | None, collection: str) -> None:

@@ -8,10 +8,12 @@ from medtl_ext.data.collection import PathLike
 from medtl_ext.data.readers._draft import Draft, Reading
 from medtl_ext.data.readers.bids import read_bids
 from medtl_ext.data.readers.challenges import CHALLENGES, read_brats, read_fets, read_iseg, read_wmh
+from medtl_ext.data.readers.images import read_images
 from medtl_ext.data.readers.lists import read_csv, read_datalist, read_nnunet
 from medtl_ext.data.readers.medmnist import ClassificationReading, read_medmnist
 
-_ALL = (read_fets, read_brats, read_iseg, read_wmh, read_datalist, read_nnunet, read_bids, read_csv, read_medmnist)
+_CHALLENGES = (read_fets, read_brats, read_iseg, read_wmh)
+_ALL = (read_images, *_CHALLENGES, read_datalist, read_nnunet, read_bids, read_csv, read_medmnist)
 READERS = {reader.__name__.removeprefix("read_"): reader for reader in _ALL} | {"msd": read_datalist}
 __all__ = ["CHALLENGES", "READERS", "Reading", "read_collection"]
 

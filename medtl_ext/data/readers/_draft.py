@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
+from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import Collection, PathLike, count_splits, load_collection
+from medtl_ext.data.files import FORMATS, NIFTI, read_channels
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.splits import write_splits
 
-_SUFFIX = re.compile(r"\.(nii\.gz|nii|img|hdr)$", re.IGNORECASE)
-_PREFERENCE = (".nii.gz", ".nii", ".img")
+_PREFERENCE = (".nii.gz", ".nii")  # before all others
 _PARTNERS = {".hdr": ".img", ".img": ".hdr", ".HDR": ".IMG", ".IMG": ".HDR"}  # of the Analyze format
 _CLASS_VALUES = TypeAdapter(int | list[int])
 _ALIASES = {
@@ -35,6 +37,7 @@ class Reading:
     paths: list[Path]
     left_out: list[Issue]
     check: IntegrityReport | None
+    told: Sequence[str] = ()  # what the reader learnt by itself, for you to look at
 
     @property
     def collection(self) -> Collection:
@@ -49,6 +52,7 @@ class Reading:
             f"{len(collection.subjects)} subjects ({count_splits(collection.subjects)}) of "
             f"{len(collection.institutions)} institutions, modalities {', '.join(collection.modalities)}, "
             f"objectives {', '.join(collection.objectives)}",
+            *self.told,
             *(f"Collection written to {path}" for path in self.paths),
             f"Noted while reading: {len(self.left_out)}",
             *(f"{note}: {_first(found, 5)}" for note, found in names.items()),
@@ -85,6 +89,7 @@ class Draft:
     def __post_init__(self) -> None:
         self.subjects: dict[str, dict[str, Any]] = {}  # by their `comparable` names
         self.left_out: list[Issue] = []
+        self.told: list[str] = []
         self.found = "none"  # in a few words, for the message when no subject is
         self.root = Path(os.path.abspath(self.root))
         if not self.root.is_dir():
@@ -114,16 +119,24 @@ class Draft:
         if entry["place"] != place or entry[kind].setdefault(name, path) != path:
             self.note(subject, path or "", f"the subject has this {kind[:-1]} already", "the file is not used")
 
-    def find_images(self) -> Iterator[Path]:
-        """NIfTI and Analyze files below the root, of a header and its image the image; hidden ones are skipped."""
+    def find_images(self, formats: Sequence[str] = NIFTI, below: Path | None = None) -> Iterator[Path]:
+        """The files of these formats below the root or another folder, of an Analyze pair the image; no hidden ones.
+
+        A folder that holds a series of DICOM files is one image.
+        """
 
         def unreadable(error: OSError) -> None:
             self.note("", str(error.filename), f"cannot be listed ({error.strerror})", "what is in it is not used")
 
-        walk = os.walk(self.root, onerror=unreadable, followlinks=True)
+        walk = os.walk(below or self.root, onerror=unreadable, followlinks=True)
         for folder, folders, names in tqdm(walk, "reading", unit="folder", disable=None if self.progress else True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(name for name in names if not name.startswith(".") and _SUFFIX.search(name)):
+            names = [name for name in names if not name.startswith(".") and suffix_of(name) in formats]
+            if any(suffix_of(name) == ".dcm" for name in names):
+                folders[:] = []
+                yield Path(folder)
+                continue
+            for name in sorted(names):
                 path = Path(folder, name)
                 partner = path.with_suffix(_PARTNERS.get(path.suffix, path.suffix))
                 if not partner.is_file():
@@ -131,7 +144,9 @@ class Draft:
                 elif path.suffix.lower() != ".hdr":
                     yield path
 
-    def match(self, pattern: str, ignore: str = "(?!)") -> list[tuple[re.Match[str], dict[str, Any]]]:
+    def match(
+        self, pattern: str, ignore: str = "(?!)", formats: Sequence[str] = NIFTI
+    ) -> list[tuple[re.Match[str], dict[str, Any]]]:
         """The images whose names are the dataset's, by subject; those to prefer come first.
 
         Args:
@@ -139,13 +154,14 @@ class Draft:
                 group ``subject``. Files of one subject have the same ``place``, if the pattern has such a group, or the
                 same beginning up to the subject.
             ignore: matches files that belong to the dataset and are not wanted; all other files are noted.
+            formats: the endings of files to look at.
 
         Returns:
             For every file its match, and what `add` takes: its ``path`` and ``place``.
         """
-        paths, found = list(self.find_images()), []
-        for path in sorted(paths, key=lambda path: _PREFERENCE.index(_SUFFIX.search(path.name)[0].lower())):
-            name = _SUFFIX.sub("", path.relative_to(self.root).as_posix())
+        paths, found = list(self.find_images(formats)), []
+        for path in sorted(paths, key=lambda path: [suffix_of(path) != suffix for suffix in _PREFERENCE]):
+            name = path.relative_to(self.root).with_name(stem(path)).as_posix()
             if match := re.fullmatch(pattern, name, re.IGNORECASE):
                 place = match.groupdict().get("place") or name[: match.start("subject")]
                 found.append((match, {"path": path, "place": comparable(place)}))
@@ -175,17 +191,20 @@ class Draft:
         draw = {"fractions": self.split, "folds": self.folds, "seed": self.seed, "keep_test": self.keep_test}
         paths = write_splits(content, self.out, self.root, **draw)
         report = check_collection(load_collection(paths[0]), progress=self.progress) if self.check else None
-        return Reading(paths, self.left_out, report)
+        return Reading(paths, self.left_out, report, self.told)
 
     def _assign_institutions(self, path: Path) -> None:
         """Take the institutions from a table of subjects; those listed without files are noted."""
-        table = read_table(path, ("subject", "institution"))
+        table = read_table(path, ("subject", "institution"), ("patient",))
         key = table.subject.map(comparable)
         sites = table.institution.groupby(key).unique()
         if (sites.map(len) > 1).any():
             raise InputError(f"{path} lists a subject at two institutions; list every subject once.")
+        patients = dict(zip(key, table.patient, strict=True))
         for name, entry in self.subjects.items():
             entry["known"]["institution"] = sites[name][0] if name in sites else ""
+            if patient := patients.get(name):
+                entry["known"]["patient"] = patient
         met = {comparable(issue.subject) for issue in self.left_out} | self.subjects.keys()
         for subject in table.subject[~key.isin(met)]:
             self.note(subject, "", f"listed in {path.name}, but has no files", LEFT_OUT)
@@ -197,7 +216,7 @@ class Draft:
             known, wanted = entry["known"], {kind: entry[kind] for kind in expected}
             wanted["images"] = dict.fromkeys(expected["images"]) | entry["images"]
             there = {
-                kind: {name: str(path) for name, path in files.items() if path and path.is_file()}
+                kind: {name: str(path) for name, path in files.items() if path and path.exists()}
                 for kind, files in wanted.items()
             }
             whole = known.get("institution") and all(there.values())
@@ -219,8 +238,17 @@ def comparable(name: str) -> str:
 
 
 def stem(path: Path) -> str:
-    """The file's name without its suffix."""
-    return _SUFFIX.sub("", path.name)
+    """The name of a file without its suffix, or of a folder that is one image."""
+    suffix = suffix_of(path)
+    return path.name[: -len(suffix)] if suffix in FORMATS else path.name
+
+
+def held_values(name: str) -> set[int]:
+    """The values of a label file but 0; none of a broken one, which the data check names."""
+    try:
+        return {*np.unique(read_channels([name])[0]).tolist()} - {0}
+    except InputError:
+        return set()
 
 
 def clean(name: str) -> str:

@@ -8,18 +8,20 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.collection import read_json
 from medtl_ext.data.readers._draft import Draft, Reading, clean, objectives, parse_labels, read_table
 
+_MASKS = {"mask", "roi"}
 _MODALITIES = {"T1w": "T1", "T2w": "T2", "FLAIR": "FLAIR", "PDw": "PD", "CT": "CT"}
 _NATIVE = {"T1w", "orig", "individual"}  # spaces of the scanner
 _NO_DATA = {"code", "sourcedata", "stimuli"}  # folders whose files are not the dataset's
 
 
 def read_bids(draft: Draft) -> Reading:
-    """A BIDS dataset with derivatives, or a derivatives dataset by itself.
+    """A BIDS dataset with labels beside its images or in derivatives, or a derivatives dataset by itself.
 
-    Labels are ``_dseg`` (values named by the ``index`` and ``name`` of a ``dseg.tsv``) and ``_mask`` (value 1, named by
-    its ``label`` or ``desc``). Images are T1w (T1CE with a ``ce`` entity), T2w, FLAIR, PDw and CT in ``anat``, of the
-    label's subject, session and space; those of the label's own dataset first. Sessions of a patient stay together in a
-    split. Institutions are the column ``institution`` or ``site`` of ``participants.tsv``, else the dataset's name.
+    Labels are ``_dseg`` (values named by the ``index`` and ``name`` of a ``dseg.tsv``), ``_mask`` and ``_roi`` (value
+    1, named by ``label`` or ``desc``). Images are T1w (T1CE with a ``ce`` entity), T2w, FLAIR, PDw and CT. All are in
+    ``anat``, the images of the label's subject, session and space; those of the label's own dataset first. Sessions of
+    a patient stay together in a split. Institutions are the column ``institution`` or ``site`` of
+    ``participants.tsv``, else the dataset's name.
 
     Args:
         draft: its root is the folder with ``dataset_description.json``.
@@ -47,7 +49,10 @@ def read_bids(draft: Draft) -> Reading:
         about["labels"] |= part["labels"]
         for key, objective in part["objectives"].items():
             about["objectives"][f"{label}_{key}" if key in about["objectives"] else key] = objective
-    layout = "anat/sub-01_T1w.nii.gz and a derivative such as sub-01_label-lesion_mask.nii.gz"
+    layout = (
+        "anat/sub-01_T1w.nii.gz and a label such as sub-01_label-lesion_roi.nii.gz or sub-01_label-lesion_mask.nii.gz, "
+        "beside it or in the same folder of a derivative"
+    )
     return draft.write(layout, name=name, license=str(described.get("License") or ""), **about)
 
 
@@ -71,7 +76,7 @@ def _parse(path: Path, root: Path) -> _File | None:
     """What the names of a file and its folders say; None where it is neither image nor label."""
     entities, folders = _entities(path), path.relative_to(root).parts[:-1]
     suffix = entities["suffix"]
-    kind = "labels" if suffix in ("dseg", "mask") else "images"
+    kind = "labels" if suffix in {"dseg", *_MASKS} else "images"
     name = clean(entities.get("label") or entities.get("desc") or suffix)
     if kind == "images":
         name = "T1CE" if suffix == "T1w" and "ce" in entities else _MODALITIES.get(suffix)
@@ -86,7 +91,7 @@ def _parse(path: Path, root: Path) -> _File | None:
 def _values(file: _File, tables: Sequence[Path]) -> dict[str, Any]:
     """The values of a label: 1 of a mask; else those of the nearest table that holds for it, by folder and entities."""
     entities = _entities(file.path)
-    if entities["suffix"] == "mask":
+    if entities["suffix"] in _MASKS:
         return {file.name: 1}
     above = [path for path in tables if file.path.is_relative_to(path.parent)]
     hold = [path for path in above if _entities(path).items() <= entities.items()]

@@ -2,14 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-
-import nibabel
-import numpy as np
 
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data.files import for_each
-from medtl_ext.data.readers._draft import Draft, Reading, objectives, parse_labels
+from medtl_ext.data.readers._draft import Draft, Reading, held_values, objectives, parse_labels
 
 _FIRST = {"t1": "T1", "t1ce": "T1CE", "t2": "T2", "flair": "FLAIR"}  # BraTS until 2022
 _SECOND = {"t1n": "T1", "t1c": "T1CE", "t2w": "T2", "t2f": "FLAIR"}  # from 2023 on
@@ -116,8 +112,8 @@ def _values(draft: Draft, code: str, challenge: str | None, labels: Mapping[str,
     if labels:
         known = {"these labels": parse_labels(labels, draft.root)}
     told = "; ".join(f"{name}: {', '.join(f'{v} {k}' for k, v in values.items())}" for name, values in known.items())
-    paths = [path for entry in draft.subjects.values() if entry["images"] for path in entry["labels"].values()]
-    held = for_each(_held_values, paths, progress=draft.progress)
+    paths = [str(path) for entry in draft.subjects.values() if entry["images"] for path in entry["labels"].values()]
+    held = for_each(held_values, paths, progress=draft.progress)
     fits = [{name for name in known if values <= {*known[name].values()}} for values in held]
     if not all(fits):
         place = fits.index(set())
@@ -135,14 +131,6 @@ def _values(draft: Draft, code: str, challenge: str | None, labels: Mapping[str,
             f"({told}); give the challenge, or labels if it is none of these."
         )
     return known[(proven or everywhere)[0]]
-
-
-def _held_values(path: Path) -> set[int]:
-    """The values of a label file but 0; none of a broken one, which fails in a dozen ways: the data check names it."""
-    try:
-        return {*np.unique(np.asanyarray(nibabel.load(path).dataobj)).tolist()} - {0}
-    except Exception:
-        return set()
 
 
 def read_iseg(draft: Draft) -> Reading:

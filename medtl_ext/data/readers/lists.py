@@ -1,16 +1,15 @@
 """Datasets that a list describes: a Decathlon or MONAI ``dataset.json``, nnU-Net's, or a plain table."""
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import nibabel
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import SPLITS, PathLike, read_json
+from medtl_ext.data.files import FORMATS, NIFTI, PICTURES
 from medtl_ext.data.readers._draft import (
     LEFT_OUT,
     Draft,
@@ -48,19 +47,16 @@ def read_datalist(
 ) -> Reading:
     """A Decathlon task or a MONAI datalist: ``training``, ``validation`` and ``test`` list ``image`` and ``label``.
 
-    ``image`` is one file, or a list with one file a modality. Where labelled cases are in several sections, the
-    sections are the splits. An entry may name its ``subject`` and ``institution``; otherwise its image names it, and
-    the list is the institution.
+    ``image`` is a list with one file a modality, or one file that holds all of them as channels (Task01_BrainTumour,
+    Task05_Prostate). Where labelled cases are in several sections, the sections are the splits. An entry may name its
+    ``subject`` and ``institution``; otherwise its image names it, and the list is the institution.
 
     Args:
         draft: its root is the folder that paths in the list start from.
         file: the list; ``dataset.json`` in the root if not given.
         labels: values by name; those of the list (``labels``) if not given.
-        modalities: in the order of the images; those of the list (``modality``) if not given.
-
-    Raises:
-        InputError: also where several modalities share one 4D file, as in Task01_BrainTumour and Task05_Prostate: a
-            collection takes one 3D file a modality.
+        modalities: in the order of the images, or of the channels of one; those of the list (``modality``) if not
+            given.
     """
     path = draft.root / "dataset.json" if file is None else Path(file)
     content = read_json(path)
@@ -74,11 +70,12 @@ def read_datalist(
         for section, split in _SECTIONS.items()
         for entry in content.get(section) or []
     ]
+    if all(len(case.image) == 1 for case in cases):
+        names = ["+".join(names)]
     # Where no labelled cases are for validation, train is shared out.
     fixed = SPLITS if any(case.split == "val" and case.label for case in cases) else ("test",)
     for case, subject in zip(cases, _subjects(cases), strict=True):
         images = [draft.root / image for image in case.image]
-        _refuse_channels(images, names, path, draft.root)
         if len(images) != len(names):
             draft.note(subject, "", f"{len(images)} images for {len(names)} modalities", LEFT_OUT)
             continue
@@ -132,21 +129,11 @@ def _subjects(cases: Sequence[_Case]) -> list[str]:
     return [case.subject or name for case, name in zip(cases, long, strict=True)]
 
 
-def _refuse_channels(images: Sequence[Path], names: Sequence[str], path: Path, root: Path) -> None:
-    """Refuse several modalities in one file, as the names or the header of an image tell."""
-    shape: tuple[int, ...] = ()
-    with contextlib.suppress(Exception):  # missing or broken, which is said elsewhere
-        shape = nibabel.load(images[0]).shape
-    if len(images) == 1 and (len(names) > 1 or max(shape[3:], default=1) > 1):
-        raise InputError(
-            f"{path}: {images[0].name} (shape {shape}) holds several modalities in one file ({', '.join(names)}), but "
-            "a collection takes one 3D file a modality. Write every channel to a file of its own, such as by nnU-Net's "
-            f"'nnUNetv2_convert_MSD_dataset -i {root}', and read the result as nnunet."
-        )
-
-
 def read_nnunet(draft: Draft) -> Reading:
     """A dataset in nnU-Net's raw format, version 1 or 2: ``imagesTr/CASE_0000.nii.gz`` and ``labelsTr/CASE.nii.gz``.
+
+    Files end as ``file_ending`` says, in any format that is read. Where a case has one colour picture, ``_0000``, its
+    colours are the channels.
 
     ``labelsTs``, where it is there, makes a test split of ``imagesTs``. A region (several values under one name)
     becomes an objective that merges them. The value ``ignore`` is declared but no objective: it counts as background.
@@ -157,9 +144,9 @@ def read_nnunet(draft: Draft) -> Reading:
     """
     path = draft.root / "dataset.json"
     content = read_json(path)
-    ending = content.get("file_ending", ".nii.gz")
-    if ending.lower() not in (".nii.gz", ".nii"):
-        raise InputError(f"{path}: files end in {ending}; a collection takes NIfTI. Convert them to .nii.gz first.")
+    ending = str(content.get("file_ending", ".nii.gz"))
+    if ending.lower() not in FORMATS:
+        raise InputError(f"{path}: file_ending is '{ending}'; read are {', '.join(FORMATS)}: convert the files first.")
     modalities = _parse_modalities(content.get("channel_names") or content.get("modality"), path)
     values = parse_labels(content.get("labels") or {}, path)
     ignored = values.pop("ignore", None)
@@ -169,7 +156,12 @@ def read_nnunet(draft: Draft) -> Reading:
         draft.note("", path, f"value {ignored} is to be ignored, which a collection cannot say", "it is background")
     roles = {"": ("labels", "label")} | {f"_{number:04d}": ("images", name) for number, name in enumerate(modalities)}
     labels_or_images = r"(?:(?P<images>images)|labels)(?P<place>T[rs])"  # a role is what tells channels apart
-    for match, file in draft.match(rf"{labels_or_images}/(?P<subject>.+?)(?P<role>(?(images)_\d{{4}}|))"):
+    pattern = rf"{labels_or_images}/(?P<subject>.+?)(?P<role>(?(images)_\d{{4}}|))"
+    found = draft.match(pattern, formats=NIFTI if ending.lower() in NIFTI else [ending.lower()])
+    if ending.lower() in PICTURES and {match["role"] for match, _ in found} <= {"", "_0000"}:
+        modalities = ["+".join(modalities)]
+        roles["_0000"] = ("images", modalities[0])
+    for match, file in found:
         if match["role"] not in roles:
             draft.note(match["subject"], file["path"], "the channel is not in dataset.json", "the file is not used")
             continue

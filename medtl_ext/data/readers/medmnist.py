@@ -1,9 +1,12 @@
 """MedMNIST: a small file beside the ``.npz`` that names it and its classes, as the classification bundle takes it."""
 
+import contextlib
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from medtl_ext._io import write_csv, write_json
@@ -52,7 +55,8 @@ def read_medmnist(
         labels: names of the classes and their numbers from 0; numbers are names otherwise.
 
     Raises:
-        InputError: no such file, several to choose from, or what `medtl_ext.data.load_medmnist` refuses.
+        InputError: no such file, several to choose from, one of volumes (``organmnist3d.npz``), or what
+            `medtl_ext.data.load_medmnist` refuses.
     """
     out = Path(draft.out).absolute()
     found = sorted(draft.root.glob("*.npz")) if file is None else [draft.root / file]
@@ -60,6 +64,7 @@ def read_medmnist(
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(f"{draft.root} should hold one .npz file; found {names}. Choose one with --file.")
     path = found[0]
+    _refuse_volumes(path)
     refuse_to_replace(out, lambda path: "medmnist" in read_json(path), "description of a MedMNIST file")
     names = list(load_medmnist(path).class_names)
     for name, label in (labels or {}).items():
@@ -69,3 +74,20 @@ def read_medmnist(
     relative = path.relative_to(out.parent) if path.is_relative_to(out.parent) else path
     write_json(out, {"name": path.stem, "medmnist": str(relative), "class_names": names})
     return ClassificationReading(out, load_classification(out))
+
+
+def _refuse_volumes(path: Path) -> None:
+    """Say of the files in 3D where they do not fit; only the header is read, for a file may be of many gigabytes."""
+    shape: tuple[int, ...] = ()
+    with (
+        contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile),  # which loading it tells
+        zipfile.ZipFile(path) as archive,
+        archive.open("train_images.npy") as file,
+    ):
+        np.lib.format.read_magic(file)
+        shape, *_ = np.lib.format.read_array_header_1_0(file)
+    if len(shape) == 4 and shape[3] != 3:
+        raise InputError(
+            f"{path.name} holds volumes of {' x '.join(map(str, shape[1:]))}, but images of classification are 2D; "
+            "take a dataset in 2D (of organmnist3d: organamnist, organcmnist, organsmnist), or save slices, N x H x W."
+        )

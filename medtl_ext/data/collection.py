@@ -10,7 +10,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import cycle, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -96,6 +96,7 @@ class Task:
         return self.name
 
 
+@cache
 def channels_of(name: str) -> tuple[str, ...]:
     """The channels that a name joins by ``+``: of a task, or of one file that holds them all, in this order."""
     channels = tuple(name.split("+"))
@@ -137,7 +138,7 @@ def _colour_or(value: Any, number: Callable[[Any], int]) -> int:
 def _beside_the_collection(file: Any, info: Any) -> Path:
     if not isinstance(file, str) or not file:
         raise ValueError(f"must be the path of a file; found {file!r}.")
-    return info.context.parent / file
+    return Path(os.path.join(info.context, file))  # in half the time of `/`, which counts in 100,000 files
 
 
 def _as_group(values: Any) -> Any:
@@ -333,13 +334,14 @@ class Collection(BaseModel, frozen=True):
         return subjects
 
     def _require_channel(self, channel: str) -> None:
-        files = [name for name in self._names() if len(channel) == 1 and channel in name]
-        if channel not in self.modalities and files:  # R of a file that is called RGB
+        known = self.modalities
+        files = [] if channel in known else [name for name in self._names() if len(channel) == 1 and channel in name]
+        if files:  # R of a file that is called RGB
             raise InputError(
                 f"modality '{channel}' is unknown; the collection holds {', '.join(files)}: if that is one file of "
                 "several channels, name each in the collection, such as R+G+B."
             )
-        require_choice("modality", channel, self.modalities)
+        require_choice("modality", channel, known)
 
     def datalist(self, task: Task | str, split: str) -> list[dict[str, str]]:
         """The task's subjects in one split, as MONAI transforms take them.
@@ -475,7 +477,7 @@ def refuse_to_replace(path: PathLike, recognise: Callable[[Path], Any], kind: st
 def _validate(content: Mapping[str, Any], path: Path) -> Collection:
     """The collection that a file's content describes; the first thing wrong with it is said in one line."""
     try:
-        return Collection.model_validate({**content, "path": path}, context=path)
+        return Collection.model_validate({**content, "path": path}, context=str(path.parent))
     except ValidationError as error:
         first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "[key]"]

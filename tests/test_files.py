@@ -9,7 +9,7 @@ from monai.transforms import AsDiscreted, Compose, Invertd, LoadImaged, Orientat
 from PIL import Image
 
 from medtl_ext._validation import InputError
-from medtl_ext.data import load_collection, write_collection
+from medtl_ext.data import files, load_collection, write_collection
 from medtl_ext.data.duplicates import near_identical, thumbnail
 from medtl_ext.data.files import ChannelReader, find_images, read_channels, require_readable
 from medtl_ext.data.sample import SAMPLES, write_sample
@@ -185,6 +185,14 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path):
             ChannelReader().get_data([f"{tmp_path}/{name}" for name in names])
         assert str(tmp_path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "series"])
+def test_what_needs_itk_says_so(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "_itk", lambda: None)
+    (tmp_path / name).mkdir() if name == "series" else (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"is read by ITK, which is not installed; pip install 'medtl\[itk\]'"):
+        read_channels([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(

@@ -115,11 +115,11 @@ def _values(draft: Draft, code: str, challenge: str | None, labels: Mapping[str,
     paths = [str(path) for entry in draft.subjects.values() if entry["images"] for path in entry["labels"].values()]
     held = for_each(held_values, paths, progress=draft.progress)
     fits = [{name for name in known if values <= {*known[name].values()}} for values in held]
-    if not all(fits):
-        place = fits.index(set())
+    if wrong := [place for place, names in enumerate(fits) if not names]:
+        share = f"{len(wrong)} of {len(paths)} label files are none that is known"
         raise InputError(
-            f"{paths[place]} holds the values {sorted(held[place])}, but those of such files are {told}; if the file "
-            "is right, give what its values mean with labels, such as NCR=1 ED=2 ET=4."
+            f"{paths[wrong[0]]} holds the values {sorted(held[wrong[0]])} ({share}), but those of such files are {told}; "
+            "mend it or, if it is right, give what its values mean with labels, such as NCR=1 ED=2 ET=3."
         )
     everywhere = [name for name in known if all(name in names for names in fits)]
     found, possible = set().union(*held), set().union(*fits)

@@ -118,8 +118,8 @@ def _values(draft: Draft, code: str, challenge: str | None, labels: Mapping[str,
     if wrong := [place for place, names in enumerate(fits) if not names]:
         share = f"{len(wrong)} of {len(paths)} label files are none that is known"
         raise InputError(
-            f"{paths[wrong[0]]} holds the values {sorted(held[wrong[0]])} ({share}), but those of such files are {told}; "
-            "mend it or, if it is right, give what its values mean with labels, such as NCR=1 ED=2 ET=3."
+            f"{paths[wrong[0]]} holds the values {sorted(held[wrong[0]])} ({share}), but those of such files are "
+            f"{told}; mend it or, if it is right, give what its values mean with labels, such as NCR=1 ED=2 ET=3."
         )
     everywhere = [name for name in known if all(name in names for names in fits)]
     found, possible = set().union(*held), set().union(*fits)

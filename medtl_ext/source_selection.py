@@ -39,7 +39,9 @@ PRIORS = ("none", "modality", "modality + SSIM")
 SIMILARITIES = {"ssim": "label SSIM", "roi_dice": "Dice of mean label maps", "roi_shape": "shape descriptors"}
 
 
-def region_labels(task: SegmentationTask, *, spacing: Sequence[float], roi_size: Sequence[int]) -> list[torch.Tensor]:
+def region_labels(
+    task: SegmentationTask, *, spacing: Sequence[float], roi_size: Sequence[int], axcodes: str = "RAS"
+) -> list[torch.Tensor]:
     """The task's training labels on the common grid, bool, True in any foreground class.
 
     Slices are as many as a volume has, where ``roi_size`` does not say.
@@ -47,7 +49,7 @@ def region_labels(task: SegmentationTask, *, spacing: Sequence[float], roi_size:
     prepare = Compose(
         [
             LoadImaged(keys="label", reader="medtl_ext.data.ChannelReader", ensure_channel_first=True),
-            Orientationd(keys="label", axcodes="RAS", labels=None),
+            Orientationd(keys="label", axcodes=axcodes, labels=None),
             Spacingd(keys="label", pixdim=spacing, mode="nearest"),
             SelectLabelsd(keys="label", values=task.label_values),
             ResizeWithPadOrCropd(keys="label", spatial_size=[*roi_size, -1][:3]),
@@ -198,16 +200,20 @@ class SelectSource(RankSources):
         known = source.task is not None and source.left_out is None
         return found | (self._similarity(source.task) if known else dict.fromkeys(SIMILARITIES, np.nan))
 
+    @property
+    def _grid(self) -> dict[str, Any]:
+        return {"spacing": self.spacing, "roi_size": self.roi_size, "axcodes": self.here.config["axcodes"]}
+
     @cached_property
     def _own_regions(self) -> list[torch.Tensor]:
-        return region_labels(self.target, spacing=self.spacing, roi_size=self.roi_size)
+        return region_labels(self.target, **self._grid)
 
     def _similarity(self, task: str) -> dict[str, float]:
         """Tasks of several modalities may have the same label files, though not need to."""
         source = self.target.other(task, collection=source_collection(self.here.config))
         key = (tuple(item["label"] for item in source.datalist("train")), str(source.label_values))
         if key not in self._similar:
-            labels = region_labels(source, spacing=self.spacing, roi_size=self.roi_size)
+            labels = region_labels(source, **self._grid)
             spacing = self.spacing[: labels[0].ndim]
             self._similar[key] = roi_similarity(labels, self._own_regions, spacing=spacing)
         return self._similar[key]

@@ -294,6 +294,11 @@ class TestFindingImages:
         found = find_images(str(folder("a_0000.nii.gz", "C.NII.GZ", "b/T1.nii")), ("T1",))
         assert [item["name"] for item in found] == ["C", "a_0000", "b"]
 
+    def test_an_analyze_pair_is_one_image(self, tmp_path):
+        nib.save(nib.Nifti1Pair(VOLUME, AFFINE), tmp_path / "a.img")
+        (item,) = find_images(str(tmp_path), ("T1",))
+        assert (read_channels([item["image"]])[0][0] == VOLUME).all()
+
     def test_a_colour_picture_holds_all_channels(self, tmp_path):
         path = picture(tmp_path / "a.png", COLOUR)
         expected = [{"name": "a", "image": [f"{path}#{number}/3" for number in range(3)]}]

@@ -96,6 +96,20 @@ def test_four_channels_of_the_phantom(bundle, collection, places):
     assert set(pd.read_csv(table)["class"]) == {"ED", "ET", "NCR"}
 
 
+@pytest.mark.parametrize(("axcodes", "axis"), [("ASR", 0), ("RSA", 1), ("RAS", 2)])
+def test_slices_are_taken_along_any_axis(hippocampus, axcodes, axis):
+    task = "Vanderbilt-T1-Hippocampus"
+    grid = {"axcodes": axcodes, "spacing": [1.0, 1.0, 1.0], "roi_size": [64, 64], "train_slices": None}
+    workflow = RISK_MAP.workflow("scratch", collection=str(hippocampus), target_task=task, **grid)
+    workflow.initialize()
+    dataset = workflow.parser.get_parsed_content("train#dataset").plain()
+    (patient, *_) = load_collection(hippocampus).datalist(task, "train")
+    label = nib.as_closest_canonical(nib.load(patient["label"])).get_fdata() > 0
+    sizes = label.sum(tuple({0, 1, 2} - {axis}))
+    found = {item["slice"]: int(item["label"].sum()) for item in dataset if item["subject"] == patient["subject"]}
+    assert found == {place: size for place, size in enumerate(sizes) if size}
+
+
 def test_pictures_and_volumes_give_the_same(retina, places, tmp_path):
     """The photographs once as PNG, once as NIfTI with a file a channel."""
     content = json.loads(retina.read_text())

@@ -260,7 +260,8 @@ def find_images(where: str, channels: Sequence[str]) -> list[dict[str, Any]]:
     for file in files:
         inside = sorted(file.iterdir()) if file.is_dir() and not _is_series(file) else None
         for image in [file] if inside is None else inside:
-            if image.name[0] == "." or not (_is_series(image) or suffix_of(image) in FORMATS):
+            half = suffix_of(image) == ".img" and image.with_suffix(".hdr").is_file()  # of an Analyze pair
+            if half or image.name[0] == "." or not (_is_series(image) or suffix_of(image) in FORMATS):
                 continue
             stem = image.name[: len(image.name) - len(suffix_of(image))] if image.is_file() else image.name
             name, channel = _named(stem, channels)

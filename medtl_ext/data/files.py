@@ -185,6 +185,7 @@ def _nifti(path: str, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
 
 def _picture(path: str, colour: bool) -> tuple[np.ndarray, dict[str, Any]]:
     image = Image.open(path)
+    deep_colour = image.mode == "RGB" and any(";16" in str(tile[-1]) for tile in image.tile)  # gone once it is loaded
     if getattr(image, "n_frames", 1) > 1:
         raise Unusable(path, f"has {image.n_frames} pages", "save each as a file of its own")
     if image.getexif().get(TURNED_BY, 1) != 1:
@@ -193,7 +194,7 @@ def _picture(path: str, colour: bool) -> tuple[np.ndarray, dict[str, Any]]:
         raise Unusable(path, "has an alpha channel", "save it without")
     if image.mode not in MODES:
         raise Unusable(path, f"has pixels of mode {image.mode}", "save it as grey or RGB")
-    if image.mode == "RGB" and "16" in str(image.tile):  # of which PIL would keep eight bits
+    if deep_colour:  # of which PIL would keep eight bits
         return _by_itk(path, False)
     image.load()  # a truncated file ends here
     return PILReader().get_data(image.convert("RGB") if colour and image.mode == "P" else image)

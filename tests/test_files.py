@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from monai.transforms import AsDiscreted, Compose, Invertd, LoadImaged, Orientationd, Spacingd
 from PIL import Image
+from tifffile import imwrite
 
 from medtl_ext._validation import InputError
 from medtl_ext.data import files, load_collection, write_collection
@@ -108,15 +109,14 @@ class TestReading:
             found, _ = read_channels([picture(tmp_path / f"a.{ending}", deep)])
             assert (found[0, ..., 0] == deep.T).all()
 
-    def test_of_sixteen_bit_colours_too(self, itk, tmp_path, monkeypatch):
-        """Which PIL would cut to eight; other pictures never need ITK."""
+    def test_of_sixteen_bit_colours_in_tiff(self, itk, tmp_path):
         deep = RNG.integers(0, 65536, (6, 16, 3)).astype(np.uint16)
-        itk.imwrite(itk.image_from_array(deep, is_vector=True), str(tmp_path / "deep.png"))
-        found, _ = read_channels([f"{tmp_path}/deep.png#{number}/3" for number in range(3)])
+        imwrite(tmp_path / "deep.tif", deep)
+        found, _ = read_channels([f"{tmp_path}/deep.tif#{number}/3" for number in range(3)])
         assert (found[..., 0] == deep.transpose(2, 1, 0)).all()
-        monkeypatch.setattr(files, "_itk", lambda: None)
-        plain = picture(tmp_path / "plain.png", (deep >> 8).astype(np.uint8))
-        assert read_channels([f"{plain}#{number}/3" for number in range(3)])[0].max() < 256
+        itk.imwrite(itk.image_from_array(deep, is_vector=True), str(tmp_path / "deep.png"))
+        with pytest.raises(InputError, match=r"sixteen bits a colour, of which PIL would keep eight; save it as TIFF"):
+            read_channels([f"{tmp_path}/deep.png#{number}/3" for number in range(3)])
 
     def test_a_jpeg_and_a_2d_nifti(self, tmp_path):
         assert read_channels([picture(tmp_path / "a.jpg", COLOUR[..., 0])])[0].shape == (1, 8, 6, 1)

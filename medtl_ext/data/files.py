@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import joblib
@@ -17,6 +18,7 @@ import numpy as np
 from monai.data import ImageReader, ITKReader, NibabelReader, PILReader
 from monai.utils import ensure_tuple, optional_import
 from PIL import Image
+from tifffile import imread
 from tqdm import tqdm
 
 from medtl_ext._io import suffix_of
@@ -156,7 +158,7 @@ def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dic
     except InputError:
         raise
     except Exception as error:  # a broken file fails in a dozen ways
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise Unusable(path, f"cannot be read ({reason})", "copy or convert it again") from error
     if np.isnan(meta["original_channel_dim"]):
         array = array[None]
@@ -194,8 +196,10 @@ def _picture(path: str, colour: bool) -> tuple[np.ndarray, dict[str, Any]]:
         raise Unusable(path, "has an alpha channel", "save it without")
     if image.mode not in MODES:
         raise Unusable(path, f"has pixels of mode {image.mode}", "save it as grey or RGB")
-    if deep_colour:  # of which PIL would keep eight bits
-        return _by_itk(path, False)
+    if deep_colour and suffix_of(path) not in (".tif", ".tiff"):
+        raise Unusable(path, "has sixteen bits a colour, of which PIL would keep eight", "save it as TIFF")
+    if deep_colour:
+        return imread(path).swapaxes(0, 1), {"original_channel_dim": -1}
     image.load()  # a truncated file ends here
     return PILReader().get_data(image.convert("RGB") if colour and image.mode == "P" else image)
 

@@ -141,12 +141,13 @@ def images(tmp_path_factory) -> Path:
     """A volume for the bundles that segment, its middle slice for the one that classifies."""
     folder = tmp_path_factory.mktemp("phantom")
     generate_phantom(folder / "c", institutions=["17"], subjects=1, modalities=["T2"], n_jobs=1, progress=False)
-    (folder / "images").mkdir()
-    shutil.copy(next(folder.rglob("T2.nii.gz")), folder / "images" / "T2.nii.gz")
-    volume = nib.load(folder / "images" / "T2.nii.gz").get_fdata()
+    for kind in ("volumes", "pictures"):
+        (folder / kind).mkdir()
+    shutil.copy(next(folder.rglob("T2.nii.gz")), folder / "volumes" / "T2.nii.gz")
+    volume = nib.load(folder / "volumes" / "T2.nii.gz").get_fdata()
     middle = volume[..., volume.shape[2] // 2]
-    Image.fromarray((255 * middle / middle.max()).astype(np.uint8)).save(folder / "images" / "T2.png")
-    return folder / "images"
+    Image.fromarray((255 * middle / middle.max()).astype(np.uint8)).save(folder / "pictures" / "T2.png")
+    return folder
 
 
 @pytest.mark.slow
@@ -177,7 +178,8 @@ def test_an_unzipped_bundle_loads_and_runs_elsewhere(name, zips, images, install
     run(sys.executable, "-c", code, cwd=tmp_path, **installed)
 
     config = Path("models") / name / "configs" / "inference.json"
-    options = ["--config_file", config, "--input_dir", images, "--output_dir", "out"]
+    given = images / ("pictures" if name == "dataset_transferability" else "volumes")
+    options = ["--config_file", config, "--input_dir", given, "--output_dir", "out"]
     run(sys.executable, "-m", "monai.bundle", "run", *options, cwd=tmp_path, **installed)
     if (tmp_path / "out" / "predictions.csv").is_file():  # the bundle that classifies
         (row,) = csv.reader((tmp_path / "out" / "predictions.csv").read_text().splitlines())
@@ -185,7 +187,7 @@ def test_an_unzipped_bundle_loads_and_runs_elsewhere(name, zips, images, install
         assert sum(map(float, row[1:])) == pytest.approx(1)
         return
     (segmented,) = (tmp_path / "out").rglob("*.nii.gz")
-    image, segmentation = nib.load(images / "T2.nii.gz"), nib.load(segmented)
+    image, segmentation = nib.load(images / "volumes" / "T2.nii.gz"), nib.load(segmented)
     assert segmentation.shape == image.shape
     np.testing.assert_allclose(segmentation.affine, image.affine, atol=1e-4)
     assert set(np.unique(segmentation.dataobj)) <= {0, 1}

@@ -138,7 +138,7 @@ class SelectLabelsd(MapTransform):
 
 
 class SaveSegmentationd(MapTransform):
-    """Write a segmentation beside nothing else of its patient: in the format, size and affine of the image it is of.
+    """Write a segmentation in the format, size and affine of the image it is of.
 
     NIfTI keeps what else the header says of its space (codes and units; MONAI's own writer does not). Of a PNG, BMP or
     TIFF the pixels are class numbers, shown in colours; of a JPEG, which would change them, a PNG is written, of
@@ -156,7 +156,7 @@ class SaveSegmentationd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
             source = Path(re.sub(r"#\d+/\d+$", "", data[key].meta["filename_or_obj"]))
-            suffix = suffix_of(source)
+            suffix = "" if source.is_dir() else suffix_of(source)  # a DICOM folder may be called 1.2.840
             ending = WRITTEN_AS.get(suffix, suffix)
             name = data.get("name") or source.name[: len(source.name) - len(suffix)]
             how = {"output_ext": ending, "output_dtype": np.uint8, "writer": WRITERS.get(ending), "print_log": False}

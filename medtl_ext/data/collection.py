@@ -161,9 +161,7 @@ _Text = Annotated[str, Field(min_length=1)]
 _Name = Annotated[str, AfterValidator(_part_of_a_task)]
 _File = Annotated[Path, BeforeValidator(_beside_the_collection)]
 _Value = Annotated[StrictInt, Field(ge=1)]  # 0 is background
-_ValueOrName = Annotated[
-    _Value, WrapValidator(lambda value, number: value if isinstance(value, str) else number(value))
-]
+_ValueOrName = Annotated[_Value, WrapValidator(_name_or)]
 _Group = Annotated[list[_ValueOrName], BeforeValidator(_as_group), Field(min_length=1)]
 _Declared = Annotated[_Value, WrapValidator(_colour_or)]
 _Label = Annotated[dict[str, _Declared], Field(min_length=1), AfterValidator(_of_different_values)]

@@ -71,7 +71,8 @@ def load_weights(
     """
     where = "the given weights" if isinstance(weights, Mapping) else str(weights)
     found = weights if isinstance(weights, Mapping) else read_weights(weights)
-    own = network.state_dict()
+    # A counter of batch normalisation that no prediction needs, and which published weights often lack.
+    own = {k: v for k, v in network.state_dict().items() if k in found or not k.endswith("num_batches_tracked")}
     shared = {name: (tuple(found[name].shape), tuple(own[name].shape)) for name in own if name in found}
     fitting = {name: found[name] for name, (theirs, ours) in shared.items() if theirs == ours}
     others = {

@@ -13,7 +13,7 @@ import torch
 from monai.engines import SupervisedEvaluator
 from torch.utils.data import Dataset
 
-from medtl_ext._validation import require_choice
+from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data import SliceDataset, Task
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report
@@ -33,7 +33,7 @@ class Pictures:
     Args:
         here, target: the run, and the target task.
         evaluator: its network and inferer segment the patients, with the weights of this run and of its audit.
-        training: the slices trained on, with their weight maps if they have their own.
+        training: the slices trained on, with their weight maps if they have their own; None: nothing was trained.
         patients: volumes with ``image``, ``label`` and ``subject``; the first few are drawn, each in the slice that
             holds most foreground.
     """
@@ -41,7 +41,7 @@ class Pictures:
     here: Run
     target: SegmentationTask
     evaluator: SupervisedEvaluator
-    training: SliceDataset
+    training: SliceDataset | None
     patients: Dataset
 
     def run(self) -> None:
@@ -58,7 +58,7 @@ class Pictures:
         figure = plot_overlay(
             [self._shown(item["image"][..., z]) for item, z in zip(items, places, strict=True)],
             [item["label"][0, ..., z] for item, z in zip(items, places, strict=True)],
-            {arm: self._segment(path, items, places) for arm, path in arms.items()},
+            {arm: shown for arm, path in arms.items() if (shown := self._segment(path, items, places))},
             subjects=[item["subject"] for item in items],
             class_names=self.target.class_names,
             **said,
@@ -67,6 +67,8 @@ class Pictures:
 
     def _draw_maps(self, options: Mapping[str, Any]) -> None:
         folder = self.here.folder
+        if self.training is None:
+            return
         plain = self.training.plain()
         maps = [folder / f"leep_{when}.nii.gz" for when in ("before", "after")]
         if all(path.is_file() for path in maps):
@@ -93,10 +95,16 @@ class Pictures:
         colour = Task(self.target.name).channels == ("R", "G", "B")
         return image.as_subclass(torch.Tensor).movedim(0, -1) if colour else image[0]
 
-    def _segment(self, path: Any, items: Sequence[Any], places: Sequence[int]) -> list[torch.Tensor]:
-        """Labels of one slice of each volume by the evaluator's network with the weights of a checkpoint."""
+    def _segment(self, path: Any, items: Sequence[Any], places: Sequence[int]) -> list[torch.Tensor] | None:
+        """Labels of one slice of each volume by the evaluator's network with the weights of a checkpoint, if they fit.
+
+        An arm may have a network of its own, as the untouched source with another head.
+        """
         network, device = self.evaluator.network, self.evaluator.state.device
-        load_weights(network, path, min_share=1.0)
+        try:
+            load_weights(network, path, min_share=1.0)
+        except InputError:
+            return None
         network.eval()
         with torch.no_grad():
             logits = (self.evaluator.inferer(item["image"][None].to(device), network)[0] for item in items)
@@ -149,8 +157,9 @@ class CompareMethods(Study):
                 folder /= f"seed{one['seed']}"
                 columns["seed"] = one["seed"]
             before = pool[source, one["source_seed"]]
-            options = {"source_task": source, "target_task": target, "train_slices": slices, "seed": one["seed"]}
-            job = here.job(folder, method, source_ckpt=before.model, **options | {"audit#arms": []})
+            options = {"target_task": target, "train_slices": slices, "seed": one["seed"]}
+            options |= {"source": {"task": source, "checkpoint": before.model}, "audit#arms": []}
+            job = here.job(folder, method, **options)
             found.setdefault(folder, (columns, Arm(method, (before, job))))
         return list(found.values())
 

@@ -193,9 +193,9 @@ class SelectSource(RankSources):
             )
 
     def facts(self, source: Source) -> dict[str, Any]:
-        found = super().facts(source) | {key: getattr(source, key) for key in ("network", "n_classes", "encoder")}
+        found = super().facts(source) | {key: getattr(source.card, key) for key in ("network", "n_classes", "encoder")}
         for tag in self.target.tags:
-            found[tag] = source.tags.get(tag)
+            found[tag] = source.card.tags.get(tag)
             found[f"same_{tag}"] = None if found[tag] is None else found[tag] == getattr(self.target, tag)
         known = source.task is not None and source.left_out is None
         return found | (self._similarity(source.task) if known else dict.fromkeys(SIMILARITIES, np.nan))
@@ -267,12 +267,9 @@ class SelectSource(RankSources):
         return {"source": verdict.recommendation or verdict.default, "text": verdict.text, "dice": means}
 
     def command(self, source: Source) -> str:
-        """``risk_map`` with the winner, or this bundle's own fine-tuning for another network."""
-        if source.network is not None:
-            return super().command(source)
-        options = {"target_task": self.target.name, "source_ckpt": source.checkpoint} | self.changed()
-        options |= {"source_task": source.task or self.target.name}
-        options |= {} if source.task else {"source_classes": source.n_classes}
+        """``risk_map`` with the winner."""
+        options = {"target_task": self.target.name, "source": source.option} | self.changed()
+        options |= {"trust_sources": True} if self.trust_sources and source.card.foreign else {}
         return run_command([self.here.configs.parent.parent / "risk_map" / "configs" / "train.json"], options)
 
     def said_besides(self) -> dict[str, Any]:

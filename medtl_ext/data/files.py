@@ -124,6 +124,15 @@ def affine_of(name: str) -> np.ndarray:
     return nibabel.load(path).affine if suffix_of(path) in NIFTI else read_channels([name])[1]["affine"]
 
 
+def shape_of(name: str) -> tuple[int, ...]:
+    """X x Y x Z of a file as a datalist names it; of NIfTI from its header alone."""
+    path = Part.parse(name).path
+    if suffix_of(path) not in NIFTI:
+        return tuple(map(int, read_channels([name])[1]["spatial_shape"]))
+    shape = nibabel.load(path).shape
+    return (*shape, 1)[:3]
+
+
 def _miscounted(found: int, expected: int) -> tuple[str, str]:
     if expected == 1:
         key = "R+G+B" if found == 3 else "T1+T2"

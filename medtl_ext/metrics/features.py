@@ -523,7 +523,7 @@ def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[d
     Args:
         network: any module; the wrapper of `torch.nn.parallel.DistributedDataParallel` is looked through.
         layers: names as in ``network.named_modules()``. None stands for the penultimate features: the input of the last
-            linear or convolution layer that runs.
+            linear or convolution layer that runs, or what goes through a module of the network's called ``penultimate``.
 
     Yields:
         Layer -> its outputs, one for each time it ran (for None, one for each time the network ran), in the order in
@@ -556,7 +556,9 @@ def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[d
     handles = []
     try:
         for layer in layers:
-            if layer is None:
+            if layer is None and isinstance(own := getattr(network, "penultimate", None), nn.Module):
+                handles.append(own.register_forward_hook(lambda _, __, output: keep(None, output)))
+            elif layer is None:
                 weighted = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
                 handles.extend(module.register_forward_pre_hook(note_input) for module in weighted)
                 handles.append(network.register_forward_hook(lambda *_: keep(None, last_input)))

@@ -16,7 +16,7 @@ from medtl_ext.transfer.page import Report
 from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
-from medtl_ext.transfer.sources import SingleSource, Source
+from medtl_ext.transfer.sources import Card, SingleSource, Source, read_card, source_name
 from medtl_ext.transfer.study import SourceStudy, Study
 from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, images_to_classify, images_to_segment
 from medtl_ext.transfer.truth import FineTuneSources
@@ -24,6 +24,7 @@ from medtl_ext.transfer.truth import FineTuneSources
 __all__ = [
     "SCORES",
     "Arm",
+    "Card",
     "ClassificationTask",
     "DataCheck",
     "FineTuneSources",
@@ -49,5 +50,7 @@ __all__ = [
     "images_to_segment",
     "markdown_table",
     "patient_table",
+    "read_card",
+    "source_name",
     "start",
 ]

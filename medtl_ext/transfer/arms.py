@@ -25,14 +25,8 @@ def finetuning_job(
     """The run of a fine-tuning overlay from a source, or of ``scratch.json`` (None), in a folder."""
     overrides = {"seed": run.seed} | ({"check_data": False} if "check_data" in run.config else {}) | overrides
     if source is None:
-        return run.job(folder, "scratch", source_task=None, source_ckpt=None, **overrides)
-    overrides |= {"source_task": source.task or source.name, "source_ckpt": source.checkpoint}
-    if source.network is not None:
-        # The head is fresh if the target has other classes; what is not this bundle's encoder is not frozen blindly.
-        network = dict(source.network)
-        overrides["network_def"] = network | ({"out_channels": "@n_classes"} if "out_channels" in network else {})
-        overrides |= {"freeze": source.encoder} if "freeze" in run.config else {}
-    return run.job(folder, overlay, **overrides)
+        return run.job(folder, "scratch", source=None, **overrides)
+    return run.job(folder, overlay, source=source.option, **overrides)
 
 
 def arm_rows(arms: Sequence[Arm]) -> pd.DataFrame:
@@ -64,11 +58,13 @@ class TransferAudit:
         if not (self.here.leads and self.arms and config["val_split"] == "val"):
             return None
         method, names = config["method"], list(self.arms)
-        if self.source.n_classes != self.target.n_classes and "zero_shot" in names:
-            logger.info("audit without zero-shot: source and target have different numbers of classes")
+        if self.source.unasked and "zero_shot" in names:
+            logger.info("audit without zero-shot: %s", self.source.unasked)
             names.remove("zero_shot")
-        options = {"audit#arms": [], "check_data": False}
-        jobs = [self.here.job(folder / "audit" / name, name, **options) for name in names if name != method]
+        options = {name: {"audit#arms": [], "check_data": False} for name in names}
+        if self.source.card is not None and self.source.card.is_program and "scratch" in names:
+            options["scratch"]["source"] = None  # a program has no fresh form
+        jobs = [self.here.job(folder / "audit" / name, name, **options[name]) for name in names if name != method]
         arms = [Arm(method, (self.here.job(folder),)), *(Arm(job.output_dir.name, (job,)) for job in jobs)]
         self.here.train_arms(arms, "transfer audit")
         verdict = audit_report(arm_rows(arms), folder, method=method, synthetic=self.target.synthetic)

@@ -8,14 +8,15 @@ from pathlib import Path
 import ignite.distributed as idist
 import numpy as np
 import pandas as pd
+import torch
 from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import Evaluator, Trainer
 from monai.handlers import EarlyStopHandler
 
-from medtl_ext._io import write_csv
+from medtl_ext._io import atomic_path, write_csv
 from medtl_ext.networks import load_weights
-from medtl_ext.transfer.sources import TargetTask
+from medtl_ext.transfer.sources import SourceNetwork, TargetTask
 from medtl_ext.transfer.tasks import PROBABILITIES, image_auc
 
 __all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining"]
@@ -76,7 +77,8 @@ class ScorePatients:
         splits: their names.
         loaders: of each split, unshuffled.
         output_dir, method, seed: where the table goes and what its columns of these names say.
-        checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder.
+        checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder, which a network that
+            was not trained leaves here. Of somebody else's network its card is written beside.
     """
 
     evaluator: Evaluator
@@ -90,8 +92,15 @@ class ScorePatients:
     def run(self) -> pd.DataFrame:
         """Score, write, and return the table."""
         idist.barrier()  # the checkpoint is written by one process
-        network = getattr(self.evaluator.network, "module", self.evaluator.network)
-        load_weights(network, self.checkpoint or f"{self.output_dir}/model.pt", min_share=1.0)
+        network, path = getattr(self.evaluator.network, "module", self.evaluator.network), Path(self.output_dir)
+        if idist.get_rank() == 0 and self.checkpoint is None:
+            if not (path / "model.pt").is_file():
+                with atomic_path(path / "model.pt") as temporary:
+                    torch.save({name: value.cpu() for name, value in network.state_dict().items()}, temporary)
+            if isinstance(network, SourceNetwork):
+                network.write_card(path)
+        idist.barrier()
+        load_weights(network, self.checkpoint or path / "model.pt", min_share=1.0)
         parts = []
         for split, loader in zip(self.splits, self.loaders, strict=True):
             self.evaluator.data_loader = loader

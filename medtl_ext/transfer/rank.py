@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,17 +10,36 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
+from monai.transforms import Compose
+from torch import nn
 from tqdm import tqdm
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices, require_number
+from medtl_ext.data import SliceDataset
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Run, run_command
 from medtl_ext.transfer.report import records
-from medtl_ext.transfer.scores import SCORES, Observation, observe, patients_of, resampled_scores, score_values
-from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_collection, train_sources
+from medtl_ext.transfer.scores import (
+    SCORES,
+    Observation,
+    TargetSlices,
+    observe,
+    patients_of,
+    resampled_scores,
+    score_values,
+)
+from medtl_ext.transfer.sources import (
+    Source,
+    TargetTask,
+    find_sources,
+    source_collection,
+    source_transforms,
+    train_sources,
+)
 from medtl_ext.visualize import plot_ranking, save_figure
 
 __all__ = ["RankSources"]
@@ -47,7 +66,8 @@ class RankSources:
         n_resamples, minimum_win, minimum_gap: see `medtl_ext.ranking.bootstrap_ranking`.
         source_dir, pool_seed: where the sources' networks are kept, and the seed of their training.
         check_data: read every file of a source task before it is trained on.
-        trust_bundles: see `medtl_ext.transfer.sources.find_sources`.
+        trust_sources: run what is code in a source; see `medtl_ext.transfer.sources.find_sources`.
+        transforms: the bundle's deterministic transforms, of which a source that brings its own keeps the loading.
         cross_domain: LP x FU is turned round, for sources of another domain than the target.
     """
 
@@ -68,7 +88,8 @@ class RankSources:
     source_dir: str
     pool_seed: int
     check_data: bool = True
-    trust_bundles: bool = False
+    trust_sources: bool = False
+    transforms: Sequence[Callable] = ()
     cross_domain: bool = False
 
     def check(self) -> None:
@@ -91,7 +112,7 @@ class RankSources:
     def pool(self) -> dict[str, Source]:
         """The sources by name, trained where they can be used."""
         config = self.here.config
-        where = {"collection": source_collection(config), "trust_bundles": self.trust_bundles}
+        where = {"collection": source_collection(config), "trust": self.trust_sources}
         found = find_sources(config["sources"], self.target, **where)
         if all(source.left_out for source in found):
             reasons = "; ".join(f"{source.name}: {source.left_out}" for source in found)
@@ -103,22 +124,38 @@ class RankSources:
     def seen(self) -> dict[str, Observation]:
         """What each source makes of the target; those that turn out not to fit are left out of the pool."""
         seen, with_fu = {}, bool({"fu", "lp_fu"} & {*self.metrics, self.decide_by})
-        how = {"image_shape": self.image_shape, "per_pixel": self.target.per_pixel}
         ready = [source for source in self.pool.values() if source.left_out is None]
         for source in tqdm(ready, "scoring", unit="source", disable=None if self.here.progress else True):
             try:
-                network = source.build(self.here.config["network_def"], **how)
+                network = source.build(self.here.config["network_def"], self.target, self.image_shape)
+                seen[source.name] = self.observed(source, network, with_fu)
             except InputError as error:
-                if source.kind != "bundle":
+                if not source.card.foreign:
                     raise
                 reason = str(error).removeprefix(f"source {source.name}: ")
                 logger.warning("source %s is left out: %s", source.name, reason)
                 self.pool[source.name] = replace(source, left_out=reason)
-            else:
-                seen[source.name] = observe(source, network, self.evaluator, with_fu=with_fu)
         if not seen:
             raise InputError("no source's network takes the target's images; see the warnings above.")
         return seen
+
+    def observed(self, source: Source, network: nn.Module, with_fu: bool) -> Observation:
+        """One pass of a source: on the grid it was made for, its probabilities brought to the target's slices."""
+        own, onto = self.evaluator.data_loader, None
+        if not source.card.foreign:
+            return observe(source, network, self.evaluator, with_fu=with_fu)
+        transforms = source_transforms(source, self.target, self.transforms)
+        if self.target.per_pixel:
+            data = [item for item in self.target.datalist("train") if item["subject"] in own.dataset.geometry]
+            images = SliceDataset(data, transforms, slices="volume", progress=False)
+            onto = TargetSlices(own.dataset, images)
+        else:
+            images = Dataset(own.dataset.data, Compose(transforms))
+        self.evaluator.data_loader = DataLoader(images, batch_size=1 if onto else own.batch_size)
+        try:
+            return observe(source, network, self.evaluator, with_fu=with_fu, onto=onto)
+        finally:
+            self.evaluator.data_loader = own
 
     @property
     def ranked(self) -> list[str]:
@@ -148,7 +185,7 @@ class RankSources:
         own = np.nan if source.job is None else self.target.own(source.job)
         known = {"source": source.name, "kind": source.kind, self.target.own_task: source.task}
         known |= {self.target.own_size: source.size, self.target.own_outcome: own}
-        return known | {"checkpoint": source.checkpoint}
+        return known | {"checkpoint": source.card.checkpoint}
 
     # The ranking
 
@@ -223,6 +260,7 @@ class RankSources:
         overrides = finetuning_job(self.here, Path(), source).overrides
         options = {"target_task": self.here.config["target_task"]} | self.changed()
         options |= {name: value for name, value in overrides.items() if name not in ("check_data", "seed")}
+        options |= {"trust_sources": True} if self.trust_sources and source.card.foreign else {}
         return run_command([self.here.configs / name for name in ("train.json", "finetune.json")], options)
 
     def changed(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ patients come from the same code.
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,9 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine
+from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
+from monai.transforms import SpatialResample
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -24,6 +27,7 @@ from torch import nn
 from medtl_ext import metrics
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
+from medtl_ext.data import SliceDataset
 from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
 from medtl_ext.metrics.features import Samples
 from medtl_ext.networks import load_weights
@@ -88,9 +92,15 @@ class Predictions(TransferMetric):
         subjects = batch.get("subject")
         if subjects is None:
             raise InputError("the data loader's items have no 'subject'; scores are resampled by patient.")
+        probs, labels = probabilities_and_labels(engine.state.output)
+        patients = batch.get("patient", subjects)
+        if (onto := getattr(engine, "onto", None)) is not None:
+            for subject, patient, one in zip(subjects, patients, probs, strict=True):
+                places, probs, labels = onto(subject, one)
+                self.update(probs, labels, [(subject, place, patient) for place in places])
+            return
         places = batch.get("slice", range(len(subjects)))
-        images = zip(subjects, places, batch.get("patient", subjects), strict=True)
-        self.update(*probabilities_and_labels(engine.state.output), list(images))
+        self.update(probs, labels, list(zip(subjects, places, patients, strict=True)))
 
     def merge(self, other: TransferMetric) -> None:
         super().merge(other)
@@ -123,6 +133,32 @@ class Observation:
     source_pixels: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
+class TargetSlices:
+    """Takes probabilities of a patient on the grid of a source to the target's slices, where all sources are compared.
+
+    Args:
+        slices: the target's, with their labels.
+        volumes: the same patients on the source's grid.
+    """
+
+    def __init__(self, slices: SliceDataset, volumes: SliceDataset) -> None:
+        self.slices, self.volumes = slices, volumes
+        self.items: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        for item in slices:
+            self.items[item["subject"]].append((item["slice"], item["label"]))
+
+    def __call__(self, subject: str, probs: torch.Tensor) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        """Which slices of the patient, N x Z (x *spatial) probabilities, and N x 1 (x *spatial) labels."""
+        affine, shape = self.slices.geometry[subject]
+        image = MetaTensor(probs.float().cpu(), affine=self.volumes.geometry[subject][0])
+        moved = SpatialResample(padding_mode="zeros")(image, dst_affine=affine, spatial_size=shape).as_tensor()
+        moved[0] += 1 - moved.sum(0)  # nothing is found outside the source's field of view
+        places, labels = zip(*self.items[subject], strict=True)
+        whole = labels[0].ndim == moved.ndim
+        found = [moved if whole else moved[..., place] for place in places]
+        return list(places), torch.stack(found), torch.stack(labels)
+
+
 ScoreOfCounts = Callable[[Sequence[int]], Any]
 
 
@@ -144,7 +180,12 @@ class Score:
 
 
 def observe(
-    source: Source, network: nn.Module, evaluator: SupervisedEvaluator, *, with_fu: bool = False
+    source: Source,
+    network: nn.Module,
+    evaluator: SupervisedEvaluator,
+    *,
+    with_fu: bool = False,
+    onto: TargetSlices | None = None,
 ) -> Observation:
     """Pass a source over the target's training images, once, with the evaluator.
 
@@ -153,10 +194,12 @@ def observe(
         network: of `Source.build`.
         evaluator: with the metrics ``samples`` and ``predictions``; its network is replaced.
         with_fu: run the network backwards too, for FU.
+        onto: what the evaluator's images are on another grid than.
 
     Raises:
         InputError: FU finds no two convolutions in the network.
     """
+    evaluator.onto = onto
     found, pixels = _run(evaluator, network, source if with_fu else None), None
     if source.job is not None and (file := source.job.output_dir / PIXELS_FILE).is_file():
         with np.load(file) as content:
@@ -172,7 +215,9 @@ def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | No
         warnings.simplefilter("ignore", UserWarning)
         try:
             if for_fu is not None:
-                update = metrics.FeatureUpdate(evaluator.network, convolutions=for_fu.convolutions)
+                prefix = "net." if for_fu.card.foreign else ""
+                named = for_fu.card.convolutions and [prefix + name for name in for_fu.card.convolutions]
+                update = metrics.FeatureUpdate(evaluator.network, convolutions=named)
                 update.attach(evaluator, "fu")
             evaluator.run()
         except InputError as error:

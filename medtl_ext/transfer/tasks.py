@@ -20,7 +20,8 @@ from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
-from medtl_ext.data.files import PICTURES, Part, find_images, require_readable
+from medtl_ext.data.collection import SPLITS
+from medtl_ext.data.files import PICTURES, Part, find_images, require_readable, shape_of
 from medtl_ext.ranking import bootstrap_interval, mean_auc
 from medtl_ext.transfer.jobs import Job
 from medtl_ext.transfer.report import patient_table
@@ -94,6 +95,28 @@ class SegmentationTask:
         """Its images are pictures, not scans: they have no patient's right and left."""
         files = (name for subject in self.collection.subjects_of(self.name) for name in subject.channels().values())
         return suffix_of(Part.parse(next(files)).path) in PICTURES
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of an image's channels."""
+        return Task(self.name).channels
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Names of all classes, the background first."""
+        return ("background", *self.class_names)
+
+    @cached_property
+    def flat(self) -> bool:
+        """Its images are 2D: of one slice."""
+        subject = self.collection.subjects_of(self.name)[0]
+        return shape_of(next(iter(subject.channels().values())))[-1] == 1
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a subject of it."""
+        found = {subject.split for subject in self.collection.subjects_of(self.name)}
+        return tuple(split for split in SPLITS if split in found)
 
     @property
     def size(self) -> int:
@@ -183,7 +206,7 @@ class ClassificationTask:
 
     outcome, unit, counted = "auc", "AUC", "test_images"
     tags = ()
-    per_pixel = False
+    per_pixel, flat = False, True
     own_task, own_size, own_outcome = "data", "images", "own_auc"
 
     def __init__(
@@ -223,6 +246,20 @@ class ClassificationTask:
     @property
     def folder(self) -> str:
         return str(self.path.parent)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of an image's channels."""
+        return ("R", "G", "B") if self.in_channels == 3 else ("grey",)
+
+    @property
+    def n_channels(self) -> int:
+        return self.in_channels
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Names of all classes."""
+        return tuple(self.class_names)
 
     def is_same(self, name: str) -> bool:
         """Whether a name or path means the same images, if only by another path, a copy or a description."""

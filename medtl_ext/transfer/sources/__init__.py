@@ -1,0 +1,30 @@
+"""Sources: a task, a card, a checkpoint, a MONAI bundle or an nnU-Net folder, and the networks that they are."""
+
+from medtl_ext.transfer.sources.card import Card, read_card
+from medtl_ext.transfer.sources.network import SourceNetwork
+from medtl_ext.transfer.sources.pool import (
+    SingleSource,
+    Source,
+    TargetTask,
+    find_sources,
+    pretraining_job,
+    source_collection,
+    source_name,
+    source_transforms,
+    train_sources,
+)
+
+__all__ = [
+    "Card",
+    "SingleSource",
+    "Source",
+    "SourceNetwork",
+    "TargetTask",
+    "find_sources",
+    "pretraining_job",
+    "read_card",
+    "source_collection",
+    "source_name",
+    "source_transforms",
+    "train_sources",
+]

@@ -1,0 +1,203 @@
+"""Source cards: what somebody else's network is, how it wants its images, and what comes out of it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.networks import read_weights
+
+__all__ = ["Card", "read_card"]
+
+TAGS = ("institution", "modality", "objective")
+PROGRAMS = (".ts", ".pt2")
+"""Files that hold code as well as weights: TorchScript and ``torch.export``."""
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Axes = tuple[int, ...]
+
+
+class Card(BaseModel):
+    """What a network is; one JSON file, or the same keys in a list of sources.
+
+    Attributes:
+        name: what tables call it.
+        checkpoint: its weights (``.pt``, ``.pth``, ``.safetensors``), or a program with weights (``.ts``, ``.pt2``).
+        network: definition, ``_target_`` and plain arguments; None: the bundle's own network, or a program.
+        channels: names of the images that it takes, in its order; None: those of the target.
+        fill: "mean": a channel that the target lacks becomes the mean of those that it has, one number an image.
+        preprocessing: MONAI's dictionary transforms without their keys; None: the bundle's own.
+        axes: the spatial axes in the order in which the network takes them.
+        dimensions: 2 or 3; None: those of its first convolution.
+        window: size of the patch, in voxels of the preprocessed image; None: whole images, or slices.
+        overlap, blending, mirror: of the windows, and axes over which predictions are averaged.
+        output: "logits", "softmax" or "sigmoid". With a channel for each class logits are of a softmax, with one
+            less of sigmoids, one for each class but the background.
+        classes: their names, background first, or how many.
+        pick: which of several outputs.
+        layer: whose output are the features; None: the input of the last convolution or linear layer.
+        encoder: names of the parameters to freeze in a fine-tuning, a regular expression; None freezes none.
+        convolutions: names of the two convolutions that FU compares; None finds the first two.
+        batch_size: at most so many images in a batch of a fine-tuning.
+        institution, modality, objective: what is known of its data.
+        description, trained_on, licence: for people.
+        folder: where its files lie; what leaves it is not read without trust.
+        trusted: code that it brings may run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = ""
+    checkpoint: str | None = None
+    network: dict[str, Any] | None = None
+    channels: Names | None = None
+    fill: Literal["mean"] | None = None
+    preprocessing: tuple[dict[str, Any], ...] | None = None
+    axes: Axes | None = None
+    dimensions: Literal[2, 3] | None = None
+    window: Axes | None = None
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    blending: Literal["gaussian", "constant"] = "gaussian"
+    mirror: Axes = ()
+    output: Literal["logits", "softmax", "sigmoid"] = "logits"
+    classes: Names | int | None = None
+    pick: int | str | None = None
+    layer: str | None = None
+    encoder: str | None = None
+    convolutions: tuple[str, str] | None = None
+    batch_size: int | None = Field(default=None, ge=1)
+    institution: str | None = None
+    modality: str | None = None
+    objective: str | None = None
+    description: str | None = None
+    trained_on: str | None = None
+    licence: str | None = None
+    folder: str = Field(default="", exclude=True)
+    trusted: bool = Field(default=False, exclude=True)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Card":
+        for name in ("axes", "mirror"):
+            axes = getattr(self, name) or ()
+            if len(set(axes)) < len(axes) or (name == "axes" and axes and set(axes) != set(range(len(axes)))):
+                raise ValueError(f"{name} must name spatial axes, each once, such as [2, 1, 0]; found {list(axes)}")
+        if self.window is not None and (len(self.window) not in (2, 3) or min(self.window) < 1):
+            raise ValueError(f"window must be two or three sizes in voxels; found {list(self.window)}")
+        if self.channels and len(set(self.channels)) < len(self.channels):
+            raise ValueError(f"channels must be named once each; found {list(self.channels)}")
+        return self
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return {tag: value for tag in TAGS if (value := getattr(self, tag)) is not None}
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return None if isinstance(self.classes, int) else self.classes
+
+    @property
+    def n_classes(self) -> int | None:
+        return self.classes if isinstance(self.classes, int | None) else len(self.classes)
+
+    @property
+    def foreign(self) -> bool:
+        """It brings its own network, which the bundle does not define."""
+        return self.network is not None or self.is_program
+
+    @property
+    def is_program(self) -> bool:
+        return self.network is None and Path(self.checkpoint or "").suffix in PROGRAMS
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of its checkpoint.
+
+        Raises:
+            InputError: there are none, or one holds NaN or Inf.
+        """
+        if self.checkpoint is None:
+            raise InputError("it comes without weights")
+        found = read_weights(self.checkpoint)
+        for name, value in found.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise InputError(f"its weights hold NaN or Inf ({name}); it diverged, or the file is damaged")
+        inside = all(name.startswith("net.") for name in found)  # of a fine-tuning here
+        return {name.removeprefix("net."): value for name, value in found.items()} if inside else found
+
+
+def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: Path | None = None) -> Card:
+    """The card in a file, or one of these keys; paths in a file are relative to it.
+
+    Raises:
+        InputError: no JSON, an unknown key, or a value that cannot be meant.
+
+    >>> read_card({"checkpoint": "net.pt", "classes": ["background", "lesion"]}).n_classes
+    2
+    """
+    if isinstance(source, Mapping):
+        where, content, folder = f"source {source.get('name', dict(source))}", dict(source), folder or Path()
+    else:
+        where, folder = str(source), source.parent
+        try:
+            content = json.loads(source.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"card {source} cannot be read as JSON ({error}).") from error
+        if not isinstance(content, dict):
+            raise InputError(f"card {source} must be one JSON object; found {type(content).__name__}.")
+        content.setdefault("name", source.stem)
+        if isinstance(content.get("checkpoint"), str):
+            content["checkpoint"] = str(folder / content["checkpoint"])
+    for key in content:
+        require_choice(f"{where}: key", key, [name for name in Card.model_fields if name not in ("folder", "trusted")])
+    try:
+        card = Card.model_validate_json(json.dumps(content | {"folder": str(folder), "trusted": trust}))
+    except (ValidationError, TypeError) as error:
+        if not isinstance(error, ValidationError):
+            raise InputError(f"{where} holds what is no JSON ({error}).") from error
+        raise InputError(f"{where}: {_first_of(error)}") from error
+    if not card.name and card.checkpoint:
+        card = card.model_copy(update={"name": Path(card.checkpoint).stem})
+    return card
+
+
+def _first_of(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple", "int", "str")))
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    must = re.sub(r"^Input should", "must", first["msg"])
+    return f"{place} {must}; found {json.dumps(first['input'], default=str)[:80]}"
+
+
+def channel_order(
+    wanted: Sequence[str] | None, given: Sequence[str], *, fill: str | None, name: str = "it"
+) -> tuple[list[int | None], list[int]]:
+    """Which of the target's channels a network gets, in its order (None: a constant), and those it does not know.
+
+    Channels are matched by name, without case; where none is known by name, as many are matched by position.
+
+    Raises:
+        InputError: a channel is wanted that the target lacks.
+
+    >>> channel_order(["R", "G", "B"], ["B", "G", "R"], fill=None)
+    ([2, 1, 0], [])
+    >>> channel_order(["FLAIR"], ["T1", "FLAIR"], fill=None)
+    ([1], [0])
+    >>> channel_order(["MRI"], ["T1"], fill=None)
+    ([0], [])
+    """
+    names = [channel.casefold() for channel in given]
+    order = [names.index(one.casefold()) if one.casefold() in names else None for one in wanted or given]
+    if all(place is None for place in order) and len(order) == len(given):
+        order = list(range(len(given)))
+    if None in order and fill is None:
+        lacking = [one for one, place in zip(wanted or given, order, strict=True) if place is None]
+        channels = f"channel{'s'[: len(order) == 1]} {', '.join(wanted or given)}"
+        hint = f'; "fill": "mean" in its card makes {"it" if len(lacking) == 1 else "them"} a constant'
+        has = f"the target's images have {', '.join(given)}"
+        raise InputError(f"{name} takes {channels}, {has}: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} "
+                         f"missing{hint if len(lacking) < len(order) else ''}")
+    return order, [place for place in range(len(given)) if place not in order]

@@ -1,0 +1,487 @@
+"""Somebody else's network as one of ours: whole images in, logits of classes out, and fitted to a target."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import sliding_window_inference
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, logsigmoid
+
+from medtl_ext._io import write_json
+from medtl_ext._validation import InputError
+from medtl_ext.metrics.features import tap_features
+from medtl_ext.networks import load_weights
+from medtl_ext.transfer.sources.allowed import built_network
+from medtl_ext.transfer.sources.card import Card
+
+__all__ = ["SourceNetwork", "adapted", "answering", "untouched"]
+
+logger = logging.getLogger(__name__)
+
+AT_A_TIME = 8
+"""Slices or windows that pass at once."""
+LEAST_PROBABILITY = 1e-7
+PROBE = 64
+"""Voxels a side of what a network without a window is tried on."""
+WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+class SourceNetwork(nn.Module):
+    """A network that a card describes, which takes images of any size and gives one logit a class.
+
+    While it trains it takes patches as they come. Otherwise a 2D network sees a volume slice by slice along the last
+    axis, windows are laid over the image and blended, and predictions are averaged over mirrored images, all as the
+    card says. What comes out is picked, and turned into logits of which the softmax are the class probabilities.
+
+    Args:
+        net: the network itself.
+        card: how it wants its images, and what it gives.
+        channels: how many of the image's channels it takes, the first ones.
+        classes: for each class that is asked for the network's own classes that mean it, whose probabilities add up;
+            None: its own classes.
+
+    Shape: N x C x *spatial to N x K x *spatial, or to N x K of a network that gives one answer an image.
+
+    >>> card = Card(classes=2, window=(8, 8))
+    >>> network = SourceNetwork(nn.Conv2d(1, 1, 3, padding=1), card, channels=1).eval()
+    >>> network(torch.zeros(1, 1, 20, 12, 3)).shape  # a volume of three slices
+    torch.Size([1, 2, 20, 12, 3])
+    """
+
+    def __init__(
+        self, net: nn.Module, card: Card, *, channels: int, classes: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        super().__init__()
+        self.net, self.card, self.channels, self.classes = net, card, channels, classes
+        self.penultimate = nn.Identity()  # what a feature metric taps: the features of the whole image
+        self.dimensions = dimensions_of(card, net)
+        self.n_classes = len(classes or ()) or card.n_classes
+
+    def write_card(self, folder: Path) -> None:
+        """Leave the card of the network as it is now beside its ``model.pt``: it is a source as any other.
+
+        A program has none: what was put behind it is not described.
+        """
+        if self.card.is_program or self.classes is not None:
+            return
+        content = self.card.model_dump(mode="json", exclude_defaults=True) | {"checkpoint": "model.pt"}
+        target = (self.card.network or {}).get("_target_", "")
+        if target.rpartition(":")[0].endswith(".py"):
+            file = Path(target.rpartition(":")[0])
+            shutil.copy(Path(self.card.folder) / file, folder / file.name)
+            content["network"] = {**self.card.network, "_target_": f"{file.name}:{target.rpartition(':')[2]}"}
+        write_json(folder / "model.json", content)
+
+    def train(self, mode: bool = True) -> "SourceNetwork":
+        if self.card.is_program and Path(self.card.checkpoint).suffix == ".pt2":  # it has no modes
+            self.training = mode
+            return self
+        return super().train(mode)
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image.as_tensor() if isinstance(image, MetaTensor) else image
+        if 0 in image.shape:
+            raise InputError("the preprocessing of the source's card leaves nothing of an image: is it empty?")
+        image = image[:, : self.channels]
+        if self.training:
+            return self._logits(self._raw(image))
+        if self.dimensions == 2 and image.ndim == 5:
+            slices = image.movedim(-1, 1).flatten(0, 1).split(AT_A_TIME)
+            parts = [torch.cat(parts) for parts in zip(*map(self._outputs, slices), strict=True)]
+            outputs = [part.unflatten(0, (len(image), -1)).movedim(1, -1) for part in parts]
+        else:
+            outputs = self._outputs(image)
+        if len(outputs) > 1:
+            self.penultimate(outputs[1])
+        return self._logits(outputs[0])
+
+    def _outputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        """What the network gives for images of any size; the features behind it where somebody listens."""
+        window = self.card.window
+        if window is None:
+            return self._mirrored(image)
+        size = [min(side, most) for side, most in zip(window, image.shape[2:], strict=True)]
+        if size == list(image.shape[2:]) == list(window):
+            return self._mirrored(image)
+        how = {"overlap": self.card.overlap, "mode": self.card.blending, "padding_mode": "constant"}
+        outputs = sliding_window_inference(image, window, AT_A_TIME // 2, self._mirrored, **how)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    def _mirrored(self, image: Tensor) -> tuple[Tensor, ...]:
+        features = []
+        if self.penultimate._forward_hooks:
+            output, features = self._with_features(image)
+        else:
+            output = self._raw(image)
+        turns = [[axis + 2 for axis in axes] for axes in _subsets(self.card.mirror)]
+        for axes in turns:
+            output = output + self._raw(image.flip(axes)).flip(axes)
+        return (output / (1 + len(turns)), *features)
+
+    def _with_features(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if self.card.is_program:  # no layer of it can be seen
+            output = self._raw(image)
+            return output, [output]
+        with tap_features(self.net, [self.card.layer]) as tapped:
+            output = self._raw(image)
+        features = tapped[self.card.layer][-1]
+        if features.ndim != output.ndim or len(features) != len(image):
+            raise InputError('its features lie on no grid; name a layer that does in its card ("layer")')
+        if self.card.axes and features.ndim > 2:
+            features = features.permute(0, 1, *(2 + place for place in _inverse(self.card.axes)))
+        if self.card.window is not None and features.shape[2:] != image.shape[2:]:  # windows are blended on the image's
+            features = interpolate(features, image.shape[2:], mode="nearest-exact")
+        return output, [features]
+
+    def _raw(self, image: Tensor) -> Tensor:
+        axes = self.card.axes
+        output = self.net(image.permute(0, 1, *(2 + axis for axis in axes)) if axes else image)
+        if self.card.pick is not None:
+            try:
+                output = output[self.card.pick]
+            except (KeyError, IndexError, TypeError) as error:
+                raise InputError(f"its network gives no output {self.card.pick!r}") from error
+        if not isinstance(output, Tensor):
+            known = f"of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else f"of {len(output)}"
+            raise InputError(f'its network gives a {type(output).__name__}; say in its card which {known} ("pick")')
+        return output.permute(0, 1, *(2 + place for place in _inverse(axes))) if axes and output.ndim > 2 else output
+
+    def _logits(self, output: Tensor) -> Tensor:
+        logits = self._class_logits(output)
+        if self.classes is None:
+            return logits
+        scores = logits.log_softmax(1)
+        return torch.stack([scores[:, list(members)].logsumexp(1) for members in self.classes], 1)
+
+    def _class_logits(self, output: Tensor) -> Tensor:
+        kind, n_classes = self.card.output, self.card.n_classes or output.shape[1]
+        if output.shape[1] == n_classes and kind != "sigmoid":
+            return output if kind == "logits" else output.clamp(min=LEAST_PROBABILITY).log()
+        if kind == "sigmoid":
+            output = output.logit(LEAST_PROBABILITY)
+        if output.shape[1] == n_classes:  # a sigmoid of the background as well
+            return logsigmoid(output)
+        # Written one over the other: a class is where it is and none of the later ones.
+        without = logsigmoid(-output)
+        later = without.flip(1).cumsum(1).flip(1)
+        return torch.cat([later[:, :1], logsigmoid(output) + later - without], 1)
+
+
+def _subsets(axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    return chain.from_iterable(combinations(axes, size) for size in range(1, len(axes) + 1))
+
+
+def _inverse(axes: Sequence[int]) -> list[int]:
+    return sorted(range(len(axes)), key=axes.__getitem__)
+
+
+def dimensions_of(card: Card, net: nn.Module) -> int:
+    """2 or 3: as the card says, or as the network's convolutions are."""
+    said = card.dimensions or (len(card.window) if card.window else len(card.axes) if card.axes else None)
+    found = next((len(m.kernel_size) for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    found = found or next((value.ndim - 2 for value in net.state_dict().values() if value.ndim in (4, 5)), None)
+    return said or found or 2
+
+
+def untouched(card: Card, *, channels: int, per_pixel: bool = True) -> SourceNetwork:
+    """The network of a card with its weights, as it is, in eval mode.
+
+    Args:
+        card: of a network that brings its own definition.
+        channels: of the image, the first of which the network takes.
+        per_pixel: it is to give class scores for each pixel, not one for each image.
+
+    Raises:
+        InputError: it cannot be built, the weights are not its own, or what comes out is not what the card says.
+    """
+    network = SourceNetwork(_loaded(card), card, channels=channels).eval()
+    _tried(network, per_pixel=per_pixel)
+    return network
+
+
+def answering(card: Card, class_names: Sequence[str], *, channels: int) -> SourceNetwork:
+    """The untouched network, asked for a target's classes (background first): by name, or, of as many, by position.
+
+    Raises:
+        InputError: a class is asked for that it does not know.
+    """
+    classes = meaning(card, class_names)
+    if classes is None:
+        known = ", ".join(card.class_names[1:]) if card.class_names else f"{card.n_classes} classes without names"
+        raise InputError(f"it knows {known}, the target asks for {', '.join(class_names[1:])}")
+    same = classes == [[place] for place in range(card.n_classes or len(classes))]
+    network = SourceNetwork(_loaded(card), card, channels=channels, classes=None if same else classes).eval()
+    _tried(network)
+    return network
+
+
+def meaning(card: Card, class_names: Sequence[str]) -> list[list[int]] | None:
+    """For each class that is asked for the network's own classes that mean it; None where one is not known."""
+    n_classes = card.n_classes or len(class_names)
+    own = [name.casefold() for name in card.class_names or ()]
+    places = [own.index(name.casefold()) if name.casefold() in own[1:] else None for name in class_names[1:]]
+    if own and None not in places:
+        return [[place for place in range(n_classes) if place not in places], *([place] for place in places)]
+    return [[place] for place in range(n_classes)] if n_classes == len(class_names) else None
+
+
+def adapted(
+    card: Card,
+    class_names: Sequence[str],
+    *,
+    wanted: int,
+    channels: Sequence[str],
+    fresh: bool = False,
+    per_pixel: bool = True,
+) -> SourceNetwork:
+    """The network of a card fitted to a target: a head for its classes, a first convolution for its channels.
+
+    Rows of the head are copied for classes of the same name, the others are fresh. A first convolution that gets more
+    channels keeps its weights for the first ``wanted``; the new ones start from their mean, and all are scaled so that
+    activations keep their size.
+
+    Args:
+        card: of a network that brings its own definition.
+        class_names: of the target, background first.
+        wanted: channels that the network takes by itself.
+        channels: names of those of the target's images, the network's own first.
+        fresh: without the card's weights, to train from scratch.
+        per_pixel: see `untouched`; of a network for whole images the head is always fresh.
+    """
+    net, said = _loaded(card, fresh=fresh), []
+    network = SourceNetwork(net, card, channels=wanted)
+    sample = _sample(network, wanted)
+    own = meaning(card, class_names) if per_pixel else None
+    kept = own == [[place] for place in range(card.n_classes or len(class_names))]
+    if card.is_program:
+        network.net.requires_grad_(True)
+        if not kept:
+            network = _with_translator(network, sample, class_names)
+            said.append(f"a 1 x 1 convolution from its {card.n_classes} classes to {len(class_names)}: fresh")
+    else:
+        images, head = _ends(network, sample)
+        if not kept:
+            rows = _rows(card, class_names) if per_pixel else [None] * len(class_names)
+            _replace(net, head, with_outputs(_module(net, head), len(class_names), rows))
+            copied = sum(row is not None for row in rows)
+            said.append(f"head {head} for {len(class_names)} classes: {copied} copied, {len(rows) - copied} fresh")
+            plain = {"output": "logits", "classes": tuple(class_names)}
+            network = SourceNetwork(net, card.model_copy(update=plain), channels=wanted)
+        if len(channels) != wanted:
+            for name in images:
+                _replace(net, name, with_inputs(_module(net, name), len(channels)))
+            said.append(f"{', '.join(images)} for {', '.join(channels)}: the first {wanted} copied, the others their mean, "
+                        "all scaled")
+            network = SourceNetwork(
+                net, network.card.model_copy(update={"channels": tuple(channels)}), channels=len(channels)
+            )
+    _tried(network, per_pixel=per_pixel)
+    if said and not fresh:
+        logger.info("%s is adapted: %s", card.name, "; ".join(said))
+    return network
+
+
+def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
+    if not card.is_program:
+        net = built_network(card.network, card.folder, card.trusted)
+        if not fresh:
+            weights = card.weights()
+            _fit_ends(net, card, weights)
+            load_weights(net, weights, min_share=1.0)
+        return net
+    if not card.trusted:
+        raise InputError("it is a program, which would run here; --trust_sources true lets it")
+    if fresh:
+        raise InputError("it is a program, which has no fresh form: train the bundle's own network from scratch")
+    try:
+        if Path(card.checkpoint).suffix == ".ts":
+            return torch.jit.load(card.checkpoint, map_location="cpu")
+        return torch.export.load(card.checkpoint).module()
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{card.checkpoint} cannot be read as a program ({reason})") from error
+
+
+def _fit_ends(net: nn.Module, card: Card, weights: Mapping[str, Tensor]) -> None:
+    """Give head and first convolution the size that they have in the weights: a fine-tuning may have changed them."""
+    shapes = {name: tuple(weights[f"{name}.weight"].shape) for name, module in net.named_modules()
+              if isinstance(module, WEIGHTED) and f"{name}.weight" in weights}
+    other = {name for name, shape in shapes.items() if shape != tuple(_module(net, name).weight.shape)}
+    if not other or len(other) == len(shapes):
+        return
+    wanted = len(card.channels) if card.channels else 1
+    images, head = _ends(SourceNetwork(net, card, channels=wanted), _sample(SourceNetwork(net, card, channels=wanted), wanted))
+    if other <= {*images, head}:
+        for name in other:
+            layer = _module(net, name)
+            if not getattr(layer, "transposed", False) and shapes[name][2:] == tuple(layer.weight.shape[2:]):
+                _replace(net, name, _like(layer, into=shapes[name][1] * getattr(layer, "groups", 1), out=shapes[name][0]))
+
+
+def _sample(network: SourceNetwork, channels: int) -> Tensor:
+    size = network.card.window or (PROBE,) * network.dimensions
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(1, channels, *size, generator=generator)
+
+
+def _tried(network: SourceNetwork, *, per_pixel: bool = True) -> None:
+    """Pass noise through once, and hold what comes out against the card."""
+    card, sample = network.card, _sample(network, network.channels)
+    was = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            output = network._raw(sample)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a network raises on images it was not made for
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        takes = " x ".join(map(str, sample.shape[1:]))
+        raise InputError(f"its network refuses images of {takes} ({reason})") from error
+    network.train(was)
+    found, expected = output.shape[1], card.n_classes
+    network.n_classes = network.n_classes or max(found, 2)
+    if expected is not None and found not in (expected, expected - 1):
+        raise InputError(f"its network gives {found} channels, its card names {expected} classes")
+    if per_pixel and output.shape[2:] != sample.shape[2:]:
+        raise InputError("its network does not give one prediction per pixel")
+    if not per_pixel and output.ndim != 2:
+        raise InputError("its network does not give one prediction per image")
+    if not bool(output.isfinite().all()):
+        raise InputError("its network gives NaN or Inf")
+    inside = bool(((output >= -1e-4) & (output <= 1 + 1e-4)).all())
+    if card.output != "logits" and not inside:
+        low, high = output.min(), output.max()
+        raise InputError(f"its card says {card.output}, but what comes out lies from {low:.2g} to {high:.2g}: logits?")
+    if card.output == "softmax" and float((output.sum(1) - 1).abs().max()) > 1e-2:
+        raise InputError("its card says softmax, but what comes out does not add up to 1: sigmoid?")
+
+
+@contextmanager
+def _hooked(modules: Mapping[str, nn.Module], seen: Callable[[str, Any], None]) -> Iterator[None]:
+    hooks = [m.register_forward_pre_hook(lambda _, x, name=name: seen(name, x[0])) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _ends(network: SourceNetwork, sample: Tensor) -> tuple[list[str], str]:
+    """Names of the layers that take the image itself, and of the last that runs."""
+    net = network.net.eval()
+    ran: list[tuple[str, Any]] = []
+    modules = {name: m for name, m in net.named_modules() if isinstance(m, WEIGHTED)}
+    image = None
+
+    def first(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal image
+        image = inputs[0]
+
+    hook = net.register_forward_pre_hook(first)
+    try:
+        with _hooked(modules, lambda name, value: ran.append((name, value is image))), torch.no_grad():
+            network._raw(sample)
+    finally:
+        hook.remove()
+    if not ran:
+        raise InputError("no convolution or linear layer of its network can be found, so it has no head to replace")
+    return [name for name, took_image in ran if took_image], ran[-1][0]
+
+
+def _module(net: nn.Module, name: str) -> nn.Module:
+    return net.get_submodule(name)
+
+
+def _replace(net: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(net.get_submodule(parent), child, layer)
+
+
+def _rows(card: Card, class_names: Sequence[str]) -> list[int | None]:
+    """Row of the network's head for each class of the target."""
+    own = [name.casefold() for name in card.class_names or ()]
+    found = [own.index(name.casefold()) if name.casefold() in own else None for name in class_names]
+    found[0] = 0 if own else None
+    return found
+
+
+def with_outputs(layer: nn.Module, n: int, rows: Sequence[int | None]) -> nn.Module:
+    """A layer like it with ``n`` outputs, those of ``rows`` copied.
+
+    >>> layer = with_outputs(nn.Conv2d(4, 3, 1), 2, [2, None])
+    >>> layer.weight.shape
+    torch.Size([2, 4, 1, 1])
+    """
+    found = layer.weight.shape[1 if getattr(layer, "transposed", False) else 0]
+    rows = [row if row is not None and row < found else None for row in rows]
+    new = _like(layer, out=n)
+    with torch.no_grad():
+        for place, row in enumerate(rows):
+            if row is None:
+                continue
+            if getattr(layer, "transposed", False):
+                new.weight[:, place] = layer.weight[:, row]
+            else:
+                new.weight[place] = layer.weight[row]
+            if layer.bias is not None:
+                new.bias[place] = layer.bias[row]
+    return new
+
+
+def with_inputs(layer: nn.Module, n: int) -> nn.Module:
+    """A convolution like it with ``n`` inputs, new ones from the mean of the others, all scaled by old / new.
+
+    >>> layer = nn.Conv2d(1, 3, 1)
+    >>> torch.allclose(with_inputs(layer, 2)(torch.ones(1, 2, 1, 1)), layer(torch.ones(1, 1, 1, 1)))
+    True
+    """
+    if getattr(layer, "groups", 1) != 1 or getattr(layer, "transposed", False):
+        raise InputError("its first layer is grouped or transposed, which cannot be given other channels")
+    old = layer.weight.shape[1]
+    new = _like(layer, into=n)
+    with torch.no_grad():
+        mean = layer.weight.mean(1, keepdim=True)
+        kept = layer.weight[:, : min(n, old)]
+        new.weight.copy_(torch.cat([kept, mean.expand(-1, max(n - old, 0), *mean.shape[2:])], 1) * (old / n))
+        if layer.bias is not None:
+            new.bias.copy_(layer.bias)
+    return new
+
+
+def _like(layer: nn.Module, *, into: int | None = None, out: int | None = None) -> nn.Module:
+    bias = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(into or layer.in_features, out or layer.out_features, bias=bias)
+    names = ["kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    names += ["output_padding"] if getattr(layer, "transposed", False) else []
+    options = {name: getattr(layer, name) for name in names}
+    return type(layer)(into or layer.in_channels, out or layer.out_channels, bias=bias, **options)
+
+
+def _with_translator(network: SourceNetwork, sample: Tensor, class_names: Sequence[str]) -> SourceNetwork:
+    """A program's head cannot be replaced: its class logits are turned into the target's."""
+    with torch.no_grad():
+        given = network.eval()(sample).shape
+    kind = {2: nn.Linear, 4: nn.Conv2d, 5: nn.Conv3d}[len(given)]
+    layer = kind(given[1], len(class_names), *([] if len(given) == 2 else [1]))
+    card = network.card.model_copy(update={"output": "logits", "classes": tuple(class_names), "pick": None})
+    return SourceNetwork(_Translated(network, layer), card, channels=network.channels)
+
+
+class _Translated(nn.Module):
+    """Class logits of a program, and a layer that turns them into others."""
+
+    def __init__(self, network: SourceNetwork, layer: nn.Module) -> None:
+        super().__init__()
+        self.network, self.layer = network, layer
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layer(self.network._logits(self.network._raw(image)))

@@ -1,0 +1,487 @@
+"""Sources: tasks on which a network is trained here, and the shelf of other people's networks.
+
+What a source is, is told by its card. A folder of somebody else's is read as data, and nothing in it runs unless the
+user says so. What cannot be used is left out with the reason, never guessed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from monai.inferers import SimpleInferer
+from monai.transforms import EnsureTyped, LoadImaged, RandSpatialCropd, SpatialPadd
+from torch import nn
+
+from medtl_ext._io import suffix_of
+from medtl_ext._validation import InputError
+from medtl_ext.data import SliceDataset, Task, load_collection
+from medtl_ext.networks import load_weights, read_weights
+from medtl_ext.transfer.config import current_config, identity
+from medtl_ext.transfer.jobs import Job, Run
+from medtl_ext.transfer.sources.allowed import built_network, transforms_of
+from medtl_ext.transfer.sources.bundle import bundle_card
+from medtl_ext.transfer.sources.card import PROGRAMS, TAGS, Card, channel_order, read_card
+from medtl_ext.transfer.sources.network import SourceNetwork, adapted, answering, meaning, untouched
+from medtl_ext.transfer.sources.nnunet import nnunet_card
+from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, content_of, dataset_name
+from medtl_ext.transforms import PickChannelsd, SelectLabelsd
+
+TargetTask = SegmentationTask | ClassificationTask
+RESERVED = {
+    "scratch": "training without one",
+    "zero_shot": "a source that is used as it is",
+    "full": "a fine-tuning of all parameters",
+}
+CHANNEL_KEYS = ("n_input_channels", "in_channels")
+MOST_CHANNELS = 8  # of images; the first layer of a network that splits them otherwise has more
+WEIGHTS = (".pt", ".pth", ".safetensors", *PROGRAMS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network that may be transferred from.
+
+    Attributes:
+        name: what tables call it.
+        kind: "task", "checkpoint", "card", "bundle" or "nnunet".
+        card: what its network is; the weights of a task's are there when it is trained.
+        entry: how an option names it, ``--source`` or one of ``--sources``.
+        task: the task or dataset it was trained on, or will be; None where that is not known.
+        size: training scans or images, None where that is not known.
+        own: it was trained on the target itself, so it is scored but never ranked.
+        left_out: why it cannot be used; None: it can.
+        job: its training, None where it was not trained here.
+    """
+
+    name: str
+    kind: str
+    card: Card = field(default_factory=Card)
+    entry: str | Mapping[str, Any] | None = None
+    task: str | None = None
+    size: int | None = None
+    own: bool = False
+    left_out: str | None = None
+    job: Job | None = None
+
+    @property
+    def option(self) -> str | Mapping[str, Any]:
+        """What ``--source`` is given for it, with the weights that it has by now."""
+        if self.job is None:
+            return self.entry
+        return {**(self.entry if isinstance(self.entry, Mapping) else {"task": self.entry}), "checkpoint": self.job.model}
+
+    def channels(self, target: TargetTask) -> tuple[list[int | None], list[int]]:
+        """Which of the target's channels it takes, and the others; see `channel_order`."""
+        return channel_order(self.card.channels, target.channels, fill=self.card.fill)
+
+    def build(self, network_def: Mapping[str, Any], target: TargetTask, image_shape: Sequence[int]) -> nn.Module:
+        """The network with its weights, in eval mode, which takes the target's images.
+
+        Args:
+            network_def: the bundle's own definition, for sources that bring none.
+            target: whose images they are.
+            image_shape: channels x *spatial of the images that the bundle's own networks take.
+
+        Raises:
+            InputError: it cannot be built, the weights are not its own, or it does not take such images.
+        """
+        try:
+            if self.card.foreign:
+                return untouched(self.card, channels=len(self.channels(target)[0]), per_pixel=target.per_pixel)
+            return self._own_network(network_def, target, image_shape)
+        except InputError as error:
+            raise InputError(f"source {self.name}: {error}") from error
+
+    def _own_network(self, network_def: Mapping[str, Any], target: TargetTask, image_shape: Sequence[int]) -> nn.Module:
+        """The bundle's own network with this source's weights."""
+        in_channels, dims = image_shape[0], len(image_shape) - 1
+        weights = self.card.weights()
+        known = {"@n_classes": self.card.n_classes, "@in_channels": in_channels}
+        definition = {k: known.get(value, value) if isinstance(value, str) else value for k, value in network_def.items()}
+        first = next((tuple(value.shape) for value in weights.values() if value.ndim == dims + 2), (0, in_channels))
+        takes = first[1] if first[1] <= MOST_CHANNELS else in_channels
+        if takes != in_channels:
+            hint = "; give --in_channels 3, which repeats grey images" if takes == 3 and not target.per_pixel else ""
+            said = f"{takes} channel{'s'[: takes != 1]}"
+            raise InputError(f"its network takes {said}, the target's images have {in_channels}{hint}")
+        network = built_network(definition)
+        load_weights(network, weights, min_share=1.0)
+        try:
+            with torch.no_grad():
+                output = network.eval()(torch.zeros(1, *image_shape))
+        except Exception as error:  # whatever a network raises on images it was not made for
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"its network refuses the target's images ({reason})") from error
+        found = tuple(getattr(output, "shape", ()))
+        if target.per_pixel and found[2:] != tuple(image_shape[1:]):
+            raise InputError("its network does not give one prediction per pixel")
+        if not target.per_pixel and found != (1, self.card.n_classes):
+            raise InputError(f"its network does not give {self.card.n_classes} class scores an image")
+        return network
+
+
+def find_sources(
+    entries: Sequence[str | Mapping[str, Any]],
+    target: TargetTask,
+    *,
+    collection: str | None = None,
+    trust: bool = False,
+    mark_own: bool = True,
+) -> list[Source]:
+    """The sources that a list means.
+
+    Args:
+        entries: each a task or dataset, on which a network is trained here; the path of a card, of weights with a card
+            beside them or of the bundle's own network, of a MONAI bundle, of an nnU-Net folder, or of a folder of
+            these; or a mapping of a card's keys, with ``task`` (what it was trained on, or will be) or ``card`` (a path
+            as above, over which the other keys are laid).
+        target: which is never ranked as its own source.
+        collection: where source tasks are described; None: the phantom.
+        trust: run what is code in a source: expressions, programs, Python files.
+        mark_own: a source of the target's own data is its own model; false: the sources are for any target.
+
+    Raises:
+        InputError: no source, two of one name, an entry of no known form, or a task that cannot be had.
+    """
+    if not entries or isinstance(entries, str):
+        raise InputError(f"sources is {entries!r}; give a list with at least one task, card, checkpoint or folder.")
+    found = [source for entry in entries for source in _meant(entry, target, collection, trust)]
+    names = [source.name for source in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"sources names {name} twice; give every source its own name.")
+        if name in RESERVED:
+            raise InputError(f"a source is named {name}, which means {RESERVED[name]}; give it another name.")
+    own = {source.name for source in found if mark_own and source.task and target.is_same(source.task)}
+    if len(own) == len(found):
+        raise InputError(f"no source is left: {', '.join(names)} is the target's own model, which is never ranked.")
+    reason = "it is the target itself" if target.per_pixel else None
+    return [replace(one, own=True, left_out=reason) if one.name in own else one for one in found]
+
+
+def source_name() -> str:
+    """What the config's option ``source`` is called, for the name of a folder."""
+    entry = current_config().get("source")
+    if isinstance(entry, Mapping):
+        entry = entry.get("name") or entry.get("task") or entry.get("card") or entry.get("checkpoint")
+    path = Path(str(entry).rstrip("/\\"))
+    return path.stem if path.suffix in (*WEIGHTS, ".json", ".npz") else path.name
+
+
+def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str | None, trust: bool) -> list[Source]:
+    """The sources of one entry."""
+    if isinstance(entry, str):
+        if (kind := _kind(Path(entry))) is None:
+            return [_described({"task": entry}, entry, target, collection, trust)]
+        if kind == "shelf":
+            return [_on_shelf(path, target, trust) for path in sorted(Path(entry).iterdir()) if _kind(path)]
+        return [_on_shelf(Path(entry), target, trust)]
+    if not isinstance(entry, Mapping) or not {"task", "card", "checkpoint"} & entry.keys():
+        forms = '{"name": ..., "checkpoint": FILE} or {"card": PATH}'
+        raise InputError(f"source {entry!r} is no task, no path of a card, a checkpoint or a folder, and no {forms}.")
+    return [_described(entry, entry, target, collection, trust)]
+
+
+def _kind(path: Path) -> str | None:
+    """What kind of source lies at a path; None: none."""
+    if path.is_file() or path.suffix in WEIGHTS:
+        if path.suffix == ".json":
+            return "card" if _is_card(path) else None
+        return "checkpoint" if suffix_of(path) in WEIGHTS or path.suffix in WEIGHTS else None
+    if not path.is_dir():
+        return None
+    if (path / "configs").is_dir():
+        return "bundle"
+    if next(chain(path.glob("plans.json"), path.glob("*/plans.json"), path.glob("checkpoint_*.pth")), None):
+        return "nnunet"
+    return "shelf" if any(_kind(child) not in (None, "shelf") for child in path.iterdir()) else None
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a JSON file says of weights or of a network, as the description of a dataset does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and not {"checkpoint", "network"}.isdisjoint(content)
+
+
+def _on_shelf(path: Path, target: TargetTask, trust: bool) -> Source:
+    """A source that lies at a path; what cannot be used is left out with the reason."""
+    kind, where = _kind(path), str(path)
+    name = path.stem if path.is_file() else path.name
+    try:
+        card = _card_at(path, trust)
+        return _fitting(Source(card.name or name, kind, card, where, size=None), target)
+    except InputError as error:
+        return Source(name, kind, Card(), where, left_out=str(error).rstrip("."))
+
+
+def _card_at(path: Path, trust: bool) -> Card:
+    kind = _kind(path)
+    if kind == "bundle":
+        return read_card(bundle_card(path, trust), trust=trust, folder=path)
+    if kind == "nnunet":
+        return read_card(nnunet_card(path), trust=trust, folder=path)
+    if kind == "card":
+        return read_card(path, trust=trust)
+    if kind == "checkpoint":
+        beside = path.with_suffix(".json")
+        card = read_card(beside, trust=trust) if beside.is_file() and _is_card(beside) else Card(name=path.stem)
+        return card.model_copy(update={"checkpoint": str(path)})
+    raise InputError(f"{path} is no card, no checkpoint, no MONAI bundle and no nnU-Net folder.")
+
+
+def _described(
+    entry: Mapping[str, Any], given: str | Mapping[str, Any], target: TargetTask, collection: str | None, trust: bool
+) -> Source:
+    """A source that is written out: a task, or the keys of a card, alone or over a card in a file."""
+    keys = {key: value for key, value in entry.items() if value is not None}
+    task, base = keys.pop("task", None), Card()
+    kind = "checkpoint" if "checkpoint" in keys else "task"
+    if "card" in keys:
+        path = Path(keys.pop("card"))
+        kind, base = _kind(path) or "card", _card_at(path, trust)
+    size = left_out = None
+    if task is not None:
+        known = target.other(task, collection=collection)
+        tags = {tag: getattr(known, tag) for tag in target.tags}
+        keys, size = {"classes": known.n_classes} | tags | keys, known.size
+        if target.per_pixel and known.n_channels != target.n_channels:
+            left_out = f"it is of {known.modality}, the target's images are {target.modality}"
+    over = read_card(keys, trust=trust)
+    card = base.model_copy(update={key: getattr(over, key) for key in over.model_fields_set} | {"trusted": trust})
+    if card.network is not None:
+        plain = {"@n_classes": card.n_classes, "@in_channels": target.n_channels}
+        network = {k: plain.get(v, v) if isinstance(v, str) else v for k, v in card.network.items()}
+        card = card.model_copy(update={"network": network})
+    name = keys.get("name") or dataset_name(task or card.name or "")
+    source = Source(str(name), kind, card, given, task, size, left_out=left_out)
+    return source if task is not None and card.checkpoint is None else _fitting(source, target)
+
+
+def _fitting(source: Source, target: TargetTask) -> Source:
+    """The source, if its network can be built, has its weights and takes the target's images."""
+    if source.card.foreign:
+        try:
+            network = source.build({}, target, ())
+            if target.flat and network.dimensions == 3:
+                raise InputError("its network is 3D, the target's images are 2D")
+        except InputError as error:
+            reason = str(error).removeprefix(f"source {source.name}: ").rstrip(".")
+            return replace(source, left_out=reason)
+        found = {"dimensions": network.dimensions, "classes": source.card.classes or network.n_classes}
+        return replace(source, card=source.card.model_copy(update=found))
+    return source
+
+def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Source, *, seed: int) -> Job:
+    """The run of ``pretrain.json`` on a source's data; its folder's name holds a hash of all settings that matter.
+
+    Of a collection or of files it holds the content, wherever they lie: other patients, splits or files give another.
+
+    Raises:
+        InputError: the collection is missing or breaks the format.
+    """
+    overlay, collection = Path(config["bundle_root"]) / "configs" / "pretrain.json", source_collection(config)
+    overrides: dict[str, Any] = {"source": source.task, "target_task": source.task, "seed": seed}
+    overrides |= {"collection": collection}
+    also = {"source_collection": collection, "check_data": True}
+    overrides |= {name: value for name, value in also.items() if name in config}
+    if isinstance(source.entry, Mapping) and source.entry.get("network"):
+        overrides["network_def"] = dict(source.entry["network"])
+    if collection is not None:
+        load_collection(collection)  # a missing one has no content
+    merged, path = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}, Path(source.task)
+    key = identity(merged, without=("weight_map", "leep", "grid"))
+    key["data"] = content_of(path) if path.exists() else None
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
+
+
+def source_collection(config: Mapping[str, Any]) -> str | None:
+    """The collection file that a bundle's sources are in; None: the phantom."""
+    named = config.get("source_collection", "@collection")
+    return config.get("collection") if named == "@collection" else named
+
+
+def train_sources(
+    sources: Sequence[Source], run: Run, target: TargetTask, *, folder: str, seed: int, check: bool = True
+) -> list[Source]:
+    """Train the networks of the sources that have no checkpoint yet, and keep them.
+
+    Each is a run of ``pretrain.json`` in a folder of its own, several at a time; an interrupted pool is continued.
+
+    Args:
+        sources: of `find_sources`.
+        run: whose config is trained.
+        target: of the same kind.
+        folder, seed: where the pool is kept, and the seed of its trainings.
+        check: read every file before anything is trained.
+
+    Returns:
+        The sources, with the checkpoints of all that can be used.
+    """
+    jobs = {
+        source.name: pretraining_job(run.config, folder, source, seed=seed)
+        for source in sources
+        if source.card.checkpoint is None and source.left_out is None
+    }
+    if not all(job.done for job in jobs.values()):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(folder) / ".pool.lock"):  # other processes find the pool done
+            for job in jobs.values():
+                if check and not job.done:
+                    task = target.other(job.overrides["source"], collection=source_collection(run.config))
+                    task.check({"train", run.config.get("val_split", "val"), "test"})
+            run.train(list(jobs.values()), "pre-training")
+    trained = {name: {"checkpoint": job.model} for name, job in jobs.items()}
+    return [
+        replace(one, card=one.card.model_copy(update=trained[one.name]), job=jobs[one.name]) if one.name in jobs else one
+        for one in sources
+    ]
+
+def source_transforms(source: Source, target: TargetTask, own: Sequence[Callable]) -> list[Callable]:
+    """The deterministic transforms of a source that brings its own network, on the target's files.
+
+    Loading and the choice of labels are the bundle's; channels are put into the source's order, those that it does not
+    know last; then come the transforms of its card, or else the bundle's.
+    """
+    loading = [transform for transform in own if isinstance(transform, LoadImaged | SelectLabelsd | EnsureTyped)]
+    steps = [transform for transform in own if transform not in loading]
+    wanted, others = source.channels(target)
+    order, card = [*wanted, *others], source.card
+    pick = [] if order == list(range(target.n_channels)) else [PickChannelsd("image", order)]
+    if card.preprocessing is not None:
+        steps = transforms_of(card.preprocessing, keys=("image", "label") if target.per_pixel else ("image",))
+    pad = [SpatialPadd(["image", "label"], [*card.window, -1][:3])] if card.window and target.per_pixel else []
+    return [*loading, *pick, *steps, *pad]
+
+
+@dataclass(kw_only=True, eq=False)
+class SingleSource:
+    """The one source of a fine-tuning, the option ``source``: what a run takes from it, and what else it then needs.
+
+    A task's network is trained here, once, when its weights are needed. A source that brings its own network brings its
+    own preprocessing too, and is trained, scored and fine-tuned on the grid that it was made for.
+
+    Args:
+        here, target: see `train_sources`.
+        folder, check: see `train_sources`; no folder: nothing is trained here, so that weights have to be given.
+        trust: see `find_sources`.
+    """
+
+    here: Run
+    target: TargetTask
+    folder: str | None = None
+    check: bool = True
+    trust: bool = False
+
+    @cached_property
+    def given(self) -> Source | None:
+        """What the option names; None where it names nothing."""
+        entry = self.here.config.get("source")
+        if entry is None:
+            return None
+        where = {"collection": source_collection(self.here.config), "trust": self.trust, "mark_own": False}
+        found = find_sources([entry], self.target, **where)
+        if len(found) > 1:
+            raise InputError(f"--source {entry} holds {len(found)} sources; give the path of one.")
+        if found[0].left_out and found[0].card.foreign:
+            raise InputError(f"source {found[0].name} cannot be used: {found[0].left_out}.")
+        return found[0]
+
+    @property
+    def card(self) -> Card | None:
+        """Of a source that brings its own network."""
+        return self.given.card if self.given is not None and self.given.card.foreign else None
+
+    @cached_property
+    def source(self) -> Source:
+        """The source with its weights, which are trained if there are none yet."""
+        if self.given is None or (self.given.card.checkpoint is None and self.folder is None):
+            raise InputError("--source is not given or has no weights, and this config starts from it; give it.")
+        (trained,) = train_sources([self.given], self.here, self.target, folder=self.folder, seed=0, check=self.check)
+        if trained.left_out:
+            raise InputError(f"source {trained.name} cannot be used: {trained.left_out}.")
+        return trained
+
+    # What a config needs
+
+    @property
+    def weights(self) -> str | dict[str, torch.Tensor]:
+        """What a fine-tuning starts from: a file, or the tensors of a foreign network that is fitted to the target."""
+        return self.source.card.checkpoint if self.card is None else self._adapted().state_dict()
+
+    def architecture(self, own: nn.Module) -> nn.Module:
+        """The network that is trained, without the source's weights: the bundle's ``own``, or the source's."""
+        return own if self.card is None else self._adapted(fresh=not self.card.is_program)
+
+    def _adapted(self, *, fresh: bool = False) -> SourceNetwork:
+        wanted, others = self.given.channels(self.target)
+        names = [*(self.card.channels or self.target.channels), *(self.target.channels[place] for place in others)]
+        how = {"wanted": len(wanted), "channels": names, "fresh": fresh}
+        return adapted(self.card, self.target.answers, per_pixel=self.target.per_pixel, **how)
+
+    def untouched(self, image_shape: Sequence[int]) -> nn.Module:
+        """The network as it is, with its own classes; see `Source.build`."""
+        return self.source.build(self.here.config["network_def"], self.target, image_shape)
+
+    @cached_property
+    def unasked(self) -> str | None:
+        """Why the untouched source does not answer the target's question; None: it does."""
+        if self.card is not None:
+            return None if meaning(self.card, self.target.answers) else "it does not know the target's classes"
+        same = self.given is None or self.given.card.n_classes in (None, self.target.n_classes)
+        return None if same else "source and target have different numbers of classes"
+
+    def answering(self, image_shape: Sequence[int]) -> nn.Module:
+        """The untouched network, asked for the target's classes.
+
+        Raises:
+            InputError: it does not know them.
+        """
+        if self.card is None:
+            if self.unasked:
+                raise InputError(f"source {self.source.name}: {self.unasked}.")
+            return self.untouched(image_shape)
+        return answering(self.card, self.target.answers, channels=len(self.given.channels(self.target)[0]))
+
+    def preprocessing(self, own: Sequence[Callable]) -> list[Callable]:
+        """The deterministic transforms: the bundle's ``own``, or the source's."""
+        return list(own) if self.card is None else source_transforms(self.given, self.target, own)
+
+    def cropping(self) -> list[Callable]:
+        """What a training adds: a random patch of the source's window."""
+        if self.card is None or self.card.window is None:
+            return []
+        keys = ["image", "label", "weight"]
+        return [RandSpatialCropd(keys, roi_size=self.card.window, random_size=False, allow_missing_keys=True)]
+
+    def slices(self, own: str) -> str:
+        """What a training set is cut into; see `medtl_ext.data.SliceDataset`."""
+        return "volume" if self.card is not None and self.card.dimensions == 3 else own
+
+    def inferer(self, own: Any) -> Any:
+        """That of validation: a foreign network lays its windows itself."""
+        return own if self.card is None else SimpleInferer()
+
+    def batch(self, own: int, dataset: SliceDataset | None = None) -> int:
+        """Images at a time: no more than the source says; one where they differ in size, or (no dataset) whole ones."""
+        if self.card is None:
+            return own
+        sizes = {shape for _, shape in getattr(dataset, "geometry", {}).values()}
+        one_size = dataset is not None and (self.card.window is not None or len(sizes) < 2)
+        return min(own, self.card.batch_size or own) if one_size else 1
+
+    def frozen(self, pattern: str | None) -> str | None:
+        """Names of the parameters to freeze, where a method freezes any."""
+        if self.card is None or pattern is None:
+            return pattern
+        return self.card.encoder and f"net\\.(?:{self.card.encoder})"

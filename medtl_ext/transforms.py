@@ -111,9 +111,7 @@ class PickChannelsd(MapTransform):
 
     backend = (TransformBackends.TORCH,)
 
-    def __init__(
-        self, keys: KeysCollection, channels: Sequence[int | None], allow_missing_keys: bool = False
-    ) -> None:
+    def __init__(self, keys: KeysCollection, channels: Sequence[int | None], allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.channels = channels
 

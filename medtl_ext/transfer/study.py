@@ -153,7 +153,13 @@ class SourceStudy(Study):
     def _pool(self, seed: int, target: TargetTask) -> tuple[Run, list[Source]]:
         """The run of a seed, and its trained sources."""
         run = self.here.seeded(self.here.config | ({"pool_seed": seed} if self.seeds_pool else {}), seed)
-        found = find_sources(self.sources, target, collection=source_collection(run.config), trust=run.config.get("trust_sources", False), mark_own=False)
+        found = find_sources(
+            self.sources,
+            target,
+            collection=source_collection(run.config),
+            trust=run.config.get("trust_sources", False),
+            mark_own=False,
+        )
         where = {"folder": run.config["source_dir"], "seed": run.config["pool_seed"]}
         return run, train_sources(found, run, target, check=False, **where)
 

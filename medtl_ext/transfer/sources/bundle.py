@@ -1,1 +1,2 @@
-def bundle_card(path, trust): raise NotImplementedError
+def bundle_card(path, trust):
+    raise NotImplementedError

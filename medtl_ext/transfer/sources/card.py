@@ -198,6 +198,8 @@ def channel_order(
         channels = f"channel{'s'[: len(order) == 1]} {', '.join(wanted or given)}"
         hint = f'; "fill": "mean" in its card makes {"it" if len(lacking) == 1 else "them"} a constant'
         has = f"the target's images have {', '.join(given)}"
-        raise InputError(f"{name} takes {channels}, {has}: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} "
-                         f"missing{hint if len(lacking) < len(order) else ''}")
+        raise InputError(
+            f"{name} takes {channels}, {has}: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} "
+            f"missing{hint if len(lacking) < len(order) else ''}"
+        )
     return order, [place for place in range(len(given)) if place not in order]

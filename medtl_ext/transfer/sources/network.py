@@ -277,8 +277,10 @@ def adapted(
         if len(channels) != wanted:
             for name in images:
                 _replace(net, name, with_inputs(_module(net, name), len(channels)))
-            said.append(f"{', '.join(images)} for {', '.join(channels)}: the first {wanted} copied, the others their mean, "
-                        "all scaled")
+            said.append(
+                f"{', '.join(images)} for {', '.join(channels)}: the first {wanted} copied, the others their mean, "
+                "all scaled"
+            )
             network = SourceNetwork(
                 net, network.card.model_copy(update={"channels": tuple(channels)}), channels=len(channels)
             )
@@ -311,18 +313,25 @@ def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
 
 def _fit_ends(net: nn.Module, card: Card, weights: Mapping[str, Tensor]) -> None:
     """Give head and first convolution the size that they have in the weights: a fine-tuning may have changed them."""
-    shapes = {name: tuple(weights[f"{name}.weight"].shape) for name, module in net.named_modules()
-              if isinstance(module, WEIGHTED) and f"{name}.weight" in weights}
+    shapes = {
+        name: tuple(weights[f"{name}.weight"].shape)
+        for name, module in net.named_modules()
+        if isinstance(module, WEIGHTED) and f"{name}.weight" in weights
+    }
     other = {name for name, shape in shapes.items() if shape != tuple(_module(net, name).weight.shape)}
     if not other or len(other) == len(shapes):
         return
     wanted = len(card.channels) if card.channels else 1
-    images, head = _ends(SourceNetwork(net, card, channels=wanted), _sample(SourceNetwork(net, card, channels=wanted), wanted))
+    images, head = _ends(
+        SourceNetwork(net, card, channels=wanted), _sample(SourceNetwork(net, card, channels=wanted), wanted)
+    )
     if other <= {*images, head}:
         for name in other:
             layer = _module(net, name)
             if not getattr(layer, "transposed", False) and shapes[name][2:] == tuple(layer.weight.shape[2:]):
-                _replace(net, name, _like(layer, into=shapes[name][1] * getattr(layer, "groups", 1), out=shapes[name][0]))
+                _replace(
+                    net, name, _like(layer, into=shapes[name][1] * getattr(layer, "groups", 1), out=shapes[name][0])
+                )
 
 
 def _sample(network: SourceNetwork, channels: int) -> Tensor:

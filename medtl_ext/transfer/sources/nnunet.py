@@ -1,1 +1,2 @@
-def nnunet_card(path): raise NotImplementedError
+def nnunet_card(path):
+    raise NotImplementedError

@@ -75,7 +75,10 @@ class Source:
         """What ``--source`` is given for it, with the weights that it has by now."""
         if self.job is None:
             return self.entry
-        return {**(self.entry if isinstance(self.entry, Mapping) else {"task": self.entry}), "checkpoint": self.job.model}
+        return {
+            **(self.entry if isinstance(self.entry, Mapping) else {"task": self.entry}),
+            "checkpoint": self.job.model,
+        }
 
     def channels(self, target: TargetTask) -> tuple[list[int | None], list[int]]:
         """Which of the target's channels it takes, and the others; see `channel_order`."""
@@ -103,8 +106,8 @@ class Source:
         """The bundle's own network with this source's weights."""
         in_channels, dims = image_shape[0], len(image_shape) - 1
         weights = self.card.weights()
-        known = {"@n_classes": self.card.n_classes, "@in_channels": in_channels}
-        definition = {k: known.get(value, value) if isinstance(value, str) else value for k, value in network_def.items()}
+        n_classes = self.own_classes(network_def, target)
+        definition = _filled(network_def, n_classes, in_channels)
         first = next((tuple(value.shape) for value in weights.values() if value.ndim == dims + 2), (0, in_channels))
         takes = first[1] if first[1] <= MOST_CHANNELS else in_channels
         if takes != in_channels:
@@ -122,9 +125,24 @@ class Source:
         found = tuple(getattr(output, "shape", ()))
         if target.per_pixel and found[2:] != tuple(image_shape[1:]):
             raise InputError("its network does not give one prediction per pixel")
-        if not target.per_pixel and found != (1, self.card.n_classes):
-            raise InputError(f"its network does not give {self.card.n_classes} class scores an image")
+        if not target.per_pixel and found != (1, n_classes):
+            raise InputError(f"its network does not give {n_classes} class scores an image")
         return network
+
+    def own_classes(self, network_def: Mapping[str, Any], target: TargetTask) -> int:
+        """How many classes a network of the bundle's own has: as it is said, or as its weights have."""
+        if self.card.n_classes is not None or self.card.checkpoint is None:
+            return self.card.n_classes or target.n_classes
+        weights = self.card.weights()
+        own = built_network(_filled(network_def, target.n_classes, target.n_channels)).state_dict()
+        other = {weights[k].shape[0] for k, v in own.items() if k in weights and weights[k].shape[:1] != v.shape[:1]}
+        return other.pop() if len(other) == 1 else target.n_classes
+
+
+def _filled(definition: Mapping[str, Any], n_classes: int, in_channels: int) -> dict[str, Any]:
+    """A definition of a network with what it refers to."""
+    known = {"@n_classes": n_classes, "@in_channels": in_channels}
+    return {key: known.get(value, value) if isinstance(value, str) else value for key, value in definition.items()}
 
 
 def find_sources(
@@ -259,8 +277,7 @@ def _described(
     over = read_card(keys, trust=trust)
     card = base.model_copy(update={key: getattr(over, key) for key in over.model_fields_set} | {"trusted": trust})
     if card.network is not None:
-        plain = {"@n_classes": card.n_classes, "@in_channels": target.n_channels}
-        network = {k: plain.get(v, v) if isinstance(v, str) else v for k, v in card.network.items()}
+        network = _filled(card.network, card.n_classes or target.n_classes, target.n_channels)
         card = card.model_copy(update={"network": network})
     name = keys.get("name") or dataset_name(task or card.name or "")
     source = Source(str(name), kind, card, given, task, size, left_out=left_out)
@@ -280,6 +297,7 @@ def _fitting(source: Source, target: TargetTask) -> Source:
         found = {"dimensions": network.dimensions, "classes": source.card.classes or network.n_classes}
         return replace(source, card=source.card.model_copy(update=found))
     return source
+
 
 def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Source, *, seed: int) -> Job:
     """The run of ``pretrain.json`` on a source's data; its folder's name holds a hash of all settings that matter.
@@ -343,9 +361,12 @@ def train_sources(
             run.train(list(jobs.values()), "pre-training")
     trained = {name: {"checkpoint": job.model} for name, job in jobs.items()}
     return [
-        replace(one, card=one.card.model_copy(update=trained[one.name]), job=jobs[one.name]) if one.name in jobs else one
+        replace(one, card=one.card.model_copy(update=trained[one.name]), job=jobs[one.name])
+        if one.name in jobs
+        else one
         for one in sources
     ]
+
 
 def source_transforms(source: Source, target: TargetTask, own: Sequence[Callable]) -> list[Callable]:
     """The deterministic transforms of a source that brings its own network, on the target's files.
@@ -438,7 +459,9 @@ class SingleSource:
         """Why the untouched source does not answer the target's question; None: it does."""
         if self.card is not None:
             return None if meaning(self.card, self.target.answers) else "it does not know the target's classes"
-        same = self.given is None or self.given.card.n_classes in (None, self.target.n_classes)
+        if self.given is None:
+            return None
+        same = self.given.own_classes(self.here.config["network_def"], self.target) == self.target.n_classes
         return None if same else "source and target have different numbers of classes"
 
     def answering(self, image_shape: Sequence[int]) -> nn.Module:

@@ -299,7 +299,7 @@ def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
         if not fresh:
             weights = card.weights()
             _fit_ends(net, card, weights)
-            load_weights(net, weights, min_share=1.0)
+            load_weights(net, weights, min_share=1.0, name=str(card.checkpoint))
         return net
     if not card.trusted:
         raise InputError("it is a program, which would run here; --trust_sources true lets it")

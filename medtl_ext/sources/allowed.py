@@ -281,16 +281,13 @@ def _check_arguments(where: str, factory: Callable[..., Any], arguments: Mapping
         signature.bind(**arguments)
     except TypeError as error:
         raise InputError(f"{where}: {error}") from error
+    if not (isinstance(factory, type) and issubclass(factory, MapTransform)):
+        return
     for key, value in arguments.items():
         parameter = signature.parameters.get(key)
-        if (
-            parameter is None
-            and isinstance(factory, type)
-            and issubclass(factory, MapTransform)
-            and key not in PAD_ARGUMENTS
-        ):
+        if parameter is None and key not in PAD_ARGUMENTS:
             raise InputError(f"{where}: got an unexpected keyword argument {key!r}")
-        if "Callable" in str(getattr(parameter, "annotation", "")) and isinstance(value, str) and key != "mode":
+        if "Callable" in str(getattr(parameter, "annotation", "")) and isinstance(value, str):
             raise InputError(f"{where}: {key} is called, so it cannot be given")
 
 

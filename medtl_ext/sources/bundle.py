@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -73,7 +74,8 @@ def _card(folder: Path, trust: bool) -> dict[str, Any]:
     metadata = _loaded(folder, "configs/metadata.json") if (folder / "configs" / "metadata.json").exists() else {}
     card = {"name": folder.resolve().name} | _about(metadata)
     formats = metadata.get("network_data_format") or {}
-    image, (picked, output), several = _image(formats.get("inputs") or {}), _output(formats.get("outputs") or {})
+    image = _image(formats.get("inputs") or {})
+    picked, output, several = _output(formats.get("outputs") or {})
     configs = [
         _Config(folder, f"configs/{name}{suffix}", trust)
         for name in CONFIGS
@@ -130,13 +132,13 @@ def _image(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(iter(inputs.values()), {})
 
 
-def _output(outputs: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any]], bool]:
+def _output(outputs: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], bool]:
     """The first output of class scores, by its name, and whether there are others."""
     found = next((one for one in outputs.items() if one[1].get("format") in ALLOWED["outputs"]), None)
     if outputs and found is None:
         given = ", ".join(f"{name} ({one.get('type')}, {one.get('format')})" for name, one in outputs.items())
         raise InputError(f"its network gives {given}, no class scores")
-    return found or ("", {}), len(outputs) > 1
+    return *(found or ("", {})), len(outputs) > 1
 
 
 def _names(part: Mapping[str, Any]) -> list[str]:
@@ -153,9 +155,9 @@ def _network(configs: Sequence["_Config"], folder: Path, trust: bool) -> dict[st
             if isinstance(value, str) and key == NETWORK[0]:
                 raise InputError(f"its {key} is the expression {value!r:.100}, no definition; write a card for it")
             if isinstance(value, Mapping) and "_target_" in value:
-                found = config.plain(
-                    f"its {key}", {k: v for k, v in value.items() if not re.fullmatch(r"_(?!target)\w+_", k)}
-                )
+                kept = {name: one for name, one in value.items() if not re.fullmatch(r"_(?!target)\w+_", name)}
+                off = {name: bool(config.follow(one) is True) for name, one in kept.items() if name in ALLOWED["off"]}
+                found = config.plain(f"its {key}", kept | off)
                 target = str(found["_target_"])
                 file = "/".join(target.split(".")[:-1]) + ".py"
                 if "/" in file and ".py:" not in target and (folder / file).is_file():
@@ -326,18 +328,16 @@ class _Config:
 
     def follow(self, value: Any) -> Any:
         """What a reference means, also ``$@a``, and ``$@a + @b`` of lists, which need no evaluation."""
-        while isinstance(value, str):
-            self._count()
-            found = [REFERENCE.fullmatch(part) for part in value.removeprefix("$").split("+")]
-            if not all(found) or (len(found) > 1 and not value.startswith("$")):
-                return value
-            parts = [self.follow(self.get(one[1])) for one in found]
-            if len(parts) > 1 and not all(isinstance(part, list) for part in parts):
-                return value
-            value = parts[0] if len(parts) == 1 else [one for part in parts for one in part]
-            if len(parts) == 1 and isinstance(value, str):
-                return value
-        return value
+        if not isinstance(value, str):
+            return value
+        self._count()
+        found = [REFERENCE.fullmatch(part) for part in value.removeprefix("$").split("+")]
+        if not all(found) or (len(found) > 1 and not value.startswith("$")):
+            return value
+        parts = [self.follow(self.get(one[1])) for one in found]
+        if len(parts) == 1:
+            return parts[0]
+        return list(chain(*parts)) if all(isinstance(part, list) for part in parts) else value
 
     def plain(self, where: str, value: Any) -> Any:
         """The value without references and expressions."""
@@ -350,6 +350,8 @@ class _Config:
         if isinstance(value, str) and value.startswith("$"):
             if dtype := DTYPE.fullmatch(value):
                 return dtype[1] + (dtype[2] or "32")
+            if value[1:].strip() in ALLOWED["constants"]:
+                return ALLOWED["constants"][value[1:].strip()]
             if not self.trust:
                 raise InputError(f"{where} needs {value!r:.100} evaluated, {TRUST}")
             return self._evaluated(where, value)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_number
 from medtl_ext.sources.allowed import (
     ALLOWED,
     TRUST,
@@ -36,7 +36,9 @@ DTYPE = re.compile(r"\$\s*(?:torch|np|numpy)\.(float|u?int)(\d*)\s*")
 LABEL = re.compile(r"label|seg|mask|target", re.IGNORECASE)
 OURS = ("keys", "allow_missing_keys", "lazy", "meta_keys", "meta_key_postfix", "source_key", "start_coord_key")
 OURS += ("end_coord_key", "dtype", "_desc_", "_requires_", "_disabled_", "_mode_")
+UNSAID = (None, "none", "regular")  # modalities that say nothing
 MOST_VALUES = 100_000  # of a config, so that aliases of aliases in YAML do not fill the memory
+MOST_CHANNELS = 10_000
 MOST_BYTES = 2**24
 
 
@@ -73,23 +75,30 @@ def _card(folder: Path, trust: bool) -> dict[str, Any]:
         raise InputError(f"{folder} is no MONAI bundle, which is a folder with configs/ in it")
     metadata = _loaded(folder, "configs/metadata.json") if (folder / "configs" / "metadata.json").exists() else {}
     card = {"name": folder.resolve().name} | _about(metadata)
+    if (folder / "LICENSE").is_file():
+        card.setdefault("licence", "see its LICENSE")
     formats = metadata.get("network_data_format") or {}
     image = _image(formats.get("inputs") or {})
     picked, output, several = _output(formats.get("outputs") or {})
+    for part in (image, output):
+        if "num_channels" in part:
+            require_number("num_channels of its metadata.json", part["num_channels"], 1, MOST_CHANNELS, whole=True)
     configs = [
         _Config(folder, f"configs/{name}{suffix}", trust)
         for name in CONFIGS
         for suffix in SUFFIXES
         if (folder / "configs" / f"{name}{suffix}").exists()
     ]
+    network: dict[str, Any] = {}
     program = trust and inside(folder, PROGRAM).is_file()
     try:
-        card["network"] = _network(configs, folder, trust)
+        network, card["checkpoint"] = _network(configs, folder, trust), _weights(folder)
+        card["network"] = network
     except InputError:
         if not program:
             raise
-    card["checkpoint"] = _weights(folder, program and "network" not in card)
-    shape, network = list(image.get("spatial_shape") or ()), card.get("network", {})
+        card["checkpoint"] = str(inside(folder, PROGRAM))
+    shape = list(image.get("spatial_shape") or ())
     dims = network.get("spatial_dims", network.get("dimensions", len(shape)))
     if dims in (2, 3):
         card["dimensions"] = dims
@@ -101,11 +110,7 @@ def _card(folder: Path, trust: bool) -> dict[str, Any]:
     patches = (drawn or image.get("is_patch_data")) and not per_image and all(type(one) is int for one in shape)
     if patches and shape:
         card.setdefault("window", shape)
-    names = _names(image)
-    if names and image.get("num_channels") not in (None, len(names)):
-        pictures = ["R", "G", "B"] if image["num_channels"] == 3 and dims == 2 else []
-        names = keys if keys and len(keys) == image["num_channels"] else pictures
-    if names:
+    if names := _channels(image, keys or [], dims):
         card["channels"] = names
     card |= _classes(configs, output, per_image)
     if several:
@@ -116,8 +121,8 @@ def _card(folder: Path, trust: bool) -> dict[str, Any]:
 def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
     """What the metadata say of the data, as the keys of a card."""
     inputs = ((metadata.get("network_data_format") or {}).get("inputs") or {}).values()
-    modality = next((one["modality"] for one in inputs if one.get("modality") not in (None, "none")), None)
-    names = {"description": "description", "trained_on": "data_source", "licence": "license", "objective": "task"}
+    modality = next((one["modality"] for one in inputs if one.get("modality") not in UNSAID), None)
+    names = {"description": "description", "trained_on": "data_source", "licence": "license"}
     about = {ours: metadata.get(theirs) for ours, theirs in names.items()} | {"modality": modality}
     return {key: value for key, value in about.items() if isinstance(value, str) and value}
 
@@ -147,6 +152,16 @@ def _names(part: Mapping[str, Any]) -> list[str]:
     return [str(given[key]) for key in sorted(given, key=int)]
 
 
+def _channels(image: Mapping[str, Any], keys: Sequence[str], dims: int) -> list[str]:
+    """The names of a network's channels; many metadata say "image" of several."""
+    names, number = _names(image), image.get("num_channels")
+    if number in (None, len(names)):
+        return names
+    if len(keys) == number:
+        return list(keys)
+    return ["R", "G", "B"] if (number, dims) == (3, 2) else [f"channel {one}" for one in range(number)]
+
+
 def _network(configs: Sequence["_Config"], folder: Path, trust: bool) -> dict[str, Any]:
     """The network's definition, of plain values."""
     for config in configs:
@@ -167,9 +182,8 @@ def _network(configs: Sequence["_Config"], folder: Path, trust: bool) -> dict[st
     raise InputError("no inference, evaluate or train config of its defines a network (network_def with a _target_)")
 
 
-def _weights(folder: Path, program: bool) -> str:
-    names = (PROGRAM,) if program else WEIGHTS
-    found = next((path for name in names if (path := inside(folder, name)).is_file()), None)
+def _weights(folder: Path) -> str:
+    found = next((path for name in WEIGHTS if (path := inside(folder, name)).is_file()), None)
     if found is None:
         only = f"; {PROGRAM} is a program that would have to be run, {TRUST}" if (folder / PROGRAM).exists() else ""
         raise InputError(f"it comes without weights ({' or '.join(WEIGHTS)}){only}")
@@ -197,7 +211,8 @@ def _window(configs: Sequence["_Config"], dims: int) -> dict[str, Any]:
         return {}
     size = given["roi_size"] if isinstance(given["roi_size"], list) else [given["roi_size"]] * dims
     blending = {"overlap": given.get("overlap", 0.25), "blending": given.get("mode", "constant")}
-    return ({"window": size} if all(type(one) is int and one > 0 for one in size) else {}) | blending
+    whole = not size or not all(type(one) is int and one > 0 for one in size)  # -1 and 0 mean all of an axis
+    return blending | ({} if whole else {"window": size})
 
 
 def _preprocessing(

@@ -1,4 +1,4 @@
-"""Bundles of strangers: what of them becomes a source card, that nothing of them runs, and the list of what may be used."""
+"""Bundles of strangers: what of them becomes a source card, that nothing of them runs, and what is on the list."""
 
 import json
 import os
@@ -230,7 +230,6 @@ def test_what_does_not_matter_is_never_looked_at(bundle, mark):
         ("{", "no JSON or YAML"),
         ("[" * 100_000, "no JSON or YAML"),
         ('{"a": 1' + "0" * 5000 + "}", "no JSON or YAML"),
-        ('{"a": 1, "a": 2}', "no JSON or YAML"),
         ("[]", "holds no mapping"),
         ("{}", "defines a network"),
         (" " * 2**24 + "{}", "larger than"),
@@ -302,7 +301,7 @@ class _Touch:
         return os.system, (f"touch {self.path}",)
 
 
-def test_weights_are_tensors(bundle, mark, tmp_path):
+def test_weights_are_tensors(bundle, mark):
     weights = bundle() / "models" / "model.pt"
     torch.save({"a": torch.zeros(1), "b": _Touch(mark)}, weights)
     assert "holds more than tensors" in refused(lambda: read_weights(weights))
@@ -313,7 +312,7 @@ def test_weights_are_tensors(bundle, mark, tmp_path):
         file.writestr("archive/data.pkl", pickle.dumps(_Touch(mark)))
     assert "cannot be read as weights" in refused(lambda: read_weights(weights))
     weights.unlink()
-    assert "comes without weights" in refused(lambda: bundle_card(bundle().rename(tmp_path / "b") / "..." / ".."))
+    assert "comes without weights" in refused(lambda: bundle_card(weights.parent.parent))
 
 
 def test_nothing_is_downloaded(monkeypatch):
@@ -435,6 +434,7 @@ EXAMPLES = {
     "ThresholdIntensityd": {"threshold": 5, "above": True, "cval": 0},
     "ClipIntensityPercentilesd": {"lower": 1, "upper": 99},
     "AdjustContrastd": {"gamma": 2.0},
+    "MedianSmoothd": {"radius": 1},
     "SavitzkyGolaySmoothd": {"window_length": 3, "order": 1},
     "GaussianSmoothd": {"sigma": 0.5},
 }
@@ -447,9 +447,9 @@ EXAMPLES = {
 def test_every_transform_of_the_list_does_as_its_kind_says(name):
     label = torch.zeros(1, 10, 10, 10)
     label[:, 3:7, 3:7, 3:7] = 7
-    image = torch.rand(1, 10, 10, 10) * 50 * (label + 1) * (torch.rand(1, 10, 10, 10) > -1)
+    image = torch.rand(1, 10, 10, 10) * 50 * (label + 1)
     image[:, :2] = 0
-    data = {"image": MetaTensor(image), "label": MetaTensor(label)}
+    data = {"image": MetaTensor(image.clone()), "label": MetaTensor(label.clone())}  # some of MONAI's work in place
     transforms = transforms_of([{"_target_": name} | EXAMPLES.get(name, {})])
     kind, done = kind_of_transform(name), Compose(transforms)(dict(data))
     if kind == "intensity":

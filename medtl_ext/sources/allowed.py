@@ -157,7 +157,7 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
     kind = kind_of_transform(target)
     if kind is None:
         raise InputError(
-            f"preprocessing {target or step!r:.200} is not on the list of what may be used (docs/sources.md)"
+            f"preprocessing {target or step!s:.200} is not on the list of what may be used (docs/sources.md)"
         )
     if kind in ("dropped", "gone", "channels"):
         return
@@ -243,7 +243,7 @@ def _short(target: str) -> str:
     """MONAI's own name of a transform, which has aliases in D and Dict."""
     if target.startswith("monai.transforms."):
         target = target.rpartition(".")[2]
-    return re.sub(r"(?<=[a-z])(D|Dict)$", "d", target)
+    return re.sub(r"(?<=[a-z0])(D|Dict)$", "d", target)
 
 
 def _transform(target: str) -> type[MapTransform]:
@@ -285,7 +285,7 @@ def _check_arguments(where: str, factory: Callable[..., Any], arguments: Mapping
         return
     for key, value in arguments.items():
         parameter = signature.parameters.get(key)
-        if parameter is None and key not in PAD_ARGUMENTS:
+        if parameter is None and key not in ("keys", *PAD_ARGUMENTS):
             raise InputError(f"{where}: got an unexpected keyword argument {key!r}")
         if "Callable" in str(getattr(parameter, "annotation", "")) and isinstance(value, str):
             raise InputError(f"{where}: {key} is called, so it cannot be given")

@@ -355,6 +355,10 @@ def test_with_trust_expressions_are_evaluated(bundle):
     card = bundle_card(folder, trust=True)
     assert (card["network"], card["preprocessing"]) == (UNET, [{"_target_": "ScaleIntensityd", "minv": 1.0}])
     load_weights(built_network(card["network"]), card["checkpoint"], min_share=1.0)
+    weighted = {"_target_": "torch.nn.CrossEntropyLoss", "weight": "$torch.tensor([1.0, 2.0])", "reduction": "sum"}
+    definition = bundle_card(bundle(network_def=weighted), trust=True)["network"]
+    assert definition["weight"] == {"_target_": "torch.tensor", "data": [1.0, 2.0]}
+    assert built_network(definition).weight.tolist() == [1, 2]
     failing = bundle(network_def=UNET | {"out_channels": "$1 / 0"})
     assert "cannot be evaluated (division by zero)" in refused(lambda: bundle_card(failing, trust=True))
     object_ = bundle(network_def=UNET | {"out_channels": "$object()"})

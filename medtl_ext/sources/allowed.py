@@ -116,7 +116,7 @@ def checked_network(
         if isinstance(arguments.get(key), str) and not re.fullmatch(r"[\w.-]+", arguments[key]):
             raise InputError(f"{where}: {key} {arguments[key]!r} is no plain name (a hub's address would be fetched)")
     if any(arguments.get(key) for key in ALLOWED["off"]):
-        arguments |= ALLOWED["as_pretrained"].get(str(arguments.get("model_name")), {})
+        arguments |= ALLOWED["as_pretrained"].get(name, {}).get(arguments.get("model_name"), {})
     parameters = inspect.signature(factory).parameters
     arguments |= {key: value for key, value in ALLOWED["off"].items() if key in arguments or key in parameters}
     if target.startswith("dynamic_network_architectures."):

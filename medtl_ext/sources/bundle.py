@@ -36,6 +36,7 @@ DTYPE = re.compile(r"\$\s*(?:torch|np|numpy)\.(float|u?int)(\d*)\s*")
 LABEL = re.compile(r"label|seg|mask|target", re.IGNORECASE)
 OURS = ("keys", "allow_missing_keys", "lazy", "meta_keys", "meta_key_postfix", "source_key", "start_coord_key")
 OURS += ("end_coord_key", "dtype", "_desc_", "_requires_", "_disabled_", "_mode_")
+ONE_A_KEY = ("mode", "padding_mode", "align_corners", "anti_aliasing")
 UNSAID = (None, "none", "regular")  # modalities that say nothing
 MOST_VALUES = 100_000  # of a config, so that aliases of aliases in YAML do not fill the memory
 MOST_CHANNELS = 10_000
@@ -171,7 +172,7 @@ def _network(configs: Sequence["_Config"], folder: Path, trust: bool) -> dict[st
                 raise InputError(f"its {key} is the expression {value!r:.100}, no definition; write a card for it")
             if isinstance(value, Mapping) and "_target_" in value:
                 kept = {name: one for name, one in value.items() if not re.fullmatch(r"_(?!target)\w+_", name)}
-                off = {name: bool(config.follow(one) is True) for name, one in kept.items() if name in ALLOWED["off"]}
+                off = {name: bool(config.follow(one)) for name, one in kept.items() if name in ALLOWED["off"]}
                 found = config.plain(f"its {key}", kept | off)
                 target = str(found["_target_"])
                 file = "/".join(target.split(".")[:-1]) + ".py"
@@ -204,9 +205,7 @@ def _window(configs: Sequence["_Config"], dims: int) -> dict[str, Any]:
         if key in ("roi_size", "overlap", "mode", "spatial_dim")
     }
     if target.endswith("SliceInferer") and given.get("spatial_dim", 0) != 2:
-        raise InputError(
-            f"it takes slices across axis {given.get('spatial_dim', 0)}; across the last one could be used"
-        )
+        raise InputError(f"it takes slices across axis {given.get('spatial_dim', 0)}, not across the last one")
     if "roi_size" not in given:
         return {}
     size = given["roi_size"] if isinstance(given["roi_size"], list) else [given["roi_size"]] * dims
@@ -227,25 +226,23 @@ def _preprocessing(
         raise InputError(f"its preprocessing is {steps!r:.100}, which would have to be evaluated")
     found: list[dict[str, Any]] = []
     images, out, drawn = ["image"], "image", False
-    for step in steps:
-        step = config.follow(step)
-        target = step.get("_target_") if isinstance(step, Mapping) else None
-        kind = kind_of_transform(target)
-        if isinstance(step, Mapping) and config.plain("its preprocessing", step.get("_disabled_", False)) in (
-            True,
-            "true",
-        ):
+    for step in map(config.follow, steps):
+        if not isinstance(step, Mapping) or not isinstance(step.get("_target_"), str):
+            raise InputError(f"its preprocessing holds {step!r:.100}, no definition of a transform")
+        target, short = step["_target_"], step["_target_"].rpartition(".")[2]
+        kind, where = kind_of_transform(target), f"its {short}"
+        if config.plain(where, step.get("_disabled_", False)) in (True, "true"):
             continue
-        keys = config.plain("keys of its preprocessing", step.get("keys", [])) if isinstance(step, Mapping) else []
+        keys = config.plain(where, step.get("keys", []))
         keys = [keys] if isinstance(keys, str) else keys
-        if str(target).endswith("LoadImaged"):
+        if short == "LoadImaged":
             images = [key for key in keys if not LABEL.search(key)] or images
         if kind == "channels":
-            out = config.plain("its preprocessing", step.get("keys_out", step.get("name", out)))
-            own = ALLOWED["channels"][target if target in ALLOWED["channels"] else target.rpartition(".")[2]]
+            out = config.plain(where, step.get("keys_out", step.get("name", out)))
+            own = ALLOWED["channels"].get(target, ALLOWED["channels"].get(short))
             if isinstance(own, str):
-                own = (n_channels or 0) - config.plain("its preprocessing", step.get(own, 1))
-            if own and n_channels:
+                own = (n_channels or 0) - config.plain(where, step.get(own, 1))
+            if own and n_channels:  # what was done to the intensities until here, the drawn channels have not seen
                 drawn = True
                 for one in found:
                     if kind_of_transform(one["_target_"]) == "intensity":
@@ -253,20 +250,13 @@ def _preprocessing(
         if kind in ("dropped", "gone", "channels") or (keys and not {*images, out} & set(keys)):
             continue
         if kind is None:
-            raise InputError(
-                f"its preprocessing uses {target or repr(step)[:100]}, which is not on the list (see docs/sources.md)"
-            )
+            raise InputError(f"its preprocessing uses {target:.100}, which is not on the list (see docs/sources.md)")
         if out not in keys and not set(images) <= set(keys):
             raise InputError(f"its preprocessing treats its channels differently ({target} of {', '.join(keys)} only)")
         at = next(at for at, key in enumerate(keys) if key in (*images, out))
-        given = {key: config.plain(f"its {target}, {key}", value) for key, value in step.items() if key not in OURS}
-        many = isinstance(step["keys"], list)
-        listed = {
-            key: value[at]
-            for key, value in given.items()
-            if key in ("mode", "padding_mode", "align_corners", "anti_aliasing") and many and isinstance(value, list)
-        }
-        found.append(given | listed)
+        given = {key: config.plain(f"{where}, {key}", value) for key, value in step.items() if key not in OURS}
+        listed = {key: value for key, value in given.items() if key in ONE_A_KEY and isinstance(value, list)}
+        found.append(given | {key: value[at if at < len(value) else 0] for key, value in listed.items()})
     transforms_of(found)
     return found, images, drawn
 
@@ -307,6 +297,8 @@ def _part(configs: Sequence["_Config"], name: str) -> tuple["_Config | None", An
 
 def _loaded(folder: Path, name: str) -> dict[str, Any]:
     path = inside(folder, name)
+    if not path.is_file():
+        raise InputError(f"its {name} is no file")
     if path.stat().st_size > MOST_BYTES:
         raise InputError(f"its {name} is larger than {MOST_BYTES} bytes")
     try:

@@ -79,7 +79,7 @@ def tried(bundle: Path, trust: bool) -> dict[str, Any]:
         raise InputError(f"its network gives {type(output).__name__}, no class scores")
     pixel = output.shape[2:] == crop.shape[2:]
     if not pixel and set(output.shape[2:]) - {1}:
-        raise InputError(f"its network gives {output.shape[2:]} pixels for {crop.shape[2:]}")
+        raise InputError(f"its network gives {list(output.shape[2:])} pixels for {list(crop.shape[2:])}")
     if len(card["classes"]) - output.shape[1] not in (0, 1):
         raise InputError(f"its network gives {output.shape[1]} scores, its metadata {len(card['classes'])} classes")
     numbers = {key: len(card[key]) for key in ("channels", "classes")} | {"dimensions": card["dimensions"]}

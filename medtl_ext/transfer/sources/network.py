@@ -271,7 +271,8 @@ def adapted(
     own = meaning(card, class_names) if per_pixel else None
     kept = own == [[place] for place in range(card.n_classes or len(class_names))]
     if card.is_program:
-        network.net.requires_grad_(True)
+        for parameter in network.parameters():
+            parameter.requires_grad_(True)
         if not kept:
             network = _with_translator(network, sample, class_names)
             said.append(f"a 1 x 1 convolution from its {card.n_classes} classes to {len(class_names)}: fresh")

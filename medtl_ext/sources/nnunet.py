@@ -4,9 +4,11 @@ Nothing in a folder is run: JSON and tensors are read, the network is one of `dy
 classes that its arguments name are torch's.
 """
 
+import itertools
 import json
+import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,14 +21,22 @@ from monai.data import MetaTensor
 from monai.transforms import CropForegroundd, InvertibleTransform, MapTransform
 from monai.transforms.utils import scale_affine
 from monai.utils import convert_to_dst_type, convert_to_numpy, ensure_tuple, ensure_tuple_rep
-from scipy.ndimage import binary_fill_holes
+from scipy.ndimage import binary_fill_holes, gaussian_filter
 from skimage.transform import resize
 from torch import nn
 
 from medtl_ext._validation import InputError
 from medtl_ext.networks import read_checkpoint
 
-__all__ = ["CropNonzerod", "NormalizeChannelsd", "ResampleSpacingd", "nnunet_card", "nnunet_folders", "nnunet_network"]
+__all__ = [
+    "CropNonzerod",
+    "NormalizeChannelsd",
+    "ResampleSpacingd",
+    "nnunet_card",
+    "nnunet_folders",
+    "nnunet_network",
+    "sliding_window",
+]
 
 ARCHITECTURES = "dynamic_network_architectures.architectures"
 CHECKPOINT = "checkpoint_final.pth"
@@ -145,7 +155,7 @@ def _card(results: Path, fold: Path, plans: dict, dataset: dict, checkpoint: Map
     in_file_order = dict(sorted(zip(taken, patch, strict=True)))
     spacing = dict(zip(taken, configuration["spacing"], strict=True))
     slices = f", on slices along axis {axes[0]} of the image" if len(patch) == 2 else ""
-    card = {
+    return {
         "name": f"{plans['dataset_name']}_{name}",
         "description": f"nnU-Net v2, {results.name}, {fold.name}{slices}",
         "trained_on": f"{plans['dataset_name']}, {dataset.get('numTraining', '?')} cases",
@@ -166,7 +176,6 @@ def _card(results: Path, fold: Path, plans: dict, dataset: dict, checkpoint: Map
         "classes": classes,
         "encoder": "encoder",
     }
-    return card
 
 
 def _configuration(plans: dict, name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -293,12 +302,59 @@ def nnunet_network(definition: Mapping[str, Any]) -> nn.Module:
         raise InputError(f"network {target} cannot be built from its arguments ({reason})") from error
 
 
+def sliding_window(
+    batch: torch.Tensor,
+    window: Sequence[int],
+    network: Callable[[torch.Tensor], torch.Tensor],
+    overlap: float = 0.5,
+) -> torch.Tensor:
+    """The network's output on a large image, from windows placed and weighted as nnU-Net does.
+
+    MONAI's inferer moves by a fixed step and has the last window overlap more; here all steps are the same, to one
+    voxel. Where the image is smaller than the window, zeros are put around it.
+
+    Args:
+        batch: N x C x *spatial.
+        window: its size along each spatial axis.
+        network: takes N x C x *window and gives N x K x *window.
+        overlap: least share of a window that the next one repeats, in [0, 1).
+
+    Returns:
+        N x K x *spatial: means weighted by a Gaussian around the middle of each window.
+
+    >>> sliding_window(torch.ones(1, 1, 7, 3), (4, 4), lambda patch: 2 * patch).unique()
+    tensor([2.])
+    """
+    missing = [max(0, least - size) for least, size in zip(window, batch.shape[2:], strict=True)]
+    sides = [(count // 2, count - count // 2) for count in missing]
+    padded = nn.functional.pad(batch, [count for pair in reversed(sides) for count in pair])
+    size = padded.shape[2:]
+    weight = np.zeros(tuple(window))
+    weight[tuple(length // 2 for length in window)] = 1
+    weight = gaussian_filter(weight, [length / 8 for length in window], mode="constant")
+    weight = torch.from_numpy(np.maximum(weight, weight[weight > 0].min()) / weight.max()).to(batch)
+    starts = []
+    for length, extent in zip(window, size, strict=True):
+        steps = math.ceil((extent - length) / (length * (1 - overlap)))
+        starts.append(np.linspace(0, extent - length, steps + 1).round().astype(int))
+    total, weights = None, torch.zeros(size).to(batch)
+    for corner in itertools.product(*starts):
+        place = (..., *[slice(start, start + length) for start, length in zip(corner, window, strict=True)])
+        found = network(padded[place])
+        total = found.new_zeros(*found.shape[:2], *size) if total is None else total
+        total[place] += found * weight
+        weights[place] += weight
+    inner = [slice(low, low + count) for (low, _), count in zip(sides, batch.shape[2:], strict=True)]
+    return (total / weights)[(..., *inner)]
+
+
 class CropNonzerod(CropForegroundd):
     """Crop to the smallest box around all voxels that are not zero in every channel; an image of zeros stays whole.
 
     Args:
-        keys: the image, whose values count, and what is cropped with it.
-        allow_missing_keys: do not raise when a key is missing.
+        keys: what is cropped.
+        source_key: the image whose values count; None: the first of ``keys``.
+        mode, start_coord_key, end_coord_key, allow_missing_keys: of `CropForegroundd`, which looks for values above 0.
 
     >>> image = torch.zeros(1, 5, 5)
     >>> image[0, 1:3, 2] = -7
@@ -306,9 +362,18 @@ class CropNonzerod(CropForegroundd):
     torch.Size([1, 2, 1])
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        where = {"start_coord_key": None, "end_coord_key": None, "allow_missing_keys": allow_missing_keys}
-        super().__init__(keys, ensure_tuple(keys)[0], select_fn=_not_zero, **where)
+    def __init__(
+        self,
+        keys: KeysCollection,
+        source_key: str | None = None,
+        mode: str | Sequence[str] = "constant",
+        start_coord_key: str | None = None,
+        end_coord_key: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        given = {"mode": mode, "start_coord_key": start_coord_key, "end_coord_key": end_coord_key}
+        given["allow_missing_keys"] = allow_missing_keys
+        super().__init__(keys, source_key or ensure_tuple(keys)[0], select_fn=_not_zero, **given)
 
 
 def _not_zero(image: torch.Tensor) -> torch.Tensor:

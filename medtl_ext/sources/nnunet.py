@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 ARCHITECTURES = "dynamic_network_architectures.architectures"
-CHECKPOINT = "checkpoint_final.pth"
+PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "NaturalImage2DIO", "Tiff3DIO")
 SCHEMES = {
     "ZScoreNormalization": (),
@@ -61,9 +61,9 @@ def nnunet_folders(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     for one in (folder, folder.parent if folder.name.startswith("fold_") else folder):
-        if (one / "plans.json").is_file() or one.name.count("__") == 2:
+        if (one / PLANS).is_file() or one.name.count("__") == 2:
             return [one]
-    return sorted(path.parent for path in folder.glob("*__*__*/plans.json"))
+    return sorted(path.parent for path in folder.glob(f"*__*__*/{PLANS}"))
 
 
 def nnunet_card(folder: str | Path) -> dict[str, Any]:
@@ -85,10 +85,10 @@ def nnunet_card(folder: str | Path) -> dict[str, Any]:
     if len(found) != 1:
         names = ", ".join(path.name for path in found)
         what = f"holds several networks ({names}); give one of these folders" if found else "is no nnU-Net v2 folder"
-        raise InputError(f"{folder} {what}; expected TRAINER__PLANS__CONFIGURATION with plans.json and dataset.json.")
+        raise InputError(f"{folder} {what}; expected TRAINER__PLANS__CONFIGURATION with {PLANS} and {DATASET}.")
     results = found[0].resolve()
     fold = results / Path(folder).name if Path(folder).name.startswith("fold_") else _fold(results)
-    plans, dataset = (_json(results, name) for name in ("plans.json", "dataset.json"))
+    plans, dataset = (_json(results, name) for name in (PLANS, DATASET))
     checkpoint = read_checkpoint(_inside(results, fold / CHECKPOINT))
     try:
         return _card(results, fold, plans, dataset, checkpoint)

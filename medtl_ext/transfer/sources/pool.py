@@ -21,13 +21,13 @@ from torch import nn
 
 from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError
-from medtl_ext.data import SliceDataset, Task, load_collection
-from medtl_ext.networks import load_weights, read_weights
+from medtl_ext.data import SliceDataset, load_collection
+from medtl_ext.networks import load_weights
 from medtl_ext.transfer.config import current_config, identity
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
 from medtl_ext.transfer.sources.bundle import bundle_card
-from medtl_ext.transfer.sources.card import PROGRAMS, TAGS, Card, channel_order, read_card
+from medtl_ext.transfer.sources.card import PROGRAMS, Card, channel_order, read_card
 from medtl_ext.transfer.sources.network import (
     SourceNetwork,
     adapted,

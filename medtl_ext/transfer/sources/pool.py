@@ -288,7 +288,7 @@ def _described(
         if target.per_pixel and known.n_channels != target.n_channels:
             left_out = f"it is of {known.modality}, the target's images are {target.modality}"
     over = read_card(keys, trust=trust)
-    card = base.model_copy(update={key: getattr(over, key) for key in over.model_fields_set} | {"trusted": trust})
+    card = base.model_copy(update={key: getattr(over, key) for key in keys} | {"trusted": trust})
     if card.network is not None:
         network = _filled(card.network, card.n_classes or target.n_classes, target.n_channels)
         card = card.model_copy(update={"network": network})

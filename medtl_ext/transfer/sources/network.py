@@ -167,7 +167,7 @@ class SourceNetwork(nn.Module):
         return image.permute(0, 1, *(2 + axis for axis in axes)) if turned else image
 
     def _logits(self, output: Tensor) -> Tensor:
-        logits = self._class_logits(output)
+        logits = self._class_logits(output.float())  # in half precision small probabilities are none
         if self.classes is None:
             return logits
         scores = logits.log_softmax(1)

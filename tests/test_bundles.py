@@ -247,7 +247,7 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
 
 SLOW = [
     (RISK_MAP, {"collection": "nowhere.json"}, "nowhere.json does not exist"),
-    (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+    (RISK_MAP, {"source": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
     (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
     (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),
     (DATASETS, {"target_task": "wrong.npz"}, "has no 'train_images'; found the keys images"),
@@ -397,7 +397,7 @@ def test_the_default_pool_and_study_are_wide_enough(bundle):
 
 def test_blocks_that_several_bundles_hold_are_equal():
     """But for what is listed here, key by key; what only the bundle of classification has otherwise is so elsewhere."""
-    asked = {"target_task", "source_task", "sources", "method", "output_dir", "report#title", "report#question"}
+    asked = {"target_task", "source", "sources", "method", "output_dir", "report#title", "report#question"}
     steps = {"imports", "run", "learning_rate", "augment", "train_slices", "check#splits", "train#handlers#order"}
     weights_of_the_loss = {"train#trainer#_target_", "train#trainer#train_handlers", "loss_def#normalization"}
     weights_of_the_loss |= {"validate#postprocessing#transforms#order"}  # a shift of the logits goes before all else

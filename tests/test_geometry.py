@@ -102,7 +102,7 @@ def train(method: str, oblique: Path, folder: Path) -> Path:
     """A run of risk_map on the one training patient; where it left its maps."""
     source = BasicUNet(2, 1, 2, features=[4] * 6, norm=("BATCH", {}), act=("RELU", {}))
     torch.save(source.state_dict(), folder / "source.pt")
-    asked = {"collection": str(oblique), "source_task": "17-T2-ED", "source_ckpt": str(folder / "source.pt")}
+    asked = {"collection": str(oblique), "source": str(folder / "source.pt")}
     asked |= {"network_def#features": [4] * 6, "train_slices": None, "iterations_per_epoch": 1}
     RISK_MAP.run(method, **GRID | asked, output_dir=str(folder / "out"))
     return folder / "out"

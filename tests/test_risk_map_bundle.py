@@ -24,6 +24,7 @@ METHODS = [
     if path.stem not in ("train", "inference", "pretrain") and "freeze" in read_json(path)
 ]
 TINY = RISK_MAP.tiny
+SOURCE_TASK = "14-FLAIR-ED"
 run, workflow_of = RISK_MAP.run, RISK_MAP.workflow
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
@@ -38,7 +39,7 @@ def source(collection, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def options(options, source) -> dict:
-    return options | {"source_ckpt": str(source)}
+    return options | {"source": {"task": SOURCE_TASK, "checkpoint": str(source)}}
 
 
 def table(folder: Path | str) -> pd.DataFrame:
@@ -57,7 +58,7 @@ def test_every_method_trains_and_scores(method, options):
     assert scores.groupby("split").subject.nunique().to_dict() == {"val": 3, "test": 3}
     assert scores[["dice", "iou"]].stack().between(0, 1).all()
     weights = torch.load(Path(options["output_dir"]) / "model.pt", weights_only=True)
-    trained = torch.load(options["source_ckpt"], weights_only=True)
+    trained = torch.load(options["source"]["checkpoint"], weights_only=True)
     same = {name for name in weights if torch.equal(weights[name], trained[name])}
     encoder = {name for name in weights if name.startswith(("conv_0", "down_"))}
     if method == "zero_shot":
@@ -79,7 +80,7 @@ def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins(
         own = [key for key in overlay if not key.startswith("leep#") and key not in ("epochs", "val_interval")]
         assert own == keys, method
         assert overlay["method"] == method
-        assert overlay["start_weights"] == (None if method == "scratch" else "$@source.file")
+        assert overlay["start_weights"] == (None if method == "scratch" else "$@origin.weights")
         if overlay["weight_map"] and "evaluator" in overlay["weight_map"]:
             assert "leep#evaluator#additional_metrics#leep_map" in overlay, method
     train, default = RISK_MAP.content("train"), RISK_MAP.content("risk_map")
@@ -107,14 +108,14 @@ def test_a_source_is_kept_for_the_content_of_its_collection_wherever_it_lies(col
 
 def test_four_classes(options, tmp_path):
     run("fets", "scratch", **options | {"output_dir": str(tmp_path / "source")})
-    run("fets", **options | {"source_ckpt": str(tmp_path / "source" / "model.pt")})
+    run("fets", **options | {"source": str(tmp_path / "source" / "model.pt")})
     assert sorted(set(table(options["output_dir"])["class"])) == ["ED", "ET", "NCR"]
 
 
 def test_three_dimensions(options, tmp_path):
     small = {"roi_size": [32, 32, 16], "network_def#filters": [4, 4, 8, 8], "train_slices": None, "batch_size": 1}
     run("3d", "scratch", **options | small | {"output_dir": str(tmp_path / "source")})
-    run("3d", **options | small | {"source_ckpt": str(tmp_path / "source" / "model.pt")})
+    run("3d", **options | small | {"source": str(tmp_path / "source" / "model.pt")})
     weight = nib.load(Path(options["output_dir"]) / "weight.nii.gz")
     assert weight.shape == (32, 32, 16)
     assert weight.get_fdata().min() == pytest.approx(1)
@@ -349,10 +350,10 @@ def no_training(no_training, monkeypatch):
         ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
         ({"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
         ({"target_task": "17"}, "institution-modality-objective"),
-        ({"source_task": "14-FLAIR-EDD"}, "did you mean 'ED'"),
-        ({"source_ckpt": "nowhere.pt"}, "nowhere.pt does not exist"),
-        ({"source_task": "14-FLAIR-FeTS"}, "number of classes"),
-        ({"target_task": "17-T2-FeTS", "source_task": "14-FLAIR-FeTS"}, "number of classes"),
+        ({"source": "14-FLAIR-EDD"}, "did you mean 'ED'"),
+        ({"source": "nowhere.pt"}, "nowhere.pt does not exist"),
+        ({"source": "14-FLAIR-FeTS"}, "number of classes"),
+        ({"target_task": "17-T2-FeTS", "source": "14-FLAIR-FeTS"}, "number of classes"),
         ({"network_def#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
         ({"freeze": "backbone"}, "matches no parameter"),
         ({"train_slices": 0}, "max_slices must be at least 1"),
@@ -374,7 +375,7 @@ def test_bad_data_are_refused_before_training(damage, message, options, collecti
 
 def test_bad_source_data_are_refused_before_pretraining(options, collection, tmp_path, no_training):
     bad = broken(collection, tmp_path / "bad", lambda *where: truncate(*where, "14-000/FLAIR.nii.gz"))
-    options |= {"collection": bad, "source_dir": str(tmp_path / "sources"), "source_ckpt": None, "check_data": True}
+    options |= {"collection": bad, "source_dir": str(tmp_path / "sources"), "source": SOURCE_TASK, "check_data": True}
     assert "14-000" in refused(lambda: run(**options))
 
 

@@ -24,7 +24,7 @@ def test_the_command_for_risk_map_is_one_that_risk_map_takes(whole_run):
     workflow = RISK_MAP.workflow(**given | {"network_def#features": FEATURES})
     workflow.initialize()  # refuses options that risk_map does not have
     source = workflow.parser.get_parsed_content("source_network")
-    weights = torch.load(given["source_ckpt"], weights_only=True)
+    weights = torch.load(given["source"]["checkpoint"], weights_only=True)
     assert all(torch.equal(weights[name], value) for name, value in source.state_dict().items())
 
 

@@ -36,9 +36,11 @@ from medtl_ext.transfer.sources import (
     Source,
     TargetTask,
     find_sources,
+    keys_of,
     source_collection,
     source_transforms,
     train_sources,
+    warn_of_other_order,
 )
 from medtl_ext.visualize import plot_ranking, save_figure
 
@@ -144,18 +146,26 @@ class RankSources:
         own, onto = self.evaluator.data_loader, None
         if not source.card.foreign:
             return observe(source, network, self.evaluator, with_fu=with_fu)
-        transforms = source_transforms(source, self.target, self.transforms)
+        keys = keys_of(self.target)
+        transforms = source_transforms(source.card, self.target.channels, self.transforms, keys=keys)
         if self.target.per_pixel:
             data = [item for item in self.target.datalist("train") if item["subject"] in own.dataset.geometry]
             images = SliceDataset(data, transforms, slices="volume", progress=False)
             onto = TargetSlices(own.dataset, images)
+            warn_of_other_order(network, [images[place] for place in {0, len(images) - 1}])
         else:
             images = Dataset(own.dataset.data, Compose(transforms))
-        self.evaluator.data_loader = DataLoader(images, batch_size=1 if onto else own.batch_size)
+        loader = DataLoader(images, batch_size=1 if onto else own.batch_size)
         try:
+            self._read(loader)
             return observe(source, network, self.evaluator, with_fu=with_fu, onto=onto)
         finally:
-            self.evaluator.data_loader = own
+            self._read(own)
+
+    def _read(self, loader: DataLoader) -> None:
+        """Have the evaluator read from this loader."""
+        self.evaluator.data_loader = loader
+        self.evaluator.state.epoch_length = len(loader)
 
     @property
     def ranked(self) -> list[str]:

@@ -1,12 +1,14 @@
 """Sources: a task, a card, a checkpoint, a MONAI bundle or an nnU-Net folder, and the networks that they are."""
 
 from medtl_ext.transfer.sources.card import Card, read_card
-from medtl_ext.transfer.sources.network import SourceNetwork
+from medtl_ext.transfer.sources.network import SourceNetwork, warn_of_other_order
 from medtl_ext.transfer.sources.pool import (
+    Checkpoint,
     SingleSource,
     Source,
     TargetTask,
     find_sources,
+    keys_of,
     pretraining_job,
     source_collection,
     source_name,
@@ -16,15 +18,18 @@ from medtl_ext.transfer.sources.pool import (
 
 __all__ = [
     "Card",
+    "Checkpoint",
     "SingleSource",
     "Source",
     "SourceNetwork",
     "TargetTask",
     "find_sources",
+    "keys_of",
     "pretraining_job",
     "read_card",
     "source_collection",
     "source_name",
     "source_transforms",
     "train_sources",
+    "warn_of_other_order",
 ]

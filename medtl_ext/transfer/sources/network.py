@@ -4,7 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, combinations
+from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate, logsigmoid
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
+from medtl_ext.metrics import LEEP
 from medtl_ext.metrics.features import tap_features
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer.sources.allowed import built_network
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 AT_A_TIME = 8
 """Slices or windows that pass at once."""
 LEAST_PROBABILITY = 1e-7
+FAR_BETTER = 0.8
+"""Share of a LEEP, which is negative, below which another order of channels is no chance."""
 PROBE = 64
 """Voxels a side of what a network without a window is tried on."""
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -371,6 +374,37 @@ def _tried(network: SourceNetwork, *, per_pixel: bool = True) -> None:
         raise InputError(f"its card says {card.output}, but what comes out lies from {low:.2g} to {high:.2g}: logits?")
     if card.output == "softmax" and float((output.sum(1) - 1).abs().max()) > 1e-2:
         raise InputError("its card says softmax, but what comes out does not add up to 1: sigmoid?")
+
+
+def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Tensor]]) -> None:
+    """Warn where the network explains labels far better with the image's channels in another order.
+
+    Args:
+        network: untouched, of two or three channels; of others nothing is tried.
+        images: a few items of the target's training set, ``image`` and ``label``.
+    """
+    if network.channels not in (2, 3) or not images:
+        return
+    device = next(chain(network.parameters(), network.buffers()), torch.zeros(0)).device
+    found = {}
+    for order in permutations(range(network.channels)):
+        metric = LEEP()
+        for item in images:
+            with torch.no_grad():
+                probs = network(item["image"][None, list(order)].to(device)).softmax(1)
+            metric.update(probs, item["label"][None])
+        found[order] = float(metric.compute())
+    given, best = found[tuple(range(network.channels))], max(found, key=found.get)
+    if found[best] > FAR_BETTER * given:
+        names = network.card.channels or [str(place) for place in range(network.channels)]
+        logger.warning(
+            "source %s explains the labels far better with the channels in the order %s (LEEP %.3f, as given %.3f): are "
+            "the channels of its card in the right order?",
+            network.card.name,
+            ", ".join(names[place] for place in best),
+            found[best],
+            given,
+        )
 
 
 @contextmanager

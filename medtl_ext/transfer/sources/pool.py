@@ -28,7 +28,14 @@ from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
 from medtl_ext.transfer.sources.bundle import bundle_card
 from medtl_ext.transfer.sources.card import PROGRAMS, TAGS, Card, channel_order, read_card
-from medtl_ext.transfer.sources.network import SourceNetwork, adapted, answering, meaning, untouched
+from medtl_ext.transfer.sources.network import (
+    SourceNetwork,
+    adapted,
+    answering,
+    meaning,
+    untouched,
+    warn_of_other_order,
+)
 from medtl_ext.transfer.sources.nnunet import nnunet_card
 from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, content_of, dataset_name
 from medtl_ext.transforms import PickChannelsd, SelectLabelsd
@@ -199,7 +206,9 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
         if (kind := _kind(Path(entry))) is None:
             return [_described({"task": entry}, entry, target, collection, trust)]
         if kind == "shelf":
-            return [_on_shelf(path, target, trust) for path in sorted(Path(entry).iterdir()) if _kind(path)]
+            paths = [path for path in sorted(Path(entry).iterdir()) if _kind(path) not in (None, "shelf")]
+            described = {_weights_of(path) for path in paths if _kind(path) == "card"}
+            return [_on_shelf(path, target, trust) for path in paths if path.resolve() not in described]
         return [_on_shelf(Path(entry), target, trust)]
     if not isinstance(entry, Mapping) or not {"task", "card", "checkpoint"} & entry.keys():
         forms = '{"name": ..., "checkpoint": FILE} or {"card": PATH}'
@@ -229,6 +238,10 @@ def _is_card(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and not {"checkpoint", "network"}.isdisjoint(content)
+
+
+def _weights_of(card: Path) -> Path:
+    return (card.parent / str(json.loads(card.read_text(encoding="utf-8")).get("checkpoint", ""))).resolve()
 
 
 def _on_shelf(path: Path, target: TargetTask, trust: bool) -> Source:
@@ -368,21 +381,69 @@ def train_sources(
     ]
 
 
-def source_transforms(source: Source, target: TargetTask, own: Sequence[Callable]) -> list[Callable]:
-    """The deterministic transforms of a source that brings its own network, on the target's files.
+def keys_of(target: TargetTask) -> tuple[str, ...]:
+    """What of an item is transformed: of classification the image alone."""
+    return ("image", "label") if target.per_pixel else ("image",)
+
+
+def source_transforms(
+    card: Card, channels: Sequence[str], own: Sequence[Callable], *, keys: Sequence[str] = ("image", "label")
+) -> list[Callable]:
+    """The deterministic transforms of a source that brings its own network, on a target's files.
 
     Loading and the choice of labels are the bundle's; channels are put into the source's order, those that it does not
     know last; then come the transforms of its card, or else the bundle's.
+
+    Args:
+        card: of the source.
+        channels: names of the target's.
+        own: the bundle's transforms.
+        keys: what is transformed: images, with labels or without.
     """
     loading = [transform for transform in own if isinstance(transform, LoadImaged | SelectLabelsd | EnsureTyped)]
     steps = [transform for transform in own if transform not in loading]
-    wanted, others = source.channels(target)
-    order, card = [*wanted, *others], source.card
-    pick = [] if order == list(range(target.n_channels)) else [PickChannelsd("image", order)]
+    wanted, others = channel_order(card.channels, channels, fill=card.fill)
+    order = [*wanted, *others]
+    pick = [] if order == list(range(len(channels))) else [PickChannelsd("image", order)]
     if card.preprocessing is not None:
-        steps = transforms_of(card.preprocessing, keys=("image", "label") if target.per_pixel else ("image",))
-    pad = [SpatialPadd(["image", "label"], [*card.window, -1][:3])] if card.window and target.per_pixel else []
+        steps = transforms_of(card.preprocessing, keys=keys)
+    pad = [SpatialPadd(keys, [*card.window, -1][:3])] if card.window else []
     return [*loading, *pick, *steps, *pad]
+
+
+@dataclass(kw_only=True, eq=False)
+class Checkpoint:
+    """A network as inference needs it: with its card beside its weights, or the bundle's own.
+
+    Args:
+        path: the weights; ``NAME.json`` beside ``NAME.pt`` is their card, as a fine-tuning leaves it.
+        channels: names of the images' channels.
+        trust: run what is code in it.
+    """
+
+    path: str
+    channels: Sequence[str]
+    trust: bool = False
+
+    @cached_property
+    def card(self) -> Card | None:
+        card = _card_at(Path(self.path), self.trust)
+        return card if card.foreign else None
+
+    def network(self, own: nn.Module) -> nn.Module:
+        """The network with its weights: the bundle's ``own``, or that of the card."""
+        if self.card is not None:
+            return untouched(self.card, channels=len(self.channels))
+        load_weights(own, self.path, min_share=1.0)
+        return own
+
+    def preprocessing(self, own: Sequence[Callable]) -> list[Callable]:
+        """The transforms of an image: the bundle's ``own``, or the card's."""
+        return list(own) if self.card is None else source_transforms(self.card, self.channels, own, keys=("image",))
+
+    def inferer(self, own: Any) -> Any:
+        """The bundle's ``own``; the network of a card lays its windows itself."""
+        return own if self.card is None else SimpleInferer()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -454,6 +515,12 @@ class SingleSource:
         """The network as it is, with its own classes; see `Source.build`."""
         return self.source.build(self.here.config["network_def"], self.target, image_shape)
 
+    def check_channels(self, training: SliceDataset) -> None:
+        """Warn where a foreign network's channels seem to be in another order than its card says."""
+        if self.card is not None:
+            items = training.plain()
+            warn_of_other_order(self.untouched(()), [items[place] for place in {0, len(items) - 1}])
+
     @cached_property
     def unasked(self) -> str | None:
         """Why the untouched source does not answer the target's question; None: it does."""
@@ -478,7 +545,9 @@ class SingleSource:
 
     def preprocessing(self, own: Sequence[Callable]) -> list[Callable]:
         """The deterministic transforms: the bundle's ``own``, or the source's."""
-        return list(own) if self.card is None else source_transforms(self.given, self.target, own)
+        if self.card is None:
+            return list(own)
+        return source_transforms(self.card, self.target.channels, own, keys=keys_of(self.target))
 
     def cropping(self) -> list[Callable]:
         """What a training adds: a random patch of the source's window."""

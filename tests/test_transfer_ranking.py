@@ -56,7 +56,8 @@ def ranking(scores: dict[str, float], folder: Path, *, decide_by="logme", subjec
     settings |= {"metrics": ["lp_fu", "lp", "fu", "logme", "ncti"], "image_shape": [1, 32, 32], "evaluator": None}
     found = RankDatasets(here=here, target=target, decide_by=decide_by, **settings | options)
     found.pool = {
-        name: Source(name, "checkpoint", Card(checkpoint=f"{name}.pt"), entry=f"{name}.pt", own=name in own) for name in scores
+        name: Source(name, "checkpoint", Card(checkpoint=f"{name}.pt"), entry=f"{name}.pt", own=name in own)
+        for name in scores
     }
     found.seen, groups = {}, torch.arange(20) // 2
     for name, shift in scores.items():

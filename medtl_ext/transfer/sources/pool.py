@@ -204,6 +204,8 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
     """The sources of one entry."""
     if isinstance(entry, str):
         if (kind := _kind(Path(entry))) is None:
+            if "/" in entry or entry.endswith(".json"):  # as no task is called
+                _require_dataset(Path(entry), target)
             return [_described({"task": entry}, entry, target, collection, trust)]
         if kind == "shelf":
             paths = [path for path in sorted(Path(entry).iterdir()) if _kind(path) not in (None, "shelf")]
@@ -214,6 +216,14 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
         forms = '{"name": ..., "checkpoint": FILE} or {"card": PATH}'
         raise InputError(f"source {entry!r} is no task, no path of a card, a checkpoint or a folder, and no {forms}.")
     return [_described(entry, entry, target, collection, trust)]
+
+
+def _require_dataset(path: Path, target: TargetTask) -> None:
+    if not path.exists():
+        raise InputError(f"source {path} does not exist.")
+    if target.per_pixel:
+        kinds = "card, no checkpoint, no MONAI bundle, no nnU-Net folder and no folder of these"
+        raise InputError(f"source {path} is no {kinds}.")
 
 
 def _kind(path: Path) -> str | None:

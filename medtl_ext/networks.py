@@ -47,7 +47,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_weights(
-    network: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor], *, min_share: float = 0.9
+    network: nn.Module,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    min_share: float = 0.9,
+    name: str = "the given weights",
 ) -> str:
     """Copy every tensor that fits by name and shape into ``network``, say what was done, and refuse a poor fit.
 
@@ -58,6 +62,7 @@ def load_weights(
         network: the network to fill, in place.
         weights: a checkpoint file (see `read_weights`) or a ``state_dict``.
         min_share: least share of the network's tensors that must have been copied, in [0, 1]. 1 asks for all of them.
+        name: what messages call a ``state_dict``.
 
     Returns:
         What was done, in words: how many tensors were copied, are of another shape, missing, or without a place here.
@@ -69,7 +74,7 @@ def load_weights(
     >>> print(load_weights(network, other.state_dict()))
     2 of 2 tensors copied
     """
-    where = "the given weights" if isinstance(weights, Mapping) else str(weights)
+    where = name if isinstance(weights, Mapping) else str(weights)
     found = weights if isinstance(weights, Mapping) else read_weights(weights)
     # A counter of batch normalisation that no prediction needs, and which published weights often lack.
     own = {k: v for k, v in network.state_dict().items() if k in found or not k.endswith("num_batches_tracked")}

@@ -250,6 +250,9 @@ class SelectSource(RankSources):
             "Training from scratch is a candidate that no score can judge: finish both runs and compare validation "
             "patients (--settle true, or the audit of risk_map)."
         )
+        known = [source for source in self.pool.values() if source.left_out is None and source.card.foreign]
+        filled = [source.name for source in known if None in source.channels(self.target)[0]]
+        said += [f"A channel is a constant for {', '.join(filled)}."] if filled else []
         out = [f"{name} ({source.left_out})" for name, source in self.pool.items() if source.left_out]
         return said + ([f"Left out: {'; '.join(out)}."] if out else [])
 

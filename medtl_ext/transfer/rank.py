@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices, require_number
-from medtl_ext.data import SliceDataset
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Run, run_command
@@ -150,8 +149,7 @@ class RankSources:
         transforms = source_transforms(source.card, self.target.channels, self.transforms, keys=keys)
         if self.target.per_pixel:
             data = [item for item in self.target.datalist("train") if item["subject"] in own.dataset.geometry]
-            images = SliceDataset(data, transforms, slices="volume", progress=False)
-            onto = TargetSlices(own.dataset, images)
+            images, onto = Dataset(data, Compose(transforms)), TargetSlices(own.dataset)
             warn_of_other_order(network, [images[place] for place in {0, len(images) - 1}])
         else:
             images = Dataset(own.dataset.data, Compose(transforms))

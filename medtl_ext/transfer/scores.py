@@ -95,9 +95,9 @@ class Predictions(TransferMetric):
         probs, labels = probabilities_and_labels(engine.state.output)
         patients = batch.get("patient", subjects)
         if (onto := getattr(engine, "onto", None)) is not None:
-            for subject, patient, one in zip(subjects, patients, probs, strict=True):
-                places, probs, labels = onto(subject, one)
-                self.update(probs, labels, [(subject, place, patient) for place in places])
+            for number, subject in enumerate(subjects):
+                places, *found = onto(subject, probs[number], batch["image"][number].affine)
+                self.update(*found, [(subject, place, patients[number]) for place in places])
             return
         places = batch.get("slice", range(len(subjects)))
         self.update(probs, labels, list(zip(subjects, places, patients, strict=True)))
@@ -138,20 +138,26 @@ class TargetSlices:
 
     Args:
         slices: the target's, with their labels.
-        volumes: the same patients on the source's grid.
     """
 
-    def __init__(self, slices: SliceDataset, volumes: SliceDataset) -> None:
-        self.slices, self.volumes = slices, volumes
+    def __init__(self, slices: SliceDataset) -> None:
+        self.slices = slices
         self.items: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         for item in slices:
             self.items[item["subject"]].append((item["slice"], item["label"]))
 
-    def __call__(self, subject: str, probs: torch.Tensor) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """Which slices of the patient, N x Z (x *spatial) probabilities, and N x 1 (x *spatial) labels."""
-        affine, shape = self.slices.geometry[subject]
-        image = MetaTensor(probs.float().cpu(), affine=self.volumes.geometry[subject][0])
-        moved = SpatialResample(padding_mode="zeros")(image, dst_affine=affine, spatial_size=shape).as_tensor()
+    def __call__(
+        self, subject: str, probs: torch.Tensor, affine: torch.Tensor
+    ) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        """Which slices of the patient, N x Z (x *spatial) probabilities, and N x 1 (x *spatial) labels.
+
+        Args:
+            subject: the patient's name in the datalist.
+            probs: Z x *spatial, on the grid whose ``affine`` (4 x 4) takes voxels to mm.
+        """
+        wanted, shape = self.slices.geometry[subject]
+        image = MetaTensor(probs.float().cpu(), affine=affine)
+        moved = SpatialResample(padding_mode="zeros")(image, dst_affine=wanted, spatial_size=shape).as_tensor()
         moved[0] += 1 - moved.sum(0)  # nothing is found outside the source's field of view
         places, labels = zip(*self.items[subject], strict=True)
         whole = labels[0].ndim == moved.ndim

@@ -1,2 +1,403 @@
-def bundle_card(path, trust):
-    raise NotImplementedError
+"""A folder of a MONAI bundle, read into a source card without running anything of it."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+
+from medtl_ext._validation import InputError, require_number
+from medtl_ext.transfer.sources.allowed import (
+    ALLOWED,
+    TRUST,
+    checked_network,
+    importing,
+    inside,
+    kind_of_transform,
+    transforms_of,
+)
+
+__all__ = ["bundle_card"]
+
+CONFIGS = ("inference", "evaluate", "train")
+SUFFIXES = (".json", ".yaml", ".yml")
+NETWORK = ("network_def", "network", "net")
+PARTS = ("{}", "validate#{}", "val_{}", "val#{}")  # where bundles keep a part of their inference
+WEIGHTS = ("models/model.pt", "models/model.pth", "models/model.safetensors")
+PROGRAM = "models/model.ts"
+REFERENCE = re.compile(r"\s*[@%](\w+(?:(?:#|::)\w+)*)\s*")
+DTYPE = re.compile(r"\$\s*(?:torch|np|numpy)\.(float|u?int)(\d*)\s*")
+LABEL = re.compile(r"label|seg|mask|target", re.IGNORECASE)
+OURS = ("keys", "allow_missing_keys", "lazy", "meta_keys", "meta_key_postfix", "source_key", "start_coord_key")
+OURS += ("end_coord_key", "dtype", "_desc_", "_requires_", "_disabled_", "_mode_")
+ONE_A_KEY = ("mode", "padding_mode", "align_corners", "anti_aliasing")
+UNSAID = (None, "none", "regular")  # modalities that say nothing
+MOST_VALUES = 100_000  # of a config, so that aliases of aliases in YAML do not fill the memory
+MOST_CHANNELS = 10_000
+MOST_BYTES = 2**24
+
+
+def bundle_card(folder: str | os.PathLike[str], trust: bool = False) -> dict[str, Any]:
+    """A MONAI bundle as a source card.
+
+    The network comes from ``inference``, ``evaluate`` or ``train`` (.json, .yaml), with references filled in; channels,
+    classes and what is known of the data from ``metadata.json``; the window from the inferer; the preprocessing from
+    the inference, as far as the flow does not do it itself (loading, choosing channels, labels). Transforms that draw
+    channels from clicks or labels are left out too: a target that brings these channels as files can use the network.
+
+    Args:
+        folder: with ``configs/`` and ``models/`` in it.
+        trust: evaluate the expressions that are needed, take the network from the bundle's own files, and TorchScript.
+
+    Returns:
+        The keys of a card, all plain values: ``checkpoint`` is an absolute path, ``network``'s ``file.py:Class`` is
+        relative to ``folder``, which `built_network` takes.
+
+    Raises:
+        InputError: it cannot be used; the message says why, in one line.
+    """
+    try:
+        return _card(Path(folder), trust)
+    except InputError:
+        raise
+    except Exception as error:  # whatever somebody else's config holds
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"it cannot be read as a bundle ({type(error).__name__}: {reason:.200})") from error
+
+
+def _card(folder: Path, trust: bool) -> dict[str, Any]:
+    if not inside(folder, "configs").is_dir():
+        raise InputError(f"{folder} is no MONAI bundle, which is a folder with configs/ in it")
+    metadata = _loaded(folder, "configs/metadata.json") if (folder / "configs" / "metadata.json").exists() else {}
+    card = {"name": folder.resolve().name} | _about(metadata)
+    if (folder / "LICENSE").is_file():
+        card.setdefault("licence", "see its LICENSE")
+    formats = metadata.get("network_data_format") or {}
+    image = _image(formats.get("inputs") or {})
+    picked, output, several = _output(formats.get("outputs") or {})
+    for part in (image, output):
+        if "num_channels" in part:
+            require_number("num_channels of its metadata.json", part["num_channels"], 1, MOST_CHANNELS, whole=True)
+    configs = [
+        _Config(folder, f"configs/{name}{suffix}", trust)
+        for name in CONFIGS
+        for suffix in SUFFIXES
+        if (folder / "configs" / f"{name}{suffix}").exists()
+    ]
+    network: dict[str, Any] = {}
+    program = trust and inside(folder, PROGRAM).is_file()
+    try:
+        network, card["checkpoint"] = _network(configs, folder, trust), _weights(folder)
+        card["network"] = network
+    except InputError:
+        if not program:
+            raise
+        card["checkpoint"] = str(inside(folder, PROGRAM))
+    shape = list(image.get("spatial_shape") or ())
+    dims = network.get("spatial_dims", network.get("dimensions", len(shape)))
+    if dims in (2, 3):
+        card["dimensions"] = dims
+    card |= _window(configs, dims)
+    steps, keys, drawn = _preprocessing(configs, image.get("num_channels"))
+    if keys is not None:
+        card["preprocessing"] = steps
+    per_image = list(output.get("spatial_shape") or ())[:1] == [1]
+    patches = (drawn or image.get("is_patch_data")) and not per_image and all(type(one) is int for one in shape)
+    if patches and shape:
+        card.setdefault("window", shape)
+    if names := _channels(image, keys or [], dims):
+        card["channels"] = names
+    card |= _classes(configs, output, per_image)
+    if several:
+        card["pick"] = picked
+    return card
+
+
+def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What the metadata say of the data, as the keys of a card."""
+    inputs = ((metadata.get("network_data_format") or {}).get("inputs") or {}).values()
+    modality = next((one["modality"] for one in inputs if one.get("modality") not in UNSAID), None)
+    names = {"description": "description", "trained_on": "data_source", "licence": "license"}
+    about = {ours: metadata.get(theirs) for ours, theirs in names.items()} | {"modality": modality}
+    return {key: value for key, value in about.items() if isinstance(value, str) and value}
+
+
+def _image(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The one input of a network that takes images."""
+    if len(inputs) > 1:
+        raise InputError(f"its network takes {len(inputs)} inputs ({', '.join(inputs)}), not one image")
+    for name, one in inputs.items():
+        if str(one.get("type")) in ("noise", "tuples"):
+            raise InputError(f"its network takes {name} ({one['type']}), no image")
+    return next(iter(inputs.values()), {})
+
+
+def _output(outputs: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], bool]:
+    """The first output of class scores, by its name, and whether there are others."""
+    found = next((one for one in outputs.items() if one[1].get("format") in ALLOWED["outputs"]), None)
+    if outputs and found is None:
+        given = ", ".join(f"{name} ({one.get('type')}, {one.get('format')})" for name, one in outputs.items())
+        raise InputError(f"its network gives {given}, no class scores")
+    return *(found or ("", {})), len(outputs) > 1
+
+
+def _names(part: Mapping[str, Any]) -> list[str]:
+    """The names of channels in a part of the metadata, in their order; some bundles write label_def."""
+    given = part.get("channel_def") or part.get("label_def") or {}
+    return [str(given[key]) for key in sorted(given, key=int)]
+
+
+def _channels(image: Mapping[str, Any], keys: Sequence[str], dims: int) -> list[str]:
+    """The names of a network's channels; many metadata say "image" of several."""
+    names, number = _names(image), image.get("num_channels")
+    if number in (None, len(names)):
+        return names
+    if len(keys) == number:
+        return list(keys)
+    return ["R", "G", "B"] if (number, dims) == (3, 2) else [f"channel {one}" for one in range(number)]
+
+
+def _network(configs: Sequence["_Config"], folder: Path, trust: bool) -> dict[str, Any]:
+    """The network's definition, of plain values."""
+    for config in configs:
+        for key in NETWORK:
+            value = config.follow(config.content.get(key))
+            if isinstance(value, str) and key == NETWORK[0]:
+                raise InputError(f"its {key} is the expression {value!r:.100}, no definition; write a card for it")
+            if isinstance(value, Mapping) and "_target_" in value:
+                kept = {name: one for name, one in value.items() if not re.fullmatch(r"_(?!target)\w+_", name)}
+                off = {name: bool(config.follow(one)) for name, one in kept.items() if name in ALLOWED["off"]}
+                found = config.plain(f"its {key}", kept | off)
+                target = str(found["_target_"])
+                file = "/".join(target.split(".")[:-1]) + ".py"
+                if "/" in file and ".py:" not in target and (folder / file).is_file():
+                    found["_target_"] = f"{file}:{target.rpartition('.')[2]}"
+                checked_network(found, folder, trust)
+                return found
+    raise InputError("no inference, evaluate or train config of its defines a network (network_def with a _target_)")
+
+
+def _weights(folder: Path) -> str:
+    found = next((path for name in WEIGHTS if (path := inside(folder, name)).is_file()), None)
+    if found is None:
+        only = f"; {PROGRAM} is a program that would have to be run, {TRUST}" if (folder / PROGRAM).exists() else ""
+        raise InputError(f"it comes without weights ({' or '.join(WEIGHTS)}){only}")
+    return str(found)
+
+
+def _window(configs: Sequence["_Config"], dims: int) -> dict[str, Any]:
+    """Window, overlap and blending of the inferer."""
+    config, inferer = _part(configs, "inferer")
+    if inferer is None:
+        return {}
+    target = str(inferer.get("_target_")) if isinstance(inferer, Mapping) else f"{inferer!r:.100}"
+    if target.removeprefix("monai.inferers.") not in ALLOWED["inferers"]:
+        raise InputError(f"its predictions are made by {target}, no whole image or sliding window")
+    given = {
+        key: config.plain(f"its inferer, {key}", inferer[key])
+        for key in inferer
+        if key in ("roi_size", "overlap", "mode", "spatial_dim")
+    }
+    if target.endswith("SliceInferer") and given.get("spatial_dim", 0) != 2:
+        raise InputError(f"it takes slices across axis {given.get('spatial_dim', 0)}, not across the last one")
+    if "roi_size" not in given:
+        return {}
+    size = given["roi_size"] if isinstance(given["roi_size"], list) else [given["roi_size"]] * dims
+    blending = {"overlap": given.get("overlap", 0.25), "blending": given.get("mode", "constant")}
+    whole = not size or not all(type(one) is int and one > 0 for one in size)  # -1 and 0 mean all of an axis
+    return blending | ({} if whole else {"window": size})
+
+
+def _preprocessing(
+    configs: Sequence["_Config"], n_channels: int | None
+) -> tuple[list[dict[str, Any]], list[str] | None, bool]:
+    """The transforms of an image, the keys of its files (None: no preprocessing), and whether channels are drawn."""
+    config, steps = _part(configs, "preprocessing")
+    if steps is None:
+        return [], None, False
+    steps = config.follow(steps.get("transforms")) if isinstance(steps, Mapping) and "transforms" in steps else steps
+    if not isinstance(steps, list):
+        raise InputError(f"its preprocessing is {steps!r:.100}, which would have to be evaluated")
+    found: list[dict[str, Any]] = []
+    images, out, drawn = ["image"], "image", False
+    for step in map(config.follow, steps):
+        if not isinstance(step, Mapping) or not isinstance(step.get("_target_"), str):
+            raise InputError(f"its preprocessing holds {step!r:.100}, no definition of a transform")
+        target, short = step["_target_"], step["_target_"].rpartition(".")[2]
+        kind, where = kind_of_transform(target), f"its {short}"
+        if config.plain(where, step.get("_disabled_", False)) in (True, "true"):
+            continue
+        keys = config.plain(where, step.get("keys", []))
+        keys = [keys] if isinstance(keys, str) else keys
+        if short == "LoadImaged":
+            images = [key for key in keys if not LABEL.search(key)] or images
+        if kind == "channels":
+            out = config.plain(where, step.get("keys_out", step.get("name", out)))
+            own = ALLOWED["channels"].get(target, ALLOWED["channels"].get(short))
+            if isinstance(own, str):
+                own = (n_channels or 0) - config.plain(where, step.get(own, 1))
+            if own and n_channels:  # what was done to the intensities until here, the drawn channels have not seen
+                drawn = True
+                for one in found:
+                    if kind_of_transform(one["_target_"]) == "intensity":
+                        one.setdefault("channels", list(range(n_channels - own)))
+        if kind in ("dropped", "gone", "channels") or (keys and not {*images, out} & set(keys)):
+            continue
+        if kind is None:
+            raise InputError(f"its preprocessing uses {target:.100}, which is not on the list (see docs/sources.md)")
+        if out not in keys and not set(images) <= set(keys):
+            raise InputError(f"its preprocessing treats its channels differently ({target} of {', '.join(keys)} only)")
+        at = next(at for at, key in enumerate(keys) if key in (*images, out))
+        given = {key: config.plain(f"{where}, {key}", value) for key, value in step.items() if key not in OURS}
+        listed = {key: value for key, value in given.items() if key in ONE_A_KEY and isinstance(value, list)}
+        found.append(given | {key: value[at if at < len(value) else 0] for key, value in listed.items()})
+    transforms_of(found)
+    return found, images, drawn
+
+
+def _classes(configs: Sequence["_Config"], output: Mapping[str, Any], per_image: bool) -> dict[str, Any]:
+    """What the network's output is, and its classes.
+
+    Bundles put softmax or sigmoid into the postprocessing, so that networks give logits, except where a threshold of
+    probabilities is all that follows.
+    """
+    config, steps = _part(configs, "postprocessing")
+    steps = config.follow(steps.get("transforms")) if isinstance(steps, Mapping) else steps
+    steps = [config.follow(step) for step in steps] if isinstance(steps, list) else []
+    steps = [step for step in steps if isinstance(step, Mapping)]
+    last = {str(step.get("_target_")).rpartition(".")[2]: step for step in reversed(steps)}
+    sigmoid = config is not None and config.follow(last.get("Activationsd", {}).get("sigmoid")) is True
+    threshold = last.get("AsDiscreted", {}).get("threshold") if "Activationsd" not in last else None
+    kind = "sigmoid" if isinstance(threshold, float) and 0 < threshold < 1 else "logits"
+    number, names = output.get("num_channels"), _names(output)
+    if number is None or (names and len(names) != number):
+        return {"output": kind}
+    names = names or [str(one) for one in range(number)]
+    single = number == 1 or ((sigmoid or threshold is not None) and not per_image)
+    if single and not re.search("background", names[0], re.IGNORECASE):
+        names = ["background", *names]
+    return {"output": kind, "classes": names}
+
+
+def _part(configs: Sequence["_Config"], name: str) -> tuple["_Config | None", Any]:
+    """A part of the inference, of the first config that has it."""
+    for config in configs:
+        for place in PARTS:
+            value = config.get(place.format(name), None)
+            if value is not None:
+                return config, config.follow(value)
+    return None, None
+
+
+def _loaded(folder: Path, name: str) -> dict[str, Any]:
+    path = inside(folder, name)
+    if not path.is_file():
+        raise InputError(f"its {name} is no file")
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f"its {name} is larger than {MOST_BYTES} bytes")
+    try:
+        content = ConfigParser.load_config_file(path)
+    except Exception as error:  # of two parsers, on anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"its {name} is no JSON or YAML ({type(error).__name__}: {reason:.100})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"its {name} holds no mapping")
+    return content
+
+
+class _Config:
+    """A config, of which parts are taken as plain values."""
+
+    def __init__(self, folder: Path, name: str, trust: bool) -> None:
+        self.folder, self.trust, self.left = folder, trust, MOST_VALUES
+        self.content = _loaded(folder, name) | {"bundle_root": str(folder)}
+
+    def get(self, place: str, *default: Any) -> Any:
+        """What lies at ``a#b#0``; bundles also write such a path as one key."""
+        if place in self.content:
+            return self.content[place]
+        value: Any = self.content
+        for key in re.split("#|::", place):
+            value = self.follow(value)
+            known = isinstance(value, Mapping) and key in value
+            if not known and not (isinstance(value, list) and key.isdigit() and int(key) < len(value)):
+                if default:
+                    return default[0]
+                raise InputError(f"its config refers to {place}, which is not defined")
+            value = value[key] if known else value[int(key)]
+        return value
+
+    def follow(self, value: Any) -> Any:
+        """What a reference means, also ``$@a``, and ``$@a + @b`` of lists, which need no evaluation."""
+        if not isinstance(value, str):
+            return value
+        self._count()
+        found = [REFERENCE.fullmatch(part) for part in value.removeprefix("$").split("+")]
+        if not all(found) or (len(found) > 1 and not value.startswith("$")):
+            return value
+        parts = [self.follow(self.get(one[1])) for one in found]
+        if len(parts) == 1:
+            return parts[0]
+        return list(chain(*parts)) if all(isinstance(part, list) for part in parts) else value
+
+    def plain(self, where: str, value: Any) -> Any:
+        """The value without references and expressions."""
+        self._count()
+        value = self.follow(value)
+        if isinstance(value, Mapping):
+            return {str(key): self.plain(where, one) for key, one in value.items() if key != "_desc_"}
+        if isinstance(value, list):
+            return [self.plain(where, one) for one in value]
+        if isinstance(value, str) and value.startswith("$"):
+            if dtype := DTYPE.fullmatch(value):
+                return dtype[1] + (dtype[2] or "32")
+            if value[1:].strip() in ALLOWED["constants"]:
+                return ALLOWED["constants"][value[1:].strip()]
+            if not self.trust:
+                raise InputError(f"{where} needs {value!r:.100} evaluated, {TRUST}")
+            return self._evaluated(where, value)
+        if isinstance(value, str) and value.startswith(("@", "%")):
+            raise InputError(f"{where} refers to {value!r:.100}, which is not in the same config")
+        return value
+
+    def _evaluated(self, where: str, value: str) -> Any:
+        old = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}  # bundles were written when torch.load unpickled
+        try:
+            with importing(self.folder), patch.dict(os.environ, old):
+                found = ConfigParser(self.content | {"_asked_": value}).get_parsed_content("_asked_")
+        except Exception as error:
+            reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"{where}: {value!r:.100} cannot be evaluated ({reason:.200})") from error
+        return _as_plain(where, found)
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise InputError("its config refers in circles or is too large")
+
+
+def _as_plain(where: str, value: Any) -> Any:
+    """What an expression gave, in words of JSON."""
+    if isinstance(value, np.ndarray):
+        return {"_target_": "numpy.array", "object": value.tolist()}
+    if isinstance(value, torch.Tensor):
+        return {"_target_": "torch.tensor", "data": value.tolist()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, torch.device):
+        return "cpu"  # sources are built there and moved
+    if isinstance(value, Mapping):
+        return {str(key): _as_plain(where, one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_plain(where, one) for one in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InputError(f"{where} is {type(value).__name__}, which a card cannot hold")

@@ -31,7 +31,8 @@ class Card(BaseModel):
         channels: names of the images that it takes, in its order; None: those of the target.
         fill: "mean": a channel that the target lacks becomes the mean of those that it has, one number an image.
         preprocessing: MONAI's dictionary transforms without their keys; None: the bundle's own.
-        axes: the spatial axes in the order in which the network takes them.
+        axes: the spatial axes in the order in which the network takes them; of a 2D network with three, it sees slices
+            along the first.
         dimensions: 2 or 3; None: those of its first convolution.
         window: size of the patch, in voxels of the preprocessed image; None: whole images, or slices.
         overlap, blending, mirror: of the windows, and axes over which predictions are averaged.

@@ -66,6 +66,11 @@ class SourceNetwork(nn.Module):
         self.penultimate = nn.Identity()  # what a feature metric taps: the features of the whole image
         self.dimensions = dimensions_of(card, net)
         self.n_classes = len(classes or ()) or card.n_classes
+        axes = card.axes or tuple(range(self.dimensions))
+        seen = sorted(axes[-self.dimensions :])  # of the image's axes, those that the network sees
+        self.axes = [seen.index(axis) for axis in axes[-self.dimensions :]]
+        self.mirror = [seen.index(axis) for axis in card.mirror]
+        self.along = axes[0] if len(axes) > self.dimensions else 2
 
     def write_card(self, folder: Path) -> None:
         """Leave the card of the network as it is now beside its ``model.pt``: it is a source as any other.
@@ -96,9 +101,9 @@ class SourceNetwork(nn.Module):
         if self.training:
             return self._logits(self._raw(image))
         if self.dimensions == 2 and image.ndim == 5:
-            slices = image.movedim(-1, 1).flatten(0, 1).split(AT_A_TIME)
+            slices = image.movedim(2 + self.along, 1).flatten(0, 1).split(AT_A_TIME)
             parts = [torch.cat(parts) for parts in zip(*map(self._outputs, slices), strict=True)]
-            outputs = [part.unflatten(0, (len(image), -1)).movedim(1, -1) for part in parts]
+            outputs = [part.unflatten(0, (len(image), -1)).movedim(1, 2 + self.along) for part in parts]
         else:
             outputs = self._outputs(image)
         if len(outputs) > 1:
@@ -110,8 +115,7 @@ class SourceNetwork(nn.Module):
         window = self.card.window
         if window is None:
             return self._mirrored(image)
-        size = [min(side, most) for side, most in zip(window, image.shape[2:], strict=True)]
-        if size == list(image.shape[2:]) == list(window):
+        if list(image.shape[2:]) == list(window):
             return self._mirrored(image)
         how = {"overlap": self.card.overlap, "mode": self.card.blending, "padding_mode": "constant"}
         outputs = sliding_window_inference(image, window, AT_A_TIME // 2, self._mirrored, **how)
@@ -123,7 +127,7 @@ class SourceNetwork(nn.Module):
             output, features = self._with_features(image)
         else:
             output = self._raw(image)
-        turns = [[axis + 2 for axis in axes] for axes in _subsets(self.card.mirror)]
+        turns = [[axis + 2 for axis in axes] for axes in _subsets(self.mirror)]
         for axes in turns:
             output = output + self._raw(image.flip(axes)).flip(axes)
         return (output / (1 + len(turns)), *features)
@@ -137,15 +141,13 @@ class SourceNetwork(nn.Module):
         features = tapped[self.card.layer][-1]
         if features.ndim != output.ndim or len(features) != len(image):
             raise InputError('its features lie on no grid; name a layer that does in its card ("layer")')
-        if self.card.axes and features.ndim > 2:
-            features = features.permute(0, 1, *(2 + place for place in _inverse(self.card.axes)))
+        features = self._turned(features, _inverse(self.axes))
         if self.card.window is not None and features.shape[2:] != image.shape[2:]:  # windows are blended on the image's
             features = interpolate(features, image.shape[2:], mode="nearest-exact")
         return output, [features]
 
     def _raw(self, image: Tensor) -> Tensor:
-        axes = self.card.axes
-        output = self.net(image.permute(0, 1, *(2 + axis for axis in axes)) if axes else image)
+        output = self.net(self._turned(image, self.axes))
         if self.card.pick is not None:
             try:
                 output = output[self.card.pick]
@@ -154,7 +156,12 @@ class SourceNetwork(nn.Module):
         if not isinstance(output, Tensor):
             known = f"of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else f"of {len(output)}"
             raise InputError(f'its network gives a {type(output).__name__}; say in its card which {known} ("pick")')
-        return output.permute(0, 1, *(2 + place for place in _inverse(axes))) if axes and output.ndim > 2 else output
+        return self._turned(output, _inverse(self.axes))
+
+    @staticmethod
+    def _turned(image: Tensor, axes: Sequence[int]) -> Tensor:
+        turned = image.ndim > 2 and list(axes) != sorted(axes)
+        return image.permute(0, 1, *(2 + axis for axis in axes)) if turned else image
 
     def _logits(self, output: Tensor) -> Tensor:
         logits = self._class_logits(output)
@@ -187,7 +194,7 @@ def _inverse(axes: Sequence[int]) -> list[int]:
 
 def dimensions_of(card: Card, net: nn.Module) -> int:
     """2 or 3: as the card says, or as the network's convolutions are."""
-    said = card.dimensions or (len(card.window) if card.window else len(card.axes) if card.axes else None)
+    said = card.dimensions or (len(card.window) if card.window else None)
     found = next((len(m.kernel_size) for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     found = found or next((value.ndim - 2 for value in net.state_dict().values() if value.ndim in (4, 5)), None)
     return said or found or 2
@@ -264,7 +271,8 @@ def adapted(
     own = meaning(card, class_names) if per_pixel else None
     kept = own == [[place] for place in range(card.n_classes or len(class_names))]
     if card.is_program:
-        network.net.requires_grad_(True)
+        for parameter in network.parameters():
+            parameter.requires_grad_(True)
         if not kept:
             network = _with_translator(network, sample, class_names)
             said.append(f"a 1 x 1 convolution from its {card.n_classes} classes to {len(class_names)}: fresh")
@@ -299,7 +307,7 @@ def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
         if not fresh:
             weights = card.weights()
             _fit_ends(net, card, weights)
-            load_weights(net, weights, min_share=1.0)
+            load_weights(net, weights, min_share=1.0, name=str(card.checkpoint))
         return net
     if not card.trusted:
         raise InputError("it is a program, which would run here; --trust_sources true lets it")

@@ -23,6 +23,7 @@ METHODS = [
     for path in sorted(CONFIGS.glob("*.json"))
     if path.stem not in ("train", "inference", "pretrain") and "freeze" in read_json(path)
 ]
+ALL_METHODS = [*METHODS, "zero_shot"]
 TINY = RISK_MAP.tiny
 SOURCE_TASK = "14-FLAIR-ED"
 run, workflow_of = RISK_MAP.run, RISK_MAP.workflow
@@ -49,9 +50,9 @@ def table(folder: Path | str) -> pd.DataFrame:
 # Overlays
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL_METHODS)
 def test_every_method_trains_and_scores(method, options):
-    run(method, **options | ({"epochs": 0} if method == "zero_shot" else {}))
+    run(method, **options)
     scores = table(options["output_dir"])
     assert list(scores) == ["method", "seed", "split", "subject", "class", "dice", "iou", "empty"]
     assert set(scores.method) == {method}
@@ -73,7 +74,7 @@ def test_every_method_trains_and_scores(method, options):
 def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins():
     wanted = {"vanilla", "class_weight", "class_weight_sqrt", "trs_map", "risk_map", "risk_map_image", "frequency"}
     wanted |= {"prior_image", "prior_shift", "dice_ce", "zero_shot", "scratch", "full", "full_risk_map"}
-    assert wanted | set(RISK_MAP.content("compare")["methods"]) <= set(METHODS)
+    assert wanted | set(RISK_MAP.content("compare")["methods"]) <= set(ALL_METHODS)
     keys = list(RISK_MAP.content("vanilla"))
     for method in METHODS:
         overlay = RISK_MAP.content(method)
@@ -93,7 +94,7 @@ def source_folder(*overlays: str, **options) -> str:
 
 def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_training():
     """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
-    assert {source_folder(method) for method in METHODS} == {source_folder()}
+    assert {source_folder(method) for method in ALL_METHODS} == {source_folder()}
     assert source_folder(**{"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss"}}) != source_folder()
 
 
@@ -177,12 +178,12 @@ def test_files_of_no_known_run_are_not_replaced(options, source, tmp_path):
 
 def test_a_run_belongs_to_the_content_of_its_collection(options, collection, tmp_path):
     there = shutil.copytree(collection.parent, tmp_path / "there") / "collection.json"
-    run("zero_shot", **options | {"epochs": 0})
+    run("zero_shot", **options)
     scores = table(options["output_dir"])
-    run("zero_shot", **options | {"epochs": 0, "collection": str(there)})
+    run("zero_shot", **options | {"collection": str(there)})
     content = read_json(there)
     there.write_text(json.dumps(content | {"subjects": content["subjects"][1:]}))
-    message = refused(lambda: run("zero_shot", **options | {"epochs": 0, "collection": str(there)}))
+    message = refused(lambda: run("zero_shot", **options | {"collection": str(there)}))
     assert "holds a run on another collection" in message
     pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
 
@@ -352,8 +353,8 @@ def no_training(no_training, monkeypatch):
         ({"target_task": "17"}, "institution-modality-objective"),
         ({"source": "14-FLAIR-EDD"}, "did you mean 'ED'"),
         ({"source": "nowhere.pt"}, "nowhere.pt does not exist"),
-        ({"source": "14-FLAIR-FeTS"}, "number of classes"),
-        ({"target_task": "17-T2-FeTS", "source": "14-FLAIR-FeTS"}, "number of classes"),
+        ({"source": {"task": "14-FLAIR-FeTS"}}, "number of classes"),
+        ({"target_task": "17-T2-FeTS", "source": {"task": "14-FLAIR-FeTS"}}, "number of classes"),
         ({"network_def#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
         ({"freeze": "backbone"}, "matches no parameter"),
         ({"train_slices": 0}, "max_slices must be at least 1"),
@@ -361,6 +362,8 @@ def no_training(no_training, monkeypatch):
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
 )
 def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_training):
+    if isinstance(wrong.get("source"), dict):  # what the weights are said to be of
+        wrong = wrong | {"source": options["source"] | wrong["source"]}
     assert message in refused(lambda: run(**options | {"check_data": True} | wrong))
     assert not (Path(options["output_dir"]) / "last.pt").exists()
 

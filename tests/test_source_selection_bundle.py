@@ -10,7 +10,7 @@ import pytest
 import torch
 from bundle_runs import RISK_MAP, SOURCE_SELECTION, bundle_of_a_stranger, next_command, ranking_of, read_json, refused
 
-from medtl_ext.transfer.sources import built
+from medtl_ext.transfer.sources.allowed import built_network
 
 SOURCES = SOURCE_SELECTION.tiny["sources"]
 FEATURES = SOURCE_SELECTION.tiny["network_def#features"]
@@ -86,13 +86,13 @@ def test_the_evaluation_compares_rankings_with_the_truth(options, in_this_proces
 
 
 def test_checkpoints_and_bundles_are_ranked_beside_tasks(options, in_this_process, tmp_path):
-    torch.save(built(NETWORK).state_dict(), tmp_path / "ours.pt")
+    torch.save(built_network(NETWORK).state_dict(), tmp_path / "ours.pt")
     for name, network in {"fits": NETWORK, "four": NETWORK | {"in_channels": 4}}.items():
-        bundle_of_a_stranger(tmp_path / "zoo" / name, {"network_def": network}, built(network).state_dict())
+        bundle_of_a_stranger(tmp_path / "zoo" / name, {"network_def": network}, built_network(network).state_dict())
     sources = [
         "14-T2-ED",
         {"name": "ours", "checkpoint": str(tmp_path / "ours.pt"), "network": NETWORK, "modality": "T2"},
-        {"bundles": str(tmp_path / "zoo")},
+        str(tmp_path / "zoo"),
     ]
     run("evaluate", **options, sources=sources, metrics=["h_score", "otce"])
     table = ranking_of(options["output_dir"])
@@ -108,7 +108,7 @@ def test_checkpoints_and_bundles_are_ranked_beside_tasks(options, in_this_proces
 def test_the_command_for_another_network_is_one_that_this_bundle_takes(options, in_this_process, tmp_path):
     network = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8]}
     network |= {"strides": [2], "norm": ["batch", {"affine": True}]}
-    torch.save(built(network).state_dict(), tmp_path / "ours.pt")
+    torch.save(built_network(network).state_dict(), tmp_path / "ours.pt")
     ours = {"name": "ours", "checkpoint": str(tmp_path / "ours.pt"), "network": network}
     run(**options, sources=[ours], metrics=["h_score"])
     config, given = next_command(options["output_dir"])
@@ -144,7 +144,7 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
 
 
 def test_a_checkpoint_of_another_network_is_refused(options, no_training, tmp_path):
-    torch.save(built(NETWORK | {"features": [4] * 6}).state_dict(), tmp_path / "x.pt")
+    torch.save(built_network(NETWORK | {"features": [4] * 6}).state_dict(), tmp_path / "x.pt")
     message = refused(lambda: run(**options, sources=[{"name": "ours", "checkpoint": str(tmp_path / "x.pt")}]))
     assert message.startswith("source ours: ")
     assert "does not fit" in message

@@ -523,7 +523,7 @@ def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[d
     Args:
         network: any module; the wrapper of `torch.nn.parallel.DistributedDataParallel` is looked through.
         layers: names as in ``network.named_modules()``. None stands for the penultimate features: the input of the last
-            linear or convolution layer that runs, or what goes through a module of the network's called ``penultimate``.
+            linear or convolution layer that runs, or what goes through the network's own module ``penultimate``.
 
     Yields:
         Layer -> its outputs, one for each time it ran (for None, one for each time the network ran), in the order in

@@ -406,8 +406,8 @@ def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Te
     if found[best] > FAR_BETTER * given:
         names = network.card.channels or [str(place) for place in range(network.channels)]
         logger.warning(
-            "source %s explains the labels far better with the channels in the order %s (LEEP %.3f, as given %.3f): are "
-            "the channels of its card in the right order?",
+            "source %s explains the labels far better with the channels in the order %s (LEEP %.3f, as given %.3f): "
+            "are the channels of its card in the right order?",
             network.card.name,
             ", ".join(names[place] for place in best),
             found[best],

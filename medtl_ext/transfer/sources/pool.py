@@ -21,13 +21,13 @@ from torch import nn
 
 from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError
-from medtl_ext.data import SliceDataset, Task, load_collection
-from medtl_ext.networks import load_weights, read_weights
+from medtl_ext.data import SliceDataset, load_collection
+from medtl_ext.networks import load_weights
 from medtl_ext.transfer.config import current_config, identity
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
 from medtl_ext.transfer.sources.bundle import bundle_card
-from medtl_ext.transfer.sources.card import PROGRAMS, TAGS, Card, channel_order, read_card
+from medtl_ext.transfer.sources.card import PROGRAMS, Card, channel_order, read_card
 from medtl_ext.transfer.sources.network import (
     SourceNetwork,
     adapted,
@@ -208,7 +208,7 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
                 _require_dataset(Path(entry), target)
             return [_described({"task": entry}, entry, target, collection, trust)]
         if kind == "shelf":
-            paths = [path for path in sorted(Path(entry).iterdir()) if _kind(path) not in (None, "shelf")]
+            paths = [path for path in sorted(Path(entry).iterdir()) if _kind(path, shelf=False)]
             described = {_weights_of(path) for path in paths if _kind(path) == "card"}
             return [_on_shelf(path, target, trust) for path in paths if path.resolve() not in described]
         return [_on_shelf(Path(entry), target, trust)]
@@ -226,8 +226,8 @@ def _require_dataset(path: Path, target: TargetTask) -> None:
         raise InputError(f"source {path} is no {kinds}.")
 
 
-def _kind(path: Path) -> str | None:
-    """What kind of source lies at a path; None: none."""
+def _kind(path: Path, *, shelf: bool = True) -> str | None:
+    """What kind of source lies at a path; None: none. A shelf holds sources themselves, not further shelves."""
     if path.is_file() or path.suffix in WEIGHTS:
         if path.suffix == ".json":
             return "card" if _is_card(path) else None
@@ -238,7 +238,7 @@ def _kind(path: Path) -> str | None:
         return "bundle"
     if next(chain(path.glob("plans.json"), path.glob("*/plans.json"), path.glob("checkpoint_*.pth")), None):
         return "nnunet"
-    return "shelf" if any(_kind(child) not in (None, "shelf") for child in path.iterdir()) else None
+    return "shelf" if shelf and any(_kind(child, shelf=False) for child in path.iterdir()) else None
 
 
 def _is_card(path: Path) -> bool:
@@ -340,7 +340,7 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     if collection is not None:
         load_collection(collection)  # a missing one has no content
     merged, path = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}, Path(source.task)
-    key = identity(merged, without=("weight_map", "leep", "grid"))
+    key = identity(merged, without=("weight_map", "leep", "grid", "splits", "trust_sources"))
     key["data"] = content_of(path) if path.exists() else None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)

@@ -370,7 +370,7 @@ def test_inference_prepares_images_as_training_did(bundle):
     shared = {"axcodes", "spacing", "roi_size", "image_size", "network_def"} & train.keys()
     assert {key: inference[key] for key in shared} == {key: train[key] for key in shared}
     steps = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
-    prepared = inference["preprocessing"]["transforms"]
+    prepared = inference["transforms"] if "transforms" in inference else inference["preprocessing"]["transforms"]
     assert [step["_target_"] for step in prepared] == [step["_target_"] for step in steps]
     for ours, theirs in zip(prepared, steps, strict=True):
         same = ours.keys() & theirs.keys() - {"keys", "mode", "spatial_size"}  # of image alone; of a volume
@@ -411,13 +411,14 @@ def test_blocks_that_several_bundles_hold_are_equal():
     images |= {"train#random_transforms#RandShiftIntensityd#offsets", "train#random_transforms#order"}
     images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
     images |= {"train#deterministic_transforms#order", "validate#postprocessing#transforms#AsDiscreted#keys"}
+    images |= {"validate#preprocessing#transforms"}  # of a patient the label is loaded as it is, too
     classes = {f"{part}#_target_" for part in ("target", "evaluation", "ranking", "network_def", "loss", "optimizer")}
     classes |= {"evaluation#splits", "ranking#check_data", "metrics", "decide_by", "train#handlers#ProgressBar#desc"}
     classes |= {"score#evaluator#amp"}  # FU needs gradients in full
     classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
     inference = {"dataloader#batch_size", "dataset_dir", "inferer#_target_", "network_def#_target_", "imports", "run"}
     inference |= {"handlers#order", "handlers#ProgressBar#desc", "in_channels"}
-    inference |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
+    inference |= {"postprocessing#transforms#order", "network#network", "evaluator#inferer"}
     of_classification = {"train": images | classes | {"val_interval"}, "inference": inference}
     segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]
     for config, keys in own.items():

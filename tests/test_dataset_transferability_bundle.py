@@ -125,7 +125,7 @@ def test_inference_writes_a_probability_for_each_image(tmp_path):
         ({"train_per_class": 0}, "expected at least 1"),
         ({"in_channels": 2}, "in_channels is 2"),
         ({"image_size": 8}, "image_size is 8; expected at least 16"),
-        ({"source": SOURCES}, "--source does nothing here"),
+        ({"source": SOURCES}, "is no task, no path of a card"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -100,23 +100,25 @@ def test_checkpoints_and_bundles_are_ranked_beside_tasks(options, in_this_proces
     assert table.loc[["ours", "fits"], "otce"].isna().all()
     assert table.loc["four", "status"] == "left out"
     assert "4 channels" in table.loc["four", "reason"]
-    assert "four (its network takes 4 channels" in (Path(options["output_dir"]) / "answer.txt").read_text()
+    assert "four (its network" in (Path(options["output_dir"]) / "answer.txt").read_text()
     scores = pd.read_csv(Path(options["output_dir"]) / "truth.csv").set_index("source")
     assert set(scores.index) == {"14-T2-ED", "ours", "fits", "scratch"}
 
 
-def test_the_command_for_another_network_is_one_that_this_bundle_takes(options, in_this_process, tmp_path):
+def test_the_command_for_another_network_is_one_that_bundles_take(options, in_this_process, tmp_path):
     network = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8]}
     network |= {"strides": [2], "norm": ["batch", {"affine": True}]}
     torch.save(built_network(network).state_dict(), tmp_path / "ours.pt")
     ours = {"name": "ours", "checkpoint": str(tmp_path / "ours.pt"), "network": network}
     run(**options, sources=[ours], metrics=["h_score"])
-    config, given = next_command(options["output_dir"])
-    assert "finetune.json" in config
-    assert given["network_def"]["norm"] == ["batch", {"affine": True}]
-    out = options | given | {"output_dir": str(tmp_path / "tuned")}
-    run("finetune", **{key: value for key, value in out.items() if key != "sources"})
-    assert len(pd.read_csv(tmp_path / "tuned" / "metrics.csv")) > 0
+    _, given = next_command(options["output_dir"])
+    assert given["source"] == ours
+    for bundle, overlays in ((RISK_MAP, []), (SOURCE_SELECTION, ["finetune"])):
+        out = tmp_path / bundle.name
+        asked = options | given | {"output_dir": str(out)}
+        bundle.run(*overlays, **{key: value for key, value in asked.items() if key != "sources"})
+        assert len(pd.read_csv(out / "metrics.csv")) > 0
+        assert read_json(out / "model.json")["network"] == network | {"out_channels": 2}  # a source as any other
 
 
 # Bad input
@@ -135,7 +137,7 @@ def test_the_command_for_another_network_is_one_that_this_bundle_takes(options, 
         ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
         ({"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
         ({"collection": "nowhere.json"}, "does not exist"),
-        ({"source": SOURCES}, "did you mean --sources"),
+        ({"source": SOURCES}, "is no task, no path of a card"),
     ],
     ids=lambda value: str(value)[:40],
 )

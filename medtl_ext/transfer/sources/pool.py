@@ -491,8 +491,11 @@ class SingleSource:
 
     @property
     def card(self) -> Card | None:
-        """Of a source that brings its own network."""
-        return self.given.card if self.given is not None and self.given.card.foreign else None
+        """Of a source that brings its own network, which a task does not: a training from scratch need not know it."""
+        entry = self.here.config.get("source")
+        if entry is None or (isinstance(entry, str) and _kind(Path(entry)) is None):
+            return None
+        return self.given.card if self.given.card.foreign else None
 
     @cached_property
     def source(self) -> Source:

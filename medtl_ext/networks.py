@@ -7,38 +7,64 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from medtl_ext._validation import InputError
 
-__all__ = ["freeze", "load_weights", "prepared", "read_weights", "trainable_parameters"]
+__all__ = ["freeze", "load_weights", "prepared", "read_checkpoint", "read_weights", "trainable_parameters"]
 
 logger = logging.getLogger(__name__)
 
+# Best scores and the like, which trainers keep beside the weights; a scalar of these types runs nothing.
+_scalar, _number_types = np.float64(0).__reduce__()[0], "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]
+NUMBERS = [np.dtype, *{type(np.dtype(code)) for code in _number_types}]
+NUMBERS += [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+READING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError)
+READING_ERRORS += (safetensors.SafetensorError,)
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of a network from a checkpoint file, without running any code the file may hold.
 
-    Understands a plain ``state_dict``, one under the key ``model``, ``network``, ``net`` or ``state_dict``, and names
-    with the ``module.`` prefix that `torch.nn.parallel.DistributedDataParallel` adds.
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Read all that a checkpoint file holds, without running any code the file may hold.
+
+    Args:
+        path: a file of `torch.save`, of tensors, plain values and NumPy's numbers; or of ``.safetensors``.
 
     Raises:
-        InputError: the file does not exist, is damaged, holds more than tensors and plain values, or holds no tensors.
+        InputError: the file does not exist, is damaged, or holds more than that.
     """
     if not Path(path).is_file():
         hint = "give a .pt file; if it is of a training that was finished, delete its folder and train it again"
         raise InputError(f"checkpoint {path} does not exist; {hint}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except READING_ERRORS as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, pickle.UnpicklingError):  # what torch says of it advises to read it unsafely
             reason = "it is damaged, or holds more than tensors"
         expected = "expected a file written by torch.save(network.state_dict(), path)"
         raise InputError(f"checkpoint {path} cannot be read as weights ({reason}); {expected}.") from error
-    for key in ("model", "network", "net", "state_dict"):
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the tensors of a network from a checkpoint file, without running any code the file may hold.
+
+    Understands a plain ``state_dict``, one under the key ``model``, ``network``, ``net``, ``state_dict`` or nnU-Net's
+    ``network_weights``, names with the ``module.`` prefix that `torch.nn.parallel.DistributedDataParallel` adds, and
+    ``.safetensors`` files.
+
+    Raises:
+        InputError: of `read_checkpoint`, or the file holds no tensors.
+    """
+    content = read_checkpoint(path)
+    for key in ("model", "network", "net", "state_dict", "network_weights"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
@@ -162,7 +188,7 @@ def prepared(
         weights: see `load_weights`; None keeps the fresh ones, to train from scratch.
         freeze: the pattern of `freeze`; None freezes nothing.
         device: where to move it.
-        memory_format: such as ``torch.channels_last``; None leaves it as it is.
+        memory_format: such as ``torch.channels_last``, in 3D its like; None leaves it as it is.
         min_share: least share of the network's tensors that must have been copied; 1 for a source as it is.
         replace_head: keep the head fresh, whatever its size: the target has classes of its own. The head is the last
             linear or convolution layer.
@@ -185,6 +211,8 @@ def prepared(
         weights = {name: value for name, value in found.items() if not name.startswith(f"{head}.")}
     if weights is not None:
         load_weights(network, weights, min_share=min_share)
+    if memory_format is torch.channels_last and any(parameter.ndim == 5 for parameter in network.parameters()):
+        memory_format = torch.channels_last_3d
     return _freeze(network, freeze).to(device, memory_format=memory_format)
 
 

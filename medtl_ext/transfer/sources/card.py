@@ -62,7 +62,7 @@ class Card(BaseModel):
     dimensions: Literal[2, 3] | None = None
     window: Axes | None = None
     overlap: float = Field(default=0.5, ge=0, lt=1)
-    blending: Literal["gaussian", "constant"] = "gaussian"
+    blending: Literal["gaussian", "constant", "nnunet"] = "gaussian"
     mirror: Axes = ()
     output: Literal["logits", "softmax", "sigmoid"] = "logits"
     classes: Names | int | None = None

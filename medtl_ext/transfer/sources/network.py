@@ -21,6 +21,7 @@ from medtl_ext.metrics.features import tap_features
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer.sources.allowed import built_network
 from medtl_ext.transfer.sources.card import Card
+from medtl_ext.transfer.sources.nnunet import sliding_window
 
 __all__ = ["SourceNetwork", "adapted", "answering", "untouched"]
 
@@ -117,6 +118,8 @@ class SourceNetwork(nn.Module):
             return self._mirrored(image)
         if list(image.shape[2:]) == list(window):
             return self._mirrored(image)
+        if self.card.blending == "nnunet":
+            return sliding_window(image, window, self._mirrored, self.card.overlap)
         how = {"overlap": self.card.overlap, "mode": self.card.blending, "padding_mode": "constant"}
         outputs = sliding_window_inference(image, window, AT_A_TIME // 2, self._mirrored, **how)
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -1,2 +1,513 @@
-def nnunet_card(path):
-    raise NotImplementedError
+"""nnU-Net v2 folders as sources: plans, labels and weights read into a source card, and nnU-Net's own preprocessing.
+
+Nothing in a folder is run: JSON and tensors are read, the network is one of `dynamic_network_architectures`, and the
+classes that its arguments name are torch's.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import CropForegroundd, InvertibleTransform, MapTransform
+from monai.transforms.utils import scale_affine
+from monai.utils import convert_to_dst_type, convert_to_numpy, ensure_tuple, ensure_tuple_rep
+from scipy.ndimage import binary_fill_holes, gaussian_filter
+from skimage.transform import resize
+from torch import nn
+
+from medtl_ext._validation import InputError
+from medtl_ext.networks import read_checkpoint
+
+__all__ = [
+    "CropNonzerod",
+    "NormalizeChannelsd",
+    "ResampleSpacingd",
+    "nnunet_card",
+    "nnunet_folders",
+    "nnunet_network",
+    "sliding_window",
+]
+
+ARCHITECTURES = "dynamic_network_architectures.architectures"
+PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
+READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "NaturalImage2DIO", "Tiff3DIO")
+SCHEMES = {
+    "ZScoreNormalization": (),
+    "CTNormalization": ("percentile_00_5", "percentile_99_5", "mean", "std"),
+    "NoNormalization": (),
+    "RescaleTo01Normalization": (),
+    "RGBTo01Normalization": (),
+}
+"""nnU-Net's normalisations, and which of the foreground's properties each needs."""
+RESAMPLING_ORDER = {"resample_data_or_seg_to_shape": 3, "resample_torch_fornnunet": 1}
+ANISOTROPIC = 3.0  # more than this between the largest and the smallest spacing: slices are resampled by themselves
+
+
+def nnunet_folders(folder: str | Path) -> list[Path]:
+    """The results folders (``TRAINER__PLANS__CONFIGURATION``) that a folder is or holds.
+
+    Args:
+        folder: one of those, a fold in it, or the folder of the dataset above them; any other gives an empty list.
+    """
+    folder = Path(folder)
+    for one in (folder, folder.parent if folder.name.startswith("fold_") else folder):
+        if (one / PLANS).is_file() or one.name.count("__") == 2:
+            return [one]
+    return sorted(path.parent for path in folder.glob(f"*__*__*/{PLANS}"))
+
+
+def nnunet_card(folder: str | Path) -> dict[str, Any]:
+    """The source card of an nnU-Net v2 folder.
+
+    Args:
+        folder: see `nnunet_folders`. Of several folds ``fold_all`` is taken, else the first.
+
+    Returns:
+        The card's keys. ``axes`` has three entries for a 2D network too, which sees slices along the first of them;
+        ``window`` and ``mirror`` name the image's own axes. A head of regions has one class for each, after the
+        background, of which each channel is a sigmoid.
+
+    Raises:
+        InputError: it is no such folder, or several; `dynamic_network_architectures` is missing; a cascade; a reader,
+            preprocessor or network that is not nnU-Net's own; weights that are not of the network in the plans.
+    """
+    found = nnunet_folders(folder)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found)
+        what = f"holds several networks ({names}); give one of these folders" if found else "is no nnU-Net v2 folder"
+        raise InputError(f"{folder} {what}; expected TRAINER__PLANS__CONFIGURATION with {PLANS} and {DATASET}.")
+    results = found[0].resolve()
+    fold = results / Path(folder).name if Path(folder).name.startswith("fold_") else _fold(results)
+    plans, dataset = (_json(results, name) for name in (PLANS, DATASET))
+    checkpoint = read_checkpoint(_inside(results, fold / CHECKPOINT))
+    try:
+        return _card(results, fold, plans, dataset, checkpoint)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise InputError(f"{results}: {error}") from error
+        problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{results} is not as nnU-Net v2 writes it ({problem}); give the folder as it was.") from error
+
+
+def _fold(results: Path) -> Path:
+    folds = sorted(path.parent for path in results.glob(f"fold_*/{CHECKPOINT}"))
+    if not folds:
+        raise InputError(f"{results} has no fold with a {CHECKPOINT}; expected fold_0/{CHECKPOINT} or another fold.")
+    return next((fold for fold in folds if fold.name == "fold_all"), folds[0])
+
+
+def _inside(results: Path, path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{results} has no {path.relative_to(results)}; give the folder as nnU-Net v2 wrote it.")
+    if not path.resolve().is_relative_to(results):
+        raise InputError(f"{path} is a link that leaves the folder; copy the file there.")
+    return path
+
+
+def _json(results: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_inside(results, results / name).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{results / name} is no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{results / name} holds {type(content).__name__}; expected a mapping.")
+    return content
+
+
+def _card(results: Path, fold: Path, plans: dict, dataset: dict, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    name = checkpoint["init_args"]["configuration"]
+    configuration = _configuration(plans, name)
+    reader = plans["image_reader_writer"]
+    if configuration.get("previous_stage"):
+        raise InputError(f"{name} is the second stage of a cascade, which needs the segmentation of the first")
+    for what, value, known in (
+        ("preprocessor", configuration["preprocessor_name"], ("DefaultPreprocessor",)),
+        ("reader", reader, READERS),
+    ):
+        if value not in known:
+            raise InputError(f"its {what} is {value}; known: {', '.join(known)}")
+    channel_names = dataset.get("channel_names", dataset.get("modality"))
+    channels = [channel_names[key] for key in sorted(channel_names, key=int)]
+    labels = {label: value for label, value in dataset["labels"].items() if label != "ignore"}
+    classes, regions = _classes(labels, dataset.get("regions_class_order"))
+    network = _definition(configuration, len(channels), len(classes) - regions)
+    with torch.device("meta"):
+        own = nnunet_network(network).state_dict()
+    weights = checkpoint["network_weights"]
+    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in weights.items()}:
+        trainer = checkpoint.get("trainer_name", results.name.split("__")[0])
+        raise InputError(f"its weights are not of the network in plans.json; {trainer} may define its own")
+
+    # nnU-Net's readers give z, y, x, of which it takes an own order; all else here is in the file's x, y, z.
+    axes = [2 - axis for axis in plans["transpose_forward"]]
+    patch = configuration["patch_size"]
+    taken = axes[len(axes) - len(patch) :]
+    in_file_order = dict(sorted(zip(taken, patch, strict=True)))
+    spacing = dict(zip(taken, configuration["spacing"], strict=True))
+    slices = f", on slices along axis {axes[0]} of the image" if len(patch) == 2 else ""
+    return {
+        "name": f"{plans['dataset_name']}_{name}",
+        "description": f"nnU-Net v2, {results.name}, {fold.name}{slices}",
+        "trained_on": f"{plans['dataset_name']}, {dataset.get('numTraining', '?')} cases",
+        "licence": str(dataset.get("licence", dataset.get("license", "unknown"))),
+        "checkpoint": str(fold / CHECKPOINT),
+        "network": network,
+        "channels": channels,
+        "preprocessing": _preprocessing(
+            plans, configuration, len(channels), [spacing.get(axis, -1) for axis in range(3)]
+        ),
+        "axes": axes,
+        "window": list(in_file_order.values()),
+        "overlap": 0.5,
+        "blending": "nnunet",
+        "mirror": sorted(taken[axis] for axis in checkpoint.get("inference_allowed_mirroring_axes") or ()),
+        "dimensions": len(patch),
+        "output": "logits",
+        "classes": classes,
+        "encoder": "encoder",
+    }
+
+
+def _configuration(plans: dict, name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A configuration of the plans with what it inherits."""
+    configuration = plans["configurations"][name]
+    parent = configuration.get("inherits_from")
+    if parent is None:
+        return configuration
+    if parent in (*heirs, name):
+        raise InputError(f"configuration {name} inherits from itself")
+    return _configuration(plans, parent, (*heirs, name)) | configuration
+
+
+def _classes(labels: dict[str, Any], order: Sequence[int] | None) -> tuple[list[str], bool]:
+    """Names of the background and all classes in the order of the channels; whether they are regions."""
+    values = {label: [int(one) for one in np.atleast_1d(value)] for label, value in labels.items()}
+    background = [label for label, value in values.items() if set(value) == {0}]
+    foreground = [label for label in values if label not in background]
+    if len(background) != 1:
+        raise InputError(f"dataset.json gives label 0 to {len(background)} classes; expected one, the background")
+    if not any(len(value) > 1 for value in values.values()):
+        foreground.sort(key=lambda label: values[label])
+        if [values[label] for label in foreground] != [[index + 1] for index in range(len(foreground))]:
+            raise InputError(f"its labels are {labels}; expected 0, 1, 2, ... without a gap")
+        return background + foreground, False
+    if order is None or len(order) != len(foreground):
+        raise InputError(f"its regions_class_order is {order}; expected one label for each of {', '.join(foreground)}")
+    return background + foreground, True
+
+
+def _definition(configuration: dict[str, Any], in_channels: int, out_channels: int) -> dict[str, Any]:
+    """The network as a definition; the format before nnU-Net 2.3 told it by other keys."""
+    if "architecture" in configuration:
+        target, arguments = (configuration["architecture"][key] for key in ("network_class_name", "arch_kwargs"))
+        classes = configuration["architecture"]["_kw_requires_import"]
+    else:
+        target, stages = configuration["UNet_class_name"], configuration["n_conv_per_stage_encoder"]
+        dims, base = len(configuration["patch_size"]), configuration["UNet_base_num_features"]
+        classes = ["conv_op", "norm_op", "nonlin"]
+        arguments = {
+            "n_stages": len(stages),
+            "features_per_stage": [
+                min(base * 2**index, configuration["unet_max_num_features"]) for index in range(len(stages))
+            ],
+            "conv_op": f"torch.nn.Conv{dims}d",
+            "kernel_sizes": configuration["conv_kernel_sizes"],
+            "strides": configuration["pool_op_kernel_sizes"],
+            "n_conv_per_stage" if target == "PlainConvUNet" else "n_blocks_per_stage": stages,
+            "n_conv_per_stage_decoder": configuration["n_conv_per_stage_decoder"],
+            "conv_bias": True,
+            "norm_op": f"torch.nn.InstanceNorm{dims}d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        }
+        target = f"{ARCHITECTURES}.unet.{target}"
+    for key in classes:
+        if arguments[key] is not None and _torch_class(arguments[key]) is None:
+            raise InputError(f"its {key} is {arguments[key]!r}; expected a class of torch.nn")
+    own = {"input_channels": in_channels, "num_classes": out_channels, "deep_supervision": False}
+    return {"_target_": target, **arguments, **own}
+
+
+def _preprocessing(plans: dict, configuration: dict, channels: int, spacing: list[float]) -> list[dict[str, Any]]:
+    """What nnU-Net's DefaultPreprocessor does, in its order."""
+    given, masked = configuration["normalization_schemes"], configuration["use_mask_for_norm"]
+    schemes = []
+    for channel, scheme, mask in zip(range(channels), given, masked, strict=True):
+        if scheme not in SCHEMES:
+            raise InputError(f"it normalises {scheme}; known: {', '.join(SCHEMES)}")
+        needed = SCHEMES[scheme]
+        properties = plans["foreground_intensity_properties_per_channel"][str(channel)] if needed else {}
+        values = {key: float(properties[key]) for key in needed}
+        schemes.append({"scheme": scheme, "masked": bool(mask and scheme == "ZScoreNormalization"), **values})
+    function, options = configuration["resampling_fn_data"], configuration["resampling_fn_data_kwargs"]
+    if function not in RESAMPLING_ORDER or options.get("order_z", 0) != 0:
+        known = f"{', '.join(RESAMPLING_ORDER)}, with order_z 0"
+        raise InputError(f"it resamples by {function} with {options}; known: {known}")
+    resampling = {"mode": options.get("order", RESAMPLING_ORDER[function]), "separate": options.get("force_separate_z")}
+    reoriented = plans["image_reader_writer"] == "NibabelIOWithReorient"
+    return [
+        *([{"_target_": "Orientationd", "axcodes": "RAS"}] if reoriented else []),
+        {"_target_": f"{__name__}.CropNonzerod"},
+        {"_target_": f"{__name__}.NormalizeChannelsd", "schemes": schemes},
+        {"_target_": f"{__name__}.ResampleSpacingd", "pixdim": spacing, **resampling},
+    ]
+
+
+def _torch_class(path: Any) -> type[nn.Module] | None:
+    """A class of torch.nn by its path, whichever module of it that names; nothing is imported."""
+    found = getattr(nn, path.rpartition(".")[2], None) if str(path).startswith("torch.nn.") else None
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def nnunet_network(definition: Mapping[str, Any]) -> nn.Module:
+    """A fresh network of `dynamic_network_architectures`.
+
+    Args:
+        definition: ``_target_``, a class in ``dynamic_network_architectures.architectures``, and its arguments; text in
+            them that begins with ``torch.nn.`` stands for that class.
+
+    Raises:
+        InputError: the package is not installed, has no such class, or the class does not take the arguments.
+    """
+    target, arguments = str(definition["_target_"]), {key: definition[key] for key in definition if key != "_target_"}
+    if not re.fullmatch(rf"{re.escape(ARCHITECTURES)}\.\w+\.\w+", target):
+        raise InputError(f"network {target} is not one of {ARCHITECTURES}")
+    try:
+        import_module(ARCHITECTURES)
+    except ImportError as error:
+        raise InputError(f"network {target} needs another package: pip install 'medtl[nnunet]'") from error
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError):  # classes moved between its releases, most to this module
+        found = getattr(import_module(f"{ARCHITECTURES}.unet"), name, None)
+    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(ARCHITECTURES)
+    if not own:
+        raise InputError(f"network {target} is not one of {ARCHITECTURES}")
+    try:
+        return found(**{key: _torch_class(value) or value for key, value in arguments.items()})
+    except Exception as error:  # whatever it raises of arguments it was not made for
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"network {target} cannot be built from its arguments ({reason})") from error
+
+
+def sliding_window(
+    batch: torch.Tensor,
+    window: Sequence[int],
+    network: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+    overlap: float = 0.5,
+) -> tuple[torch.Tensor, ...]:
+    """The network's outputs on a large image, from windows placed and weighted as nnU-Net does.
+
+    MONAI's inferer moves by a fixed step and has the last window overlap more; here all steps are the same, to one
+    voxel. Where the image is smaller than the window, zeros are put around it.
+
+    Args:
+        batch: N x C x *spatial.
+        window: its size along each spatial axis.
+        network: takes N x C x *window and gives outputs of N x K x *window.
+        overlap: least share of a window that the next one repeats, in [0, 1).
+
+    Returns:
+        N x K x *spatial: means weighted by a Gaussian around the middle of each window.
+
+    >>> sliding_window(torch.ones(1, 1, 7, 3), (4, 4), lambda patch: (2 * patch,))[0].unique()
+    tensor([2.])
+    """
+    missing = [max(0, least - size) for least, size in zip(window, batch.shape[2:], strict=True)]
+    sides = [(count // 2, count - count // 2) for count in missing]
+    padded = nn.functional.pad(batch, [count for pair in reversed(sides) for count in pair])
+    size = padded.shape[2:]
+    weight = np.zeros(tuple(window))
+    weight[tuple(length // 2 for length in window)] = 1
+    weight = gaussian_filter(weight, [length / 8 for length in window], mode="constant")
+    weight = torch.from_numpy(np.maximum(weight, weight[weight > 0].min()) / weight.max()).to(batch)
+    starts = []
+    for length, extent in zip(window, size, strict=True):
+        steps = math.ceil((extent - length) / (length * (1 - overlap)))
+        starts.append(np.linspace(0, extent - length, steps + 1).round().astype(int))
+    totals, weights = (), torch.zeros(size).to(batch)
+    for corner in itertools.product(*starts):
+        place = (..., *[slice(start, start + length) for start, length in zip(corner, window, strict=True)])
+        outputs = network(padded[place])
+        totals = totals or tuple(output.new_zeros(*output.shape[:2], *size) for output in outputs)
+        for total, output in zip(totals, outputs, strict=True):
+            total[place] += output * weight
+        weights[place] += weight
+    inner = [slice(low, low + count) for (low, _), count in zip(sides, batch.shape[2:], strict=True)]
+    return tuple((total / weights)[(..., *inner)] for total in totals)
+
+
+class CropNonzerod(CropForegroundd):
+    """Crop to the smallest box around all voxels that are not zero in every channel; an image of zeros stays whole.
+
+    Args:
+        keys: what is cropped.
+        source_key: the image whose values count; None: the first of ``keys``.
+        mode, start_coord_key, end_coord_key, allow_missing_keys: of `CropForegroundd`, which looks for values above 0.
+
+    >>> image = torch.zeros(1, 5, 5)
+    >>> image[0, 1:3, 2] = -7
+    >>> CropNonzerod("image")({"image": image})["image"].shape
+    torch.Size([1, 2, 1])
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        source_key: str | None = None,
+        mode: str | Sequence[str] = "constant",
+        start_coord_key: str | None = None,
+        end_coord_key: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        given = {"mode": mode, "start_coord_key": start_coord_key, "end_coord_key": end_coord_key}
+        given["allow_missing_keys"] = allow_missing_keys
+        super().__init__(keys, source_key or ensure_tuple(keys)[0], select_fn=_not_zero, **given)
+
+
+def _not_zero(image: torch.Tensor) -> torch.Tensor:
+    return image != 0 if image.any() else image == 0
+
+
+class NormalizeChannelsd(MapTransform):
+    """Normalise every channel by a scheme of its own, as nnU-Net does after cropping.
+
+    Args:
+        keys: images, C x *spatial.
+        schemes: of each channel a mapping with ``scheme``: ``ZScoreNormalization`` (with ``masked``: only where any
+            channel is not zero, enclosed holes included; the rest stays), ``CTNormalization`` (clipped to
+            ``percentile_00_5`` and ``percentile_99_5``, then standardised by ``mean`` and ``std``),
+            ``RescaleTo01Normalization`` (least and largest value), ``RGBTo01Normalization`` (divided by 255) or
+            ``NoNormalization``.
+        allow_missing_keys: do not raise when a key is missing.
+
+    >>> image = torch.tensor([[[0.0, 4.0]], [[51.0, 255.0]]])
+    >>> schemes = [{"scheme": "ZScoreNormalization"}, {"scheme": "RGBTo01Normalization"}]
+    >>> NormalizeChannelsd("image", schemes)({"image": image})["image"]
+    tensor([[[-1.0000,  1.0000]],
+    <BLANKLINE>
+            [[ 0.2000,  1.0000]]])
+    """
+
+    def __init__(
+        self, keys: KeysCollection, schemes: Sequence[Mapping[str, Any]], allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.schemes = schemes
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            image = convert_to_numpy(data[key]).astype(np.float32)
+            body = binary_fill_holes((image != 0).any(0)) if any(one.get("masked") for one in self.schemes) else None
+            for channel, scheme in zip(image, self.schemes, strict=True):
+                _normalize(channel, body if scheme.get("masked") else np.ones(channel.shape, dtype=bool), **scheme)
+            data[key] = convert_to_dst_type(image, data[key], dtype=torch.float32)[0]
+        return data
+
+
+def _normalize(channel: np.ndarray, inside: np.ndarray, *, scheme: str, masked: bool = False, **given: float) -> None:
+    """One channel, in place."""
+    if scheme == "ZScoreNormalization":
+        values = channel[inside]
+        channel[inside] = (values - values.mean()) / max(values.std(), 1e-8) if values.size else values
+    elif scheme == "CTNormalization":
+        np.clip(channel, given["percentile_00_5"], given["percentile_99_5"], out=channel)
+        channel -= given["mean"]
+        channel /= max(given["std"], 1e-8)
+    elif scheme == "RescaleTo01Normalization":
+        channel -= channel.min()
+        channel /= max(channel.max(), 1e-8)
+    elif scheme == "RGBTo01Normalization":
+        channel /= 255
+
+
+class ResampleSpacingd(MapTransform, InvertibleTransform):
+    """Resample to a spacing as nnU-Net does; its inverse interpolates linearly, as nnU-Net does with predictions.
+
+    Unlike MONAI's `Spacingd` the sizes alone set the scale, so that the borders stay where they are. Where the spacing,
+    before or after, is more than three times larger along one axis, slices are resampled by themselves and repeated
+    along it.
+
+    Args:
+        keys: C x X x Y (x Z), with an affine; without one the spacing is 1.
+        pixdim: millimetres along each axis; 0 or less keeps that of the image.
+        mode: order of the splines, 0 to 3, ``"nearest"`` or ``"bilinear"``; of each key, or of all.
+        separate: resample slices by themselves; None: by the rule above.
+        allow_missing_keys: do not raise when a key is missing.
+
+    >>> image = MetaTensor(torch.rand(1, 4, 4, 6), affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0])))
+    >>> ResampleSpacingd("image", [1, 1, 1])({"image": image})["image"].shape
+    torch.Size([1, 8, 8, 6])
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        pixdim: Sequence[float],
+        mode: int | str | Sequence[int | str] = 3,
+        separate: bool | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.pixdim, self.separate = pixdim, separate
+        self.modes = [{"nearest": 0, "bilinear": 1}.get(mode, mode) for mode in ensure_tuple_rep(mode, len(self.keys))]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key, order in self.key_iterator(data, self.modes):
+            image, size = data[key], data[key].shape[1:]
+            found = image.pixdim if isinstance(image, MetaTensor) else [1.0] * len(size)
+            before = [float(f"{value:.6g}") for value in found]  # from the affine, so 0.5 is 0.50000001
+            after = [new if new > 0 else old for new, old in zip(self.pixdim, before, strict=False)]
+            new_size = [round(old / new * n) for old, new, n in zip(before, after, size, strict=True)]
+            data[key] = self._resampled(image, new_size, order, self._axis(before, after))
+            back = {"order": min(order, 1), "axis": self._axis(after, before)}
+            affine = scale_affine(list(size), new_size)
+            self.push_transform(data[key], orig_size=tuple(size), affine=affine, extra_info=back)
+        return data
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            done = self.pop_transform(data[key])
+            size, new_size, how = list(data[key].shape[1:]), list(done["orig_size"]), done["extra_info"]
+            data[key] = self._resampled(data[key], new_size, how["order"], how["axis"])
+            data[key].affine = data[key].affine @ torch.as_tensor(scale_affine(size, new_size))
+        return data
+
+    def _axis(self, first: Sequence[float], then: Sequence[float]) -> int | None:
+        """The axis along which the slices lie that are resampled by themselves."""
+        if self.separate is False or len(first) < 3:
+            return None
+        for spacing in (first, then):
+            if self.separate or max(spacing) / min(spacing) > ANISOTROPIC:
+                axes = [axis for axis, value in enumerate(spacing) if value == max(spacing)]
+                return axes[0] if len(axes) == 1 else None
+        return None
+
+    def _resampled(self, image: torch.Tensor, size: Sequence[int], order: int, axis: int | None) -> torch.Tensor:
+        array = convert_to_numpy(image).astype(np.float64)
+        if array.shape[1:] != tuple(size):
+            resized = partial(resize, order=order, mode="edge", anti_aliasing=False)
+            if axis is None:
+                array = np.stack([resized(channel, size) for channel in array])
+            else:
+                plane, old, new = [n for i, n in enumerate(size) if i != axis], array.shape[axis + 1], size[axis]
+                nearest = ((np.arange(new) + 0.5) * old / new).astype(int)
+                slices = np.moveaxis(array, axis + 1, 1)
+                slices = [[resized(channel[index], plane) for index in range(old)] for channel in slices]
+                array = np.moveaxis(np.asarray(slices)[:, nearest], 1, axis + 1)
+        return convert_to_dst_type(array, image, dtype=image.dtype)[0]

@@ -213,6 +213,26 @@ def test_evaluation_repeats_the_scores_of_training_in_a_folder_of_its_own(option
     pd.testing.assert_frame_equal(table(tmp_path / "again"), trained[trained.split == "test"], check_exact=False)
 
 
+def test_a_source_is_scored_where_all_patients_are_tested(options, collection, source, tmp_path, no_training):
+    """As it is, with nobody to train on or to validate on: as among others."""
+    options |= {"source": str(source), "figures": True, "check_data": True}
+    tested = broken(collection, tmp_path / "tested", only_tested)
+    run("zero_shot", **options | {"collection": tested})
+    folder, scores = Path(options["output_dir"]), table(options["output_dir"])
+    assert set(scores["split"]) == {"test"}
+    assert scores["subject"].nunique() == 10
+    assert {"overlay.png", "report.html", "model.pt"} <= {path.name for path in folder.iterdir()}
+    assert not {"audit", "last.pt", "maps.png"} & {path.name for path in folder.iterdir()}
+    run("zero_shot", **options | {"output_dir": str(tmp_path / "some")})
+    some = table(tmp_path / "some").set_index("subject")["dice"]
+    pd.testing.assert_series_equal(scores.set_index("subject")["dice"][some.index], some)
+
+
+def test_a_source_that_does_not_know_the_targets_classes_is_not_scored_as_it_is(options, no_training):
+    message = refused(lambda: run("zero_shot", **options | {"target_task": "17-T2-FeTS"}))
+    assert "source 14-FLAIR-ED: source and target have different numbers of classes" in message
+
+
 # Inference
 
 
@@ -336,6 +356,10 @@ def truncate(folder: Path, content: dict, subject: str = "17-003/T2.nii.gz") -> 
 
 def empty_test_split(folder: Path, content: dict) -> None:
     content["subjects"] = [s for s in content["subjects"] if (s["institution"], s["split"]) != ("17", "test")]
+
+
+def only_tested(folder: Path, content: dict) -> None:
+    content["subjects"] = [subject | {"split": "test"} for subject in content["subjects"]]
 
 
 @pytest.fixture

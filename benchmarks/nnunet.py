@@ -1,18 +1,15 @@
 """nnU-Net's own predictions beside those of its folder read as a source: train three small networks, then compare.
 
-    pip install nnunetv2
-    python benchmarks/nnunet.py [FOLDER]
+    pip install nnunetv2 && python benchmarks/nnunet.py NEW_FOLDER
 
-nnU-Net adds up windows in 16 bits, which matters in corners that lie at the edge of every window. So it is compared in
-32 bits (target: nowhere more than 0.001), and the last figure is what its own rounding changes in its logits.
+Target: 0.001 from nnU-Net in 32 bits. It adds up windows in 16, whose rounding (the last figure) is large in corners.
 """
 
 import itertools
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -25,51 +22,44 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImage
+from monai.utils import convert_to_dst_type
 
 from medtl_ext.networks import read_weights
 from medtl_ext.transfer.sources.nnunet import CropNonzerod, nnunet_card, nnunet_network, sliding_window
 
 # Two kinds of data: thick slices of CT and MRI with classes, and MRI of two sequences in a body with regions.
 THICK = {"channel_names": {"0": "CT", "1": "MRI"}, "labels": {"background": 0, "ball": 1, "core": 2}}
-BODY = {
-    "channel_names": {"0": "T1", "1": "FLAIR"},
-    "labels": {"background": 0, "whole": [1, 2], "core": 2},
-    "regions_class_order": [1, 2],
-}
+BODY = {"channel_names": {"0": "T1", "1": "FLAIR"}, "labels": {"background": 0, "whole": [1, 2], "core": 2}}
+BODY["regions_class_order"] = [1, 2]
 CASES = {  # dataset, planner, spacing x, y, z around which that of its images lies, configurations
     "thick slices along x": (THICK, "ExperimentPlanner", (4.0, 0.8, 0.8), ["2d", "3d_fullres"]),
     "regions in a body": (BODY, "nnUNetPlannerResEncM", (1.0, 1.0, 1.2), ["3d_fullres"]),
 }
-ITERATIONS = 3
 
 
 def draw(folder: Path, name: str, dataset: dict[str, Any], spacing: np.ndarray, length: int, seed: int) -> list[str]:
     """A ball with a core in noise, written as nnU-Net wants its cases; returns the files of its channels."""
     import SimpleITK
 
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
     size = [int(length * min(1, 1.6 / step)) for step in spacing]
     files = [str(folder / "imagesTr" / f"{name}_000{channel}.nii.gz") for channel in range(2)]
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in size[::-1]], indexing="ij"))
     radius = np.sqrt(((grid - rng.uniform(-0.2, 0.2, (3, 1, 1, 1))) ** 2).sum(0))
     label = (radius < 0.6).astype(np.uint8) + (radius < 0.3)
-    images = [label]
-    for channel in range(2):
-        image = 100 * label + rng.normal(-50 if dataset is THICK else 100, 30, label.shape) * (1 + channel)
-        if dataset is BODY:  # nothing outside, and a hole within
-            image *= (((grid / 0.8) ** 2).sum(0) < 1) & (radius > 0.1)
-        images.append(image.astype(np.float32))
-    for file, array in zip([str(folder / "labelsTr" / f"{name}.nii.gz"), *files], images, strict=True):
-        written = SimpleITK.GetImageFromArray(array)
+    body = (((grid / 0.8) ** 2).sum(0) < 1) & (radius > 0.1)  # nothing outside, and a hole within
+    for channel, file in [(0, str(folder / "labelsTr" / f"{name}.nii.gz")), *enumerate(files, 1)]:
+        noise = rng.normal(-50 if dataset is THICK else 100, 30, label.shape) * channel
+        image = label if channel == 0 else (100 * label + noise) * (body if dataset is BODY else 1)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        written = SimpleITK.GetImageFromArray(image.astype(np.float32 if channel else np.uint8))
         written.SetSpacing([float(value) for value in spacing])
         SimpleITK.WriteImage(written, file)
     return files
 
 
-def train(folder: Path, dataset: dict[str, Any], planner: str, spacing: tuple, configurations: list[str]) -> list[Path]:
-    """Train nnU-Nets for a few iterations; returns their results folders."""
+def train(folder: Path, dataset: dict[str, Any], planner: str, spacing: tuple, configurations: list) -> Iterator[Path]:
+    """Train nnU-Nets for a few iterations; gives their results folders."""
     os.environ |= {f"nnUNet_{part}": str(folder / part) for part in ("raw", "preprocessed", "results")}
     os.environ |= {"nnUNet_n_proc_DA": "1", "nnUNet_compile": "false"}
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
@@ -84,19 +74,17 @@ def train(folder: Path, dataset: dict[str, Any], planner: str, spacing: tuple, c
     plans = api.plan_experiments([1], experiment_planner_class_name=planner)
     api.preprocess([1], plans, configurations=configurations, num_processes=[1])
     settings = json.loads((folder / "preprocessed" / "Dataset001_Balls" / f"{plans}.json").read_text())
-    settings["continue_training"], found = False, []
+    settings["continue_training"] = False
     for configuration in configurations:
         trainer = nnUNetTrainer(dict(settings), configuration, "all", dataset, device=torch.device("cpu"))
-        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, ITERATIONS, 1
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 3, 1
         trainer.run_training()
-        found.append(Path(trainer.output_folder_base))
-    return found
+        yield Path(trainer.output_folder_base)
 
 
 def predict(card: Mapping[str, Any], files: list[str]) -> tuple[MetaTensor, torch.Tensor, torch.Tensor]:
     """The preprocessed image and its logits, both with nnU-Net's axes, and the probabilities in the file's grid."""
-    steps = [(locate(step["_target_"]), dict(step)) for step in card["preprocessing"]]
-    steps = [step("image", **{key: one[key] for key in one if key != "_target_"}) for step, one in steps]
+    steps = [locate(p["_target_"])("image", **{k: p[k] for k in p if k[0] != "_"}) for p in card["preprocessing"]]
     image = Compose(steps)({"image": LoadImage(ensure_channel_first=True, dtype=np.float32)(files)})["image"]
     network = nnunet_network(card["network"]).eval()
     network.load_state_dict(read_weights(card["checkpoint"]))
@@ -112,18 +100,16 @@ def predict(card: Mapping[str, Any], files: list[str]) -> tuple[MetaTensor, torc
     turned = image.as_tensor().permute(there)
     with torch.no_grad():
         found = sliding_window(turned.movedim(1, 0) if flat else turned[None], window, mirrored, card["overlap"])
-    logits = found.movedim(0, 1) if flat else found[0]
+    logits, classes = found.movedim(0, 1) if flat else found[0], found.shape[1] == len(card["classes"])
 
     # Back as nnU-Net goes: logits are resampled, then made probabilities, and outside the crop all is background.
-    found = MetaTensor(logits.permute(*np.argsort(there).tolist()), meta=image.meta)
-    found.applied_operations, classes = image.applied_operations, len(card["classes"]) == len(logits)
+    found = convert_to_dst_type(logits.permute(*np.argsort(there).tolist()), image)[0]
     for step in reversed([step for step in steps if hasattr(step, "inverse")]):
         if isinstance(step, CropNonzerod):
             found = found.softmax(0) if classes else found.sigmoid()
         found = step.inverse({"image": found})["image"]
-    probabilities = found.as_tensor()
-    probabilities[0] += 1 - probabilities.sum(0) if classes else 0
-    return turned, logits, probabilities
+    found[0] += 1 - found.sum(0) if classes else 0
+    return turned, logits, found.as_tensor()
 
 
 def compare(results: Path, files: list[str]) -> dict[str, float]:
@@ -133,8 +119,8 @@ def compare(results: Path, files: list[str]) -> dict[str, float]:
     predictor = inference.nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(results), ("all",))
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
-    prepare = configuration.preprocessor_class(verbose=False)
-    image, _, _ = prepare.run_case(files, None, plans, configuration, predictor.dataset_json)
+    prepare = configuration.preprocessor_class(verbose=False).run_case
+    image, _, _ = prepare(files, None, plans, configuration, predictor.dataset_json)
     rounded = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image))
     read, properties = plans.image_reader_writer_class().read_images(files)
     gaussian = partial(inference.compute_gaussian.__wrapped__, dtype=torch.float32)
@@ -151,15 +137,13 @@ def main(folder: Path) -> None:
     for name, (dataset, planner, spacing, configurations) in CASES.items():
         where = folder / name.replace(" ", "_")
         with redirect_stdout(StringIO()):
-            trained = train(where, dataset, planner, spacing, configurations)
+            trained = list(train(where, dataset, planner, spacing, configurations))
         for results, (what, length) in itertools.product(trained, [("one window", 32), ("several windows", 64)]):
             files = draw(where / what, "case", dataset, np.multiply(spacing, 1.1), length, seed=9)
             with redirect_stdout(StringIO()):
                 found = compare(results, files)
-            words = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
-            print(f"{name}, {results.name.split('__')[-1]}, {what}: {words}", flush=True)
+            print(f"{name}, {results.name.split('__')[-1]}, {what}:", *[f"{key} {found[key]:.2g}" for key in found])
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as made:
-        main(Path(*sys.argv[1:2] or [made]))
+    main(Path(sys.argv[1]))

@@ -69,7 +69,10 @@ class WeightMap:
         value = labels if self.evaluator is None else self._transferability()
         weight = self.to_weight(value)
         if isinstance(weight, Tensor) and weight.ndim == labels.ndim - 1:
-            self.loss.set_weight(weight.to(engine.state.device))
+            if self.dataset[0]["label"].shape[1:] == labels.shape[1:]:
+                self.loss.set_weight(weight.to(engine.state.device))
+            else:  # the training draws patches, each of which needs its part of the map
+                self.dataset.set_map("weight", repeat_cells(weight, labels.shape[1:]).expand_as(labels))
             self._save("weight.nii.gz", weight)
             if self.evaluator is not None:
                 self._save("leep_before.nii.gz", value)

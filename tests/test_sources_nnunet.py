@@ -431,6 +431,6 @@ def test_networks_trained_here_predict_as_nnunet_does(tmp_path):
     command = [sys.executable, SCRIPT, tmp_path]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = re.findall(r"image ([\d.e+-]+), logits ([\d.e+-]+), probabilities ([\d.e+-]+)", done.stdout)
+    rows = re.findall(r"image ([\d.e+-]+) logits ([\d.e+-]+) probabilities ([\d.e+-]+)", done.stdout)
     assert len(rows) == 6
     assert np.all(np.array(rows, dtype=float) < 1e-3)

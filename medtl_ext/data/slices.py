@@ -40,12 +40,25 @@ class _Stack:
         arrays = {key: array[order] for key, array in self.arrays.items()}
         return replace(self, slices=self.slices[order], arrays=arrays)
 
+    def framed(self, shape: Sequence[int]) -> _Stack:
+        """With zeros around every slice (or whole volume), so that it has this shape and its centre in the middle."""
+        held = len(shape)  # axes of what is kept: of slices two
+        low = [(most - size) // 2 for most, size in zip(shape, self.shape, strict=False)]
+        sides = [(before, most - size - before) for before, most, size in zip(low, shape, self.shape, strict=False)]
+        if not any(map(any, sides)):
+            return self
+        flat = [count for pair in reversed(sides) for count in pair]
+        affine = self.affine.copy()
+        affine[:3, 3] -= self.affine[:3, :held] @ low
+        arrays = {key: torch.nn.functional.pad(array, flat) for key, array in self.arrays.items()}
+        return replace(self, arrays=arrays, affine=affine, shape=(*shape, *self.shape[held:]))
+
 
 class SliceDataset(Dataset):
     """2D slices of volumes, for training and evaluating slice by slice.
 
     Works like MONAI's `CacheDataset`: the transforms before the first random one run once on each volume, in threads.
-    The volume is then cut along its last axis, and the chosen slices are kept in memory as plain tensors (4 bytes for
+    The volume is then cut along its last axis, slices of different sizes get zeros around them, and the chosen ones are kept in memory as plain tensors (4 bytes for
     each pixel of the image and one for each of the label: 40 MB for 1,000 slices of 96 x 80). The random transforms
     that remain run on a slice whenever it is asked for, so they see 2D data.
 
@@ -101,8 +114,9 @@ class SliceDataset(Dataset):
             raise InputError(f"none of the {len(self.data)} volumes has foreground (label > 0); {hint}.")
         turns = sorted((turn, volume) for volume, stack in enumerate(stacks) for turn in range(len(stack.slices)))
         quotas = Counter(volume for _, volume in turns[:max_slices])
+        frame = np.max([stack.shape[: 3 if slices == "volume" else 2] for stack in stacks], axis=0).tolist()
         for volume, stack in enumerate(stacks):  # one at a time, so that the memory of the others is free
-            stacks[volume] = stack.keep(quotas[volume])
+            stacks[volume] = stack.keep(quotas[volume]).framed(frame)
         self._stacks = sorted(stacks, key=lambda stack: stack.position)
         self._index = [(stack, place) for stack in self._stacks for place in range(len(stack.slices))]
 

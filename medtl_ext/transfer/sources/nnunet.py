@@ -175,6 +175,7 @@ def _card(results: Path, fold: Path, plans: dict, dataset: dict, checkpoint: Map
         "output": "logits",
         "classes": classes,
         "encoder": "encoder",
+        "batch_size": configuration.get("batch_size", 2),
     }
 
 

@@ -25,7 +25,8 @@ from monai.transforms import Compose, LoadImage
 from monai.utils import convert_to_dst_type
 
 from medtl_ext.networks import read_weights
-from medtl_ext.transfer.sources.nnunet import CropNonzerod, nnunet_card, nnunet_network, sliding_window
+from medtl_ext.transfer.sources.allowed import built_network
+from medtl_ext.transfer.sources.nnunet import CropNonzerod, nnunet_card, sliding_window
 
 # Two kinds of data: thick slices of CT and MRI with classes, and MRI of two sequences in a body with regions.
 THICK = {"channel_names": {"0": "CT", "1": "MRI"}, "labels": {"background": 0, "ball": 1, "core": 2}}
@@ -86,7 +87,7 @@ def predict(card: Mapping[str, Any], files: list[str]) -> tuple[MetaTensor, torc
     """The preprocessed image and its logits, both with nnU-Net's axes, and the probabilities in the file's grid."""
     steps = [locate(p["_target_"])("image", **{k: p[k] for k in p if k[0] != "_"}) for p in card["preprocessing"]]
     image = Compose(steps)({"image": LoadImage(ensure_channel_first=True, dtype=np.float32)(files)})["image"]
-    network = nnunet_network(card["network"]).eval()
+    network = built_network(card["network"]).eval()
     network.load_state_dict(read_weights(card["checkpoint"]))
     flat = card["dimensions"] == 2
     axes, there = card["axes"][flat:], [0, *[1 + axis for axis in card["axes"]]]

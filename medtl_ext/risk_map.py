@@ -73,18 +73,20 @@ class Pictures:
         maps = [folder / f"leep_{when}.nii.gz" for when in ("before", "after")]
         if all(path.is_file() for path in maps):
             image = torch.stack([self._shown(item["image"]) for item in plain]).mean(0)
-            before, after = (nib.load(path).get_fdata()[..., 0] for path in maps)
+            before, after = (nib.load(path).get_fdata() for path in maps)
+            worst = int(np.nanmean(before, (0, 1)).argmin())  # a map of slices is the same in all of them
+            before, after = before[..., worst], after[..., worst]
+            image = image[..., worst] if plain[0]["image"].ndim == 4 else image
             figure = plot_risk_maps(before, after, image=image, quantity="leep", **options)
         elif "weight" in plain[0]:
             items = [plain[place] for place in np.linspace(0, len(plain) - 1, N_PATIENTS).astype(int)]
-            rows = {
-                f"{item['subject']}, slice {item['slice']}": {
-                    "image": self._shown(item["image"]),
-                    "label": item["label"][0].int(),
-                    "weight": item["weight"][0],
-                }
-                for item in items
-            }
+            rows = {}
+            for item in items:
+                image, label, weight = self._shown(item["image"]), item["label"][0].int(), item["weight"][0]
+                if label.ndim == 3:  # of a whole volume the slice that holds most foreground
+                    item["slice"] = place = int(label.gt(0).sum((0, 1)).argmax())
+                    image, label, weight = image[..., place], label[..., place], weight[..., place]
+                rows[f"{item['subject']}, slice {item['slice']}"] = {"image": image, "label": label, "weight": weight}
             figure = plot_montage(rows, **options)
         else:
             return

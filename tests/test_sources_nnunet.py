@@ -19,13 +19,13 @@ from torch import nn
 
 from medtl_ext import InputError
 from medtl_ext.networks import read_checkpoint, read_weights
+from medtl_ext.transfer.sources.allowed import built_network
 from medtl_ext.transfer.sources.nnunet import (
     CropNonzerod,
     NormalizeChannelsd,
     ResampleSpacingd,
     nnunet_card,
     nnunet_folders,
-    nnunet_network,
     sliding_window,
 )
 
@@ -128,7 +128,7 @@ def write(folder, plans=PLANS, dataset=DATASET, configuration="3d_fullres", weig
 
 def weights_of(arguments=ARCHITECTURE["arch_kwargs"], classes=3):
     definition = {"_target_": UNET, **arguments, "input_channels": 2, "num_classes": classes}
-    return nnunet_network(definition | {"deep_supervision": True}).state_dict()
+    return built_network(definition | {"deep_supervision": True}).state_dict()
 
 
 # The card
@@ -152,7 +152,7 @@ def test_a_folder_becomes_a_card(tmp_path):
     assert normalize["schemes"][1] == {"scheme": "ZScoreNormalization", "masked": True}
     assert (resample["pixdim"], resample["mode"], resample["separate"]) == ([3.0, 0.5, 1.0], 3, None)
     assert json.loads(json.dumps(card)) == card
-    network = nnunet_network(card["network"])
+    network = built_network(card["network"])
     assert isinstance(network.encoder.stages[0][0].convs[0].conv, nn.Conv3d)
     network.load_state_dict(read_weights(card["checkpoint"]))
     assert torch.equal(network.state_dict()["decoder.seg_layers.0.bias"], weights["decoder.seg_layers.0.bias"])
@@ -183,7 +183,7 @@ def test_the_plans_of_older_releases_are_read(tmp_path):
     old |= {"n_conv_per_stage_encoder": [1, 1], "n_conv_per_stage_decoder": [1], "num_pool_per_axis": [0, 1, 1]}
     old |= {"conv_kernel_sizes": [[3, 3, 3]] * 2, "pool_op_kernel_sizes": [[1, 1, 1], [1, 2, 2]]}
     plans = changed(PLANS, "configurations/3d_fullres", old)
-    network = nnunet_network(nnunet_card(write(tmp_path, plans, weights=weights_of()))["network"])
+    network = built_network(nnunet_card(write(tmp_path, plans, weights=weights_of()))["network"])
     assert network.state_dict().keys() == weights_of().keys()
 
 
@@ -232,7 +232,7 @@ HOSTILE = {
 def test_plans_that_are_not_nnunets_own_are_refused(tmp_path, monkeypatch, path):
     value, message = HOSTILE[path]
     if not path.endswith("network_class_name"):  # the package need not be there to see it
-        monkeypatch.setattr("medtl_ext.transfer.sources.nnunet.nnunet_network", lambda definition: nn.Identity())
+        monkeypatch.setattr("medtl_ext.transfer.sources.nnunet.built_network", lambda definition: nn.Identity())
     with pytest.raises(InputError, match=message):
         nnunet_card(write(tmp_path, changed(PLANS, path, value)))
 
@@ -300,14 +300,14 @@ def test_a_folder_of_none_or_several_is_refused(tmp_path):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, UNET.rsplit(".", 2)[0], None)
     with pytest.raises(InputError, match=re.escape("pip install 'medtl[nnunet]'")):
-        nnunet_network({"_target_": UNET})
+        built_network({"_target_": UNET})
 
 
 @needs_architectures
 @pytest.mark.parametrize("name", ["unet.nn", "unet.Union", "nothing.Here", "__init__.PlainConvUNet2"])
 def test_only_classes_of_the_package_are_built(name):
     with pytest.raises(InputError, match="is not one of dynamic_network_architectures"):
-        nnunet_network({"_target_": f"dynamic_network_architectures.architectures.{name}"})
+        built_network({"_target_": f"dynamic_network_architectures.architectures.{name}"})
 
 
 # Checkpoints

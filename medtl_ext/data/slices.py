@@ -58,9 +58,10 @@ class SliceDataset(Dataset):
     """2D slices of volumes, for training and evaluating slice by slice.
 
     Works like MONAI's `CacheDataset`: the transforms before the first random one run once on each volume, in threads.
-    The volume is then cut along its last axis, slices of different sizes get zeros around them, and the chosen ones are kept in memory as plain tensors (4 bytes for
+    The volume is then cut along its last axis, and the chosen slices are kept in memory as plain tensors (4 bytes for
     each pixel of the image and one for each of the label: 40 MB for 1,000 slices of 96 x 80). The random transforms
-    that remain run on a slice whenever it is asked for, so they see 2D data.
+    that remain run on a slice whenever it is asked for, so they see 2D data. All are of the size of the largest, with
+    their centre in the middle and zeros around them.
 
     Args:
         data: a datalist; every entry has ``image``, usually ``label`` and ``subject``, perhaps ``patient``.

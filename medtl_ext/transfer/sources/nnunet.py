@@ -7,10 +7,8 @@ classes that its arguments name are torch's.
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch import nn
 
 from medtl_ext._validation import InputError
 from medtl_ext.networks import read_checkpoint
+from medtl_ext.transfer.sources.allowed import built_network
 
 __all__ = [
     "CropNonzerod",
@@ -34,7 +33,6 @@ __all__ = [
     "ResampleSpacingd",
     "nnunet_card",
     "nnunet_folders",
-    "nnunet_network",
     "sliding_window",
 ]
 
@@ -142,7 +140,7 @@ def _card(results: Path, fold: Path, plans: dict, dataset: dict, checkpoint: Map
     classes, regions = _classes(labels, dataset.get("regions_class_order"))
     network = _definition(configuration, len(channels), len(classes) - regions)
     with torch.device("meta"):
-        own = nnunet_network(network).state_dict()
+        own = built_network(network).state_dict()
     weights = checkpoint["network_weights"]
     if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in weights.items()}:
         trainer = checkpoint.get("trainer_name", results.name.split("__")[0])
@@ -211,11 +209,9 @@ def _definition(configuration: dict[str, Any], in_channels: int, out_channels: i
     """The network as a definition; the format before nnU-Net 2.3 told it by other keys."""
     if "architecture" in configuration:
         target, arguments = (configuration["architecture"][key] for key in ("network_class_name", "arch_kwargs"))
-        classes = configuration["architecture"]["_kw_requires_import"]
     else:
         target, stages = configuration["UNet_class_name"], configuration["n_conv_per_stage_encoder"]
         dims, base = len(configuration["patch_size"]), configuration["UNet_base_num_features"]
-        classes = ["conv_op", "norm_op", "nonlin"]
         arguments = {
             "n_stages": len(stages),
             "features_per_stage": [
@@ -233,9 +229,6 @@ def _definition(configuration: dict[str, Any], in_channels: int, out_channels: i
             "nonlin_kwargs": {"inplace": True},
         }
         target = f"{ARCHITECTURES}.unet.{target}"
-    for key in classes:
-        if arguments[key] is not None and _torch_class(arguments[key]) is None:
-            raise InputError(f"its {key} is {arguments[key]!r}; expected a class of torch.nn")
     own = {"input_channels": in_channels, "num_classes": out_channels, "deep_supervision": False}
     return {"_target_": target, **arguments, **own}
 
@@ -263,44 +256,6 @@ def _preprocessing(plans: dict, configuration: dict, channels: int, spacing: lis
         {"_target_": f"{__name__}.NormalizeChannelsd", "schemes": schemes},
         {"_target_": f"{__name__}.ResampleSpacingd", "pixdim": spacing, **resampling},
     ]
-
-
-def _torch_class(path: Any) -> type[nn.Module] | None:
-    """A class of torch.nn by its path, whichever module of it that names; nothing is imported."""
-    found = getattr(nn, path.rpartition(".")[2], None) if str(path).startswith("torch.nn.") else None
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
-
-
-def nnunet_network(definition: Mapping[str, Any]) -> nn.Module:
-    """A fresh network of `dynamic_network_architectures`.
-
-    Args:
-        definition: ``_target_``, a class in ``dynamic_network_architectures.architectures``, and its arguments; text in
-            them that begins with ``torch.nn.`` stands for that class.
-
-    Raises:
-        InputError: the package is not installed, has no such class, or the class does not take the arguments.
-    """
-    target, arguments = str(definition["_target_"]), {key: definition[key] for key in definition if key != "_target_"}
-    if not re.fullmatch(rf"{re.escape(ARCHITECTURES)}\.\w+\.\w+", target):
-        raise InputError(f"network {target} is not one of {ARCHITECTURES}")
-    try:
-        import_module(ARCHITECTURES)
-    except ImportError as error:
-        raise InputError(f"network {target} needs another package: pip install 'medtl[nnunet]'") from error
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError):  # classes moved between its releases, most to this module
-        found = getattr(import_module(f"{ARCHITECTURES}.unet"), name, None)
-    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(ARCHITECTURES)
-    if not own:
-        raise InputError(f"network {target} is not one of {ARCHITECTURES}")
-    try:
-        return found(**{key: _torch_class(value) or value for key, value in arguments.items()})
-    except Exception as error:  # whatever it raises of arguments it was not made for
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"network {target} cannot be built from its arguments ({reason})") from error
 
 
 def sliding_window(

@@ -298,7 +298,8 @@ def _described(
         if target.per_pixel and known.n_channels != target.n_channels:
             left_out = f"it is of {known.modality}, the target's images are {target.modality}"
     over = read_card(keys, trust=trust)
-    card = base.model_copy(update={key: getattr(over, key) for key in keys} | {"trusted": trust})
+    laid = {"name": base.name or over.name} | {key: getattr(over, key) for key in keys}
+    card = base.model_copy(update=laid | {"trusted": trust})
     if card.network is not None:
         network = _filled(card.network, card.n_classes or target.n_classes, target.n_channels)
         card = card.model_copy(update={"network": network})
@@ -340,7 +341,7 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     if collection is not None:
         load_collection(collection)  # a missing one has no content
     merged, path = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}, Path(source.task)
-    key = identity(merged, without=("weight_map", "leep", "grid", "splits", "trust_sources"))
+    key = identity(merged, without=("weight_map", "leep", "grid", "splits"))
     key["data"] = content_of(path) if path.exists() else None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)

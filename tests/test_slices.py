@@ -188,7 +188,11 @@ class TestItems:
 
     def test_volumes_on_different_grids(self):
         entries = [{"image": torch.ones(1, n, 4, 3), "label": torch.ones(1, n, 4, 3)} for n in (4, 6)]
-        assert [item["image"].shape[1] for item in items(build(entries, []))] == [4, 4, 4, 6, 6, 6]
+        found = items(build(entries, []))
+        assert [tuple(item["image"].shape) for item in found] == [(1, 6, 4)] * 6
+        for key in ("image", "label"):  # zeros around the smaller one
+            assert found[0][key][0, :, 0].tolist() == [0, 1, 1, 1, 1, 0]
+            assert found[5][key][0, :, 0].tolist() == [1] * 6
         entries[1]["label"] = torch.ones(1, 5, 4, 3)
         with pytest.raises(InputError, match=r"on one grid .*'label': \(1, 5, 4, 3\)"):
             build(entries, [])

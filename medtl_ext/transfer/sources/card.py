@@ -196,7 +196,7 @@ def channel_order(
         order = list(range(len(given)))
     if None in order and fill is None:
         lacking = [one for one, place in zip(wanted or given, order, strict=True) if place is None]
-        channels = f"channel{'s'[: len(order) == 1]} {', '.join(wanted or given)}"
+        channels = f"channel{'s'[: len(order) != 1]} {', '.join(wanted or given)}"
         hint = f'; "fill": "mean" in its card makes {"it" if len(lacking) == 1 else "them"} a constant'
         has = f"the target's images have {', '.join(given)}"
         raise InputError(

@@ -20,7 +20,7 @@ from typing import Any
 
 import monai.transforms
 import torch
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Resized, Zoomd
 from torch import nn
 
 from medtl_ext._validation import InputError
@@ -189,7 +189,12 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
         smooth = ("align_corners", "anti_aliasing", "anti_aliasing_sigma", *PAD_ARGUMENTS)
         given = {key: value for key, value in given.items() if key not in smooth}
         for label in labels:
-            yield made([label], **({"mode": "nearest"} if kind == "resampled" else {}))
+            yield made([label], **({"mode": _nearest(factory)} if kind == "resampled" else {}))
+
+
+def _nearest(factory: Callable) -> str:
+    """How labels are resampled; by size torch's plain "nearest" would move them half a voxel off the image."""
+    return "nearest-exact" if factory in (Resized, Zoomd) else "nearest"
 
 
 class OnChannelsd(MapTransform):

@@ -86,6 +86,11 @@ class Source:
             "checkpoint": self.job.model,
         }
 
+    def refusal(self) -> InputError:
+        """That it cannot be used, and why, as one sentence."""
+        end = "" if str(self.left_out).endswith("?") else "."
+        return InputError(f"source {self.name} cannot be used: {self.left_out}{end}")
+
     def channels(self, target: TargetTask) -> tuple[list[int | None], list[int]]:
         """Which of the target's channels it takes, and the others; see `channel_order`."""
         return channel_order(self.card.channels, target.channels, fill=self.card.fill)
@@ -334,7 +339,7 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     overlay, collection = Path(config["bundle_root"]) / "configs" / "pretrain.json", source_collection(config)
     overrides: dict[str, Any] = {"source": source.task, "target_task": source.task, "seed": seed}
     overrides |= {"collection": collection}
-    also = {"source_collection": collection, "check_data": True}
+    also = {"source_collection": collection, "check_data": True, "trust_sources": False}
     overrides |= {name: value for name, value in also.items() if name in config}
     if isinstance(source.entry, Mapping) and source.entry.get("network"):
         overrides["network_def"] = dict(source.entry["network"])
@@ -505,7 +510,7 @@ class SingleSource:
         if len(found) > 1:
             raise InputError(f"--source {entry} holds {len(found)} sources; give the path of one.")
         if found[0].left_out and found[0].card.foreign:
-            raise InputError(f"source {found[0].name} cannot be used: {found[0].left_out}.")
+            raise found[0].refusal()
         return found[0]
 
     @property
@@ -523,7 +528,7 @@ class SingleSource:
             raise InputError("--source is not given or has no weights, and this config starts from it; give it.")
         (trained,) = train_sources([self.given], self.here, self.target, folder=self.folder, seed=0, check=self.check)
         if trained.left_out:
-            raise InputError(f"source {trained.name} cannot be used: {trained.left_out}.")
+            raise trained.refusal()
         return trained
 
     # What a config needs

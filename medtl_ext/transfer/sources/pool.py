@@ -509,7 +509,7 @@ class SingleSource:
         found = find_sources([entry], self.target, **where)
         if len(found) > 1:
             raise InputError(f"--source {entry} holds {len(found)} sources; give the path of one.")
-        if found[0].left_out and found[0].card.foreign:
+        if found[0].left_out and found[0].kind != "task":
             raise found[0].refusal()
         return found[0]
 
@@ -602,13 +602,11 @@ class SingleSource:
         """That of validation: a foreign network lays its windows itself."""
         return own if self.card is None else SimpleInferer()
 
-    def batch(self, own: int, dataset: SliceDataset | None = None) -> int:
-        """Images at a time: no more than the source says; one where they differ in size, or (no dataset) whole ones."""
+    def batch(self, own: int, *, training: bool = False) -> int:
+        """Images at a time: in training no more than the source says, whole images one by one."""
         if self.card is None:
             return own
-        sizes = {shape for _, shape in getattr(dataset, "geometry", {}).values()}
-        one_size = dataset is not None and (self.card.window is not None or len(sizes) < 2)
-        return min(own, self.card.batch_size or own) if one_size else 1
+        return min(own, self.card.batch_size or own) if training else 1
 
     def frozen(self, pattern: str | None) -> str | None:
         """Names of the parameters to freeze, where a method freezes any."""

@@ -7,19 +7,23 @@ import re
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose, LoadImaged
+from monai.utils import convert_to_dst_type
 from safetensors.torch import save_file
 from torch import nn
 
 from medtl_ext import InputError
 from medtl_ext.networks import read_checkpoint, read_weights
-from medtl_ext.transfer.sources.allowed import built_network
+from medtl_ext.transfer.sources.allowed import built_network, transforms_of
+from medtl_ext.transfer.sources.card import read_card
+from medtl_ext.transfer.sources.network import untouched
 from medtl_ext.transfer.sources.nnunet import (
     CropNonzerod,
     NormalizeChannelsd,
@@ -203,20 +207,21 @@ def test_other_readers_folds_and_resampling_are_told(tmp_path):
 
 @needs_architectures
 def test_weights_of_another_network_are_refused(tmp_path):
-    with pytest.raises(
-        InputError, match=r"its weights are not of the network in plans\.json; nnUNetTrainer may define"
+    for other, message in (
+        (weights_of(ARCHITECTURE["arch_kwargs"] | {"features_per_stage": [3, 5]}), "does not fit this PlainConvUNet"),
+        (weights_of(classes=5), "its network gives 5 channels, its card names 3 classes"),
     ):
-        nnunet_card(write(tmp_path, weights=weights_of(classes=5)))
+        with pytest.raises(InputError, match=message):
+            untouched(read_card(nnunet_card(write(tmp_path, weights=other))), channels=2)
 
 
 # What is left out, before anything is built
 
 
 HOSTILE = {
-    "configurations/3d_fullres/architecture/arch_kwargs/conv_op": ("os.system", "conv_op is 'os.system'; expected a"),
-    "configurations/3d_fullres/architecture/arch_kwargs/norm_op": ("torch.nn.init", "norm_op is 'torch.nn.init'"),
-    "configurations/3d_fullres/architecture/network_class_name": ("os.system", "network os.system is not one of"),
-    "configurations/3d_fullres/architecture/_kw_requires_import": (["n_stages"], "its n_stages is 2; expected a class"),
+    "configurations/3d_fullres/architecture/arch_kwargs/conv_op": ("os.system", "os.system is not on the list"),
+    "configurations/3d_fullres/architecture/arch_kwargs/norm_op": ("torch.nn.init", "torch.nn.init is not on the list"),
+    "configurations/3d_fullres/architecture/network_class_name": ("os.system", "network os.system is not on the list"),
     "configurations/3d_fullres/preprocessor_name": ("Own", "its preprocessor is Own; known: DefaultPreprocessor"),
     "configurations/3d_fullres/resampling_fn_data": ("mine", "it resamples by mine"),
     "configurations/3d_fullres/normalization_schemes": (["Own", "Own"], "it normalises Own; known: ZScore"),
@@ -228,13 +233,12 @@ HOSTILE = {
 }
 
 
+@needs_architectures
 @pytest.mark.parametrize("path", HOSTILE)
-def test_plans_that_are_not_nnunets_own_are_refused(tmp_path, monkeypatch, path):
+def test_plans_that_are_not_nnunets_own_are_refused(tmp_path, path):
     value, message = HOSTILE[path]
-    if not path.endswith("network_class_name"):  # the package need not be there to see it
-        monkeypatch.setattr("medtl_ext.transfer.sources.nnunet.built_network", lambda definition: nn.Identity())
     with pytest.raises(InputError, match=message):
-        nnunet_card(write(tmp_path, changed(PLANS, path, value)))
+        untouched(read_card(nnunet_card(write(tmp_path, changed(PLANS, path, value)))), channels=2)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_a_folder_of_none_or_several_is_refused(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, UNET.rsplit(".", 2)[0], None)
+    monkeypatch.setitem(sys.modules, UNET.partition(".")[0], None)
     with pytest.raises(InputError, match=re.escape("pip install 'medtl[nnunet]'")):
         built_network({"_target_": UNET})
 
@@ -306,7 +310,7 @@ def test_a_missing_package_is_named(monkeypatch):
 @needs_architectures
 @pytest.mark.parametrize("name", ["unet.nn", "unet.Union", "nothing.Here", "__init__.PlainConvUNet2"])
 def test_only_classes_of_the_package_are_built(name):
-    with pytest.raises(InputError, match="is not one of dynamic_network_architectures"):
+    with pytest.raises(InputError, match="is not on the list of what may be built"):
         built_network({"_target_": f"dynamic_network_architectures.architectures.{name}"})
 
 
@@ -396,14 +400,14 @@ def test_windows_lie_evenly_and_cover_small_and_large_images():
 
     def network(patch):
         places.append(patch[0, 0].flatten()[0].item())
-        return torch.cat([patch, 2 * patch], 1)
+        return patch, 2 * patch
 
     image = torch.arange(110.0)[None, None]
-    done = sliding_window(image, [64], network)
+    one, two = sliding_window(image, [64], network)
     assert places == [0, 23, 46]  # the example in nnU-Net's source
-    torch.testing.assert_close(done, torch.cat([image, 2 * image], 1))
+    torch.testing.assert_close(torch.cat([one, two]), torch.cat([image, 2 * image]))
     small = torch.rand(2, 1, 3, 9)
-    torch.testing.assert_close(sliding_window(small, [8, 4], network)[:, :1], small)
+    torch.testing.assert_close(sliding_window(small, [8, 4], network)[0], small)
 
 
 # The same predictions as nnU-Net
@@ -415,10 +419,14 @@ def test_a_trained_folder_gives_the_probabilities_that_nnunet_gave(shared_data, 
     folder = shared_data / "real" / "networks" / "nnunet_hippocampus"
     if not folder.is_dir():
         pytest.skip("reference data (../shared/data/real) is not beside this checkout")
-    spec = spec_from_file_location("nnunet_benchmark", SCRIPT)
-    spec.loader.exec_module(benchmark := module_from_spec(spec))
-    image = shared_data / "real" / "hippocampus" / "oasis" / f"{patient}_T1.nii.gz"
-    _, _, found = benchmark.predict(nnunet_card(folder), [str(image)])
+    files = {"image": shared_data / "real" / "hippocampus" / "oasis" / f"{patient}_T1.nii.gz"}
+    card = read_card(nnunet_card(folder))
+    steps = Compose([LoadImaged("image", ensure_channel_first=True), *transforms_of(card.preprocessing, ["image"])])
+    image = steps(files)["image"]
+    with torch.no_grad():
+        found = untouched(card, channels=1)(image[None])[0].softmax(0)
+    found = steps.inverse({"image": convert_to_dst_type(found, image)[0]})["image"].numpy()
+    found[0] += 1 - found.sum(0)  # where the image is zero all is background
     expected = np.load(folder / "reference_probabilities.npz")[patient].transpose(0, 3, 2, 1)
     np.testing.assert_allclose(found, expected, atol=1e-3)
 

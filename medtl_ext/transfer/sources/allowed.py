@@ -301,7 +301,10 @@ def _listed(target: str) -> Callable[..., Any]:
         raise refused
     if importlib.util.find_spec(path.partition(".")[0]) is None:
         raise InputError(f"network {target} needs the package {prefixes[prefix]}, which is not installed")
-    found = pydoc.locate(path)
+    try:
+        found = pydoc.locate(path)
+    except pydoc.ErrorDuringImport as error:
+        raise InputError(f"network {target}: its package cannot be imported ({_line(error.value)})") from error
     if prefix in ALLOWED["functions"]:
         return found
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(prefix)):

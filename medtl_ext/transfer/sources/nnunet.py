@@ -25,7 +25,6 @@ from torch import nn
 
 from medtl_ext._validation import InputError
 from medtl_ext.networks import read_checkpoint
-from medtl_ext.transfer.sources.allowed import built_network
 
 __all__ = [
     "CropNonzerod",
@@ -139,13 +138,6 @@ def _card(results: Path, fold: Path, plans: dict, dataset: dict, checkpoint: Map
     labels = {label: value for label, value in dataset["labels"].items() if label != "ignore"}
     classes, regions = _classes(labels, dataset.get("regions_class_order"))
     network = _definition(configuration, len(channels), len(classes) - regions)
-    with torch.device("meta"):
-        own = built_network(network).state_dict()
-    weights = checkpoint["network_weights"]
-    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in weights.items()}:
-        trainer = checkpoint.get("trainer_name", results.name.split("__")[0])
-        raise InputError(f"its weights are not of the network in plans.json; {trainer} may define its own")
-
     # nnU-Net's readers give z, y, x, of which it takes an own order; all else here is in the file's x, y, z.
     axes = [2 - axis for axis in plans["transpose_forward"]]
     patch = configuration["patch_size"]

@@ -28,7 +28,7 @@ from medtl_ext.data.collection import load_collection
 Evaluating = TypeVar("Evaluating", ConfigWorkflow, ConfigParser)
 # Settings that say how and where a run is carried out, not what it computes.
 HOW_NOT_WHAT = {"bundle_root", "output_dir", "source_dir", "settle", "figures", "progress", "check_data", "n_jobs"}
-HOW_NOT_WHAT |= {"num_workers", "device", "rank", "imports", "initialize", "run", "finalize"}
+HOW_NOT_WHAT |= {"trust_sources", "num_workers", "device", "rank", "imports", "initialize", "run", "finalize"}
 # Settings with parts, which also decide what a run computes.
 DECIDING = ("network_def", "loss", "loss_def", "region_loss", "leep", "optimizer", "lr_scheduler", "early_stopping")
 DECIDING += ("weight_map", "grid", "source", "train#deterministic_transforms", "train#random_transforms")

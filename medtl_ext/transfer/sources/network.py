@@ -167,7 +167,7 @@ class SourceNetwork(nn.Module):
         return image.permute(0, 1, *(2 + axis for axis in axes)) if turned else image
 
     def _logits(self, output: Tensor) -> Tensor:
-        logits = self._class_logits(output)
+        logits = self._class_logits(output.float())  # in half precision small probabilities are none
         if self.classes is None:
             return logits
         scores = logits.log_softmax(1)
@@ -222,13 +222,17 @@ def untouched(card: Card, *, channels: int, per_pixel: bool = True) -> SourceNet
 def answering(card: Card, class_names: Sequence[str], *, channels: int) -> SourceNetwork:
     """The untouched network, asked for a target's classes (background first): by name, or, of as many, by position.
 
+    A class that it does not know beside others that it does is never found, with a warning.
+
     Raises:
-        InputError: a class is asked for that it does not know.
+        InputError: it knows none of the classes.
     """
     classes = meaning(card, class_names)
     if classes is None:
         known = ", ".join(card.class_names[1:]) if card.class_names else f"{card.n_classes} classes without names"
         raise InputError(f"it knows {known}, the target asks for {', '.join(class_names[1:])}")
+    if unknown := [name for name, members in zip(class_names, classes, strict=True) if not members]:
+        logger.warning("source %s does not know %s, and so never finds it", card.name, ", ".join(unknown))
     same = classes == [[place] for place in range(card.n_classes or len(classes))]
     network = SourceNetwork(_loaded(card), card, channels=channels, classes=None if same else classes).eval()
     _tried(network)
@@ -236,12 +240,17 @@ def answering(card: Card, class_names: Sequence[str], *, channels: int) -> Sourc
 
 
 def meaning(card: Card, class_names: Sequence[str]) -> list[list[int]] | None:
-    """For each class that is asked for the network's own classes that mean it; None where one is not known."""
+    """For each class that is asked for the network's own classes that mean it; None where it knows none.
+
+    >>> meaning(Card(classes=("background", "wm", "gm")), ["background", "csf", "gm"])
+    [[0, 1], [], [2]]
+    """
     n_classes = card.n_classes or len(class_names)
     own = [name.casefold() for name in card.class_names or ()]
     places = [own.index(name.casefold()) if name.casefold() in own[1:] else None for name in class_names[1:]]
-    if own and None not in places:
-        return [[place for place in range(n_classes) if place not in places], *([place] for place in places)]
+    if any(place is not None for place in places):
+        rest = [place for place in range(n_classes) if place not in places]
+        return [rest, *([] if place is None else [place] for place in places)]
     return [[place] for place in range(n_classes)] if n_classes == len(class_names) else None
 
 

@@ -288,7 +288,7 @@ def _described(
         if target.per_pixel and known.n_channels != target.n_channels:
             left_out = f"it is of {known.modality}, the target's images are {target.modality}"
     over = read_card(keys, trust=trust)
-    card = base.model_copy(update={key: getattr(over, key) for key in over.model_fields_set} | {"trusted": trust})
+    card = base.model_copy(update={key: getattr(over, key) for key in keys} | {"trusted": trust})
     if card.network is not None:
         network = _filled(card.network, card.n_classes or target.n_classes, target.n_channels)
         card = card.model_copy(update={"network": network})
@@ -558,7 +558,14 @@ class SingleSource:
 
     def slices(self, own: str) -> str:
         """What a training set is cut into; see `medtl_ext.data.SliceDataset`."""
-        return "volume" if self.card is not None and self.card.dimensions == 3 else own
+        if self.card is None:
+            return own
+        axes = self.card.axes or ()
+        if self.card.dimensions == 2 and len(axes) == 3 and axes[0] != 2 and not self.target.flat:
+            raise InputError(
+                f"source {self.card.name} sees slices along axis {axes[0]}; only those along the last train."
+            )
+        return "volume" if self.card.dimensions == 3 else own
 
     def inferer(self, own: Any) -> Any:
         """That of validation: a foreign network lays its windows itself."""

@@ -86,6 +86,8 @@ class Card(BaseModel):
             axes = getattr(self, name) or ()
             if len(set(axes)) < len(axes) or (name == "axes" and axes and set(axes) != set(range(len(axes)))):
                 raise ValueError(f"{name} must name spatial axes, each once, such as [2, 1, 0]; found {list(axes)}")
+        if re.search(r"[/\\]|^\.+$", self.name):  # a folder is called so
+            raise ValueError(f"name must be no path; found {self.name}")
         if self.window is not None and (len(self.window) not in (2, 3) or min(self.window) < 1):
             raise ValueError(f"window must be two or three sizes in voxels; found {list(self.window)}")
         if self.channels and len(set(self.channels)) < len(self.channels):
@@ -155,10 +157,10 @@ def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: 
         require_choice(f"{where}: key", key, [name for name in Card.model_fields if name not in ("folder", "trusted")])
     try:
         card = Card.model_validate_json(json.dumps(content | {"folder": str(folder), "trusted": trust}))
-    except (ValidationError, TypeError) as error:
-        if not isinstance(error, ValidationError):
-            raise InputError(f"{where} holds what is no JSON ({error}).") from error
+    except ValidationError as error:
         raise InputError(f"{where}: {_first_of(error)}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where} holds what is no JSON ({error}).") from error
     if not card.name and card.checkpoint:
         card = card.model_copy(update={"name": Path(card.checkpoint).stem})
     return card
@@ -174,14 +176,14 @@ def _first_of(error: ValidationError) -> str:
 
 
 def channel_order(
-    wanted: Sequence[str] | None, given: Sequence[str], *, fill: str | None, name: str = "it"
+    wanted: Sequence[str] | None, given: Sequence[str], *, fill: str | None
 ) -> tuple[list[int | None], list[int]]:
     """Which of the target's channels a network gets, in its order (None: a constant), and those it does not know.
 
     Channels are matched by name, without case; where none is known by name, as many are matched by position.
 
     Raises:
-        InputError: a channel is wanted that the target lacks.
+        InputError: a channel is wanted that the target lacks, or all of them.
 
     >>> channel_order(["R", "G", "B"], ["B", "G", "R"], fill=None)
     ([2, 1, 0], [])
@@ -194,13 +196,11 @@ def channel_order(
     order = [names.index(one.casefold()) if one.casefold() in names else None for one in wanted or given]
     if all(place is None for place in order) and len(order) == len(given):
         order = list(range(len(given)))
-    if None in order and fill is None:
-        lacking = [one for one, place in zip(wanted or given, order, strict=True) if place is None]
-        channels = f"channel{'s'[: len(order) == 1]} {', '.join(wanted or given)}"
-        hint = f'; "fill": "mean" in its card makes {"it" if len(lacking) == 1 else "them"} a constant'
+    lacking = [one for one, place in zip(wanted or given, order, strict=True) if place is None]
+    if lacking and (fill is None or len(lacking) == len(order)):
+        verb, they = ("is", "it") if len(lacking) == 1 else ("are", "them")
+        hint = f'; "fill": "mean" in its card makes {they} a constant' if len(lacking) < len(order) else ""
+        takes = f"it takes channel{'s'[: len(order) > 1]} {', '.join(wanted)}"
         has = f"the target's images have {', '.join(given)}"
-        raise InputError(
-            f"{name} takes {channels}, {has}: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} "
-            f"missing{hint if len(lacking) < len(order) else ''}"
-        )
+        raise InputError(f"{takes}, {has}: {', '.join(lacking)} {verb} missing{hint}")
     return order, [place for place in range(len(given)) if place not in order]

@@ -442,7 +442,7 @@ EXAMPLES = {
     "SavitzkyGolaySmoothd": {"window_length": 3, "order": 1},
     "GaussianSmoothd": {"sigma": 0.5},
     "medtl_ext.transfer.sources.nnunet.ResampleSpacingd": {"pixdim": [2, 2, 2]},
-    "medtl_ext.transfer.sources.nnunet.NormalizeChannelsd": {"schemes": [{"scheme": "ZScoreNormalization"}]},
+    "medtl_ext.transfer.sources.nnunet.NormalizeNonzerod": {"only": [0]},
 }
 
 

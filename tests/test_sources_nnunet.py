@@ -26,7 +26,7 @@ from medtl_ext.transfer.sources.card import read_card
 from medtl_ext.transfer.sources.network import untouched
 from medtl_ext.transfer.sources.nnunet import (
     CropNonzerod,
-    NormalizeChannelsd,
+    NormalizeNonzerod,
     ResampleSpacingd,
     nnunet_card,
     nnunet_folders,
@@ -150,10 +150,13 @@ def test_a_folder_becomes_a_card(tmp_path):
     assert card["window"] == [4, 16, 8]
     assert card["mirror"] == [0, 2]
     assert card["dimensions"] == 3
-    crop, normalize, resample = card["preprocessing"]
+    crop, within, scale, resample = card["preprocessing"]
     assert crop == {"_target_": "medtl_ext.transfer.sources.nnunet.CropNonzerod"}
-    assert normalize["schemes"][0] == {"scheme": "CTNormalization", "masked": False, **CT}
-    assert normalize["schemes"][1] == {"scheme": "ZScoreNormalization", "masked": True}
+    assert within == {"_target_": "medtl_ext.transfer.sources.nnunet.NormalizeNonzerod", "only": [1]}
+    assert scale["channels"] == [0]
+    (scale,) = transforms_of([scale], ["image"])
+    image = torch.tensor([[-500.0, 100.0, 250.0, 500.0], [-500.0, 100.0, 250.0, 500.0]])
+    torch.testing.assert_close(scale({"image": image})["image"], torch.stack([torch.tensor([-2.4, 0, 3, 4]), image[1]]))
     assert (resample["pixdim"], resample["mode"], resample["separate"]) == ([3.0, 0.5, 1.0], 3, None)
     assert json.loads(json.dumps(card)) == card
     network = built_network(card["network"])
@@ -177,7 +180,7 @@ def test_regions_are_classes_of_one_channel_each(tmp_path):
     dataset = DATASET | {"labels": REGIONS, "regions_class_order": [1, 2]}
     card = nnunet_card(write(tmp_path, dataset=dataset, weights=weights_of(classes=2)))
     assert card["classes"] == ["background", "whole", "core"]
-    assert (card["output"], card["network"]["num_classes"]) == ("logits", 2)
+    assert card["network"]["num_classes"] == 2
 
 
 @needs_architectures
@@ -222,12 +225,18 @@ HOSTILE = {
     "configurations/3d_fullres/architecture/arch_kwargs/conv_op": ("os.system", "os.system is not on the list"),
     "configurations/3d_fullres/architecture/arch_kwargs/norm_op": ("torch.nn.init", "torch.nn.init is not on the list"),
     "configurations/3d_fullres/architecture/network_class_name": ("os.system", "network os.system is not on the list"),
-    "configurations/3d_fullres/preprocessor_name": ("Own", "its preprocessor is Own; known: DefaultPreprocessor"),
+    "configurations/3d_fullres/preprocessor_name": (
+        "Own",
+        "its preprocessor 'Own' is unknown. Known: DefaultPreprocessor",
+    ),
     "configurations/3d_fullres/resampling_fn_data": ("mine", "it resamples by mine"),
-    "configurations/3d_fullres/normalization_schemes": (["Own", "Own"], "it normalises Own; known: ZScore"),
+    "configurations/3d_fullres/normalization_schemes": (
+        ["Own", "Own"],
+        "it normalises by Own, which is not known",
+    ),
     "configurations/3d_fullres/patch_size": (None, "is not as nnU-Net v2 writes it .lacks 'patch_size'"),
-    "configurations/3d_fullres/inherits_from": ("3d_lowres", "inherits from itself"),
-    "image_reader_writer": ("Own", "its reader is Own; known: SimpleITKIO"),
+    "configurations/3d_fullres/inherits_from": ("3d_lowres", "is not as nnU-Net v2 writes it .maximum recursion"),
+    "image_reader_writer": ("Own", "its reader 'Own' is unknown. Known: SimpleITKIO"),
     "transpose_forward": ("abc", "is not as nnU-Net v2 writes it"),
     "foreground_intensity_properties_per_channel": ({}, "is not as nnU-Net v2 writes it"),
 }
@@ -246,7 +255,7 @@ def test_plans_that_are_not_nnunets_own_are_refused(tmp_path, path):
     [
         ({"organ": 1}, "gives label 0 to 0 classes"),
         ({"background": 0, "organ": 2}, "expected 0, 1, 2, ... without a gap"),
-        (REGIONS, "its regions_class_order is None; expected one label for each of whole, core"),
+        (REGIONS, r"its regions_class_order is \(\); expected one label for each of \['whole', 'core'\]"),
     ],
 )
 def test_labels_that_make_no_classes_are_refused(tmp_path, labels, message):
@@ -272,15 +281,15 @@ def test_missing_files_are_named(tmp_path):
     (results / "fold_0" / "checkpoint_final.pth").unlink()
     with pytest.raises(InputError, match=r"has no fold with a checkpoint_final\.pth; expected fold_0"):
         nnunet_card(results)
-    with pytest.raises(InputError, match=r"has no fold_3.checkpoint_final\.pth"):
+    with pytest.raises(InputError, match="does not exist"):
         nnunet_card(results / "fold_3")
     for name in ("dataset.json", "plans.json"):
         results = write(tmp_path)
         (results / name).write_text("{")
-        with pytest.raises(InputError, match=f"{name} is no JSON"):
+        with pytest.raises(InputError, match=f"its {name} is no JSON"):
             nnunet_card(results)
         (results / name).unlink()
-        with pytest.raises(InputError, match=f"has no {name}"):
+        with pytest.raises(InputError, match=f"its {name} is no file|is no nnU-Net"):
             nnunet_card(results)
 
 
@@ -288,7 +297,7 @@ def test_a_link_that_leaves_the_folder_is_refused(tmp_path):
     results = write(tmp_path / "a")
     (results / "plans.json").rename(tmp_path / "elsewhere.json")
     (results / "plans.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(InputError, match="is a link that leaves the folder"):
+    with pytest.raises(InputError, match="leads out of the source's folder"):
         nnunet_card(results)
 
 
@@ -351,7 +360,7 @@ def test_the_mask_of_a_normalisation_is_of_all_channels_and_without_holes():
     image[0, 1:6, 1:6] = torch.arange(1, 26).reshape(5, 5).float()
     image[1, 2, 2] = 3
     image[0, 3, 3] = 0
-    found = NormalizeChannelsd("image", [{"scheme": "ZScoreNormalization", "masked": True}] * 2)({"image": image})
+    found = NormalizeNonzerod("image", [0, 1])({"image": image})
     for channel, before in zip(found["image"], image, strict=True):
         assert channel[1:6, 1:6].mean().item() == pytest.approx(0, abs=1e-6)
         assert channel[1:6, 1:6].std(correction=0).item() == pytest.approx(1, abs=1e-6)
@@ -361,17 +370,16 @@ def test_the_mask_of_a_normalisation_is_of_all_channels_and_without_holes():
 
 def test_an_image_of_zeros_stays_whole_and_finite():
     data = {"image": torch.zeros(1, 3, 4)}
-    assert CropNonzerod("image")(data)["image"].shape == (1, 3, 4)
-    for scheme in ("ZScoreNormalization", "RescaleTo01Normalization", "NoNormalization"):
-        done = NormalizeChannelsd("image", [{"scheme": scheme, "masked": scheme[0] == "Z"}])(data)["image"]
-        assert not done.any()
+    assert CropNonzerod("image", "image")(data)["image"].shape == (1, 3, 4)
+    assert not NormalizeNonzerod("image", [0])(data)["image"].any()
 
 
 def test_resampling_follows_the_affine_and_has_an_inverse():
     affine = torch.diag(torch.tensor([0.8, -0.8, 4.0, 1.0], dtype=torch.float64))
     image = MetaTensor(torch.rand(1, 10, 12, 5), affine=affine)
     label = MetaTensor((image > 0.5).float(), affine=affine)
-    resample = ResampleSpacingd(["image", "label"], [1.6, 0.4, -1], mode=(3, "nearest"))
+    step = {"_target_": "medtl_ext.transfer.sources.nnunet.ResampleSpacingd", "pixdim": [1.6, 0.4, -1]}
+    resample = Compose(transforms_of([step]))
     done = resample({"image": image, "label": label})
     assert done["image"].shape == done["label"].shape == (1, 5, 24, 5)
     torch.testing.assert_close(done["image"].pixdim, torch.tensor([1.6, 0.4, 4.0]).double())

@@ -20,16 +20,18 @@ from typing import Any
 
 import monai.transforms
 import torch
+from monai.bundle import ConfigParser
 from monai.transforms import MapTransform
 from torch import nn
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, first_line
 
-__all__ = ["ALLOWED", "built_network", "importing", "inside", "kind_of_transform", "transforms_of"]
+__all__ = ["ALLOWED", "built_network", "importing", "inside", "kind_of_transform", "read_mapping", "transforms_of"]
 
 #: The lists of ``allowed.json``.
 ALLOWED: dict[str, Any] = json.loads(Path(__file__).with_name("allowed.json").read_text(encoding="utf-8"))
 TRUST = "which only --trust_sources true would do"
+MOST_BYTES = 2**24  # of a config
 MOST_PARAMETERS = 10**9  # a larger network is a mistake or malice: it would not fit into memory
 LARGEST_NUMBER = 10**6  # of a network's arguments, for the same reason
 PAD_ARGUMENTS = ("value", "constant_values")  # those of the paddings' **kwargs that mean something
@@ -50,6 +52,26 @@ def inside(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path
     if not found.is_relative_to(Path(folder).resolve()):
         raise InputError(f"{path} leads out of the source's folder, so it is not read")
     return found
+
+
+def read_mapping(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """What a JSON or YAML file in a source's folder holds.
+
+    Raises:
+        InputError: there is none, it leads out of the folder, is huge, damaged, or holds no mapping.
+    """
+    path = inside(folder, name)
+    if not path.is_file():
+        raise InputError(f"its {name} is no file")
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f"its {name} is larger than {MOST_BYTES} bytes")
+    try:
+        content = ConfigParser.load_config_file(path)
+    except Exception as error:  # of two parsers, on anything
+        raise InputError(f"its {name} is no JSON or YAML ({type(error).__name__}: {first_line(error):.100})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"its {name} holds no mapping")
+    return content
 
 
 def built_network(
@@ -82,7 +104,7 @@ def built_network(
     except InputError:
         raise
     except Exception as error:  # whatever a stranger's network raises on arguments of his
-        raise InputError(f"{where} cannot be built from its arguments ({_line(error)})") from error
+        raise InputError(f"{where} cannot be built from its arguments ({first_line(error)})") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"{where} is no network but {type(network).__name__}")
     return network
@@ -177,7 +199,7 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
         try:
             return factory(**arguments)
         except Exception as error:  # whatever MONAI raises on arguments that fit by name alone
-            raise InputError(f"{where} cannot be made of its arguments ({_line(error)})") from error
+            raise InputError(f"{where} cannot be made of its arguments ({first_line(error)})") from error
 
     if kind == "foreground":  # one box for all, that of the image
         names, modes = [image, *labels], [given.get("mode", "constant"), *["constant"] * len(labels)]
@@ -304,7 +326,7 @@ def _listed(target: str) -> Callable[..., Any]:
     try:
         found = pydoc.locate(path)
     except pydoc.ErrorDuringImport as error:
-        raise InputError(f"network {target}: its package cannot be imported ({_line(error.value)})") from error
+        raise InputError(f"network {target}: its package cannot be imported ({first_line(error.value)})") from error
     if prefix in ALLOWED["functions"]:
         return found
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(prefix)):
@@ -340,7 +362,7 @@ def _of_file(target: str, folder: str | os.PathLike[str] | None, trust: bool) ->
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody's program raises
-        raise InputError(f"network {target} cannot be imported ({_line(error)})") from error
+        raise InputError(f"network {target} cannot be imported ({first_line(error)})") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise InputError(f"network {target}: there is no class {name} in {file} that is a torch module")
@@ -370,7 +392,3 @@ def importing(folder: str | os.PathLike[str]) -> Iterator[None]:
             if not name.startswith(PRIVATE) and Path(file or "/").resolve().is_relative_to(own):
                 del sys.modules[name]
         sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

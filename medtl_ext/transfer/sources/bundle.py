@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from medtl_ext._validation import InputError, require_number
+from medtl_ext._validation import InputError, first_line, require_number
 from medtl_ext.transfer.sources.allowed import (
     ALLOWED,
     TRUST,
@@ -20,6 +20,7 @@ from medtl_ext.transfer.sources.allowed import (
     importing,
     inside,
     kind_of_transform,
+    read_mapping,
     transforms_of,
 )
 
@@ -40,7 +41,6 @@ ONE_A_KEY = ("mode", "padding_mode", "align_corners", "anti_aliasing")
 UNSAID = (None, "none", "regular")  # modalities that say nothing
 MOST_VALUES = 100_000  # of a config, so that aliases of aliases in YAML do not fill the memory
 MOST_CHANNELS = 10_000
-MOST_BYTES = 2**24
 
 
 def bundle_card(folder: str | os.PathLike[str], trust: bool = False) -> dict[str, Any]:
@@ -67,14 +67,13 @@ def bundle_card(folder: str | os.PathLike[str], trust: bool = False) -> dict[str
     except InputError:
         raise
     except Exception as error:  # whatever somebody else's config holds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"it cannot be read as a bundle ({type(error).__name__}: {reason:.200})") from error
+        raise InputError(f"it cannot be read as a bundle ({type(error).__name__}: {first_line(error):.200})") from error
 
 
 def _card(folder: Path, trust: bool) -> dict[str, Any]:
     if not inside(folder, "configs").is_dir():
         raise InputError(f"{folder} is no MONAI bundle, which is a folder with configs/ in it")
-    metadata = _loaded(folder, "configs/metadata.json") if (folder / "configs" / "metadata.json").exists() else {}
+    metadata = read_mapping(folder, "configs/metadata.json") if (folder / "configs" / "metadata.json").exists() else {}
     card = {"name": folder.resolve().name} | _about(metadata)
     if (folder / "LICENSE").is_file():
         card.setdefault("licence", "see its LICENSE")
@@ -295,28 +294,12 @@ def _part(configs: Sequence["_Config"], name: str) -> tuple["_Config | None", An
     return None, None
 
 
-def _loaded(folder: Path, name: str) -> dict[str, Any]:
-    path = inside(folder, name)
-    if not path.is_file():
-        raise InputError(f"its {name} is no file")
-    if path.stat().st_size > MOST_BYTES:
-        raise InputError(f"its {name} is larger than {MOST_BYTES} bytes")
-    try:
-        content = ConfigParser.load_config_file(path)
-    except Exception as error:  # of two parsers, on anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"its {name} is no JSON or YAML ({type(error).__name__}: {reason:.100})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"its {name} holds no mapping")
-    return content
-
-
 class _Config:
     """A config, of which parts are taken as plain values."""
 
     def __init__(self, folder: Path, name: str, trust: bool) -> None:
         self.folder, self.trust, self.left = folder, trust, MOST_VALUES
-        self.content = _loaded(folder, name) | {"bundle_root": str(folder)}
+        self.content = read_mapping(folder, name) | {"bundle_root": str(folder)}
 
     def get(self, place: str, *default: Any) -> Any:
         """What lies at ``a#b#0``; bundles also write such a path as one key."""
@@ -372,7 +355,7 @@ class _Config:
             with importing(self.folder), patch.dict(os.environ, old):
                 found = ConfigParser(self.content | {"_asked_": value}).get_parsed_content("_asked_")
         except Exception as error:
-            reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error.__cause__ or error)
             raise InputError(f"{where}: {value!r:.100} cannot be evaluated ({reason:.200})") from error
         return _as_plain(where, found)
 

@@ -20,7 +20,7 @@ from monai.transforms import EnsureTyped, LoadImaged, RandSpatialCropd, SpatialP
 from torch import nn
 
 from medtl_ext._io import suffix_of
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, first_line
 from medtl_ext.data import SliceDataset, load_collection
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer.config import current_config, identity
@@ -127,8 +127,7 @@ class Source:
             with torch.no_grad():
                 output = network.eval()(torch.zeros(1, *image_shape))
         except Exception as error:  # whatever a network raises on images it was not made for
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"its network refuses the target's images ({reason})") from error
+            raise InputError(f"its network refuses the target's images ({first_line(error)})") from error
         found = tuple(getattr(output, "shape", ()))
         if target.per_pixel and found[2:] != tuple(image_shape[1:]):
             raise InputError("its network does not give one prediction per pixel")

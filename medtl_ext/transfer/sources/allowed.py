@@ -13,7 +13,7 @@ import pydoc
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,16 +124,10 @@ def checked_network(
     def nested(value: Mapping[str, Any]) -> Any:
         if value["_target_"] not in ALLOWED["values"]:
             return built_network(value, folder, trust)
-        return pydoc.locate(value["_target_"])(
-            **{key: _plain(where, one) for key, one in value.items() if key != "_target_"}
-        )
+        return pydoc.locate(value["_target_"])(**_arguments(where, value))
 
-    given = {key: value for key, value in definition.items() if key != "_target_"}
-    given = {key: value for key, value in given.items() if key not in ALLOWED["obsolete"].get(name, ())}
-    try:
-        arguments = {str(key): _plain(f"{where}, {key}", value, nested, LARGEST_NUMBER) for key, value in given.items()}
-    except RecursionError as error:
-        raise InputError(f"{where}: its arguments are nested too deeply") from error
+    obsolete = {"_target_", *ALLOWED["obsolete"].get(name, ())}
+    arguments = _arguments(where, definition, obsolete, nested, LARGEST_NUMBER)
     for key in ALLOWED["names"]:
         if isinstance(arguments.get(key), str) and not re.fullmatch(r"[\w.-]+", arguments[key]):
             raise InputError(f"{where}: {key} {arguments[key]!r} is no plain name (a hub's address would be fetched)")
@@ -178,16 +172,12 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
     target = step.get("_target_") if isinstance(step, Mapping) else None
     kind = kind_of_transform(target)
     if kind is None:
-        raise InputError(
-            f"preprocessing {target or step!s:.200} is not on the list of what may be used (docs/sources.md)"
-        )
+        raise InputError(f"preprocessing {target or step!s:.200} is not on the list (see docs/sources.md)")
     if kind in ("dropped", "gone", "channels"):
         return
-    where, factory = f"preprocessing {target}", _transform(target)
-    try:
-        given = {str(key): _plain(f"{where}, {key}", value) for key, value in step.items() if key != "_target_"}
-    except RecursionError as error:
-        raise InputError(f"{where}: its arguments are nested too deeply") from error
+    where, name = f"preprocessing {target}", _short(target)
+    factory = pydoc.locate(name) if "." in name else getattr(monai.transforms, name)
+    given = _arguments(where, step)
     for key in ("keys", "source_key", "allow_missing_keys", "lazy"):
         if key in given:
             raise InputError(f"{where} has {key}, which is set here; leave it out")
@@ -215,14 +205,7 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
 
 
 class OnChannelsd(MapTransform):
-    """An intensity transform on some channels of an image; the others stay as they are.
-
-    Args:
-        transform: keeps the shape.
-        channels: numbers from 0.
-
-    Raises:
-        InputError: ``channels`` is no list of numbers from 0, or the image has fewer.
+    """An intensity transform on some channels (numbers from 0) of an image; the others stay as they are.
 
     >>> double = monai.transforms.ScaleIntensityRanged("image", 0, 1, 0, 2)
     >>> OnChannelsd(double, [0])({"image": torch.ones(2, 1, 1)})["image"].flatten().tolist()
@@ -231,8 +214,8 @@ class OnChannelsd(MapTransform):
 
     def __init__(self, transform: MapTransform, channels: Sequence[int]) -> None:
         super().__init__(transform.keys)
-        wrong = not isinstance(channels, list | tuple) or not channels
-        if wrong or not all(type(one) is int and one >= 0 for one in channels):
+        listed = isinstance(channels, list | tuple) and len(channels) > 0
+        if not listed or not all(type(one) is int and one >= 0 for one in channels):
             raise InputError(f"channels is {channels!r}; expected a list of numbers from 0")
         self.transform, self.channels = transform, list(channels)
 
@@ -268,14 +251,21 @@ def _short(target: str) -> str:
     return re.sub(r"(?<=[a-z0])(D|Dict)$", "d", target)
 
 
-def _transform(target: str) -> type[MapTransform]:
-    name = _short(target)
-    return pydoc.locate(name) if "." in name else getattr(monai.transforms, name)
+def _arguments(
+    where: str,
+    definition: Mapping[str, Any],
+    without: Container[str] = ("_target_",),
+    build: Callable[[Mapping[str, Any]], Any] | None = None,
+    most: float = math.inf,
+) -> dict[str, Any]:
+    try:
+        given = {str(key): value for key, value in definition.items() if key not in without}
+        return {key: _plain(f"{where}, {key}", value, build, most) for key, value in given.items()}
+    except RecursionError as error:
+        raise InputError(f"{where}: its arguments are nested too deeply") from error
 
 
-def _plain(
-    where: str, value: Any, build: Callable[[Mapping[str, Any]], Any] | None = None, most: float = math.inf
-) -> Any:
+def _plain(where: str, value: Any, build: Callable[[Mapping[str, Any]], Any] | None, most: float) -> Any:
     """The value, if it is one that JSON knows and nothing in it asks for evaluation."""
     if isinstance(value, str):
         if value.lstrip()[:1] in tuple("$@%"):
@@ -386,9 +376,8 @@ def importing(folder: str | os.PathLike[str]) -> Iterator[None]:
         sys.path.remove(str(own))
         sys.dont_write_bytecode = bytecode
         for name in set(sys.modules) - set(before):
-            file = getattr(sys.modules[name], "__file__", None) or next(
-                iter(getattr(sys.modules[name], "__path__", [])), ""
-            )
-            if not name.startswith(PRIVATE) and Path(file or "/").resolve().is_relative_to(own):
+            places = [getattr(sys.modules[name], "__file__", None), *getattr(sys.modules[name], "__path__", ())]
+            its_own = any(Path(place).resolve().is_relative_to(own) for place in places if place)
+            if its_own and not name.startswith(PRIVATE):
                 del sys.modules[name]
         sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})

@@ -43,6 +43,7 @@ class Net(nn.Module):
         if self.end == "sigmoid":
             return found.sigmoid()
         several = {"list": [2 * found, found], "dict": {"aux": 2 * found, "out": found}, "large": 100 * found}
+        several |= {"pooled": nn.functional.adaptive_avg_pool2d(found, 1) if found.ndim == 4 else None}
         several |= {"nan": found * torch.nan, "image": found.flatten(2).mean(2), "none": None, "scalar": found.mean()}
         return several.get(self.end, found)
 
@@ -490,6 +491,14 @@ def test_one_output_is_picked(end, pick, times, make):
     network, image = untouched(make(end=end, pick=pick), channels=1), torch.rand(2, 1, 4, 4)
     expected = times * result(network.net.head, result(network.net.first, image).relu())
     torch.testing.assert_close(result(network, image), expected)
+
+
+@pytest.mark.parametrize("end", ["image", "pooled"])
+def test_one_answer_an_image(end, make):
+    network, images = untouched(make(end=end, classes=2), channels=1, per_pixel=False), torch.rand(3, 1, 6, 6)
+    assert result(network, images).shape == (3, 2)
+    fitted = adapted(network.card, ["a", "b", "c"], wanted=1, channels=["x"], per_pixel=False)
+    assert result(fitted, images).shape == (3, 3)
 
 
 def test_an_empty_field_of_view_is_named():

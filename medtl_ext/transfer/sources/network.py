@@ -139,6 +139,7 @@ class SourceNetwork(nn.Module):
         with tap_features(self.net, [self.card.layer]) as tapped:
             output = self._raw(image)
         features = tapped[self.card.layer][-1]
+        features = _one(features) if output.ndim == 2 else features
         if features.ndim != output.ndim or len(features) != len(image):
             raise InputError('its features lie on no grid; name a layer that does in its card ("layer")')
         features = self._turned(features, _inverse(self.axes))
@@ -147,7 +148,8 @@ class SourceNetwork(nn.Module):
         return output, features
 
     def _raw(self, image: Tensor) -> Tensor:
-        return self._turned(self._picked(self.net(self._turned(image, self.axes))), _inverse(self.axes))
+        output = self._turned(self._picked(self.net(self._turned(image, self.axes))), _inverse(self.axes))
+        return output if output.shape[2:] == image.shape[2:] else _one(output)
 
     def _picked(self, output: Any) -> Tensor:
         """The one output that counts, in full precision: in half, small probabilities are none."""
@@ -187,6 +189,11 @@ class SourceNetwork(nn.Module):
         without = logsigmoid(-output)
         later = without.flip(1).cumsum(1).flip(1)
         return torch.cat([later[:, :1], logsigmoid(output) + later - without], 1)
+
+
+def _one(output: Tensor) -> Tensor:
+    """N x K of a map of one pixel, which is an answer an image."""
+    return output.flatten(1) if set(output.shape[2:]) == {1} else output
 
 
 def _subsets(axes: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -248,13 +248,18 @@ def _on_shelf(path: Path, target: TargetTask, trust: bool) -> Source:
     kind, where = _kind(path), str(path)
     name = path.stem if path.is_file() else path.name
     try:
-        card = _card_at(path, trust)
+        card = card_at(path, trust)
         return _fitting(Source(card.name or name, kind, card, where, size=None), target)
     except InputError as error:
         return Source(name, kind, Card(), where, left_out=str(error).rstrip("."))
 
 
-def _card_at(path: Path, trust: bool) -> Card:
+def card_at(path: Path, trust: bool) -> Card:
+    """The card of the source that lies at a path.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
     kind = _kind(path)
     if kind == "bundle":
         return read_card(bundle_card(path, trust), trust=trust, folder=path)
@@ -278,7 +283,7 @@ def _described(
     kind = "checkpoint" if "checkpoint" in keys else "task"
     if "card" in keys:
         path = Path(keys.pop("card"))
-        kind, base = _kind(path) or "card", _card_at(path, trust)
+        kind, base = _kind(path) or "card", card_at(path, trust)
     size = left_out = None
     if task is not None:
         known = target.other(task, collection=collection)
@@ -426,7 +431,7 @@ class Checkpoint:
 
     @cached_property
     def card(self) -> Card | None:
-        card = _card_at(Path(self.path), self.trust)
+        card = card_at(Path(self.path), self.trust)
         return card if card.foreign else None
 
     def network(self, own: nn.Module) -> nn.Module:

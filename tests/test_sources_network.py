@@ -44,6 +44,7 @@ class Net(nn.Module):
             return found.sigmoid()
         several = {"list": [2 * found, found], "dict": {"aux": 2 * found, "out": found}, "large": 100 * found}
         several |= {"pooled": nn.functional.adaptive_avg_pool2d(found, 1) if found.ndim == 4 else None}
+        several |= {"fixed": nn.functional.avg_pool2d(found, 200) if self.end == "fixed" else None}
         several |= {"nan": found * torch.nan, "image": found.flatten(2).mean(2), "none": None, "scalar": found.mean()}
         return several.get(self.end, found)
 
@@ -469,7 +470,7 @@ def test_cards_that_are_none(text, message, tmp_path):
         ({"end": "large", "output": "sigmoid"}, "its card says sigmoid, but what comes out lies from"),
         ({"end": "large", "output": "softmax"}, "its card says softmax, but what comes out lies from"),
         ({"end": "nan"}, "its network gives NaN or Inf"),
-        ({"into": 3}, "its network refuses images of 1 x 64 x 64"),
+        ({"into": 3}, "its network refuses images of 1 x 224 x 224"),
         ({"mirror": [2]}, "gives a 2D network axes [0, 1] and mirror [2], which do not fit together"),
         ({"dims": 3, "axes": [1, 0]}, "gives a 3D network axes [1, 0] and mirror [], which do not fit together"),
         ({"trust": False}, "net.py:Net is a program that would have to be run, which only --trust_sources true would"),
@@ -493,9 +494,9 @@ def test_one_output_is_picked(end, pick, times, make):
     torch.testing.assert_close(result(network, image), expected)
 
 
-@pytest.mark.parametrize("end", ["image", "pooled"])
+@pytest.mark.parametrize("end", ["image", "pooled", "fixed"])
 def test_one_answer_an_image(end, make):
-    network, images = untouched(make(end=end, classes=2), channels=1, per_pixel=False), torch.rand(3, 1, 6, 6)
+    network, images = untouched(make(end=end, classes=2), channels=1, per_pixel=False), torch.rand(3, 1, 224, 224)
     assert result(network, images).shape == (3, 2)
     fitted = adapted(network.card, ["a", "b", "c"], wanted=1, channels=["x"], per_pixel=False)
     assert result(fitted, images).shape == (3, 3)

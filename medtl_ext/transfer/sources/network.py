@@ -32,8 +32,8 @@ AT_A_TIME = 8
 LEAST_PROBABILITY = 1e-7
 FAR_BETTER = 0.8
 """Share of a LEEP, which is negative, below which another order of channels is no chance."""
-PROBE = 64
-"""Voxels a side of what a network without a window is tried on."""
+PROBES = {2: (64, 224), 3: (64, 96)}
+"""Pixels a side of what a network without a window is tried on; some want theirs large."""
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -287,7 +287,7 @@ def adapted(
         per_pixel: see `untouched`; of a network for whole images the head is always fresh.
     """
     network, said = SourceNetwork(_loaded(card, fresh=fresh), card, channels=wanted), []
-    net = network.net
+    net, sample = network.net, _try(network, per_pixel=per_pixel)
     own = meaning(card, class_names) if per_pixel else None
     kept = own == [[place] for place in range(card.n_classes or len(class_names))]
     changed: dict[str, Any] = {} if kept else {"classes": tuple(class_names)}
@@ -295,12 +295,11 @@ def adapted(
         for parameter in net.parameters():
             parameter.requires_grad_(True)
         if not kept:
-            _try(network, per_pixel=per_pixel)
             net = _Translated(network, len(class_names), per_pixel=per_pixel)
             changed |= {"output": "logits", "pick": None}
             said.append(f"a 1 x 1 convolution from its {network.n_classes} classes to {len(class_names)}: fresh")
     else:
-        images, head = _ends(network)
+        images, head = _ends(network, sample)
         if not kept:
             layer = net.get_submodule(head)
             rows = _rows(card, class_names, _sizes(layer)[1]) if per_pixel else [None] * len(class_names)
@@ -358,22 +357,22 @@ def _fit_ends(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
             _replace(net, name, _like(net.get_submodule(name), *sizes))
 
 
-def _sample(network: SourceNetwork) -> Tensor:
-    size = network.card.window or (PROBE,) * network.dimensions
-    return torch.rand(1, network.channels, *size, generator=torch.Generator().manual_seed(0))
-
-
-def _try(network: SourceNetwork, *, per_pixel: bool) -> None:
-    """Pass noise through once, and hold what comes out against the card."""
-    card, sample, was = network.card, _sample(network), network.training
-    try:
-        with torch.no_grad():
-            output = network.eval()._raw(sample)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a network raises on images it was not made for
+def _try(network: SourceNetwork, *, per_pixel: bool) -> Tensor:
+    """Pass noise through once, which is returned, and hold what comes out against the card."""
+    card, was, dims = network.card, network.training, network.dimensions
+    for size in [card.window] if card.window else [(side,) * dims for side in PROBES[dims]]:
+        sample = torch.rand(1, network.channels, *size, generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                output = network.eval()._raw(sample)
+            break
+        except InputError:
+            raise
+        except Exception as error:  # whatever a network raises on images it was not made for
+            refused = error
+    else:
         takes = " x ".join(map(str, sample.shape[1:]))
-        raise InputError(f"its network refuses images of {takes} ({first_line(error)})") from error
+        raise InputError(f"its network refuses images of {takes} ({first_line(refused)})") from refused
     network.train(was)
     if output.ndim != (sample.ndim if per_pixel else 2) or (per_pixel and output.shape[2:] != sample.shape[2:]):
         raise InputError(f"its network does not give one prediction per {'pixel' if per_pixel else 'image'}")
@@ -388,6 +387,7 @@ def _try(network: SourceNetwork, *, per_pixel: bool) -> None:
         raise InputError(f"its card says {card.output}, but what comes out lies from {low:.2g} to {high:.2g}: logits?")
     if card.output == "softmax" and float((output.sum(1) - 1).abs().max()) > 1e-2:
         raise InputError("its card says softmax, but what comes out does not add up to 1: sigmoid?")
+    return sample
 
 
 def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Tensor]]) -> None:
@@ -421,7 +421,7 @@ def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Te
         )
 
 
-def _ends(network: SourceNetwork) -> tuple[list[str], str]:
+def _ends(network: SourceNetwork, sample: Tensor) -> tuple[list[str], str]:
     """Names of the layers that take the image itself (of none: the first that runs), and of the last that runs."""
     images: list[Tensor] = []
     ran: list[tuple[str, bool]] = []
@@ -432,7 +432,7 @@ def _ends(network: SourceNetwork) -> tuple[list[str], str]:
             hooks.append(layer.register_forward_pre_hook(took))
     try:
         with torch.no_grad():
-            network.eval()._raw(_sample(network))
+            network.eval()._raw(sample)
     finally:
         for hook in hooks:
             hook.remove()

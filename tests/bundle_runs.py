@@ -83,7 +83,8 @@ class Bundle:
     def pool_job(self, task: str, *overlays: str, network: Mapping[str, Any] | None = None, **options: Any) -> Job:
         """The pre-training of a source task with these options."""
         config = self.workflow(*overlays, **options).parser.get() | {"bundle_root": str(self.root)}
-        return pretraining_job(config, "sources", Source(task, "task", task=task, network=network), seed=0)
+        entry = {"task": task, "network": network}
+        return pretraining_job(config, "sources", Source(task, "task", entry=entry, task=task), seed=0)
 
 
 ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]

@@ -247,7 +247,7 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
 
 SLOW = [
     (RISK_MAP, {"collection": "nowhere.json"}, "nowhere.json does not exist"),
-    (RISK_MAP, {"source_ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
+    (RISK_MAP, {"source": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"),
     (RISK_MAP, {"output_dir": "/proc/nowhere"}, "cannot be written to"),
     (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "metric 'h_scor' is unknown"),
     (DATASETS, {"target_task": "wrong.npz"}, "has no 'train_images'; found the keys images"),
@@ -370,7 +370,7 @@ def test_inference_prepares_images_as_training_did(bundle):
     shared = {"axcodes", "spacing", "roi_size", "image_size", "network_def"} & train.keys()
     assert {key: inference[key] for key in shared} == {key: train[key] for key in shared}
     steps = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
-    prepared = inference["preprocessing"]["transforms"]
+    prepared = inference["transforms"] if "transforms" in inference else inference["preprocessing"]["transforms"]
     assert [step["_target_"] for step in prepared] == [step["_target_"] for step in steps]
     for ours, theirs in zip(prepared, steps, strict=True):
         same = ours.keys() & theirs.keys() - {"keys", "mode", "spatial_size"}  # of image alone; of a volume
@@ -397,7 +397,7 @@ def test_the_default_pool_and_study_are_wide_enough(bundle):
 
 def test_blocks_that_several_bundles_hold_are_equal():
     """But for what is listed here, key by key; what only the bundle of classification has otherwise is so elsewhere."""
-    asked = {"target_task", "source_task", "sources", "method", "output_dir", "report#title", "report#question"}
+    asked = {"target_task", "source", "sources", "method", "output_dir", "report#title", "report#question"}
     steps = {"imports", "run", "learning_rate", "augment", "train_slices", "check#splits", "train#handlers#order"}
     weights_of_the_loss = {"train#trainer#_target_", "train#trainer#train_handlers", "loss_def#normalization"}
     weights_of_the_loss |= {"validate#postprocessing#transforms#order"}  # a shift of the logits goes before all else
@@ -411,13 +411,14 @@ def test_blocks_that_several_bundles_hold_are_equal():
     images |= {"train#random_transforms#RandShiftIntensityd#offsets", "train#random_transforms#order"}
     images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
     images |= {"train#deterministic_transforms#order", "validate#postprocessing#transforms#AsDiscreted#keys"}
+    images |= {"validate#preprocessing#transforms"}  # of a patient the label is loaded as it is, too
     classes = {f"{part}#_target_" for part in ("target", "evaluation", "ranking", "network_def", "loss", "optimizer")}
     classes |= {"evaluation#splits", "ranking#check_data", "metrics", "decide_by", "train#handlers#ProgressBar#desc"}
     classes |= {"score#evaluator#amp"}  # FU needs gradients in full
     classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
     inference = {"dataloader#batch_size", "dataset_dir", "inferer#_target_", "network_def#_target_", "imports", "run"}
     inference |= {"handlers#order", "handlers#ProgressBar#desc", "in_channels"}
-    inference |= {"preprocessing#transforms#order", "postprocessing#transforms#order"}
+    inference |= {"postprocessing#transforms#order", "network#network", "evaluator#inferer"}
     of_classification = {"train": images | classes | {"val_interval"}, "inference": inference}
     segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]
     for config, keys in own.items():

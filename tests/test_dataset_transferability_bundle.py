@@ -23,7 +23,7 @@ def content_of(folder: Path | str) -> dict:
 def test_the_next_command_is_one_that_the_bundle_takes(options, whole_run, tmp_path):
     config, given = next_command(whole_run(DATASETS))
     assert "finetune.json" in config
-    assert Path(given["source_ckpt"]).is_file()
+    assert Path(given["source"]["checkpoint"]).is_file()
     assert given["image_size"] == 32
     assert given["network_def"]["block_inplanes"] == [16, 16, 32, 32]
     run("finetune", **options | given | {"output_dir": str(tmp_path / "tuned"), "network_def#layers": [1, 1, 1, 1]})
@@ -125,7 +125,7 @@ def test_inference_writes_a_probability_for_each_image(tmp_path):
         ({"train_per_class": 0}, "expected at least 1"),
         ({"in_channels": 2}, "in_channels is 2"),
         ({"image_size": 8}, "image_size is 8; expected at least 16"),
-        ({"source": SOURCES}, "--source does nothing here"),
+        ({"source": SOURCES}, "is no task, no path of a card"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -143,7 +143,7 @@ def test_a_class_with_fewer_images_than_asked_uses_what_there_is(options, in_thi
 
 
 def test_a_fine_tuning_starts_from_a_source(options):
-    assert "--source_task (or --source_ckpt) is not given" in refused(lambda: run("finetune", **options))
+    assert "--source is not given" in refused(lambda: run("finetune", **options))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tifffile import imwrite
 from medtl_ext._validation import InputError
 from medtl_ext.data import files, load_collection, write_collection
 from medtl_ext.data.duplicates import near_identical, thumbnail
-from medtl_ext.data.files import ChannelReader, find_images, read_channels, require_readable
+from medtl_ext.data.files import ChannelReader, find_images, read_channels, require_readable, shape_of
 from medtl_ext.data.sample import SAMPLES, write_sample
 from medtl_ext.transforms import SaveSegmentationd
 
@@ -190,6 +190,19 @@ def broken(folder):
         (["cut.jpg"], "cannot be read .*truncated"),
         (["empty.png"], "cannot be read"),
     ]
+
+
+def test_a_shape_is_that_of_what_is_read(tmp_path, itk):
+    """Of NIfTI without reading its voxels: here the file ends after its header."""
+    nib.save(nib.Nifti1Image(VOLUME, AFFINE), tmp_path / "v.nii")
+    nib.save(nib.Nifti1Image(VOLUME[..., 0], AFFINE), tmp_path / "flat.nii.gz")
+    nib.save(nib.Nifti1Image(np.stack([VOLUME, VOLUME], -1), AFFINE), tmp_path / "two.nii.gz")
+    assert shape_of(str(tmp_path / "flat.nii.gz")) == (7, 9, 1)
+    assert shape_of(f"{tmp_path}/two.nii.gz#1/2") == VOLUME.shape
+    assert shape_of(picture(tmp_path / "p.png", COLOUR) + "#2/3") == (8, 6, 1)
+    assert shape_of(str(by_itk(itk, tmp_path / "a.mha", VOLUME))) == VOLUME.shape
+    (tmp_path / "v.nii").write_bytes((tmp_path / "v.nii").read_bytes()[:352])
+    assert shape_of(str(tmp_path / "v.nii")) == VOLUME.shape
 
 
 def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path):

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from bundle_runs import RISK_MAP, Bundle
+from bundle_runs import RISK_MAP, SEQUENTIAL, Bundle
 from monai.networks.nets import BasicUNet
 from nibabel.affines import apply_affine, voxel_sizes
+from scipy import ndimage
 
-from medtl_ext.data import generate_phantom
+from medtl_ext.data import generate_phantom, write_collection
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
@@ -95,6 +97,82 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
     return 2 * (one & other).sum() / (one.sum() + other.sum())
 
 
+# Scores
+
+
+STEEP, THRESHOLD = 9.0, 0.53
+SIZES = (0.8, 1.0, 1.5)  # of a voxel, along the file's axes
+
+
+@pytest.fixture(scope="module", params=["upright", "tilted"])
+def fine(request, tmp_path_factory) -> Path:
+    """One test patient of half the grid's voxel size, with a label only in the planes that the grid sees."""
+    folder = tmp_path_factory.mktemp(request.param)
+    image = ndimage.gaussian_filter(np.random.default_rng(3).random((33, 41, 9)), (2, 2, 1))
+    image = (image - image.min()) / np.ptp(image)
+    label = (image > THRESHOLD).astype(np.uint8)
+    label[1::2] = 0
+    tilt = nib.eulerangles.euler2mat(z=0.2, y=-0.15, x=0.25) if request.param == "tilted" else np.eye(3)
+    turned = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(("P", "L", "I")), label.shape)
+    affine = nib.affines.from_matvec(tilt, [12.5, -30.25, 7.0]) @ turned @ np.diag([*SIZES, 1])
+    for name, array in (("T2", image.astype(np.float32)), ("tumour", label)):
+        nib.save(nib.Nifti1Image(array, affine), folder / f"{name}.nii.gz")
+    patient = {"id": "p", "institution": "A", "split": "test", "images": {"T2": "T2.nii.gz"}}
+    content = {
+        "name": "fine",
+        "labels": {"tumour": {"ED": 1}},
+        "subjects": [patient | {"labels": {"tumour": "tumour.nii.gz"}}],
+    }
+    content["objectives"] = {"ED": {"label": "tumour", "values": [1]}}
+    return write_collection(folder / "collection.json", content)
+
+
+def without_normalisation(bundle: Bundle, config: str, key: str) -> dict:
+    """The transforms but for that of intensities: the network takes what is in the file."""
+    steps = bundle.content(config)
+    for part in key.split("#"):
+        steps = steps[part]
+    return {key: [step for step in steps if not step["_target_"].endswith("NormalizeBodyd")]}
+
+
+@pytest.mark.parametrize(
+    ("bundle", "overlay"), [(RISK_MAP, "zero_shot"), (RISK_MAP, "evaluate"), (SEQUENTIAL, "evaluate")]
+)
+def test_dice_is_measured_in_the_patients_own_space(bundle, overlay, fine, tmp_path):
+    """Probabilities of every second voxel, interpolated linearly to the file's own, against the label as it is."""
+    weights = {"weight": torch.tensor([0.0, STEEP]), "bias": torch.tensor([0.0, -STEEP * THRESHOLD])}
+    weights["weight"] = weights["weight"].reshape(2, 1, 1, 1)
+    torch.save(weights, tmp_path / "source.pt")
+    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    right, back, up = (2 * SIZES[place] for place in (1, 0, 2))  # of the grid, which is RAS
+    grid = {"spacing": [right, back, up], "roi_size": [28, 24], "network_def": network}
+    plain = {name: value for name, value in bundle.tiny.items() if not name.startswith("network_def#")}
+    asked = grid | {"collection": str(fine), "output_dir": str(tmp_path / "out"), "target_task": "A-T2-ED"}
+    asked |= without_normalisation(bundle, "train", "train#deterministic_transforms")
+    given = str(tmp_path / "source.pt")
+    asked |= {"source": given} if overlay == "zero_shot" else {"ckpt": given, "freeze": None, "val_split": "test"}
+    Bundle(bundle.name, plain).run(overlay, **asked)
+    scores = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    assert list(scores["split"]) == ["test"]
+
+    image, label = (nib.load(fine.parent / f"{name}.nii.gz").get_fdata() for name in ("T2", "tumour"))
+    coarse = 1 / (1 + np.exp(-STEEP * (image[::2, ::2, ::2] - THRESHOLD)))
+    factors = np.array(image.shape) / coarse.shape
+    expected = ndimage.zoom(coarse, factors, order=1) > 0.5
+    truth = label == 1
+    assert dice(coarse > 0.5, truth[::2, ::2, ::2]) == 1, "perfect, on the training grid"
+    assert 0.6 < dice(expected, truth) < 0.7
+
+    options = without_normalisation(bundle, "inference", "transforms") | grid
+    options |= {"ckpt": str(tmp_path / "source.pt"), "output_dir": str(tmp_path / "segmented"), "task": "A-T2-ED"}
+    bundle.run(base="inference", datalist=[{"image": str(fine.parent / "T2.nii.gz")}], **options)
+    written = np.asarray(nib.load(tmp_path / "segmented" / "T2_seg.nii.gz").dataobj) == 1
+    assert scores["dice"].item() == pytest.approx(dice(written, truth), abs=1e-6)
+    if "upright" in fine.parent.name:  # of a tilted one the grid is MONAI's to lay: by up to half a voxel elsewhere
+        assert scores["dice"].item() == pytest.approx(dice(expected, truth), abs=1e-4)
+        assert (written == expected).mean() > 0.9999
+
+
 # Maps
 
 
@@ -102,7 +180,7 @@ def train(method: str, oblique: Path, folder: Path) -> Path:
     """A run of risk_map on the one training patient; where it left its maps."""
     source = BasicUNet(2, 1, 2, features=[4] * 6, norm=("BATCH", {}), act=("RELU", {}))
     torch.save(source.state_dict(), folder / "source.pt")
-    asked = {"collection": str(oblique), "source_task": "17-T2-ED", "source_ckpt": str(folder / "source.pt")}
+    asked = {"collection": str(oblique), "source": str(folder / "source.pt")}
     asked |= {"network_def#features": [4] * 6, "train_slices": None, "iterations_per_epoch": 1}
     RISK_MAP.run(method, **GRID | asked, output_dir=str(folder / "out"))
     return folder / "out"

@@ -29,7 +29,7 @@ TINY = {
 }
 SOURCES = ["MS-T1-WMH", "MS-T2-WMH", "MS-T1CE-WMH"]
 BUNDLES = {
-    "risk_map": {"source_task": "MS-T2-WMH", "train_slices": 8},
+    "risk_map": {"source": "MS-T2-WMH", "train_slices": 8},
     "source_selection": {"sources": SOURCES[:2], "pool_epochs": 1, "n_resamples": 20, "pixels": 40, "train_slices": 8},
     "sequential_transfer": {
         "sources": SOURCES,

@@ -23,7 +23,9 @@ METHODS = [
     for path in sorted(CONFIGS.glob("*.json"))
     if path.stem not in ("train", "inference", "pretrain") and "freeze" in read_json(path)
 ]
+ALL_METHODS = [*METHODS, "zero_shot"]
 TINY = RISK_MAP.tiny
+SOURCE_TASK = "14-FLAIR-ED"
 run, workflow_of = RISK_MAP.run, RISK_MAP.workflow
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
@@ -38,7 +40,7 @@ def source(collection, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def options(options, source) -> dict:
-    return options | {"source_ckpt": str(source)}
+    return options | {"source": {"task": SOURCE_TASK, "checkpoint": str(source)}}
 
 
 def table(folder: Path | str) -> pd.DataFrame:
@@ -48,16 +50,16 @@ def table(folder: Path | str) -> pd.DataFrame:
 # Overlays
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL_METHODS)
 def test_every_method_trains_and_scores(method, options):
-    run(method, **options | ({"epochs": 0} if method == "zero_shot" else {}))
+    run(method, **options)
     scores = table(options["output_dir"])
     assert list(scores) == ["method", "seed", "split", "subject", "class", "dice", "iou", "empty"]
     assert set(scores.method) == {method}
     assert scores.groupby("split").subject.nunique().to_dict() == {"val": 3, "test": 3}
     assert scores[["dice", "iou"]].stack().between(0, 1).all()
     weights = torch.load(Path(options["output_dir"]) / "model.pt", weights_only=True)
-    trained = torch.load(options["source_ckpt"], weights_only=True)
+    trained = torch.load(options["source"]["checkpoint"], weights_only=True)
     same = {name for name in weights if torch.equal(weights[name], trained[name])}
     encoder = {name for name in weights if name.startswith(("conv_0", "down_"))}
     if method == "zero_shot":
@@ -72,14 +74,14 @@ def test_every_method_trains_and_scores(method, options):
 def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins():
     wanted = {"vanilla", "class_weight", "class_weight_sqrt", "trs_map", "risk_map", "risk_map_image", "frequency"}
     wanted |= {"prior_image", "prior_shift", "dice_ce", "zero_shot", "scratch", "full", "full_risk_map"}
-    assert wanted | set(RISK_MAP.content("compare")["methods"]) <= set(METHODS)
+    assert wanted | set(RISK_MAP.content("compare")["methods"]) <= set(ALL_METHODS)
     keys = list(RISK_MAP.content("vanilla"))
     for method in METHODS:
         overlay = RISK_MAP.content(method)
         own = [key for key in overlay if not key.startswith("leep#") and key not in ("epochs", "val_interval")]
         assert own == keys, method
         assert overlay["method"] == method
-        assert overlay["start_weights"] == (None if method == "scratch" else "$@source.file")
+        assert overlay["start_weights"] == (None if method == "scratch" else "$@origin.weights")
         if overlay["weight_map"] and "evaluator" in overlay["weight_map"]:
             assert "leep#evaluator#additional_metrics#leep_map" in overlay, method
     train, default = RISK_MAP.content("train"), RISK_MAP.content("risk_map")
@@ -92,7 +94,7 @@ def source_folder(*overlays: str, **options) -> str:
 
 def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_training():
     """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
-    assert {source_folder(method) for method in METHODS} == {source_folder()}
+    assert {source_folder(method) for method in ALL_METHODS} == {source_folder()}
     assert source_folder(**{"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss"}}) != source_folder()
 
 
@@ -107,14 +109,14 @@ def test_a_source_is_kept_for_the_content_of_its_collection_wherever_it_lies(col
 
 def test_four_classes(options, tmp_path):
     run("fets", "scratch", **options | {"output_dir": str(tmp_path / "source")})
-    run("fets", **options | {"source_ckpt": str(tmp_path / "source" / "model.pt")})
+    run("fets", **options | {"source": str(tmp_path / "source" / "model.pt")})
     assert sorted(set(table(options["output_dir"])["class"])) == ["ED", "ET", "NCR"]
 
 
 def test_three_dimensions(options, tmp_path):
     small = {"roi_size": [32, 32, 16], "network_def#filters": [4, 4, 8, 8], "train_slices": None, "batch_size": 1}
     run("3d", "scratch", **options | small | {"output_dir": str(tmp_path / "source")})
-    run("3d", **options | small | {"source_ckpt": str(tmp_path / "source" / "model.pt")})
+    run("3d", **options | small | {"source": str(tmp_path / "source" / "model.pt")})
     weight = nib.load(Path(options["output_dir"]) / "weight.nii.gz")
     assert weight.shape == (32, 32, 16)
     assert weight.get_fdata().min() == pytest.approx(1)
@@ -176,12 +178,12 @@ def test_files_of_no_known_run_are_not_replaced(options, source, tmp_path):
 
 def test_a_run_belongs_to_the_content_of_its_collection(options, collection, tmp_path):
     there = shutil.copytree(collection.parent, tmp_path / "there") / "collection.json"
-    run("zero_shot", **options | {"epochs": 0})
+    run("zero_shot", **options)
     scores = table(options["output_dir"])
-    run("zero_shot", **options | {"epochs": 0, "collection": str(there)})
+    run("zero_shot", **options | {"collection": str(there)})
     content = read_json(there)
     there.write_text(json.dumps(content | {"subjects": content["subjects"][1:]}))
-    message = refused(lambda: run("zero_shot", **options | {"epochs": 0, "collection": str(there)}))
+    message = refused(lambda: run("zero_shot", **options | {"collection": str(there)}))
     assert "holds a run on another collection" in message
     pd.testing.assert_frame_equal(table(options["output_dir"]), scores)
 
@@ -209,6 +211,26 @@ def test_evaluation_repeats_the_scores_of_training_in_a_folder_of_its_own(option
     assert "holds a run with" in refused(lambda: run("vanilla", "evaluate", **options, ckpt=ckpt))
     run("vanilla", "evaluate", **options | {"ckpt": ckpt, "output_dir": str(tmp_path / "again")})
     pd.testing.assert_frame_equal(table(tmp_path / "again"), trained[trained.split == "test"], check_exact=False)
+
+
+def test_a_source_is_scored_where_all_patients_are_tested(options, collection, source, tmp_path, no_training):
+    """As it is, with nobody to train on or to validate on: as among others."""
+    options |= {"source": str(source), "figures": True, "check_data": True}
+    tested = broken(collection, tmp_path / "tested", only_tested)
+    run("zero_shot", **options | {"collection": tested})
+    folder, scores = Path(options["output_dir"]), table(options["output_dir"])
+    assert set(scores["split"]) == {"test"}
+    assert scores["subject"].nunique() == 10
+    assert {"overlay.png", "report.html", "model.pt"} <= {path.name for path in folder.iterdir()}
+    assert not {"audit", "last.pt", "maps.png"} & {path.name for path in folder.iterdir()}
+    run("zero_shot", **options | {"output_dir": str(tmp_path / "some")})
+    some = table(tmp_path / "some").set_index("subject")["dice"]
+    pd.testing.assert_series_equal(scores.set_index("subject")["dice"][some.index], some)
+
+
+def test_a_source_that_does_not_know_the_targets_classes_is_not_scored_as_it_is(options, no_training):
+    message = refused(lambda: run("zero_shot", **options | {"target_task": "17-T2-FeTS"}))
+    assert "source 14-FLAIR-ED: source and target have different numbers of classes" in message
 
 
 # Inference
@@ -336,6 +358,10 @@ def empty_test_split(folder: Path, content: dict) -> None:
     content["subjects"] = [s for s in content["subjects"] if (s["institution"], s["split"]) != ("17", "test")]
 
 
+def only_tested(folder: Path, content: dict) -> None:
+    content["subjects"] = [subject | {"split": "test"} for subject in content["subjects"]]
+
+
 @pytest.fixture
 def no_training(no_training, monkeypatch):
     """Nothing long may have begun by the time the input is refused."""
@@ -349,10 +375,10 @@ def no_training(no_training, monkeypatch):
         ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
         ({"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
         ({"target_task": "17"}, "institution-modality-objective"),
-        ({"source_task": "14-FLAIR-EDD"}, "did you mean 'ED'"),
-        ({"source_ckpt": "nowhere.pt"}, "nowhere.pt does not exist"),
-        ({"source_task": "14-FLAIR-FeTS"}, "number of classes"),
-        ({"target_task": "17-T2-FeTS", "source_task": "14-FLAIR-FeTS"}, "number of classes"),
+        ({"source": "14-FLAIR-EDD"}, "did you mean 'ED'"),
+        ({"source": "nowhere.pt"}, "nowhere.pt does not exist"),
+        ({"source": {"task": "14-FLAIR-FeTS"}}, "number of classes"),
+        ({"target_task": "17-T2-FeTS", "source": {"task": "14-FLAIR-FeTS"}}, "number of classes"),
         ({"network_def#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
         ({"freeze": "backbone"}, "matches no parameter"),
         ({"train_slices": 0}, "max_slices must be at least 1"),
@@ -360,6 +386,8 @@ def no_training(no_training, monkeypatch):
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
 )
 def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_training):
+    if isinstance(wrong.get("source"), dict):  # what the weights are said to be of
+        wrong = wrong | {"source": options["source"] | wrong["source"]}
     assert message in refused(lambda: run(**options | {"check_data": True} | wrong))
     assert not (Path(options["output_dir"]) / "last.pt").exists()
 
@@ -374,7 +402,7 @@ def test_bad_data_are_refused_before_training(damage, message, options, collecti
 
 def test_bad_source_data_are_refused_before_pretraining(options, collection, tmp_path, no_training):
     bad = broken(collection, tmp_path / "bad", lambda *where: truncate(*where, "14-000/FLAIR.nii.gz"))
-    options |= {"collection": bad, "source_dir": str(tmp_path / "sources"), "source_ckpt": None, "check_data": True}
+    options |= {"collection": bad, "source_dir": str(tmp_path / "sources"), "source": SOURCE_TASK, "check_data": True}
     assert "14-000" in refused(lambda: run(**options))
 
 

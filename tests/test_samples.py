@@ -44,7 +44,7 @@ def patients_of(folder: str) -> set[str]:
 
 
 def test_risk_map_on_colour_photographs(retina, places):
-    tasks = {"source_task": "Healthy-R+G+B-Vessel", "target_task": "Diabetic-R+G+B-Vessel"}
+    tasks = {"source": "Healthy-R+G+B-Vessel", "target_task": "Diabetic-R+G+B-Vessel"}
     RISK_MAP.run(collection=str(retina), **tasks, **PHOTOGRAPHS, **places)
     tested = [one.id for one in load_collection(retina).subjects_of(tasks["target_task"]) if one.split == "test"]
     assert patients_of(places["output_dir"]) == set(tested)
@@ -90,7 +90,7 @@ def test_sequential_transfer_on_crops(hippocampus, places):
 @pytest.mark.parametrize("bundle", [RISK_MAP, SEQUENTIAL], ids=str)
 def test_four_channels_of_the_phantom(bundle, collection, places):
     target, source = (f"{institution}-T1+T1CE+T2+FLAIR-FeTS" for institution in ("17", "14"))
-    chosen = {"source_task": source} if bundle is RISK_MAP else {"sources": [source, "14-T1+T1CE+T2+FLAIR-ED"]}
+    chosen = {"source": source} if bundle is RISK_MAP else {"sources": [source, "14-T1+T1CE+T2+FLAIR-ED"]}
     bundle.run(collection=str(collection), target_task=target, **chosen, **places)
     (table, *_) = sorted(Path(places["output_dir"]).rglob("metrics.csv"))
     assert set(pd.read_csv(table)["class"]) == {"ED", "ET", "NCR"}

@@ -286,7 +286,9 @@ class TestArms:
             assert all(("freeze" in job.overrides) == (kind == "_full") for job in arms[way + kind].jobs[1:])
         assert arms["single_full"].last.overrides["freeze"] is None
         steps = [job.overrides for job in arms["sequential"].jobs]
-        assert [step["source_task"] for step in steps] == ["A-T1-ED", "A-T1-ED", "B-T1-ED"]
+        first, *later = (step["source"] for step in steps)
+        assert [first, *(source["task"] for source in later)] == ["A-T1-ED", "A-T1-ED", "B-T1-ED"]
+        assert [source["checkpoint"] for source in later] == [job.model for job in arms["sequential"].jobs[:-1]]
         assert [step["seed"] for step in steps] == [5, 0, 0]
         assert arms["zero_shot"].last.overrides["epochs"] == 0
         first = [job.output_dir for job in arms["zero_shot"].jobs[:1]]

@@ -52,7 +52,7 @@ def test_arms_spend_as_many_labelled_patients_and_start_from_each_other(whole_ru
     first, middle = plan["paths"][0]["tasks"]
 
     def before(folder: Path) -> Path:
-        return Path(read_json(folder / "config.json")["source_ckpt"]).parent
+        return Path(read_json(folder / "config.json")["source"]["checkpoint"]).parent
 
     def spent(folder: Path) -> tuple[str, int]:
         config = read_json(folder / "config.json")
@@ -131,7 +131,7 @@ def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_pro
 
 def test_two_tasks_together_have_labels_of_their_own(options):
     def training(*overlays, task: str, patients: int, **asked):
-        asked |= {"source_task": task, "target_task": task, "train_patients": patients}
+        asked |= {"source": task, "target_task": task, "train_patients": patients}
         parser = SEQUENTIAL.workflow("pretrain", *overlays, **options, **asked).parser
         return parser.get_parsed_content("train#dataloader#dataset")
 
@@ -237,7 +237,7 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
 
 
 def test_a_step_without_its_checkpoint_is_refused(options):
-    assert "--source_ckpt is not given" in refused(lambda: run("stage", **options, source_task=SOURCES[0]))
+    assert "--source is not given or has no weights" in refused(lambda: run("stage", **options, source=SOURCES[0]))
 
 
 # Its defaults
@@ -273,9 +273,9 @@ def test_killed_at_any_step_the_next_run_gives_the_same(options, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_on_two_processes(options, tmp_path):
-    run("pretrain", **options | {"output_dir": str(tmp_path / "head")}, source_task=SOURCES[0], train_patients=3)
+    run("pretrain", **options | {"output_dir": str(tmp_path / "head")}, source=SOURCES[0], train_patients=3)
     files = [f"configs/{name}.json" for name in ("train", "stage", "multi_gpu_train")]
-    step = {"source_task": SOURCES[0], "source_ckpt": str(tmp_path / "head" / "model.pt"), "train_patients": 2}
+    step = {"source": str(tmp_path / "head" / "model.pt"), "train_patients": 2}
     finish(start(files, dict(SEQUENTIAL.tiny) | options | step, processes=2))
     rows = pd.read_csv(Path(options["output_dir"]) / "metrics.csv")
     assert set(rows["split"]) == {"val", "test"}

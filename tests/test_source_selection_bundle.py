@@ -10,7 +10,7 @@ import pytest
 import torch
 from bundle_runs import RISK_MAP, SOURCE_SELECTION, bundle_of_a_stranger, next_command, ranking_of, read_json, refused
 
-from medtl_ext.transfer.sources import built
+from medtl_ext.transfer.sources.allowed import built_network
 
 SOURCES = SOURCE_SELECTION.tiny["sources"]
 FEATURES = SOURCE_SELECTION.tiny["network_def#features"]
@@ -24,7 +24,7 @@ def test_the_command_for_risk_map_is_one_that_risk_map_takes(whole_run):
     workflow = RISK_MAP.workflow(**given | {"network_def#features": FEATURES})
     workflow.initialize()  # refuses options that risk_map does not have
     source = workflow.parser.get_parsed_content("source_network")
-    weights = torch.load(given["source_ckpt"], weights_only=True)
+    weights = torch.load(given["source"]["checkpoint"], weights_only=True)
     assert all(torch.equal(weights[name], value) for name, value in source.state_dict().items())
 
 
@@ -86,13 +86,13 @@ def test_the_evaluation_compares_rankings_with_the_truth(options, in_this_proces
 
 
 def test_checkpoints_and_bundles_are_ranked_beside_tasks(options, in_this_process, tmp_path):
-    torch.save(built(NETWORK).state_dict(), tmp_path / "ours.pt")
+    torch.save(built_network(NETWORK).state_dict(), tmp_path / "ours.pt")
     for name, network in {"fits": NETWORK, "four": NETWORK | {"in_channels": 4}}.items():
-        bundle_of_a_stranger(tmp_path / "zoo" / name, {"network_def": network}, built(network).state_dict())
+        bundle_of_a_stranger(tmp_path / "zoo" / name, {"network_def": network}, built_network(network).state_dict())
     sources = [
         "14-T2-ED",
         {"name": "ours", "checkpoint": str(tmp_path / "ours.pt"), "network": NETWORK, "modality": "T2"},
-        {"bundles": str(tmp_path / "zoo")},
+        str(tmp_path / "zoo"),
     ]
     run("evaluate", **options, sources=sources, metrics=["h_score", "otce"])
     table = ranking_of(options["output_dir"])
@@ -100,23 +100,25 @@ def test_checkpoints_and_bundles_are_ranked_beside_tasks(options, in_this_proces
     assert table.loc[["ours", "fits"], "otce"].isna().all()
     assert table.loc["four", "status"] == "left out"
     assert "4 channels" in table.loc["four", "reason"]
-    assert "four (its network takes 4 channels" in (Path(options["output_dir"]) / "answer.txt").read_text()
+    assert "four (its network" in (Path(options["output_dir"]) / "answer.txt").read_text()
     scores = pd.read_csv(Path(options["output_dir"]) / "truth.csv").set_index("source")
     assert set(scores.index) == {"14-T2-ED", "ours", "fits", "scratch"}
 
 
-def test_the_command_for_another_network_is_one_that_this_bundle_takes(options, in_this_process, tmp_path):
+def test_the_command_for_another_network_is_one_that_bundles_take(options, in_this_process, tmp_path):
     network = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8]}
     network |= {"strides": [2], "norm": ["batch", {"affine": True}]}
-    torch.save(built(network).state_dict(), tmp_path / "ours.pt")
+    torch.save(built_network(network).state_dict(), tmp_path / "ours.pt")
     ours = {"name": "ours", "checkpoint": str(tmp_path / "ours.pt"), "network": network}
     run(**options, sources=[ours], metrics=["h_score"])
-    config, given = next_command(options["output_dir"])
-    assert "finetune.json" in config
-    assert given["network_def"]["norm"] == ["batch", {"affine": True}]
-    out = options | given | {"output_dir": str(tmp_path / "tuned")}
-    run("finetune", **{key: value for key, value in out.items() if key != "sources"})
-    assert len(pd.read_csv(tmp_path / "tuned" / "metrics.csv")) > 0
+    _, given = next_command(options["output_dir"])
+    assert given["source"] == ours
+    for bundle, overlays in ((RISK_MAP, []), (SOURCE_SELECTION, ["finetune"])):
+        out = tmp_path / bundle.name
+        asked = options | given | {"output_dir": str(out)}
+        bundle.run(*overlays, **{key: value for key, value in asked.items() if key != "sources"})
+        assert len(pd.read_csv(out / "metrics.csv")) > 0
+        assert read_json(out / "model.json")["network"] == network | {"out_channels": 2}  # a source as any other
 
 
 # Bad input
@@ -135,7 +137,7 @@ def test_the_command_for_another_network_is_one_that_this_bundle_takes(options, 
         ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
         ({"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
         ({"collection": "nowhere.json"}, "does not exist"),
-        ({"source": SOURCES}, "did you mean --sources"),
+        ({"source": SOURCES}, "is no task, no path of a card"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -144,7 +146,7 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
 
 
 def test_a_checkpoint_of_another_network_is_refused(options, no_training, tmp_path):
-    torch.save(built(NETWORK | {"features": [4] * 6}).state_dict(), tmp_path / "x.pt")
+    torch.save(built_network(NETWORK | {"features": [4] * 6}).state_dict(), tmp_path / "x.pt")
     message = refused(lambda: run(**options, sources=[{"name": "ours", "checkpoint": str(tmp_path / "x.pt")}]))
     assert message.startswith("source ours: ")
     assert "does not fit" in message

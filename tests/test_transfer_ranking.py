@@ -21,7 +21,7 @@ from medtl_ext.data.classification import ClassificationDataset
 from medtl_ext.dataset_transferability import RankDatasets, RankOwnModel
 from medtl_ext.metrics.features import Samples
 from medtl_ext.source_selection import SelectionStudy
-from medtl_ext.transfer import ClassificationTask, Job, ScoreImages, SegmentationTask, Source, jobs
+from medtl_ext.transfer import Card, ClassificationTask, Job, ScoreImages, SegmentationTask, Source, jobs
 from medtl_ext.transfer.scores import Maps, Observation
 from medtl_ext.transfer.tasks import auc_interval, image_auc
 from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
@@ -55,7 +55,10 @@ def ranking(scores: dict[str, float], folder: Path, *, decide_by="logme", subjec
     settings = {"n_resamples": 60, "minimum_win": 0.95, "minimum_gap": 0.15, "source_dir": "", "pool_seed": 0}
     settings |= {"metrics": ["lp_fu", "lp", "fu", "logme", "ncti"], "image_shape": [1, 32, 32], "evaluator": None}
     found = RankDatasets(here=here, target=target, decide_by=decide_by, **settings | options)
-    found.pool = {name: Source(name, "task", checkpoint=f"{name}.pt", own=name in own) for name in scores}
+    found.pool = {
+        name: Source(name, "checkpoint", Card(checkpoint=f"{name}.pt"), entry=f"{name}.pt", own=name in own)
+        for name in scores
+    }
     found.seen, groups = {}, torch.arange(20) // 2
     for name, shift in scores.items():
         features = torch.from_numpy(generator.normal(size=(20, 3)) + shift * labels[:20, None])
@@ -80,7 +83,7 @@ def test_a_clear_winner_is_recommended(tmp_path):
     assert np.isfinite(table.loc["own", ["lp", "fu", "logme"]].to_numpy(float)).all()
     assert table.loc["own", ["lp_fu", "ncti"]].isna().all()  # it has no part in what is scaled over the pool
     assert table.loc[["good", "poor"], "lp_fu"].tolist() == [1, 0]
-    assert "--source_ckpt good.pt" in found["command"]
+    assert "--source good.pt" in found["command"]
     assert (tmp_path / "answer.txt").read_text() == f"{found['answer']}\n\nTo use it:\n{found['command']}\n"
     assert (tmp_path / "ranking.png").stat().st_size > 1000
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from medtl_ext import metrics
 from medtl_ext.metrics.features import Samples
-from medtl_ext.transfer import SCORES, Predictions, Source
+from medtl_ext.transfer import SCORES, Card, Predictions, Source
 from medtl_ext.transfer.scores import Maps, Observation, observe, resampled_scores, score_values
 
 EVERYBODY = [1] * 5
@@ -158,7 +158,7 @@ def observed(items, networks, *, batch_size=48, with_fu=False, convolutions=None
     parser["score#dataloader#batch_size"] = batch_size
     evaluator, source = (
         parser.get_parsed_content("score#evaluator"),
-        Source("s", "checkpoint", convolutions=convolutions),
+        Source("s", "checkpoint", Card(convolutions=convolutions)),
     )
     return [observe(source, network, evaluator, with_fu=with_fu) for network in networks]
 

@@ -1,18 +1,28 @@
-"""Sources: what a list of them means, bundles of strangers, what a network must fit, and what a pool is kept for."""
+"""Sources: what a list of them means, what a network must fit, what a run takes of one, and what a pool is kept for."""
 
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bundle_runs import DATASETS, SOURCE_SELECTION, bundle_of_a_stranger, refused, toy_collection
 from monai.networks.nets import BasicUNet, ResNet
+from torch import nn
 
-from medtl_ext.transfer import ClassificationTask, SegmentationTask, Source
-from medtl_ext.transfer.sources import built, find_sources
+from medtl_ext.transfer import Card, ClassificationTask, SegmentationTask, SingleSource, Source, read_card
+from medtl_ext.transfer.sources import find_sources, train_sources
+from medtl_ext.transfer.sources.allowed import built_network
 
 UNET = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
+OWN = {
+    "_target_": "BasicUNet",
+    "spatial_dims": 2,
+    "in_channels": "@in_channels",
+    "out_channels": "@n_classes",
+    "features": [4] * 6,
+}
 RESNET = {
     "_target_": "ResNet",
     "block": "basic",
@@ -24,14 +34,28 @@ RESNET = {
 }
 
 
+def unet(**changed) -> dict:
+    return UNET | changed
+
+
+def own_unet(n_classes=2, in_channels=1) -> BasicUNet:
+    return BasicUNet(2, in_channels, n_classes, features=[4] * 6)
+
+
 @pytest.fixture
 def collection(tmp_path) -> str:
     return str(toy_collection(tmp_path / "toy"))
 
 
 @pytest.fixture
-def find(collection):
-    target = SegmentationTask("A-T2-ED", collection=collection)
+def target(collection, monkeypatch) -> SegmentationTask:
+    """Of volumes, which the files of a toy collection are not."""
+    monkeypatch.setattr("medtl_ext.transfer.tasks.shape_of", lambda name: (8, 8, 8))
+    return SegmentationTask("A-T2-ED", collection=collection)
+
+
+@pytest.fixture
+def find(target, collection):
     return lambda *entries, **options: find_sources(list(entries), target, collection=collection, **options)
 
 
@@ -46,27 +70,87 @@ def weights(tmp_path):
     return write
 
 
+@pytest.fixture
+def card(tmp_path):
+    """Writes a card."""
+
+    def write(name="card", **content):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return str(tmp_path / f"{name}.json")
+
+    return write
+
+
 # What a list means
 
 
 def test_a_task_brings_its_tags_size_and_classes(find):
     one, two = find("B-FLAIR-ED", "B-T2-both")
-    assert one.tags == {"institution": "B", "modality": "FLAIR", "objective": "ED"}
-    assert (one.kind, one.size, one.n_classes, two.n_classes) == ("task", 2, 2, 3)
+    assert one.card.tags == {"institution": "B", "modality": "FLAIR", "objective": "ED"}
+    assert (one.kind, one.size, one.card.n_classes, two.card.n_classes) == ("task", 2, 2, 3)
+    assert (one.card.foreign, one.card.checkpoint, one.entry) == (False, None, "B-FLAIR-ED")
 
 
 def test_a_checkpoint_takes_what_it_is_given(find):
     (one,) = find({"name": "ours", "checkpoint": "x.pt", "task": "B-T2-both", "modality": "T2star", "encoder": "conv"})
-    assert one.tags == {"institution": "B", "modality": "T2star", "objective": "both"}
-    assert (one.kind, one.n_classes, one.size, one.encoder) == ("checkpoint", 3, 2, "conv")
-    (one,) = find({"checkpoint": "some/where.pt", "n_classes": 4, "convolutions": ["a", "b"]})
-    assert (one.name, one.n_classes, one.size, one.convolutions) == ("where", 4, None, ["a", "b"])
+    assert one.card.tags == {"institution": "B", "modality": "T2star", "objective": "both"}
+    assert (one.kind, one.card.n_classes, one.size, one.card.encoder) == ("checkpoint", 3, 2, "conv")
+    (one,) = find({"checkpoint": "some/where.pt", "classes": 4, "convolutions": ["a", "b"]})
+    assert (one.name, one.card.n_classes, one.size, one.card.convolutions) == ("where", 4, None, ("a", "b"))
+    (one,) = find({"checkpoint": "x.pt", "classes": ["background", "oedema"]})
+    assert (one.card.n_classes, one.card.class_names) == (2, ("background", "oedema"))
+
+
+def test_a_source_is_its_path(find, weights, card, tmp_path):
+    bare = weights(own_unet(), "bare")
+    written = card("written", checkpoint="bare.pt", modality="T2", classes=["background", "ED"])
+    shutil.copy(bare, tmp_path / "paired.pt")
+    card("paired", checkpoint="paired.pt", modality="FLAIR")
+    one, two, three = find(bare, written, str(tmp_path / "paired.pt"))
+    assert [(source.name, source.kind) for source in (one, two, three)] == [
+        ("bare", "checkpoint"),
+        ("written", "card"),
+        ("paired", "checkpoint"),
+    ]
+    assert one.card.checkpoint == two.card.checkpoint == bare  # relative to the card
+    assert (one.card.tags, two.card.tags, three.card.tags) == ({}, {"modality": "T2"}, {"modality": "FLAIR"})
+    assert three.card.checkpoint == str(tmp_path / "paired.pt")  # the card beside weights speaks of them
+    assert all(source.left_out is None and not source.card.foreign for source in (one, two, three))
+
+
+def test_keys_are_laid_over_a_card(find, weights, card):
+    weights(own_unet())
+    path = card(checkpoint="net.pt", modality="T2", objective="ED", encoder="conv")
+    (one,) = find({"card": path, "name": "ours", "modality": "T1"})
+    assert (one.name, one.kind, one.card.encoder) == ("ours", "card", "conv")
+    assert one.card.tags == {"modality": "T1", "objective": "ED"}
+    assert Path(one.card.checkpoint).name == "net.pt"
+    assert one.option == {"card": path, "name": "ours", "modality": "T1"}  # what --source is given for it
+
+
+def test_a_folder_of_sources_is_a_shelf(find, weights, card, tmp_path):
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for name in ("bare", "broken", "carded"):
+        shutil.copy(weights(own_unet()), shelf / f"{name}.pt")
+    (shelf / "carded.json").write_text(json.dumps({"checkpoint": "carded.pt", "modality": "T2"}))
+    (shelf / "broken.json").write_text(json.dumps({"checkpoint": "broken.pt", "modalty": "T2"}))
+    (shelf / "collection.json").write_text(json.dumps({"name": "no card", "subjects": []}))
+    (shelf / "notes.txt").write_text("no source")
+    found = find(str(shelf))
+    assert sorted(source.name for source in found) == ["bare", "broken", "carded"]
+    by_name = {source.name: source for source in found}
+    assert by_name["carded"].card.modality == "T2"
+    assert "did you mean 'modality'" in by_name["broken"].left_out
+    assert by_name["bare"].left_out is None
 
 
 def test_the_target_is_not_its_own_source(find):
     own, other = find("A-T2-ED", "B-T2-ED")
     assert (own.own, own.left_out) == (True, "it is the target itself")
     assert (other.own, other.left_out) == (False, None)
+    own, other = find("A-T2-ED", "B-T2-ED", mark_own=False)  # sources for any target
+    assert (own.own, own.left_out) == (False, None)
 
 
 def test_the_targets_own_model_is_known_however_its_path_is_written(mnist, monkeypatch, tmp_path):
@@ -79,13 +163,13 @@ def test_the_targets_own_model_is_known_however_its_path_is_written(mnist, monke
     found = find_sources(["tinymnist.npz", "copy.npz", "described.json", {"name": "o", "task": other}], target)
     assert [source.own for source in found] == [True, True, True, False]
     assert all(source.left_out is None for source in found)  # scored, never ranked
-    assert (found[0].name, found[0].n_classes, found[0].size) == ("tinymnist", 3, 12)
+    assert (found[0].name, found[0].card.n_classes, found[0].size) == ("tinymnist", 3, 12)
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([], "at least one source"),
+        ([], "at least one task, card, checkpoint or folder"),
         (["B-T2-ED", "B-T2-ED"], "names B-T2-ED twice"),
         (["B-T2-ED", {"name": "B-T2-ED", "checkpoint": "x.pt"}], "names B-T2-ED twice"),
         ([{"name": "scratch", "checkpoint": "x.pt"}], "named scratch, which means training without one"),
@@ -93,12 +177,18 @@ def test_the_targets_own_model_is_known_however_its_path_is_written(mnist, monke
         (["B-T2-ED", {"checkpoint": "full.pt"}], "named full"),
         ([{"weights": "x.pt"}], "is no task"),
         ([3], "is no task"),
+        ([{"bundles": "zoo"}], "is no task, no path"),
         ([{"checkpoint": "x.pt", "modalty": "T2"}], "did you mean 'modality'"),
-        ([{"checkpoint": "x.pt", "n_classes": "two"}], "n_classes is 'two'; expected a whole number"),
-        ([{"checkpoint": "x.pt", "convolutions": "stem"}], "convolutions is 'stem'; expected a list of two names"),
+        ([{"checkpoint": "x.pt", "n_classes": 2}], "n_classes"),
+        ([{"checkpoint": "x.pt", "classes": "two"}], "classes must be"),
+        ([{"checkpoint": "x.pt", "convolutions": "stem"}], "convolutions must be"),
+        ([{"checkpoint": 3}], "checkpoint must be a valid string; found 3"),
         (["B-T2-EDD"], "did you mean 'ED'"),
         (["A-T2-ED"], "no source is left: A-T2-ED is the target's own model"),
-        ([{"bundles": "nowhere"}], "does not exist"),
+        ([{"card": "nowhere.json"}], "nowhere.json"),
+        (["./nowhere"], "source nowhere does not exist"),
+        (["nowhere.json"], "source nowhere.json does not exist"),
+        (["/proc/self/task"], "source /proc/self/task is no card, no checkpoint"),
     ],
     ids=str,
 )
@@ -116,103 +206,205 @@ def test_datasets_that_cannot_be_had_are_refused(mnist):
         assert message in refused(lambda where=where: ClassificationTask(where))
 
 
-# Bundles of strangers
-
-
-def unet(**changed) -> dict:
-    return UNET | changed
-
-
-def test_a_bundle_is_read_without_running_it(tmp_path, find):
-    marker = tmp_path / "ran"
-    config = {
-        "imports": [f"$__import__('pathlib').Path({str(marker)!r}).touch()"],
-        "channels": [4, 8],
-        "network_def": unet(channels="@channels"),
-        "network": "$@network_def.to('cpu')",
-    }
-    bundle_of_a_stranger(tmp_path / "zoo" / "good", config, weights=built(UNET).state_dict())
-    (one,) = find({"bundles": str(tmp_path / "zoo")})
-    assert (one.left_out, one.network) == (None, UNET)
-    assert not one.build({}, image_shape=[1, 16, 16], per_pixel=True).training
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("definition", "reason"),
-    [
-        (unet(channels="$[4, 8]"), "--trust_bundles true"),
-        (unet(channels="@nowhere"), "`@nowhere` is not defined"),
-        (unet(act={"_target_": "os.system", "command": "true"}), "would have to be built"),
-        ({"_target_": "os.system", "command": "true"}, "not one of monai.networks.nets or torch.nn"),
-        ({"_target_": "monai.networks.utils.one_hot"}, "not one of"),
-        ({"_target_": "$print"}, "its network needs '$print' evaluated"),
-        (unet(channels=3), "cannot be built"),
-        (unet(channels=[4, 16]), "does not fit"),
-        ({"unet": 1}, "defines a network"),
-    ],
-    ids=str,
-)
-def test_a_bundle_that_cannot_be_used_is_left_out_with_the_reason(definition, reason, tmp_path, find):
-    bundle_of_a_stranger(tmp_path / "zoo" / "bad", {"network_def": definition}, weights=built(UNET).state_dict())
-    (one,) = find({"bundles": str(tmp_path / "zoo")})
-    assert reason in one.left_out
-
-
-def test_damaged_bundles_are_left_out_with_the_reason(tmp_path, find):
-    zoo, reasons = tmp_path / "zoo", {"a": "no JSON", "b": "without weights", "c": "cannot be read"}
-    for name in reasons:
-        bundle_of_a_stranger(zoo / name, "{" if name == "a" else {"network_def": UNET})
-    (zoo / "c" / "models" / "model.pt").write_bytes(b"no weights")
-    for one in find({"bundles": str(zoo)}):
-        assert reasons[one.name] in one.left_out
-
-
-def test_expressions_are_evaluated_when_the_user_trusts_the_bundle(tmp_path, find):
-    config = {"network_def": unet(channels="$[4, 4 + 4]")}
-    bundle_of_a_stranger(tmp_path / "zoo" / "one", config, weights=built(UNET).state_dict())
-    (one,) = find({"bundles": str(tmp_path / "zoo")}, trust_bundles=True)
-    assert (one.left_out, one.network["channels"]) == (None, [4, 8])
+@pytest.mark.parametrize("channels", [["T1"], ["T1", "T2"]], ids=str)
+def test_a_task_of_other_channels_is_left_out(channels, find):
+    (other, _) = find("B-T1+T2-ED", "B-T2-ED")
+    assert other.left_out == "it is of T1+T2, the target's images are T2"
 
 
 # What a network must fit
 
 
 @pytest.mark.parametrize(
-    ("network", "source", "message"),
+    ("network", "given", "message"),
     [
         (BasicUNet(2, 1, 2, features=(4,) * 6), {"network": UNET}, "does not fit this UNet"),
-        (built(unet(in_channels=4)), {"network": unet(in_channels=4)}, "takes 4 channels, the target's images have 1"),
-        (built(unet(spatial_dims=3)), {"network": unet(spatial_dims=3)}, "network is 3D, the target's images are 2D"),
-        (built(UNET), {"network": {"_target_": "os.system"}}, "network os.system is not one of"),
-        (built(UNET), {"network": unet(channels=3)}, "cannot be built"),
-        (ResNet("basic", [1] * 4, [4] * 4, 2, 1, num_classes=2), {}, "does not give one prediction per pixel"),
+        (
+            built_network(unet(in_channels=4)),
+            {"network": unet(in_channels=4), "channels": ["a", "b", "c", "T2"]},
+            "takes channels a, b, c, T2, the target's images have T2: a, b, c are missing",
+        ),
+        (built_network(unet(in_channels=4)), {"network": unet(in_channels=4)}, "refuses images of 1 x"),
+        (ResNet("basic", [1] * 4, [4] * 4, 2, 1, num_classes=2), {"own": RESNET}, "one prediction per pixel"),
+        (own_unet(in_channels=3), {}, "takes 3 channels, the target's images have 1"),
+        (BasicUNet(2, 1, 2, features=[8] * 6), {}, "does not fit this BasicUNet"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_segmentation_source_that_does_not_fit_is_refused_in_one_line(network, source, message, weights):
-    own = RESNET | {"num_classes": 2, "block_inplanes": [4] * 4, "n_input_channels": 1}
-    one = Source("ours", "checkpoint", checkpoint=weights(network), **source)
-    text = refused(lambda: one.build(own, image_shape=[1, 16, 16], per_pixel=True))
+def test_a_segmentation_source_that_does_not_fit_is_refused_in_one_line(network, given, message, weights, target):
+    own = {"block_inplanes": [4] * 4} | given.pop("own") if "own" in given else OWN
+    own = own | ({"block_inplanes": [4] * 4} if own["_target_"] == "ResNet" else {})
+    one = Source("ours", "checkpoint", read_card({"checkpoint": weights(network), **given}))
+    text = refused(lambda: one.build(own, target, [1, 32, 32]))
     assert text.startswith("source ours: ")
     assert message in text
+    if one.card.foreign:  # and so it is no candidate, with the reason
+        (found,) = find_sources([{"name": "ours", "checkpoint": one.card.checkpoint} | given], target)
+        assert message in found.left_out
 
 
-def test_a_classification_source_that_does_not_fit_is_refused_in_one_line(weights):
+def test_a_network_for_volumes_does_not_take_slices(weights, target, monkeypatch):
+    network = unet(spatial_dims=3)
+    entry = {"name": "ours", "checkpoint": weights(built_network(network)), "network": network}
+    (one,) = find_sources([entry], target)
+    assert (one.left_out, one.card.dimensions) == (None, 3)  # the target's are volumes
+    monkeypatch.setattr("medtl_ext.transfer.tasks.shape_of", lambda name: (8, 8, 1))
+    (one,) = find_sources([entry], SegmentationTask(target.name, collection=target.collection.path))
+    assert one.left_out == "its network is 3D, the target's images are 2D"
+
+
+def test_the_classes_of_a_network_of_the_bundles_own_are_read_from_its_weights(weights, target):
+    four, two = (Source("s", "checkpoint", Card(checkpoint=weights(own_unet(n), f"{n}"))) for n in (4, 2))
+    assert [one.own_classes(OWN, target) for one in (four, two)] == [4, 2]
+    assert four.build(OWN, target, [1, 32, 32])(torch.zeros(1, 1, 32, 32)).shape[1] == 4
+    said = Source("s", "checkpoint", Card(checkpoint=two.card.checkpoint, classes=4))
+    assert "does not fit" in refused(lambda: said.build(OWN, target, [1, 32, 32]))
+
+
+def test_a_foreign_network_takes_the_targets_images(weights, target):
+    net = built_network(unet(in_channels=2, out_channels=3))
+    given = {"network": unet(in_channels=2, out_channels=3), "channels": ["T2", "T1"], "fill": "mean"}
+    (one,) = find_sources([{"name": "ours", "checkpoint": weights(net), **given}], target)
+    assert (one.left_out, one.card.foreign, one.card.n_classes) == (None, True, 3)
+    network = one.build({}, target, ())
+    assert not network.training
+    image = torch.rand(1, 2, 16, 16)
+    torch.testing.assert_close(network(image), net.eval()(image))
+
+
+def test_a_classification_source_that_does_not_fit_is_refused_in_one_line(weights, mnist):
+    target = ClassificationTask(mnist())
+
     def build(network=None, checkpoint=None, n_classes=2):
-        path = checkpoint or weights(built(RESNET | {"num_classes": 2, "n_input_channels": 1}))
-        source = Source("ours", "checkpoint", checkpoint=path, network=network, n_classes=n_classes)
-        return source.build(RESNET, image_shape=[1, 32, 32], per_pixel=False)
+        path = checkpoint or weights(built_network(RESNET | {"num_classes": 2, "n_input_channels": 1}))
+        source = Source("ours", "checkpoint", Card(checkpoint=path, network=network, classes=n_classes))
+        return source.build(RESNET, target, [1, 32, 32])
 
     assert not build().training
-    rgb = weights(built(RESNET | {"num_classes": 2, "n_input_channels": 3}), "rgb")
+    rgb = weights(built_network(RESNET | {"num_classes": 2, "n_input_channels": 3}), "rgb")
     asked = "its network takes 3 channels, the target's images have 1; give --in_channels 3, which repeats grey images"
-    assert asked in refused(lambda: build(RESNET | {"n_input_channels": 3}))
     assert asked in refused(lambda: build(checkpoint=rgb))  # the definition takes its channels from the target
     assert "does not fit this ResNet" in refused(lambda: build(n_classes=3))
     dense = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": [4] * 6}
-    path = weights(built(dense), "unet")
-    assert "does not give 2 class scores an image" in refused(lambda: build(dense, path))
+    path = weights(built_network(dense), "unet")
+    assert "does not give one prediction per image" in refused(lambda: build(dense, path))
+
+
+def test_weights_that_hold_no_numbers_are_refused(weights, target):
+    network = own_unet()
+    with torch.no_grad():
+        next(network.parameters()).flatten()[0] = torch.nan
+    one = Source("ours", "checkpoint", Card(checkpoint=weights(network)))
+    assert "hold NaN or Inf" in refused(lambda: one.build(OWN, target, [1, 32, 32]))
+
+
+def test_a_bundle_is_one_of_a_shelf(find, tmp_path):
+    for name, network in {"fits": UNET, "poor": unet(channels=[4, 16])}.items():
+        bundle_of_a_stranger(
+            tmp_path / "zoo" / name, {"network_def": network}, weights=built_network(UNET).state_dict()
+        )
+    fits, poor = find(str(tmp_path / "zoo"))
+    assert (fits.name, fits.kind, fits.left_out) == ("fits", "bundle", None)
+    assert "does not fit" in poor.left_out
+
+
+@pytest.mark.parametrize("network", [{"_target_": "os.system"}, unet(channels=3), unet(channels="$[4, 8]")], ids=str)
+def test_what_may_not_be_built_is_left_out_with_the_reason(network, find, weights):
+    (one,) = find({"name": "ours", "checkpoint": weights(built_network(UNET)), "network": network})
+    assert network["_target_"] in one.left_out
+
+
+# What a run takes of its one source
+
+
+@pytest.fixture
+def single(target, collection):
+    """Of a run's option."""
+
+    def make(source, **options):
+        config = {"source": source, "collection": collection, "network_def": OWN}
+        return SingleSource(here=SimpleNamespace(config=config), target=target, **options)
+
+    return make
+
+
+def test_a_source_of_the_bundles_own_network_changes_nothing_else(single, weights):
+    path = weights(own_unet())
+    origin, own, steps = single(path), own_unet(), [nn.Identity()]
+    assert origin.weights == path
+    assert origin.architecture(own) is own
+    assert origin.preprocessing(steps) == steps
+    assert origin.inferer(own) is own
+    assert (origin.cropping(), origin.slices("foreground"), origin.batch(8), origin.frozen("conv")) == (
+        [],
+        "foreground",
+        8,
+        "conv",
+    )
+    assert origin.unasked is None
+    image = torch.rand(1, 1, 32, 32)
+    assert torch.equal(origin.answering([1, 32, 32])(image), origin.untouched([1, 32, 32])(image))
+
+
+def test_a_source_of_other_classes_is_not_asked(single, weights):
+    origin = single(weights(own_unet(4)))
+    assert origin.unasked == "source and target have different numbers of classes"
+    assert "different numbers of classes" in refused(lambda: origin.answering([1, 32, 32]))
+    assert origin.untouched([1, 32, 32])(torch.zeros(1, 1, 32, 32)).shape[1] == 4
+
+
+def test_a_foreign_source_brings_its_network_its_grid_and_its_head(single, weights):
+    net = built_network(unet(out_channels=3))
+    keys = {
+        "network": unet(out_channels=3),
+        "classes": ["background", "cyst", "ED"],
+        "window": [16, 16],
+        "batch_size": 3,
+    }
+    origin = single({"checkpoint": weights(net), "name": "theirs", "encoder": "model.0", **keys})
+    assert origin.unasked is None  # it knows ED
+    image = torch.rand(1, 1, 16, 16)
+    ours, theirs = origin.answering([1, 32, 32])(image).softmax(1), net.eval()(image).softmax(1)
+    torch.testing.assert_close(ours[:, 1], theirs[:, 2])
+    trained = origin.architecture(own_unet())
+    assert not isinstance(trained, BasicUNet)
+    trained.load_state_dict(origin.weights)
+    assert trained.eval()(image).shape[1] == 2
+    (crop,) = origin.cropping()
+    assert crop({"image": torch.rand(1, 20, 24), "label": torch.rand(1, 20, 24)})["image"].shape == (1, 16, 16)
+    assert origin.frozen("conv_0") == "net\\.(?:model.0)"
+    assert (origin.slices("foreground"), origin.batch(8)) == ("foreground", 1)
+    one_size = SimpleNamespace(geometry={})
+    assert [origin.batch(own, one_size) for own in (8, 2)] == [3, 2]
+
+
+def test_a_run_needs_a_source_with_weights(single, weights, tmp_path):
+    for origin in (single(None), single("B-T2-ED")):
+        assert "--source is not given or has no weights" in refused(lambda origin=origin: origin.weights)
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for name in "ab":
+        shutil.copy(weights(own_unet()), shelf / f"{name}.pt")
+    assert f"--source {shelf} holds 2 sources; give the path of one" in refused(lambda: single(str(shelf)).weights)
+
+
+def test_what_a_ranking_hands_on_is_the_source_with_its_weights(target, collection, tmp_path):
+    """A task by its name and the weights that it has by now; anything else as it was given."""
+    run = SOURCE_SELECTION.workflow(collection=collection).parser.get() | {"bundle_root": str(SOURCE_SELECTION.root)}
+    done = SimpleNamespace(config=run, train=lambda waiting, what: None)
+    plain, named = find_sources(
+        ["B-T2-ED", {"name": "b", "task": "B-FLAIR-ED", "network": UNET}], target, collection=collection
+    )
+    found = train_sources([plain, named], done, target, folder=str(tmp_path), seed=0, check=False)
+    assert [one.option["checkpoint"] for one in found] == [one.job.model for one in found]
+    assert found[0].option == {"task": "B-T2-ED", "checkpoint": found[0].card.checkpoint}
+    assert found[1].option == {
+        "name": "b",
+        "task": "B-FLAIR-ED",
+        "network": UNET,
+        "checkpoint": found[1].card.checkpoint,
+    }
+    assert found[1].job.overrides["network_def"] == UNET
 
 
 # What a pool is kept for

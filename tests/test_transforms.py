@@ -7,7 +7,31 @@ import torch
 from monai.data import MetaTensor
 
 from medtl_ext import InputError
-from medtl_ext.transforms import NormalizeBodyd, SelectLabelsd, body_mask
+from medtl_ext.transforms import NormalizeBodyd, PickChannelsd, SelectLabelsd, body_mask
+
+
+class TestPickChannels:
+    def test_channels_are_put_in_order_and_a_missing_one_is_the_mean_of_all(self):
+        image = torch.stack([torch.full((2, 3), value) for value in (1.0, 5.0)])
+        found = PickChannelsd("image", [1, None, 0])({"image": image})["image"]
+        assert found.shape == (3, 2, 3)
+        assert found.flatten(1).unique(dim=1).flatten().tolist() == [5, 3, 1]
+
+    def test_space_and_kind_of_numbers_stay_and_the_input_is_untouched(self):
+        affine = torch.diag(torch.tensor([2.0, 2, 4, 1], dtype=torch.float64))
+        image = MetaTensor(torch.arange(4, dtype=torch.uint8).reshape(2, 2, 1, 1), affine=affine)
+        found = PickChannelsd("image", [1, None])({"image": image, "other": 1})
+        assert torch.equal(found["image"].affine, affine)
+        assert found["image"].dtype == torch.uint8
+        assert found["image"].flatten().tolist() == [2, 3, 1, 1]
+        assert image.flatten().tolist() == [0, 1, 2, 3]
+        assert found["other"] == 1
+
+    def test_arrays_are_taken_and_a_missing_key_is_allowed_if_it_is_said(self):
+        assert PickChannelsd("image", [0])({"image": np.ones((2, 3, 3))})["image"].shape == (1, 3, 3)
+        assert PickChannelsd("image", [0], allow_missing_keys=True)({}) == {}
+        with pytest.raises(KeyError):
+            PickChannelsd("image", [0])({})
 
 
 class TestSelectLabels:

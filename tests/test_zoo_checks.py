@@ -118,7 +118,7 @@ def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
     settings = {"subjects": 7, "modalities": ["T1", "T2"], "n_jobs": 1, "progress": False}  # three to train on
     collection = generate_phantom(folder / "phantom", institutions=["17"], **settings)
     torch.save(BasicUNet(2, 1, 2, features=[4] * 6, norm="batch").state_dict(), folder / "source.pt")
-    train = {"collection": str(collection), "source_task": "17-T2-ED", "source_ckpt": str(folder / "source.pt")}
+    train = {"collection": str(collection), "source": str(folder / "source.pt")}
     train |= {"network_def#features": [4] * 6, "progress": False}
     segmentation = {"train": train, "inference": {"input_dir": str(collection.parent / "17-000")}}
     arrays = {"images": np.zeros((4, 28, 28), np.uint8), "labels": np.arange(4) % 2}

@@ -64,7 +64,8 @@ class Chains:
         return Arm(name, (*jobs, self._step(folder, self.target.name, jobs[-1], full=full, method=name, **options)))
 
     def _step(self, folder: Path, task: str, before: Job, *, full: bool, **options: Any) -> Job:
-        source = Source(before.overrides["target_task"], "task", checkpoint=before.model)
+        trained = before.overrides["target_task"]
+        source = Source(trained, "task", entry=trained, job=before)
         options |= {"freeze": None} if full else {}
         return finetuning_job(self.here, folder, source, overlay="stage", target_task=task, **options)
 

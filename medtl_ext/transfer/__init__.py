@@ -16,7 +16,7 @@ from medtl_ext.transfer.page import Report
 from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
-from medtl_ext.transfer.sources import Card, Checkpoint, SingleSource, Source, read_card, source_name
+from medtl_ext.transfer.sources import Card, CheckChannels, Checkpoint, SingleSource, Source, read_card, source_name
 from medtl_ext.transfer.study import SourceStudy, Study
 from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, images_to_classify, images_to_segment
 from medtl_ext.transfer.truth import FineTuneSources
@@ -25,6 +25,7 @@ __all__ = [
     "SCORES",
     "Arm",
     "Card",
+    "CheckChannels",
     "Checkpoint",
     "ClassificationTask",
     "DataCheck",

@@ -207,6 +207,7 @@ class ClassificationTask:
     outcome, unit, counted = "auc", "AUC", "test_images"
     tags = ()
     per_pixel, flat = False, True
+    splits = SPLITS
     own_task, own_size, own_outcome = "data", "images", "own_auc"
 
     def __init__(

@@ -3,6 +3,7 @@
 from medtl_ext.transfer.sources.card import Card, read_card
 from medtl_ext.transfer.sources.network import SourceNetwork, warn_of_other_order
 from medtl_ext.transfer.sources.pool import (
+    CheckChannels,
     Checkpoint,
     SingleSource,
     Source,
@@ -18,6 +19,7 @@ from medtl_ext.transfer.sources.pool import (
 
 __all__ = [
     "Card",
+    "CheckChannels",
     "Checkpoint",
     "SingleSource",
     "Source",

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from medtl_ext.transfer.sources.network import (
     untouched,
     warn_of_other_order,
 )
-from medtl_ext.transfer.sources.nnunet import nnunet_card
+from medtl_ext.transfer.sources.nnunet import nnunet_card, nnunet_folders
 from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, content_of, dataset_name
 from medtl_ext.transforms import PickChannelsd, SelectLabelsd
 
@@ -203,9 +202,11 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
     """The sources of one entry."""
     if isinstance(entry, str):
         if (kind := _kind(Path(entry))) is None:
+            if "/" in entry or entry.endswith(".json"):  # as no task is called
+                _require_dataset(Path(entry), target)
             return [_described({"task": entry}, entry, target, collection, trust)]
         if kind == "shelf":
-            paths = [path for path in sorted(Path(entry).iterdir()) if _kind(path) not in (None, "shelf")]
+            paths = [path for path in sorted(Path(entry).iterdir()) if _kind(path, shelf=False)]
             described = {_weights_of(path) for path in paths if _kind(path) == "card"}
             return [_on_shelf(path, target, trust) for path in paths if path.resolve() not in described]
         return [_on_shelf(Path(entry), target, trust)]
@@ -215,8 +216,16 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
     return [_described(entry, entry, target, collection, trust)]
 
 
-def _kind(path: Path) -> str | None:
-    """What kind of source lies at a path; None: none."""
+def _require_dataset(path: Path, target: TargetTask) -> None:
+    if not path.exists():
+        raise InputError(f"source {path} does not exist.")
+    if target.per_pixel:
+        kinds = "card, no checkpoint, no MONAI bundle, no nnU-Net folder and no folder of these"
+        raise InputError(f"source {path} is no {kinds}.")
+
+
+def _kind(path: Path, *, shelf: bool = True) -> str | None:
+    """What kind of source lies at a path; None: none. A shelf holds sources themselves, not further shelves."""
     if path.is_file() or path.suffix in WEIGHTS:
         if path.suffix == ".json":
             return "card" if _is_card(path) else None
@@ -225,9 +234,9 @@ def _kind(path: Path) -> str | None:
         return None
     if (path / "configs").is_dir():
         return "bundle"
-    if next(chain(path.glob("plans.json"), path.glob("*/plans.json"), path.glob("checkpoint_*.pth")), None):
+    if len(nnunet_folders(path)) == 1:
         return "nnunet"
-    return "shelf" if any(_kind(child) not in (None, "shelf") for child in path.iterdir()) else None
+    return "shelf" if shelf and any(_kind(child, shelf=False) for child in path.iterdir()) else None
 
 
 def _is_card(path: Path) -> bool:
@@ -246,7 +255,7 @@ def _weights_of(card: Path) -> Path:
 def _on_shelf(path: Path, target: TargetTask, trust: bool) -> Source:
     """A source that lies at a path; what cannot be used is left out with the reason."""
     kind, where = _kind(path), str(path)
-    name = path.stem if path.is_file() else path.name
+    name = path.name if path.is_dir() else path.parent.name if path.stem == "model" else path.stem
     try:
         card = card_at(path, trust)
         return _fitting(Source(card.name or name, kind, card, where, size=None), target)
@@ -269,7 +278,7 @@ def card_at(path: Path, trust: bool) -> Card:
         return read_card(path, trust=trust)
     if kind == "checkpoint":
         beside = path.with_suffix(".json")
-        card = read_card(beside, trust=trust) if beside.is_file() and _is_card(beside) else Card(name=path.stem)
+        card = read_card(beside, trust=trust) if beside.is_file() and _is_card(beside) else Card()
         return card.model_copy(update={"checkpoint": str(path)})
     raise InputError(f"{path} is no card, no checkpoint, no MONAI bundle and no nnU-Net folder.")
 
@@ -288,11 +297,13 @@ def _described(
     if task is not None:
         known = target.other(task, collection=collection)
         tags = {tag: getattr(known, tag) for tag in target.tags}
-        keys, size = {"classes": known.n_classes} | tags | keys, known.size
+        keys = {"classes": known.n_classes} | tags | keys
+        size = known.size if "train" in known.splits else None
         if target.per_pixel and known.n_channels != target.n_channels:
             left_out = f"it is of {known.modality}, the target's images are {target.modality}"
     over = read_card(keys, trust=trust)
-    card = base.model_copy(update={key: getattr(over, key) for key in keys} | {"trusted": trust})
+    laid = {"name": base.name or over.name} | {key: getattr(over, key) for key in keys}
+    card = base.model_copy(update=laid | {"trusted": trust})
     if card.network is not None:
         network = _filled(card.network, card.n_classes or target.n_classes, target.n_channels)
         card = card.model_copy(update={"network": network})
@@ -334,7 +345,7 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     if collection is not None:
         load_collection(collection)  # a missing one has no content
     merged, path = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}, Path(source.task)
-    key = identity(merged, without=("weight_map", "leep", "grid"))
+    key = identity(merged, without=("weight_map", "leep", "grid", "splits"))
     key["data"] = content_of(path) if path.exists() else None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
@@ -451,6 +462,24 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True, eq=False)
+class CheckChannels:
+    """A step that warns where a foreign network's channels seem to be in another order than its card says.
+
+    Args:
+        origin: the source.
+        training: the target's training set.
+    """
+
+    origin: "SingleSource"
+    training: SliceDataset
+
+    def run(self) -> None:
+        if self.origin.card is not None:
+            items = self.training.plain()
+            warn_of_other_order(self.origin.untouched(()), [items[place] for place in {0, len(items) - 1}])
+
+
+@dataclass(kw_only=True, eq=False)
 class SingleSource:
     """The one source of a fine-tuning, the option ``source``: what a run takes from it, and what else it then needs.
 
@@ -479,14 +508,17 @@ class SingleSource:
         found = find_sources([entry], self.target, **where)
         if len(found) > 1:
             raise InputError(f"--source {entry} holds {len(found)} sources; give the path of one.")
-        if found[0].left_out and found[0].card.foreign:
+        if found[0].left_out and found[0].kind != "task":
             raise InputError(f"source {found[0].name} cannot be used: {found[0].left_out}.")
         return found[0]
 
     @property
     def card(self) -> Card | None:
-        """Of a source that brings its own network."""
-        return self.given.card if self.given is not None and self.given.card.foreign else None
+        """Of a source that brings its own network, which a task does not: a training from scratch need not know it."""
+        entry = self.here.config.get("source")
+        if entry is None or (isinstance(entry, str) and _kind(Path(entry)) is None):
+            return None
+        return self.given.card if self.given.card.foreign else None
 
     @cached_property
     def source(self) -> Source:
@@ -518,12 +550,6 @@ class SingleSource:
     def untouched(self, image_shape: Sequence[int]) -> nn.Module:
         """The network as it is, with its own classes; see `Source.build`."""
         return self.source.build(self.here.config["network_def"], self.target, image_shape)
-
-    def check_channels(self, training: SliceDataset) -> None:
-        """Warn where a foreign network's channels seem to be in another order than its card says."""
-        if self.card is not None:
-            items = training.plain()
-            warn_of_other_order(self.untouched(()), [items[place] for place in {0, len(items) - 1}])
 
     @cached_property
     def unasked(self) -> str | None:
@@ -575,13 +601,11 @@ class SingleSource:
         """That of validation: a foreign network lays its windows itself."""
         return own if self.card is None else SimpleInferer()
 
-    def batch(self, own: int, dataset: SliceDataset | None = None) -> int:
-        """Images at a time: no more than the source says; one where they differ in size, or (no dataset) whole ones."""
+    def batch(self, own: int, *, training: bool = False) -> int:
+        """Images at a time: in training no more than the source says, whole images one by one."""
         if self.card is None:
             return own
-        sizes = {shape for _, shape in getattr(dataset, "geometry", {}).values()}
-        one_size = dataset is not None and (self.card.window is not None or len(sizes) < 2)
-        return min(own, self.card.batch_size or own) if one_size else 1
+        return min(own, self.card.batch_size or own) if training else 1
 
     def frozen(self, pattern: str | None) -> str | None:
         """Names of the parameters to freeze, where a method freezes any."""

@@ -321,6 +321,13 @@ def test_a_fine_tuning_is_a_source(out, channels, asked, head, make, tmp_path):
     torch.testing.assert_close(found, result(network.eval(), image))
 
 
+def test_weights_of_another_width_are_not_fitted(make):
+    wider = Net()
+    wider.first, wider.head = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 2, 1)
+    message = refused(lambda: untouched(make(wider.state_dict(), classes=2), channels=1))
+    assert "does not fit this Net: 1 of 4 tensors copied, 3 of another shape" in message
+
+
 def test_a_network_that_scales_its_images_gets_further_channels(make):
     card = make(end="scaled", classes=2)
     network = adapted(card, ["background", "x"], wanted=1, channels=["T1", "T2"])

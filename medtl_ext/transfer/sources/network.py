@@ -349,10 +349,12 @@ def _fit_ends(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if isinstance(layer, WEIGHTED) and weight is not None and weight.ndim == layer.weight.ndim:
             before, after = _sizes(layer), _sizes(layer, weight)
             if before != after and getattr(layer, "groups", 1) == 1:
+                if outputs and after[0] != before[0]:
+                    return  # what one layer gives and a later one takes: they are of another network
                 found[name] = after
                 inputs |= {after[0]} - {before[0]}
                 outputs |= {after[1]} - {before[1]}
-    if len(inputs) <= 1 and len(outputs) <= 1:  # else they are of another network
+    if len(inputs) <= 1 and len(outputs) <= 1:
         for name, sizes in found.items():
             _replace(net, name, _like(net.get_submodule(name), *sizes))
 

@@ -34,7 +34,6 @@ PARTS = ("{}", "validate#{}", "val_{}", "val#{}")  # where bundles keep a part o
 WEIGHTS = ("models/model.pt", "models/model.pth", "models/model.safetensors")
 PROGRAM = "models/model.ts"
 REFERENCE = re.compile(r"\s*[@%](\w+(?:(?:#|::)\w+)*)\s*")
-DTYPE = re.compile(r"\$\s*(?:torch|np|numpy)\.(float|u?int)(\d*)\s*")
 LABEL = re.compile(r"label|seg|mask|target", re.IGNORECASE)
 OURS = ("keys", "allow_missing_keys", "lazy", "meta_keys", "meta_key_postfix", "source_key", "start_coord_key")
 OURS += ("end_coord_key", "dtype", "_desc_", "_requires_", "_disabled_", "_mode_")
@@ -325,8 +324,6 @@ class _Config:
         if isinstance(value, list):
             return [self.plain(where, one) for one in value]
         if isinstance(value, str) and value.startswith("$"):
-            if dtype := DTYPE.fullmatch(value):
-                return dtype[1] + (dtype[2] or "32")
             if value[1:].strip() in ALLOWED["constants"]:
                 return ALLOWED["constants"][value[1:].strip()]
             if not self.trust:
@@ -360,8 +357,6 @@ def _as_plain(value: Any) -> Any:
         return {"_target_": "torch.tensor", "data": value.tolist()}
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
     if isinstance(value, torch.device):
         return "cpu"  # sources are built there and moved
     raise InputError(f"it is {type(value).__name__}, which a card cannot hold")

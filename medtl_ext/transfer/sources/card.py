@@ -24,30 +24,15 @@ Axes = tuple[int, ...]
 class Card(BaseModel):
     """What a network is; one JSON file, or the same keys in a list of sources.
 
+    The keys are explained in ``docs/sources.md``, line by line. Axes are those of the preprocessed image. None stands
+    for what the bundle or the target has, of `dimensions` and `layer` for what the network shows.
+
     Attributes:
-        name: what tables call it.
-        checkpoint: its weights (``.pt``, ``.pth``, ``.safetensors``), or a program with weights (``.ts``, ``.pt2``).
-        network: definition, ``_target_`` and plain arguments; None: the bundle's own network, or a program.
-        channels: names of the images that it takes, in its order; None: those of the target.
-        fill: "mean": a channel that the target lacks becomes the mean of those that it has, one number an image.
-        preprocessing: MONAI's dictionary transforms without their keys; None: the bundle's own.
-        axes: the spatial axes in the order in which the network takes them; of a 2D network with three, it sees slices
-            along the first.
-        dimensions: 2 or 3; None: those of its first convolution.
-        window: size of the patch, in voxels of the preprocessed image; None: whole images, or slices.
-        overlap, blending, mirror: of the windows, and axes over which predictions are averaged.
-        output: "logits", "softmax" or "sigmoid". With a channel for each class logits are of a softmax, with one
-            less of sigmoids, one for each class but the background.
-        classes: their names, background first, or how many.
-        pick: which of several outputs.
-        layer: whose output are the features; None: the input of the last convolution or linear layer.
-        encoder: names of the parameters to freeze in a fine-tuning, a regular expression; None freezes none.
-        convolutions: names of the two convolutions that FU compares; None finds the first two.
-        batch_size: at most so many images in a batch of a fine-tuning.
-        institution, modality, objective: what is known of its data.
-        description, trained_on, licence: for people.
-        folder: where its files lie; what leaves it is not read without trust.
-        trusted: code that it brings may run.
+        folder: where its files lie; what leaves it is not read without trust. No key of the file.
+        trusted: code that it brings may run. No key of the file.
+
+    >>> Card(classes=("background", "lesion"), window=(64, 64)).n_classes
+    2
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_runs import refused
+from bundle_runs import refused, toy_collection
 from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import nn
 
 from medtl_ext.metrics.features import tap_features
+from medtl_ext.transfer import SegmentationTask
+from medtl_ext.transfer.sources import find_sources
 from medtl_ext.transfer.sources.allowed import transforms_of
 from medtl_ext.transfer.sources.card import Card, channel_order, read_card
 from medtl_ext.transfer.sources.network import (
@@ -514,3 +516,22 @@ def test_an_empty_field_of_view_is_named():
     image = steps({"image": MetaTensor(torch.zeros(1, 4, 4, 4))})["image"]
     message = "the preprocessing of the source's card leaves nothing of an image: is it empty?"
     assert message in refused(lambda: of(conv(3), classes=2)(image[None]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"preprocessing": [{"_target_": "RandFlipd"}]}, "preprocessing RandFlipd is not on the list"),
+        ({"preprocessing": [{"_target_": "Flipd", "axis": 0}]}, "got an unexpected keyword argument 'axis'"),
+        ({"channels": ["CT", "PET"]}, "CT, PET are missing"),
+        ({"dims": 3, "trust": False}, "would have to be run"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_left_out_before_anything_runs(keys, reason, make, tmp_path):
+    make(**keys)
+    where = str(toy_collection(tmp_path / "toy"))
+    target = SegmentationTask("A-T2-ED", collection=where)
+    given = {"collection": where, "trust": keys.get("trust", True)}
+    (found,) = find_sources([str(tmp_path / "net.json")], target, **given)
+    assert reason in found.left_out

@@ -4,6 +4,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ class SourceNetwork(nn.Module):
         features = _one(features) if output.ndim == 2 else features
         if features.ndim != output.ndim or len(features) != len(image):
             raise InputError('its features lie on no grid; name a layer that does in its card ("layer")')
-        features = self._turned(features, _inverse(self.axes))
+        features = self._turned(features.float(), _inverse(self.axes))
         if self.card.window is not None and features.shape[2:] != image.shape[2:]:  # windows are blended on the image's
             features = interpolate(features, image.shape[2:], mode="nearest-exact")
         return output, features
@@ -427,11 +428,14 @@ def _ends(network: SourceNetwork, sample: Tensor) -> tuple[list[str], str]:
     """Names of the layers that take the image itself (of none: the first that runs), and of the last that runs."""
     images: list[Tensor] = []
     ran: list[tuple[str, bool]] = []
+
+    def note(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        ran.append((name, inputs[0] is images[0]))
+
     hooks = [network.net.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))]
     for name, layer in network.net.named_modules():
         if isinstance(layer, WEIGHTED):
-            took = lambda _, inputs, name=name: ran.append((name, inputs[0] is images[0]))  # noqa: E731
-            hooks.append(layer.register_forward_pre_hook(took))
+            hooks.append(layer.register_forward_pre_hook(partial(note, name)))
     try:
         with torch.no_grad():
             network.eval()._raw(sample)

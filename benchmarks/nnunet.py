@@ -14,19 +14,18 @@ from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImage
 from monai.utils import convert_to_dst_type
 
-from medtl_ext.networks import read_weights
-from medtl_ext.transfer.sources.allowed import built_network
-from medtl_ext.transfer.sources.nnunet import CropNonzerod, nnunet_card, sliding_window
+from medtl_ext.transfer.sources.allowed import transforms_of
+from medtl_ext.transfer.sources.card import read_card
+from medtl_ext.transfer.sources.network import untouched
+from medtl_ext.transfer.sources.nnunet import CropNonzerod, nnunet_card
 
 # Two kinds of data: thick slices of CT and MRI with classes, and MRI of two sequences in a body with regions.
 THICK = {"channel_names": {"0": "CT", "1": "MRI"}, "labels": {"background": 0, "ball": 1, "core": 2}}
@@ -83,34 +82,24 @@ def train(folder: Path, dataset: dict[str, Any], planner: str, spacing: tuple, c
         yield Path(trainer.output_folder_base)
 
 
-def predict(card: Mapping[str, Any], files: list[str]) -> tuple[MetaTensor, torch.Tensor, torch.Tensor]:
+def predict(content: Mapping[str, Any], files: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The preprocessed image and its logits, both with nnU-Net's axes, and the probabilities in the file's grid."""
-    steps = [locate(p["_target_"])("image", **{k: p[k] for k in p if k[0] != "_"}) for p in card["preprocessing"]]
+    card = read_card(content)
+    steps = transforms_of(card.preprocessing, ["image"])
     image = Compose(steps)({"image": LoadImage(ensure_channel_first=True, dtype=np.float32)(files)})["image"]
-    network = built_network(card["network"]).eval()
-    network.load_state_dict(read_weights(card["checkpoint"]))
-    flat = card["dimensions"] == 2
-    axes, there = card["axes"][flat:], [0, *[1 + axis for axis in card["axes"]]]
-    window = [card["window"][sorted(axes).index(axis)] for axis in axes]
-    mirror = [2 + axes.index(axis) for axis in card["mirror"]]
-    flips = [some for count in range(len(mirror) + 1) for some in itertools.combinations(mirror, count)]
-
-    def mirrored(patch: torch.Tensor) -> torch.Tensor:
-        return sum(network(patch.flip(some)).flip(some) for some in flips) / len(flips)
-
-    turned = image.as_tensor().permute(there)
+    as_it_comes = card.model_copy(update={"classes": None})  # regions are no classes yet
     with torch.no_grad():
-        found = sliding_window(turned.movedim(1, 0) if flat else turned[None], window, mirrored, card["overlap"])
-    logits, classes = found.movedim(0, 1) if flat else found[0], found.shape[1] == len(card["classes"])
+        logits = untouched(as_it_comes, channels=len(card.channels))(image[None])[0]
 
     # Back as nnU-Net goes: logits are resampled, then made probabilities, and outside the crop all is background.
-    found = convert_to_dst_type(logits.permute(*np.argsort(there).tolist()), image)[0]
+    classes, found = len(logits) == card.n_classes, convert_to_dst_type(logits, image)[0]
     for step in reversed([step for step in steps if hasattr(step, "inverse")]):
         if isinstance(step, CropNonzerod):
             found = found.softmax(0) if classes else found.sigmoid()
         found = step.inverse({"image": found})["image"]
     found[0] += 1 - found.sum(0) if classes else 0
-    return turned, logits, found.as_tensor()
+    there = [0, *[1 + axis for axis in card.axes]]
+    return image.as_tensor().permute(there), logits.permute(there), found.as_tensor()
 
 
 def compare(results: Path, files: list[str]) -> dict[str, float]:

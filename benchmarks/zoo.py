@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ import torch
 from tqdm import tqdm
 
 from medtl_ext import InputError
-from medtl_ext.networks import load_weights
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
-from medtl_ext.transfer.sources.bundle import bundle_card
+from medtl_ext.transfer.sources.card import Card
+from medtl_ext.transfer.sources.network import untouched
+from medtl_ext.transfer.sources.pool import card_at
 
 COLUMNS = ("bundle", "usable", "dimensions", "channels", "classes", "per", "executed", "reason")
 SPARE = 64  # pixels of an image for networks that take any
@@ -47,43 +48,39 @@ def made_up(bundle: Path) -> Path:
     return models / "model.pt"
 
 
-def shape_of(bundle: Path, card: Mapping[str, Any]) -> Sequence[int]:
+def shape_of(bundle: Path, card: Card) -> Sequence[int]:
     """Of an image: the window, else what the metadata say, else any."""
     inputs = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]["inputs"]
     said = next(iter(inputs.values()))["spatial_shape"]
-    return card.get("window") or [one if isinstance(one, int) else SPARE for one in said]
+    return card.window or [one if isinstance(one, int) else SPARE for one in said]
 
 
-def executed(bundle: Path, card: Mapping[str, Any]) -> str:
+def executed(bundle: Path, card: Card) -> str:
     with suppress(InputError):
-        return "nothing" if bundle_card(bundle) else ""
-    return "its scripts" if ".py:" in card["network"]["_target_"] else "its expressions"
+        return "nothing" if card_at(bundle, trust=False) else ""
+    return "its scripts" if ".py:" in card.network["_target_"] else "its expressions"
 
 
 def tried(bundle: Path, trust: bool) -> dict[str, Any]:
     """A row of the table; what is refused raises."""
     weights = made_up(bundle)
-    card = bundle_card(bundle, trust)
-    network = built_network(card["network"], bundle, trust)
-    torch.save(network.state_dict(), weights)
-    load_weights(network, card["checkpoint"], min_share=1.0)
-    image = {"image": 255 * torch.rand(len(card["channels"]), *shape_of(bundle, card))}
-    for step in transforms_of(card.get("preprocessing", ()), keys=["image"]):
+    card = card_at(bundle, trust)
+    torch.save(built_network(card.network, card.folder, card.trusted).state_dict(), weights)
+    channels, per = len(card.channels), "pixel"
+    try:
+        network = untouched(card, channels=channels)
+    except InputError as error:
+        if "per pixel" not in str(error):
+            raise
+        network, per = untouched(card, channels=channels, per_pixel=False), "image"
+    image = {"image": 255 * torch.rand(channels, *shape_of(bundle, card))}
+    for step in transforms_of(card.preprocessing or (), keys=["image"]):
         image = step(image)
-    crop = torch.as_tensor(image["image"])[None]
-    if "window" in card:
-        crop = torch.nn.functional.interpolate(crop, card["window"])
+    image = torch.as_tensor(image["image"])[None]
     with torch.no_grad():
-        output = network.eval()(crop)
-    if not isinstance(output, torch.Tensor):
-        raise InputError(f"its network gives {type(output).__name__}, no class scores")
-    pixel = output.shape[2:] == crop.shape[2:]
-    if not pixel and set(output.shape[2:]) - {1}:
-        raise InputError(f"its network gives {list(output.shape[2:])} pixels for {list(crop.shape[2:])}")
-    if len(card["classes"]) - output.shape[1] not in (0, 1):
-        raise InputError(f"its network gives {output.shape[1]} scores, its metadata {len(card['classes'])} classes")
-    numbers = {key: len(card[key]) for key in ("channels", "classes")} | {"dimensions": card["dimensions"]}
-    return numbers | {"per": "pixel" if pixel else "image", "executed": executed(bundle, card)}
+        network(torch.nn.functional.interpolate(image, card.window) if card.window else image)
+    numbers = {"dimensions": network.dimensions, "channels": channels, "classes": network.n_classes}
+    return numbers | {"per": per, "executed": executed(bundle, card)}
 
 
 def row(bundle: Path, trust: bool) -> dict[str, Any]:

@@ -77,6 +77,15 @@ def require_number(
     raise InputError(f"{name} is {value!r}; expected a {'whole number' if whole else 'number'}{allowed}.")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says in one line, or else its kind.
+
+    >>> first_line(ValueError("too small\\nat line 3"))
+    'too small'
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def warn(message: str) -> None:
     """Issue a `UserWarning` that points at the line outside this package which led here."""
     frame, level = sys._getframe(1), 2

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, first_line
 
 __all__ = ["freeze", "load_weights", "prepared", "read_checkpoint", "read_weights", "trainable_parameters"]
 
@@ -46,7 +46,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         with torch.serialization.safe_globals(NUMBERS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except READING_ERRORS as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):  # what torch says of it advises to read it unsafely
             reason = "it is damaged, or holds more than tensors"
         expected = "expected a file written by torch.save(network.state_dict(), path)"

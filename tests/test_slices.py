@@ -186,13 +186,35 @@ class TestItems:
         found = {item["subject"]: item.get("patient") for item in items(build(data, [*LOAD, Tag()]))}
         assert found == {"p0": "Ann", "p1": None, "p2": None}
 
-    def test_volumes_on_different_grids(self):
+    @pytest.mark.parametrize("slices", ["foreground", "volume"])
+    def test_volumes_of_different_sizes_share_a_frame(self, slices):
+        affine = torch.tensor([[0, 2, 0, 10], [-3, 0, 0, 20], [0, 0, 4, 30], [0, 0, 0, 1]]).double()
+        whole = slices == "volume"
+        entries = []
+        for name, size in (("small", (4, 5, 2)), ("large", (7, 5, 3))):
+            voxels = torch.arange(1.0, 1 + np.prod(size)).reshape(1, *size)
+            one = {"image": MetaTensor(voxels, affine=affine), "label": voxels > 7, "body": 2 * voxels}
+            entries.append(one | {"subject": name})
+        dataset = build(entries, [], slices=slices)
+        frame = (7, 5, 3)[: 2 + whole]
+        assert {item["image"].shape[1:] for item in items(dataset)} == {frame}
+        assert dataset.geometry["small"][1] == (7, 5, 3 if whole else 2)
+        for item in items(dataset):
+            entry, (here, _) = entries[item["subject"] == "large"], dataset.geometry[item["subject"]]
+            for key in ("image", "label", "body"):  # all voxels are still there, and zeros around them
+                given = entry[key][0] if whole else entry[key][0, ..., item["slice"]]
+                assert item[key].sum() == given.sum()
+            for place in item["image"][0].nonzero():  # and none has moved
+                voxel = [*place.tolist(), 1] if whole else [*place.tolist(), item["slice"], 1]
+                millimetres = torch.as_tensor(here) @ torch.tensor(voxel).double()
+                before = (torch.linalg.inv(affine) @ millimetres).round().long()[:3].tolist()
+                for key in ("image", "label", "body"):
+                    assert item[key][0][tuple(place)] == entry[key][0][tuple(before)]
+        dataset.set_map("weight", [torch.ones(frame)] * len(dataset))
+        assert dataset[0]["weight"].shape == (1, *frame)
+
+    def test_image_and_label_on_different_grids(self):
         entries = [{"image": torch.ones(1, n, 4, 3), "label": torch.ones(1, n, 4, 3)} for n in (4, 6)]
-        found = items(build(entries, []))
-        assert [tuple(item["image"].shape) for item in found] == [(1, 6, 4)] * 6
-        for key in ("image", "label"):  # zeros around the smaller one
-            assert found[0][key][0, :, 0].tolist() == [0, 1, 1, 1, 1, 0]
-            assert found[5][key][0, :, 0].tolist() == [1] * 6
         entries[1]["label"] = torch.ones(1, 5, 4, 3)
         with pytest.raises(InputError, match=r"on one grid .*'label': \(1, 5, 4, 3\)"):
             build(entries, [])

@@ -331,7 +331,7 @@ def test_optional_packages(target):
     if name not in sys.modules and not any((Path(path) / name).is_dir() for path in sys.path):
         assert f"needs the package {name}" in refused(lambda: built_network({"_target_": target}))
         return
-    pytest.importorskip(name)
+    pytest.importorskip(name, exc_type=Exception)
     arguments = {"model_name": "resnet10t", "pretrained": True} if name == "timm" else {"encoder_name": "resnet18"}
     assert isinstance(built_network({"_target_": target} | arguments), nn.Module)
 
@@ -441,6 +441,8 @@ EXAMPLES = {
     "MedianSmoothd": {"radius": 1},
     "SavitzkyGolaySmoothd": {"window_length": 3, "order": 1},
     "GaussianSmoothd": {"sigma": 0.5},
+    "medtl_ext.transfer.sources.nnunet.ResampleSpacingd": {"pixdim": [2, 2, 2]},
+    "medtl_ext.transfer.sources.nnunet.NormalizeNonzerod": {"only": [0]},
 }
 
 

@@ -13,23 +13,25 @@ import pydoc
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import monai.transforms
 import torch
+from monai.bundle import ConfigParser
 from monai.transforms import MapTransform, Resized, Zoomd
 from torch import nn
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, first_line
 
-__all__ = ["ALLOWED", "built_network", "importing", "inside", "kind_of_transform", "transforms_of"]
+__all__ = ["ALLOWED", "built_network", "importing", "inside", "kind_of_transform", "read_mapping", "transforms_of"]
 
 #: The lists of ``allowed.json``.
 ALLOWED: dict[str, Any] = json.loads(Path(__file__).with_name("allowed.json").read_text(encoding="utf-8"))
 TRUST = "which only --trust_sources true would do"
+MOST_BYTES = 2**24  # of a config
 MOST_PARAMETERS = 10**9  # a larger network is a mistake or malice: it would not fit into memory
 LARGEST_NUMBER = 10**6  # of a network's arguments, for the same reason
 PAD_ARGUMENTS = ("value", "constant_values")  # those of the paddings' **kwargs that mean something
@@ -50,6 +52,26 @@ def inside(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path
     if not found.is_relative_to(Path(folder).resolve()):
         raise InputError(f"{path} leads out of the source's folder, so it is not read")
     return found
+
+
+def read_mapping(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """What a JSON or YAML file in a source's folder holds.
+
+    Raises:
+        InputError: there is none, it leads out of the folder, is huge, damaged, or holds no mapping.
+    """
+    path = inside(folder, name)
+    if not path.is_file():
+        raise InputError(f"its {name} is no file")
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f"its {name} is larger than {MOST_BYTES} bytes")
+    try:
+        content = ConfigParser.load_config_file(path)
+    except Exception as error:  # of two parsers, on anything
+        raise InputError(f"its {name} is no JSON or YAML ({type(error).__name__}: {first_line(error):.100})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"its {name} holds no mapping")
+    return content
 
 
 def built_network(
@@ -82,7 +104,7 @@ def built_network(
     except InputError:
         raise
     except Exception as error:  # whatever a stranger's network raises on arguments of his
-        raise InputError(f"{where} cannot be built from its arguments ({_line(error)})") from error
+        raise InputError(f"{where} cannot be built from its arguments ({first_line(error)})") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"{where} is no network but {type(network).__name__}")
     return network
@@ -102,16 +124,10 @@ def checked_network(
     def nested(value: Mapping[str, Any]) -> Any:
         if value["_target_"] not in ALLOWED["values"]:
             return built_network(value, folder, trust)
-        return pydoc.locate(value["_target_"])(
-            **{key: _plain(where, one) for key, one in value.items() if key != "_target_"}
-        )
+        return pydoc.locate(value["_target_"])(**_arguments(where, value))
 
-    given = {key: value for key, value in definition.items() if key != "_target_"}
-    given = {key: value for key, value in given.items() if key not in ALLOWED["obsolete"].get(name, ())}
-    try:
-        arguments = {str(key): _plain(f"{where}, {key}", value, nested, LARGEST_NUMBER) for key, value in given.items()}
-    except RecursionError as error:
-        raise InputError(f"{where}: its arguments are nested too deeply") from error
+    obsolete = {"_target_", *ALLOWED["obsolete"].get(name, ())}
+    arguments = _arguments(where, definition, obsolete, nested, LARGEST_NUMBER)
     for key in ALLOWED["names"]:
         if isinstance(arguments.get(key), str) and not re.fullmatch(r"[\w.-]+", arguments[key]):
             raise InputError(f"{where}: {key} {arguments[key]!r} is no plain name (a hub's address would be fetched)")
@@ -156,16 +172,12 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
     target = step.get("_target_") if isinstance(step, Mapping) else None
     kind = kind_of_transform(target)
     if kind is None:
-        raise InputError(
-            f"preprocessing {target or step!s:.200} is not on the list of what may be used (docs/sources.md)"
-        )
+        raise InputError(f"preprocessing {target or step!s:.200} is not on the list (see docs/sources.md)")
     if kind in ("dropped", "gone", "channels"):
         return
-    where, factory = f"preprocessing {target}", _transform(target)
-    try:
-        given = {str(key): _plain(f"{where}, {key}", value) for key, value in step.items() if key != "_target_"}
-    except RecursionError as error:
-        raise InputError(f"{where}: its arguments are nested too deeply") from error
+    where, name = f"preprocessing {target}", _short(target)
+    factory = pydoc.locate(name) if "." in name else getattr(monai.transforms, name)
+    given = _arguments(where, step)
     for key in ("keys", "source_key", "allow_missing_keys", "lazy"):
         if key in given:
             raise InputError(f"{where} has {key}, which is set here; leave it out")
@@ -177,7 +189,7 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
         try:
             return factory(**arguments)
         except Exception as error:  # whatever MONAI raises on arguments that fit by name alone
-            raise InputError(f"{where} cannot be made of its arguments ({_line(error)})") from error
+            raise InputError(f"{where} cannot be made of its arguments ({first_line(error)})") from error
 
     if kind == "foreground":  # one box for all, that of the image
         names, modes = [image, *labels], [given.get("mode", "constant"), *["constant"] * len(labels)]
@@ -198,14 +210,7 @@ def _nearest(factory: Callable) -> str:
 
 
 class OnChannelsd(MapTransform):
-    """An intensity transform on some channels of an image; the others stay as they are.
-
-    Args:
-        transform: keeps the shape.
-        channels: numbers from 0.
-
-    Raises:
-        InputError: ``channels`` is no list of numbers from 0, or the image has fewer.
+    """An intensity transform on some channels (numbers from 0) of an image; the others stay as they are.
 
     >>> double = monai.transforms.ScaleIntensityRanged("image", 0, 1, 0, 2)
     >>> OnChannelsd(double, [0])({"image": torch.ones(2, 1, 1)})["image"].flatten().tolist()
@@ -214,8 +219,8 @@ class OnChannelsd(MapTransform):
 
     def __init__(self, transform: MapTransform, channels: Sequence[int]) -> None:
         super().__init__(transform.keys)
-        wrong = not isinstance(channels, list | tuple) or not channels
-        if wrong or not all(type(one) is int and one >= 0 for one in channels):
+        listed = isinstance(channels, list | tuple) and len(channels) > 0
+        if not listed or not all(type(one) is int and one >= 0 for one in channels):
             raise InputError(f"channels is {channels!r}; expected a list of numbers from 0")
         self.transform, self.channels = transform, list(channels)
 
@@ -251,14 +256,21 @@ def _short(target: str) -> str:
     return re.sub(r"(?<=[a-z0])(D|Dict)$", "d", target)
 
 
-def _transform(target: str) -> type[MapTransform]:
-    name = _short(target)
-    return pydoc.locate(name) if "." in name else getattr(monai.transforms, name)
+def _arguments(
+    where: str,
+    definition: Mapping[str, Any],
+    without: Container[str] = ("_target_",),
+    build: Callable[[Mapping[str, Any]], Any] | None = None,
+    most: float = math.inf,
+) -> dict[str, Any]:
+    try:
+        given = {str(key): value for key, value in definition.items() if key not in without}
+        return {key: _plain(f"{where}, {key}", value, build, most) for key, value in given.items()}
+    except RecursionError as error:
+        raise InputError(f"{where}: its arguments are nested too deeply") from error
 
 
-def _plain(
-    where: str, value: Any, build: Callable[[Mapping[str, Any]], Any] | None = None, most: float = math.inf
-) -> Any:
+def _plain(where: str, value: Any, build: Callable[[Mapping[str, Any]], Any] | None, most: float) -> Any:
     """The value, if it is one that JSON knows and nothing in it asks for evaluation."""
     if isinstance(value, str):
         if value.lstrip()[:1] in tuple("$@%"):
@@ -306,7 +318,10 @@ def _listed(target: str) -> Callable[..., Any]:
         raise refused
     if importlib.util.find_spec(path.partition(".")[0]) is None:
         raise InputError(f"network {target} needs the package {prefixes[prefix]}, which is not installed")
-    found = pydoc.locate(path)
+    try:
+        found = pydoc.locate(path)
+    except pydoc.ErrorDuringImport as error:
+        raise InputError(f"network {target}: its package cannot be imported ({first_line(error.value)})") from error
     if prefix in ALLOWED["functions"]:
         return found
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(prefix)):
@@ -342,7 +357,7 @@ def _of_file(target: str, folder: str | os.PathLike[str] | None, trust: bool) ->
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody's program raises
-        raise InputError(f"network {target} cannot be imported ({_line(error)})") from error
+        raise InputError(f"network {target} cannot be imported ({first_line(error)})") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise InputError(f"network {target}: there is no class {name} in {file} that is a torch module")
@@ -366,13 +381,8 @@ def importing(folder: str | os.PathLike[str]) -> Iterator[None]:
         sys.path.remove(str(own))
         sys.dont_write_bytecode = bytecode
         for name in set(sys.modules) - set(before):
-            file = getattr(sys.modules[name], "__file__", None) or next(
-                iter(getattr(sys.modules[name], "__path__", [])), ""
-            )
-            if not name.startswith(PRIVATE) and Path(file or "/").resolve().is_relative_to(own):
+            places = [getattr(sys.modules[name], "__file__", None), *getattr(sys.modules[name], "__path__", ())]
+            its_own = any(Path(place).resolve().is_relative_to(own) for place in places if place)
+            if its_own and not name.startswith(PRIVATE):
                 del sys.modules[name]
         sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

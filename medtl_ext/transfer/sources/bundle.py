@@ -1,5 +1,6 @@
 """A folder of a MONAI bundle, read into a source card without running anything of it."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from medtl_ext._validation import InputError, require_number
+from medtl_ext._validation import InputError, first_line, require_number
 from medtl_ext.transfer.sources.allowed import (
     ALLOWED,
     TRUST,
@@ -20,6 +21,7 @@ from medtl_ext.transfer.sources.allowed import (
     importing,
     inside,
     kind_of_transform,
+    read_mapping,
     transforms_of,
 )
 
@@ -32,7 +34,6 @@ PARTS = ("{}", "validate#{}", "val_{}", "val#{}")  # where bundles keep a part o
 WEIGHTS = ("models/model.pt", "models/model.pth", "models/model.safetensors")
 PROGRAM = "models/model.ts"
 REFERENCE = re.compile(r"\s*[@%](\w+(?:(?:#|::)\w+)*)\s*")
-DTYPE = re.compile(r"\$\s*(?:torch|np|numpy)\.(float|u?int)(\d*)\s*")
 LABEL = re.compile(r"label|seg|mask|target", re.IGNORECASE)
 OURS = ("keys", "allow_missing_keys", "lazy", "meta_keys", "meta_key_postfix", "source_key", "start_coord_key")
 OURS += ("end_coord_key", "dtype", "_desc_", "_requires_", "_disabled_", "_mode_")
@@ -40,7 +41,6 @@ ONE_A_KEY = ("mode", "padding_mode", "align_corners", "anti_aliasing")
 UNSAID = (None, "none", "regular")  # modalities that say nothing
 MOST_VALUES = 100_000  # of a config, so that aliases of aliases in YAML do not fill the memory
 MOST_CHANNELS = 10_000
-MOST_BYTES = 2**24
 
 
 def bundle_card(folder: str | os.PathLike[str], trust: bool = False) -> dict[str, Any]:
@@ -67,39 +67,30 @@ def bundle_card(folder: str | os.PathLike[str], trust: bool = False) -> dict[str
     except InputError:
         raise
     except Exception as error:  # whatever somebody else's config holds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"it cannot be read as a bundle ({type(error).__name__}: {reason:.200})") from error
+        raise InputError(f"it cannot be read as a bundle ({type(error).__name__}: {first_line(error):.200})") from error
 
 
 def _card(folder: Path, trust: bool) -> dict[str, Any]:
     if not inside(folder, "configs").is_dir():
         raise InputError(f"{folder} is no MONAI bundle, which is a folder with configs/ in it")
-    metadata = _loaded(folder, "configs/metadata.json") if (folder / "configs" / "metadata.json").exists() else {}
-    card = {"name": folder.resolve().name} | _about(metadata)
+    metadata = read_mapping(folder, "configs/metadata.json") if (folder / "configs" / "metadata.json").exists() else {}
+    formats = metadata.get("network_data_format") or {}
+    inputs, outputs = formats.get("inputs") or {}, formats.get("outputs") or {}
+    card = {"name": folder.resolve().name} | _about(metadata, inputs)
     if (folder / "LICENSE").is_file():
         card.setdefault("licence", "see its LICENSE")
-    formats = metadata.get("network_data_format") or {}
-    image = _image(formats.get("inputs") or {})
-    picked, output, several = _output(formats.get("outputs") or {})
+    image, (picked, output) = _image(inputs), _output(outputs)
     for part in (image, output):
-        if "num_channels" in part:
-            require_number("num_channels of its metadata.json", part["num_channels"], 1, MOST_CHANNELS, whole=True)
-    configs = [
-        _Config(folder, f"configs/{name}{suffix}", trust)
-        for name in CONFIGS
-        for suffix in SUFFIXES
-        if (folder / "configs" / f"{name}{suffix}").exists()
-    ]
-    network: dict[str, Any] = {}
-    program = trust and inside(folder, PROGRAM).is_file()
+        require_number("num_channels of its metadata.json", part.get("num_channels", 1), 1, MOST_CHANNELS, whole=True)
+    names = [f"configs/{name}{suffix}" for name in CONFIGS for suffix in SUFFIXES]
+    configs = [_Config(folder, name, trust) for name in names if (folder / name).exists()]
     try:
-        network, card["checkpoint"] = _network(configs, folder, trust), _weights(folder)
-        card["network"] = network
+        card |= {"network": _network(configs, folder, trust), "checkpoint": _weights(folder)}
     except InputError:
-        if not program:
+        if not (trust and inside(folder, PROGRAM).is_file()):
             raise
-        card["checkpoint"] = str(inside(folder, PROGRAM))
-    shape = list(image.get("spatial_shape") or ())
+        card |= {"checkpoint": str(inside(folder, PROGRAM))}
+    network, shape = card.get("network", {}), list(image.get("spatial_shape") or ())
     dims = network.get("spatial_dims", network.get("dimensions", len(shape)))
     if dims in (2, 3):
         card["dimensions"] = dims
@@ -108,21 +99,18 @@ def _card(folder: Path, trust: bool) -> dict[str, Any]:
     if keys is not None:
         card["preprocessing"] = steps
     per_image = list(output.get("spatial_shape") or ())[:1] == [1]
-    patches = (drawn or image.get("is_patch_data")) and not per_image and all(type(one) is int for one in shape)
-    if patches and shape:
+    if (drawn or image.get("is_patch_data")) and not per_image and shape and all(type(one) is int for one in shape):
         card.setdefault("window", shape)
-    if names := _channels(image, keys or [], dims):
-        card["channels"] = names
-    card |= _classes(configs, output, per_image)
-    if several:
+    if channels := _channels(image, keys or [], dims):
+        card["channels"] = channels
+    if len(outputs) > 1:
         card["pick"] = picked
-    return card
+    return card | _classes(configs, output, per_image)
 
 
-def _about(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _about(metadata: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, str]:
     """What the metadata say of the data, as the keys of a card."""
-    inputs = ((metadata.get("network_data_format") or {}).get("inputs") or {}).values()
-    modality = next((one["modality"] for one in inputs if one.get("modality") not in UNSAID), None)
+    modality = next((one["modality"] for one in inputs.values() if one.get("modality") not in UNSAID), None)
     names = {"description": "description", "trained_on": "data_source", "licence": "license"}
     about = {ours: metadata.get(theirs) for ours, theirs in names.items()} | {"modality": modality}
     return {key: value for key, value in about.items() if isinstance(value, str) and value}
@@ -138,13 +126,13 @@ def _image(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(iter(inputs.values()), {})
 
 
-def _output(outputs: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], bool]:
-    """The first output of class scores, by its name, and whether there are others."""
+def _output(outputs: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The first output of class scores, and its name."""
     found = next((one for one in outputs.items() if one[1].get("format") in ALLOWED["outputs"]), None)
     if outputs and found is None:
         given = ", ".join(f"{name} ({one.get('type')}, {one.get('format')})" for name, one in outputs.items())
         raise InputError(f"its network gives {given}, no class scores")
-    return *(found or ("", {})), len(outputs) > 1
+    return found or ("", {})
 
 
 def _names(part: Mapping[str, Any]) -> list[str]:
@@ -199,11 +187,8 @@ def _window(configs: Sequence["_Config"], dims: int) -> dict[str, Any]:
     target = str(inferer.get("_target_")) if isinstance(inferer, Mapping) else f"{inferer!r:.100}"
     if target.removeprefix("monai.inferers.") not in ALLOWED["inferers"]:
         raise InputError(f"its predictions are made by {target}, no whole image or sliding window")
-    given = {
-        key: config.plain(f"its inferer, {key}", inferer[key])
-        for key in inferer
-        if key in ("roi_size", "overlap", "mode", "spatial_dim")
-    }
+    known = {"roi_size", "overlap", "mode", "spatial_dim"} & inferer.keys()
+    given = {key: config.plain(f"its inferer, {key}", inferer[key]) for key in known}
     if target.endswith("SliceInferer") and given.get("spatial_dim", 0) != 2:
         raise InputError(f"it takes slices across axis {given.get('spatial_dim', 0)}, not across the last one")
     if "roi_size" not in given:
@@ -221,7 +206,6 @@ def _preprocessing(
     config, steps = _part(configs, "preprocessing")
     if steps is None:
         return [], None, False
-    steps = config.follow(steps.get("transforms")) if isinstance(steps, Mapping) and "transforms" in steps else steps
     if not isinstance(steps, list):
         raise InputError(f"its preprocessing is {steps!r:.100}, which would have to be evaluated")
     found: list[dict[str, Any]] = []
@@ -268,7 +252,6 @@ def _classes(configs: Sequence["_Config"], output: Mapping[str, Any], per_image:
     probabilities is all that follows.
     """
     config, steps = _part(configs, "postprocessing")
-    steps = config.follow(steps.get("transforms")) if isinstance(steps, Mapping) else steps
     steps = [config.follow(step) for step in steps] if isinstance(steps, list) else []
     steps = [step for step in steps if isinstance(step, Mapping)]
     last = {str(step.get("_target_")).rpartition(".")[2]: step for step in reversed(steps)}
@@ -291,24 +274,10 @@ def _part(configs: Sequence["_Config"], name: str) -> tuple["_Config | None", An
         for place in PARTS:
             value = config.get(place.format(name), None)
             if value is not None:
-                return config, config.follow(value)
+                value = config.follow(value)
+                composed = isinstance(value, Mapping) and "transforms" in value
+                return config, config.follow(value["transforms"]) if composed else value
     return None, None
-
-
-def _loaded(folder: Path, name: str) -> dict[str, Any]:
-    path = inside(folder, name)
-    if not path.is_file():
-        raise InputError(f"its {name} is no file")
-    if path.stat().st_size > MOST_BYTES:
-        raise InputError(f"its {name} is larger than {MOST_BYTES} bytes")
-    try:
-        content = ConfigParser.load_config_file(path)
-    except Exception as error:  # of two parsers, on anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"its {name} is no JSON or YAML ({type(error).__name__}: {reason:.100})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"its {name} holds no mapping")
-    return content
 
 
 class _Config:
@@ -316,7 +285,7 @@ class _Config:
 
     def __init__(self, folder: Path, name: str, trust: bool) -> None:
         self.folder, self.trust, self.left = folder, trust, MOST_VALUES
-        self.content = _loaded(folder, name) | {"bundle_root": str(folder)}
+        self.content = read_mapping(folder, name) | {"bundle_root": str(folder)}
 
     def get(self, place: str, *default: Any) -> Any:
         """What lies at ``a#b#0``; bundles also write such a path as one key."""
@@ -355,8 +324,6 @@ class _Config:
         if isinstance(value, list):
             return [self.plain(where, one) for one in value]
         if isinstance(value, str) and value.startswith("$"):
-            if dtype := DTYPE.fullmatch(value):
-                return dtype[1] + (dtype[2] or "32")
             if value[1:].strip() in ALLOWED["constants"]:
                 return ALLOWED["constants"][value[1:].strip()]
             if not self.trust:
@@ -371,10 +338,10 @@ class _Config:
         try:
             with importing(self.folder), patch.dict(os.environ, old):
                 found = ConfigParser(self.content | {"_asked_": value}).get_parsed_content("_asked_")
+                return json.loads(json.dumps(found, default=_as_plain))
         except Exception as error:
-            reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error.__cause__ or error)
             raise InputError(f"{where}: {value!r:.100} cannot be evaluated ({reason:.200})") from error
-        return _as_plain(where, found)
 
     def _count(self) -> None:
         self.left -= 1
@@ -382,22 +349,14 @@ class _Config:
             raise InputError("its config refers in circles or is too large")
 
 
-def _as_plain(where: str, value: Any) -> Any:
-    """What an expression gave, in words of JSON."""
+def _as_plain(value: Any) -> Any:
+    """What an expression gave and JSON does not know, in words of JSON."""
     if isinstance(value, np.ndarray):
         return {"_target_": "numpy.array", "object": value.tolist()}
     if isinstance(value, torch.Tensor):
         return {"_target_": "torch.tensor", "data": value.tolist()}
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
     if isinstance(value, torch.device):
         return "cpu"  # sources are built there and moved
-    if isinstance(value, Mapping):
-        return {str(key): _as_plain(where, one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_plain(where, one) for one in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise InputError(f"{where} is {type(value).__name__}, which a card cannot hold")
+    raise InputError(f"it is {type(value).__name__}, which a card cannot hold")

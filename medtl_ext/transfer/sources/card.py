@@ -24,30 +24,15 @@ Axes = tuple[int, ...]
 class Card(BaseModel):
     """What a network is; one JSON file, or the same keys in a list of sources.
 
+    The keys are explained in ``docs/sources.md``, line by line. Axes are those of the preprocessed image. None stands
+    for what the bundle or the target has, of `dimensions` and `layer` for what the network shows.
+
     Attributes:
-        name: what tables call it.
-        checkpoint: its weights (``.pt``, ``.pth``, ``.safetensors``), or a program with weights (``.ts``, ``.pt2``).
-        network: definition, ``_target_`` and plain arguments; None: the bundle's own network, or a program.
-        channels: names of the images that it takes, in its order; None: those of the target.
-        fill: "mean": a channel that the target lacks becomes the mean of those that it has, one number an image.
-        preprocessing: MONAI's dictionary transforms without their keys; None: the bundle's own.
-        axes: the spatial axes in the order in which the network takes them; of a 2D network with three, it sees slices
-            along the first.
-        dimensions: 2 or 3; None: those of its first convolution.
-        window: size of the patch, in voxels of the preprocessed image; None: whole images, or slices.
-        overlap, blending, mirror: of the windows, and axes over which predictions are averaged.
-        output: "logits", "softmax" or "sigmoid". With a channel for each class logits are of a softmax, with one
-            less of sigmoids, one for each class but the background.
-        classes: their names, background first, or how many.
-        pick: which of several outputs.
-        layer: whose output are the features; None: the input of the last convolution or linear layer.
-        encoder: names of the parameters to freeze in a fine-tuning, a regular expression; None freezes none.
-        convolutions: names of the two convolutions that FU compares; None finds the first two.
-        batch_size: at most so many images in a batch of a fine-tuning.
-        institution, modality, objective: what is known of its data.
-        description, trained_on, licence: for people.
-        folder: where its files lie; what leaves it is not read without trust.
-        trusted: code that it brings may run.
+        folder: where its files lie; what leaves it is not read without trust. No key of the file.
+        trusted: code that it brings may run. No key of the file.
+
+    >>> Card(classes=("background", "lesion"), window=(64, 64)).n_classes
+    2
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -86,6 +71,8 @@ class Card(BaseModel):
             axes = getattr(self, name) or ()
             if len(set(axes)) < len(axes) or (name == "axes" and axes and set(axes) != set(range(len(axes)))):
                 raise ValueError(f"{name} must name spatial axes, each once, such as [2, 1, 0]; found {list(axes)}")
+        if re.search(r"[/\\]|^\.+$", self.name):  # a folder is called so
+            raise ValueError(f"name must be no path; found {self.name}")
         if self.window is not None and (len(self.window) not in (2, 3) or min(self.window) < 1):
             raise ValueError(f"window must be two or three sizes in voxels; found {list(self.window)}")
         if self.channels and len(set(self.channels)) < len(self.channels):
@@ -125,8 +112,8 @@ class Card(BaseModel):
         for name, value in found.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise InputError(f"its weights hold NaN or Inf ({name}); it diverged, or the file is damaged")
-        inside = all(name.startswith("net.") for name in found)  # of a fine-tuning here
-        return {name.removeprefix("net."): value for name, value in found.items()} if inside else found
+        ours = all(name.startswith("net.") for name in found)  # of a fine-tuning here
+        return {name.removeprefix("net."): value for name, value in found.items()} if ours else found
 
 
 def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: Path | None = None) -> Card:
@@ -155,10 +142,10 @@ def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: 
         require_choice(f"{where}: key", key, [name for name in Card.model_fields if name not in ("folder", "trusted")])
     try:
         card = Card.model_validate_json(json.dumps(content | {"folder": str(folder), "trusted": trust}))
-    except (ValidationError, TypeError) as error:
-        if not isinstance(error, ValidationError):
-            raise InputError(f"{where} holds what is no JSON ({error}).") from error
+    except ValidationError as error:
         raise InputError(f"{where}: {_first_of(error)}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where} holds what is no JSON ({error}).") from error
     if not card.name and card.checkpoint:
         card = card.model_copy(update={"name": Path(card.checkpoint).stem})
     return card
@@ -174,14 +161,14 @@ def _first_of(error: ValidationError) -> str:
 
 
 def channel_order(
-    wanted: Sequence[str] | None, given: Sequence[str], *, fill: str | None, name: str = "it"
+    wanted: Sequence[str] | None, given: Sequence[str], *, fill: str | None
 ) -> tuple[list[int | None], list[int]]:
     """Which of the target's channels a network gets, in its order (None: a constant), and those it does not know.
 
     Channels are matched by name, without case; where none is known by name, as many are matched by position.
 
     Raises:
-        InputError: a channel is wanted that the target lacks.
+        InputError: a channel is wanted that the target lacks, or all of them.
 
     >>> channel_order(["R", "G", "B"], ["B", "G", "R"], fill=None)
     ([2, 1, 0], [])
@@ -194,13 +181,11 @@ def channel_order(
     order = [names.index(one.casefold()) if one.casefold() in names else None for one in wanted or given]
     if all(place is None for place in order) and len(order) == len(given):
         order = list(range(len(given)))
-    if None in order and fill is None:
-        lacking = [one for one, place in zip(wanted or given, order, strict=True) if place is None]
-        channels = f"channel{'s'[: len(order) != 1]} {', '.join(wanted or given)}"
-        hint = f'; "fill": "mean" in its card makes {"it" if len(lacking) == 1 else "them"} a constant'
+    lacking = [one for one, place in zip(wanted or given, order, strict=True) if place is None]
+    if lacking and (fill is None or len(lacking) == len(order)):
+        verb, they = ("is", "it") if len(lacking) == 1 else ("are", "them")
+        hint = f'; "fill": "mean" in its card makes {they} a constant' if len(lacking) < len(order) else ""
+        takes = f"it takes channel{'s'[: len(order) > 1]} {', '.join(wanted)}"
         has = f"the target's images have {', '.join(given)}"
-        raise InputError(
-            f"{name} takes {channels}, {has}: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} "
-            f"missing{hint if len(lacking) < len(order) else ''}"
-        )
+        raise InputError(f"{takes}, {has}: {', '.join(lacking)} {verb} missing{hint}")
     return order, [place for place in range(len(given)) if place not in order]

@@ -1,9 +1,10 @@
 """Somebody else's network as one of ours: whole images in, logits of classes out, and fitted to a target."""
 
+import copy
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, logsigmoid
 
 from medtl_ext._io import write_json
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, first_line
 from medtl_ext.metrics import LEEP
 from medtl_ext.metrics.features import tap_features
 from medtl_ext.networks import load_weights
@@ -32,8 +33,8 @@ AT_A_TIME = 8
 LEAST_PROBABILITY = 1e-7
 FAR_BETTER = 0.8
 """Share of a LEEP, which is negative, below which another order of channels is no chance."""
-PROBE = 64
-"""Voxels a side of what a network without a window is tried on."""
+PROBES = {2: (64, 224), 3: (64, 96)}
+"""Pixels a side of what a network without a window is tried on; some want theirs large."""
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -69,8 +70,11 @@ class SourceNetwork(nn.Module):
         self.n_classes = len(classes or ()) or card.n_classes
         axes = card.axes or tuple(range(self.dimensions))
         seen = sorted(axes[-self.dimensions :])  # of the image's axes, those that the network sees
+        if len(seen) < self.dimensions or not set(card.mirror) <= set(seen):
+            what = f"axes {list(axes)} and mirror {list(card.mirror)}"
+            raise InputError(f"its card gives a {self.dimensions}D network {what}, which do not fit together")
         self.axes = [seen.index(axis) for axis in axes[-self.dimensions :]]
-        self.mirror = [seen.index(axis) for axis in card.mirror]
+        self.flips = [[2 + seen.index(axis) for axis in some] for some in _subsets(card.mirror)]
         self.along = axes[0] if len(axes) > self.dimensions else 2
 
     def write_card(self, folder: Path) -> None:
@@ -114,9 +118,7 @@ class SourceNetwork(nn.Module):
     def _outputs(self, image: Tensor) -> tuple[Tensor, ...]:
         """What the network gives for images of any size; the features behind it where somebody listens."""
         window = self.card.window
-        if window is None:
-            return self._mirrored(image)
-        if list(image.shape[2:]) == list(window):
+        if window is None or tuple(image.shape[2:]) == window:
             return self._mirrored(image)
         if self.card.blending == "nnunet":
             return sliding_window(image, window, self._mirrored, self.card.overlap)
@@ -125,41 +127,44 @@ class SourceNetwork(nn.Module):
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
     def _mirrored(self, image: Tensor) -> tuple[Tensor, ...]:
-        features = []
-        if self.penultimate._forward_hooks:
-            output, features = self._with_features(image)
-        else:
-            output = self._raw(image)
-        turns = [[axis + 2 for axis in axes] for axes in _subsets(self.mirror)]
-        for axes in turns:
+        tapped = self.penultimate._forward_hooks
+        output, *features = self._with_features(image) if tapped else (self._raw(image),)
+        for axes in self.flips:
             output = output + self._raw(image.flip(axes)).flip(axes)
-        return (output / (1 + len(turns)), *features)
+        return output / (1 + len(self.flips)), *features
 
-    def _with_features(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _with_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
         if self.card.is_program:  # no layer of it can be seen
             output = self._raw(image)
-            return output, [output]
+            return output, output
         with tap_features(self.net, [self.card.layer]) as tapped:
             output = self._raw(image)
         features = tapped[self.card.layer][-1]
+        features = _one(features) if output.ndim == 2 else features
         if features.ndim != output.ndim or len(features) != len(image):
             raise InputError('its features lie on no grid; name a layer that does in its card ("layer")')
-        features = self._turned(features, _inverse(self.axes))
+        features = self._turned(features.float(), _inverse(self.axes))
         if self.card.window is not None and features.shape[2:] != image.shape[2:]:  # windows are blended on the image's
             features = interpolate(features, image.shape[2:], mode="nearest-exact")
-        return output, [features]
+        return output, features
 
     def _raw(self, image: Tensor) -> Tensor:
-        output = self.net(self._turned(image, self.axes))
-        if self.card.pick is not None:
+        output = self._turned(self._picked(self.net(self._turned(image, self.axes))), _inverse(self.axes))
+        return output if output.shape[2:] == image.shape[2:] else _one(output)
+
+    def _picked(self, output: Any) -> Tensor:
+        """The one output that counts, in full precision: in half, small probabilities are none."""
+        pick = self.card.pick
+        if pick is not None and not isinstance(output, Tensor):
             try:
-                output = output[self.card.pick]
+                output = output[pick]
             except (KeyError, IndexError, TypeError) as error:
-                raise InputError(f"its network gives no output {self.card.pick!r}") from error
+                raise InputError(f"its network gives no output {pick!r}") from error
         if not isinstance(output, Tensor):
-            known = f"of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else f"of {len(output)}"
-            raise InputError(f'its network gives a {type(output).__name__}; say in its card which {known} ("pick")')
-        return self._turned(output, _inverse(self.axes))
+            several = map(repr, output) if isinstance(output, Mapping) else map(str, range(len(output or ())))
+            known = ", ".join(several) or "none"
+            raise InputError(f'its network gives a {type(output).__name__}; pick one in its card ("pick"): {known}')
+        return output.float()
 
     @staticmethod
     def _turned(image: Tensor, axes: Sequence[int]) -> Tensor:
@@ -167,14 +172,14 @@ class SourceNetwork(nn.Module):
         return image.permute(0, 1, *(2 + axis for axis in axes)) if turned else image
 
     def _logits(self, output: Tensor) -> Tensor:
-        logits = self._class_logits(output.float())  # in half precision small probabilities are none
+        logits = self._class_logits(output)
         if self.classes is None:
             return logits
         scores = logits.log_softmax(1)
         return torch.stack([scores[:, list(members)].logsumexp(1) for members in self.classes], 1)
 
     def _class_logits(self, output: Tensor) -> Tensor:
-        kind, n_classes = self.card.output, self.card.n_classes or output.shape[1]
+        kind, n_classes = self.card.output, self.card.n_classes or max(output.shape[1], 2)
         if output.shape[1] == n_classes and kind != "sigmoid":
             return output if kind == "logits" else output.clamp(min=LEAST_PROBABILITY).log()
         if kind == "sigmoid":
@@ -185,6 +190,11 @@ class SourceNetwork(nn.Module):
         without = logsigmoid(-output)
         later = without.flip(1).cumsum(1).flip(1)
         return torch.cat([later[:, :1], logsigmoid(output) + later - without], 1)
+
+
+def _one(output: Tensor) -> Tensor:
+    """N x K of a map of one pixel, which is an answer an image."""
+    return output.flatten(1) if set(output.shape[2:]) == {1} else output
 
 
 def _subsets(axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -203,19 +213,21 @@ def dimensions_of(card: Card, net: nn.Module) -> int:
     return said or found or 2
 
 
-def untouched(card: Card, *, channels: int, per_pixel: bool = True) -> SourceNetwork:
+def untouched(
+    card: Card, *, channels: int, per_pixel: bool = True, classes: Sequence[Sequence[int]] | None = None
+) -> SourceNetwork:
     """The network of a card with its weights, as it is, in eval mode.
 
     Args:
         card: of a network that brings its own definition.
-        channels: of the image, the first of which the network takes.
+        channels, classes: see `SourceNetwork`.
         per_pixel: it is to give class scores for each pixel, not one for each image.
 
     Raises:
         InputError: it cannot be built, the weights are not its own, or what comes out is not what the card says.
     """
-    network = SourceNetwork(_loaded(card), card, channels=channels).eval()
-    _tried(network, per_pixel=per_pixel)
+    network = SourceNetwork(_loaded(card), card, channels=channels, classes=classes).eval()
+    _try(network, per_pixel=per_pixel)
     return network
 
 
@@ -234,9 +246,7 @@ def answering(card: Card, class_names: Sequence[str], *, channels: int) -> Sourc
     if unknown := [name for name, members in zip(class_names, classes, strict=True) if not members]:
         logger.warning("source %s does not know %s, and so never finds it", card.name, ", ".join(unknown))
     same = classes == [[place] for place in range(card.n_classes or len(classes))]
-    network = SourceNetwork(_loaded(card), card, channels=channels, classes=None if same else classes).eval()
-    _tried(network)
-    return network
+    return untouched(card, channels=channels, classes=None if same else classes)
 
 
 def meaning(card: Card, class_names: Sequence[str]) -> list[list[int]] | None:
@@ -277,37 +287,35 @@ def adapted(
         fresh: without the card's weights, to train from scratch.
         per_pixel: see `untouched`; of a network for whole images the head is always fresh.
     """
-    net, said = _loaded(card, fresh=fresh), []
-    network = SourceNetwork(net, card, channels=wanted)
-    sample = _sample(network, wanted)
+    network, said = SourceNetwork(_loaded(card, fresh=fresh), card, channels=wanted), []
+    net, sample = network.net, _try(network, per_pixel=per_pixel)
     own = meaning(card, class_names) if per_pixel else None
     kept = own == [[place] for place in range(card.n_classes or len(class_names))]
+    changed: dict[str, Any] = {} if kept else {"classes": tuple(class_names)}
     if card.is_program:
-        for parameter in network.parameters():
+        for parameter in net.parameters():
             parameter.requires_grad_(True)
         if not kept:
-            network = _with_translator(network, sample, class_names)
-            said.append(f"a 1 x 1 convolution from its {card.n_classes} classes to {len(class_names)}: fresh")
+            net = _Translated(network, len(class_names), per_pixel=per_pixel)
+            changed |= {"output": "logits", "pick": None}
+            said.append(f"a 1 x 1 convolution from its {network.n_classes} classes to {len(class_names)}: fresh")
     else:
         images, head = _ends(network, sample)
         if not kept:
-            rows = _rows(card, class_names) if per_pixel else [None] * len(class_names)
-            _replace(net, head, with_outputs(_module(net, head), len(class_names), rows))
+            layer = net.get_submodule(head)
+            rows = _rows(card, class_names, _sizes(layer)[1]) if per_pixel else [None] * len(class_names)
+            _replace(net, head, with_outputs(layer, rows))
             copied = sum(row is not None for row in rows)
             said.append(f"head {head} for {len(class_names)} classes: {copied} copied, {len(rows) - copied} fresh")
-            plain = {"output": "logits", "classes": tuple(class_names)}
-            network = SourceNetwork(net, card.model_copy(update=plain), channels=wanted)
         if len(channels) != wanted:
+            changed["channels"] = tuple(channels)
             for name in images:
-                _replace(net, name, with_inputs(_module(net, name), len(channels)))
-            said.append(
-                f"{', '.join(images)} for {', '.join(channels)}: the first {wanted} copied, the others their mean, "
-                "all scaled"
-            )
-            network = SourceNetwork(
-                net, network.card.model_copy(update={"channels": tuple(channels)}), channels=len(channels)
-            )
-    _tried(network, per_pixel=per_pixel)
+                _replace(net, name, with_inputs(net.get_submodule(name), len(channels)))
+            copied = f"the first {wanted} copied, the others their mean, all scaled"
+            said.append(f"{', '.join(images)} for {', '.join(channels)}: {copied}")
+    now = wanted if card.is_program else len(channels)
+    network = SourceNetwork(net, card.model_copy(update=changed), channels=now)
+    _try(network, per_pixel=per_pixel)
     if said and not fresh:
         logger.info("%s is adapted: %s", card.name, "; ".join(said))
     return network
@@ -318,7 +326,7 @@ def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
         net = built_network(card.network, card.folder, card.trusted)
         if not fresh:
             weights = card.weights()
-            _fit_ends(net, card, weights)
+            _fit_ends(net, weights)
             load_weights(net, weights, min_share=1.0, name=str(card.checkpoint))
         return net
     if not card.trusted:
@@ -329,71 +337,60 @@ def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
         if Path(card.checkpoint).suffix == ".ts":
             return torch.jit.load(card.checkpoint, map_location="cpu")
         return torch.export.load(card.checkpoint).module()
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{card.checkpoint} cannot be read as a program ({reason})") from error
+    except Exception as error:  # whatever the two raise on a damaged file
+        raise InputError(f"{card.checkpoint} cannot be read as a program ({first_line(error)})") from error
 
 
-def _fit_ends(net: nn.Module, card: Card, weights: Mapping[str, Tensor]) -> None:
-    """Give head and first convolution the size that they have in the weights: a fine-tuning may have changed them."""
-    shapes = {
-        name: tuple(weights[f"{name}.weight"].shape)
-        for name, module in net.named_modules()
-        if isinstance(module, WEIGHTED) and f"{name}.weight" in weights
-    }
-    other = {name for name, shape in shapes.items() if shape != tuple(_module(net, name).weight.shape)}
-    if not other or len(other) == len(shapes):
-        return
-    wanted = len(card.channels) if card.channels else 1
-    images, head = _ends(
-        SourceNetwork(net, card, channels=wanted), _sample(SourceNetwork(net, card, channels=wanted), wanted)
-    )
-    if other <= {*images, head}:
-        for name in other:
-            layer = _module(net, name)
-            if not getattr(layer, "transposed", False) and shapes[name][2:] == tuple(layer.weight.shape[2:]):
-                _replace(
-                    net, name, _like(layer, into=shapes[name][1] * getattr(layer, "groups", 1), out=shapes[name][0])
-                )
+def _fit_ends(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give head and first convolutions the size that they have in the weights: a fine-tuning may have changed them."""
+    found: dict[str, Sequence[int]] = {}
+    inputs, outputs = set(), set()
+    for name, layer in net.named_modules():
+        weight = weights.get(f"{name}.weight")
+        if isinstance(layer, WEIGHTED) and weight is not None and weight.ndim == layer.weight.ndim:
+            before, after = _sizes(layer), _sizes(layer, weight)
+            if before != after and getattr(layer, "groups", 1) == 1:
+                if outputs and after[0] != before[0]:
+                    return  # what one layer gives and a later one takes: they are of another network
+                found[name] = after
+                inputs |= {after[0]} - {before[0]}
+                outputs |= {after[1]} - {before[1]}
+    if len(inputs) <= 1 and len(outputs) <= 1:
+        for name, sizes in found.items():
+            _replace(net, name, _like(net.get_submodule(name), *sizes))
 
 
-def _sample(network: SourceNetwork, channels: int) -> Tensor:
-    size = network.card.window or (PROBE,) * network.dimensions
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, channels, *size, generator=generator)
-
-
-def _tried(network: SourceNetwork, *, per_pixel: bool = True) -> None:
-    """Pass noise through once, and hold what comes out against the card."""
-    card, sample = network.card, _sample(network, network.channels)
-    was = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            output = network._raw(sample)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a network raises on images it was not made for
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+def _try(network: SourceNetwork, *, per_pixel: bool) -> Tensor:
+    """Pass noise through once, which is returned, and hold what comes out against the card."""
+    card, was, dims = network.card, network.training, network.dimensions
+    for size in [card.window] if card.window else [(side,) * dims for side in PROBES[dims]]:
+        sample = torch.rand(1, network.channels, *size, generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                output = network.eval()._raw(sample)
+            break
+        except InputError:
+            raise
+        except Exception as error:  # whatever a network raises on images it was not made for
+            refused = error
+    else:
         takes = " x ".join(map(str, sample.shape[1:]))
-        raise InputError(f"its network refuses images of {takes} ({reason})") from error
+        raise InputError(f"its network refuses images of {takes} ({first_line(refused)})") from refused
     network.train(was)
+    if output.ndim != (sample.ndim if per_pixel else 2) or (per_pixel and output.shape[2:] != sample.shape[2:]):
+        raise InputError(f"its network does not give one prediction per {'pixel' if per_pixel else 'image'}")
     found, expected = output.shape[1], card.n_classes
     network.n_classes = network.n_classes or max(found, 2)
-    if expected is not None and found not in (expected, expected - 1):
+    if expected is not None and found != expected and (found != expected - 1 or card.output == "softmax"):
         raise InputError(f"its network gives {found} channels, its card names {expected} classes")
-    if per_pixel and output.shape[2:] != sample.shape[2:]:
-        raise InputError("its network does not give one prediction per pixel")
-    if not per_pixel and output.ndim != 2:
-        raise InputError("its network does not give one prediction per image")
     if not bool(output.isfinite().all()):
         raise InputError("its network gives NaN or Inf")
-    inside = bool(((output >= -1e-4) & (output <= 1 + 1e-4)).all())
-    if card.output != "logits" and not inside:
-        low, high = output.min(), output.max()
+    low, high = output.min(), output.max()
+    if card.output != "logits" and (low < -1e-4 or high > 1 + 1e-4):
         raise InputError(f"its card says {card.output}, but what comes out lies from {low:.2g} to {high:.2g}: logits?")
     if card.output == "softmax" and float((output.sum(1) - 1).abs().max()) > 1e-2:
         raise InputError("its card says softmax, but what comes out does not add up to 1: sigmoid?")
+    return sample
 
 
 def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Tensor]]) -> None:
@@ -427,40 +424,27 @@ def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Te
         )
 
 
-@contextmanager
-def _hooked(modules: Mapping[str, nn.Module], seen: Callable[[str, Any], None]) -> Iterator[None]:
-    hooks = [m.register_forward_pre_hook(lambda _, x, name=name: seen(name, x[0])) for name, m in modules.items()]
+def _ends(network: SourceNetwork, sample: Tensor) -> tuple[list[str], str]:
+    """Names of the layers that take the image itself (of none: the first that runs), and of the last that runs."""
+    images: list[Tensor] = []
+    ran: list[tuple[str, bool]] = []
+
+    def note(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        ran.append((name, inputs[0] is images[0]))
+
+    hooks = [network.net.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))]
+    for name, layer in network.net.named_modules():
+        if isinstance(layer, WEIGHTED):
+            hooks.append(layer.register_forward_pre_hook(partial(note, name)))
     try:
-        yield
+        with torch.no_grad():
+            network.eval()._raw(sample)
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _ends(network: SourceNetwork, sample: Tensor) -> tuple[list[str], str]:
-    """Names of the layers that take the image itself, and of the last that runs."""
-    net = network.net.eval()
-    ran: list[tuple[str, Any]] = []
-    modules = {name: m for name, m in net.named_modules() if isinstance(m, WEIGHTED)}
-    image = None
-
-    def first(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal image
-        image = inputs[0]
-
-    hook = net.register_forward_pre_hook(first)
-    try:
-        with _hooked(modules, lambda name, value: ran.append((name, value is image))), torch.no_grad():
-            network._raw(sample)
-    finally:
-        hook.remove()
     if not ran:
         raise InputError("no convolution or linear layer of its network can be found, so it has no head to replace")
-    return [name for name, took_image in ran if took_image], ran[-1][0]
-
-
-def _module(net: nn.Module, name: str) -> nn.Module:
-    return net.get_submodule(name)
+    return [name for name, image in ran if image] or [ran[0][0]], ran[-1][0]
 
 
 def _replace(net: nn.Module, name: str, layer: nn.Module) -> None:
@@ -468,34 +452,28 @@ def _replace(net: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(net.get_submodule(parent), child, layer)
 
 
-def _rows(card: Card, class_names: Sequence[str]) -> list[int | None]:
-    """Row of the network's head for each class of the target."""
+def _rows(card: Card, class_names: Sequence[str], found: int) -> list[int | None]:
+    """The head's row for each class of the target; sigmoids have none for the background."""
     own = [name.casefold() for name in card.class_names or ()]
-    found = [own.index(name.casefold()) if name.casefold() in own else None for name in class_names]
-    found[0] = 0 if own else None
-    return found
+    rows = [own.index(name.casefold()) if name.casefold() in own[1:] else None for name in class_names]
+    rows[0] = 0 if own else None
+    sigmoids = int(found + 1 == card.n_classes)
+    return [None if row is None else row - sigmoids for row in rows][sigmoids:]
 
 
-def with_outputs(layer: nn.Module, n: int, rows: Sequence[int | None]) -> nn.Module:
-    """A layer like it with ``n`` outputs, those of ``rows`` copied.
+def with_outputs(layer: nn.Module, rows: Sequence[int | None]) -> nn.Module:
+    """A layer like it with an output for each of ``rows``: a copy of that row, or (None) a fresh one.
 
-    >>> layer = with_outputs(nn.Conv2d(4, 3, 1), 2, [2, None])
-    >>> layer.weight.shape
+    >>> with_outputs(nn.Conv2d(4, 3, 1), [2, None]).weight.shape
     torch.Size([2, 4, 1, 1])
     """
-    found = layer.weight.shape[1 if getattr(layer, "transposed", False) else 0]
-    rows = [row if row is not None and row < found else None for row in rows]
-    new = _like(layer, out=n)
+    new, axis = _like(layer, _sizes(layer)[0], len(rows)), int(getattr(layer, "transposed", False))
     with torch.no_grad():
         for place, row in enumerate(rows):
-            if row is None:
-                continue
-            if getattr(layer, "transposed", False):
-                new.weight[:, place] = layer.weight[:, row]
-            else:
-                new.weight[place] = layer.weight[row]
-            if layer.bias is not None:
-                new.bias[place] = layer.bias[row]
+            if row is not None:
+                new.weight.select(axis, place).copy_(layer.weight.select(axis, row))
+                if layer.bias is not None:
+                    new.bias[place] = layer.bias[row]
     return new
 
 
@@ -506,45 +484,46 @@ def with_inputs(layer: nn.Module, n: int) -> nn.Module:
     >>> torch.allclose(with_inputs(layer, 2)(torch.ones(1, 2, 1, 1)), layer(torch.ones(1, 1, 1, 1)))
     True
     """
-    if getattr(layer, "groups", 1) != 1 or getattr(layer, "transposed", False):
-        raise InputError("its first layer is grouped or transposed, which cannot be given other channels")
-    old = layer.weight.shape[1]
-    new = _like(layer, into=n)
+    old, new = layer.weight, _like(layer, n, _sizes(layer)[1])
+    axis = 1 - int(getattr(layer, "transposed", False))
     with torch.no_grad():
-        mean = layer.weight.mean(1, keepdim=True)
-        kept = layer.weight[:, : min(n, old)]
-        new.weight.copy_(torch.cat([kept, mean.expand(-1, max(n - old, 0), *mean.shape[2:])], 1) * (old / n))
+        further = [old.mean(axis, keepdim=True)] * (n - old.shape[axis])
+        kept = old.narrow(axis, 0, min(n, old.shape[axis]))
+        new.weight.copy_(torch.cat([kept, *further], axis) * (old.shape[axis] / n))
         if layer.bias is not None:
             new.bias.copy_(layer.bias)
     return new
 
 
-def _like(layer: nn.Module, *, into: int | None = None, out: int | None = None) -> nn.Module:
-    bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(into or layer.in_features, out or layer.out_features, bias=bias)
-    names = ["kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
-    names += ["output_padding"] if getattr(layer, "transposed", False) else []
-    options = {name: getattr(layer, name) for name in names}
-    return type(layer)(into or layer.in_channels, out or layer.out_channels, bias=bias, **options)
+def _sizes(layer: nn.Module, weight: Tensor | None = None) -> tuple[int, ...]:
+    """How many inputs and outputs a layer has, or would have with other weights."""
+    shape = tuple((layer.weight if weight is None else weight).shape[:2])
+    return shape if getattr(layer, "transposed", False) else shape[::-1]
 
 
-def _with_translator(network: SourceNetwork, sample: Tensor, class_names: Sequence[str]) -> SourceNetwork:
-    """A program's head cannot be replaced: its class logits are turned into the target's."""
-    with torch.no_grad():
-        given = network.eval()(sample).shape
-    kind = {2: nn.Linear, 4: nn.Conv2d, 5: nn.Conv3d}[len(given)]
-    layer = kind(given[1], len(class_names), *([] if len(given) == 2 else [1]))
-    card = network.card.model_copy(update={"output": "logits", "classes": tuple(class_names), "pick": None})
-    return SourceNetwork(_Translated(network, layer), card, channels=network.channels)
+def _like(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
+    """A fresh layer like it of another size."""
+    if getattr(layer, "groups", 1) != 1:
+        raise InputError("its first or last layer is grouped, which cannot be given other channels")
+    new, what = copy.deepcopy(layer), "features" if isinstance(layer, nn.Linear) else "channels"
+    setattr(new, f"in_{what}", inputs)
+    setattr(new, f"out_{what}", outputs)
+    shape = (inputs, outputs) if getattr(layer, "transposed", False) else (outputs, inputs)
+    new.weight = nn.Parameter(layer.weight.new_empty(*shape, *layer.weight.shape[2:]))
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.new_empty(outputs))
+    new.reset_parameters()
+    return new
 
 
 class _Translated(nn.Module):
-    """Class logits of a program, and a layer that turns them into others."""
+    """A program, whose head cannot be replaced, and a layer that turns its class logits into others."""
 
-    def __init__(self, network: SourceNetwork, layer: nn.Module) -> None:
+    def __init__(self, network: SourceNetwork, n_classes: int, *, per_pixel: bool) -> None:
         super().__init__()
-        self.network, self.layer = network, layer
+        kind = {2: nn.Conv2d, 3: nn.Conv3d}[network.dimensions] if per_pixel else nn.Linear
+        self.network = network
+        self.layer = kind(network.n_classes, n_classes, *([1] if per_pixel else []))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.layer(self.network._logits(self.network._raw(image)))
+        return self.layer(self.network._logits(self.network._picked(self.network.net(image))))

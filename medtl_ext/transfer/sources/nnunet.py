@@ -1,11 +1,9 @@
 """nnU-Net v2 folders as sources: plans, labels and weights read into a source card, and nnU-Net's own preprocessing.
 
-Nothing in a folder is run: JSON and tensors are read, the network is one of `dynamic_network_architectures`, and the
-classes that its arguments name are torch's.
+Nothing in a folder is run: JSON and tensors are read, and what the plans name is built from the list alone.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
@@ -18,37 +16,22 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import CropForegroundd, InvertibleTransform, MapTransform
 from monai.transforms.utils import scale_affine
-from monai.utils import convert_to_dst_type, convert_to_numpy, ensure_tuple, ensure_tuple_rep
+from monai.utils import convert_to_dst_type, convert_to_numpy
 from scipy.ndimage import binary_fill_holes, gaussian_filter
 from skimage.transform import resize
 from torch import nn
 
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_choice
 from medtl_ext.networks import read_checkpoint
-from medtl_ext.transfer.sources.allowed import built_network
+from medtl_ext.transfer.sources.allowed import inside, read_mapping
 
-__all__ = [
-    "CropNonzerod",
-    "NormalizeChannelsd",
-    "ResampleSpacingd",
-    "nnunet_card",
-    "nnunet_folders",
-    "sliding_window",
-]
+__all__ = ["CropNonzerod", "NormalizeNonzerod", "ResampleSpacingd", "nnunet_card", "nnunet_folders", "sliding_window"]
 
-ARCHITECTURES = "dynamic_network_architectures.architectures"
 PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "NaturalImage2DIO", "Tiff3DIO")
-SCHEMES = {
-    "ZScoreNormalization": (),
-    "CTNormalization": ("percentile_00_5", "percentile_99_5", "mean", "std"),
-    "NoNormalization": (),
-    "RescaleTo01Normalization": (),
-    "RGBTo01Normalization": (),
-}
-"""nnU-Net's normalisations, and which of the foreground's properties each needs."""
 RESAMPLING_ORDER = {"resample_data_or_seg_to_shape": 3, "resample_torch_fornnunet": 1}
 ANISOTROPIC = 3.0  # more than this between the largest and the smallest spacing: slices are resampled by themselves
+WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
 
 
 def nnunet_folders(folder: str | Path) -> list[Path]:
@@ -71,191 +54,158 @@ def nnunet_card(folder: str | Path) -> dict[str, Any]:
         folder: see `nnunet_folders`. Of several folds ``fold_all`` is taken, else the first.
 
     Returns:
-        The card's keys. ``axes`` has three entries for a 2D network too, which sees slices along the first of them;
-        ``window`` and ``mirror`` name the image's own axes. A head of regions has one class for each, after the
-        background, of which each channel is a sigmoid.
+        The card's keys. ``axes`` has three entries for a 2D network too, which sees slices along the first of them. A
+        head of regions has one class for each, after the background, of which each channel is a sigmoid.
 
     Raises:
-        InputError: it is no such folder, or several; `dynamic_network_architectures` is missing; a cascade; a reader,
-            preprocessor or network that is not nnU-Net's own; weights that are not of the network in the plans.
+        InputError: it is no such folder, or several; a cascade; a reader, preprocessor, normalisation or resampling
+            that is not nnU-Net's own.
     """
-    found = nnunet_folders(folder)
+    found, fold = nnunet_folders(folder), Path(folder).name
     if len(found) != 1:
         names = ", ".join(path.name for path in found)
         what = f"holds several networks ({names}); give one of these folders" if found else "is no nnU-Net v2 folder"
         raise InputError(f"{folder} {what}; expected TRAINER__PLANS__CONFIGURATION with {PLANS} and {DATASET}.")
     results = found[0].resolve()
-    fold = results / Path(folder).name if Path(folder).name.startswith("fold_") else _fold(results)
-    plans, dataset = (_json(results, name) for name in (PLANS, DATASET))
-    checkpoint = read_checkpoint(_inside(results, fold / CHECKPOINT))
+    if not fold.startswith("fold_"):
+        folds = sorted(path.parent.name for path in results.glob(f"fold_*/{CHECKPOINT}"))
+        if not folds:
+            raise InputError(f"{results} has no fold with a {CHECKPOINT}; expected fold_0/{CHECKPOINT} or another.")
+        fold = "fold_all" if "fold_all" in folds else folds[0]
     try:
-        return _card(results, fold, plans, dataset, checkpoint)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"{results}: {error}") from error
+        return _card(results, fold, read_mapping(results, PLANS), read_mapping(results, DATASET))
+    except InputError:
+        raise
+    except WRONG as error:
         problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{results} is not as nnU-Net v2 writes it ({problem}); give the folder as it was.") from error
 
 
-def _fold(results: Path) -> Path:
-    folds = sorted(path.parent for path in results.glob(f"fold_*/{CHECKPOINT}"))
-    if not folds:
-        raise InputError(f"{results} has no fold with a {CHECKPOINT}; expected fold_0/{CHECKPOINT} or another fold.")
-    return next((fold for fold in folds if fold.name == "fold_all"), folds[0])
-
-
-def _inside(results: Path, path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"{results} has no {path.relative_to(results)}; give the folder as nnU-Net v2 wrote it.")
-    if not path.resolve().is_relative_to(results):
-        raise InputError(f"{path} is a link that leaves the folder; copy the file there.")
-    return path
-
-
-def _json(results: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(_inside(results, results / name).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{results / name} is no JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{results / name} holds {type(content).__name__}; expected a mapping.")
-    return content
-
-
-def _card(results: Path, fold: Path, plans: dict, dataset: dict, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _card(results: Path, fold: str, plans: dict, dataset: dict) -> dict[str, Any]:
+    path = inside(results, f"{fold}/{CHECKPOINT}")
+    checkpoint = read_checkpoint(path)
     name = checkpoint["init_args"]["configuration"]
     configuration = _configuration(plans, name)
-    reader = plans["image_reader_writer"]
     if configuration.get("previous_stage"):
         raise InputError(f"{name} is the second stage of a cascade, which needs the segmentation of the first")
-    for what, value, known in (
-        ("preprocessor", configuration["preprocessor_name"], ("DefaultPreprocessor",)),
-        ("reader", reader, READERS),
-    ):
-        if value not in known:
-            raise InputError(f"its {what} is {value}; known: {', '.join(known)}")
+    require_choice("its preprocessor", configuration["preprocessor_name"], ["DefaultPreprocessor"])
+    require_choice("its reader", plans["image_reader_writer"], READERS)
     channel_names = dataset.get("channel_names", dataset.get("modality"))
     channels = [channel_names[key] for key in sorted(channel_names, key=int)]
-    labels = {label: value for label, value in dataset["labels"].items() if label != "ignore"}
-    classes, regions = _classes(labels, dataset.get("regions_class_order"))
-    network = _definition(configuration, len(channels), len(classes) - regions)
-    with torch.device("meta"):
-        own = built_network(network).state_dict()
-    weights = checkpoint["network_weights"]
-    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in weights.items()}:
-        trainer = checkpoint.get("trainer_name", results.name.split("__")[0])
-        raise InputError(f"its weights are not of the network in plans.json; {trainer} may define its own")
-
+    classes, regions = _classes(dataset)
     # nnU-Net's readers give z, y, x, of which it takes an own order; all else here is in the file's x, y, z.
     axes = [2 - axis for axis in plans["transpose_forward"]]
     patch = configuration["patch_size"]
     taken = axes[len(axes) - len(patch) :]
-    in_file_order = dict(sorted(zip(taken, patch, strict=True)))
     spacing = dict(zip(taken, configuration["spacing"], strict=True))
     slices = f", on slices along axis {axes[0]} of the image" if len(patch) == 2 else ""
+    own = {"input_channels": len(channels), "num_classes": len(classes) - regions, "deep_supervision": False}
     return {
         "name": f"{plans['dataset_name']}_{name}",
-        "description": f"nnU-Net v2, {results.name}, {fold.name}{slices}",
+        "description": f"nnU-Net v2, {results.name}, {fold}{slices}",
         "trained_on": f"{plans['dataset_name']}, {dataset.get('numTraining', '?')} cases",
         "licence": str(dataset.get("licence", dataset.get("license", "unknown"))),
-        "checkpoint": str(fold / CHECKPOINT),
-        "network": network,
+        "checkpoint": str(path),
+        "network": _architecture(configuration) | own,
         "channels": channels,
-        "preprocessing": _preprocessing(
-            plans, configuration, len(channels), [spacing.get(axis, -1) for axis in range(3)]
-        ),
+        "preprocessing": [
+            *([{"_target_": "Orientationd", "axcodes": "RAS"}] if "Reorient" in plans["image_reader_writer"] else []),
+            {"_target_": f"{__name__}.CropNonzerod"},
+            *_normalisation(plans, configuration, len(channels)),
+            _resampling(configuration) | {"pixdim": [spacing.get(axis, -1) for axis in range(3)]},
+        ],
         "axes": axes,
-        "window": list(in_file_order.values()),
-        "overlap": 0.5,
+        "window": [size for _, size in sorted(zip(taken, patch, strict=True))],
         "blending": "nnunet",
         "mirror": sorted(taken[axis] for axis in checkpoint.get("inference_allowed_mirroring_axes") or ()),
         "dimensions": len(patch),
-        "output": "logits",
         "classes": classes,
         "encoder": "encoder",
         "batch_size": configuration.get("batch_size", 2),
     }
 
 
-def _configuration(plans: dict, name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+def _configuration(plans: dict, name: str) -> dict[str, Any]:
     """A configuration of the plans with what it inherits."""
-    configuration = plans["configurations"][name]
-    parent = configuration.get("inherits_from")
-    if parent is None:
-        return configuration
-    if parent in (*heirs, name):
-        raise InputError(f"configuration {name} inherits from itself")
-    return _configuration(plans, parent, (*heirs, name)) | configuration
+    own = plans["configurations"][name]
+    return _configuration(plans, own["inherits_from"]) | own if "inherits_from" in own else own
 
 
-def _classes(labels: dict[str, Any], order: Sequence[int] | None) -> tuple[list[str], bool]:
+def _classes(dataset: dict) -> tuple[list[str], bool]:
     """Names of the background and all classes in the order of the channels; whether they are regions."""
-    values = {label: [int(one) for one in np.atleast_1d(value)] for label, value in labels.items()}
-    background = [label for label, value in values.items() if set(value) == {0}]
-    foreground = [label for label in values if label not in background]
+    labels = {label: np.atleast_1d(value).tolist() for label, value in dataset["labels"].items() if label != "ignore"}
+    background = [label for label, values in labels.items() if set(values) == {0}]
+    foreground = [label for label in labels if label not in background]
     if len(background) != 1:
         raise InputError(f"dataset.json gives label 0 to {len(background)} classes; expected one, the background")
-    if not any(len(value) > 1 for value in values.values()):
-        foreground.sort(key=lambda label: values[label])
-        if [values[label] for label in foreground] != [[index + 1] for index in range(len(foreground))]:
-            raise InputError(f"its labels are {labels}; expected 0, 1, 2, ... without a gap")
-        return background + foreground, False
-    if order is None or len(order) != len(foreground):
-        raise InputError(f"its regions_class_order is {order}; expected one label for each of {', '.join(foreground)}")
-    return background + foreground, True
+    if any(len(values) > 1 for values in labels.values()):
+        if len(order := dataset.get("regions_class_order") or ()) != len(foreground):
+            raise InputError(f"its regions_class_order is {order}; expected one label for each of {foreground}")
+        return background + foreground, True
+    foreground.sort(key=labels.__getitem__)
+    if [labels[label] for label in foreground] != [[1 + place] for place in range(len(foreground))]:
+        raise InputError(f"its labels are {labels}; expected 0, 1, 2, ... without a gap")
+    return background + foreground, False
 
 
-def _definition(configuration: dict[str, Any], in_channels: int, out_channels: int) -> dict[str, Any]:
-    """The network as a definition; the format before nnU-Net 2.3 told it by other keys."""
-    if "architecture" in configuration:
-        target, arguments = (configuration["architecture"][key] for key in ("network_class_name", "arch_kwargs"))
-    else:
-        target, stages = configuration["UNet_class_name"], configuration["n_conv_per_stage_encoder"]
-        dims, base = len(configuration["patch_size"]), configuration["UNet_base_num_features"]
-        arguments = {
-            "n_stages": len(stages),
-            "features_per_stage": [
-                min(base * 2**index, configuration["unet_max_num_features"]) for index in range(len(stages))
-            ],
-            "conv_op": f"torch.nn.Conv{dims}d",
-            "kernel_sizes": configuration["conv_kernel_sizes"],
-            "strides": configuration["pool_op_kernel_sizes"],
-            "n_conv_per_stage" if target == "PlainConvUNet" else "n_blocks_per_stage": stages,
-            "n_conv_per_stage_decoder": configuration["n_conv_per_stage_decoder"],
-            "conv_bias": True,
-            "norm_op": f"torch.nn.InstanceNorm{dims}d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        }
-        target = f"{ARCHITECTURES}.unet.{target}"
-    own = {"input_channels": in_channels, "num_classes": out_channels, "deep_supervision": False}
-    return {"_target_": target, **arguments, **own}
+def _architecture(configuration: dict) -> dict[str, Any]:
+    """The network's definition; the format before nnU-Net 2.3 told it by other keys."""
+    if given := configuration.get("architecture"):
+        return {"_target_": given["network_class_name"], **given["arch_kwargs"]}
+    target, stages = configuration["UNet_class_name"], configuration["n_conv_per_stage_encoder"]
+    dims, base = len(configuration["patch_size"]), configuration["UNet_base_num_features"]
+    most = configuration["unet_max_num_features"]
+    return {
+        "_target_": f"dynamic_network_architectures.architectures.unet.{target}",
+        "n_stages": len(stages),
+        "features_per_stage": [min(base * 2**index, most) for index in range(len(stages))],
+        "conv_op": f"torch.nn.Conv{dims}d",
+        "kernel_sizes": configuration["conv_kernel_sizes"],
+        "strides": configuration["pool_op_kernel_sizes"],
+        "n_conv_per_stage" if target == "PlainConvUNet" else "n_blocks_per_stage": stages,
+        "n_conv_per_stage_decoder": configuration["n_conv_per_stage_decoder"],
+        "conv_bias": True,
+        "norm_op": f"torch.nn.InstanceNorm{dims}d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
 
 
-def _preprocessing(plans: dict, configuration: dict, channels: int, spacing: list[float]) -> list[dict[str, Any]]:
-    """What nnU-Net's DefaultPreprocessor does, in its order."""
-    given, masked = configuration["normalization_schemes"], configuration["use_mask_for_norm"]
-    schemes = []
-    for channel, scheme, mask in zip(range(channels), given, masked, strict=True):
-        if scheme not in SCHEMES:
-            raise InputError(f"it normalises {scheme}; known: {', '.join(SCHEMES)}")
-        needed = SCHEMES[scheme]
-        properties = plans["foreground_intensity_properties_per_channel"][str(channel)] if needed else {}
-        values = {key: float(properties[key]) for key in needed}
-        schemes.append({"scheme": scheme, "masked": bool(mask and scheme == "ZScoreNormalization"), **values})
+def _normalisation(plans: dict, configuration: dict, channels: int) -> list[dict[str, Any]]:
+    """nnU-Net's normalisations as steps of a card; those within the body first, which is where no channel is zero."""
+    given = list(zip(configuration["normalization_schemes"], configuration["use_mask_for_norm"], strict=True))
+    body = [place for place in range(channels) if given[place] == ("ZScoreNormalization", True)]
+    steps = [{"_target_": f"{__name__}.NormalizeNonzerod", "only": body}] if body else []
+    for channel in (place for place in range(channels) if place not in body):
+        scheme, known = given[channel][0], plans["foreground_intensity_properties_per_channel"]
+        if scheme == "CTNormalization":
+            low, high, mean, std = (
+                float(known[str(channel)][key]) for key in ("percentile_00_5", "percentile_99_5", "mean", "std")
+            )
+            limits = {"b_min": (low - mean) / max(std, 1e-8), "b_max": (high - mean) / max(std, 1e-8)}
+            step = {"_target_": "ScaleIntensityRanged", "a_min": low, "a_max": high, **limits, "clip": True}
+        elif scheme == "ZScoreNormalization":
+            step = {"_target_": "NormalizeIntensityd"}
+        elif scheme == "RescaleTo01Normalization":
+            step = {"_target_": "ScaleIntensityd"}
+        elif scheme == "RGBTo01Normalization":
+            step = {"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}
+        elif scheme == "NoNormalization":
+            continue
+        else:
+            raise InputError(f"it normalises by {scheme}, which is not known here")
+        steps.append(step | {"channels": [channel]})
+    return steps
+
+
+def _resampling(configuration: dict) -> dict[str, Any]:
     function, options = configuration["resampling_fn_data"], configuration["resampling_fn_data_kwargs"]
     if function not in RESAMPLING_ORDER or options.get("order_z", 0) != 0:
         known = f"{', '.join(RESAMPLING_ORDER)}, with order_z 0"
         raise InputError(f"it resamples by {function} with {options}; known: {known}")
-    resampling = {"mode": options.get("order", RESAMPLING_ORDER[function]), "separate": options.get("force_separate_z")}
-    reoriented = plans["image_reader_writer"] == "NibabelIOWithReorient"
-    return [
-        *([{"_target_": "Orientationd", "axcodes": "RAS"}] if reoriented else []),
-        {"_target_": f"{__name__}.CropNonzerod"},
-        {"_target_": f"{__name__}.NormalizeChannelsd", "schemes": schemes},
-        {"_target_": f"{__name__}.ResampleSpacingd", "pixdim": spacing, **resampling},
-    ]
+    how = {"mode": options.get("order", RESAMPLING_ORDER[function]), "separate": options.get("force_separate_z")}
+    return {"_target_": f"{__name__}.ResampleSpacingd", **how}
 
 
 def sliding_window(
@@ -309,85 +259,57 @@ class CropNonzerod(CropForegroundd):
     """Crop to the smallest box around all voxels that are not zero in every channel; an image of zeros stays whole.
 
     Args:
-        keys: what is cropped.
-        source_key: the image whose values count; None: the first of ``keys``.
-        mode, start_coord_key, end_coord_key, allow_missing_keys: of `CropForegroundd`, which looks for values above 0.
+        keys, source_key, mode, start_coord_key, end_coord_key: of `CropForegroundd`, which looks for values above 0.
 
     >>> image = torch.zeros(1, 5, 5)
     >>> image[0, 1:3, 2] = -7
-    >>> CropNonzerod("image")({"image": image})["image"].shape
+    >>> CropNonzerod("image", "image")({"image": image})["image"].shape
     torch.Size([1, 2, 1])
     """
 
     def __init__(
         self,
         keys: KeysCollection,
-        source_key: str | None = None,
+        source_key: str,
         mode: str | Sequence[str] = "constant",
         start_coord_key: str | None = None,
         end_coord_key: str | None = None,
-        allow_missing_keys: bool = False,
     ) -> None:
-        given = {"mode": mode, "start_coord_key": start_coord_key, "end_coord_key": end_coord_key}
-        given["allow_missing_keys"] = allow_missing_keys
-        super().__init__(keys, source_key or ensure_tuple(keys)[0], select_fn=_not_zero, **given)
+        coordinates = {"start_coord_key": start_coord_key, "end_coord_key": end_coord_key}
+        super().__init__(keys, source_key, select_fn=_not_zero, mode=mode, **coordinates)
 
 
 def _not_zero(image: torch.Tensor) -> torch.Tensor:
     return image != 0 if image.any() else image == 0
 
 
-class NormalizeChannelsd(MapTransform):
-    """Normalise every channel by a scheme of its own, as nnU-Net does after cropping.
+class NormalizeNonzerod(MapTransform):
+    """Give channels mean 0 and standard deviation 1 where any channel is not zero, holes in that included.
 
     Args:
         keys: images, C x *spatial.
-        schemes: of each channel a mapping with ``scheme``: ``ZScoreNormalization`` (with ``masked``: only where any
-            channel is not zero, enclosed holes included; the rest stays), ``CTNormalization`` (clipped to
-            ``percentile_00_5`` and ``percentile_99_5``, then standardised by ``mean`` and ``std``),
-            ``RescaleTo01Normalization`` (least and largest value), ``RGBTo01Normalization`` (divided by 255) or
-            ``NoNormalization``.
-        allow_missing_keys: do not raise when a key is missing.
+        only: the channels; the others, and the rest of these, stay as they are.
 
-    >>> image = torch.tensor([[[0.0, 4.0]], [[51.0, 255.0]]])
-    >>> schemes = [{"scheme": "ZScoreNormalization"}, {"scheme": "RGBTo01Normalization"}]
-    >>> NormalizeChannelsd("image", schemes)({"image": image})["image"]
-    tensor([[[-1.0000,  1.0000]],
-    <BLANKLINE>
-            [[ 0.2000,  1.0000]]])
+    >>> image = torch.tensor([[0.0, 4.0, 8.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
+    >>> NormalizeNonzerod("image", [0])({"image": image})["image"]
+    tensor([[-1.2247,  0.0000,  1.2247,  0.0000],
+            [ 1.0000,  0.0000,  1.0000,  0.0000]])
     """
 
-    def __init__(
-        self, keys: KeysCollection, schemes: Sequence[Mapping[str, Any]], allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.schemes = schemes
+    def __init__(self, keys: KeysCollection, only: Sequence[int]) -> None:
+        super().__init__(keys)
+        self.only = only
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
             image = convert_to_numpy(data[key]).astype(np.float32)
-            body = binary_fill_holes((image != 0).any(0)) if any(one.get("masked") for one in self.schemes) else None
-            for channel, scheme in zip(image, self.schemes, strict=True):
-                _normalize(channel, body if scheme.get("masked") else np.ones(channel.shape, dtype=bool), **scheme)
+            body = binary_fill_holes((image != 0).any(0))
+            for channel in (image[place] for place in self.only):
+                values = channel[body]
+                channel[body] = (values - values.mean()) / max(values.std(), 1e-8) if values.size else values
             data[key] = convert_to_dst_type(image, data[key], dtype=torch.float32)[0]
         return data
-
-
-def _normalize(channel: np.ndarray, inside: np.ndarray, *, scheme: str, masked: bool = False, **given: float) -> None:
-    """One channel, in place."""
-    if scheme == "ZScoreNormalization":
-        values = channel[inside]
-        channel[inside] = (values - values.mean()) / max(values.std(), 1e-8) if values.size else values
-    elif scheme == "CTNormalization":
-        np.clip(channel, given["percentile_00_5"], given["percentile_99_5"], out=channel)
-        channel -= given["mean"]
-        channel /= max(given["std"], 1e-8)
-    elif scheme == "RescaleTo01Normalization":
-        channel -= channel.min()
-        channel /= max(channel.max(), 1e-8)
-    elif scheme == "RGBTo01Normalization":
-        channel /= 255
 
 
 class ResampleSpacingd(MapTransform, InvertibleTransform):
@@ -400,9 +322,8 @@ class ResampleSpacingd(MapTransform, InvertibleTransform):
     Args:
         keys: C x X x Y (x Z), with an affine; without one the spacing is 1.
         pixdim: millimetres along each axis; 0 or less keeps that of the image.
-        mode: order of the splines, 0 to 3, ``"nearest"`` or ``"bilinear"``; of each key, or of all.
+        mode: order of the splines, 0 to 3, or ``"nearest"``.
         separate: resample slices by themselves; None: by the rule above.
-        allow_missing_keys: do not raise when a key is missing.
 
     >>> image = MetaTensor(torch.rand(1, 4, 4, 6), affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0])))
     >>> ResampleSpacingd("image", [1, 1, 1])({"image": image})["image"].shape
@@ -410,27 +331,21 @@ class ResampleSpacingd(MapTransform, InvertibleTransform):
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        pixdim: Sequence[float],
-        mode: int | str | Sequence[int | str] = 3,
-        separate: bool | None = None,
-        allow_missing_keys: bool = False,
+        self, keys: KeysCollection, pixdim: Sequence[float], mode: int | str = 3, separate: bool | None = None
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.pixdim, self.separate = pixdim, separate
-        self.modes = [{"nearest": 0, "bilinear": 1}.get(mode, mode) for mode in ensure_tuple_rep(mode, len(self.keys))]
+        super().__init__(keys)
+        self.pixdim, self.separate, self.order = pixdim, separate, 0 if mode == "nearest" else mode
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
-        for key, order in self.key_iterator(data, self.modes):
+        for key in self.key_iterator(data):
             image, size = data[key], data[key].shape[1:]
             found = image.pixdim if isinstance(image, MetaTensor) else [1.0] * len(size)
             before = [float(f"{value:.6g}") for value in found]  # from the affine, so 0.5 is 0.50000001
             after = [new if new > 0 else old for new, old in zip(self.pixdim, before, strict=False)]
             new_size = [round(old / new * n) for old, new, n in zip(before, after, size, strict=True)]
-            data[key] = self._resampled(image, new_size, order, self._axis(before, after))
-            back = {"order": min(order, 1), "axis": self._axis(after, before)}
+            data[key] = self._resampled(image, new_size, self.order, self._axis(before, after))
+            back = {"order": min(self.order, 1), "axis": self._axis(after, before)}
             affine = scale_affine(list(size), new_size)
             self.push_transform(data[key], orig_size=tuple(size), affine=affine, extra_info=back)
         return data

@@ -19,7 +19,7 @@ from monai.transforms import EnsureTyped, LoadImaged, RandSpatialCropd, SpatialP
 from torch import nn
 
 from medtl_ext._io import suffix_of
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, first_line
 from medtl_ext.data import SliceDataset, load_collection
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer.config import current_config, identity
@@ -116,23 +116,20 @@ class Source:
     def _own_network(self, network_def: Mapping[str, Any], target: TargetTask, image_shape: Sequence[int]) -> nn.Module:
         """The bundle's own network with this source's weights."""
         in_channels, dims = image_shape[0], len(image_shape) - 1
-        weights = self.card.weights()
-        n_classes = self.own_classes(network_def, target)
-        definition = _filled(network_def, n_classes, in_channels)
+        weights, n_classes = self.card.weights(), self.own_classes(network_def, target)
         first = next((tuple(value.shape) for value in weights.values() if value.ndim == dims + 2), (0, in_channels))
         takes = first[1] if first[1] <= MOST_CHANNELS else in_channels
         if takes != in_channels:
             hint = "; give --in_channels 3, which repeats grey images" if takes == 3 and not target.per_pixel else ""
             said = f"{takes} channel{'s'[: takes != 1]}"
             raise InputError(f"its network takes {said}, the target's images have {in_channels}{hint}")
-        network = built_network(definition)
+        network = built_network(_filled(network_def, n_classes, in_channels))
         load_weights(network, weights, min_share=1.0)
         try:
             with torch.no_grad():
                 output = network.eval()(torch.zeros(1, *image_shape))
         except Exception as error:  # whatever a network raises on images it was not made for
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"its network refuses the target's images ({reason})") from error
+            raise InputError(f"its network refuses the target's images ({first_line(error)})") from error
         found = tuple(getattr(output, "shape", ()))
         if target.per_pixel and found[2:] != tuple(image_shape[1:]):
             raise InputError("its network does not give one prediction per pixel")
@@ -263,18 +260,21 @@ def _on_shelf(path: Path, target: TargetTask, trust: bool) -> Source:
     kind, where = _kind(path), str(path)
     name = path.name if path.is_dir() else path.parent.name if path.stem == "model" else path.stem
     try:
-        card = _card_at(path, trust)
-        return _fitting(Source(card.name or name, kind, card, where, size=None), target)
+        card = card_at(path, trust)
+        return _fitting(Source(card.name or name, kind, card, where), target)
     except InputError as error:
         return Source(name, kind, Card(), where, left_out=str(error).rstrip("."))
 
 
-def _card_at(path: Path, trust: bool) -> Card:
+def card_at(path: Path, trust: bool) -> Card:
+    """The card of the source that lies at a path.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
     kind = _kind(path)
-    if kind == "bundle":
-        return read_card(bundle_card(path, trust), trust=trust, folder=path)
-    if kind == "nnunet":
-        return read_card(nnunet_card(path), trust=trust, folder=path)
+    if kind in ("bundle", "nnunet"):
+        return read_card(bundle_card(path, trust) if kind == "bundle" else nnunet_card(path), trust=trust, folder=path)
     if kind == "card":
         return read_card(path, trust=trust)
     if kind == "checkpoint":
@@ -293,7 +293,7 @@ def _described(
     kind = "checkpoint" if "checkpoint" in keys else "task"
     if "card" in keys:
         path = Path(keys.pop("card"))
-        kind, base = _kind(path) or "card", _card_at(path, trust)
+        kind, base = _kind(path) or "card", card_at(path, trust)
     size = left_out = None
     if task is not None:
         known = target.other(task, collection=collection)
@@ -315,17 +315,17 @@ def _described(
 
 def _fitting(source: Source, target: TargetTask) -> Source:
     """The source, if its network can be built, has its weights and takes the target's images."""
-    if source.card.foreign:
-        try:
-            network = source.build({}, target, ())
-            if target.flat and network.dimensions == 3:
-                raise InputError("its network is 3D, the target's images are 2D")
-        except InputError as error:
-            reason = str(error).removeprefix(f"source {source.name}: ").rstrip(".")
-            return replace(source, left_out=reason)
-        found = {"dimensions": network.dimensions, "classes": source.card.classes or network.n_classes}
-        return replace(source, card=source.card.model_copy(update=found))
-    return source
+    if not source.card.foreign:
+        return source
+    try:
+        transforms_of(source.card.preprocessing or ())
+        network = source.build({}, target, ())
+        if target.flat and network.dimensions == 3:
+            raise InputError("its network is 3D, the target's images are 2D")
+    except InputError as error:
+        return replace(source, left_out=str(error).removeprefix(f"source {source.name}: ").rstrip("."))
+    found = {"dimensions": network.dimensions, "classes": source.card.classes or network.n_classes}
+    return replace(source, card=source.card.model_copy(update=found))
 
 
 def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Source, *, seed: int) -> Job:
@@ -388,10 +388,9 @@ def train_sources(
                     task = target.other(job.overrides["source"], collection=source_collection(run.config))
                     task.check({"train", run.config.get("val_split", "val"), "test"})
             run.train(list(jobs.values()), "pre-training")
-    trained = {name: {"checkpoint": job.model} for name, job in jobs.items()}
     return [
-        replace(one, card=one.card.model_copy(update=trained[one.name]), job=jobs[one.name])
-        if one.name in jobs
+        replace(one, card=one.card.model_copy(update={"checkpoint": job.model}), job=job)
+        if (job := jobs.get(one.name))
         else one
         for one in sources
     ]
@@ -443,7 +442,7 @@ class Checkpoint:
 
     @cached_property
     def card(self) -> Card | None:
-        card = _card_at(Path(self.path), self.trust)
+        card = card_at(Path(self.path), self.trust)
         return card if card.foreign else None
 
     def network(self, own: nn.Module) -> nn.Module:
@@ -591,10 +590,10 @@ class SingleSource:
         """What a training set is cut into; see `medtl_ext.data.SliceDataset`."""
         if self.card is None:
             return own
-        axes = self.card.axes or ()
-        if self.card.dimensions == 2 and len(axes) == 3 and axes[0] != 2 and not self.target.flat:
+        first = self.card.axes[0] if self.card.axes and len(self.card.axes) == 3 else 2
+        if self.card.dimensions == 2 and first != 2 and not self.target.flat:
             raise InputError(
-                f"source {self.card.name} sees slices along axis {axes[0]}; only those along the last train."
+                f"source {self.card.name} sees slices along axis {first}; only those along the last train."
             )
         return "volume" if self.card.dimensions == 3 else own
 

@@ -222,7 +222,7 @@ def sliding_window(
     Args:
         batch: N x C x *spatial.
         window: its size along each spatial axis.
-        network: takes N x C x *window and gives outputs of N x K x *window.
+        network: takes N x C x window and gives outputs of N x K x window.
         overlap: least share of a window that the next one repeats, in [0, 1).
 
     Returns:

@@ -177,7 +177,7 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
         return
     where, name = f"preprocessing {target}", _short(target)
     factory = pydoc.locate(name) if "." in name else getattr(monai.transforms, name)
-    given = _arguments(where, step)
+    given = ALLOWED["defaults"].get(name, {}) | _arguments(where, step)
     for key in ("keys", "source_key", "allow_missing_keys", "lazy"):
         if key in given:
             raise InputError(f"{where} has {key}, which is set here; leave it out")

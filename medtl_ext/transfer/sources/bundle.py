@@ -128,7 +128,7 @@ def _image(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _output(outputs: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The first output of class scores, and its name."""
-    found = next((one for one in outputs.items() if one[1].get("format") in ALLOWED["outputs"]), None)
+    found = next((one for one in outputs.items() if one[1].get("format") in (*ALLOWED["outputs"], None)), None)
     if outputs and found is None:
         given = ", ".join(f"{name} ({one.get('type')}, {one.get('format')})" for name, one in outputs.items())
         raise InputError(f"its network gives {given}, no class scores")

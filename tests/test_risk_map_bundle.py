@@ -13,6 +13,7 @@ import pytest
 import torch
 from bundle_runs import ARMS, RISK_MAP, finish, read_json, refused
 from ignite.engine import Events
+from monai.networks.nets import UNet
 
 from medtl_ext import InputError, risk_map
 from medtl_ext.transfer import images_to_segment
@@ -69,6 +70,60 @@ def test_every_method_trains_and_scores(method, options):
     else:  # parameters and buffers of the encoder untouched, the rest trained
         assert encoder <= same
         assert not {name for name in same - encoder if name.endswith("weight")}
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Cards of somebody else's untrained networks, 2D and 3D, with a preprocessing and a grid of their own."""
+
+    def card(dimensions: int, classes: list[str]) -> str:
+        torch.manual_seed(0)
+        shape = {"in_channels": 1, "out_channels": len(classes), "channels": [4, 8], "strides": [2]}
+        network = UNet(spatial_dims=dimensions, **shape)
+        torch.save(network.state_dict(), tmp_path / "theirs.pt")
+        steps = [{"_target_": "Spacingd", "pixdim": [3, 3, 4]}, {"_target_": "NormalizeIntensityd", "nonzero": True}]
+        content = {"checkpoint": "theirs.pt", "network": {"_target_": "UNet", "spatial_dims": dimensions, **shape}}
+        content |= {
+            "preprocessing": steps,
+            "window": [32, 32, 8][:dimensions],
+            "classes": classes,
+            "encoder": "model.0",
+        }
+        (tmp_path / "theirs.json").write_text(json.dumps(content))
+        return str(tmp_path / "theirs.json")
+
+    return card
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_every_method_takes_somebody_elses_network(method, options, foreign, tmp_path):
+    given = options | {"source": foreign(2, ["background", "oedema", "ED"]), "epochs": 1}
+    run(method, **{key: value for key, value in given.items() if key != "epochs" or method != "zero_shot"})
+    scores = table(options["output_dir"])
+    assert scores.groupby("split").subject.nunique().to_dict() == {"val": 3, "test": 3}
+    assert scores["dice"].between(0, 1).all()
+    if method == "zero_shot":
+        return  # has the head of the source, which knows more classes
+    card = read_json(Path(options["output_dir"]) / "model.json")
+    assert card["classes"] == ["background", "ED"]
+    weights = torch.load(Path(options["output_dir"]) / "model.pt", weights_only=True)
+    theirs = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    frozen = {name for name in theirs if name.startswith("model.0")}
+    if method != "scratch" and not method.startswith("full"):
+        assert all(torch.equal(weights[f"net.{name}"], theirs[name]) for name in frozen)
+
+
+def test_a_fine_tuned_foreign_network_in_3d_is_scored_used_and_a_source_again(options, foreign, tmp_path):
+    first = options | {"source": foreign(3, ["background", "ED"]), "epochs": 1, "batch_size": 1}
+    run("full", **first)
+    model = str(Path(options["output_dir"]) / "model.pt")
+    again = {"source": model, "output_dir": str(tmp_path / "again")}
+    run("zero_shot", **{key: value for key, value in (options | again).items() if key != "epochs"})
+    assert np.allclose(table(tmp_path / "again")["dice"], table(options["output_dir"])["dice"])
+    scored = {"source": first["source"], "ckpt": model, "output_dir": str(tmp_path / "scored")}
+    run("evaluate", **{key: value for key, value in (options | scored).items() if key != "epochs"})
+    scores, before = table(tmp_path / "scored"), table(options["output_dir"])
+    assert np.allclose(scores["dice"], before[before["split"] == "test"]["dice"])
 
 
 def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins():

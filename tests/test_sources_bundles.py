@@ -544,7 +544,7 @@ LEFT_OUT = {
 def test_bundles_of_the_zoo(name, shared_data, tmp_path):
     source = shared_data / "model_zoo" / name
     if not source.is_dir():
-        pytest.skip(f"the zoo's configs (../shared/data/model_zoo/{name}) are not beside this checkout")
+        pytest.skip(f"the zoo's configs are not among the reference data (../shared/data/model_zoo/{name})")
     folder = tmp_path / name
     for file in source.rglob("*"):
         if file.suffix in (".json", ".yaml", ".py"):

@@ -14,7 +14,7 @@ from torch import nn
 
 from medtl_ext.metrics.features import tap_features
 from medtl_ext.transfer import SegmentationTask
-from medtl_ext.transfer.sources import find_sources
+from medtl_ext.transfer.sources import Checkpoint, find_sources
 from medtl_ext.transfer.sources.allowed import transforms_of
 from medtl_ext.transfer.sources.card import Card, channel_order, read_card
 from medtl_ext.transfer.sources.network import (
@@ -535,3 +535,30 @@ def test_what_cannot_be_used_is_left_out_before_anything_runs(keys, reason, make
     given = {"collection": where, "trust": keys.get("trust", True)}
     (found,) = find_sources([str(tmp_path / "net.json")], target, **given)
     assert reason in found.left_out
+
+
+def test_a_network_whose_own_parts_are_called_net_keeps_its_names(tmp_path):
+    (tmp_path / "theirs.py").write_text(
+        "from torch import nn\nclass Theirs(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.net = nn.Conv2d(1, 2, 1)\n"
+        "    def forward(self, image):\n        return self.net(image)\n"
+    )
+    net = torch.nn.Sequential()
+    net.net = torch.nn.Conv2d(1, 2, 1)
+    torch.save(net.state_dict(), tmp_path / "theirs.pt")
+    content = {"checkpoint": str(tmp_path / "theirs.pt"), "network": {"_target_": "theirs.py:Theirs"}, "classes": 2}
+    network = untouched(read_card(content, trust=True, folder=tmp_path), channels=1)
+    torch.testing.assert_close(network.net.net.weight, net.net.weight)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    network.write_card(tmp_path)
+    again = untouched(read_card(tmp_path / "model.json", trust=True), channels=1)
+    torch.testing.assert_close(again.net.net.weight, net.net.weight)
+
+
+def test_inference_gives_a_network_the_channels_that_it_knows(tmp_path):
+    torch.save(torch.nn.Conv2d(1, 2, 1).state_dict(), tmp_path / "one.pt")
+    definition = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    card = {"checkpoint": "one.pt", "network": definition, "channels": ["FLAIR"], "classes": 2}
+    (tmp_path / "one.json").write_text(json.dumps(card))
+    found = Checkpoint(path=str(tmp_path / "one.pt"), channels=["T1", "FLAIR"])
+    assert found.network(torch.nn.Identity())(torch.rand(1, 2, 8, 8)).shape == (1, 2, 8, 8)

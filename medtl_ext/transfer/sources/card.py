@@ -112,8 +112,7 @@ class Card(BaseModel):
         for name, value in found.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise InputError(f"its weights hold NaN or Inf ({name}); it diverged, or the file is damaged")
-        ours = all(name.startswith("net.") for name in found)  # of a fine-tuning here
-        return {name.removeprefix("net."): value for name, value in found.items()} if ours else found
+        return found
 
 
 def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: Path | None = None) -> Card:

@@ -88,7 +88,8 @@ class SourceNetwork(nn.Module):
         target = (self.card.network or {}).get("_target_", "")
         if target.rpartition(":")[0].endswith(".py"):
             file = Path(target.rpartition(":")[0])
-            shutil.copy(Path(self.card.folder) / file, folder / file.name)
+            if (there := (Path(self.card.folder) / file).resolve()) != (here := (folder / file.name).resolve()):
+                shutil.copy(there, here)
             content["network"] = {**self.card.network, "_target_": f"{file.name}:{target.rpartition(':')[2]}"}
         write_json(folder / "model.json", content)
 
@@ -326,6 +327,8 @@ def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
         net = built_network(card.network, card.folder, card.trusted)
         if not fresh:
             weights = card.weights()
+            if weights.keys().isdisjoint(net.state_dict()):  # of a fine-tuning here, where it is a part
+                weights = {name.removeprefix("net."): value for name, value in weights.items()}
             _fit_ends(net, weights)
             load_weights(net, weights, min_share=1.0, name=str(card.checkpoint))
         return net

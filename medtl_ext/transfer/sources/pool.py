@@ -18,7 +18,6 @@ from monai.inferers import SimpleInferer
 from monai.transforms import EnsureTyped, LoadImaged, RandSpatialCropd, SpatialPadd
 from torch import nn
 
-from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError, first_line
 from medtl_ext.data import SliceDataset, load_collection
 from medtl_ext.networks import load_weights
@@ -45,7 +44,6 @@ RESERVED = {
     "zero_shot": "a source that is used as it is",
     "full": "a fine-tuning of all parameters",
 }
-CHANNEL_KEYS = ("n_input_channels", "in_channels")
 MOST_CHANNELS = 8  # of images; the first layer of a network that splits them otherwise has more
 WEIGHTS = (".pt", ".pth", ".safetensors", *PROGRAMS)
 
@@ -229,12 +227,10 @@ def _require_dataset(path: Path, target: TargetTask) -> None:
 
 def _kind(path: Path, *, shelf: bool = True) -> str | None:
     """What kind of source lies at a path; None: none. A shelf holds sources themselves, not further shelves."""
-    if path.is_file() or path.suffix in WEIGHTS:
-        if path.suffix == ".json":
-            return "card" if _is_card(path) else None
-        return "checkpoint" if suffix_of(path) in WEIGHTS or path.suffix in WEIGHTS else None
+    if path.suffix in WEIGHTS:
+        return "checkpoint"
     if not path.is_dir():
-        return None
+        return "card" if path.suffix == ".json" and _is_card(path) else None
     if (path / "configs").is_dir():
         return "bundle"
     if len(nnunet_folders(path)) == 1:
@@ -448,7 +444,8 @@ class Checkpoint:
     def network(self, own: nn.Module) -> nn.Module:
         """The network with its weights: the bundle's ``own``, or that of the card."""
         if self.card is not None:
-            return untouched(self.card, channels=len(self.channels))
+            wanted, _ = channel_order(self.card.channels, self.channels, fill=self.card.fill)
+            return untouched(self.card, channels=len(wanted))
         load_weights(own, self.path, min_share=1.0)
         return own
 

@@ -16,9 +16,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from medtl_ext import metrics
+from medtl_ext.data import SliceDataset
 from medtl_ext.metrics.features import Samples
 from medtl_ext.transfer import SCORES, Card, Predictions, Source
-from medtl_ext.transfer.scores import Maps, Observation, observe, resampled_scores, score_values
+from medtl_ext.transfer.scores import Maps, Observation, TargetSlices, observe, resampled_scores, score_values
 
 EVERYBODY = [1] * 5
 
@@ -206,3 +207,16 @@ def test_feature_update_in_the_pass_equals_the_reference(vectors):
         text = refused(lambda net=net, options=options: observed(items, [net], **fu, **options))
         assert said in text
         assert "name them as 'convolutions' of the source" in text
+
+
+def test_probabilities_on_a_sources_grid_come_to_the_targets_slices_and_are_background_outside():
+    volume = torch.zeros(1, 4, 4, 3)
+    volume[..., 1] = 1
+    slices = SliceDataset([{"image": volume, "label": volume, "subject": "a"}], [], progress=False)
+    probs = torch.stack([torch.full((4, 4, 2), 0.25), torch.full((4, 4, 2), 0.75)])
+    shifted = torch.eye(4)
+    shifted[0, 3], shifted[2, 3] = 2, 1  # its field of view begins at x = 2 and at the middle slice
+    places, found, labels = TargetSlices(slices)("a", probs, shifted)
+    assert (places, labels.shape) == ([1], (1, 1, 4, 4))
+    torch.testing.assert_close(found[0, 1, :, 0], torch.tensor([0.0, 0.0, 0.75, 0.75]))
+    torch.testing.assert_close(found.sum(1), torch.ones(1, 4, 4))

@@ -18,6 +18,7 @@ from scipy import stats
 
 from medtl_ext._validation import InputError, require_choice, require_number
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
+from medtl_ext.data.plan import Grid
 from medtl_ext.ranking import SourceRanking, audit_verdict
 from medtl_ext.transfer import SCORES, Job, RankSources, SegmentationTask, Source, SourceStudy
 from medtl_ext.transfer.arms import finetuning_job
@@ -157,7 +158,7 @@ class SelectSource(RankSources):
             ranks what is left by the H-score map (PriorSel).
         decide_by: the score that decides, in place of the method's own.
         minimum_ssim, top_k: see `filter_by_priors`.
-        spacing, roi_size: the grid on which regions of interest are compared.
+        grid: on which regions of interest are compared.
         settle: fine-tune the tied sources and train from scratch, and decide by the validation patients.
         options: see `medtl_ext.transfer.RankSources`.
     """
@@ -169,8 +170,7 @@ class SelectSource(RankSources):
     decide_by: str | None
     minimum_ssim: float | None
     top_k: int | None
-    spacing: Sequence[float]
-    roi_size: Sequence[int]
+    grid: Grid
     settle: bool = False
 
     def __post_init__(self) -> None:
@@ -202,7 +202,8 @@ class SelectSource(RankSources):
 
     @property
     def _grid(self) -> dict[str, Any]:
-        return {"spacing": self.spacing, "roi_size": self.roi_size, "axcodes": self.here.config["axcodes"]}
+        frame = {"spacing": self.grid.spacing, "roi_size": self.grid.frame[:2]}
+        return frame | {"axcodes": self.here.config["axcodes"]}
 
     @cached_property
     def _own_regions(self) -> list[torch.Tensor]:
@@ -214,8 +215,7 @@ class SelectSource(RankSources):
         key = (tuple(item["label"] for item in source.datalist("train")), str(source.label_values))
         if key not in self._similar:
             labels = region_labels(source, **self._grid)
-            spacing = self.spacing[: labels[0].ndim]
-            self._similar[key] = roi_similarity(labels, self._own_regions, spacing=spacing)
+            self._similar[key] = roi_similarity(labels, self._own_regions, spacing=self.grid.spacing)
         return self._similar[key]
 
     @cached_property

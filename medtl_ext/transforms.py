@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor, NibabelWriter, PILWriter, get_track_meta
-from monai.transforms import MapTransform, SaveImage
+from monai.transforms import MapTransform, SaveImage, Spacingd
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
 from scipy.ndimage import binary_fill_holes
 
@@ -226,3 +226,10 @@ class ClassWriter(PILWriter):
         picture = self.create_backend_obj(self.data_obj, dtype=np.uint8, scale=None)
         picture.putpalette([*self.COLOURS, *(grey for grey in range(8, 256) for _ in range(3))])
         picture.save(filename)
+
+
+class AreaSpacingd(Spacingd):
+    """placeholder until merged"""
+
+    def __init__(self, keys, pixdim, **k):
+        super().__init__(keys, pixdim, mode=["nearest" if x == "label" else "bilinear" for x in ensure_tuple(keys)])

@@ -176,6 +176,7 @@ class SliceDataset(Dataset):
         item |= {**stack.names, "slice": int(stack.slices[place])}
         if self._random_start is not None:
             item = self.transform(item, start=self._random_start)
+            item = item[0] if isinstance(item, list) else item  # of a transform that crops patches
         return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in item.items()}
 
     @property

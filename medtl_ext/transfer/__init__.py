@@ -18,7 +18,13 @@ from medtl_ext.transfer.report import audit_report, compare_report, markdown_tab
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
 from medtl_ext.transfer.sources import Card, CheckChannels, Checkpoint, SingleSource, Source, read_card, source_name
 from medtl_ext.transfer.study import SourceStudy, Study
-from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, images_to_classify, images_to_segment
+from medtl_ext.transfer.tasks import (
+    ClassificationTask,
+    SegmentationTask,
+    images_to_classify,
+    images_to_segment,
+    planned_grid,
+)
 from medtl_ext.transfer.truth import FineTuneSources
 
 __all__ = [
@@ -52,6 +58,7 @@ __all__ = [
     "images_to_segment",
     "markdown_table",
     "patient_table",
+    "planned_grid",
     "read_card",
     "source_name",
     "start",

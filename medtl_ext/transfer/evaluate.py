@@ -13,10 +13,12 @@ from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import Evaluator, Trainer
 from monai.handlers import EarlyStopHandler
+from monai.transforms import Compose
 
 from medtl_ext._io import atomic_path, write_csv
+from medtl_ext.data.plan import Grid, label_ceiling
 from medtl_ext.networks import load_weights
-from medtl_ext.transfer.sources import SourceNetwork, TargetTask
+from medtl_ext.transfer.sources import SingleSource, SourceNetwork, TargetTask
 from medtl_ext.transfer.tasks import PROBABILITIES, image_auc
 
 __all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining"]
@@ -32,16 +34,37 @@ class DataCheck:
         task: the task.
         splits: those that will be used.
         enabled: false leaves it out.
+        grid: says why it is as it is, and what it loses of the labels on the way there and back.
+        transforms: the way there, of a volume with its label and its ``truth``.
+        origin: whose grid it is, where a source brings its own.
     """
 
     task: TargetTask
     splits: Sequence[str]
     enabled: bool = True
+    grid: Grid | None = None
+    transforms: Compose | None = None
+    origin: SingleSource | None = None
 
     def run(self) -> None:
         """Raise an `InputError` on the first error, log the warnings."""
-        if self.enabled:
-            self.task.check(dict.fromkeys(self.splits))
+        if not self.enabled:
+            return
+        self.task.check(dict.fromkeys(self.splits))
+        if self.grid is None or idist.get_rank() != 0:
+            return
+        whose = None if self.origin is None or self.origin.card is None else self.origin.given.name
+        for reason in self.grid.why if whose is None else ():
+            logger.info("%s", reason)
+        if whose is None and self.grid.native:
+            return  # nothing is resampled
+        items = self.task.datalist("train" if "train" in self.task.splits else self.task.splits[0])
+        steps = self.transforms.transforms
+        ceiling = label_ceiling(items, steps, n_classes=self.task.n_classes, key="image")
+        logger.info("the labels themselves, brought to the grid of %s and back: %s", whose or "the run", ceiling)
+        if ceiling.low:
+            remedy = f"with {whose} no network can do better" if whose else "give a finer --spacing, or --spacing auto"
+            logger.warning("this grid loses much of what is to be found; %s.", remedy)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,7 +101,9 @@ class ScorePatients:
         loaders: of each split, unshuffled.
         output_dir, method, seed: where the table goes and what its columns of these names say.
         checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder, which a network that
-            was not trained leaves here. Of somebody else's network its card is written beside.
+            was not trained leaves here. Beside it is written what else is needed to use it: of somebody else's network
+            its card, else the grid.
+        grid: of the bundle's own network.
     """
 
     evaluator: Evaluator
@@ -88,6 +113,7 @@ class ScorePatients:
     method: str
     seed: int
     checkpoint: str | None = None
+    grid: Grid | None = None
 
     def run(self) -> pd.DataFrame:
         """Score, write, and return the table."""
@@ -99,6 +125,8 @@ class ScorePatients:
                     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, temporary)
             if isinstance(network, SourceNetwork):
                 network.write_card(path)
+            elif self.grid is not None:
+                self.grid.write(path)
         idist.barrier()
         load_weights(network, self.checkpoint or path / "model.pt", min_share=1.0)
         parts = []

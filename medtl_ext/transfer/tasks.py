@@ -22,11 +22,12 @@ from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_co
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
 from medtl_ext.data.collection import SPLITS
 from medtl_ext.data.files import PICTURES, Part, find_images, require_readable, shape_of
+from medtl_ext.data.plan import Grid, plan_grid
 from medtl_ext.ranking import bootstrap_interval, mean_auc
-from medtl_ext.transfer.jobs import Job
+from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.report import patient_table
 
-__all__ = ["ClassificationTask", "SegmentationTask", "images_to_classify", "images_to_segment"]
+__all__ = ["ClassificationTask", "SegmentationTask", "images_to_classify", "images_to_segment", "planned_grid"]
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,20 @@ class SegmentationTask:
         record = job.output_dir / "config.json"
         split = json.loads(record.read_text(encoding="utf-8")).get("val_split", "val") if record.is_file() else "val"
         return float(table[table["split"] == split]["dice"].mean())
+
+
+def planned_grid(here: Run, target: SegmentationTask, **options: Any) -> Grid:
+    """The grid of a run, planned from the target's training patients or as it is given, which its trainings inherit.
+
+    Args:
+        here: whose config then has what was planned.
+        target: of its images, where it has none to train on those of another split.
+        options: see `medtl_ext.data.plan.plan_grid`.
+    """
+    items = target.datalist("train" if "train" in target.splits else target.splits[0])
+    grid = plan_grid(items, label_values=target.label_values, channels=target.channels, **options)
+    here.config |= grid.options
+    return grid
 
 
 def draw_patients(items: Sequence[dict[str, str]], count: int | None, *, seed: int) -> list[dict[str, str]]:

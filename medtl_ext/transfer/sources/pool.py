@@ -20,6 +20,7 @@ from torch import nn
 
 from medtl_ext._validation import InputError, first_line
 from medtl_ext.data import SliceDataset, load_collection
+from medtl_ext.data.plan import Grid, read_grid
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer.config import current_config, identity
 from medtl_ext.transfer.jobs import Job, Run
@@ -436,6 +437,12 @@ class Checkpoint:
     channels: Sequence[str]
     trust: bool = False
 
+    def grid(self, **given: Any) -> Grid:
+        """That of the training, ``grid.json`` beside the weights, with what is given; see `read_grid`."""
+        if self.card is not None:
+            return Grid((1.0, 1.0, 1.0), (1, 1))  # the network brings its own
+        return read_grid(Path(self.path).with_name("grid.json"), **given)
+
     @cached_property
     def card(self) -> Card | None:
         card = card_at(Path(self.path), self.trust)
@@ -576,10 +583,10 @@ class SingleSource:
             return list(own)
         return source_transforms(self.card, self.target.channels, own, keys=keys_of(self.target))
 
-    def cropping(self) -> list[Callable]:
-        """What a training adds: a random patch of the source's window."""
+    def cropping(self, own: Sequence[Callable]) -> list[Callable]:
+        """What a training adds: the bundle's ``own``, or a random patch of the source's window."""
         if self.card is None or self.card.window is None:
-            return []
+            return [] if self.card else list(own)
         keys = ["image", "label", "weight"]
         return [RandSpatialCropd(keys, roi_size=self.card.window, random_size=False, allow_missing_keys=True)]
 

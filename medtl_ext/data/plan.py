@@ -1,0 +1,342 @@
+"""What a training needs to know of its data: the grid of its images, slices or volumes, intensities, all with reasons.
+
+The rules are those of nnU-Net's fingerprint (Isensee et al., Nature Methods 2021) where it has one, kept small: median
+spacing, windows as large as images and memory allow, CT by the percentiles of its foreground.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import Inferer, SliceInferer, SlidingWindowInferer
+from monai.networks.utils import one_hot
+from monai.transforms import (
+    Compose,
+    CopyItemsd,
+    Invertd,
+    LoadImaged,
+    Orientationd,
+    RandCropByPosNegLabeld,
+    Transform,
+)
+from scipy.ndimage import label as connected_parts
+
+from medtl_ext._io import write_json
+from medtl_ext._validation import InputError
+from medtl_ext.data.files import affine_of, read_channels, shape_of
+from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
+
+__all__ = ["Ceiling", "Grid", "label_ceiling", "label_steps", "plan_grid", "read_grid"]
+
+AUTO = "auto"
+MULTIPLE = 16
+"""The bundles' U-Net halves an image four times."""
+MOST_VOXELS = {2: 512 * 512, 3: 64**3}
+"""Of a window: what a training step on two cores takes in a second."""
+FLATTEST, FEWEST_SLICES = 1.5, 16
+"""Slices thicker than wide by more than this, or fewer of them, are trained on as slices."""
+STEP_BYTES = 1200
+"""A training step of the bundles' network holds about so much for a voxel (measured)."""
+SAMPLE, HEADERS = 16, 200
+"""So many patients' voxels are read, and so many patients' headers."""
+LOWEST_CT = -500
+"""An image that goes below is in Hounsfield units: air."""
+SAME_SPACING = 1e-3
+LOW_CEILING, MOST_LOST = 0.9, 0.05
+BODY = {"_target_": "medtl_ext.transforms.NormalizeBodyd", "keys": "image"}
+PATCHES_WITHOUT_FOREGROUND = 1 / 3
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What a grid leaves of labels: scores of the truth with itself after the grid and back.
+
+    Attributes:
+        dice: of each patient, the mean over the classes that the patient has.
+        parts, lost: connected parts of the foreground, and how many of them have no voxel left.
+    """
+
+    dice: tuple[float, ...]
+    parts: int
+    lost: int
+
+    def __str__(self) -> str:
+        patients = f"{len(self.dice)} patient{'s'[: len(self.dice) != 1]}"
+        found = f"Dice {np.mean(self.dice):.3f} over {patients}, {min(self.dice):.3f} at worst"
+        return f"{found}; {self.lost} of {self.parts} connected parts vanish"
+
+    @property
+    def low(self) -> bool:
+        """It is below 0.9, or more than 5 % of the connected parts vanish."""
+        return bool(np.mean(self.dice) < LOW_CEILING or self.lost > MOST_LOST * self.parts)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the bundles' own networks see images. ``grid.json`` is laid over any config of a bundle to use it again.
+
+    Attributes:
+        spacing: mm of a voxel, along the axes that ``axcodes`` turns an image to.
+        roi_size: voxels that a network sees at once: two numbers of a slice, three of a volume.
+        normalize: definition of the transform of intensities.
+        background_share: of training slices, or patches, without foreground.
+        frame: voxels of the largest training image on this grid.
+        native: it is the grid of all training images, so that nothing is resampled.
+        why: a line for each choice.
+    """
+
+    spacing: tuple[float, ...]
+    roi_size: tuple[int, ...]
+    normalize: Mapping[str, Any] = field(default_factory=lambda: BODY)
+    background_share: float = 0.0
+    frame: tuple[int, ...] = ()
+    native: bool = False
+    why: tuple[str, ...] = ()
+
+    @property
+    def dims(self) -> int:
+        """2: slice by slice; 3: volumes."""
+        return len(self.roi_size)
+
+    @property
+    def slices(self) -> str:
+        """What a training set is cut into; see `SliceDataset`."""
+        return "volume" if self.dims == 3 else "foreground"
+
+    @cached_property
+    def intensities(self) -> Transform:
+        """The transform of intensities."""
+        return ConfigParser({"normalize": dict(self.normalize)}).get_parsed_content("normalize")
+
+    @property
+    def cropping(self) -> list[Transform]:
+        """What a training adds where images are larger than what a network sees at once: a patch, drawn at random."""
+        if all(most <= seen for most, seen in zip(self.frame, self.roi_size, strict=False)):
+            return []
+        keys, shares = ["image", "label", "weight"], {"pos": 1 - self.background_share, "neg": self.background_share}
+        return [RandCropByPosNegLabeld(keys, "label", self.roi_size, **shares, allow_missing_keys=True)]
+
+    @property
+    def inferer(self) -> Inferer:
+        """Of whole volumes."""
+        if self.dims == 2:
+            return SliceInferer(spatial_dim=2, roi_size=self.roi_size, sw_batch_size=16)
+        return SlidingWindowInferer(roi_size=self.roi_size, sw_batch_size=1, overlap=0.5, mode="gaussian")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a config that give this grid."""
+        options = {"spacing": list(self.spacing), "roi_size": list(self.roi_size), "normalize": dict(self.normalize)}
+        return options | {"background_share": self.background_share}
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Leave it as ``grid.json``, with the reasons."""
+        write_json(Path(folder) / "grid.json", self.options | {"_why_": list(self.why)})
+
+
+def read_grid(path: str | os.PathLike[str], **given: Any) -> Grid:
+    """A grid from its ``grid.json``, and what is given (not "auto") in its place.
+
+    Raises:
+        InputError: the file is not there, and spacing and size are not given; or it holds no grid.
+    """
+    given = {name: value for name, value in given.items() if value != AUTO}
+    if not Path(path).is_file():
+        if {"spacing", "roi_size"} <= given.keys():
+            return Grid(**given)
+        advice = "put it there, or give --spacing and --roi_size as they were in the training"
+        raise InputError(f"{path}, which a training leaves beside its network, is not there; {advice}.")
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Grid(**{name: value for name, value in stored.items() if not name.startswith("_")} | given)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no grid.json of a training ({error}); put that one there.") from error
+
+
+def plan_grid(
+    items: Sequence[Mapping[str, Any]],
+    *,
+    label_values: Sequence[Sequence[int]],
+    channels: Sequence[str],
+    spacing: Sequence[float] | str = AUTO,
+    roi_size: Sequence[int] | str = AUTO,
+    normalize: Mapping[str, Any] | str = AUTO,
+    background_share: float | str = AUTO,
+    axcodes: str = "RAS",
+) -> Grid:
+    """Plan what is not given from the images of a datalist, and say why.
+
+    Args:
+        items: the training patients: ``image``, one file a channel, and ``label``.
+        label_values: of each class of the objective; see `medtl_ext.transforms.SelectLabelsd`.
+        channels: their names.
+        spacing: three numbers in mm, or "auto": the median of the patients.
+        roi_size: two numbers (slices) or three (volumes); "2d", "3d": as large as the images or as a step takes; or
+            "auto": volumes where voxels are about as thick as wide.
+        normalize: a transform's definition, or "auto": CT by its foreground, colours to 0..1, else standardised inside
+            the body.
+        background_share: of training slices or patches; or "auto".
+        axcodes: orientation of the grid.
+
+    Raises:
+        InputError: no items, a file that cannot be read, or numbers that are no grid.
+    """
+    if not len(items):
+        raise InputError("no patient to plan a grid from; give --spacing and --roi_size.")
+    some = [items[place] for place in np.linspace(0, len(items) - 1, min(len(items), HEADERS)).astype(int)]
+    found = [_voxels(item["image"], axcodes) for item in some]
+    sizes, extents = np.array([size for size, _ in found]), np.array([size * shape for size, shape in found])
+    why = []
+    if spacing == AUTO:
+        spacing = np.median(sizes, 0).round(4).tolist()
+        same = np.ptp(sizes, 0).max() < SAME_SPACING
+        those = f"of all {len(some)} training images" if same else f"the median of {len(some)} training images"
+        between = "" if same else f", which are from {_times(sizes.min(0))} to {_times(sizes.max(0))} mm"
+        why.append(f"spacing {_times(spacing)} mm: {those}{between}")
+    spacing = _numbers("spacing", spacing, (3,))
+    native = bool(np.abs(sizes - spacing).max() < SAME_SPACING)
+    frame = np.ceil((extents / spacing).round(2)).max(0).astype(int)
+    if isinstance(roi_size, str):
+        dims, reason = _dimensions(roi_size, frame, spacing)
+        window = _window(frame[:dims])
+        whole = "whole images" if (window >= frame[:dims]).all() else "patches: more would take too long a step"
+        memory = prod(window) * (8 if dims == 2 else 2) * STEP_BYTES / 2**20
+        why.append(f"{dims}D, {reason}")
+        why.append(f"windows of {_times(window)} voxels, {whole}; a training step holds about {memory:.0f} MiB")
+        roi_size = window.tolist()
+    roi_size = tuple(int(size) for size in _numbers("roi_size", roi_size, (2, 3)))
+    if normalize == AUTO:
+        normalize, reason = _intensities(some, channels, label_values)
+        why.append(f"intensities {reason}")
+    if background_share == AUTO:
+        background_share = PATCHES_WITHOUT_FOREGROUND if len(roi_size) == 3 else 0.0
+    return Grid(spacing, roi_size, normalize, background_share, tuple(frame.tolist()), native, tuple(why))
+
+
+def label_ceiling(
+    items: Sequence[Mapping[str, Any]], steps: Sequence[Callable], *, n_classes: int, key: str = "label"
+) -> Ceiling:
+    """What is left of labels on a grid: at most 16 patients' go there and back as probabilities do.
+
+    Args:
+        items: of a datalist.
+        steps: the deterministic transforms, which also leave the label as it came from the file, under ``truth``.
+        n_classes: with the background.
+        key: whose way back is taken: "image", or "label" where no image goes along.
+
+    >>> item = {"label": torch.ones(1, 4, 4, 4), "truth": torch.ones(1, 4, 4, 4)}
+    >>> print(label_ceiling([item], [], n_classes=2))
+    Dice 1.000 over 1 patient, 1.000 at worst; 0 of 1 connected parts vanish
+    """
+    transform = Compose(steps)
+    dice, parts, lost = [], 0, 0
+    for place in np.linspace(0, len(items) - 1, min(len(items), SAMPLE)).astype(int):
+        data = transform(dict(items[place]))
+        probs = one_hot(torch.as_tensor(data["label"])[None], n_classes)[0].float()
+        back = Invertd("pred", transform, key, nearest_interp=False, to_tensor=True)({**data, "pred": probs})["pred"]
+        truth, back = np.asarray(data["truth"])[0], np.asarray(back.argmax(0))
+        of = [np.count_nonzero(truth == value) + np.count_nonzero(back == value) for value in range(1, n_classes)]
+        both = [np.count_nonzero((truth == value) & (back == value)) for value in range(1, n_classes)]
+        dice += (
+            [float(np.mean([2 * one / all_ for one, all_ in zip(both, of, strict=True) if all_]))] if any(of) else []
+        )
+        marked, count = connected_parts(truth > 0, np.ones((3,) * truth.ndim))
+        parts, lost = parts + count, lost + count - np.count_nonzero(np.unique(marked[back > 0]))
+    return Ceiling(tuple(dice) or (1.0,), parts, int(lost))
+
+
+def label_steps(grid: Grid, *, label_values: Sequence[Sequence[int]], axcodes: str = "RAS") -> list[Callable]:
+    """The way of a label to a grid, and the label as it is in the file."""
+    keys = ["label", "truth"]
+    return [
+        CopyItemsd("label", names="truth"),
+        LoadImaged(keys, reader="medtl_ext.data.ChannelReader", ensure_channel_first=True),
+        SelectLabelsd(keys, label_values),
+        Orientationd("label", axcodes, labels=None),
+        AreaSpacingd("label", pixdim=grid.spacing),
+    ]
+
+
+def _voxels(names: str | Sequence[str], axcodes: str) -> tuple[np.ndarray, np.ndarray]:
+    """Size (mm) and number of an image's voxels along the axes of the grid, from its header."""
+    first = names if isinstance(names, str) else names[0]
+    affine, shape = affine_of(first), shape_of(first)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axcodes))
+    order = np.argsort(turn[:, 0])
+    return nib.affines.voxel_sizes(affine)[order], np.array(shape)[order]
+
+
+def _dimensions(wanted: str, frame: np.ndarray, spacing: Sequence[float]) -> tuple[int, str]:
+    if wanted != AUTO:
+        if wanted not in ("2d", "3d"):
+            raise InputError(f"roi_size is {wanted!r}; expected numbers of voxels, 'auto', '2d' or '3d'.")
+        return int(wanted[0]), "as it is asked for"
+    flat = max(spacing) / min(spacing)
+    if frame[2] == 1:
+        return 2, "the images are"
+    if frame[2] < FEWEST_SLICES:
+        return 2, f"slice by slice: there are {frame[2]} slices at most"
+    if flat > FLATTEST:
+        return 2, f"slice by slice: voxels are {flat:.2g} times longer one way than the other"
+    return 3, f"volumes: there are up to {frame[2]} slices, about as thick as pixels are wide"
+
+
+def _window(frame: np.ndarray) -> np.ndarray:
+    """The frame in multiples that the network halves, cut where it is longest until a step takes it."""
+    window = np.maximum(-(-frame // MULTIPLE), 1) * MULTIPLE
+    while prod(window.tolist()) > MOST_VOXELS[len(window)]:
+        window[window.argmax()] -= MULTIPLE
+    return window
+
+
+def _intensities(
+    items: Sequence[Mapping[str, Any]], channels: Sequence[str], label_values: Sequence[Sequence[int]]
+) -> tuple[dict[str, Any], str]:
+    scale = {"_target_": "ScaleIntensityRanged", "keys": "image"}
+    first, _ = read_channels(_files(items[0]["image"]))
+    if tuple(channels) == ("R", "G", "B"):
+        high = next((high for high in (1, 255, 65535) if first.max() <= high), float(first.max()))
+        return scale | {"a_min": 0, "a_max": high, "b_min": 0, "b_max": 1}, f"of colours from 0..{high} to 0..1"
+    if len(channels) == 1 and (channels[0].upper() == "CT" or first.min() <= LOWEST_CT):
+        foreground = []
+        values = [value for group in label_values for value in np.atleast_1d(group)]
+        for item in items[:SAMPLE]:
+            image, label = (read_channels(_files(item[key]))[0] for key in ("image", "label"))
+            foreground.append(image[np.isin(label, values)])
+        of = np.concatenate(foreground)
+        if of.size:
+            low, high = np.percentile(of, [0.5, 99.5])
+            mean, sd = float(of.mean()), max(float(of.std()), 1e-3)
+            ends = {"a_min": float(low), "a_max": float(high), "b_min": (low - mean) / sd, "b_max": (high - mean) / sd}
+            reason = (
+                f"of CT clipped to {low:.0f}..{high:.0f}, where 99 % of the foreground lies, and standardised by it"
+            )
+            return scale | {name: round(float(value), 4) for name, value in ends.items()} | {"clip": True}, reason
+    return BODY, "standardised inside the body"
+
+
+def _files(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _numbers(name: str, values: Any, counts: tuple[int, ...]) -> tuple[float, ...]:
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) not in counts or min(found) <= 0:
+        raise InputError(f"{name} is {values!r}; expected {' or '.join(map(str, counts))} positive numbers, or 'auto'.")
+    return found
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)

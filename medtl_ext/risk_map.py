@@ -133,6 +133,9 @@ class CompareMethods(Study):
     runs: Sequence[Mapping[str, int]]
     train_slices: Sequence[int]
 
+    def first(self) -> str:
+        return self.pairs[0][1]
+
     def arms(self) -> Arms:
         """Each distinct training once, after that of its source."""
         here, config = self.here, self.here.config

@@ -89,7 +89,7 @@ class Bundle:
 
 ALL = [Bundle(path.name) for path in sorted((REPOSITORY / "bundles").iterdir())]
 SEGMENTATION = {
-    "spacing": [6.0, 6.0, 8.0],
+    "spacing": [6.2, 6.2, 8.0],
     "roi_size": [32, 32],
     "epochs": 1,
     "batch_size": 4,

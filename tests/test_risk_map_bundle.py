@@ -169,9 +169,9 @@ def test_four_classes(options, tmp_path):
 
 
 def test_three_dimensions(options, tmp_path):
-    small = {"roi_size": [32, 32, 16], "network_def#filters": [4, 4, 8, 8], "train_slices": None, "batch_size": 1}
-    run("3d", "scratch", **options | small | {"output_dir": str(tmp_path / "source")})
-    run("3d", **options | small | {"source": str(tmp_path / "source" / "model.pt")})
+    small = {"roi_size": [32, 32, 16], "network_def#features": [4, 4, 8, 8, 8, 4], "train_slices": None}
+    run("scratch", **options | small | {"batch_size": 1, "output_dir": str(tmp_path / "source")})
+    run(**options | small | {"source": str(tmp_path / "source" / "model.pt")})
     weight = nib.load(Path(options["output_dir"]) / "weight.nii.gz")
     assert weight.shape == (32, 32, 16)
     assert weight.get_fdata().min() == pytest.approx(1)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import SEQUENTIAL, Bundle, finish, kill_once_there, read_json, refused, trainings
+from bundle_runs import SEQUENTIAL, finish, kill_once_there, read_json, refused, trainings
 
 from medtl_ext.graph import read_task_graph
 
@@ -157,9 +157,7 @@ def test_overlays_reach_every_step(options, in_this_process, overlay):
 
 
 def test_three_dimensions(options, in_this_process):
-    small = {"network_def#filters": [4, 4, 8, 8], "roi_size": [32, 32, 24], "batch_size": 1, "n_clusters": 3}
-    plain = {key: value for key, value in SEQUENTIAL.tiny.items() if key != "network_def#features"}
-    Bundle("sequential_transfer", plain | small).run("3d", **options)
+    run(**options | {"roi_size": [32, 32, 16], "batch_size": 1, "n_clusters": 3})
     assert len(pd.read_csv(Path(options["output_dir"]) / "arms.csv")) == 8
 
 

@@ -4,14 +4,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pandas as pd
 
 from medtl_ext._validation import InputError
-from medtl_ext.data.collection import count_splits, load_collection, refuse_to_replace
+from medtl_ext.data.collection import SPLITS, Task, count_splits, load_collection, refuse_to_replace
 from medtl_ext.data.integrity import IntegrityReport, check_collection
 from medtl_ext.data.phantom import generate_phantom
+from medtl_ext.data.plan import label_ceiling, label_steps, plan_grid, truth_steps
 from medtl_ext.data.readers import CHALLENGES, READERS, read_collection
 from medtl_ext.data.sample import SAMPLES, write_sample
 from medtl_ext.data.splits import FRACTIONS, split_collection
@@ -54,6 +56,41 @@ def read(name: str, out: str, root: str | None = None, csv: str | None = None, *
     return _show(reading, reading.check, csv)
 
 
+def plan(
+    collection: str,
+    task: str,
+    source: str | None = None,
+    trust_sources: bool = False,
+    out: str | None = None,
+    **options: Any,
+) -> int:
+    """Choose spacing, slices or volumes, windows and intensities from a task's training images, and say why.
+
+    Also says what the grid leaves of the labels: the best Dice that any network could reach on it, and how many
+    connected parts vanish. The bundles plan the same when nothing is given. Exit status: 1 where much is lost.
+    """
+    of = load_collection(collection)
+    asked, splits = Task(task), {subject.split for subject in of.subjects_of(task)}
+    items = of.datalist(task, next(split for split in SPLITS if split in splits))
+    values = of.label_values(asked)
+    if len(options.get("roi_size", ())) == 1:
+        options["roi_size"] = options["roi_size"][0]
+    grid = plan_grid(items, label_values=values, channels=asked.channels, **options)
+    print(*grid.why, sep="\n")
+    steps, key = label_steps(grid, label_values=values, axcodes=options["axcodes"]), "label"
+    if source is not None:
+        above = "medtl_ext.transfer.sources:"  # a program stands on the roof, whatever the room it is found in
+        card_at, source_transforms = (resolve_name(above + name) for name in ("card_at", "source_transforms"))
+        steps = source_transforms(card_at(Path(source), trust_sources), asked.channels, truth_steps(values))
+        key = "image"
+    ceiling = label_ceiling(items, steps, n_classes=len(values) + 1, key=key)
+    print(f"the labels themselves, brought to the grid{f' of {source}' if source else ''} and back: {ceiling}")
+    if out:
+        grid.write(out)
+        print(f"Plan written to {out}: change it as you like, and lay it over a bundle's config")
+    return int(ceiling.low)
+
+
 def sample(name: str, out: str) -> int:
     """Write a small real collection that ships with the package into a new folder, to try things on."""
     path = write_sample(name, out)
@@ -93,6 +130,16 @@ def _parser() -> argparse.ArgumentParser:
     option("collection", metavar="COLLECTION.json", help="the collection file")
     option("--task", nargs="+", metavar="TASK", help="check only these tasks' files, such as 13-T1-ED")
     option("--csv", metavar="FILE", help="also write the issues as a table")
+
+    option = command(plan, "choose the grid of a training from its images, and say what it costs")
+    option("collection", metavar="COLLECTION.json", help="the collection file")
+    option("task", metavar="TASK", help="such as 13-T1-ED")
+    option("--spacing", nargs=3, type=float, metavar="MM", help="of a voxel along each axis")
+    option("--roi_size", nargs="+", metavar="VOXELS", help="two of a slice, three of a volume; 2d, 3d")
+    option("--axcodes", default="RAS", help="orientation of the grid")
+    option("--source", metavar="PATH", help="say what the grid of this source costs: a card, bundle or nnU-Net folder")
+    option("--trust_sources", action="store_true", help="run what is code in the source")
+    option("--out", metavar="FILE", help="write the plan as JSON")
 
     option = command(phantom, "generate a synthetic brain MRI collection")
     option("--out", required=True, metavar="DIR", help="folder to write into")

@@ -35,7 +35,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.files import affine_of, read_channels, shape_of
 from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 
-__all__ = ["Ceiling", "Grid", "label_ceiling", "label_steps", "plan_grid", "read_grid"]
+__all__ = ["Ceiling", "Grid", "label_ceiling", "label_steps", "plan_grid", "read_grid", "truth_steps"]
 
 AUTO = "auto"
 MULTIPLE = 16
@@ -138,9 +138,9 @@ class Grid:
         options = {"spacing": list(self.spacing), "roi_size": list(self.roi_size), "normalize": dict(self.normalize)}
         return options | {"background_share": self.background_share}
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Leave it as ``grid.json``, with the reasons."""
-        write_json(Path(folder) / "grid.json", self.options | {"_why_": list(self.why)})
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Leave it as a file, with the reasons."""
+        write_json(path, self.options | {"_why_": list(self.why)})
 
 
 def read_grid(path: str | os.PathLike[str], **given: Any) -> Grid:
@@ -194,7 +194,7 @@ def plan_grid(
         raise InputError("no patient to plan a grid from; give --spacing and --roi_size.")
     some = [items[place] for place in np.linspace(0, len(items) - 1, min(len(items), HEADERS)).astype(int)]
     found = [_voxels(item["image"], axcodes) for item in some]
-    sizes, extents = np.array([size for size, _ in found]), np.array([size * shape for size, shape in found])
+    sizes = np.array([size for size, _ in found])
     why = []
     if spacing == AUTO:
         spacing = np.median(sizes, 0).round(4).tolist()
@@ -204,7 +204,8 @@ def plan_grid(
         why.append(f"spacing {_times(spacing)} mm: {those}{between}")
     spacing = _numbers("spacing", spacing, (3,))
     native = bool(np.abs(sizes - spacing).max() < SAME_SPACING)
-    frame = np.ceil((extents / spacing).round(2)).max(0).astype(int)
+    shapes = [np.round((shape - 1) * size / spacing) + 1 for size, shape in found]  # as MONAI's Spacing has them
+    frame = np.max(shapes, 0).astype(int)
     if isinstance(roi_size, str):
         dims, reason = _dimensions(roi_size, frame, spacing)
         window = _window(frame[:dims])
@@ -244,26 +245,28 @@ def label_ceiling(
         probs = one_hot(torch.as_tensor(data["label"])[None], n_classes)[0].float()
         back = Invertd("pred", transform, key, nearest_interp=False, to_tensor=True)({**data, "pred": probs})["pred"]
         truth, back = np.asarray(data["truth"])[0], np.asarray(back.argmax(0))
-        of = [np.count_nonzero(truth == value) + np.count_nonzero(back == value) for value in range(1, n_classes)]
-        both = [np.count_nonzero((truth == value) & (back == value)) for value in range(1, n_classes)]
-        dice += (
-            [float(np.mean([2 * one / all_ for one, all_ in zip(both, of, strict=True) if all_]))] if any(of) else []
-        )
+        classes = [(truth == value, back == value) for value in range(1, n_classes) if (truth == value).any()]
+        if classes:
+            dice.append(float(np.mean([2 * (one & other).sum() / (one.sum() + other.sum()) for one, other in classes])))
         marked, count = connected_parts(truth > 0, np.ones((3,) * truth.ndim))
         parts, lost = parts + count, lost + count - np.count_nonzero(np.unique(marked[back > 0]))
     return Ceiling(tuple(dice) or (1.0,), parts, int(lost))
 
 
-def label_steps(grid: Grid, *, label_values: Sequence[Sequence[int]], axcodes: str = "RAS") -> list[Callable]:
-    """The way of a label to a grid, and the label as it is in the file."""
-    keys = ["label", "truth"]
+def truth_steps(label_values: Sequence[Sequence[int]]) -> list[Callable]:
+    """Load an image with its label, and keep the label as it is in the file as ``truth``."""
+    keys = ["image", "label", "truth"]
     return [
         CopyItemsd("label", names="truth"),
         LoadImaged(keys, reader="medtl_ext.data.ChannelReader", ensure_channel_first=True),
-        SelectLabelsd(keys, label_values),
-        Orientationd("label", axcodes, labels=None),
-        AreaSpacingd("label", pixdim=grid.spacing),
+        SelectLabelsd(["label", "truth"], label_values),
     ]
+
+
+def label_steps(grid: Grid, *, label_values: Sequence[Sequence[int]], axcodes: str) -> list[Callable]:
+    """The way of a label to a grid."""
+    turn, resample = Orientationd("label", axcodes, labels=None), AreaSpacingd("label", pixdim=grid.spacing)
+    return [*truth_steps(label_values), turn, resample]
 
 
 def _voxels(names: str | Sequence[str], axcodes: str) -> tuple[np.ndarray, np.ndarray]:
@@ -318,7 +321,7 @@ def _intensities(
             mean, sd = float(of.mean()), max(float(of.std()), 1e-3)
             ends = {"a_min": float(low), "a_max": float(high), "b_min": (low - mean) / sd, "b_max": (high - mean) / sd}
             reason = (
-                f"of CT clipped to {low:.0f}..{high:.0f}, where 99 % of the foreground lies, and standardised by it"
+                f"of CT clipped to {low:.0f}..{high:.0f}, which holds 99 % of the foreground, and standardised by it"
             )
             return scale | {name: round(float(value), 4) for name, value in ends.items()} | {"clip": True}, reason
     return BODY, "standardised inside the body"

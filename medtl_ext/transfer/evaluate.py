@@ -126,7 +126,7 @@ class ScorePatients:
             if isinstance(network, SourceNetwork):
                 network.write_card(path)
             elif self.grid is not None:
-                self.grid.write(path)
+                self.grid.write(path / "grid.json")
         idist.barrier()
         load_weights(network, self.checkpoint or path / "model.pt", min_share=1.0)
         parts = []

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -13,16 +14,19 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
+from medtl_ext.data.plan import AUTO
 from medtl_ext.ranking import agreement_over_targets, friedman_nemenyi, verdict_claim
 from medtl_ext.transfer.config import study_config
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.scores import SCORES
 from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_collection, train_sources
-from medtl_ext.transfer.tasks import SegmentationTask
+from medtl_ext.transfer.tasks import SegmentationTask, planned_grid
 from medtl_ext.transfer.truth import EVERY, NOTE, TOP, agreement_table, finetunings, page
 from medtl_ext.visualize import plot_critical_difference, save_figure
 
 __all__ = ["SourceStudy", "Study", "require_lists"]
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]
 """(target, seed)"""
@@ -73,6 +77,17 @@ class Study:
         """Write what the tables of all arms show."""
         raise NotImplementedError
 
+    def first(self) -> str:
+        """The target that a grid is planned for, where the settings give none: all runs share it."""
+        return self.targets[0]
+
+    def _plan(self) -> None:
+        config = self.here.config
+        options = {name: config[name] for name in ("spacing", "roi_size", "normalize", "background_share", "axcodes")}
+        grid = planned_grid(self.here, self.open(self.first()), **options)
+        for reason in (f"all runs share the grid of {self.first()}", *grid.why):
+            logger.info("%s", reason)
+
     def open(self, name: str, **drawn: Any) -> TargetTask:
         """A target by its name."""
         target = self.kind(name, **{key: self.here.config[key] for key in self.where}, **drawn)
@@ -84,6 +99,8 @@ class Study:
         shared = self.check()
         config = study_config(self.here.folder, self.here.config["settings"], **shared) | shared
         self.here.config = config | {name: False for name in ("check_data", "settle") if name in config}
+        if AUTO in (config.get("spacing"), config.get("roi_size")):
+            self._plan()
         arms = self.arms()
         self.here.train_arms([arm for _, arm in arms], "study")
         last = {arm.last.output_dir: arm.last.read(self.reads).assign(**columns) for columns, arm in arms}

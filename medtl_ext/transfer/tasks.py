@@ -182,7 +182,8 @@ def planned_grid(here: Run, target: SegmentationTask, **options: Any) -> Grid:
     """
     items = target.datalist("train" if "train" in target.splits else target.splits[0])
     grid = plan_grid(items, label_values=target.label_values, channels=target.channels, **options)
-    here.config |= grid.options
+    network = {key: grid.dims if value == "$@grid.dims" else value for key, value in here.config["network_def"].items()}
+    here.config |= grid.options | {"network_def": network}
     return grid
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from filelock import FileLock
 from monai.inferers import SimpleInferer
-from monai.transforms import EnsureTyped, LoadImaged, RandSpatialCropd, SpatialPadd
+from monai.transforms import CopyItemsd, EnsureTyped, LoadImaged, RandSpatialCropd, SpatialPadd
 from torch import nn
 
 from medtl_ext._validation import InputError, first_line
 from medtl_ext.data import SliceDataset, load_collection
 from medtl_ext.data.plan import Grid, read_grid
-from medtl_ext.networks import load_weights
+from medtl_ext.networks import load_weights, read_checkpoint
 from medtl_ext.transfer.config import current_config, identity
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
@@ -45,6 +45,8 @@ RESERVED = {
     "zero_shot": "a source that is used as it is",
     "full": "a fine-tuning of all parameters",
 }
+LOADING = (CopyItemsd, EnsureTyped, LoadImaged, SelectLabelsd)
+"""Of a bundle's transforms those that a source with a preprocessing of its own needs too."""
 MOST_CHANNELS = 8  # of images; the first layer of a network that splits them otherwise has more
 WEIGHTS = (".pt", ".pth", ".safetensors", *PROGRAMS)
 
@@ -412,7 +414,7 @@ def source_transforms(
         own: the bundle's transforms.
         keys: what is transformed: images, with labels or without.
     """
-    loading = [transform for transform in own if isinstance(transform, LoadImaged | SelectLabelsd | EnsureTyped)]
+    loading = [transform for transform in own if isinstance(transform, LOADING)]
     steps = [transform for transform in own if transform not in loading]
     wanted, others = channel_order(card.channels, channels, fill=card.fill)
     order = [*wanted, *others]
@@ -439,6 +441,8 @@ class Checkpoint:
 
     def grid(self, **given: Any) -> Grid:
         """That of the training, ``grid.json`` beside the weights, with what is given; see `read_grid`."""
+        if not Path(self.path).is_file():
+            read_checkpoint(self.path)  # says so
         if self.card is not None:
             return Grid((1.0, 1.0, 1.0), (1, 1))  # the network brings its own
         return read_grid(Path(self.path).with_name("grid.json"), **given)

@@ -270,10 +270,11 @@ def _find_odd_sizes(scans: Sequence[_Scan]) -> Iterator[Issue]:
         alike[scan.subject.institution, scan.name].append((along, scan.subject.id))
     for (institution, name), found in alike.items():
         for axis, where in enumerate(("left to right", "back to front", "bottom to top")):
-            (low, one), *_, (high, other) = sorted((along[axis], subject) for along, subject in [*found, *found])
+            by_size = sorted((along[axis], subject) for along, subject in found)
+            (low, one), (high, other) = by_size[0], by_size[-1]
             if high > MOST_APART * low:
                 problem = (
-                    f"voxels of {name} are {low:.3g} mm from {where} in subject {one} and {high:.3g} mm in {other}"
+                    f"from {where} voxels of {name} are {low:.3g} mm in subject {one} and {high:.3g} mm in {other}"
                 )
                 advice = "correct the header that is wrong, or else list the two protocols as two institutions"
                 yield Issue("warning", "", "", f"institution {institution}: {problem}", advice)

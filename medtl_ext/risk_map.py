@@ -1,6 +1,6 @@
 """What is particular to the bundle ``risk_map``: its pictures, and the comparison of its methods."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -10,7 +10,9 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
+from monai.transforms import LoadImage, Orientation
 from torch.utils.data import Dataset
 
 from medtl_ext._validation import InputError, require_choice
@@ -33,14 +35,17 @@ class Pictures:
     Args:
         here, target: the run, and the target task.
         evaluator: its network and inferer segment the patients, with the weights of this run and of its audit.
+        postprocessing: the evaluator's: makes one-hot ``pred`` and ``label`` of an item, on the grid that is scored.
         training: the slices trained on, with their weight maps if they have their own; None: nothing was trained.
-        patients: volumes with ``image``, ``label`` and ``subject``; the first few are drawn, each in the slice that
-            holds most foreground.
+        patients: its datalist's ``image`` and ``subject`` as ``data``, and its items as the evaluator takes them. The
+            first few are drawn, on their own images, each in the slice that holds most foreground across the axis of
+            the largest voxels.
     """
 
     here: Run
     target: SegmentationTask
     evaluator: SupervisedEvaluator
+    postprocessing: Callable
     training: SliceDataset | None
     patients: Dataset
 
@@ -54,16 +59,36 @@ class Pictures:
         arms = {path.parent.name: path for path in sorted(folder.glob("audit/*/model.pt"))}
         arms |= {self.here.config["method"]: folder / "model.pt"}
         items = [self.patients[place] for place in range(min(N_PATIENTS, len(self.patients)))]
-        places = [int(item["label"][0].flatten(0, 1).gt(0).sum(0).argmax()) for item in items]
-        figure = plot_overlay(
-            [self._shown(item["image"][..., z]) for item, z in zip(items, places, strict=True)],
-            [item["label"][0, ..., z] for item, z in zip(items, places, strict=True)],
-            {arm: shown for arm, path in arms.items() if (shown := self._segment(path, items, places))},
-            subjects=[item["subject"] for item in items],
-            class_names=self.target.class_names,
-            **said,
-        )
+        found = {arm: done for arm, path in arms.items() if (done := self._segment(path, items))}
+        rows = [
+            self._row(place, item, done) for place, (item, *done) in enumerate(zip(items, *found.values(), strict=True))
+        ]
+        images, truths, aspects, sides, *segmented = zip(*rows, strict=True)
+        options = {"subjects": [item["subject"] for item in items], "class_names": self.target.class_names}
+        options |= {"aspects": aspects, "sides": sides, **said}
+        figure = plot_overlay(images, truths, dict(zip(found, segmented, strict=True)), **options)
         save_figure(figure, folder / "overlay.png")
+
+    def _row(self, place: int, item: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+        """Image, truth, how much higher than wide a pixel is, sides, and segmentations of one slice of a patient."""
+        truth = done[0]["label"]
+        image = LoadImage(reader="medtl_ext.data.ChannelReader", ensure_channel_first=True)(
+            self.patients.data[place]["image"]
+        )
+        if image.shape[1:] != truth.shape[1:]:  # scored on the grid of the training
+            image = item["image"]
+        labels = [one.argmax(0, keepdim=True) for one in (truth, *(arm["pred"] for arm in done))]
+        parts = [one.as_subclass(torch.Tensor).float().cpu() for one in (image, *labels)]
+        volume = Orientation("RAS", labels=None)(MetaTensor(torch.cat(parts), affine=truth.affine))
+        sizes = volume.pixdim.numpy().round(3)
+        axis = 2 - int(np.where(np.array(volume.shape[1:]) == 1, np.inf, sizes)[::-1].argmax())
+        planes = volume.as_tensor().movedim(axis + 1, -1)
+        labels = planes[len(image) :].int()
+        shown = next((label for label in labels if label.any()), None)
+        z = planes.shape[-1] // 2 if shown is None else int(shown.gt(0).sum((0, 1)).argmax())
+        width, height = np.delete(sizes, axis)
+        truth, *segmented = labels[..., z]
+        return self._shown(planes[: len(image), ..., z]), truth, height / width, "AP" if axis == 0 else "RL", *segmented
 
     def _draw_maps(self, options: Mapping[str, Any]) -> None:
         folder = self.here.folder
@@ -97,8 +122,8 @@ class Pictures:
         colour = Task(self.target.name).channels == ("R", "G", "B")
         return image.as_subclass(torch.Tensor).movedim(0, -1) if colour else image[0]
 
-    def _segment(self, path: Any, items: Sequence[Any], places: Sequence[int]) -> list[torch.Tensor] | None:
-        """Labels of one slice of each volume by the evaluator's network with the weights of a checkpoint, if they fit.
+    def _segment(self, path: Path, items: Sequence[Any]) -> list[dict[str, Any]] | None:
+        """What the evaluator scores: each patient by its network with the weights of a checkpoint, if they fit.
 
         An arm may have a network of its own, as the untouched source with another head.
         """
@@ -109,8 +134,8 @@ class Pictures:
             return None
         network.eval()
         with torch.no_grad():
-            logits = (self.evaluator.inferer(item["image"][None].to(device), network)[0] for item in items)
-            return [volume[..., z].argmax(0).cpu() for volume, z in zip(logits, places, strict=True)]
+            logits = (self.evaluator.inferer(item["image"][None].to(device), network)[0].cpu() for item in items)
+            return [self.postprocessing({**item, "pred": one}) for item, one in zip(items, logits, strict=True)]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, ResizeWithPadOrCropd, Spacingd
+from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, ResizeWithPadOrCropd
 from scipy import stats
 
 from medtl_ext._validation import InputError, require_choice, require_number
@@ -26,7 +26,7 @@ from medtl_ext.transfer.jobs import run_command
 from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import Key
 from medtl_ext.transfer.truth import TOP
-from medtl_ext.transforms import SelectLabelsd
+from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 
 __all__ = ["SelectSource", "SelectionStudy", "filter_by_priors", "region_labels", "roi_similarity"]
@@ -51,8 +51,8 @@ def region_labels(
         [
             LoadImaged(keys="label", reader="medtl_ext.data.ChannelReader", ensure_channel_first=True),
             Orientationd(keys="label", axcodes=axcodes, labels=None),
-            Spacingd(keys="label", pixdim=spacing, mode="nearest"),
             SelectLabelsd(keys="label", values=task.label_values),
+            AreaSpacingd(keys="label", pixdim=spacing),
             ResizeWithPadOrCropd(keys="label", spatial_size=[*roi_size, -1][:3]),
         ]
     )

@@ -17,6 +17,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -26,6 +27,7 @@ from numpy.typing import ArrayLike
 
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError, require_choice
+from medtl_ext.transforms import body_mask
 
 CLASS_COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
 METHOD_GROUPS = dict.fromkeys(("zero_shot", "scratch", "vanilla", "dice_ce", "full"), "baseline")
@@ -56,6 +58,8 @@ _BASELINE_MARKS = [
 _CLUSTER_COLOURS = (*CLASS_COLOURS, "#999999", "#8c510a", "#b2df8a")  # SeqTran's graph has nine clusters
 _MOST_EDGES = 400  # more would be a grey disc: then only the shortest are drawn
 _RADIOLOGICAL = "radiological view: the patient's right (R) is on the left"
+_SIDES = {"RL": _RADIOLOGICAL, "AP": "seen from the side: the patient's front (A) is on the left", "": ""}
+_SMALL = 0.03  # foreground of less than this share of the body is zoomed in
 
 
 def method_group(method: str) -> str:
@@ -115,7 +119,7 @@ def plot_montage(
     columns = list(dict.fromkeys(column for row in images.values() for column in row))
     if not columns:
         raise InputError("plot_montage needs at least one image; found none.")
-    figure, axes = _slices_grid(list(images), len(columns), height=0.9, photographs=photographs)
+    figure, axes = _slices_grid(list(images), len(columns), height=0.9, sides=[""] if photographs else ["RL"])
     for i, panels in enumerate(images.values()):
         for j, column in enumerate(columns):
             if column in panels:
@@ -168,7 +172,7 @@ def plot_risk_maps(
     low, high = np.percentile(finite, [0.5, 99.5])
     colours = matplotlib.colormaps["inferno" if quantity == "weight" else "inferno_r"].with_extremes(bad="#c8c8c8")
 
-    figure, axes = _slices_grid([""], len(panels), size=2.6, height=0.7, photographs=photographs)
+    figure, axes = _slices_grid([""], len(panels), size=2.6, height=0.7, sides=[""] if photographs else ["RL"])
     for panel, (name, array) in zip(axes[0], panels.items(), strict=True):
         if name == "image":
             _show_panel(panel, array, photographs)
@@ -191,11 +195,15 @@ def plot_overlay(
     *,
     subjects: Sequence[str],
     class_names: Sequence[str],
+    aspects: Sequence[float] | None = None,
+    sides: Sequence[str] | None = None,
     title: str = "",
     synthetic: bool = False,
     photographs: bool = False,
 ) -> Figure:
     """Target slices with the outlines of truth and predictions: one row per subject, one column per prediction.
+
+    Where the truth is less than 3 % of the body in its slice, the row is zoomed in to it and says so.
 
     Args:
         images: one (X, Y) slice per subject, or (X, Y, 3) in colour.
@@ -204,6 +212,9 @@ def plot_overlay(
             the classes in it, stands above each; it is not the Dice of the volume.
         subjects: row names.
         class_names: names of classes 1, 2, ...
+        aspects: of each subject, how much longer a pixel is along Y than along X; None: as long.
+        sides: of each subject, ``"RL"`` where X goes to the patient's right, and ``"AP"`` where it goes to the front;
+            None: to the right.
         title: above the figure.
         synthetic, photographs: see `plot_montage`.
 
@@ -221,22 +232,28 @@ def plot_overlay(
         if len(of) != len(subjects):
             raise InputError(f"plot_overlay has {len(subjects)} subjects but {len(of)} slices in '{name}'.")
     height = 0.5 + 0.25 * len(subjects)
-    figure, axes = _slices_grid(subjects, 2 + len(predictions), size=2.1, height=height, photographs=photographs)
+    aspects, sides = aspects or [1.0] * len(subjects), [""] if photographs else sides or ["RL"] * len(subjects)
+    figure, axes = _slices_grid(subjects, 2 + len(predictions), size=2.1, height=height, sides=sides)
     classes = np.arange(len(class_names)) + 1
     for i in range(len(subjects)):
-        outlines = {"image": None, "truth": truths[i], **{name: of[i] for name, of in predictions.items()}}
+        image, truth = np.asarray(images[i], dtype=float), np.asarray(truths[i])
+        box = _box(image, truth > 0, aspects[i])
+        if image[box].shape != image.shape:
+            axes[i, 0].set_ylabel(f"{subjects[i]}\nzoomed in")
+        outlines = {"image": None, "truth": truth, **{name: of[i] for name, of in predictions.items()}}
         for panel, (name, labels) in zip(axes[i], outlines.items(), strict=True):
-            _show_panel(panel, np.asarray(images[i], dtype=float), photographs)
+            _show_panel(panel, image[box], photographs)
+            panel.set_aspect(aspects[i])
             heading = [name] if i == 0 else []
             if labels is not None:
-                _outline(panel, labels, classes, photographs)
+                _outline(panel, np.asarray(labels)[box], classes, photographs)
             if name in predictions:
                 pair = np.ravel(truths[i]), np.ravel(labels)
                 dice = f1_score(*pair, labels=classes, average="macro", zero_division=np.nan)
                 heading.append("nothing to segment" if np.isnan(dice) else f"Dice of the slice {dice:.2f}")
             panel.set_title("\n".join(heading), loc="center")
     figure.legend(handles=_class_handles(class_names), loc="outside right upper", handlelength=1)
-    return _finish(figure, title, synthetic, "" if photographs else _RADIOLOGICAL)
+    return _finish(figure, title, synthetic, "; ".join(_SIDES[side] for side in dict.fromkeys(sides)))
 
 
 @matplotlib.rc_context(_STYLE)
@@ -540,9 +557,9 @@ def _finish(figure: Figure, title: str, synthetic: bool, note: str) -> Figure:
 
 
 def _slices_grid(
-    rows: Sequence[str], columns: int, *, size: float = 1.7, height: float, photographs: bool
+    rows: Sequence[str], columns: int, *, size: float = 1.7, height: float, sides: Sequence[str]
 ) -> tuple[Figure, np.ndarray]:
-    """Empty panels whose rows are named, the patient's sides marked in the first."""
+    """Empty panels whose rows are named, the patient's sides marked in the first ones."""
     figure = Figure(figsize=(size * columns + 0.4, size * len(rows) + height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.05, wspace=0.01, hspace=0.01)
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -552,9 +569,10 @@ def _slices_grid(
     for panel, row in zip(axes[:, 0], rows, strict=True):
         panel.set_ylabel(row)
     box = {"boxstyle": "square,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
-    style = {"transform": axes[0, 0].transAxes, "color": "white", "fontsize": 7, "bbox": box}
-    for x, side in () if photographs else ((0.03, "R"), (0.97, "L")):
-        axes[0, 0].text(x, 0.5, side, va="center", ha="center", **style)
+    style = {"color": "white", "fontsize": 7, "bbox": box}
+    for panel, marks in zip(axes[:, 0], sides, strict=False):
+        for x, side in zip((0.03, 0.97), marks, strict=False):
+            panel.text(x, 0.5, side, va="center", ha="center", transform=panel.transAxes, **style)
     return figure, axes
 
 
@@ -573,10 +591,27 @@ def _show_panel(panel: Axes, array: np.ndarray, photograph: bool) -> None:
     panel.imshow(rows, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest")
 
 
-def _outline(panel: Axes, labels: ArrayLike, classes: np.ndarray, photograph: bool) -> None:
-    for index in np.intersect1d(np.asarray(labels, dtype=int), classes):
-        mask = (to_display(labels, photograph=photograph) == index).astype(float)
-        panel.contour(mask, levels=[0.5], colors=[CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]], linewidths=1.1)
+def _box(image: np.ndarray, mask: np.ndarray, aspect: float) -> tuple[slice, ...]:
+    """What of a slice is shown: all, or the surroundings of a small mask."""
+    body = body_mask(image if image.ndim == 2 else image.mean(2)).sum()
+    if not 0 < mask.sum() < _SMALL * body:
+        return (slice(None), slice(None))
+    places, unit = np.argwhere(mask), np.array([1.0, aspect])
+    first, last = places.min(0), places.max(0) + 1
+    reach = np.ceil((0.75 * ((last - first) * unit).max() + 6 * unit.max()) / unit)
+    low, high = (first + last) / 2 - reach, (first + last) / 2 + reach
+    return tuple(slice(int(max(start, 0)), int(np.ceil(end))) for start, end in zip(low, high, strict=True))
+
+
+def _outline(panel: Axes, labels: np.ndarray, classes: np.ndarray, photograph: bool) -> None:
+    """The edges of each class's pixels, so that a single one has four."""
+    rows = to_display(labels, photograph=photograph)
+    for index in np.intersect1d(rows.astype(int), classes):
+        mask = np.pad(rows == index, 1)
+        ends = [np.argwhere(np.diff(mask, axis=axis))[:, ::-1] - 0.5 for axis in (0, 1)]
+        lines = [np.stack([end - step, end], axis=1) for end, step in zip(ends, ([1, 0], [0, 1]), strict=True)]
+        colour = CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]
+        panel.add_collection(LineCollection(np.concatenate(lines), colors=colour, linewidths=1.1, capstyle="round"))
 
 
 def _class_handles(class_names: Sequence[str]) -> list[Patch]:

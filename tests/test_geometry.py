@@ -90,7 +90,7 @@ def test_a_segmentation_lies_where_its_image_is_bright(pair):
     here = dice(labels, bright)
     for axis in range(3):
         assert here > dice(np.flip(labels, axis), bright) + 0.1
-        assert here > max(dice(np.roll(labels, step, axis), bright) for step in (-1, 1)) + 0.1
+        assert here > max(dice(np.roll(labels, step, axis), bright) for step in (-1, 1)) + 0.05
 
 
 def dice(one: np.ndarray, other: np.ndarray) -> float:
@@ -139,7 +139,7 @@ def without_normalisation(bundle: Bundle, config: str, key: str) -> dict:
     ("bundle", "overlay"), [(RISK_MAP, "zero_shot"), (RISK_MAP, "evaluate"), (SEQUENTIAL, "evaluate")]
 )
 def test_dice_is_measured_in_the_patients_own_space(bundle, overlay, fine, tmp_path):
-    """Probabilities of every second voxel, interpolated linearly to the file's own, against the label as it is."""
+    """Probabilities of averages of two voxels, interpolated linearly to the file's own, against the label as it is."""
     weights = {"weight": torch.tensor([0.0, STEEP]), "bias": torch.tensor([0.0, -STEEP * THRESHOLD])}
     weights["weight"] = weights["weight"].reshape(2, 1, 1, 1)
     torch.save(weights, tmp_path / "source.pt")
@@ -156,11 +156,14 @@ def test_dice_is_measured_in_the_patients_own_space(bundle, overlay, fine, tmp_p
     assert list(scores["split"]) == ["test"]
 
     image, label = (nib.load(fine.parent / f"{name}.nii.gz").get_fdata() for name in ("T2", "tumour"))
-    coarse = 1 / (1 + np.exp(-STEEP * (image[::2, ::2, ::2] - THRESHOLD)))
+    covered, there = image, np.ones(image.shape)  # what a voxel of the grid covers: one and two halves
+    for axis in range(3):
+        covered, there = (ndimage.convolve1d(one, [0.25, 0.5, 0.25], axis, mode="constant") for one in (covered, there))
+    coarse = 1 / (1 + np.exp(-STEEP * ((covered / there)[::2, ::2, ::2] - THRESHOLD)))
     factors = np.array(image.shape) / coarse.shape
     expected = ndimage.zoom(coarse, factors, order=1) > 0.5
     truth = label == 1
-    assert dice(coarse > 0.5, truth[::2, ::2, ::2]) == 1, "perfect, on the training grid"
+    assert dice(coarse > 0.5, truth[::2, ::2, ::2]) > 0.8, "good, where the grid has its voxels"
     assert 0.6 < dice(expected, truth) < 0.7
 
     options = without_normalisation(bundle, "inference", "transforms") | grid

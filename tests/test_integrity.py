@@ -15,9 +15,9 @@ from medtl_ext.data.__main__ import main
 SHAPE = (12, 10, 6)
 
 
-def save(path, array, shift=0.0):
+def save(path, array, shift=0.0, sizes=(-2.0, 2, 4)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    affine = np.diag([-2.0, 2, 4, 1])
+    affine = np.diag([*sizes, 1])
     affine[0, 3] = shift
     nibabel.save(nibabel.Nifti1Image(array, affine), path)
 
@@ -240,6 +240,67 @@ class TestPictures:
         for issue in issues:
             assert (issue.severity, issue.subject) == ("warning", "s2")
             assert "0.png of subject s0 (in train and test)" in issue.problem
+
+
+class TestSizes:
+    @staticmethod
+    def resize(tmp_path, subject, sizes, turned=False):
+        """All files of a subject get voxels of this size; turned, they are stored along other axes."""
+        for name in ("T1", "T2", "tumour"):
+            path = tmp_path / subject / f"{name}.nii.gz"
+            save(path, np.asanyarray(nibabel.load(path).dataobj), sizes=sizes)
+            if turned:
+                other = nibabel.orientations.axcodes2ornt(("S", "P", "L"))
+                nibabel.save(nibabel.load(path).as_reoriented(other), path)
+
+    @pytest.mark.parametrize(
+        ("sizes", "said"),
+        [
+            ((2, 2, 60), "voxels of up to 60 mm, and 0.36 m from end to end; correct the header's units or spacing"),
+            ((400, 2, 4), "voxels of up to 400 mm, and 4.8 m from end to end; correct the header's units or spacing"),
+        ],
+    )
+    def test_millimetres_that_cannot_be(self, collection, tmp_path, sizes, said):
+        for number in range(4):
+            self.resize(tmp_path, f"s{number}", sizes)
+        issues = check(collection).issues
+        assert [issue.severity for issue in issues] == ["warning"] * 8
+        assert str(issues[0]) == f"warning: s0: s0/T1.nii.gz: its header says {said}"
+
+    def test_a_large_field_of_small_voxels(self, collection, tmp_path):
+        save(tmp_path / "s0/T1.nii.gz", image(0)[:, 3:4, 2:3].repeat(120, 0), sizes=(2.2, 2, 4))
+        save(tmp_path / "s0/tumour.nii.gz", label()[:, 3:4, 2:3].repeat(120, 0), sizes=(2.2, 2, 4))
+        (issue,) = check(collection, ["13-T1-ED"]).warnings
+        assert "and 3.17 m from end to end" in issue.problem
+
+    def test_patients_whose_voxels_differ(self, collection, tmp_path):
+        self.resize(tmp_path, "s2", (2, 2, 12.1))
+        issues = check(collection).issues
+        assert [issue[:3] for issue in issues] == [("warning", "", "")] * 2
+        for issue, name in zip(issues, ("T1", "T2"), strict=True):
+            said = f"institution 13: from bottom to top voxels of {name} are 4 mm in subject s0 and 12.1 mm in s2"
+            assert issue.problem == said
+            assert issue.advice.startswith("correct the header that is wrong")
+
+    def test_neither_other_axes_nor_three_times_are_odd(self, collection, tmp_path):
+        self.resize(tmp_path, "s1", (-2, 2, 4), turned=True)
+        self.resize(tmp_path, "s2", (2, -2, 12))
+        assert check(collection).issues == []
+
+    def test_other_institutions_may_have_other_voxels(self, collection, tmp_path):
+        self.resize(tmp_path, "s2", (2, 2, 20))
+        text = collection.path.read_text().replace('"13",\n      "split": "val"', '"14",\n      "split": "val"')
+        assert '"14"' in text
+        collection.path.write_text(text)
+        assert check(load_collection(collection.path)).issues == []
+
+    def test_pictures_and_slices_without_a_space_have_no_millimetres(self, collection, tmp_path):
+        for number in range(4):
+            for name in ("T1", "T2", "tumour"):
+                path = tmp_path / f"s{number}/{name}.nii.gz"
+                slice_ = np.asanyarray(nibabel.load(path).dataobj)[..., 3:4]
+                save(path, slice_.repeat(300, 0), sizes=(1, 1, 1))  # of 3600 pixels
+        assert check(collection).issues == []
 
 
 def test_only_the_files_of_the_tasks(collection, tmp_path):

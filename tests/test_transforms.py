@@ -1,13 +1,17 @@
-"""Label values to classes, and intensities inside the body."""
+"""Label values to classes, a coarser grid without aliasing, and intensities inside the body."""
+
+import warnings
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose, Invertd, LoadImaged, Orientationd, Spacingd
+from scipy import ndimage
 
 from medtl_ext import InputError
-from medtl_ext.transforms import NormalizeBodyd, PickChannelsd, SelectLabelsd, body_mask
+from medtl_ext.transforms import AreaSpacingd, NormalizeBodyd, PickChannelsd, SelectLabelsd, body_mask
 
 
 class TestPickChannels:
@@ -71,6 +75,159 @@ class TestSelectLabels:
         with pytest.raises(KeyError, match="label"):
             SelectLabelsd("label", [[1]])({})
         assert SelectLabelsd("label", [[1]], allow_missing_keys=True)({}) == {}
+
+
+class TestAreaSpacing:
+    """Voxels of 1 mm before, but where it is said otherwise."""
+
+    @staticmethod
+    def volume(values, spacing=(1, 1, 1)):
+        values = torch.as_tensor(np.asarray(values))[None]
+        return MetaTensor(values, affine=torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64)))
+
+    def resampled(self, pixdim, spacing=(1, 1, 1), **arrays):
+        data = {key: self.volume(array, spacing) for key, array in arrays.items()}
+        return {key: done[0] for key, done in AreaSpacingd(list(data), pixdim)(data).items()}
+
+    @staticmethod
+    def covered(array, factors):
+        """The mean of what each new voxel covers, voxel by voxel in tenths: the first lies on the first."""
+        for axis, factor in enumerate(factors):
+            size = array.shape[axis]
+            fine = np.repeat(array, 10, axis)  # tenth i lies from i / 10 - 1 / 2 on
+            means = []
+            for centre in np.arange(round((size - 1) / factor) + 1) * factor:
+                first, last = (round(10 * (centre + side * factor / 2 + 0.5)) for side in (-1, 1))
+                means.append(fine.take(range(max(first, 0), min(last, 10 * size)), axis).mean(axis))
+            array = np.stack(means, axis)
+        return array
+
+    @pytest.mark.parametrize("factors", [(2, 2, 4), (3, 1, 5), (1, 2, 1)])
+    def test_images_are_averages_of_what_a_voxel_covers(self, factors):
+        image = np.random.default_rng(0).random((13, 9, 21))
+        found = self.resampled(factors, image=image)["image"]
+        np.testing.assert_allclose(found, self.covered(image, factors), atol=1e-5)
+
+    @pytest.mark.parametrize("factors", [(2, 2, 4), (2.5, 1, 1.4), (3, 3, 3)])
+    def test_the_mean_is_kept(self, factors):
+        image = np.pad(np.random.default_rng(0).random((14, 14, 14)), 8)
+        found = self.resampled(factors, image=image)["image"]
+        assert float(found.sum()) * np.prod(factors) == pytest.approx(image.sum(), rel=0.02)
+        assert torch.allclose(self.resampled(factors, image=np.full((5, 6, 7), 3.0))["image"], torch.tensor(3.0))
+
+    @pytest.mark.parametrize(
+        "image", [np.random.default_rng(0).random((6, 5, 8)), np.eye(6, dtype=np.uint8)[:, :, None]]
+    )
+    @pytest.mark.parametrize("pixdim", [(1, 1, 1), (0.5, 1, 0.7), (-1, 1, 0)])
+    def test_where_nothing_gets_coarser_it_is_that_of_monai(self, image, pixdim):
+        data = {"image": self.volume(image), "label": self.volume((image > 0.5).astype(np.uint8))}
+        found = AreaSpacingd(["image", "label"], pixdim)(data)
+        expected = Spacingd(["image", "label"], pixdim, mode=["bilinear", "nearest"])(data)
+        for key in data:
+            assert torch.equal(found[key].as_tensor().float(), expected[key].as_tensor())
+            assert torch.equal(found[key].affine, expected[key].affine)
+        assert found["label"].dtype == torch.uint8
+
+    @pytest.mark.parametrize(("place", "survives"), [(6, False), (7, False), (8, False)])
+    def test_a_plane_of_one_voxel_is_lost_if_four_become_one(self, place, survives):
+        label = np.zeros((8, 8, 17), np.uint8)
+        label[:, :, place] = 1
+        assert bool(self.resampled([1, 1, 4], label=label)["label"].any()) == survives
+
+    @pytest.mark.parametrize(("place", "expected"), [(6, [3]), (7, []), (8, [4])])
+    def test_a_plane_of_one_voxel_that_fills_half_of_one_survives(self, place, expected):
+        """Between two voxels it is a quarter of either, and lost; nearest neighbour would lose it too."""
+        label = np.zeros((8, 8, 17), np.uint8)
+        label[:, :, place] = 1
+        found = self.resampled([1, 1, 2], label=label)["label"]
+        assert [z for z in range(found.shape[2]) if found[..., z].all()] == expected
+        assert found.sum() == 64 * len(expected)
+
+    def test_a_plane_of_an_image_is_never_lost(self):
+        for place in range(4, 12):
+            image = np.zeros((4, 4, 17))
+            image[:, :, place] = 1
+            assert float(self.resampled([1, 1, 4], image=image)["image"].sum()) == pytest.approx(16 / 4)
+
+    @pytest.mark.parametrize("rarer", [1, 0])
+    def test_a_tie_goes_to_the_rarer_class_of_the_label(self, rarer):
+        label = np.full((1, 1, 13), 1 - rarer, np.uint8)
+        label[..., 6] = rarer  # half of the voxel around it
+        assert self.resampled([1, 1, 2], label=label)["label"].flatten().tolist() == [
+            rarer if z == 3 else 1 - rarer for z in range(7)
+        ]
+
+    def test_the_class_that_covers_most_wins_though_it_does_not_cover_half(self):
+        line = np.array([0, 0, 0, 0, 2, 2, 3, 3, 1, 0, 0, 0, 0], np.int16)
+        label = np.tile(line, (3, 3, 1))
+        found = self.resampled([1, 1, 6], label=label)["label"]  # around 6: 0.5 of 3, 4 to 8, 0.5 of 9
+        assert found[1, 1].tolist() == [0, 3, 0]  # as much of 2, of which there is as much: the higher
+        assert found.dtype == torch.int16
+
+    def test_every_class_against_a_count_of_voxels(self):
+        label = ndimage.zoom(np.random.default_rng(1).integers(0, 5, (4, 4, 4)), 4.0, order=0).astype(np.uint8)
+        found = self.resampled([3, 3, 3], label=label)["label"].numpy()
+        counts = np.stack([self.covered((label == number).astype(float), (3, 3, 3)) for number in range(5)])
+        clear = np.sort(counts, 0)[-1] > np.sort(counts, 0)[-2] + 1e-3
+        assert clear.mean() > 0.5
+        np.testing.assert_array_equal(found[clear], counts.argmax(0)[clear])
+
+    def test_coarser_along_one_axis_and_finer_along_another(self):
+        label = np.zeros((6, 6, 13), np.uint8)
+        label[2:4, 2:4, 5:8] = 1
+        found = self.resampled([0.5, 1, 3], label=label)["label"]
+        assert found.shape == (11, 6, 5)
+        assert sorted({tuple(place[1:]) for place in np.argwhere(found.numpy())}) == [(2, 2), (3, 2)]
+
+    def test_grid_record_and_inverse_are_those_of_monai(self):
+        turned = nibabel.affines.from_matvec(nibabel.eulerangles.euler2mat(0.2, -0.15, 0.25) @ np.diag([1, -1, 1.2]))
+        image = np.random.default_rng(0).random((15, 14, 13))
+        label = ndimage.gaussian_filter(image, 2) > 0.5
+        values = {"image": image, "label": label.astype(np.uint8)}
+        keys = list(values)
+        data = {key: MetaTensor(torch.as_tensor(values[key])[None], affine=turned, meta={"name": key}) for key in keys}
+        items, back = {}, {}
+        for name, step in {
+            "ours": AreaSpacingd(keys, [2, 2, 4]),
+            "theirs": Spacingd(keys, [2, 2, 4], mode=["bilinear", "nearest"]),
+        }.items():
+            prepare = Compose([Orientationd(keys, "RAS", labels=None), step])
+            items[name] = prepare(data)
+            pred = torch.linspace(0, 1, 2 * items[name]["image"].numel()).reshape(2, *items[name]["image"].shape[1:])
+            invert = Invertd("pred", transform=prepare, orig_keys="image", nearest_interp=False, to_tensor=True)
+            back[name] = invert({**items[name], "pred": MetaTensor(pred)})["pred"]
+            again = prepare.inverse(items[name])["label"]
+            assert again.shape == data["label"].shape
+            assert set(again.unique().tolist()) <= {0, 1}
+        for key in keys:
+            assert items["ours"][key].shape == items["theirs"][key].shape
+            assert torch.equal(items["ours"][key].affine, items["theirs"][key].affine)
+            assert items["ours"][key].meta["name"] == key
+        assert torch.equal(back["ours"], back["theirs"])
+        assert back["ours"].shape == (2, *image.shape)
+
+    def test_plain_tensors_have_voxels_of_one(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MONAI says that the affine is not known
+            found = AreaSpacingd("image", [1, 2])({"image": torch.arange(5.0).expand(1, 3, 5)})["image"]
+        assert found[0, 0].tolist() == pytest.approx([1 / 3, 2, 11 / 3])
+
+    def test_what_the_grid_costs_real_lesions(self, shared_data):
+        """Dice of a label with itself after the grid and back: printed beside that of nearest neighbour."""
+        for patient in ("patient07", "patient19"):
+            load = [LoadImaged("label", ensure_channel_first=True), Orientationd("label", "RAS", labels=None)]
+            item = Compose([*load, SelectLabelsd("label", [1])])(
+                {"label": shared_data / f"open_ms/{patient}/lesion.nii.gz"}
+            )
+            truth = item["label"][0].numpy() == 1
+            for pixdim in ([2, 2, 4], [3, 3, 4], [1, 1, 3]):
+                row = []
+                for step in (Spacingd("label", pixdim, mode="nearest"), AreaSpacingd("label", pixdim)):
+                    back = step.inverse(step(item))["label"][0].numpy() > 0.5
+                    row.append(2 * (truth & back).sum() / (truth.sum() + back.sum()))
+                print(patient, pixdim, "nearest {:.3f}, area {:.3f}".format(*row))
+                if pixdim == [1, 1, 3]:
+                    assert row[1] > row[0]
 
 
 def brain(shape=(40, 40, 20)):

@@ -151,7 +151,7 @@ class TestOverlay:
         assert figure.axes[2].get_title() == "full\nDice of the slice 0.67"  # ET is in neither and does not count
         assert figure.axes[5].get_title() == "nothing to segment"
         assert [len(panel.collections) for panel in figure.axes] == [0, 1, 1, 0, 0, 0]
-        x, y = figure.axes[1].collections[0].get_paths()[0].vertices.T
+        x, y = np.concatenate(figure.axes[1].collections[0].get_segments()).T
         rows, columns = np.nonzero(to_display(LABEL))
         assert (x.min(), x.max()) == (columns.min() - 0.5, columns.max() + 0.5)
         assert (y.min(), y.max()) == (rows.min() - 0.5, rows.max() + 0.5)

@@ -11,14 +11,20 @@ from typing import Literal, NamedTuple
 import joblib
 import numpy as np
 import pandas as pd
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import io_orientation
 
 from medtl_ext._io import suffix_of, write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.data.collection import Collection, Colour, Subject, Task, channels_of
 from medtl_ext.data.duplicates import near_identical, thumbnail
-from medtl_ext.data.files import LOSSY, SAME_AFFINE_MM, Unusable, for_each, read_channels
+from medtl_ext.data.files import LOSSY, PICTURES, SAME_AFFINE_MM, Unusable, for_each, read_channels
 
 __all__ = ["IntegrityReport", "Issue", "check_collection"]
+
+MOST_APART = 3.0
+"""Times that voxels of one patient may be as large as another's, of the same institution and modality."""
+LARGEST_MM, LARGEST_VIEW_MM = 50.0, 3000.0
 
 
 class Issue(NamedTuple):
@@ -84,7 +90,8 @@ def check_collection(
     Errors: a file that is missing, unreadable or truncated, or not what `ChannelReader` takes; NaN, infinity; a
     label with fractional or undeclared values, in a lossy format, or on another grid than an image; one image under two
     subjects of different splits; no training subject with foreground. Warnings: one image under two subjects of the
-    same split, almost the same image under patients of two, an image of one value, a subject without foreground.
+    same split, almost the same image under patients of two, an image of one value, a subject without foreground,
+    millimetres that no scan has, patients of one institution and modality whose voxels are more than three times apart.
 
     Args:
         collection: from `load_collection`.
@@ -103,8 +110,8 @@ def check_collection(
     readable = [scan for scan in scans if scan.shape is not None]
     _compare_grids(readable)
     _find_twins(readable)
-    unseen = list(_find_foreground(collection, chosen, readable))
-    issues = [*chain.from_iterable(scan.issues for scan in scans), *unseen]
+    of_many = [*_find_foreground(collection, chosen, readable), *_find_odd_sizes(readable)]
+    issues = [*chain.from_iterable(scan.issues for scan in scans), *of_many]
     return IntegrityReport(collection.path, len({scan.subject.id for scan in scans}), len(scans), issues)
 
 
@@ -245,3 +252,29 @@ def _find_foreground(collection: Collection, tasks: Sequence[Task], scans: Seque
             shown = f"training subjects of institution {institution} shows objective {name}"
             advice = "correct the objective's values, or move subjects that show it to train"
             yield Issue("error", "", "", f"none of the {len(training)} {shown}", advice)
+
+
+def _find_odd_sizes(scans: Sequence[_Scan]) -> Iterator[Issue]:
+    """Note millimetres that cannot be; yield axes along which patients differ much. Pictures have no millimetres."""
+    alike = defaultdict(list)
+    for scan in scans:
+        flat = scan.shape[2:] == (1,) and np.array_equal(scan.affine, np.eye(4))
+        if scan.kind == "label" or flat or suffix_of(scan.path) in PICTURES:
+            continue
+        sizes = voxel_sizes(scan.affine)
+        view = (sizes * scan.shape).max()
+        if sizes.max() > LARGEST_MM or view > LARGEST_VIEW_MM:
+            problem = f"its header says voxels of up to {sizes.max():.3g} mm, and {view / 1000:.3g} m from end to end"
+            scan.note("warning", problem, "correct the header's units or spacing")
+        along = sizes[io_orientation(scan.affine)[:, 0].argsort()]  # the axes of the body
+        alike[scan.subject.institution, scan.name].append((along, scan.subject.id))
+    for (institution, name), found in alike.items():
+        for axis, where in enumerate(("left to right", "back to front", "bottom to top")):
+            by_size = sorted((along[axis], subject) for along, subject in found)
+            (low, one), (high, other) = by_size[0], by_size[-1]
+            if high > MOST_APART * low:
+                problem = (
+                    f"from {where} voxels of {name} are {low:.3g} mm in subject {one} and {high:.3g} mm in {other}"
+                )
+                advice = "correct the header that is wrong, or else list the two protocols as two institutions"
+                yield Issue("warning", "", "", f"institution {institution}: {problem}", advice)

@@ -13,7 +13,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.collection import SPLITS, Task, count_splits, load_collection, refuse_to_replace
 from medtl_ext.data.integrity import IntegrityReport, check_collection
 from medtl_ext.data.phantom import generate_phantom
-from medtl_ext.data.plan import label_ceiling, label_steps, plan_grid, truth_steps
+from medtl_ext.data.plan import grid_steps, label_ceiling, plan_grid, truth_steps
 from medtl_ext.data.readers import CHALLENGES, READERS, read_collection
 from medtl_ext.data.sample import SAMPLES, write_sample
 from medtl_ext.data.splits import FRACTIONS, split_collection
@@ -77,13 +77,12 @@ def plan(
         options["roi_size"] = options["roi_size"][0]
     grid = plan_grid(items, label_values=values, channels=asked.channels, **options)
     print(*grid.why, sep="\n")
-    steps, key = label_steps(grid, label_values=values, axcodes=options["axcodes"]), "label"
+    steps = grid_steps(grid, label_values=values, axcodes=options["axcodes"])
     if source is not None:
         above = "medtl_ext.transfer.sources:"  # a program stands on the roof, whatever the room it is found in
         card_at, source_transforms = (resolve_name(above + name) for name in ("card_at", "source_transforms"))
         steps = source_transforms(card_at(Path(source), trust_sources), asked.channels, truth_steps(values))
-        key = "image"
-    ceiling = label_ceiling(items, steps, n_classes=len(values) + 1, key=key)
+    ceiling = label_ceiling(items, steps, n_classes=len(values) + 1)
     print(f"the labels themselves, brought to the grid{f' of {source}' if source else ''} and back: {ceiling}")
     if out:
         grid.write(out)

@@ -15,8 +15,8 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.inferers import Inferer, SliceInferer, SlidingWindowInferer
 from monai.networks.utils import one_hot
 from monai.transforms import (
@@ -35,7 +35,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.files import affine_of, read_channels, shape_of
 from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 
-__all__ = ["Ceiling", "Grid", "label_ceiling", "label_steps", "plan_grid", "read_grid", "truth_steps"]
+__all__ = ["Ceiling", "Grid", "grid_steps", "label_ceiling", "plan_grid", "read_grid", "truth_steps"]
 
 AUTO = "auto"
 MULTIPLE = 16
@@ -204,7 +204,7 @@ def plan_grid(
         why.append(f"spacing {_times(spacing)} mm: {those}{between}")
     spacing = _numbers("spacing", spacing, (3,))
     native = bool(np.abs(sizes - spacing).max() < SAME_SPACING)
-    shapes = [np.round((shape - 1) * size / spacing) + 1 for size, shape in found]  # as MONAI's Spacing has them
+    shapes = [np.round((shape - 1) * size / spacing + 1) for size, shape in found]  # as MONAI's Spacing has them
     frame = np.max(shapes, 0).astype(int)
     if isinstance(roi_size, str):
         dims, reason = _dimensions(roi_size, frame, spacing)
@@ -223,27 +223,26 @@ def plan_grid(
     return Grid(spacing, roi_size, normalize, background_share, tuple(frame.tolist()), native, tuple(why))
 
 
-def label_ceiling(
-    items: Sequence[Mapping[str, Any]], steps: Sequence[Callable], *, n_classes: int, key: str = "label"
-) -> Ceiling:
+def label_ceiling(items: Sequence[Mapping[str, Any]], steps: Sequence[Callable], *, n_classes: int) -> Ceiling:
     """What is left of labels on a grid: at most 16 patients' go there and back as probabilities do.
 
     Args:
         items: of a datalist.
-        steps: the deterministic transforms, which also leave the label as it came from the file, under ``truth``.
+        steps: the deterministic transforms, of ``image`` and ``label``, which also leave the label as it came from the
+            file, under ``truth``.
         n_classes: with the background.
-        key: whose way back is taken: "image", or "label" where no image goes along.
 
-    >>> item = {"label": torch.ones(1, 4, 4, 4), "truth": torch.ones(1, 4, 4, 4)}
-    >>> print(label_ceiling([item], [], n_classes=2))
+    >>> label = MetaTensor(torch.ones(1, 4, 4, 4))
+    >>> turned = Orientationd(["image", "label"], "LPS", labels=None)
+    >>> print(label_ceiling([{"image": label, "label": label, "truth": label}], [turned], n_classes=2))
     Dice 1.000 over 1 patient, 1.000 at worst; 0 of 1 connected parts vanish
     """
     transform = Compose(steps)
     dice, parts, lost = [], 0, 0
     for place in np.linspace(0, len(items) - 1, min(len(items), SAMPLE)).astype(int):
         data = transform(dict(items[place]))
-        probs = one_hot(torch.as_tensor(data["label"])[None], n_classes)[0].float()
-        back = Invertd("pred", transform, key, nearest_interp=False, to_tensor=True)({**data, "pred": probs})["pred"]
+        data["pred"] = MetaTensor(one_hot(data["label"].as_tensor()[None], n_classes)[0].float())
+        back = Invertd("pred", transform, "image", nearest_interp=False, to_tensor=True)(data)["pred"]
         truth, back = np.asarray(data["truth"])[0], np.asarray(back.argmax(0))
         classes = [(truth == value, back == value) for value in range(1, n_classes) if (truth == value).any()]
         if classes:
@@ -263,16 +262,24 @@ def truth_steps(label_values: Sequence[Sequence[int]]) -> list[Callable]:
     ]
 
 
-def label_steps(grid: Grid, *, label_values: Sequence[Sequence[int]], axcodes: str) -> list[Callable]:
-    """The way of a label to a grid."""
-    turn, resample = Orientationd("label", axcodes, labels=None), AreaSpacingd("label", pixdim=grid.spacing)
-    return [*truth_steps(label_values), turn, resample]
+def grid_steps(grid: Grid, *, label_values: Sequence[Sequence[int]], axcodes: str) -> list[Callable]:
+    """The way to a grid, as the bundles go it."""
+    keys = ["image", "label"]
+    return [
+        *truth_steps(label_values),
+        Orientationd(keys, axcodes, labels=None),
+        AreaSpacingd(keys, pixdim=grid.spacing),
+    ]
 
 
 def _voxels(names: str | Sequence[str], axcodes: str) -> tuple[np.ndarray, np.ndarray]:
     """Size (mm) and number of an image's voxels along the axes of the grid, from its header."""
     first = names if isinstance(names, str) else names[0]
-    affine, shape = affine_of(first), shape_of(first)
+    try:
+        affine, shape = affine_of(first), shape_of(first)
+    except Exception:  # a broken file fails in a dozen ways
+        read_channels([first])  # says what is wrong with it
+        raise
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axcodes))
     order = np.argsort(turn[:, 0])
     return nib.affines.voxel_sizes(affine)[order], np.array(shape)[order]

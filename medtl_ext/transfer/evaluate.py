@@ -60,7 +60,7 @@ class DataCheck:
             return  # nothing is resampled
         items = self.task.datalist("train" if "train" in self.task.splits else self.task.splits[0])
         steps = self.transforms.transforms
-        ceiling = label_ceiling(items, steps, n_classes=self.task.n_classes, key="image")
+        ceiling = label_ceiling(items, steps, n_classes=self.task.n_classes)
         logger.info("the labels themselves, brought to the grid of %s and back: %s", whose or "the run", ceiling)
         if ceiling.low:
             remedy = f"with {whose} no network can do better" if whose else "give a finer --spacing, or --spacing auto"

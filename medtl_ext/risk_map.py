@@ -60,35 +60,30 @@ class Pictures:
         arms |= {self.here.config["method"]: folder / "model.pt"}
         items = [self.patients[place] for place in range(min(N_PATIENTS, len(self.patients)))]
         found = {arm: done for arm, path in arms.items() if (done := self._segment(path, items))}
-        rows = [
-            self._row(place, item, done) for place, (item, *done) in enumerate(zip(items, *found.values(), strict=True))
-        ]
+        files = [entry["image"] for entry in self.patients.data]
+        rows = [self._row(*one) for one in zip(files, items, *found.values(), strict=False)]
         images, truths, aspects, sides, *segmented = zip(*rows, strict=True)
         options = {"subjects": [item["subject"] for item in items], "class_names": self.target.class_names}
         options |= {"aspects": aspects, "sides": sides, **said}
         figure = plot_overlay(images, truths, dict(zip(found, segmented, strict=True)), **options)
         save_figure(figure, folder / "overlay.png")
 
-    def _row(self, place: int, item: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    def _row(self, file: Any, item: Mapping[str, Any], *done: Mapping[str, MetaTensor]) -> tuple[Any, ...]:
         """Image, truth, how much higher than wide a pixel is, sides, and segmentations of one slice of a patient."""
         truth = done[0]["label"]
-        image = LoadImage(reader="medtl_ext.data.ChannelReader", ensure_channel_first=True)(
-            self.patients.data[place]["image"]
-        )
+        image = LoadImage(reader="medtl_ext.data.ChannelReader", ensure_channel_first=True)(file)
         if image.shape[1:] != truth.shape[1:]:  # scored on the grid of the training
             image = item["image"]
-        labels = [one.argmax(0, keepdim=True) for one in (truth, *(arm["pred"] for arm in done))]
-        parts = [one.as_subclass(torch.Tensor).float().cpu() for one in (image, *labels)]
+        parts = [one.as_subclass(torch.Tensor).float() for one in (image, truth, *(arm["pred"] for arm in done))]
         volume = Orientation("RAS", labels=None)(MetaTensor(torch.cat(parts), affine=truth.affine))
         sizes = volume.pixdim.numpy().round(3)
         axis = 2 - int(np.where(np.array(volume.shape[1:]) == 1, np.inf, sizes)[::-1].argmax())
-        planes = volume.as_tensor().movedim(axis + 1, -1)
-        labels = planes[len(image) :].int()
-        shown = next((label for label in labels if label.any()), None)
-        z = planes.shape[-1] // 2 if shown is None else int(shown.gt(0).sum((0, 1)).argmax())
+        image, labels = volume.as_tensor().movedim(axis + 1, -1).tensor_split([len(image)])
+        shown = next((label for label in labels if label.any()), labels[0])
+        z = int(shown.gt(0).sum((0, 1)).argmax()) if shown.any() else labels.shape[-1] // 2
         width, height = np.delete(sizes, axis)
-        truth, *segmented = labels[..., z]
-        return self._shown(planes[: len(image), ..., z]), truth, height / width, "AP" if axis == 0 else "RL", *segmented
+        truth, *segmented = labels[..., z].int()
+        return self._shown(image[..., z]), truth, height / width, "RL" if axis else "AP", *segmented
 
     def _draw_maps(self, options: Mapping[str, Any]) -> None:
         folder = self.here.folder
@@ -122,8 +117,8 @@ class Pictures:
         colour = Task(self.target.name).channels == ("R", "G", "B")
         return image.as_subclass(torch.Tensor).movedim(0, -1) if colour else image[0]
 
-    def _segment(self, path: Path, items: Sequence[Any]) -> list[dict[str, Any]] | None:
-        """What the evaluator scores: each patient by its network with the weights of a checkpoint, if they fit.
+    def _segment(self, path: Path, items: Sequence[Any]) -> list[dict[str, MetaTensor]] | None:
+        """``pred`` and ``label`` of each patient, as the evaluator scores a checkpoint, if it fits its network.
 
         An arm may have a network of its own, as the untouched source with another head.
         """
@@ -133,9 +128,13 @@ class Pictures:
         except InputError:
             return None
         network.eval()
-        with torch.no_grad():
-            logits = (self.evaluator.inferer(item["image"][None].to(device), network)[0].cpu() for item in items)
-            return [self.postprocessing({**item, "pred": one}) for item, one in zip(items, logits, strict=True)]
+        found = []
+        for item in items:
+            with torch.no_grad():
+                logits = self.evaluator.inferer(item["image"][None].to(device), network)[0].cpu()
+            done = self.postprocessing({**item, "pred": logits})
+            found.append({key: done[key].argmax(0, keepdim=True).to(torch.uint8) for key in ("pred", "label")})
+        return found
 
 
 @dataclass(kw_only=True, eq=False)

@@ -598,7 +598,7 @@ def _box(image: np.ndarray, mask: np.ndarray, aspect: float) -> tuple[slice, ...
         return (slice(None), slice(None))
     places, unit = np.argwhere(mask), np.array([1.0, aspect])
     first, last = places.min(0), places.max(0) + 1
-    reach = np.ceil((0.75 * ((last - first) * unit).max() + 6 * unit.max()) / unit)
+    reach = np.ceil((0.75 * ((last - first) * unit).max() + 12 * unit.max()) / unit)
     low, high = (first + last) / 2 - reach, (first + last) / 2 + reach
     return tuple(slice(int(max(start, 0)), int(np.ceil(end))) for start, end in zip(low, high, strict=True))
 

@@ -9,11 +9,16 @@ import pandas as pd
 import pytest
 import torch
 from bundle_runs import RISK_MAP, SEQUENTIAL, Bundle
+from matplotlib.figure import Figure
 from monai.networks.nets import BasicUNet
+from monai.transforms import Compose, LoadImaged, Orientationd
 from nibabel.affines import apply_affine, voxel_sizes
+from PIL import Image
 from scipy import ndimage
 
+from medtl_ext import risk_map
 from medtl_ext.data import generate_phantom, write_collection
+from medtl_ext.transforms import AreaSpacingd
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
@@ -174,6 +179,89 @@ def test_dice_is_measured_in_the_patients_own_space(bundle, overlay, fine, tmp_p
     if "upright" in fine.parent.name:  # of a tilted one the grid is MONAI's to lay: by up to half a voxel elsewhere
         assert scores["dice"].item() == pytest.approx(dice(expected, truth), abs=1e-4)
         assert (written == expected).mean() > 0.9999
+
+
+# Pictures
+
+
+VIEW = np.array([40, 48, 36])  # mm, from left to right, back to front, bottom to top
+STORED = {  # sizes of voxels along these axes, how the file stores them, whether tilted, its ending
+    "RAS": ((1, 1, 1), "RAS", False, ".nii.gz"),
+    "LPI": ((1, 1.5, 2), "LPI", False, ".nii.gz"),
+    "oblique": ((1, 1.5, 2), "PSR", True, ".nii.gz"),
+    "thick": ((0.4, 0.4, 6), "LPS", False, ".nii.gz"),
+    "sagittal": ((6, 0.4, 0.8), "PIR", True, ".nii.gz"),
+    "coronal": ((0.5, 4, 1), "RSA", False, ".nii.gz"),
+    "one slice": ((0.5, 1, 36), "LPS", False, ".nii.gz"),
+    "2D": ((1, 1, 36), "RAS", False, ".nii"),
+    "picture": ((1, 1, 36), "RAS", False, ".png"),
+}
+
+
+@pytest.fixture(scope="module", params=STORED)
+def stored(request, tmp_path_factory) -> tuple[Path, tuple[float, ...], np.ndarray]:
+    """A collection of one patient with a crooked bright structure, the voxels' sizes, and its label in RAS."""
+    sizes, codes, tilted, ending = STORED[request.param]
+    x, y, z = (np.indices((VIEW / sizes).round().astype(int)).T * sizes + np.divide(sizes, 2)).T
+    label = (y > 10) & (z > 8) & (z < 26) & np.where(y < 20, (x > 8) & (x < 32), (x > 8) & (x < 18) & (y < 38))
+    image = 200 * label + np.random.default_rng(0).integers(0, 30, label.shape)
+    folder = tmp_path_factory.mktemp("stored")
+    for name, array in (("T2", image), ("tumour", label)):
+        array = array.astype(np.uint8)
+        if ending == ".png":
+            Image.fromarray(array[..., 0].T).save(folder / f"{name}.png")
+            continue
+        kept = nib.Nifti1Image(array if ending == ".nii.gz" else array[..., 0], np.diag([*sizes, 1.0]))
+        if ending == ".nii.gz":
+            ends = [nib.orientations.axcodes2ornt(code) for code in ("RAS", codes)]
+            kept = kept.as_reoriented(nib.orientations.ornt_transform(*ends))
+            tilt = nib.eulerangles.euler2mat(z=0.2, y=-0.15, x=0.25) if tilted else np.eye(3)
+            kept = nib.Nifti1Image(np.asarray(kept.dataobj), nib.affines.from_matvec(tilt, [12, -30, 7]) @ kept.affine)
+        nib.save(kept, folder / f"{name}{ending}")
+    patient = {"id": "p", "institution": "A", "split": "test", "images": {"T2": f"T2{ending}"}}
+    content = {
+        "name": "stored",
+        "labels": {"tumour": {"ED": 1}},
+        "subjects": [patient | {"labels": {"tumour": f"tumour{ending}"}}],
+        "objectives": {"ED": {"label": "tumour", "values": [1]}},
+    }
+    return write_collection(folder / "collection.json", content), sizes, label
+
+
+def test_contours_lie_on_the_patients_own_image(stored, tmp_path, monkeypatch):
+    path, sizes, label = stored
+    weights = {"weight": torch.tensor([0.0, 9.0]).reshape(2, 1, 1, 1), "bias": torch.tensor([0.0, -9.0])}
+    torch.save(weights, tmp_path / "bright.pt")
+    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    plain = {name: value for name, value in RISK_MAP.tiny.items() if not name.startswith("network_def#")}
+    asked = {"collection": str(path), "source": str(tmp_path / "bright.pt"), "output_dir": str(tmp_path / "out")}
+    asked |= {"target_task": "A-T2-ED", "network_def": network, "figures": True}
+    asked |= {"spacing": [1.5 * sizes[0], 1.5 * sizes[1], sizes[2]], "roi_size": [72, 88]}
+    drawn = []
+    monkeypatch.setattr(risk_map, "plot_overlay", lambda *given, **named: drawn.append((given, named)) or Figure())
+    Bundle(RISK_MAP.name, plain).run("zero_shot", **asked)
+    ((((image,), (truth,), segmented), named),) = drawn
+    axis = int(np.argmax(np.add(sizes, [0, 0, 1e-3])))
+    plane = label.take(label.sum(tuple({0, 1, 2} - {axis})).argmax(), axis)
+    np.testing.assert_array_equal(truth, plane)
+    np.testing.assert_array_equal(image > 100, plane)  # in full, as in the file
+    ((found,),) = segmented.values()
+    assert dice(np.asarray(found) == 1, plane) > 0.9
+    flat = path.parent.joinpath("T2.png").exists()
+    assert named["aspects"] == pytest.approx([1 if flat else np.delete(sizes, axis)[1] / np.delete(sizes, axis)[0]])
+    assert named["sides"] == ("AP" if axis == 0 else "RL",)
+    assert named["photographs"] == flat
+
+
+def test_a_label_goes_to_the_grid_and_back(stored):
+    path, sizes, _ = stored
+    (file,) = path.parent.glob("tumour.*")
+    load = LoadImaged("label", reader="medtl_ext.data.ChannelReader", ensure_channel_first=True)
+    prepare = Compose([Orientationd("label", "RAS", labels=None), AreaSpacingd("label", 1.5 * np.array(sizes))])
+    item = load({"label": str(file)})
+    back = prepare.inverse(prepare(item))["label"]
+    assert back.shape == item["label"].shape
+    assert dice(back.numpy() == 1, item["label"].numpy() == 1) > 0.85
 
 
 # Maps

@@ -157,6 +157,24 @@ class TestOverlay:
         assert (y.min(), y.max()) == (rows.min() - 0.5, rows.max() + 0.5)
         assert legend(figure) == ["ED", "ET"]
 
+    def test_a_small_structure_is_zoomed_in_and_a_single_pixel_has_a_contour(self):
+        image, label = np.ones((200, 160)), np.zeros((200, 160), dtype=int)
+        label[50, 0] = label[53, 2] = 1  # one of them at the border
+        options = {"subjects": ["p1", "p2"], "class_names": ["ED"], "aspects": [2.0, 1.0], "sides": ["AP", "RL"]}
+        whole = np.ones_like(label)
+        figure = plot_overlay([image] * 2, [label, whole], {"full": [label, whole]}, **options)
+        zoomed, other = figure.axes[1], figure.axes[4]
+        assert [panel.get_ylabel() for panel in figure.axes[::3]] == ["p1\nzoomed in", "p2"]
+        assert [panel.get_aspect() for panel in (zoomed, other)] == [2, 1]
+        shown = [panel.images[0].get_array().shape for panel in (zoomed, other)]
+        assert shown[1] == (160, 200)
+        assert shown[0][0] < 30
+        assert shown[0][1] < 70
+        assert [len(panel.collections[0].get_segments()) for panel in (zoomed, other)] == [8, 2 * (160 + 200)]
+        assert [text.get_text() for panel in figure.axes for text in panel.texts] == [*"AP", *"RL"]
+        assert "the patient's front (A) is on the left" in figure.get_supxlabel().replace("\n", " ")
+        assert "Dice of the slice 1.00" in figure.axes[2].get_title()
+
     def test_needs_one_slice_per_subject(self):
         with pytest.raises(InputError, match="2 subjects but 1 slices in 'full'"):
             plot_overlay([LABEL] * 2, [LABEL] * 2, {"full": [LABEL]}, subjects=["p1", "p2"], class_names=["ED"])

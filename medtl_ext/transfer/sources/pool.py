@@ -21,7 +21,7 @@ from torch import nn
 from medtl_ext._validation import InputError, first_line
 from medtl_ext.data import SliceDataset, load_collection
 from medtl_ext.data.plan import Grid, read_grid
-from medtl_ext.networks import load_weights, read_checkpoint
+from medtl_ext.networks import load_weights
 from medtl_ext.transfer.config import current_config, identity
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
@@ -441,10 +441,8 @@ class Checkpoint:
 
     def grid(self, **given: Any) -> Grid:
         """That of the training, ``grid.json`` beside the weights, with what is given; see `read_grid`."""
-        if not Path(self.path).is_file():
-            read_checkpoint(self.path)  # says so
-        if self.card is not None:
-            return Grid((1.0, 1.0, 1.0), (1, 1))  # the network brings its own
+        if not Path(self.path).is_file() or self.card is not None:
+            return Grid((2.0, 2.0, 4.0), (96, 96))  # the network brings its own, or says that it is not there
         return read_grid(Path(self.path).with_name("grid.json"), **given)
 
     @cached_property
@@ -587,7 +585,7 @@ class SingleSource:
             return list(own)
         return source_transforms(self.card, self.target.channels, own, keys=keys_of(self.target))
 
-    def cropping(self, own: Sequence[Callable]) -> list[Callable]:
+    def cropping(self, own: Sequence[Callable] = ()) -> list[Callable]:
         """What a training adds: the bundle's ``own``, or a random patch of the source's window."""
         if self.card is None or self.card.window is None:
             return [] if self.card else list(own)

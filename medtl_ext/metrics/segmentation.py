@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from medtl_ext._validation import InputError
 
+
 def compute_segmentation_scores(segmentation: ArrayLike, truth: ArrayLike, affine: ArrayLike) -> dict[str, float]:
     """Distances of the surfaces, connected parts found, and volumes, of one class of one patient.
 
@@ -35,7 +36,8 @@ def compute_segmentation_scores(segmentation: ArrayLike, truth: ArrayLike, affin
         >>> {name: round(value, 2) for name, value in scores.items() if name != "volume_ml"}
         {'hd95_mm': 8.4, 'assd_mm': 2.0, 'lesion_recall': 0.5, 'lesion_precision': 1.0, 'truth_ml': 0.1}
 
-    Reference: Maier-Hein et al., *Metrics Reloaded: recommendations for image analysis validation*, Nature Methods 2024.
+    Reference: Maier-Hein et al., *Metrics reloaded: recommendations for image analysis validation*, Nature Methods,
+    2024.
     """
     found, real, affine = np.asarray(segmentation) > 0, np.asarray(truth) > 0, np.asarray(affine, dtype=float)
     if found.shape != real.shape:

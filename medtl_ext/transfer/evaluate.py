@@ -85,8 +85,8 @@ class ScorePatients:
         loaders: of each split, unshuffled.
         output_dir, method, seed: where the table goes and what its columns of these names say.
         space: ``"training"`` where the evaluator scores on the training grid, which the log says.
-        clean: of the evaluator; where it leaves its choice to the validation patients, it is made here, on theirs of the
-            ``splits`` alone, and said in ``clean.txt``.
+        clean: of the evaluator; where it leaves the choice to validation patients, they make it here, before anybody
+            else is scored, and ``clean.txt`` says it.
         checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder, which a network that
             was not trained leaves here. Of somebody else's network its card is written beside.
     """
@@ -140,7 +140,8 @@ class ScorePatients:
     def _choose(self, clean: CleanSegmentationd) -> None:
         """Keep what is best for the validation patients, or nothing, and say so."""
         if clean.split not in self.splits:
-            raise InputError(f"clean 'validation' needs the patients of split {clean.split!r}, who are not scored here.")
+            choose = "give what a training chose (clean.txt in its folder): largest, a number of ml, or nothing"
+            raise InputError(f"clean 'validation' needs patients of split {clean.split!r}, who are not here; {choose}.")
         found, loader = {}, self.loaders[self.splits.index(clean.split)]
         for clean.how in (None, *CLEANINGS):
             self._evaluate(loader)

@@ -38,7 +38,8 @@ def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         rows: columns ``method, seed, split, subject, class, dice, iou``, optionally ``pair, slices, source_seed,
-            hd95_mm, lesion_recall, empty``, and ``patient``, whom several subjects may be scans of (missing: the subject is the patient).
+            hd95_mm, lesion_recall, empty``, and ``patient``, whom several subjects may be scans of (missing: the
+            subject is the patient).
 
     Returns:
         The patient's name is in ``subject``.

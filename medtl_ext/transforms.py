@@ -175,7 +175,7 @@ class CleanSegmentationd(MapTransform):
         split: whose patients choose; None: there is nobody to choose.
 
     Raises:
-        InputError: another ``how``, or nobody to choose, or the test patients, who are there to measure.
+        InputError: another ``how``, or nobody to choose but who was trained on or is there to measure.
 
     >>> found = MetaTensor(torch.tensor([[1, 1, 0, 1, 0, 2]]), affine=torch.eye(4))
     >>> CleanSegmentationd("pred", "largest")({"pred": found})["pred"].tolist()
@@ -188,7 +188,7 @@ class CleanSegmentationd(MapTransform):
 
     def __init__(self, keys: KeysCollection, how: str | float | None = None, split: str | None = None) -> None:
         super().__init__(keys)
-        if how == "validation" and split in (None, "test"):
+        if how == "validation" and split in (None, "train", "test"):
             raise InputError(
                 "clean 'validation' chooses on validation patients, and here are none; give what a training on such "
                 "patients said (clean.txt in its folder): largest, a number of ml, or nothing."

@@ -302,6 +302,9 @@ def test_validation_patients_choose_and_test_patients_cannot(lesions, specks, ch
 
 def test_nobody_but_validation_patients_may_choose(tmp_path):
     given = patients(tmp_path / "data", val=1, test=2, specks=True)
+    for split in ("train", "test"):
+        with pytest.raises(InputError, match="clean 'validation' chooses on validation patients, and here are none"):
+            CleanSegmentationd("pred", "validation", split)
     said = refused(lambda: scored(tmp_path / "a", given, clean="validation", val_split="test"))
     assert "clean 'validation' chooses on validation patients" in said
     scored(tmp_path / "plain", given)

@@ -22,6 +22,7 @@ from torch import Tensor
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
+from medtl_ext.metrics import compute_segmentation_scores
 
 __all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurves", "WeightMap"]
 
@@ -248,9 +249,11 @@ class TensorBoardCurves(TensorBoardStatsHandler):
 class SubjectTable:
     """Scores per patient and class of an evaluator's last pass, as the table ``evaluator.state.subject_table``.
 
-    Columns: subject, patient (where the data say whose scan it is), class, one per metric, and ``empty``: the class is
-    neither in the truth nor in the prediction of this subject, where Dice and IoU are 1 by the convention of MONAI's
-    ``ignore_empty=False``.
+    Columns: subject, patient (where the data say whose scan it is), class, one per metric, those of
+    `medtl_ext.metrics.compute_segmentation_scores`, which states the rule for what is empty, and ``empty``: the class
+    is neither in the truth nor in the segmentation.
+
+    The evaluator's output has ``pred`` and ``label``, one-hot and, as their spacing is in their affine, MetaTensors.
 
     Args:
         class_names: names of the foreground classes, in order.
@@ -268,23 +271,26 @@ class SubjectTable:
     def reset(self, engine: Evaluator) -> None:
         self._subjects: list[str] = []
         self._patients: list[str] = []
-        self._empty: list[Tensor] = []
+        self._scores: list[list[list[float]]] = []
 
     def collect(self, engine: Evaluator) -> None:
-        """Note who is in the batch, and which classes are nowhere in truth and prediction (both one-hot)."""
+        """Note who is in the batch, and score the foreground classes."""
         self._subjects += [item["subject"] for item in engine.state.batch]
         self._patients += [item.get("patient", "") for item in engine.state.batch]
         for item in engine.state.output:
-            present = torch.stack([item[key].flatten(1).any(1) for key in ("label", "pred")]).any(0)
-            self._empty.append(~present[1:])
+            affine, pair = item["label"].affine, (item[key][1:].cpu().numpy() for key in ("pred", "label"))
+            scores = [compute_segmentation_scores(*masks, affine) for masks in zip(*pair, strict=True)]
+            self._scores.append([list(one.values()) for one in scores])
+            self._names = list(scores[0])
 
     def tabulate(self, engine: Evaluator) -> None:
         """Join subjects and scores; with several processes the metrics' details come gathered in rank order."""
         subjects, patients = string_list_all_gather(self._subjects), string_list_all_gather(self._patients)
-        empty = evenly_divisible_all_gather(torch.stack(self._empty).int().to(idist.device()))
+        scores = evenly_divisible_all_gather(torch.tensor(self._scores, dtype=torch.float64, device=idist.device()))
         known = [{"subject": s} | ({"patient": p} if p else {}) for s, p in zip(subjects, patients, strict=True)]
         columns = {"class": np.tile(self.class_names, len(subjects))}
         columns |= {name: engine.state.metric_details[name].flatten().tolist() for name in self.metrics}
-        columns["empty"] = empty.bool().flatten().tolist()
+        columns |= dict(zip(self._names, scores.flatten(0, 1).T.tolist(), strict=True))
+        columns["empty"] = scores[..., -2:].eq(0).all(-1).flatten().tolist()  # both volumes
         table = pd.DataFrame(known).loc[np.repeat(np.arange(len(known)), len(self.class_names))].assign(**columns)
         engine.state.subject_table = table.drop_duplicates(["subject", "class"], ignore_index=True)

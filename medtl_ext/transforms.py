@@ -14,11 +14,20 @@ from monai.data.utils import AFFINE_TOL
 from monai.transforms import MapTransform, SaveImage, Spacingd
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
 from scipy.ndimage import binary_fill_holes, convolve1d
+from scipy.ndimage import label as connected_parts
 
 from medtl_ext._io import atomic_path, suffix_of
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_number
 
-__all__ = ["AreaSpacingd", "NormalizeBodyd", "PickChannelsd", "SaveSegmentationd", "SelectLabelsd", "body_mask"]
+__all__ = [
+    "AreaSpacingd",
+    "CleanSegmentationd",
+    "NormalizeBodyd",
+    "PickChannelsd",
+    "SaveSegmentationd",
+    "SelectLabelsd",
+    "body_mask",
+]
 
 # Measured on eight brain-extracted clinical MRI volumes, where resampling left values of either sign around the brain.
 # 2 % and 5 % select the same brain to within 3 % of its voxels, while 10 % loses up to 7 %, mostly cerebrospinal fluid.
@@ -244,6 +253,59 @@ class SelectLabelsd(MapTransform):
         return data
 
 
+class CleanSegmentationd(MapTransform):
+    """Remove connected parts (corners connect) of each class of a segmentation: what is removed becomes background.
+
+    Args:
+        keys: segmentations by class number, 1 x *spatial, MetaTensors whose affine takes voxels to mm.
+        how: None removes nothing, ``"largest"`` all parts but the largest, a number those smaller than so many ml.
+            ``"validation"`` leaves the choice to `medtl_ext.transfer.ScorePatients`, and removes nothing before.
+        split: whose patients choose; None: there is nobody to choose.
+
+    Raises:
+        InputError: another ``how``, or nobody to choose but who was trained on or is there to measure.
+
+    >>> found = MetaTensor(torch.tensor([[1, 1, 0, 1, 0, 2]]), affine=torch.eye(4))
+    >>> CleanSegmentationd("pred", "largest")({"pred": found})["pred"].tolist()
+    [[1, 1, 0, 0, 0, 2]]
+    >>> CleanSegmentationd("pred", 0.002)({"pred": found})["pred"].tolist()
+    [[1, 1, 0, 0, 0, 0]]
+    """
+
+    backend = (TransformBackends.NUMPY,)
+
+    def __init__(self, keys: KeysCollection, how: str | float | None = None, split: str | None = None) -> None:
+        super().__init__(keys)
+        if how == "validation" and split in (None, "train", "test"):
+            raise InputError(
+                "clean 'validation' chooses on validation patients, and here are none; give what a training on such "
+                "patients said (clean.txt in its folder): largest, a number of ml, or nothing."
+            )
+        if isinstance(how, str) and how not in ("largest", "validation"):
+            raise InputError(f"clean is {how!r}; expected largest, a number of ml, or validation.")
+        if not isinstance(how, str | None):
+            require_number("clean, the least size in ml,", how, 0, above=True)
+        self.how, self.split = how, split
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        if self.how in (None, "validation"):
+            return data
+        for key in self.key_iterator(data):
+            classes = convert_to_numpy(data[key])[0].copy()
+            voxel_ml = abs(np.linalg.det(convert_to_numpy(data[key].affine)[:-1, :-1])) / 1000
+            for number in np.unique(classes[classes > 0]):
+                parts, _ = connected_parts(classes == number, np.ones([3] * classes.ndim))
+                sizes = np.bincount(parts.ravel())
+                sizes[0] = 0
+                largest = np.arange(len(sizes)) == sizes.argmax()
+                # A part of just this size may come out a little smaller, by the rounding of the affine.
+                kept = largest if self.how == "largest" else sizes * voxel_ml > self.how * (1 - 1e-6)
+                classes[(parts > 0) & ~kept[parts]] = 0
+            data[key] = convert_to_dst_type(classes[None], data[key])[0]
+        return data
+
+
 class SaveSegmentationd(MapTransform):
     """Write a segmentation in the format, size and affine of the image it is of.
 
@@ -254,20 +316,23 @@ class SaveSegmentationd(MapTransform):
     Args:
         keys: segmentations, 1 x X x Y x Z on the grid of the image, whose file MONAI's metadata name.
         output_dir: gets ``NAME_seg.ENDING``, with the item's ``name`` or, if it has none, the name of its image.
+        probabilities: the keys hold probabilities of C classes, C x X x Y x Z; written as ``NAME_prob.nii.gz``,
+            X x Y x Z x C, float32.
     """
 
-    def __init__(self, keys: KeysCollection, output_dir: str) -> None:
+    def __init__(self, keys: KeysCollection, output_dir: str, probabilities: bool = False) -> None:
         super().__init__(keys)
-        self.folder = Path(output_dir)
+        self.folder, self.probabilities = Path(output_dir), probabilities
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
             source = Path(re.sub(r"#\d+/\d+$", "", data[key].meta["filename_or_obj"]))
             suffix = "" if source.is_dir() else suffix_of(source)  # a DICOM folder may be called 1.2.840
-            ending = WRITTEN_AS.get(suffix, suffix)
+            ending = ".nii.gz" if self.probabilities else WRITTEN_AS.get(suffix, suffix)
+            kind, dtype = ("prob", np.float32) if self.probabilities else ("seg", np.uint8)
             name = data.get("name") or source.name[: len(source.name) - len(suffix)]
-            how = {"output_ext": ending, "output_dtype": np.uint8, "writer": WRITERS.get(ending), "print_log": False}
-            with atomic_path(self.folder / f"{name}_seg{ending}") as temporary:
+            how = {"output_ext": ending, "output_dtype": dtype, "writer": WRITERS.get(ending), "print_log": False}
+            with atomic_path(self.folder / f"{name}_{kind}{ending}") as temporary:
                 save, path = SaveImage(self.folder, **how), str(temporary)[: -len(ending)]
                 # The writer drops the channel; said to have one, MONAI would take the last axis for it.
                 meta = {**data[key].meta, "original_channel_dim": float("nan")}

@@ -441,8 +441,8 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for name, part in value.items():
             yield from leaves(part, f"{key}#{name}".lstrip("#"))
-    elif isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        names = [part.get("_target_", "").split(".")[-1] for part in value]
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        names = [part if isinstance(part, str) else part.get("_target_", "").split(".")[-1] for part in value]
         yield f"{key}#order", names
         for place, (name, part) in enumerate(zip(names, value, strict=True)):
             yield from leaves(part, f"{key}#{name}{names[:place].count(name) or ''}")

@@ -266,7 +266,8 @@ def test_the_subject_table_scores_every_patient_and_class(slices):
     )
     evaluator.run()
     table = evaluator.state.subject_table
-    assert list(table.columns) == ["subject", "class", "dice", "iou", "empty"]
+    more = ["hd95_mm", "assd_mm", "lesion_recall", "lesion_precision", "volume_ml", "truth_ml"]
+    assert list(table.columns) == ["subject", "class", "dice", "iou", *more, "empty"]
     for volume, patient in zip(volumes, ("p1", "p2", "p1"), strict=True):
         volume["patient"] = patient
     evaluator.run()

@@ -60,6 +60,18 @@ def finished(tmp_path) -> Path:
 # The page
 
 
+def test_scores_of_patients_fit_on_the_page(tmp_path):
+    row = {"method": "full", "seed": 0, "split": "test", "subject": "p1", "class": "ED", "dice": 0.5, "iou": 0.4}
+    row |= {"hd95_mm": 7.25, "assd_mm": 2.5, "lesion_recall": 0.75, "lesion_precision": 0.125, "volume_ml": 3.5}
+    rows = [row | {"truth_ml": 4.5, "empty": False}, row | {"subject": "p2", "hd95_mm": 8.25, "truth_ml": 4.5}]
+    pd.DataFrame(rows).to_csv(tmp_path / "metrics.csv", index=False)
+    means, patients, *_ = tables(page_of(tmp_path))
+    shown = dict(zip(*means, strict=True))
+    assert [shown[name] for name in ("hd95 mm", "lesion recall", "hd95 mm sd")] == ["7.750", "0.750", "0.707"]
+    assert {"dice", "hd95 mm", "lesion recall", "volume ml", "truth ml"} <= set(patients[0])
+    assert not {"assd mm", "lesion precision"} & set(patients[0])
+
+
 def test_the_page_needs_nothing_else(finished):
     page = page_of(finished, synthetic=True)
     assert not [element for tag in ("script", "link") for element in page.iter(tag)]

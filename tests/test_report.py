@@ -149,6 +149,14 @@ def test_the_files_of_an_audit_are_strict_and_complete(audited, tmp_path):
     assert table["mean"].iloc[0] == pytest.approx(np.mean(VALIDATION["scratch"]))
 
 
+def test_an_audit_shows_distance_and_lesions_beside_dice_where_they_were_measured(audited, tmp_path):
+    rows = audited.assign(hd95_mm=10 - 5 * audited["dice"], lesion_recall=audited["dice"] / 2)
+    audit_report(rows, tmp_path, method="risk_map")
+    table = pd.read_csv(tmp_path / "audit.csv")
+    np.testing.assert_allclose(table["hd95_mm"], 10 - 5 * table["mean"])
+    np.testing.assert_allclose(table["lesion_recall"], table["mean"] / 2)
+
+
 def test_other_splits_methods_and_patients_are_refused(audited, tmp_path):
     for rows, method, said in [
         (audited[audited["split"] == "test"], "risk_map", "decided on split 'val'; found test"),

@@ -29,6 +29,7 @@ from medtl_ext.metrics.nleep import NLEEP, compute_nleep
 from medtl_ext.metrics.otce import OTCE, compute_otce, label_transport
 from medtl_ext.metrics.parc import PARC, compute_parc
 from medtl_ext.metrics.patients import PatientScores, PatientSums
+from medtl_ext.metrics.segmentation import compute_segmentation_scores
 from medtl_ext.metrics.sfda import SFDA, compute_sfda
 from medtl_ext.metrics.transrate import TransRate, compute_transrate
 
@@ -76,6 +77,7 @@ __all__ = [
     "compute_nleep",
     "compute_otce",
     "compute_parc",
+    "compute_segmentation_scores",
     "compute_sfda",
     "compute_transrate",
     "label_transport",

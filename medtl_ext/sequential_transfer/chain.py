@@ -14,6 +14,7 @@ from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, paired_compari
 from medtl_ext.sequential_transfer.plan import PlanPath, first_share
 from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, Study, audit_report, patient_table
 from medtl_ext.transfer.arms import arm_rows, finetuning_job
+from medtl_ext.transfer.report import ALSO
 from medtl_ext.transfer.sources import pretraining_job, source_collection
 
 MARGIN = 0.01
@@ -188,11 +189,13 @@ def spent_text(source_patients: int | None) -> str:
 
 
 def arms_table(rows: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
-    """Dice and IoU of every arm on each split, the best first, and the labelled patients that its steps spent."""
-    scores = patient_table(rows).groupby(["split", "method"])[["dice", "iou"]].mean()
+    """Mean scores of every arm on each split, the best first, and the labelled patients that its steps spent."""
+    patients = patient_table(rows)
+    measured = [name for name in ("dice", "iou", *ALSO) if name in patients]
+    scores = patients.groupby(["split", "method"])[measured].mean()
     steps = pd.DataFrame({arm.name: steps_of(arm) for arm in arms}, index=["path", "patients"]).T
     table = scores.reset_index().join(steps, on="method").sort_values(["split", "dice"], ascending=[True, False])
-    return table[["split", "method", "path", "patients", "dice", "iou"]]
+    return table[["split", "method", "path", "patients", *measured]]
 
 
 def second_step_text(rows: pd.DataFrame, plan: PlanPath) -> str:

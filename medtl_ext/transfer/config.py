@@ -22,7 +22,7 @@ from joblib import cpu_count
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from medtl_ext._io import write_json
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data.collection import load_collection
 
 Evaluating = TypeVar("Evaluating", ConfigWorkflow, ConfigParser)
@@ -34,6 +34,7 @@ DECIDING = ("network_def", "loss", "loss_def", "region_loss", "leep", "optimizer
 DECIDING += ("weight_map", "grid", "normalize", "source", "train#deterministic_transforms", "train#random_transforms")
 LEAST = {"seed": 0, "pool_seed": 0, "num_workers": 0, "epochs": 0, "pool_epochs": 1, "patience": 1}
 LEAST |= {"batch_size": 1, "iterations_per_epoch": 1, "val_interval": 1}
+CHOICES = {"score_space": ("patient", "training")}
 # Options that may name a file, of which the content counts and not the place.
 WHAT_IS_IN = dict.fromkeys(("collection", "source_collection"), "patients, splits or files")
 WHAT_IS_IN |= {"affinity": "weights"}
@@ -138,6 +139,8 @@ def _check_options(config: Mapping[str, Any], declared: Mapping[str, Mapping[str
         if kind & WORDS.keys() and given not in (kind | {int} if float in kind else kind):
             expected = " or ".join(word for one, word in WORDS.items() if one in kind)
             raise InputError(f"option --{key} is {value!r}; expected {expected}.")
+        if key in CHOICES:
+            require_choice(f"option --{key}", value, CHOICES[key])
         if isinstance(value, int | float) and value < LEAST.get(key, value):
             raise InputError(f"option --{key} is {value}; expected at least {LEAST[key]}.")
 

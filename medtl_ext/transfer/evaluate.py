@@ -15,15 +15,22 @@ from monai.engines import Evaluator, Trainer
 from monai.handlers import EarlyStopHandler
 from monai.transforms import Compose
 
-from medtl_ext._io import atomic_path, write_csv
+from medtl_ext._io import atomic_path, write_csv, write_text
+from medtl_ext._validation import InputError
 from medtl_ext.data.plan import Grid, label_ceiling
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer.sources import SingleSource, SourceNetwork, TargetTask
 from medtl_ext.transfer.tasks import PROBABILITIES, image_auc
+from medtl_ext.transforms import CleanSegmentationd
 
 __all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining"]
 
 logger = logging.getLogger(__name__)
+
+CLEANINGS = ("largest", 0.01, 0.1, 1.0)
+"""What "validation" tries, sizes in ml."""
+LEAST_GAIN = 1e-3
+"""In mean Dice; less is nothing."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -100,6 +107,9 @@ class ScorePatients:
         splits: their names.
         loaders: of each split, unshuffled.
         output_dir, method, seed: where the table goes and what its columns of these names say.
+        space: ``"training"`` where the evaluator scores on the training grid, which the log says.
+        clean: of the evaluator; where it leaves the choice to validation patients, they make it here, before anybody
+            else is scored, and ``clean.txt`` says it.
         checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder, which a network that
             was not trained leaves here. Beside it is written what else is needed to use it: of somebody else's network
             its card, else the grid.
@@ -112,6 +122,8 @@ class ScorePatients:
     output_dir: str
     method: str
     seed: int
+    space: str = "patient"
+    clean: CleanSegmentationd | None = None
     checkpoint: str | None = None
     grid: Grid | None = None
 
@@ -129,11 +141,11 @@ class ScorePatients:
                 self.grid.write(path / "grid.json")
         idist.barrier()
         load_weights(network, self.checkpoint or path / "model.pt", min_share=1.0)
+        if self.clean is not None and self.clean.how == "validation":
+            self._choose(self.clean)
         parts = []
         for split, loader in zip(self.splits, self.loaders, strict=True):
-            self.evaluator.data_loader = loader
-            self.evaluator.state.epoch_length = len(loader)
-            self.evaluator.run()
+            self._evaluate(loader)
             parts.append(self._scored(split, loader))
         table = pd.concat(parts, ignore_index=True)
         table.insert(0, "seed", self.seed)
@@ -142,12 +154,41 @@ class ScorePatients:
             self._write(table)
         return table
 
-    def _scored(self, split: str, loader: DataLoader) -> pd.DataFrame:
+    def _evaluate(self, loader: DataLoader) -> None:
+        self.evaluator.data_loader = loader
+        self.evaluator.state.epoch_length = len(loader)
+        self.evaluator.run()
+
+    def _dice(self) -> pd.Series:
+        """Mean Dice of each patient that was evaluated last."""
         table = self.evaluator.state.subject_table
-        table.insert(0, "split", split)
         patients = table["patient"].fillna(table["subject"]) if "patient" in table else table["subject"]
-        dice = table.groupby(patients)["dice"].mean()
-        logger.info("%s: Dice %.3f over %d %s patients", self.method, dice.mean(), len(dice), split)
+        return table.groupby(patients)["dice"].mean()
+
+    def _choose(self, clean: CleanSegmentationd) -> None:
+        """Keep what is best for the validation patients, or nothing, and say so."""
+        if clean.split not in self.splits:
+            choose = "give what a training chose (clean.txt in its folder): largest, a number of ml, or nothing"
+            raise InputError(f"clean 'validation' needs patients of split {clean.split!r}, who are not here; {choose}.")
+        found, loader = {}, self.loaders[self.splits.index(clean.split)]
+        for clean.how in (None, *CLEANINGS):
+            self._evaluate(loader)
+            found[clean.how] = self._dice().mean()
+        best = max(found, key=found.__getitem__)
+        clean.how = best if found[best] - found[None] >= LEAST_GAIN else None
+        tried = ", ".join(f"{'nothing' if how is None else how} {dice:.3f}" for how, dice in found.items())
+        said = "none" if clean.how is None else f"--clean {clean.how}"
+        text = f"Post-processing chosen on the {clean.split} patients: {said}. Mean Dice of {tried}. "
+        text += "inference.json gets none either." if clean.how is None else f"Give inference.json {said} too."
+        logger.info("%s: %s", self.method, text)
+        if idist.get_rank() == 0:
+            write_text(Path(self.output_dir) / "clean.txt", text)
+
+    def _scored(self, split: str, loader: DataLoader) -> pd.DataFrame:
+        table, dice = self.evaluator.state.subject_table, self._dice()
+        table.insert(0, "split", split)
+        where = " on the training grid" if self.space == "training" else ""
+        logger.info("%s: Dice %.3f%s over %d %s patients", self.method, dice.mean(), where, len(dice), split)
         return table
 
     def _write(self, table: pd.DataFrame) -> None:

@@ -78,6 +78,8 @@ class Report:
             return
         folder = self.here.folder
         verdict, details = _texts(folder)
+        if {**self.here.config.get("settings", {}), **self.here.config}.get("score_space") == "training":
+            verdict += "\n\nScores are measured on the training grid, not in the patients' own space."
         images = {path: base64.b64encode(path.read_bytes()).decode() for path in sorted(folder.glob("*.png"))}
         tables = [t for p in sorted(folder.glob("*.csv")) if not p.with_suffix(".md").is_file() for t in _tables(p)]
         if not (verdict or details or images or tables):
@@ -136,10 +138,10 @@ def _texts(folder: Path) -> tuple[str, str]:
 
 
 def _tables(path: Path) -> list[dict[str, Any]]:
-    """A CSV file as a table, and above scores per patient their mean."""
+    """A CSV file as a table, and above scores per patient their mean; of a page's width."""
     table = read_table(path)
-    tables = [_table(path, table, _caption(path))]
-    scores = [name for name in ("dice", "iou") if name in table]
+    scores = [name for name in ("dice", "iou", "hd95_mm", "lesion_recall") if name in table]
+    tables = [_table(path, table.drop(columns=["assd_mm", "lesion_precision"], errors="ignore"), _caption(path))]
     if {"split", "subject", "class"} <= set(table) and scores:
         who = "patient" if "patient" in table else "subject"
         of = [name for name in ("method", "split", "class") if name in table]

@@ -26,16 +26,20 @@ __all__ = ["audit_report", "compare_report", "markdown_table", "patient_table"]
 RUN_COLUMNS = ["pair", "slices", "split", "method", "source_seed", "seed"]
 """What tells one run from another; a table need not have all of them."""
 ALL_PAIRS = "all pairs"
+ALSO = ["hd95_mm", "lesion_recall"]
+"""Shown beside Dice, where a table has them."""
 
 
 def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Average the classes and the scans of each patient: one row per run and patient.
 
-    It has ``dice``, ``iou`` and ``empty``: how many classes are in neither truth nor prediction (and score 1).
+    It has ``dice``, ``iou``, where given ``hd95_mm`` and ``lesion_recall``, and ``empty``: how many classes are in
+    neither truth nor prediction (and score 1).
 
     Args:
         rows: columns ``method, seed, split, subject, class, dice, iou``, optionally ``pair, slices, source_seed,
-            empty``, and ``patient``, whom several subjects may be scans of (missing: the subject is the patient).
+            hd95_mm, lesion_recall, empty``, and ``patient``, whom several subjects may be scans of (missing: the
+            subject is the patient).
 
     Returns:
         The patient's name is in ``subject``.
@@ -66,7 +70,8 @@ def patient_table(rows: pd.DataFrame) -> pd.DataFrame:
     if "patient" in rows:
         rows = rows.assign(subject=rows["patient"].fillna(rows["subject"]))
     grouped = rows.groupby([*run, "subject"], sort=False, dropna=False)
-    return grouped.agg(dice=("dice", "mean"), iou=("iou", "mean"), empty=("empty", "sum")).reset_index()
+    means = {name: (name, "mean") for name in ("dice", "iou", *ALSO) if name in rows}
+    return grouped.agg(**means, empty=("empty", "sum")).reset_index()
 
 
 def audit_report(
@@ -115,7 +120,8 @@ def audit_report(
     output_dir = Path(output_dir)
     table = pd.concat([v.table.assign(split=split) for split, v in verdicts.items()])
     table = table[["split", *verdict.table.columns]]
-    write_csv(output_dir / "audit.csv", table)
+    also = patients.filter(ALSO).groupby([patients["split"], patients["method"].rename("arm")]).mean()
+    write_csv(output_dir / "audit.csv", table.join(also, on=["split", "arm"]))
     content = {key: value for key, value in asdict(verdict).items() if key != "table"}
     content |= {"method": method, "decided_on": "val", "margin": margin, "synthetic": synthetic}
     content |= {"runs_per_arm": runs, "tables": {split: records(v.table) for split, v in verdicts.items()}}

@@ -369,10 +369,14 @@ def test_inference_prepares_images_as_training_did(bundle):
     train, inference = bundle.content("train"), bundle.content("inference")
     shared = {"axcodes", "spacing", "roi_size", "image_size", "network_def"} & train.keys()
     assert {key: inference[key] for key in shared} == {key: train[key] for key in shared}
-    steps = [step for step in train["train"]["deterministic_transforms"] if "image" in step["keys"]]
+    transforms = train["train"]["deterministic_transforms"]
+    steps = [step for step in transforms if isinstance(step, str) or "image" in step["keys"]]
     prepared = inference["transforms"] if "transforms" in inference else inference["preprocessing"]["transforms"]
-    assert [step["_target_"] for step in prepared] == [step["_target_"] for step in steps]
+    names = [[step if isinstance(step, str) else step["_target_"] for step in part] for part in (prepared, steps)]
+    assert names[0] == names[1]
     for ours, theirs in zip(prepared, steps, strict=True):
+        if isinstance(ours, str):
+            continue
         same = ours.keys() & theirs.keys() - {"keys", "mode", "spatial_size"}  # of image alone; of a volume
         assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
 
@@ -409,16 +413,24 @@ def test_blocks_that_several_bundles_hold_are_equal():
     images |= {f"train#random_transforms#RandFlipd#{key}" for key in ("keys", "spatial_axis")}
     images |= {f"{part}#dataloader#batch_size" for part in ("score", "test", "validate")}
     images |= {"train#random_transforms#RandShiftIntensityd#offsets", "train#random_transforms#order"}
-    images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data", "validate#inferer#_target_"}
+    images |= {"train#dataset#_target_", "train#dataset#progress", "validate#dataset#data"}
     images |= {"train#deterministic_transforms#order", "validate#postprocessing#transforms#AsDiscreted#keys"}
+    images |= {"network_def#spatial_dims", "train#preprocessing#transforms", "validate#evaluator#inferer"}  # of a grid
     images |= {"validate#preprocessing#transforms"}  # of a patient the label is loaded as it is, too
     classes = {f"{part}#_target_" for part in ("target", "evaluation", "ranking", "network_def", "loss", "optimizer")}
     classes |= {"evaluation#splits", "ranking#check_data", "metrics", "decide_by", "train#handlers#ProgressBar#desc"}
     classes |= {"score#evaluator#amp"}  # FU needs gradients in full
     classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
-    inference = {"dataloader#batch_size", "dataset_dir", "inferer#_target_", "network_def#_target_", "imports", "run"}
+    inference = {
+        "dataloader#batch_size",
+        "dataset_dir",
+        "network_def#spatial_dims",
+        "network_def#_target_",
+        "imports",
+        "run",
+    }
     inference |= {"handlers#order", "handlers#ProgressBar#desc", "in_channels"}
-    inference |= {"postprocessing#transforms#order", "network#network", "evaluator#inferer"}
+    inference |= {"postprocessing#transforms#order", "network#network"}
     of_classification = {"train": images | classes | {"val_interval"}, "inference": inference}
     segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]
     for config, keys in own.items():

@@ -68,7 +68,8 @@ def test_the_network_takes_and_gives_what_the_metadata_say(bundle, name):
         p=1,
         n=1,
         any=1,
-        **({"n_classes": 2} if name == "train" else {}),  # else the phantom would be made to count them
+        # Else the phantom would be made to count them, and to plan for it.
+        **({"n_classes": 2, "network_def#spatial_dims": 2} if name == "train" else {}),
     )
 
 
@@ -120,7 +121,8 @@ def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
     torch.save(BasicUNet(2, 1, 2, features=[4] * 6, norm="batch").state_dict(), folder / "source.pt")
     train = {"collection": str(collection), "source": str(folder / "source.pt")}
     train |= {"network_def#features": [4] * 6, "progress": False}
-    segmentation = {"train": train, "inference": {"input_dir": str(collection.parent / "17-000")}}
+    inference = {"input_dir": str(collection.parent / "17-000"), "spacing": [2.0, 2.0, 4.0], "roi_size": [96, 96]}
+    segmentation = {"train": train, "inference": inference}
     arrays = {"images": np.zeros((4, 28, 28), np.uint8), "labels": np.arange(4) % 2}
     parts = {f"{split}_{name}": array for split in ("train", "val", "test") for name, array in arrays.items()}
     np.savez(folder / "tiny.npz", **parts)

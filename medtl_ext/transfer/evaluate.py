@@ -1,7 +1,7 @@
 """Steps around a training: read the data before it, train, and score every patient or image after it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import Evaluator, Trainer
 from monai.handlers import EarlyStopHandler
-from monai.transforms import Compose
 
 from medtl_ext._io import atomic_path, write_csv, write_text
 from medtl_ext._validation import InputError
@@ -50,7 +49,7 @@ class DataCheck:
     splits: Sequence[str]
     enabled: bool = True
     grid: Grid | None = None
-    transforms: Compose | None = None
+    transforms: Sequence[Callable] = ()
     origin: SingleSource | None = None
 
     def run(self) -> None:
@@ -66,8 +65,7 @@ class DataCheck:
         if whose is None and self.grid.native:
             return  # nothing is resampled
         items = self.task.datalist("train" if "train" in self.task.splits else self.task.splits[0])
-        steps = self.transforms.transforms
-        ceiling = label_ceiling(items, steps, n_classes=self.task.n_classes)
+        ceiling = label_ceiling(items, self.transforms, n_classes=self.task.n_classes)
         logger.info("the labels themselves, brought to the grid of %s and back: %s", whose or "the run", ceiling)
         if ceiling.low:
             remedy = f"with {whose} no network can do better" if whose else "give a finer --spacing, or --spacing auto"

@@ -26,6 +26,9 @@ from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save
 __all__ = ["CompareMethods", "Pictures"]
 
 N_PATIENTS = 3
+REFERENCE, PLACEBO = "vanilla", "placebo"
+"""The method that all others are compared with, and the same once more with other seeds: what chance alone does."""
+OTHER_SEED = 1000
 
 
 @dataclass(kw_only=True, eq=False)
@@ -146,7 +149,8 @@ class CompareMethods(Study):
 
     Args:
         pairs: (source task, target task) each.
-        methods: names of overlay configs beside ``train.json``.
+        methods: names of overlay configs beside ``train.json``; "vanilla" must be among them, with which all are
+            compared, and "placebo" is the same once more with other seeds.
         runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. A seed draws target slices, fresh weights and
             batches; a source seed stands for another pre-trained source checkpoint.
         train_slices: numbers of labelled target slices.
@@ -164,7 +168,11 @@ class CompareMethods(Study):
         """Each distinct training once, after that of its source."""
         here, config = self.here, self.here.config
         for method in self.methods:
-            require_choice("method", method, sorted(path.stem for path in here.configs.glob("*.json")))
+            require_choice("method", method, [*sorted(path.stem for path in here.configs.glob("*.json")), PLACEBO])
+        if REFERENCE not in self.methods:
+            raise InputError(
+                f"methods is {list(self.methods)}; {REFERENCE} must be among them: all are compared with it."
+            )
         for name in dict.fromkeys(target for _, target in self.pairs):
             self.open(name).check({"train", config["val_split"], "test"})
         tasks = dict.fromkeys(source for source, _ in self.pairs)
@@ -186,11 +194,12 @@ class CompareMethods(Study):
                 folder /= f"seed{one['seed']}"
                 columns["seed"] = one["seed"]
             before = pool[source, one["source_seed"]]
-            options = {"target_task": target, "train_slices": slices, "seed": one["seed"]}
+            overlay, seed = (REFERENCE, one["seed"] + OTHER_SEED) if method == PLACEBO else (method, one["seed"])
+            options = {"target_task": target, "train_slices": slices, "seed": seed}
             options |= {"source": {"task": source, "checkpoint": before.model}, "audit#arms": []}
-            job = here.job(folder, method, **options)
+            job = here.job(folder, overlay, **options)
             found.setdefault(folder, (columns, Arm(method, (before, job))))
         return list(found.values())
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
-        compare_report(table, self.here.folder, synthetic=self.synthetic)
+        compare_report(table, self.here.folder, reference=REFERENCE, synthetic=self.synthetic)

@@ -31,7 +31,7 @@ from medtl_ext.transforms import body_mask
 
 CLASS_COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
 METHOD_GROUPS = dict.fromkeys(("zero_shot", "scratch", "vanilla", "dice_ce", "full"), "baseline")
-METHOD_GROUPS |= dict.fromkeys(("frequency", "prior_image", "prior_shift"), "control")
+METHOD_GROUPS |= dict.fromkeys(("placebo", "frequency", "prior_image", "prior_shift"), "control")
 """Methods that are not loss weightings: baselines, and controls that weight without having seen the source."""
 BLUE, ORANGE = "#0072B2", "#D55E00"
 GROUP_COLOURS = {"baseline": BLUE, "weighting": ORANGE, "control": "#009E73", "all parameters": "#CC79A7"}
@@ -306,8 +306,8 @@ def plot_comparison(
     """Methods compared on one panel per pair: mean Dice with its spread over runs, grouped by kind of method.
 
     Args:
-        summary: the table of `medtl_ext.transfer.compare_report`: columns ``pair, slices, method, mean, sd, difference,
-            p_holm``. Slice numbers are drawn from hollow (the smallest) to filled.
+        summary: the table of `medtl_ext.transfer.compare_report`: columns ``pair, slices, method, mean, sd, run_means,
+            differs``. Slice numbers are drawn from hollow (the smallest) to filled.
         reference: method marked by a dashed line per slice number.
         title: above the figure.
         synthetic: print "synthetic phantom" below.
@@ -328,9 +328,11 @@ def plot_comparison(
         heights = cells["method"].map(rows.index) + (0.34 * (strength - 0.5) if several else 0.0)
         colours = [GROUP_COLOURS[method_group(method)] for method in cells["method"]]
         panel.hlines(heights, mean - spread, mean + spread, colours, linewidth=1.3)
+        for height, colour, runs in zip(heights, colours, cells["run_means"], strict=True):
+            panel.plot(runs, np.full(len(runs), height), "|", color=colour, markersize=7, markeredgewidth=0.8)
         panel.scatter(mean, heights, s=24, c=list(map(_tint, colours, strength)), edgecolors=colours, zorder=3)
         ends = pd.DataFrame({"end": mean + spread.fillna(0), "height": heights})
-        for end in ends[cells["p_holm"] < 0.05].to_numpy():
+        for end in ends[cells["differs"]].to_numpy():
             panel.annotate("*", end, xytext=(2, -4), textcoords="offset points")
         panel.set(title=pair, xlabel="mean Dice")
     keys = [(group, GROUP_COLOURS[group], 1.0) for group in groups]
@@ -338,8 +340,8 @@ def plot_comparison(
     dot = {"marker": "o", "markersize": 5, "linestyle": "none"}
     handles = [Line2D([], [], label=k, color=c, markerfacecolor=_tint(c, strength), **dot) for k, c, strength in keys]
     figure.legend(handles=handles, loc="outside right upper")
-    note = f"dots: mean, bars: sd over runs; vertical line: {reference}; *: differs from {reference} "
-    note += "(Wilcoxon over patients, Holm, p < .05)"
+    note = f"dots: mean, bars: sd over runs, ticks: runs; vertical line: {reference}; *: differs from {reference} "
+    note += "(in every run, and Wilcoxon over patients, Holm, p < .05)"
     return _finish(figure, title, synthetic, note)
 
 

@@ -206,14 +206,14 @@ def test_audit_shows_patients_means_intervals_and_differences():
 
 
 def comparison(*sizes, **options):
-    methods = (("risk_map", 0.02, 0.01), ("vanilla", np.nan, np.nan), ("prior_image", 0.01, 0.9))
+    methods = (("risk_map", 0.02, True), ("vanilla", np.nan, False), ("prior_image", 0.01, False))
     rows = [
-        (pair, slices, method, 0.1 * k + slices / 1000, sd, p)
+        (pair, slices, method, 0.1 * k + slices / 1000, sd, (0.1 * k, 0.1 * k + slices / 500), differs)
         for pair in ("A", "B")
         for slices in sizes
-        for k, (method, sd, p) in enumerate(methods)
+        for k, (method, sd, differs) in enumerate(methods)
     ]
-    table = pd.DataFrame(rows, columns=["pair", "slices", "method", "mean", "sd", "p_holm"])
+    table = pd.DataFrame(rows, columns=["pair", "slices", "method", "mean", "sd", "run_means", "differs"])
     return plot_comparison(table, **options)
 
 
@@ -229,7 +229,10 @@ class TestComparison:
         heights = dots.get_offsets()[:, 1].tolist()  # blank rows between the groups, and few slices above many
         assert heights == pytest.approx([1.83, -0.17, 3.83, 2.17, 0.17, 4.17])
         assert [tuple(dots.get_facecolors()[i]) for i in (0, 3)] == [to_rgba("white"), to_rgba(ORANGE)]
-        assert [line.get_xdata()[0] for line in panel.lines] == pytest.approx([0.15, 0.3])  # the reference
+        reference, runs = panel.lines[:2], panel.lines[2:]
+        assert [line.get_xdata()[0] for line in reference] == pytest.approx([0.15, 0.3])
+        assert list(runs[0].get_xdata()) == pytest.approx([0, 0.1])
+        assert [line.get_ydata()[0] for line in runs] == pytest.approx(heights)
         stars = [(text.get_text(), text.xy[0]) for text in panel.texts]  # the risk map, at both slice numbers
         assert stars == [("*", pytest.approx(0.05 + 0.02)), ("*", pytest.approx(0.2 + 0.02))]
         assert legend(figure) == ["baseline", "weighting", "control", "50 slices", "200 slices"]

@@ -153,10 +153,11 @@ def compare_report(
         synthetic: the data are synthetic, which text and figure then say.
 
     Returns:
-        One row per pair, slices and method: ``mean, sd, iou, runs, patients``, then against the reference
+        One row per pair, slices and method: ``mean, sd, iou, runs, run_means, patients``, then against the reference
         ``difference, difference_low, difference_high`` (paired t interval), ``p`` (Wilcoxon over patients), ``p_holm``
-        (Holm over the methods of that pair and slice number), and ``runs_ahead`` of ``runs_matched`` runs with the same
-        seed and source checkpoint (or the one of the two that the method depends on).
+        (Holm over the methods of that pair and slice number), ``runs_ahead`` of ``runs_matched`` runs with the same
+        seed and source checkpoint (or the one of the two that the method depends on), and ``differs``: p_holm is below
+        .05 and the mean is on the same side in every run. Patients alone do not tell what training again does.
 
     Raises:
         InputError: a column is missing, the test split or the reference has no results, or patients differ between
@@ -280,7 +281,7 @@ def _against(patients: pd.DataFrame, scores: Scores, reference: str) -> pd.DataF
     for method, values in scores.items():
         own, gaps = runs.loc[method], []
         row = {"method": method, "mean": own["dice"].mean(), "sd": own["dice"].std(), "iou": own["iou"].mean()}
-        row |= {"runs": len(own), "patients": len(values), "difference": 0.0}
+        row |= {"runs": len(own), "run_means": tuple(own["dice"].round(6)), "patients": len(values), "difference": 0.0}
         row |= dict.fromkeys(["difference_low", "difference_high", "p"], np.nan)
         if method != reference:
             found = paired_comparison(values, scores[reference])
@@ -293,7 +294,9 @@ def _against(patients: pd.DataFrame, scores: Scores, reference: str) -> pd.DataF
                 gaps = (means[0] - means[1]).dropna()
         rows.append(row | {"runs_ahead": sum(gap > 0 for gap in gaps), "runs_matched": len(gaps)})
     table = pd.DataFrame(rows)
-    return table.assign(p_holm=holm(table["p"]))
+    table["p_holm"] = holm(table["p"])
+    one_side = table["runs_ahead"] == table["runs_matched"].where(table["difference"] > 0, 0)
+    return table.assign(differs=table["p_holm"].lt(0.05) & one_side)
 
 
 def _what_it_shows(cells: Mapping[tuple[str, Any], tuple[pd.DataFrame, Scores]], reference: str) -> list[str]:
@@ -318,12 +321,12 @@ def _what_it_shows(cells: Mapping[tuple[str, Any], tuple[pd.DataFrame, Scores]],
 
 
 def _against_reference(cell: pd.DataFrame, reference: str) -> str:
-    found = [row for row in cell.itertuples() if row.p_holm < 0.05]
+    found = [row for row in cell.itertuples() if row.differs]
     better, worse = (
         _listed(f"{row.method} ({row.difference:+.3f})" for row in found if row.difference * sign > 0)
         for sign in (1, -1)
     )
-    return f"better than {reference} (corrected p < .05): {better}; worse: {worse}."
+    return f"better than {reference} (corrected p < .05, and in every run): {better}; worse: {worse}."
 
 
 def _against_controls(scores: Scores) -> list[str]:

@@ -227,7 +227,7 @@ class TestCommand:
         assert main(["plan", str(hippocampus), str(task), "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert "3D, volumes" in said
-        assert "and back: Dice 1.000" in said
+        assert "and back: nothing is lost" in said
         assert json.loads(out.read_text())["spacing"] == [1, 1, 1]
 
     def test_a_coarse_grid_is_told_by_the_exit_status(self, hippocampus, capsys):
@@ -278,3 +278,22 @@ def test_collection_of_one_test_patient_plans_from_it(tmp_path):
     content = {"name": "one", "labels": {"part": {"it": 1}}, "objectives": {"It": {"label": "part", "values": [1]}}}
     path = write_collection(tmp_path / "collection.json", content | {"subjects": [subject]})
     assert main(["plan", str(path), "A-T1-It"]) == 0
+
+
+def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
+    """Two patients of 1 mm slices with a plate of 1 mm each, three of 4 mm: the median is 4 mm."""
+    subjects = []
+    for number in range(5):
+        shape, sizes = ((24, 24, 32), (1, 1, 1)) if number < 2 else ((24, 24, 8), (1, 1, 4))
+        label = np.zeros(shape, np.uint8)
+        label[4:20, 4:20, [3, 9, 17] if number < 2 else [2]] = 1
+        image = np.random.default_rng(number).integers(1, 200, shape).astype(np.float32)
+        saved(tmp_path, f"p{number}", shape=shape, sizes=sizes, label=label, image=image)
+        files = {"images": {"T1": f"p{number}.nii.gz"}, "labels": {"part": f"p{number}_label.nii.gz"}}
+        subjects.append({"id": f"p{number}", "institution": "A", "split": "train"} | files)
+    content = {"name": "five", "labels": {"part": {"it": 1}}, "objectives": {"It": {"label": "part", "values": [1]}}}
+    path = write_collection(tmp_path / "collection.json", content | {"subjects": subjects})
+    assert main(["check", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "warning: A-T1-It: spacing 1 x 1 x 4 mm: the median of 5 training images, which are from 1 x 1 x 1" in said
+    assert "connected parts vanish; give a finer grid" in said

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from medtl_ext._validation import InputError
-from medtl_ext.data.collection import SPLITS, Task, count_splits, load_collection, refuse_to_replace
-from medtl_ext.data.integrity import IntegrityReport, check_collection
+from medtl_ext.data.collection import SPLITS, Collection, Task, count_splits, load_collection, refuse_to_replace
+from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.phantom import generate_phantom
-from medtl_ext.data.plan import grid_steps, label_ceiling, plan_grid, truth_steps
+from medtl_ext.data.plan import Ceiling, Grid, grid_steps, label_ceiling, plan_grid, truth_steps
 from medtl_ext.data.readers import CHALLENGES, READERS, read_collection
 from medtl_ext.data.sample import SAMPLES, write_sample
 from medtl_ext.data.splits import FRACTIONS, split_collection
@@ -22,10 +22,17 @@ from medtl_ext.data.splits import FRACTIONS, split_collection
 def check(collection: str, task: Sequence[str] | None = None, csv: str | None = None) -> int:
     """Read every file of a collection and list what is wrong with it. Nothing is changed.
 
-    Exit status: 0 without errors (warnings are allowed), 1 with errors, 2 when the collection cannot be used.
+    Where images differ in spacing it also says what the grid that is planned for a task would lose. Exit status: 0
+    without errors (warnings are allowed), 1 with errors, 2 when the collection cannot be used.
     """
     _refuse_other_table(csv, collection)
-    report = check_collection(load_collection(collection), task)
+    of = load_collection(collection)
+    report = check_collection(of, task)
+    for name in () if report.errors else map(str, task or of.tasks()):
+        grid, ceiling = _planned(of, name)
+        if ceiling.low:
+            advice = f"give a finer grid; see python -m medtl_ext.data plan {collection} {name}"
+            report.issues.append(Issue("warning", "", name, f"{grid.why[0]}: {ceiling}", advice))
     return _show(report, report, csv)
 
 
@@ -56,38 +63,44 @@ def read(name: str, out: str, root: str | None = None, csv: str | None = None, *
     return _show(reading, reading.check, csv)
 
 
-def plan(
-    collection: str,
-    task: str,
-    source: str | None = None,
-    trust_sources: bool = False,
-    out: str | None = None,
-    **options: Any,
-) -> int:
+def plan(collection: str, task: str, out: str | None = None, source: str | None = None, **options: Any) -> int:
     """Choose spacing, slices or volumes, windows and intensities from a task's training images, and say why.
 
     Also says what the grid leaves of the labels: the best Dice that any network could reach on it, and how many
     connected parts vanish. The bundles plan the same when nothing is given. Exit status: 1 where much is lost.
     """
-    of = load_collection(collection)
-    asked, splits = Task(task), {subject.split for subject in of.subjects_of(task)}
-    items = of.datalist(task, next(split for split in SPLITS if split in splits))
-    values = of.label_values(asked)
     if len(options.get("roi_size", ())) == 1:
         options["roi_size"] = options["roi_size"][0]
-    grid = plan_grid(items, label_values=values, channels=asked.channels, **options)
+    grid, ceiling = _planned(load_collection(collection), task, source, **options)
     print(*grid.why, sep="\n")
-    steps = grid_steps(grid, label_values=values, axcodes=options["axcodes"])
-    if source is not None:
-        above = "medtl_ext.transfer.sources:"  # a program stands on the roof, whatever the room it is found in
-        card_at, source_transforms = (resolve_name(above + name) for name in ("card_at", "source_transforms"))
-        steps = source_transforms(card_at(Path(source), trust_sources), asked.channels, truth_steps(values))
-    ceiling = label_ceiling(items, steps, n_classes=len(values) + 1)
     print(f"the labels themselves, brought to the grid{f' of {source}' if source else ''} and back: {ceiling}")
     if out:
         grid.write(out)
         print(f"Plan written to {out}: change it as you like, and lay it over a bundle's config")
     return int(ceiling.low)
+
+
+def _planned(
+    of: Collection,
+    task: str,
+    source: str | None = None,
+    trust_sources: bool = False,
+    axcodes: str = "RAS",
+    **options: Any,
+) -> tuple[Grid, Ceiling]:
+    """The grid of a task, and what it, or that of a source, leaves of the labels."""
+    asked, splits = Task(task), {subject.split for subject in of.subjects_of(task)}
+    items = of.datalist(task, next(split for split in SPLITS if split in splits))
+    values = of.label_values(asked)
+    grid = plan_grid(items, label_values=values, channels=asked.channels, axcodes=axcodes, **options)
+    steps = grid_steps(grid, label_values=values, axcodes=axcodes)
+    if source is not None:
+        above = "medtl_ext.transfer.sources:"  # a program stands on the roof, whatever the room it is found in
+        card_at, source_transforms = (resolve_name(above + name) for name in ("card_at", "source_transforms"))
+        steps = source_transforms(card_at(Path(source), trust_sources), asked.channels, truth_steps(values))
+    elif grid.native:
+        return grid, Ceiling((1.0,) * len(items))
+    return grid, label_ceiling(items, steps, n_classes=len(values) + 1)
 
 
 def sample(name: str, out: str) -> int:

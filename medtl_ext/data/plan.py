@@ -62,14 +62,17 @@ class Ceiling:
 
     Attributes:
         dice: of each patient, the mean over the classes that the patient has.
-        parts, lost: connected parts of the foreground, and how many of them have no voxel left.
+        parts, lost: connected parts of the foreground, and how many of them have no voxel left; of images that are not
+            resampled they are not counted.
     """
 
     dice: tuple[float, ...]
-    parts: int
-    lost: int
+    parts: int = 0
+    lost: int = 0
 
     def __str__(self) -> str:
+        if not self.parts:
+            return "nothing is lost"
         patients = f"{len(self.dice)} patient{'s'[: len(self.dice) != 1]}"
         found = f"Dice {np.mean(self.dice):.3f} over {patients}, {min(self.dice):.3f} at worst"
         return f"{found}; {self.lost} of {self.parts} connected parts vanish"

@@ -297,3 +297,20 @@ def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "warning: A-T1-It: spacing 1 x 1 x 4 mm: the median of 5 training images, which are from 1 x 1 x 1" in said
     assert "connected parts vanish; give a finer grid" in said
+
+
+def test_a_network_of_ours_keeps_the_grid_that_it_has_seen(tmp_path):
+    """Fine-tuned or scored on other patients, it is not given images of another spacing."""
+    torch.save({}, tmp_path / "model.pt")
+    planned([saved(tmp_path, "a")], spacing=[1, 1, 2], roi_size=[48, 32]).write(tmp_path / "grid.json")
+    files = [str(RISK_MAP.configs / f"{name}.json") for name in ("train", "evaluate")]
+    options = {"collection": str(write_sample("hippocampus", tmp_path / "sample")), "output_dir": str(tmp_path / "out")}
+    options |= {"target_task": str(load_collection(options["collection"]).tasks()[0])}
+    for config, given in [
+        (files[:1], {"source": str(tmp_path / "model.pt")}),
+        (files, {"ckpt": str(tmp_path / "model.pt")}),
+    ]:
+        workflow = ConfigWorkflow(config_file=config, workflow_type="train", **options, **given)
+        workflow.initialize()
+        grid = workflow.parser.get_parsed_content("grid")
+        assert (grid.spacing, grid.roi_size) == ((1, 1, 2), (48, 32))

@@ -121,7 +121,7 @@ def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
     torch.save(BasicUNet(2, 1, 2, features=[4] * 6, norm="batch").state_dict(), folder / "source.pt")
     train = {"collection": str(collection), "source": str(folder / "source.pt")}
     train |= {"network_def#features": [4] * 6, "progress": False}
-    inference = {"input_dir": str(collection.parent / "17-000"), "spacing": [2.0, 2.0, 4.0], "roi_size": [96, 96]}
+    inference = {"input_dir": str(collection.parent / "17-000")}
     segmentation = {"train": train, "inference": inference}
     arrays = {"images": np.zeros((4, 28, 28), np.uint8), "labels": np.arange(4) % 2}
     parts = {f"{split}_{name}": array for split in ("train", "val", "test") for name, array in arrays.items()}

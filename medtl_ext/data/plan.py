@@ -35,7 +35,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.files import affine_of, read_channels, shape_of
 from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 
-__all__ = ["Ceiling", "Grid", "grid_steps", "label_ceiling", "plan_grid", "read_grid", "truth_steps"]
+__all__ = ["Ceiling", "Grid", "grid_steps", "label_ceiling", "plan_grid", "read_grid", "stored_options", "truth_steps"]
 
 AUTO = "auto"
 MULTIPLE = 16
@@ -146,23 +146,31 @@ class Grid:
         write_json(path, self.options | {"_why_": list(self.why)})
 
 
+def stored_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options of a ``grid.json``; none where there is no file.
+
+    Raises:
+        InputError: the file is another one.
+    """
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+        options = {name: value for name, value in stored.items() if not name.startswith("_")}
+        return Grid(**options).options if options else {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no grid.json of a training ({error}); put that one there.") from error
+
+
 def read_grid(path: str | os.PathLike[str], **given: Any) -> Grid:
     """A grid from its ``grid.json``, and what is given (not "auto") in its place.
 
     Raises:
-        InputError: the file is not there, and spacing and size are not given; or it holds no grid.
+        InputError: the file is not there, and spacing and size are not given; or it is another one.
     """
-    given = {name: value for name, value in given.items() if value != AUTO}
-    if not Path(path).is_file():
-        if {"spacing", "roi_size"} <= given.keys():
-            return Grid(**given)
+    options = stored_options(path) | {name: value for name, value in given.items() if value != AUTO}
+    if not {"spacing", "roi_size"} <= options.keys():
         advice = "put it there, or give --spacing and --roi_size as they were in the training"
         raise InputError(f"{path}, which a training leaves beside its network, is not there; {advice}.")
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        return Grid(**{name: value for name, value in stored.items() if not name.startswith("_")} | given)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no grid.json of a training ({error}); put that one there.") from error
+    return Grid(**options)
 
 
 def plan_grid(

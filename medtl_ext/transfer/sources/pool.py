@@ -539,6 +539,13 @@ class SingleSource:
     # What a config needs
 
     @property
+    def checkpoint(self) -> str | None:
+        """Weights of the bundle's own network, where the option gives them."""
+        entry = self.here.config.get("source")
+        path = entry.get("checkpoint") if isinstance(entry, Mapping) else entry
+        return path if isinstance(path, str) and Path(path).suffix in WEIGHTS and self.card is None else None
+
+    @property
     def weights(self) -> str | dict[str, torch.Tensor]:
         """What a fine-tuning starts from: a file, or the tensors of a foreign network that is fitted to the target."""
         return self.source.card.checkpoint if self.card is None else self._adapted().state_dict()

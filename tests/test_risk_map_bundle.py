@@ -437,6 +437,7 @@ def no_training(no_training, monkeypatch):
         ({"network_def#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
         ({"freeze": "backbone"}, "matches no parameter"),
         ({"train_slices": 0}, "max_slices must be at least 1"),
+        ({"background_share": 1}, "0 <= share < 1"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
 )

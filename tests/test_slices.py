@@ -214,6 +214,8 @@ class TestHealthySlices:
         caplog.set_level(logging.INFO, "medtl_ext")
         build([entry | {"patient": "Ann"} for entry in data[:2]] + data[2:], max_slices=10, background_share=0.2)
         assert "training on 10 slices of 3 patients, 2 without foreground" in caplog.text
+        build(data, slices="all")
+        assert "training on 40 slices of 4 patients, 31 without foreground" in caplog.text
 
 
 class Tag(RandomizableTransform):

@@ -156,9 +156,9 @@ class SliceDataset(Dataset):
             stacks[volume] = stack.keep(quotas[volume]).framed(frame)
         self._stacks = sorted(stacks, key=lambda stack: stack.position)
         self._index = [(stack, place) for stack in self._stacks for place in range(len(stack.slices))]
-        patients = {stack.names.get("patient", stack.names["subject"]) for stack in stacks}
+        patients = {stack.names.get("patient", stack.names["subject"]) for stack in self._stacks}
         what = "volumes" if slices == "volume" else "slices"
-        healthy = quotas[:, 1:].sum()
+        healthy = sum(not label.any() for stack in self._stacks for label in stack.arrays.get("label", ()))
         logger.info("training on %d %s of %d patients, %d without foreground", len(self), what, len(patients), healthy)
 
     def _load_stacks(

@@ -221,7 +221,8 @@ def log_prior(target_labels: Any, *, n_classes: int, ignore_index: int | None = 
 class RiskWeightedLoss(nn.Module):
     """A weighted sum of an elementwise loss over all pixels, divided by the number of foreground pixels in the batch.
 
-    ``sum_i w_i l_i / max(number of foreground pixels, 1)``, with w a map shared by all images or one map per sample.
+    ``sum_i w_i l_i / number of foreground pixels``, with w a map shared by all images or one map per sample. A batch of
+    healthy slices has none; it is divided by the number of its pixels, lest its loss be thousands of times another's.
     In a bundle's JSON::
 
         "loss": {
@@ -246,7 +247,7 @@ class RiskWeightedLoss(nn.Module):
             N x *spatial (int64), any other with N x 1 x *spatial in the dtype of the logits, as MONAI's ``to_onehot_y``
             losses and `BCEWithLogitsLoss` expect. Pixels with the label of its ``ignore_index`` count nowhere.
         weight: pixel weights *spatial, shared by all images; None weighs all pixels alike until `set_weight`.
-        normalization: the divisor: "foreground" (the number of pixels with a label above 0, at least 1: paper), "mean"
+        normalization: the divisor: "foreground" (the number of pixels with a label above 0: paper), "mean"
             (the number of pixels), or "weights" (the sum of the weights).
         region_loss: a loss that is no sum over pixels, such as MONAI's ``DiceLoss(to_onehot_y=True, softmax=True)``,
             added unweighted. It is called with the logits and N x 1 x *spatial targets.
@@ -337,15 +338,16 @@ class RiskWeightedLoss(nn.Module):
         ignore_index = getattr(self.base_loss, "ignore_index", None)
         valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
         if self.normalization == "weights" and weight is not None:
-            total, smallest = (weight * valid).sum(), torch.finfo(weight.dtype).tiny
+            total = (weight * valid).sum()
         else:
             counted = valid & (labels.long() > 0) if self.normalization == "foreground" else valid
-            total, smallest = counted.sum().to(torch.float32), 1.0
+            total = counted.sum().to(torch.float32)
+        totals, world = torch.stack([total, valid.sum().to(total)]), 1
         # Only where a backward pass will follow: in an evaluation the processes may run different numbers of batches.
-        if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
-            return total.clamp(min=smallest) / dist.get_world_size()
-        return total.clamp(min=smallest)
+        if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+            world = dist.get_world_size()
+        return torch.where(totals[0] > 0, totals[0], totals[1].clamp(min=1)) / world
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -164,7 +164,8 @@ class SelectSource(RankSources):
     """
 
     scores = tuple(name for name in SCORES if name not in ("lp", "fu", "lp_fu", "ncti"))
-    carried = ("collection", "source_collection", "phantom_subjects", "train_slices", "spacing", "roi_size")
+    carried = ("collection", "source_collection", "phantom_subjects", "train_slices", "background_share")
+    carried += ("spacing", "roi_size")
 
     method: str
     decide_by: str | None

@@ -272,7 +272,7 @@ GRID = {"spacing": [2.0, 2.0, 4.0], "roi_size": [24, 24], "network_def": BRIGHT}
 def scored(folder: Path, given: dict[str, str], *overlays: str, **options) -> tuple[pd.Series, str]:
     """Dice by split of a network that finds what is bright, and what was said of the post-processing."""
     steps = RISK_MAP.content("train")["train"]["deterministic_transforms"]
-    plain = [step for step in steps if not step["_target_"].endswith("NormalizeBodyd")]
+    plain = [step for step in steps if step != "$@grid.intensities"]
     asked = GRID | {"train#deterministic_transforms": plain, "target_task": "A-T2-ED", "output_dir": str(folder)}
     RISK_MAP.run(*(overlays or ["zero_shot"]), **given | asked | options)
     said = (folder / "clean.txt").read_text() if (folder / "clean.txt").exists() else ""
@@ -359,7 +359,7 @@ def test_probabilities_are_written_in_the_patients_space_and_make_the_segmentati
     picture.save(tmp_path / "data" / "flat.png")
     for file, ending in ((image, ".nii.gz"), (tmp_path / "data" / "flat.png", ".png")):
         options = {"ckpt": given["source"], "output_dir": str(tmp_path / "out"), "datalist": [{"image": str(file)}]}
-        steps = [one for one in bundle.content("inference")["transforms"] if "NormalizeBody" not in one["_target_"]]
+        steps = [one for one in bundle.content("inference")["transforms"] if one != "$@grid.intensities"]
         options |= {"spacing": [3.0, 3.0, 4.0], "transforms": steps, "save_probabilities": True}
         bundle.run(base="inference", **GRID | options)
         name = file.name.removesuffix(ending)

@@ -73,6 +73,16 @@ def test_every_method_trains_and_scores(method, options):
         assert not {name for name in same - encoder if name.endswith("weight")}
 
 
+@pytest.mark.parametrize("method", ["class_weight", "frequency", "prior_image", "prior_shift", "risk_map_image"])
+def test_weights_are_of_healthy_slices_too(method, options):
+    run(method, **options | {"background_share": 0.5, "figures": True})
+    assert table(options["output_dir"])["dice"].between(0, 1).all()
+    maps = [nib.load(path).get_fdata() for path in Path(options["output_dir"]).glob("weight*.nii.gz")]
+    assert len(maps) == {"frequency": 1, "prior_image": 4, "risk_map_image": 4}.get(method, 0)
+    if method == "frequency":  # half of the slices are foreground nowhere
+        assert 1 < maps[0].max() <= 10**0.5 * (1 + 1e-6)
+
+
 @pytest.fixture
 def foreign(tmp_path):
     """Cards of somebody else's untrained networks, 2D and 3D, with a preprocessing and a grid of their own."""
@@ -438,6 +448,7 @@ def no_training(no_training, monkeypatch):
         ({"network_def#features": [4, 4, 8, 8, 8, 4]}, "another architecture"),
         ({"freeze": "backbone"}, "matches no parameter"),
         ({"train_slices": 0}, "max_slices must be at least 1"),
+        ({"background_share": 1}, "0 <= share < 1"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
 )

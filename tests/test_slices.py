@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import runpy
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import nibabel
 import numpy as np
@@ -127,6 +129,93 @@ class TestChoice:
     def test_volume_that_was_not_loaded(self, data):
         with pytest.raises(InputError, match=r"subject 'p\d': image and label must be arrays .* found none"):
             build(data, [RandFlipd(KEYS), *LOAD])
+
+
+class TestHealthySlices:
+    """The patients have 5, 9 and 7 slices without foreground; p3, who is healthy, ten, one of them empty air."""
+
+    @pytest.fixture
+    def data(self, data, tmp_path):
+        grid = np.arange(8 * 6 * 10, dtype=np.float32).reshape(8, 6, 10)
+        grid[:, :, 0] = 0  # air
+        files = {key: str(tmp_path / f"3-{key}.nii.gz") for key in KEYS}
+        for key, array in zip(KEYS, (grid, np.zeros_like(grid)), strict=True):
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), files[key])
+        return [*data, files | {"subject": "p3"}]
+
+    def kinds(self, dataset):
+        """(slices with foreground, without), after having seen that each is one or the other."""
+        counts = Counter(bool(item["label"].any()) for item in items(dataset))
+        return counts[True], counts[False]
+
+    @pytest.mark.parametrize(
+        ("n", "share", "expected"),
+        [
+            (None, 0.0, (9, 0)),
+            (None, 0.25, (9, 3)),
+            (None, 0.5, (9, 9)),
+            (None, 0.9, (9, 30)),  # there are no more
+            (5, 0.2, (4, 1)),
+            (10, 0.2, (8, 2)),
+            (50, 0.25, (9, 3)),  # not more healthy ones because there are few with foreground
+            (1, 0.9, (1, 0)),  # something is to be learnt
+        ],
+    )
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_the_share_is_that_of_the_drawn_slices(self, data, n, share, expected, seed):
+        assert self.kinds(build(data, max_slices=n, background_share=share, seed=seed)) == expected
+
+    def test_too_few_healthy_slices_leave_room_for_others(self, data):
+        label = Lambdad("label", lambda label: label.clamp(min=0) + (torch.arange(10) > 1))
+        assert self.kinds(build(data[:1], [*LOAD, label], max_slices=8, background_share=0.5)) == (6, 2)
+
+    def test_no_share_draws_what_was_drawn_before(self, data):
+        assert places(build(data, max_slices=7, background_share=0)) == places(build(data[:3] + data[3:], max_slices=7))
+        assert places(build(data, background_share=0)) == places(build(data))
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_larger_draw_contains_the_smaller_one(self, data, seed):
+        draws = [set(places(build(data, max_slices=n, background_share=0.4, seed=seed))) for n in range(1, 17)]
+        assert all(len(draw) == min(n, 15) for n, draw in enumerate(draws, 1))
+        assert all(small <= large for small, large in pairwise(draws))
+        assert draws[-1] == set(places(build(data, background_share=0.4, seed=seed)))
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_spread_over_patients_of_whom_one_is_healthy(self, data, seed):
+        drawn = places(build(data, max_slices=4, background_share=0.5, seed=seed))
+        assert [subject for subject, _ in drawn] == ["p0", "p1", "p2", "p3"]
+
+    def test_empty_air_is_no_healthy_slice(self, data):
+        drawn = {place for subject, place in places(build(data, background_share=0.9)) if subject == "p3"}
+        assert drawn == set(range(1, 10))
+
+    def test_healthy_patients_alone(self, data):
+        with pytest.raises(InputError, match="none of the 1 volumes has foreground"):
+            build(data[3:], background_share=0.5)
+
+    def test_small_draw_spares_volumes(self, data):
+        loaded = []
+        transform = [*LOAD, Lambdad("subject", lambda subject: loaded.append(subject) or subject)]
+        build(data * 20, transform, max_slices=2, background_share=0.5, num_workers=1)
+        assert 2 <= len(loaded) < 20
+
+    def test_volumes_stay_whole(self, data):
+        dataset = build(data, slices="volume", background_share=0.25)
+        assert places(dataset) == [(f"p{p}", 0) for p in range(4)]
+        dataset.set_map("weight", [torch.ones(8, 6, 10)] * 4)
+        assert dataset[3]["weight"].shape == dataset[3]["image"].shape == (1, 8, 6, 10)
+
+    @pytest.mark.parametrize("share", [-0.1, 1, float("nan")])
+    def test_no_share(self, data, share):
+        with pytest.raises(InputError, match="expected a share of the slices"):
+            build(data, background_share=share)
+
+    def test_the_log_counts(self, data, caplog):
+        caplog.set_level(logging.INFO, "medtl_ext")
+        build([entry | {"patient": "Ann"} for entry in data[:2]] + data[2:], max_slices=10, background_share=0.2)
+        assert "training on 10 slices of 3 patients, 2 without foreground" in caplog.text
+        build(data, slices="all")
+        assert "training on 40 slices of 4 patients, 31 without foreground" in caplog.text
 
 
 class Tag(RandomizableTransform):

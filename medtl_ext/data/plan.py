@@ -230,7 +230,8 @@ def plan_grid(
         normalize, reason = _intensities(some, channels, label_values)
         why.append(f"intensities {reason}")
     if background_share == AUTO:
-        background_share = PATCHES_WITHOUT_FOREGROUND if len(roi_size) == 3 else 0.0
+        patches = len(roi_size) == 3 or any(most > seen for most, seen in zip(frame, roi_size, strict=False))
+        background_share = PATCHES_WITHOUT_FOREGROUND if patches else 0.0
     return Grid(spacing, roi_size, normalize, background_share, tuple(frame.tolist()), native, tuple(why))
 
 

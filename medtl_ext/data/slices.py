@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -22,6 +22,8 @@ from medtl_ext._validation import InputError, require_choice
 
 __all__ = ["SliceDataset"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class _Stack:
@@ -30,15 +32,18 @@ class _Stack:
     position: int  # in the datalist
     names: dict[str, str]  # of the subject and, where that is known, the patient
     slices: np.ndarray
+    counts: np.ndarray  # of slices with foreground, which come first, and of those without, where they are asked for
     arrays: dict[str, torch.Tensor]
     affine: np.ndarray
     shape: tuple[int, ...]
 
-    def keep(self, count: int) -> _Stack:
-        """The first ``count`` slices, in the order of the volume."""
-        order = np.argsort(self.slices[:count])
+    def keep(self, counts: np.ndarray) -> _Stack:
+        """The first so many slices of each kind, in the order of the volume."""
+        kinds = np.split(np.arange(len(self.slices)), self.counts[:1])
+        first = np.concatenate([kind[:count] for kind, count in zip(kinds, counts, strict=False)])
+        order = first[np.argsort(self.slices[first])]
         arrays = {key: array[order] for key, array in self.arrays.items()}
-        return replace(self, slices=self.slices[order], arrays=arrays)
+        return replace(self, slices=self.slices[order], counts=counts, arrays=arrays)
 
     def framed(self, shape: Sequence[int]) -> _Stack:
         """With zeros around every slice (or whole volume), so that it has this shape and its centre in the middle."""
@@ -52,6 +57,25 @@ class _Stack:
         affine[:3, 3] -= self.affine[:3, :held] @ low
         arrays = {key: torch.nn.functional.pad(array, flat) for key, array in self.arrays.items()}
         return replace(self, arrays=arrays, affine=affine, shape=(*shape, *self.shape[held:]))
+
+
+def _draw(counts: np.ndarray, most: int | None, share: float) -> np.ndarray:
+    """How many slices of each kind every volume gives: one after the other, from the volume that gave fewest so far.
+
+    Args:
+        counts: volumes x kinds, how many there are with foreground and, perhaps, without.
+        most: draw at most this many.
+        share: at most so many of them without foreground.
+    """
+    quotas = np.zeros_like(counts)
+    for number in range(1, 1 + min(most or counts.sum(), counts.sum())):
+        # The tolerance is for 0.29 * 100, which is 28.999999999999996.
+        due = int(number * share + 1e-9) > quotas[:, 1:].sum() and (quotas < counts)[:, 1:].any()
+        left = (quotas < counts)[:, int(due)]
+        if not left.any():
+            break
+        quotas[np.where(left, quotas.sum(1), np.inf).argmin(), int(due)] += 1
+    return quotas
 
 
 class SliceDataset(Dataset):
@@ -71,6 +95,10 @@ class SliceDataset(Dataset):
             ``"volume"`` does not cut and gives every volume with foreground whole, for training in 3D.
         max_slices: draw at most this many slices, spread over the volumes as evenly as they allow: no volume gives a
             second slice before every volume gave its first. A larger draw with the same seed contains the smaller one.
+        background_share: the largest share of slices (or volumes) without foreground among those drawn, 0 <= share < 1,
+            so that a network sees healthy tissue, as it will in whole volumes. They show some of the body: their image
+            is not constant. Without ``max_slices`` they come on top of all slices with foreground; where there are too
+            few of them, more with foreground are drawn. No use for ``"all"``.
         seed: of that draw.
         num_workers: threads that prepare volumes; each holds one volume in memory.
         progress: show a progress bar on a terminal.
@@ -81,13 +109,18 @@ class SliceDataset(Dataset):
     `monai.data.DataLoader`, which seeds them in its workers.
 
     Raises:
-        InputError: no volume has foreground, or an image is not C x X x Y x Z after the volume transforms.
+        InputError: no volume has foreground, an image is not C x X x Y x Z after the volume transforms, or an argument
+            is out of range.
 
     >>> volume = torch.zeros(1, 4, 4, 3)
     >>> volume[..., 1] = 1  # the middle slice has foreground
     >>> dataset = SliceDataset([{"image": volume, "label": volume, "subject": "a"}], [])
     >>> len(dataset), dataset[0]["slice"], dataset[0]["image"].shape
     (1, 1, torch.Size([1, 4, 4]))
+    >>> image = torch.rand(1, 4, 4, 3)  # with body everywhere
+    >>> healthy = SliceDataset([{"image": image, "label": volume}], [], background_share=0.5)
+    >>> [bool(item["label"].any()) for item in healthy].count(False), len(healthy)
+    (1, 2)
     """
 
     def __init__(
@@ -97,6 +130,7 @@ class SliceDataset(Dataset):
         *,
         slices: Literal["foreground", "all", "volume"] = "foreground",
         max_slices: int | None = None,
+        background_share: float = 0.0,
         seed: int = 0,
         num_workers: int = 4,
         progress: bool = True,
@@ -104,39 +138,45 @@ class SliceDataset(Dataset):
         require_choice("slices", slices, ["foreground", "all", "volume"])
         if max_slices is not None and max_slices < 1:
             raise InputError(f"max_slices must be at least 1, or None for all slices; got {max_slices}.")
+        if not 0 <= background_share < 1:
+            raise InputError(f"background_share is {background_share}; expected a share of the slices, 0 <= share < 1.")
         self.data = list(data)
         self.transform = transform if isinstance(transform, Compose) else Compose(transform)
         self._random_start = self.transform.get_index_of_first(
             lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
         )
-        stacks = list(self._load_stacks(slices, max_slices, seed, num_workers, progress))
-        if not stacks:
+        stacks = list(self._load_stacks(slices, max_slices, background_share > 0, seed, num_workers, progress))
+        if not any(stack.counts[0] for stack in stacks):
             hint = "check the objective's values, and the files with python -m medtl_ext.data check"
             raise InputError(f"none of the {len(self.data)} volumes has foreground (label > 0); {hint}.")
-        turns = sorted((turn, volume) for volume, stack in enumerate(stacks) for turn in range(len(stack.slices)))
-        quotas = Counter(volume for _, volume in turns[:max_slices])
+        quotas = _draw(np.array([stack.counts for stack in stacks]), max_slices, background_share)
+        stacks, quotas = [stacks[volume] for volume in np.flatnonzero(quotas.any(1))], quotas[quotas.any(1)]
         frame = np.max([stack.shape[: 3 if slices == "volume" else 2] for stack in stacks], axis=0).tolist()
         for volume, stack in enumerate(stacks):  # one at a time, so that the memory of the others is free
             stacks[volume] = stack.keep(quotas[volume]).framed(frame)
         self._stacks = sorted(stacks, key=lambda stack: stack.position)
         self._index = [(stack, place) for stack in self._stacks for place in range(len(stack.slices))]
+        patients = {stack.names.get("patient", stack.names["subject"]) for stack in self._stacks}
+        what = "volumes" if slices == "volume" else "slices"
+        healthy = sum(not label.any() for stack in self._stacks for label in stack.arrays.get("label", ()))
+        logger.info("training on %d %s of %d patients, %d without foreground", len(self), what, len(patients), healthy)
 
     def _load_stacks(
-        self, slices: str, most: int | None, seed: int, num_workers: int, progress: bool
+        self, slices: str, most: int | None, healthy: bool, seed: int, num_workers: int, progress: bool
     ) -> Iterator[_Stack]:
         """The volumes that have slices, in the random order in which they take turns, and no more than are needed."""
         order = np.random.default_rng(seed).permutation(len(self.data)).tolist()
-        given = 0
-        needed = takewhile(lambda _: given != most, order)  # one slice each is enough: spare a large collection
+        given = np.zeros(1 + healthy, dtype=int)  # volumes with slices of each kind
+        needed = takewhile(lambda _: given.min() != most, order)  # one slice each is enough: spare a large collection
         load = joblib.delayed(self._load_stack)
         threads = joblib.Parallel(num_workers, require="sharedmem", return_as="generator")
-        jobs = threads(load(position, slices, most, seed) for position in needed)
+        jobs = threads(load(position, slices, most, healthy, seed) for position in needed)
         for stack in tqdm(jobs, "loading volumes", len(order), unit="volume", disable=None if progress else True):
-            if len(stack.slices) and given != most:
-                given += 1
+            if len(stack.slices) and given.min() != most:
+                given += stack.counts > 0
                 yield stack
 
-    def _load_stack(self, position: int, slices: str, most: int | None, seed: int) -> _Stack:
+    def _load_stack(self, position: int, slices: str, most: int | None, healthy: bool, seed: int) -> _Stack:
         """Prepare one volume and keep the slices that may be drawn, in the order in which they would be."""
         entry = self.data[position]
         names = {key: str(entry[key]) for key in ("subject", "patient") if entry.get(key) is not None}
@@ -154,17 +194,18 @@ class SliceDataset(Dataset):
             hint = "Load them with LoadImaged(ensure_channel_first=True)"
             whose = f"subject '{names['subject']}': {' and '.join(needed)}"
             raise InputError(f"{whose} {expected}; found {shapes or 'none'}. {hint}.")
-        foreground = (arrays["label"] > 0).flatten(0, 2).any(0).numpy() if "label" in needed else None
-        if slices == "volume":
-            candidates = np.arange(int(foreground.any()))
-            chosen = {key: array[None].contiguous() for key, array in arrays.items()}
-        else:
-            candidates = np.arange(shapes["image"][-1]) if slices == "all" else np.flatnonzero(foreground)
-            if most is not None:
-                candidates = np.random.default_rng((seed, position)).permutation(candidates)[:most]
-            chosen = {key: array[..., candidates].movedim(-1, 0).contiguous() for key, array in arrays.items()}
+        if slices == "volume":  # one slice, as it were
+            arrays = {key: array[..., None] for key, array in arrays.items()}
+        kinds = [torch.ones(shapes["image"][-1]) if slices == "all" else (arrays["label"] > 0).flatten(0, -2).any(0)]
+        if healthy and slices != "all":
+            pixels = arrays["image"].flatten(1, -2)
+            kinds.append(~kinds[0] & (pixels.amin(1) < pixels.amax(1)).any(0))
+        draw = np.random.default_rng((seed, position))
+        drawn = [draw.permutation(np.flatnonzero(kind))[:most] for kind in kinds]
+        candidates, counts = np.concatenate(drawn), np.array([*map(len, drawn)])
+        chosen = {key: array[..., candidates].movedim(-1, 0).contiguous() for key, array in arrays.items()}
         affine = np.asarray(getattr(volume["image"], "affine", np.eye(4)), dtype=np.float64)
-        return _Stack(position, names, candidates, chosen, affine, shapes["image"][1:])
+        return _Stack(position, names, candidates, counts, chosen, affine, shapes["image"][1:])
 
     def __len__(self) -> int:
         return len(self._index)

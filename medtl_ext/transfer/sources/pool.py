@@ -482,7 +482,8 @@ class CheckChannels:
     def run(self) -> None:
         if self.origin.card is not None:
             items = self.training.plain()
-            warn_of_other_order(self.origin.untouched(()), [items[place] for place in {0, len(items) - 1}])
+            told = [place for place, item in enumerate(items) if item["label"].any()]  # a healthy slice tells no order
+            warn_of_other_order(self.origin.untouched(()), [items[place] for place in {*told[:1], *told[-1:]}])
 
 
 @dataclass(kw_only=True, eq=False)

@@ -140,7 +140,7 @@ def test_a_fine_tuned_foreign_network_in_3d_is_scored_used_and_a_source_again(op
 def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins():
     wanted = {"vanilla", "class_weight", "class_weight_sqrt", "trs_map", "risk_map", "risk_map_image", "frequency"}
     wanted |= {"prior_image", "prior_shift", "dice_ce", "zero_shot", "scratch", "full", "full_risk_map"}
-    assert wanted | set(RISK_MAP.content("compare")["methods"]) <= set(ALL_METHODS)
+    assert wanted | set(RISK_MAP.content("compare")["methods"]) - {"placebo"} <= set(ALL_METHODS)
     keys = list(RISK_MAP.content("vanilla"))
     for method in METHODS:
         overlay = RISK_MAP.content(method)
@@ -177,6 +177,11 @@ def test_four_classes(options, tmp_path):
     run("fets", "scratch", **options | {"output_dir": str(tmp_path / "source")})
     run("fets", **options | {"source": str(tmp_path / "source" / "model.pt")})
     assert sorted(set(table(options["output_dir"])["class"])) == ["ED", "ET", "NCR"]
+
+
+def test_data_loaders_have_workers_in_the_jobs_of_an_audit_too(options):
+    run(**options | {"num_workers": 2, "n_jobs": 2, "audit#arms": ["scratch"]})
+    assert len(table(Path(options["output_dir"]) / "audit" / "scratch")) == 6
 
 
 def test_three_dimensions(options, tmp_path):

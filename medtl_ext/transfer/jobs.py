@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import logging
+import multiprocessing
 import os
 import shlex
 import tempfile
@@ -141,6 +142,7 @@ def _attempt(job: Job, threads: int) -> str | None:
 
     What a run says of its results would only tear the progress bar of the series apart: warnings and errors are heard.
     """
+    multiprocessing.set_start_method(None, force=True)  # the platform's: loky's own cannot start a loader's workers
     try:
         with redirect_stdout(io.StringIO()):
             job.run(threads)

@@ -147,7 +147,7 @@ class TestIntensities:
         expected = (image.clip(low, high) - inside.mean()) / inside.std()
         found = grid.intensities({"image": image[None]})["image"][0]
         np.testing.assert_allclose(found, expected, atol=1e-3)
-        assert "CT clipped to" in grid.why[-1]
+        assert "CT clipped to" in grid.why[-2]
 
     @pytest.mark.parametrize(("highest", "range_"), [(1, 1), (200, 255), (3000, 65535)])
     def test_colours_become_0_to_1(self, tmp_path, highest, range_):

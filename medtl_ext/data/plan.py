@@ -230,8 +230,12 @@ def plan_grid(
         normalize, reason = _intensities(some, channels, label_values)
         why.append(f"intensities {reason}")
     if background_share == AUTO:
-        patches = len(roi_size) == 3 or any(most > seen for most, seen in zip(frame, roi_size, strict=False))
+        patches = any(most > seen for most, seen in zip(frame, roi_size, strict=False))
         background_share = PATCHES_WITHOUT_FOREGROUND if patches else 0.0
+        around = (
+            f"{1 - background_share:.0%} of patches lie around it" if patches else "all that is trained on has some"
+        )
+        why.append(f"foreground: {around}")
     return Grid(spacing, roi_size, normalize, background_share, tuple(frame.tolist()), native, tuple(why))
 
 

@@ -149,6 +149,10 @@ class TestIntensities:
         np.testing.assert_allclose(found, expected, atol=1e-3)
         assert "CT clipped to" in grid.why[-1]
 
+    def test_a_label_of_another_size_is_named(self, tmp_path):
+        item = saved(tmp_path, "a", label=np.ones((20, 24, 16), np.uint8))
+        assert "a_label.nii.gz has another size than its image" in refused(lambda: planned([item], channels=["CT"]))
+
     @pytest.mark.parametrize(("highest", "range_"), [(1, 1), (200, 255), (3000, 65535)])
     def test_colours_become_0_to_1(self, tmp_path, highest, range_):
         image = np.full((8, 8, 1), highest, np.float32)
@@ -206,6 +210,8 @@ class TestFile:
 
     def test_without_one_all_has_to_be_given(self, tmp_path):
         assert read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size=[8, 8]).dims == 2
+        with pytest.raises(InputError, match=r"roi_size is '3d'; expected 2 or 3 positive numbers"):
+            read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size="3d")
         with pytest.raises(InputError, match="is not there; put it there, or give --spacing and --roi_size"):
             read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size="auto")
 
@@ -302,15 +308,28 @@ def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
 def test_a_network_of_ours_keeps_the_grid_that_it_has_seen(tmp_path):
     """Fine-tuned or scored on other patients, it is not given images of another spacing."""
     torch.save({}, tmp_path / "model.pt")
+    (tmp_path / "card.json").write_text('{"checkpoint": "model.pt"}')
     planned([saved(tmp_path, "a")], spacing=[1, 1, 2], roi_size=[48, 32]).write(tmp_path / "grid.json")
     files = [str(RISK_MAP.configs / f"{name}.json") for name in ("train", "evaluate")]
     options = {"collection": str(write_sample("hippocampus", tmp_path / "sample")), "output_dir": str(tmp_path / "out")}
     options |= {"target_task": str(load_collection(options["collection"]).tasks()[0])}
     for config, given in [
         (files[:1], {"source": str(tmp_path / "model.pt")}),
+        (files[:1], {"source": str(tmp_path / "card.json")}),
         (files, {"ckpt": str(tmp_path / "model.pt")}),
     ]:
         workflow = ConfigWorkflow(config_file=config, workflow_type="train", **options, **given)
         workflow.initialize()
         grid = workflow.parser.get_parsed_content("grid")
         assert (grid.spacing, grid.roi_size) == ((1, 1, 2), (48, 32))
+
+
+@pytest.mark.parametrize("config", ["train", "evaluate"])
+def test_a_network_of_ours_whose_grid_is_not_known_is_not_given_another(config, tmp_path):
+    torch.save({}, tmp_path / "model.pt")
+    collection = write_sample("hippocampus", tmp_path / "sample")
+    options = {"collection": str(collection), "target_task": str(load_collection(collection).tasks()[0])}
+    options |= {"ckpt" if config == "evaluate" else "source": str(tmp_path / "model.pt"), "spacing": "auto"}
+    overlays = ["evaluate"] if config == "evaluate" else []
+    workflow = RISK_MAP.workflow(*overlays, output_dir=str(tmp_path / "out"), **options)
+    assert "which a training leaves beside" in refused(lambda: workflow.parser.get_parsed_content("grid"))

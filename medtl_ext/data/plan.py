@@ -121,12 +121,16 @@ class Grid:
         return ConfigParser({"normalize": dict(self.normalize)}).get_parsed_content("normalize")
 
     @property
-    def cropping(self) -> list[Transform]:
-        """What a training adds where images are larger than what a network sees at once: a patch, drawn at random."""
-        if all(most <= seen for most, seen in zip(self.frame, self.roi_size, strict=False)):
-            return []
+    def patch(self) -> Transform:
+        """What a network sees at once of an image, drawn at random."""
         keys, shares = ["image", "label", "weight"], {"pos": 1 - self.background_share, "neg": self.background_share}
-        return [RandCropByPosNegLabeld(keys, "label", self.roi_size, **shares, allow_missing_keys=True)]
+        return RandCropByPosNegLabeld(keys, "label", self.roi_size, **shares, allow_missing_keys=True)
+
+    @property
+    def cropping(self) -> list[Transform]:
+        """What a training adds: a patch, where images are larger than one."""
+        whole = all(most <= seen for most, seen in zip(self.frame, self.roi_size, strict=False))
+        return [] if whole else [self.patch]
 
     @property
     def inferer(self) -> Inferer:
@@ -160,6 +164,12 @@ def stored_options(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path} is no grid.json of a training ({error}); put that one there.") from error
 
 
+def no_grid(path: str | os.PathLike[str]) -> InputError:
+    """That a network's grid is not known, as one sentence."""
+    advice = "put it there, or give --spacing and --roi_size as they were in the training"
+    return InputError(f"{path}, which a training leaves beside its network, is not there; {advice}.")
+
+
 def read_grid(path: str | os.PathLike[str], **given: Any) -> Grid:
     """A grid from its ``grid.json``, and what is given (not "auto") in its place.
 
@@ -168,8 +178,9 @@ def read_grid(path: str | os.PathLike[str], **given: Any) -> Grid:
     """
     options = stored_options(path) | {name: value for name, value in given.items() if value != AUTO}
     if not {"spacing", "roi_size"} <= options.keys():
-        advice = "put it there, or give --spacing and --roi_size as they were in the training"
-        raise InputError(f"{path}, which a training leaves beside its network, is not there; {advice}.")
+        raise no_grid(path)
+    _numbers("spacing", options["spacing"], (3,))
+    _numbers("roi_size", options["roi_size"], (2, 3))
     return Grid(**options)
 
 
@@ -333,6 +344,8 @@ def _intensities(
         values = [value for group in label_values for value in np.atleast_1d(group)]
         for item in items[:SAMPLE]:
             image, label = (read_channels(_files(item[key]))[0] for key in ("image", "label"))
+            if image.shape != label.shape:
+                raise InputError(f"{item['label']} has another size than its image; give them on one grid.")
             foreground.append(image[np.isin(label, values)])
         of = np.concatenate(foreground)
         if of.size:

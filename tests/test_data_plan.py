@@ -241,6 +241,13 @@ class TestCommand:
         assert main(["plan", str(hippocampus), str(task), "--spacing", "4", "4", "8", "--roi_size", "2d"]) == 1
         assert "2D, as it is asked for" in capsys.readouterr().out
 
+    def test_a_network_of_ours_costs_what_its_own_grid_does(self, hippocampus, tmp_path, capsys):
+        torch.save({}, tmp_path / "model.pt")
+        Grid((4, 4, 8), (16, 16)).write(tmp_path / "grid.json")
+        task = str(load_collection(hippocampus).tasks()[0])
+        assert main(["plan", str(hippocampus), task, "--source", str(tmp_path / "model.pt")]) == 1
+        assert "nothing is lost" not in capsys.readouterr().out
+
     def test_a_plan_is_laid_over_a_bundles_config(self, hippocampus, tmp_path):
         task, out = str(load_collection(hippocampus).tasks()[0]), tmp_path / "plan.json"
         main(["plan", str(hippocampus), task, "--spacing", "3", "3", "3", "--roi_size", "16", "16", "--out", str(out)])

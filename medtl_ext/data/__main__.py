@@ -13,7 +13,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.collection import SPLITS, Collection, Task, count_splits, load_collection, refuse_to_replace
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.phantom import generate_phantom
-from medtl_ext.data.plan import Ceiling, Grid, grid_steps, label_ceiling, plan_grid, truth_steps
+from medtl_ext.data.plan import Ceiling, Grid, grid_steps, label_ceiling, plan_grid, stored_options, truth_steps
 from medtl_ext.data.readers import CHALLENGES, READERS, read_collection
 from medtl_ext.data.sample import SAMPLES, write_sample
 from medtl_ext.data.splits import FRACTIONS, split_collection
@@ -91,13 +91,16 @@ def _planned(
     """The grid of a task, and what it, or that of a source, leaves of the labels."""
     asked, splits = Task(task), {subject.split for subject in of.subjects_of(task)}
     items = of.datalist(task, next(split for split in SPLITS if split in splits))
-    values = of.label_values(asked)
-    grid = plan_grid(items, label_values=values, channels=asked.channels, axcodes=axcodes, **options)
-    steps = grid_steps(grid, label_values=values, axcodes=axcodes)
+    values, card = of.label_values(asked), None
     if source is not None:
         above = "medtl_ext.transfer.sources:"  # a program stands on the roof, whatever the room it is found in
         card_at, source_transforms = (resolve_name(above + name) for name in ("card_at", "source_transforms"))
-        steps = source_transforms(card_at(Path(source), trust_sources), asked.channels, truth_steps(values))
+        card = card_at(Path(source), trust_sources)
+        options = stored_options(Path(source).with_name("grid.json")) | options
+    grid = plan_grid(items, label_values=values, channels=asked.channels, axcodes=axcodes, **options)
+    steps = grid_steps(grid, label_values=values, axcodes=axcodes)
+    if card is not None and card.preprocessing is not None:
+        steps = source_transforms(card, asked.channels, truth_steps(values))
     elif grid.native:
         return grid, Ceiling((1.0,) * len(items))
     return grid, label_ceiling(items, steps, n_classes=len(values) + 1)

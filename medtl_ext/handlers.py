@@ -110,7 +110,7 @@ class WeightMap:
         for item, weight in zip(self.dataset.plain(), weights, strict=True):
             shape = self.dataset.geometry[item["subject"]][1]
             volume = volumes.setdefault(item["subject"], np.ones(shape, np.float32))
-            volume[..., item["slice"]] = weight.detach().cpu().numpy()
+            volume[..., item["slice"] if weight.ndim == 2 else slice(None)] = weight.detach().cpu().numpy()
         for subject, volume in volumes.items():
             self._write(f"weight_{subject}.nii.gz", volume, subject)
 

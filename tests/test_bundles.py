@@ -234,6 +234,9 @@ def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, i
     assert {"comparison.csv", "comparison.md", "comparison.png", "report.html"} <= {p.name for p in folder.iterdir()}
     table = pd.read_csv(folder / "comparison.csv").set_index("method")
     assert table["runs"].to_dict() == {"vanilla": 2, "zero_shot": 1, "scratch": 2}
+    shared = {str(read_json(path)["normalize"]) for path in folder.glob("runs/**/config.json")}
+    assert len(shared) == 1  # though only spacing and size are given: networks of one study see one scale
+    assert shared != {"auto"}
     RISK_MAP.run(base="compare", **whole, settings=settings)
     assert in_this_process == trained
 

@@ -125,7 +125,7 @@ class TestWindow:
 
 def step_all(item, grid):
     data = dict(item)
-    for step in grid_steps(grid, label_values=VALUES, axcodes="RAS"):
+    for step in grid_steps(grid, label_values=VALUES):
         data = step(data)
     return data
 
@@ -149,6 +149,10 @@ class TestIntensities:
         np.testing.assert_allclose(found, expected, atol=1e-3)
         assert "CT clipped to" in grid.why[-2]
 
+    def test_a_label_of_another_size_is_named(self, tmp_path):
+        item = saved(tmp_path, "a", label=np.ones((20, 24, 16), np.uint8))
+        assert "a_label.nii.gz has another size than its image" in refused(lambda: planned([item], channels=["CT"]))
+
     @pytest.mark.parametrize(("highest", "range_"), [(1, 1), (200, 255), (3000, 65535)])
     def test_colours_become_0_to_1(self, tmp_path, highest, range_):
         image = np.full((8, 8, 1), highest, np.float32)
@@ -167,7 +171,7 @@ class TestCeiling:
         label[30, 30, 22] = 1  # a part of one voxel
         item = saved(tmp_path, "a", label=label, image=label.astype(np.float32) + 1)
         grid = planned([item], spacing=[1, 1, 4])
-        found = label_ceiling([item], grid_steps(grid, label_values=VALUES, axcodes="RAS"), n_classes=2)
+        found = label_ceiling([item], grid_steps(grid, label_values=VALUES), n_classes=2)
         coarse = step_all(item, grid)["label"][0].numpy()
         at = np.arange(24) / 4
         back = np.zeros(label.shape)
@@ -185,14 +189,14 @@ class TestCeiling:
     def test_the_images_own_grid_loses_nothing(self, tmp_path):
         item = saved(tmp_path, "a")
         grid = planned([item])
-        ceiling = label_ceiling([item], grid_steps(grid, label_values=VALUES, axcodes="RAS"), n_classes=2)
+        ceiling = label_ceiling([item], grid_steps(grid, label_values=VALUES), n_classes=2)
         assert (ceiling.dice, ceiling.lost) == ((1.0,), 0)
         assert not ceiling.low
 
     def test_a_patient_without_foreground_has_no_dice(self, tmp_path):
         items = [saved(tmp_path, "a"), saved(tmp_path, "b", label=np.zeros((20, 24, 18), np.uint8))]
         grid = planned(items)
-        found = label_ceiling(items, grid_steps(grid, label_values=VALUES, axcodes="RAS"), n_classes=2)
+        found = label_ceiling(items, grid_steps(grid, label_values=VALUES), n_classes=2)
         assert found.dice == (1.0,)
 
 
@@ -206,6 +210,8 @@ class TestFile:
 
     def test_without_one_all_has_to_be_given(self, tmp_path):
         assert read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size=[8, 8]).dims == 2
+        with pytest.raises(InputError, match=r"roi_size is '3d'; expected 2 or 3 positive numbers"):
+            read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size="3d")
         with pytest.raises(InputError, match="is not there; put it there, or give --spacing and --roi_size"):
             read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size="auto")
 
@@ -234,6 +240,13 @@ class TestCommand:
         task = load_collection(hippocampus).tasks()[0]
         assert main(["plan", str(hippocampus), str(task), "--spacing", "4", "4", "8", "--roi_size", "2d"]) == 1
         assert "2D, as it is asked for" in capsys.readouterr().out
+
+    def test_a_network_of_ours_costs_what_its_own_grid_does(self, hippocampus, tmp_path, capsys):
+        torch.save({}, tmp_path / "model.pt")
+        Grid((4, 4, 8), (16, 16)).write(tmp_path / "grid.json")
+        task = str(load_collection(hippocampus).tasks()[0])
+        assert main(["plan", str(hippocampus), task, "--source", str(tmp_path / "model.pt")]) == 1
+        assert "nothing is lost" not in capsys.readouterr().out
 
     def test_a_plan_is_laid_over_a_bundles_config(self, hippocampus, tmp_path):
         task, out = str(load_collection(hippocampus).tasks()[0]), tmp_path / "plan.json"
@@ -302,15 +315,28 @@ def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
 def test_a_network_of_ours_keeps_the_grid_that_it_has_seen(tmp_path):
     """Fine-tuned or scored on other patients, it is not given images of another spacing."""
     torch.save({}, tmp_path / "model.pt")
+    (tmp_path / "card.json").write_text('{"checkpoint": "model.pt"}')
     planned([saved(tmp_path, "a")], spacing=[1, 1, 2], roi_size=[48, 32]).write(tmp_path / "grid.json")
     files = [str(RISK_MAP.configs / f"{name}.json") for name in ("train", "evaluate")]
     options = {"collection": str(write_sample("hippocampus", tmp_path / "sample")), "output_dir": str(tmp_path / "out")}
     options |= {"target_task": str(load_collection(options["collection"]).tasks()[0])}
     for config, given in [
         (files[:1], {"source": str(tmp_path / "model.pt")}),
+        (files[:1], {"source": str(tmp_path / "card.json")}),
         (files, {"ckpt": str(tmp_path / "model.pt")}),
     ]:
         workflow = ConfigWorkflow(config_file=config, workflow_type="train", **options, **given)
         workflow.initialize()
         grid = workflow.parser.get_parsed_content("grid")
         assert (grid.spacing, grid.roi_size) == ((1, 1, 2), (48, 32))
+
+
+@pytest.mark.parametrize("config", ["train", "evaluate"])
+def test_a_network_of_ours_whose_grid_is_not_known_is_not_given_another(config, tmp_path):
+    torch.save({}, tmp_path / "model.pt")
+    collection = write_sample("hippocampus", tmp_path / "sample")
+    options = {"collection": str(collection), "target_task": str(load_collection(collection).tasks()[0])}
+    options |= {"ckpt" if config == "evaluate" else "source": str(tmp_path / "model.pt"), "spacing": "auto"}
+    overlays = ["evaluate"] if config == "evaluate" else []
+    workflow = RISK_MAP.workflow(*overlays, output_dir=str(tmp_path / "out"), **options)
+    assert "which a training leaves beside" in refused(lambda: workflow.parser.get_parsed_content("grid"))

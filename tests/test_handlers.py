@@ -113,6 +113,15 @@ def test_the_shared_map_is_computed_at_the_start_and_lies_on_the_patients_grid(s
     assert not np.allclose(after, written.get_fdata())
 
 
+def test_maps_per_volume_are_written(slices, tmp_path):
+    volumes = SliceDataset(slices[0].data, slices[0].transform, slices="volume", progress=False)
+    maps = [torch.full((12, 10, 4), float(number)) for number in range(3)]
+    loss = RiskWeightedLoss(nn.CrossEntropyLoss(reduction="none"))
+    handler = WeightMap(dataset=volumes, loss=loss, to_weight=lambda _: maps, output_dir=tmp_path)
+    handler.before(None)
+    assert [nib.load(tmp_path / f"weight_{name}.nii.gz").get_fdata().mean() for name in "abc"] == [0, 1, 2]
+
+
 def test_a_map_per_image_follows_its_image_and_reaches_the_loss(slices, tmp_path):
     dataset, affine = slices
     seen = []

@@ -115,6 +115,7 @@ def test_every_method_takes_somebody_elses_network(method, options, foreign, tmp
     assert scores["dice"].between(0, 1).all()
     if method == "zero_shot":
         return  # has the head of the source, which knows more classes
+    assert (Path(options["output_dir"]) / "grid.json").is_file()
     card = read_json(Path(options["output_dir"]) / "model.json")
     assert card["classes"] == ["background", "ED"]
     weights = torch.load(Path(options["output_dir"]) / "model.pt", weights_only=True)

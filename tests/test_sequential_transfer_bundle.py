@@ -301,3 +301,12 @@ def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path):
     finish(start(["configs/study.json"], whole | {"output_dir": str(folder)}))
     assert before
     assert trainings(tmp_path) == before
+
+
+def test_what_is_trained_together_is_cut_alike(tmp_path):
+    """Also where images of the second task alone are larger than what the network sees at once."""
+    grid = {"_target_": "medtl_ext.data.plan.Grid", "spacing": [6.2, 6.2, 8], "roi_size": [16] * 3, "frame": [16] * 3}
+    tasks = {"source": "14-T2-ED", "joint_task": "13-T2-ED", "phantom_subjects": 6}
+    workflow = SEQUENTIAL.workflow("pretrain", "joint", grid=grid, output_dir=str(tmp_path), **tasks)
+    workflow.initialize()
+    assert workflow.parser.get_parsed_content("joint_dataset")[0]["label"].shape == (1, 16, 16, 16)

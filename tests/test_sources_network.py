@@ -12,6 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import nn
 
+from medtl_ext.data.plan import Grid
 from medtl_ext.metrics.features import tap_features
 from medtl_ext.transfer import SegmentationTask
 from medtl_ext.transfer.sources import Checkpoint, find_sources
@@ -562,3 +563,13 @@ def test_inference_gives_a_network_the_channels_that_it_knows(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps(card))
     found = Checkpoint(path=str(tmp_path / "one.pt"), channels=["T1", "FLAIR"])
     assert found.network(torch.nn.Identity())(torch.rand(1, 2, 8, 8)).shape == (1, 2, 8, 8)
+
+
+def test_inference_prepares_images_for_a_network_without_a_preprocessing_as_training_did(tmp_path):
+    """Such a network is trained on the planned grid, which lies beside it."""
+    torch.save(torch.nn.Conv2d(1, 2, 1).state_dict(), tmp_path / "one.pt")
+    definition = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    (tmp_path / "one.json").write_text(json.dumps({"checkpoint": "one.pt", "network": definition, "classes": 2}))
+    Grid((1, 1, 3), (32, 32)).write(tmp_path / "grid.json")
+    grid = Checkpoint(path=str(tmp_path / "one.pt"), channels=["T1"]).grid(spacing="auto", roi_size="auto")
+    assert grid.spacing == [1, 1, 3]

@@ -18,10 +18,11 @@ from sklearn.metrics import roc_auc_score
 
 from medtl_ext import source_selection
 from medtl_ext.data.classification import ClassificationDataset
+from medtl_ext.data.plan import Grid
 from medtl_ext.dataset_transferability import RankDatasets, RankOwnModel
 from medtl_ext.metrics.features import Samples
 from medtl_ext.source_selection import SelectionStudy
-from medtl_ext.transfer import Card, ClassificationTask, Job, ScoreImages, SegmentationTask, Source, jobs
+from medtl_ext.transfer import Card, ClassificationTask, Job, ScoreImages, SegmentationTask, Source, jobs, rank
 from medtl_ext.transfer.scores import Maps, Observation
 from medtl_ext.transfer.tasks import auc_interval, image_auc
 from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
@@ -242,6 +243,7 @@ def started(monkeypatch, tmp_path):
         config = {"bundle_root": str(SOURCE_SELECTION.root), "settings": settings}
         with monkeypatch.context() as patch:
             patch.setattr(jobs, "run_jobs", Mock(side_effect=InterruptedError))
+            patch.setattr(SelectionStudy, "_plan", Mock())
             for module in ("jobs", "config"):
                 patch.setattr(f"medtl_ext.transfer.{module}.current_config", lambda: config)
             study = SelectionStudy(here=jobs.Run(tmp_path / "study"), **asked)
@@ -366,3 +368,15 @@ def test_ties_have_no_part_in_the_sign_test(differences, said, tmp_path, monkeyp
     verdicts = {("t0", 0): {"recommendation": None, "tied": ["s0"], "default": None}}
     reported(tables, verdicts, tmp_path, monkeypatch)
     assert said in (tmp_path / "study.md").read_text()
+
+
+def test_a_source_of_another_grid_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(rank, "observe", Mock())
+    grid = Grid((1, 1, 1), (32, 32))
+    grid.write(tmp_path / "grid.json")
+    source = Source("a", "checkpoint", Card(checkpoint=str(tmp_path / "model.pt")))
+    for options in (grid.options, grid.options | {"spacing": [2, 2, 4]}):
+        assert "another grid" not in caplog.text
+        ranking = SimpleNamespace(here=SimpleNamespace(config=options), evaluator=SimpleNamespace(data_loader=None))
+        rank.RankSources.observed(ranking, source, None, False)
+    assert "source a was trained on another grid than it is scored on; give that by --spacing [1, 1, 1]" in caplog.text

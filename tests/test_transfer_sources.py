@@ -373,7 +373,7 @@ def test_a_foreign_source_brings_its_network_its_grid_and_its_head(single, weigh
     (crop,) = origin.cropping()
     assert crop({"image": torch.rand(1, 20, 24), "label": torch.rand(1, 20, 24)})["image"].shape == (1, 16, 16)
     assert origin.frozen("conv_0") == "net\\.(?:model.0)"
-    assert (origin.slices("foreground"), origin.batch(8)) == ("foreground", 1)
+    assert (origin.slices("volume"), origin.batch(8)) == ("foreground", 1)  # whatever our grid would be
     assert [origin.batch(own, training=True) for own in (8, 2)] == [3, 2]
 
 

@@ -120,7 +120,7 @@ def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
     collection = generate_phantom(folder / "phantom", institutions=["17"], **settings)
     torch.save(BasicUNet(2, 1, 2, features=[4] * 6, norm="batch").state_dict(), folder / "source.pt")
     train = {"collection": str(collection), "source": str(folder / "source.pt")}
-    train |= {"network_def#features": [4] * 6, "progress": False}
+    train |= {"network_def#features": [4] * 6, "spacing": [2, 2, 4], "roi_size": [96, 96], "progress": False}
     inference = {"input_dir": str(collection.parent / "17-000")}
     segmentation = {"train": train, "inference": inference}
     arrays = {"images": np.zeros((4, 28, 28), np.uint8), "labels": np.arange(4) % 2}

@@ -13,7 +13,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.collection import SPLITS, Collection, Task, count_splits, load_collection, refuse_to_replace
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.phantom import generate_phantom
-from medtl_ext.data.plan import Ceiling, Grid, grid_steps, label_ceiling, plan_grid, truth_steps
+from medtl_ext.data.plan import Ceiling, Grid, grid_steps, label_ceiling, plan_grid, stored_options, truth_steps
 from medtl_ext.data.readers import CHALLENGES, READERS, read_collection
 from medtl_ext.data.sample import SAMPLES, write_sample
 from medtl_ext.data.splits import FRACTIONS, split_collection
@@ -85,19 +85,21 @@ def _planned(
     task: str,
     source: str | None = None,
     trust_sources: bool = False,
-    axcodes: str = "RAS",
     **options: Any,
 ) -> tuple[Grid, Ceiling]:
     """The grid of a task, and what it, or that of a source, leaves of the labels."""
     asked, splits = Task(task), {subject.split for subject in of.subjects_of(task)}
     items = of.datalist(task, next(split for split in SPLITS if split in splits))
-    values = of.label_values(asked)
-    grid = plan_grid(items, label_values=values, channels=asked.channels, axcodes=axcodes, **options)
-    steps = grid_steps(grid, label_values=values, axcodes=axcodes)
+    values, card = of.label_values(asked), None
     if source is not None:
         above = "medtl_ext.transfer.sources:"  # a program stands on the roof, whatever the room it is found in
         card_at, source_transforms = (resolve_name(above + name) for name in ("card_at", "source_transforms"))
-        steps = source_transforms(card_at(Path(source), trust_sources), asked.channels, truth_steps(values))
+        card = card_at(Path(source), trust_sources)
+        options = stored_options(Path(source).with_name("grid.json")) | options
+    grid = plan_grid(items, label_values=values, channels=asked.channels, **options)
+    steps = grid_steps(grid, label_values=values)
+    if card is not None and card.preprocessing is not None:
+        steps = source_transforms(card, asked.channels, truth_steps(values))
     elif grid.native:
         return grid, Ceiling((1.0,) * len(items))
     return grid, label_ceiling(items, steps, n_classes=len(values) + 1)
@@ -148,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     option("task", metavar="TASK", help="such as 13-T1-ED")
     option("--spacing", nargs=3, type=float, metavar="MM", help="of a voxel along each axis")
     option("--roi_size", nargs="+", metavar="VOXELS", help="two of a slice, three of a volume; 2d, 3d")
-    option("--axcodes", default="RAS", help="orientation of the grid")
+    option("--axcodes", help="orientation of the grid (default: RAS)")
     option("--source", metavar="PATH", help="say what the grid of this source costs: a card, bundle or nnU-Net folder")
     option("--trust_sources", action="store_true", help="run what is code in the source")
     option("--out", metavar="FILE", help="write the plan as JSON")

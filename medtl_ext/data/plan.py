@@ -92,6 +92,7 @@ class Grid:
         roi_size: voxels that a network sees at once: two numbers of a slice, three of a volume.
         normalize: definition of the transform of intensities.
         background_share: of training slices, or patches, without foreground.
+        axcodes: orientation that images are turned to.
         frame: voxels of the largest training image on this grid.
         native: it is the grid of all training images, so that nothing is resampled.
         why: a line for each choice.
@@ -101,6 +102,7 @@ class Grid:
     roi_size: tuple[int, ...]
     normalize: Mapping[str, Any] = field(default_factory=lambda: BODY)
     background_share: float = 0.0
+    axcodes: str = "RAS"
     frame: tuple[int, ...] = ()
     native: bool = False
     why: tuple[str, ...] = ()
@@ -121,12 +123,16 @@ class Grid:
         return ConfigParser({"normalize": dict(self.normalize)}).get_parsed_content("normalize")
 
     @property
-    def cropping(self) -> list[Transform]:
-        """What a training adds where images are larger than what a network sees at once: a patch, drawn at random."""
-        if all(most <= seen for most, seen in zip(self.frame, self.roi_size, strict=False)):
-            return []
+    def patch(self) -> Transform:
+        """What a network sees at once of an image, drawn at random."""
         keys, shares = ["image", "label", "weight"], {"pos": 1 - self.background_share, "neg": self.background_share}
-        return [RandCropByPosNegLabeld(keys, "label", self.roi_size, **shares, allow_missing_keys=True)]
+        return RandCropByPosNegLabeld(keys, "label", self.roi_size, **shares, allow_missing_keys=True)
+
+    @property
+    def cropping(self) -> list[Transform]:
+        """What a training adds: a patch, where images are larger than one."""
+        whole = all(most <= seen for most, seen in zip(self.frame, self.roi_size, strict=False))
+        return [] if whole else [self.patch]
 
     @property
     def inferer(self) -> Inferer:
@@ -139,7 +145,7 @@ class Grid:
     def options(self) -> dict[str, Any]:
         """The options of a config that give this grid."""
         options = {"spacing": list(self.spacing), "roi_size": list(self.roi_size), "normalize": dict(self.normalize)}
-        return options | {"background_share": self.background_share}
+        return options | {"background_share": self.background_share, "axcodes": self.axcodes}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Leave it as a file, with the reasons."""
@@ -160,6 +166,12 @@ def stored_options(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path} is no grid.json of a training ({error}); put that one there.") from error
 
 
+def no_grid(path: str | os.PathLike[str]) -> InputError:
+    """That a network's grid is not known, as one sentence."""
+    advice = "put it there, or give --spacing and --roi_size as they were in the training"
+    return InputError(f"{path}, which a training leaves beside its network, is not there; {advice}.")
+
+
 def read_grid(path: str | os.PathLike[str], **given: Any) -> Grid:
     """A grid from its ``grid.json``, and what is given (not "auto") in its place.
 
@@ -168,8 +180,9 @@ def read_grid(path: str | os.PathLike[str], **given: Any) -> Grid:
     """
     options = stored_options(path) | {name: value for name, value in given.items() if value != AUTO}
     if not {"spacing", "roi_size"} <= options.keys():
-        advice = "put it there, or give --spacing and --roi_size as they were in the training"
-        raise InputError(f"{path}, which a training leaves beside its network, is not there; {advice}.")
+        raise no_grid(path)
+    _numbers("spacing", options["spacing"], (3,))
+    _numbers("roi_size", options["roi_size"], (2, 3))
     return Grid(**options)
 
 
@@ -182,7 +195,7 @@ def plan_grid(
     roi_size: Sequence[int] | str = AUTO,
     normalize: Mapping[str, Any] | str = AUTO,
     background_share: float | str = AUTO,
-    axcodes: str = "RAS",
+    axcodes: str = AUTO,
 ) -> Grid:
     """Plan what is not given from the images of a datalist, and say why.
 
@@ -196,13 +209,14 @@ def plan_grid(
         normalize: a transform's definition, or "auto": CT by its foreground, colours to 0..1, else standardised inside
             the body.
         background_share: of training slices or patches; or "auto".
-        axcodes: orientation of the grid.
+        axcodes: orientation of the grid; "auto": RAS.
 
     Raises:
         InputError: no items, a file that cannot be read, or numbers that are no grid.
     """
     if not len(items):
         raise InputError("no patient to plan a grid from; give --spacing and --roi_size.")
+    axcodes = "RAS" if axcodes == AUTO else axcodes
     some = [items[place] for place in np.linspace(0, len(items) - 1, min(len(items), HEADERS)).astype(int)]
     found = [_voxels(item["image"], axcodes) for item in some]
     sizes = np.array([size for size, _ in found])
@@ -236,7 +250,7 @@ def plan_grid(
             f"{1 - background_share:.0%} of patches lie around it" if patches else "all that is trained on has some"
         )
         why.append(f"foreground: {around}")
-    return Grid(spacing, roi_size, normalize, background_share, tuple(frame.tolist()), native, tuple(why))
+    return Grid(spacing, roi_size, normalize, background_share, axcodes, tuple(frame.tolist()), native, tuple(why))
 
 
 def label_ceiling(items: Sequence[Mapping[str, Any]], steps: Sequence[Callable], *, n_classes: int) -> Ceiling:
@@ -278,12 +292,12 @@ def truth_steps(label_values: Sequence[Sequence[int]]) -> list[Callable]:
     ]
 
 
-def grid_steps(grid: Grid, *, label_values: Sequence[Sequence[int]], axcodes: str) -> list[Callable]:
+def grid_steps(grid: Grid, *, label_values: Sequence[Sequence[int]]) -> list[Callable]:
     """The way to a grid, as the bundles go it."""
     keys = ["image", "label"]
     return [
         *truth_steps(label_values),
-        Orientationd(keys, axcodes, labels=None),
+        Orientationd(keys, grid.axcodes, labels=None),
         AreaSpacingd(keys, pixdim=grid.spacing),
     ]
 
@@ -337,6 +351,8 @@ def _intensities(
         values = [value for group in label_values for value in np.atleast_1d(group)]
         for item in items[:SAMPLE]:
             image, label = (read_channels(_files(item[key]))[0] for key in ("image", "label"))
+            if image.shape != label.shape:
+                raise InputError(f"{item['label']} has another size than its image; give them on one grid.")
             foreground.append(image[np.isin(label, values)])
         of = np.concatenate(foreground)
         if of.size:

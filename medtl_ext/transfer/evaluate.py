@@ -59,7 +59,8 @@ class DataCheck:
         self.task.check(dict.fromkeys(self.splits))
         if self.grid is None or idist.get_rank() != 0:
             return
-        whose = None if self.origin is None or self.origin.card is None else self.origin.given.name
+        card = None if self.origin is None else self.origin.card
+        whose = self.origin.given.name if card is not None and card.preprocessing is not None else None
         for reason in self.grid.why if whose is None else ():
             logger.info("%s", reason)
         if whose is None and self.grid.native:
@@ -109,9 +110,8 @@ class ScorePatients:
         clean: of the evaluator; where it leaves the choice to validation patients, they make it here, before anybody
             else is scored, and ``clean.txt`` says it.
         checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder, which a network that
-            was not trained leaves here. Beside it is written what else is needed to use it: of somebody else's network
-            its card, else the grid.
-        grid: of the bundle's own network.
+            was not trained leaves here. Of somebody else's network its card is written beside.
+        grid: of the run, left beside too: what has no preprocessing of its own is used on it.
     """
 
     evaluator: Evaluator
@@ -135,7 +135,7 @@ class ScorePatients:
                     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, temporary)
             if isinstance(network, SourceNetwork):
                 network.write_card(path)
-            elif self.grid is not None:
+            if self.grid is not None:
                 self.grid.write(path / "grid.json")
         idist.barrier()
         load_weights(network, self.checkpoint or path / "model.pt", min_share=1.0)

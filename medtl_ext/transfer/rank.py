@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices, require_number
+from medtl_ext.data.plan import stored_options
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Run, run_command
@@ -144,6 +145,10 @@ class RankSources:
         """One pass of a source: on the grid it was made for, its probabilities brought to the target's slices."""
         own, onto = self.evaluator.data_loader, None
         if not source.card.foreign:
+            stored, config = stored_options(Path(source.card.checkpoint).with_name("grid.json")), self.here.config
+            if any(stored[name] != config[name] for name in {"spacing", "normalize"} & stored.keys()):
+                advice = f"give that by --spacing {stored['spacing']} and --normalize if all sources share it"
+                logger.warning("source %s was trained on another grid than it is scored on; %s.", source.name, advice)
             return observe(source, network, self.evaluator, with_fu=with_fu)
         keys = keys_of(self.target)
         transforms = source_transforms(source.card, self.target.channels, self.transforms, keys=keys)

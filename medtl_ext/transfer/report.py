@@ -292,11 +292,11 @@ def _against(patients: pd.DataFrame, scores: Scores, reference: str) -> pd.DataF
             if keys:
                 means = [table["dice"].groupby(keys).mean() for table in (own, runs.loc[reference])]
                 gaps = (means[0] - means[1]).dropna()
-        rows.append(row | {"runs_ahead": sum(gap > 0 for gap in gaps), "runs_matched": len(gaps)})
+        row |= {"runs_ahead": sum(gap > 0 for gap in gaps), "runs_matched": len(gaps)}
+        rows.append(row | {"differs": len(gaps) > 0 and (min(gaps) > 0 or max(gaps) < 0)})
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(table["p"])
-    one_side = table["runs_ahead"] == table["runs_matched"].where(table["difference"] > 0, 0)
-    return table.assign(differs=table["p_holm"].lt(0.05) & one_side)
+    return table.assign(differs=table["differs"] & table["p_holm"].lt(0.05))
 
 
 def _what_it_shows(cells: Mapping[tuple[str, Any], tuple[pd.DataFrame, Scores]], reference: str) -> list[str]:

@@ -14,7 +14,6 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.data.plan import AUTO
 from medtl_ext.ranking import agreement_over_targets, friedman_nemenyi, verdict_claim
 from medtl_ext.transfer.config import study_config
 from medtl_ext.transfer.jobs import Arm, Job, Run
@@ -78,7 +77,7 @@ class Study:
         raise NotImplementedError
 
     def first(self) -> str:
-        """The target that a grid is planned for, where the settings give none: all runs share it."""
+        """The target for which is planned what the settings say nothing of: all runs share one grid."""
         return self.targets[0]
 
     def _plan(self) -> None:
@@ -99,7 +98,7 @@ class Study:
         shared = self.check()
         config = study_config(self.here.folder, self.here.config["settings"], **shared) | shared
         self.here.config = config | {name: False for name in ("check_data", "settle") if name in config}
-        if AUTO in (config.get("spacing"), config.get("roi_size")):
+        if "spacing" in config:  # of classification there is no grid
             self._plan()
         arms = self.arms()
         self.here.train_arms([arm for _, arm in arms], "study")

@@ -22,7 +22,7 @@ from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_co
 from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
 from medtl_ext.data.collection import SPLITS
 from medtl_ext.data.files import PICTURES, Part, find_images, require_readable, shape_of
-from medtl_ext.data.plan import AUTO, Grid, plan_grid, stored_options
+from medtl_ext.data.plan import AUTO, Grid, no_grid, plan_grid, stored_options
 from medtl_ext.ranking import bootstrap_interval, mean_auc
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.report import patient_table
@@ -181,11 +181,15 @@ def planned_grid(here: Run, target: SegmentationTask, *, beside: str | None = No
         beside: weights of the bundle's own network, which has seen one grid: what ``grid.json`` beside them says is not
             planned.
         options: see `medtl_ext.data.plan.plan_grid`.
+
+    Raises:
+        InputError: the grid of these weights is neither beside them nor given.
     """
-    stored = {} if beside is None else stored_options(Path(beside).with_name("grid.json"))
-    options = {name: stored.get(name, value) if value == AUTO else value for name, value in options.items()}
-    if stored:
-        logger.info("grid of %s", beside)
+    if beside is not None and Path(beside).is_file():
+        stored = stored_options(path := Path(beside).with_name("grid.json"))
+        options = {name: stored.get(name, value) if value == AUTO else value for name, value in options.items()}
+        if AUTO in (options["spacing"], options["roi_size"]):
+            raise no_grid(path)
     items = target.datalist("train" if "train" in target.splits else target.splits[0])
     grid = plan_grid(items, label_values=target.label_values, channels=target.channels, **options)
     network = {key: grid.dims if value == "$@grid.dims" else value for key, value in here.config["network_def"].items()}

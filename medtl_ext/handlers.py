@@ -1,10 +1,12 @@
 """Ignite handlers of the bundles: the weight map before training, resumable checkpoints, scores per patient."""
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import ignite.distributed as idist
@@ -19,12 +21,12 @@ from monai.handlers import TensorBoardStatsHandler, from_engine
 from monai.utils import evenly_divisible_all_gather, string_list_all_gather
 from torch import Tensor
 
-from medtl_ext._io import atomic_path
+from medtl_ext._io import atomic_path, write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 from medtl_ext.metrics import compute_segmentation_scores
 
-__all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurves", "WeightMap"]
+__all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurves", "TrainingLength", "WeightMap"]
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +225,83 @@ class EpochSeed:
         torch.manual_seed(seed)
         set_rnd(self.dataset, seed)
         engine.set_data(engine.state.dataloader)  # a new order of samples, from its beginning
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainingLength:
+    """How long a training is, and when it validates: so many epochs, or as many as fit into some minutes here.
+
+    After the first epoch the log says how long the training takes on this machine. With ``minutes``, it then trains
+    for as many epochs as that time allows, validations apart, and the schedule is stretched to them. Writes
+    ``curve.csv``, a row for each validation: ``epoch, steps, minutes`` (of training) and the evaluator's key metric. It
+    belongs before `ResumableCheckpoint`, whose ``save_dict`` keeps it.
+
+    Args:
+        evaluator: MONAI engine that validates.
+        lr_scheduler: one with a number of epochs, ``total_iters``.
+        save_dir: of ``curve.csv``.
+        interval: epochs from one validation to the next; None: five times in all.
+        minutes: of training, at least one epoch; None: the trainer's own number of epochs.
+        settings: gets that number as ``epochs``, for the trainings that are compared with this one.
+    """
+
+    evaluator: Evaluator
+    lr_scheduler: Any
+    save_dir: str | Path
+    interval: int | None = None
+    minutes: float | None = None
+    settings: dict[str, Any] | None = None
+    state: dict[str, Any] = field(default_factory=lambda: {"epochs": None, "minutes": 0.0, "curve": []}, init=False)
+
+    def attach(self, engine: Trainer) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self.begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.skip_first)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.end)
+        self._engine = engine
+
+    def state_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as long as was decided before."""
+        self.state = copy.deepcopy(dict(state))
+        if self.minutes is not None:
+            self._train_for(self.state["epochs"])
+
+    def begin(self, engine: Trainer) -> None:
+        self._began, self._steps = perf_counter(), engine.state.epoch_length
+
+    def skip_first(self, engine: Trainer) -> None:
+        """Do not count the first step of all, which sets up what the others use."""
+        if engine.state.iteration == 1 and self._steps > 1:
+            self._began, self._steps = perf_counter(), self._steps - 1
+
+    def end(self, engine: Trainer) -> None:
+        """Decide after the first epoch, and validate where that is due."""
+        seconds = (perf_counter() - self._began) / self._steps
+        epoch, length = engine.state.epoch, engine.state.epoch_length
+        self.state["minutes"] += seconds * length / 60
+        if self.state["epochs"] is None:
+            seconds = idist.broadcast(seconds, 0)
+            if self.minutes is not None:
+                self._train_for(max(1, int(60 * self.minutes / (seconds * length))))
+            self.state["epochs"] = engine.state.max_epochs
+            steps = length * self.state["epochs"]
+            logger.info("%d training steps, about %.1f minutes (%.2f s each)", steps, steps * seconds / 60, seconds)
+        epochs = self.state["epochs"]
+        due = epoch % self.interval == 0 if self.interval else epoch * 5 // epochs > (epoch - 1) * 5 // epochs
+        if due or epoch == epochs:
+            self.evaluator.run(epoch)
+            name = self.evaluator.state.key_metric_name
+            row = {"epoch": epoch, "steps": epoch * length, "minutes": round(self.state["minutes"], 4)}
+            self.state["curve"].append(row | {name: float(self.evaluator.state.metrics[name])})
+            if idist.get_rank() == 0:
+                write_csv(Path(self.save_dir) / "curve.csv", pd.DataFrame(self.state["curve"]))
+
+    def _train_for(self, epochs: int) -> None:
+        self._engine.state.max_epochs = self.lr_scheduler.total_iters = epochs
+        if self.settings is not None:
+            self.settings |= {"epochs": epochs, "minutes": None}
 
 
 class TensorBoardCurves(TensorBoardStatsHandler):

@@ -59,8 +59,9 @@ class TestSpacing:
     def test_what_is_given_is_taken(self, tmp_path):
         normalize = {"_target_": "NormalizeIntensityd", "keys": "image"}
         given = {"spacing": [2, 2, 2], "roi_size": [8, 8, 8], "normalize": normalize, "background_share": 0.25}
+        given |= {"axcodes": "LPS", "flip_axes": [0]}
         grid = planned([saved(tmp_path, "a")], **given)
-        assert grid.options == {**given, "axcodes": "RAS"}
+        assert grid.options == given
         assert grid.why == ()
 
     @pytest.mark.parametrize(
@@ -130,6 +131,37 @@ def step_all(item, grid):
     return data
 
 
+class TestFlips:
+    """Along which a mirrored image is as like the others as they are to each other."""
+
+    @staticmethod
+    def bodies(folder, *sided, places=(8, 8)):
+        """Images of a ball in noise, in the middle but for the axes given, along which it is at these places."""
+        rng, items = np.random.default_rng(0), []
+        for number, place in enumerate(places):
+            centre = [place if axis in sided else 15.5 for axis in range(3)]
+            far = sum((axis - at) ** 2 for axis, at in zip(np.indices((32, 32, 32)), centre, strict=True))
+            image = 100.0 * (far < 64) + rng.normal(0, 5, far.shape)
+            items.append(saved(folder, str(number), image=image.astype(np.float32)))
+        return items
+
+    @pytest.mark.parametrize("sided", [(), (1,), (0, 2)])
+    def test_a_body_with_sides_is_not_flipped_along_them(self, tmp_path, sided):
+        grid = planned(self.bodies(tmp_path, *sided), roi_size="3d")
+        assert grid.flip_axes == tuple(sorted({0, 1, 2} - set(sided)))
+        assert [step.flipper.spatial_axis for step in grid.flips] == list(grid.flip_axes)
+        assert "images are alike by 0.9" in grid.why[-1]
+
+    def test_axes_are_those_of_the_grid(self, tmp_path):
+        assert planned(self.bodies(tmp_path, 0), roi_size="3d", axcodes="ARS").flip_axes == (0, 2)
+
+    def test_images_that_have_no_common_layout_may_be_flipped(self, tmp_path):
+        assert planned(self.bodies(tmp_path, 0, 1, places=(4, 12, 20, 28)), roi_size="2d").flip_axes == (0, 1)
+
+    def test_one_image_is_compared_with_itself(self, tmp_path):
+        assert planned(self.bodies(tmp_path, 0, places=(8,)), roi_size="3d").flip_axes == (1, 2)
+
+
 class TestIntensities:
     def test_mr_is_standardised_inside_the_body(self, tmp_path):
         grid = planned([saved(tmp_path, "a")])
@@ -147,7 +179,7 @@ class TestIntensities:
         expected = (image.clip(low, high) - inside.mean()) / inside.std()
         found = grid.intensities({"image": image[None]})["image"][0]
         np.testing.assert_allclose(found, expected, atol=1e-3)
-        assert "CT clipped to" in grid.why[-2]
+        assert "CT clipped to" in grid.why[-3]
 
     def test_a_label_of_another_size_is_named(self, tmp_path):
         item = saved(tmp_path, "a", label=np.ones((20, 24, 16), np.uint8))

@@ -4,6 +4,7 @@ The rules are those of nnU-Net's fingerprint (Isensee et al., Nature Methods 202
 spacing, windows as large as images and memory allow, CT by the percentiles of its foreground.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +27,11 @@ from monai.transforms import (
     LoadImaged,
     Orientationd,
     RandCropByPosNegLabeld,
+    RandFlipd,
     Transform,
 )
 from scipy.ndimage import label as connected_parts
+from torch.nn.functional import adaptive_avg_pool3d, cosine_similarity, interpolate
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
@@ -52,6 +55,8 @@ LOWEST_CT = -500
 """An image that goes below is in Hounsfield units: air."""
 SAME_SPACING = 1e-3
 LOW_CEILING, MOST_LOST = 0.9, 0.05
+COARSE, LESS_ALIKE = 16, 0.1
+"""Mirrored images are compared on so many voxels along an axis, and may be so much less alike (cosine)."""
 BODY = {"_target_": "medtl_ext.transforms.NormalizeBodyd", "keys": "image"}
 PATCHES_WITHOUT_FOREGROUND = 1 / 3
 
@@ -93,6 +98,7 @@ class Grid:
         normalize: definition of the transform of intensities.
         background_share: of training slices, or patches, without foreground.
         axcodes: orientation that images are turned to.
+        flip_axes: along which a training may flip images at random.
         frame: voxels of the largest training image on this grid.
         native: it is the grid of all training images, so that nothing is resampled.
         why: a line for each choice.
@@ -103,6 +109,7 @@ class Grid:
     normalize: Mapping[str, Any] = field(default_factory=lambda: BODY)
     background_share: float = 0.0
     axcodes: str = "RAS"
+    flip_axes: tuple[int, ...] = ()
     frame: tuple[int, ...] = ()
     native: bool = False
     why: tuple[str, ...] = ()
@@ -135,6 +142,12 @@ class Grid:
         return [] if whole else [self.patch]
 
     @property
+    def flips(self) -> list[Transform]:
+        """Of training images, with their labels and weights."""
+        keys = ["image", "label", "weight"]
+        return [RandFlipd(keys, 0.5, spatial_axis=axis, allow_missing_keys=True) for axis in self.flip_axes]
+
+    @property
     def inferer(self) -> Inferer:
         """Of whole volumes."""
         if self.dims == 2:
@@ -145,7 +158,8 @@ class Grid:
     def options(self) -> dict[str, Any]:
         """The options of a config that give this grid."""
         options = {"spacing": list(self.spacing), "roi_size": list(self.roi_size), "normalize": dict(self.normalize)}
-        return options | {"background_share": self.background_share, "axcodes": self.axcodes}
+        options |= {"background_share": self.background_share, "axcodes": self.axcodes}
+        return options | {"flip_axes": list(self.flip_axes)}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Leave it as a file, with the reasons."""
@@ -196,6 +210,7 @@ def plan_grid(
     normalize: Mapping[str, Any] | str = AUTO,
     background_share: float | str = AUTO,
     axcodes: str = AUTO,
+    flip_axes: Sequence[int] | str = AUTO,
 ) -> Grid:
     """Plan what is not given from the images of a datalist, and say why.
 
@@ -210,6 +225,7 @@ def plan_grid(
             the body.
         background_share: of training slices or patches; or "auto".
         axcodes: orientation of the grid; "auto": RAS.
+        flip_axes: along which a training flips; "auto": where mirrored images look like the others.
 
     Raises:
         InputError: no items, a file that cannot be read, or numbers that are no grid.
@@ -250,7 +266,12 @@ def plan_grid(
             f"{1 - background_share:.0%} of patches lie around it" if patches else "all that is trained on has some"
         )
         why.append(f"foreground: {around}")
-    return Grid(spacing, roi_size, normalize, background_share, axcodes, tuple(frame.tolist()), native, tuple(why))
+    if flip_axes == AUTO:
+        flip_axes, reason = _flip_axes(some, axcodes, len(roi_size))
+        why.append(reason)
+    options = {"normalize": normalize, "background_share": background_share, "axcodes": axcodes}
+    frame = tuple(frame.tolist())
+    return Grid(spacing, roi_size, **options, flip_axes=tuple(flip_axes), frame=frame, native=native, why=tuple(why))
 
 
 def label_ceiling(items: Sequence[Mapping[str, Any]], steps: Sequence[Callable], *, n_classes: int) -> Ceiling:
@@ -364,6 +385,29 @@ def _intensities(
             )
             return scale | {name: round(float(value), 4) for name, value in ends.items()} | {"clip": True}, reason
     return BODY, "standardised inside the body"
+
+
+def _flip_axes(items: Sequence[Mapping[str, Any]], axcodes: str, dims: int) -> tuple[list[int], str]:
+    """Those along which a mirrored image is about as like another patient's as they are without: a brain has sides."""
+    read = [
+        LoadImaged("image", reader="medtl_ext.data.ChannelReader", ensure_channel_first=True),
+        Orientationd("image", axcodes, labels=None),
+    ]
+    coarse = []
+    for item in items[:SAMPLE]:
+        image = Compose(read)({"image": item["image"]})["image"].as_tensor().float().mean(0, keepdim=True)
+        image = adaptive_avg_pool3d(image, [min(size, COARSE) for size in image.shape[1:]])[0]
+        coarse.append(interpolate((image - image.mean())[None, None], (COARSE,) * 3)[0, 0])
+    pairs = [*itertools.permutations(coarse, 2)] or [(coarse[0], coarse[0])]
+
+    def likeness(*axes: int) -> float:
+        return float(np.mean([cosine_similarity(one.flatten(), two.flip(axes).flatten(), 0) for one, two in pairs]))
+
+    plain, mirrored = likeness(), [likeness(axis) for axis in range(dims)]
+    axes = [axis for axis, found in enumerate(mirrored) if found >= plain - LESS_ALIKE]
+    of_each = ", ".join(f"{found:.2f} along axis {axis}" for axis, found in enumerate(mirrored))
+    said = f"along {' and '.join(map(str, axes))}" if axes else "none"
+    return axes, f"flips: {said}; images are alike by {plain:.2f}, and by {of_each} when one is mirrored"
 
 
 def _files(names: str | Sequence[str]) -> list[str]:

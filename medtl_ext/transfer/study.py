@@ -82,7 +82,8 @@ class Study:
 
     def _plan(self) -> None:
         config = self.here.config
-        options = {name: config[name] for name in ("spacing", "roi_size", "normalize", "background_share", "axcodes")}
+        names = ("spacing", "roi_size", "normalize", "background_share", "axcodes", "flip_axes")
+        options = {name: config[name] for name in names}
         grid = planned_grid(self.here, self.open(self.first()), **options)
         for reason in (f"all runs share the grid of {self.first()}", *grid.why):
             logger.info("%s", reason)

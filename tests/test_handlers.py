@@ -1,5 +1,6 @@
 """Weight maps before training, checkpoints that resume, scores per patient: on real engines."""
 
+from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from drawing import numpy_generator
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import IgniteMetricHandler, from_engine
+from monai.handlers import IgniteMetricHandler, LrScheduleHandler, from_engine
 from monai.inferers import SliceInferer
 from monai.metrics import DiceMetric, MeanIoU
 from monai.transforms import AsDiscreted, LoadImaged, RandShiftIntensityd
@@ -20,8 +21,8 @@ from torch import nn
 
 from medtl_ext import InputError
 from medtl_ext.data import SliceDataset
-from medtl_ext.engines import WeightedTrainer
-from medtl_ext.handlers import EpochSeed, ResumableCheckpoint, SubjectTable, WeightMap
+from medtl_ext.engines import MixedPrecisionInferer, WeightedTrainer, has_bfloat16
+from medtl_ext.handlers import EpochSeed, ResumableCheckpoint, SubjectTable, TrainingLength, WeightMap
 from medtl_ext.losses import RiskWeightedLoss, frequency_map, risk_map
 from medtl_ext.metrics import LEEP, LEEPImageMaps, LEEPMap, compute_leep_map
 from medtl_ext.transfer import Predictions
@@ -167,6 +168,16 @@ def test_the_weighted_trainer_is_the_stock_one_without_weights(slices):
         trainer_of(dataset, network, cross_entropy(), epochs=2, kind=kind).run()
         results.append(network[0].weight.detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="this processor does not compute in bfloat16")
+def test_mixed_precision_rounds_the_forward_pass_and_nothing_else():
+    network, image = small_network(), torch.rand(4, 1, 12, 10)
+    exact, rounded = network(image), MixedPrecisionInferer()(image, network)
+    rounded.square().mean().backward()
+    assert {rounded.dtype, network[0].weight.dtype, network[0].weight.grad.dtype} == {torch.float32}
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
 
 
 class Scripted:
@@ -358,3 +369,74 @@ class TestEpochSeed:
         whole, other = self.batches(epochs=2), self.batches(epochs=2, seed=8)
         values = [torch.cat(images).flatten() for images in (whole[1], whole[2], other[1])]
         assert not any(torch.equal(values[a], values[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+class TestTrainingLength:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        """Tells seconds; the first step of a process takes 50 more."""
+        clock = SimpleNamespace(now=0.0)
+        monkeypatch.setattr("medtl_ext.handlers.perf_counter", lambda: clock.now)
+        return clock
+
+    @staticmethod
+    def train(dataset, folder, clock, *, epochs=1, stop_after=None, **options):
+        """Train with three steps of 2 seconds an epoch; the learning rates of the epochs, and the handler."""
+        network = small_network()
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=epochs)
+        evaluator = Scripted([])
+        evaluator.run = lambda epoch: evaluator.state.metrics.update(dice=epoch / 100)
+        length = TrainingLength(evaluator=evaluator, lr_scheduler=schedule, save_dir=folder, **options)
+        states = {"network": network, "optimizer": optimizer, "lr_scheduler": schedule, "length": length}
+        handlers = [length, LrScheduleHandler(schedule, print_lr=False)]
+        handlers += [ResumableCheckpoint(save_dir=folder, save_dict=states)]
+        trainer = trainer_of(dataset, network, cross_entropy(), handlers, epochs, optimizer)
+        assert trainer.state.epoch_length == 3
+        rates = []
+
+        @trainer.on(Events.ITERATION_STARTED)
+        def work(engine):
+            clock.now += 2 + 50 * (engine.state.iteration == 1)
+
+        @trainer.on(Events.EPOCH_STARTED)
+        def note(engine):
+            rates.append(round(optimizer.param_groups[0]["lr"], 9))
+            if engine.state.epoch - 1 == stop_after:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) if stop_after else nullcontext():
+            trainer.run()
+        return rates, length
+
+    def test_minutes_are_as_many_epochs_with_the_schedule_of_so_many(self, slices, tmp_path, clock, caplog):
+        settings = {"epochs": 1, "minutes": 0.75}
+        caplog.set_level("INFO")
+        rates, length = self.train(slices[0], tmp_path / "a", clock, minutes=0.75, settings=settings)
+        assert settings == {"epochs": 7, "minutes": None}  # 45 seconds, 6 an epoch
+        assert "21 training steps, about 0.7 minutes (2.00 s each)" in caplog.text
+        assert rates == self.train(slices[0], tmp_path / "b", clock, epochs=7)[0]
+        assert length.state["minutes"] == pytest.approx(0.7)
+
+    def test_a_resumed_run_is_as_long_as_was_decided(self, slices, tmp_path, clock):
+        whole, _ = self.train(slices[0], tmp_path / "whole", clock, minutes=1)
+        first, _ = self.train(slices[0], tmp_path / "two", clock, minutes=1, stop_after=4)
+        settings = {}
+        rest, length = self.train(slices[0], tmp_path / "two", clock, minutes=9, settings=settings)
+        assert first[:4] + rest == whole
+        assert (settings["epochs"], length.state["minutes"]) == (10, pytest.approx(1))
+        curves = [pd.read_csv(tmp_path / name / "curve.csv") for name in ("whole", "two")]
+        pd.testing.assert_frame_equal(*curves)
+        assert curves[0].to_dict("list") == {
+            "epoch": [2, 4, 6, 8, 10],
+            "steps": [6, 12, 18, 24, 30],
+            "minutes": [0.2, 0.4, 0.6, 0.8, 1],
+            "dice": [0.02, 0.04, 0.06, 0.08, 0.1],
+        }
+
+    @pytest.mark.parametrize(
+        ("epochs", "interval", "due"), [(3, None, [1, 2, 3]), (9, 4, [4, 8, 9]), (4, 1, [1, 2, 3, 4])]
+    )
+    def test_it_validates_at_intervals_and_at_the_end(self, slices, tmp_path, clock, epochs, interval, due):
+        _, length = self.train(slices[0], tmp_path, clock, epochs=epochs, interval=interval)
+        assert [row["epoch"] for row in length.state["curve"]] == due

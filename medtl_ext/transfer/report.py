@@ -21,8 +21,6 @@ from medtl_ext._validation import InputError
 from medtl_ext.ranking import MINIMUM_PATIENTS, Verdict, audit_verdict, holm, paired_comparison
 from medtl_ext.visualize import SPLIT_NAMES, method_group, plot_audit, plot_comparison, save_figure
 
-__all__ = ["audit_report", "compare_report", "markdown_table", "patient_table"]
-
 RUN_COLUMNS = ["pair", "slices", "split", "method", "source_seed", "seed"]
 """What tells one run from another; a table need not have all of them."""
 ALL_PAIRS = "all pairs"

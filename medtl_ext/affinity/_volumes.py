@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.utils import convert_to_numpy
 from numpy.typing import ArrayLike
 
-from medtl_ext._validation import InputError, as_plain_tensor
+from medtl_ext._validation import InputError
 
 NamedVolume = tuple[str, np.ndarray]
 
@@ -60,12 +61,18 @@ class Reader:
         return torch.as_tensor(values, dtype=torch.float64).to(self._device)
 
     def _numbers(self, name: str, value: Any) -> np.ndarray:
-        tensor = as_plain_tensor(name, value)
-        if tensor.is_complex():
-            raise InputError(f"{name} holds complex numbers; expected real ones.")
-        if self._device.type == "cpu":
-            self._device = tensor.device
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()  # numpy has no bfloat16
+        if isinstance(value, torch.Tensor):
+            if self._device.type == "cpu":
+                self._device = value.device
+            if value.dtype == torch.bfloat16:
+                value = value.float()  # numpy has no such type
+        try:
+            array = np.asarray(convert_to_numpy(value, wrap_sequence=True))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{name} cannot be read as one array ({error}); give an array or a tensor.") from error
+        if array.dtype.kind not in "buif":
+            raise InputError(f"{name} holds {array.dtype}; expected real numbers.")
+        return array
 
     def _volume(self, name: str, value: Any) -> np.ndarray:
         given = self._numbers(name, value)

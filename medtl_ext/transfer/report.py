@@ -208,6 +208,17 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def read_columns(path: str | os.PathLike[str], columns: set[str]) -> pd.DataFrame:
+    """The table of a CSV file that must have these columns."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as CSV ({str(error).strip()}).") from error
+    if missing := sorted(columns - set(table)):
+        raise InputError(f"{path} lacks the column(s) {_listed(missing)}.")
+    return table
+
+
 def _require_columns(rows: pd.DataFrame, columns: Iterable[str]) -> None:
     if missing := [column for column in columns if column not in rows]:
         raise InputError(f"The results lack the column(s) {_listed(missing)}; found {_listed(rows.columns)}.")

@@ -219,17 +219,6 @@ class TestPlans:
         assert (source[:, 1] == 1).all()
         assert compute_otce(source, [0, 0, 1, 1], source.flip(0), [1, 1, 0, 0]) == 0
 
-    def test_pixels_of_both_sides_are_samples(self):
-        source, source_labels, target, target_labels = draw_softmax(120, 240)
-        expected = compute_otce(source.tolist(), source_labels.tolist(), target.numpy(), target_labels.numpy())
-        value = compute_otce(
-            source.view(2, 6, 10, 2).movedim(3, 1),
-            source_labels.view(2, 1, 6, 10),
-            target.view(3, 4, 5, 4, 2).movedim(4, 1),
-            target_labels.view(3, 4, 5, 4).float(),
-        )
-        assert value.item() == pytest.approx(expected.item(), abs=1e-9)
-
     def test_sinkhorn_that_does_not_converge_warns(self, monkeypatch):
         monkeypatch.setattr("medtl_ext.metrics.otce.ITERATIONS", 3)
         for epsilon in (0.005, 0.1):  # in the log domain, and not

@@ -113,14 +113,6 @@ def test_the_command_for_own_data_finds_a_path(options, collection):
     assert len(read_json(Path(options["output_dir"]) / "plan.json")["paths"][0]["tasks"]) == 2
 
 
-def test_without_intermediate_tasks_one_step_is_all_there_is(options, in_this_process):
-    run(**options, max_intermediates=0)
-    folder = Path(options["output_dir"])
-    assert len(read_json(folder / "plan.json")["paths"][0]["tasks"]) == 1
-    assert not pd.read_csv(folder / "arms.csv")["method"].str.startswith("sequential").any()
-    assert "One step is all there is: max_intermediates is 0." in answered(folder)
-
-
 def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_process):
     run(**options, n_clusters=3, val_split="train")
     folder = Path(options["output_dir"])

@@ -87,6 +87,8 @@ def ssim() -> bool:
     def windowed(pairs: int) -> list[float]:
         return [structural_similarity(a[i], b[i], win_size=7, data_range=1, K1=0.01, K2=0.03) for i in range(pairs)]
 
+    same = pairwise_ssim(a[:1], b[:1], k1=0.01, k2=0.03, window=7).item()
+    np.testing.assert_allclose(same, windowed(1)[0], rtol=0, atol=1e-8)
     windows = quickest(lambda: windowed(3), 2) * N**2 / 3
     what = f"SSIM, {N} x {N} volumes of 128 x 128 x 64"
     return all(

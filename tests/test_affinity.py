@@ -10,6 +10,7 @@ from monai.data import MetaTensor
 from scipy import stats
 from scipy.ndimage import binary_erosion
 from skimage.measure import regionprops
+from skimage.metrics import structural_similarity
 from skimage.transform import resize
 from sklearn.decomposition import PCA
 
@@ -79,10 +80,13 @@ def head(rng, shape=(24, 26, 20), lesion=3.0, level=200.0, bright=150.0, n=3, of
 
 
 class TestReferenceVectors:
-    def test_ssim(self, vectors):
+    @pytest.mark.parametrize(
+        ("name", "options"), [("ssim_K0.3", {}), ("ssim_skimage_win7", {"k1": 0.01, "k2": 0.03, "window": 7})]
+    )
+    def test_ssim(self, vectors, name, options):
         data = vectors("seqtran")
         labels = [data[f"lab{i}"] for i in range(5)]
-        np.testing.assert_allclose(pairwise_ssim(labels, labels), data["ssim_K0.3"], rtol=0, atol=1e-13)
+        np.testing.assert_allclose(pairwise_ssim(labels, labels, **options), data[name], rtol=0, atol=1e-13)
 
     def test_wasserstein(self, vectors):
         data = vectors("seqtran")
@@ -132,7 +136,7 @@ class TestVolumes:
         labels, images = blobs(rng, 3, (8, 7, 6)), images_of(rng, 2, (10, 9, 8), background=False)
         for volume in (*labels, *images):
             volume.flags.writeable = False
-        pairwise_ssim(labels, labels)
+        pairwise_ssim(labels, labels, window=3)
         pairwise_wasserstein(images, images, size=10)
 
 
@@ -178,6 +182,27 @@ class TestGlobalSSIM:
         with pytest.warns(UserWarning, match="different shapes"):
             assert torch.equal(pairwise_ssim(mixed, mixed)[2:, :2], values.T)
         assert [label.shape for label in mixed] == [(6, 10, 4)] * 2 + [(9, 5, 8)] * 2
+
+
+class TestWindowedSSIM:
+    @pytest.mark.parametrize("window", [3, 13])
+    @pytest.mark.parametrize("shape", [(19, 13, 16), (31, 24)])
+    def test_equals_scikit_image(self, rng, window, shape):
+        a, b = blobs(rng, 4, shape), blobs(rng, 3, shape)
+        k1, k2 = rng.uniform(0.01, 0.5, 2)
+        how = {"win_size": window, "data_range": 1, "K1": k1, "K2": k2}
+        expected = [[structural_similarity(x.astype(float), y.astype(float), **how) for y in b] for x in a]
+        np.testing.assert_allclose(pairwise_ssim(a, b, k1=k1, k2=k2, window=window), expected, rtol=0, atol=1e-12)
+
+    def test_labels_at_every_border(self):
+        """The window has to look as far as the border lets it, and no farther."""
+        labels = [np.zeros((15, 14, 13)) for _ in range(9)]
+        for label, corner in zip(labels[:8], product((0, -1), repeat=3), strict=True):
+            label[corner] = 1
+        expected = [[structural_similarity(x, y, data_range=1, win_size=7) for y in labels] for x in labels]
+        for other in (labels, list(labels)):
+            result = pairwise_ssim(labels, other, k1=0.01, k2=0.03, window=7)
+            np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12)
 
 
 class TestMeanLabelDice:
@@ -535,6 +560,9 @@ class TestBadInput:
         [
             (pairwise_ssim, ([EYE], [EYE]), {"k1": 0}, "k1 is 0"),
             (pairwise_ssim, ([EYE], [EYE]), {"k2": np.nan}, "k2 is nan"),
+            (pairwise_ssim, ([EYE], [EYE]), {"window": 4}, "window is 4; expected an odd number"),
+            (pairwise_ssim, ([EYE], [EYE]), {"window": 3.0}, "window is 3.0"),
+            (pairwise_ssim, ([EYE], [EYE]), {"window": 5}, r"window is 5; expected a whole number from 3 to 4"),
             (pairwise_wasserstein, ([IMAGE], [EYE * np.nan]), {}, r"images_b\[0\] holds NaN or Inf"),
             (pairwise_wasserstein, ([IMAGE], [IMAGE, np.diag([1, np.inf])]), {}, r"images_b\[1\] holds NaN or Inf"),
             (pairwise_wasserstein, ([IMAGE], [np.ones((4, 4, 4))]), {}, r"images_b\[0\] is 3D, but images_a\[0\] is"),

@@ -35,6 +35,7 @@ def pairwise_ssim(
     *,
     k1: float = 0.3,
     k2: float = 0.3,
+    window: int | None = None,
 ) -> torch.Tensor:
     r"""Structural similarity of every label volume of one set with every one of another.
 
@@ -42,7 +43,7 @@ def pairwise_ssim(
         \mathrm{SSIM} = \frac{(2 \mu_a \mu_b + k_1^2)(2 \sigma_{ab} + k_2^2)}
         {(\mu_a^2 + \mu_b^2 + k_1^2)(\sigma_a^2 + \sigma_b^2 + k_2^2)}
 
-    over whole volumes, the global form (for windows see `skimage.metrics.structural_similarity`). For labels of 0 and 1
+    over whole volumes (the global form), or in a window around every voxel and then averaged. For labels of 0 and 1
     means and variances follow from the number of labelled voxels, and covariances from the number labelled in both,
     which for all pairs is one matrix product: exact counts, however large the volumes are.
 
@@ -52,14 +53,15 @@ def pairwise_ssim(
             along each axis, with a `UserWarning`.
         k1, k2: stabilisers of the means and of the variances, > 0. SeqTran has 0.3; scikit-image, and the paper that
             introduced SSIM, have 0.01 and 0.03.
+        window: None for the global form; an odd number, such as 7, for windows of so many voxels a side.
 
     Returns:
         Na x Nb, float64, > -1, higher is more alike; 1 for two empty volumes. With k1 = k2 = 0.3 labels that fill
         little of their volume are all alike, wherever they lie: lesion maps of 0.02 % and of 0.7 % of the voxels have
-        0.93. The similarity v of a volume with itself is not 1 but
+        0.93. In the global form the similarity v of a volume with itself is not 1 but
         ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, s being its variance, so 1 <= v <= 1 + 1 / (N - 1), because
-        SeqTran's code divides variances by the number of voxels N and covariances by N - 1. The same pair gives the
-        same value in either order.
+        SeqTran's code divides variances by the number of voxels N and covariances by N - 1. With windows it is 1. The
+        same pair gives the same value in either order.
 
         Memory: one byte per voxel of every volume, and nothing beyond the input where that is uint8 or bool.
 
@@ -73,7 +75,8 @@ def pairwise_ssim(
                 [0.6779, 1.2688, 0.1914],
                 [0.0701, 0.1914, 1.0000]], dtype=torch.float64)
 
-    Reference: SeqTran, eq. 4, with the constants of its code.
+    Reference: SeqTran, eq. 4, with the constants of its code. With windows it equals
+    `skimage.metrics.structural_similarity` with ``data_range=1``, ``K1=k1``, ``K2=k2`` and ``win_size=window``.
     """
     c1, c2 = (require_number(name, value, 0, above=True) ** 2 for name, value in (("k1", k1), ("k2", k2)))
     reader = Reader()
@@ -82,13 +85,11 @@ def pairwise_ssim(
     grid = _common_grid({volume.shape for volume in (*a, *b)})
     for volumes in (a, b):
         volumes[:] = _on_grid(volumes, grid)
-    voxels = a[0].size
-    mean_a, mean_b = (np.array([np.count_nonzero(volume.view(bool)) for volume in side]) / voxels for side in (a, b))
-    mean_a = mean_a[:, None]
-    covariance = (_overlaps(a, b) / voxels - mean_a * mean_b) * (voxels / (voxels - 1))
-    variances = mean_a * (1 - mean_a) + mean_b * (1 - mean_b)
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    return reader.tensor(luminance * (2 * covariance + c2) / (variances + c2))
+    if window is None:
+        return reader.tensor(_global_ssim(a, b, c1, c2))
+    if require_number("window", window, 3, min(grid), whole=True) % 2 == 0:
+        raise InputError(f"window is {window}; expected an odd number.")
+    return reader.tensor(_windowed_ssim(a, b, c1, c2, window))
 
 
 def mean_label_dice(labels_a: Iterable[ArrayLike], labels_b: Iterable[ArrayLike]) -> torch.Tensor:
@@ -231,6 +232,21 @@ def _nearest(volume: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
 # SSIM and Dice
 
 
+def _ssim(
+    mean_a: np.ndarray, mean_b: np.ndarray, both: np.ndarray, c1: float, c2: float, factors: tuple[float, float]
+) -> np.ndarray:
+    """From the shares of voxels labelled in a, in b, and in both; factors are those of covariances and of variances."""
+    covariance = (both - mean_a * mean_b) * factors[0]
+    variances = (mean_a * (1 - mean_a) + mean_b * (1 - mean_b)) * factors[1]
+    return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * (2 * covariance + c2) / (variances + c2)
+
+
+def _global_ssim(a: Volumes, b: Volumes, c1: float, c2: float) -> np.ndarray:
+    voxels = a[0].size
+    mean_a, mean_b = (np.array([np.count_nonzero(volume.view(bool)) for volume in side]) / voxels for side in (a, b))
+    return _ssim(mean_a[:, None], mean_b, _overlaps(a, b) / voxels, c1, c2, (voxels / (voxels - 1), 1.0))
+
+
 def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
     """Number of voxels labelled in both, for every pair: one matrix product, a block of voxels at a time."""
     rows_a, rows_b = ([volume.reshape(-1) for volume in side] for side in (a, b))
@@ -241,6 +257,34 @@ def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
         right = left if b is a else np.stack([row[start : start + step] for row in rows_b], dtype=np.float32)
         total += left @ right.T
     return total
+
+
+def _windowed_ssim(a: Volumes, b: Volumes, c1: float, c2: float, window: int) -> np.ndarray:
+    # A window that sees no label has SSIM 1, so only what is near the labels need be looked at.
+    near_a, near_b = ([bounding_box(volume, margin=window - 1) for volume in side] for side in (a, b))
+    windows = np.prod(np.subtract(a[0].shape, window - 1))
+    result = np.ones((len(a), len(b)))
+    for i, j in np.ndindex(*result.shape):
+        if b is a and j < i:
+            result[i, j] = result[j, i]
+        elif (near := _union(near_a[i], near_b[j])) is not None:
+            result[i, j] -= _missing(a[i][near], b[j][near], c1, c2, window) / windows
+    return result
+
+
+def _missing(a: np.ndarray, b: np.ndarray, c1: float, c2: float, window: int) -> float:
+    """What all windows together lack of an SSIM of 1 each."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    inner = (slice(window // 2, -(window // 2)),) * a.ndim
+    factor = window**a.ndim / (window**a.ndim - 1)  # of sample covariances, as scikit-image has them
+    shares = (ndimage.uniform_filter(labelled, window)[inner] for labelled in (a, b, a * b))
+    return float((1 - _ssim(*shares, c1, c2, (factor, factor))).sum())
+
+
+def _union(first: tuple[slice, ...] | None, second: tuple[slice, ...] | None) -> tuple[slice, ...] | None:
+    if first is None or second is None:
+        return first or second
+    return tuple(slice(min(f.start, s.start), max(f.stop, s.stop)) for f, s in zip(first, second, strict=True))
 
 
 def _shares(reader: Reader, name: str, labels: Iterable[ArrayLike]) -> dict[tuple[int, ...], np.ndarray]:

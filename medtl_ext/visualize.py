@@ -27,7 +27,6 @@ from numpy.typing import ArrayLike
 
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError, require_choice
-from medtl_ext.transforms import body_mask
 
 CLASS_COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
 METHOD_GROUPS = dict.fromkeys(("zero_shot", "scratch", "vanilla", "placebo", "dice_ce", "full"), "baseline")
@@ -595,7 +594,8 @@ def _show_panel(panel: Axes, array: np.ndarray, photograph: bool) -> None:
 
 def _box(image: np.ndarray, mask: np.ndarray, aspect: float) -> tuple[slice, ...]:
     """What of a slice is shown: all, or the surroundings of a small mask."""
-    body = body_mask(image if image.ndim == 2 else image.mean(2)).sum()
+    signal = np.abs(image if image.ndim == 2 else image.mean(2))
+    body = (signal > 0.05 * signal.max()).sum()  # without the noise around it
     if not 0 < mask.sum() < _SMALL * body:
         return (slice(None), slice(None))
     places, unit = np.argwhere(mask), np.array([1.0, aspect])

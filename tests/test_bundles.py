@@ -24,6 +24,7 @@ from bundle_runs import (
     kill_once_there,
     ranking_of,
     read_json,
+    refused,
     start,
     trainings,
 )
@@ -255,6 +256,49 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
 
 
 # As users start it
+
+
+WRONG = [
+    (SEQUENTIAL, {"affinity": "seqtrann"}, "expected seqtran or context"),
+    (SEQUENTIAL, {"sources": []}, "sources is []; give a list"),
+    (SEQUENTIAL, {"sources": ["14-T2-ED", "14-T2-ED"]}, "names 14-T2-ED twice"),
+    (SEQUENTIAL, {"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
+    (SEQUENTIAL, {"sources": [*SEQUENTIAL.tiny["sources"], "17-T2-ED"]}, "is one of the sources"),
+    (SEQUENTIAL, {"sources": ["14-FLAIR-ET"]}, "no source shares modality or objective"),
+    (SEQUENTIAL, {"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
+    (SEQUENTIAL, {"stage_patients": 0}, "expected a whole number, 1 or more"),
+    (SEQUENTIAL, {"stage_patients": 9, "source_patients": None}, "fewer than the 9 that are to be spent"),
+    (SEQUENTIAL, {"train_patients": 9}, "task 17-T2-ED has 4 training patients, fewer than the 9"),
+    (SEQUENTIAL, {"source_patients": 1}, "leave none to pre-train on"),
+    (SEQUENTIAL, {"max_intermediates": 1, "representative_rule": "siz"}, "did you mean 'size'"),
+    (SEQUENTIAL, {"task_graph": "nowhere.json"}, "nowhere.json holds no task graph"),
+    (SEQUENTIAL, {"collection": "nowhere.json"}, "does not exist"),
+    (SOURCE_SELECTION, {"metrics": ["h_scor"]}, "did you mean 'h_score'"),
+    (SOURCE_SELECTION, {"decide_by": "logm"}, "did you mean 'logme'"),
+    (SOURCE_SELECTION, {"method": "papr"}, "did you mean 'paper'"),
+    (SOURCE_SELECTION, {"minimum_win": 0.4}, "minimum_win"),
+    (SOURCE_SELECTION, {"n_resamples": 0}, "n_resamples"),
+    (SOURCE_SELECTION, {"top_k": 0}, "top_k is 0"),
+    (SOURCE_SELECTION, {"settle": True, "val_split": "train"}, "give --settle false"),
+    (SOURCE_SELECTION, {"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
+    (SOURCE_SELECTION, {"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
+    (SOURCE_SELECTION, {"collection": "nowhere.json"}, "does not exist"),
+    (SOURCE_SELECTION, {"source": SOURCE_SELECTION.tiny["sources"]}, "is no task, no path of a card"),
+    (DATASETS, {"metrics": ["leap"]}, "did you mean 'leep'"),
+    (DATASETS, {"metrics": ["leep"], "decide_by": "logme"}, "which is not in metrics"),
+    (DATASETS, {"sources": ["14-T2-tumor"]}, "did you mean 'tumour'"),
+    (DATASETS, {"sources": ["17-T2-tumour"]}, "no source is left"),
+    (DATASETS, {"target_task": "nowhere.npz"}, "does not exist"),
+    (DATASETS, {"train_per_class": 0}, "expected at least 1"),
+    (DATASETS, {"in_channels": 2}, "in_channels is 2"),
+    (DATASETS, {"image_size": 8}, "image_size is 8; expected at least 16"),
+    (DATASETS, {"source": DATASETS.tiny["sources"]}, "is no task, no path of a card"),
+]
+
+
+@pytest.mark.parametrize(("bundle", "wrong", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_a_wrong_option_is_refused_before_training(bundle, wrong, message, options, no_training):
+    assert message in refused(lambda: bundle.run(**options | wrong))
 
 
 SLOW = [

@@ -114,25 +114,6 @@ def test_inference_writes_a_probability_for_each_image(tmp_path):
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"metrics": ["leap"]}, "did you mean 'leep'"),
-        ({"metrics": ["leep"], "decide_by": "logme"}, "which is not in metrics"),
-        ({"sources": ["14-T2-tumor"]}, "did you mean 'tumour'"),
-        ({"sources": ["17-T2-tumour"]}, "no source is left"),
-        ({"target_task": "nowhere.npz"}, "does not exist"),
-        ({"train_per_class": 0}, "expected at least 1"),
-        ({"in_channels": 2}, "in_channels is 2"),
-        ({"image_size": 8}, "image_size is 8; expected at least 16"),
-        ({"source": SOURCES}, "is no task, no path of a card"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_training):
-    assert message in refused(lambda: run(**options | wrong))
-
-
 def test_a_class_with_fewer_images_than_asked_uses_what_there_is(options, in_this_process, mnist, capsys):
     path = mnist("brightmnist", counts=(10, 16, 16))
     run(**options | {"target_task": path, "train_per_class": 100, "sources": SOURCES[:1], "n_resamples": 5})

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from functools import partial
 from itertools import combinations, pairwise, permutations, product
 
 import networkx as nx
@@ -118,21 +119,6 @@ class TestClusters:
         assert len(clusters) == 9
         assert set().union(*clusters) == set(names)
 
-    @pytest.mark.parametrize("n_clusters", [0, 4, 2.0, True, "two"])
-    def test_as_many_as_there_can_be(self, n_clusters):
-        with pytest.raises(InputError, match=r"n_clusters is .*; expected a whole number from 1 to 3"):
-            girvan_newman_clusters(nx.path_graph(3), n_clusters, weight=None)
-
-    @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, None, "far"])
-    def test_weights_are_distances(self, value):
-        with pytest.raises(InputError, match="the edge between a and b has weight"):
-            girvan_newman_clusters(nx.Graph([("a", "b", {"weight": value})]), 1)
-
-    @pytest.mark.parametrize("graph", [nx.DiGraph([(0, 1)]), nx.MultiGraph([(0, 1)]), "graph", nx.Graph()])
-    def test_other_graphs_are_refused(self, graph):
-        with pytest.raises(InputError, match=r"^graph "):
-            girvan_newman_clusters(graph, 1, weight=None)
-
     def test_one_task_is_one_cluster(self):
         graph = nx.Graph()
         graph.add_node("13-T1-ED", size=3)
@@ -193,27 +179,6 @@ class TestPaths:
         with pytest.raises(NoPathError, match=r"to no representative .* one task each"):
             optimal_transfer_path(graph, costs, [{"a", "b"}, {"c"}], ["a", "c"])
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"target_costs": {"a": -1.0}}, "target_costs says -1.0 for a"),
-            ({"target_costs": {"a": math.nan}}, "target_costs says nan for a"),
-            ({"target_costs": {"z": 1.0}}, "target_costs names z"),
-            ({"representatives": ["z"]}, "expected one task of each of the clusters"),
-            ({"representatives": []}, "expected one task of each of the clusters"),
-            ({"clusters": [{"a", "z"}]}, "expected sets of the graph's tasks"),
-            ({"clusters": [{"a"}, {"a"}], "representatives": ["a", "a"]}, "no task in two"),
-            ({"clusters": [set()]}, "none empty"),
-            ({"max_intermediates": -1}, "max_intermediates is -1"),
-            ({"k": 0}, "k is 0"),
-        ],
-    )
-    def test_refuses(self, change, message):
-        graph = graph_of(("ab", 1.0))
-        given = {"target_costs": {"a": 1.0, "b": 1.0}, "clusters": [{"a", "b"}], "representatives": ["a"]} | change
-        with pytest.raises(InputError, match=message):
-            optimal_transfer_path(graph, **given)
-
 
 class TestRepresentatives:
     def test_by_size_then_cost_then_name(self):
@@ -236,51 +201,29 @@ class TestRepresentatives:
         # a: (1 + 2) / 2; b: (100 + 4) / 101, where the mean without sizes is 2.5; c: (200 + 4) / 101
         assert cluster_representatives(graph, [set("abc")], rule="weighted_centroid") == ["b"]
 
-    def test_refuses(self):
-        with pytest.raises(InputError, match="task a has size None"):
-            cluster_representatives(graph_of(("ab", 1.0)), [{"a", "b"}])
-        with pytest.raises(InputError, match="rule"):
-            cluster_representatives(graph_of(("ab", 1.0), size=1), [{"a", "b"}], rule="largest")
+
+NAMES = ("13-T1-ED", "13-T2-ED", "14-T2-ET", "14-FLAIR-NCR")
+
+
+def build(**change):
+    return task_graph(**{"tasks": NAMES, "costs": np.ones((4, 4)), "sizes": dict.fromkeys(NAMES, 5)} | change)
 
 
 class TestTaskGraph:
-    NAMES = ("13-T1-ED", "13-T2-ED", "14-T2-ET", "14-FLAIR-NCR")
-
-    def build(self, **change):
-        given = {"tasks": self.NAMES, "costs": np.ones((4, 4)), "sizes": dict.fromkeys(self.NAMES, 5)} | change
-        return task_graph(**given)
-
     def test_joins_what_shares_modality_or_objective(self):
         costs = np.full((4, 4), np.nan)
         costs[0, 1] = costs[1, 0] = costs[1, 2] = costs[2, 1] = 2.0
-        assert sorted(self.build(costs=costs).edges) == [("13-T1-ED", "13-T2-ED"), ("13-T2-ED", "14-T2-ET")]
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"costs": np.ones((3, 3))}, r"costs has shape \(3, 3\); expected 4 x 4"),
-            ({"costs": np.arange(16.0).reshape(4, 4)}, "are 1 and 4; expected the same"),
-            ({"costs": -np.ones((4, 4))}, "has weight -1.0"),
-            ({"costs": np.full((4, 4), np.nan)}, "has weight nan"),
-            ({"tasks": ["13-T1-ED"] * 4}, "13-T1-ED twice"),
-            ({"tasks": ["13-T1-ED", "13-T2-ED", "14-T2-ET", "nonsense"]}, "'nonsense' is not of the form"),
-            ({"sizes": {}}, "size of 13-T1-ED is None"),
-            ({"sizes": dict.fromkeys(NAMES, 0)}, "size of 13-T1-ED is 0"),
-        ],
-    )
-    def test_refuses(self, change, message):
-        with pytest.raises(InputError, match=message):
-            self.build(**change)
+        assert sorted(build(costs=costs).edges) == [("13-T1-ED", "13-T2-ED"), ("13-T2-ED", "14-T2-ET")]
 
     def test_is_read_back_as_it_was_written(self, tmp_path):
-        graph = self.build()
-        write_task_graph(graph, tmp_path / "g.json", clusters=[set(self.NAMES[:2]), set(self.NAMES[2:])])
+        graph = build()
+        write_task_graph(graph, tmp_path / "g.json", clusters=[set(NAMES[:2]), set(NAMES[2:])])
         read = read_task_graph(tmp_path / "g.json")
         assert {node: data.pop("cluster") for node, data in read.nodes(data=True)}["14-T2-ET"] == 1
         assert snapshot(read) == snapshot(graph)
-        write_task_graph(graph, tmp_path / "g.graphml", clusters=[set(self.NAMES)])
+        write_task_graph(graph, tmp_path / "g.graphml", clusters=[set(NAMES)])
         assert nx.read_graphml(tmp_path / "g.graphml").nodes["13-T1-ED"]["cluster"] == 0
-        assert snapshot(graph) == snapshot(self.build())
+        assert snapshot(graph) == snapshot(build())
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -301,6 +244,52 @@ class TestTaskGraph:
         with pytest.raises(InputError, match=message):
             read_task_graph(tmp_path / "bad.json")
 
-    def test_another_ending_is_refused(self, tmp_path):
-        with pytest.raises(InputError, match="ending"):
-            write_task_graph(self.build(), tmp_path / "g.png")
+
+def clustered(graph, n_clusters=1, weight=None):
+    return girvan_newman_clusters(graph, n_clusters, weight=weight)
+
+
+def paths(**change):
+    given = {"target_costs": {"a": 1.0, "b": 1.0}, "clusters": [{"a", "b"}], "representatives": ["a"]} | change
+    return optimal_transfer_path(graph_of(("ab", 1.0)), **given)
+
+
+def represented(rule="size", size=None):
+    return cluster_representatives(graph_of(("ab", 1.0), size=size), [{"a", "b"}], rule=rule)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        *((partial(clustered, nx.path_graph(3), n), "n_clusters is .* 1 to 3") for n in (0, 4, 2.0, True, "two")),
+        *(
+            (partial(clustered, nx.Graph([("a", "b", {"weight": wrong})]), 1, "weight"), "edge between a and b has wei")
+            for wrong in (-1.0, math.nan, math.inf, None, "far")
+        ),
+        *((partial(clustered, g), "^graph ") for g in (nx.DiGraph([(0, 1)]), nx.MultiGraph([(0, 1)]), "", nx.Graph())),
+        (partial(paths, target_costs={"a": -1.0}), "target_costs says -1.0 for a"),
+        (partial(paths, target_costs={"a": math.nan}), "target_costs says nan for a"),
+        (partial(paths, target_costs={"z": 1.0}), "target_costs names z"),
+        (partial(paths, representatives=["z"]), "expected one task of each of the clusters"),
+        (partial(paths, representatives=[]), "expected one task of each of the clusters"),
+        (partial(paths, clusters=[{"a", "z"}]), "expected sets of the graph's tasks"),
+        (partial(paths, clusters=[{"a"}, {"a"}], representatives=["a", "a"]), "no task in two"),
+        (partial(paths, clusters=[set()]), "none empty"),
+        (partial(paths, max_intermediates=-1), "max_intermediates is -1"),
+        (partial(paths, k=0), "k is 0"),
+        (represented, "task a has size None"),
+        (partial(represented, rule="largest", size=1), "rule"),
+        (partial(build, costs=np.ones((3, 3))), r"costs has shape \(3, 3\); expected 4 x 4"),
+        (partial(build, costs=np.arange(16.0).reshape(4, 4)), "are 1 and 4; expected the same"),
+        (partial(build, costs=-np.ones((4, 4))), "has weight -1.0"),
+        (partial(build, costs=np.full((4, 4), np.nan)), "has weight nan"),
+        (partial(build, tasks=["13-T1-ED"] * 4), "13-T1-ED twice"),
+        (partial(build, tasks=["13-T1-ED", "13-T2-ED", "14-T2-ET", "nonsense"]), "'nonsense' is not of the form"),
+        (partial(build, sizes={}), "size of 13-T1-ED is None"),
+        (partial(build, sizes=dict.fromkeys(NAMES, 0)), "size of 13-T1-ED is 0"),
+        (lambda: write_task_graph(build(), "g.png"), "ending"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(ask, message):
+    with pytest.raises(InputError, match=message):
+        ask()

@@ -324,7 +324,7 @@ def test_scans_of_a_patient_are_kept_as_one_and_a_subject_without_a_patient_as_i
     assert (alone.names, alone.groups.tolist()) == (("a1", "a2", "b1"), [0, 0, 1, 2])
     scans = seen([item | {"patient": item["subject"][0]} for item in items])
     assert (scans.names, scans.groups.tolist()) == (("a", "b"), [0, 0, 0, 1])
-    assert torch.equal(scans.probs, alone.probs)  # in the order of subject and slice
+    assert torch.equal(scans.features, alone.features)  # in the order of subject and slice
 
 
 class TestEpochSeed:

@@ -178,12 +178,13 @@ class TestInvariants:
                 same(value, expected, case.invariant[change])
 
     @pytest.mark.parametrize("case", [case for case in CASES if not case.grid], ids=lambda case: case.name)
-    def test_pixels_are_samples(self, case):
+    def test_pixels_are_samples_but_for_those_that_are_ignored(self, case):
         values, labels = case.draw()
-        expected = case.compute(values, labels)
+        labels[::7] = 255
+        expected = case.compute(values[labels < 255], labels[labels < 255])
         pixels = values.view(-1, 3, 4, *values.shape[1:])
         pixels = pixels if case.kind == "classes" else pixels.movedim(3, 1)
-        for value in both(case, pixels, labels.view(-1, 1, 3, 4)):
+        for value in both(case, pixels, labels.view(-1, 1, 3, 4), ignore_index=255):
             same(value, expected)
 
 
@@ -257,6 +258,14 @@ BAD_PROBABILITIES = {
     "halves": (lambda x, y: (x * 0.5, y), "source_probs sums to between 0.5 and 0.5"),
 }
 BAD_OF = {"features": BAD | BAD_NUMBERS, "probabilities": BAD | BAD_NUMBERS | BAD_PROBABILITIES, "classes": BAD}
+BAD_MAPS = {"no pixels": (lambda x, y: (x.flatten(2)[..., 0], y.flatten(1)[:, 0]), "a map needs")}
+
+
+def bad_of(case):
+    a_map = case.name.startswith(("h_score_map", "leep_map"))
+    return BAD_OF[case.kind] | (BAD_MAPS if a_map else {})
+
+
 NAN = torch.nan
 NUMBERS = {
     "transrate": {"eps": (0, -1e-4, NAN, torch.inf)},
@@ -282,14 +291,14 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("case", "what"),
-        [pytest.param(case, what, id=f"{case.name}-{what}") for case in CASES for what in BAD_OF[case.kind]],
+        [pytest.param(case, what, id=f"{case.name}-{what}") for case in CASES for what in bad_of(case)],
     )
     def test_named(self, case, what):
         values, labels = case.draw()
         metric = case.make()
         metric.update(values, labels)
         before = metric.compute()
-        change, message = BAD_OF[case.kind][what]
+        change, message = bad_of(case)[what]
         changed, message = change(values, labels), message.format(metric.inputs[0])
         with pytest.raises(InputError, match=message):
             case.compute(*changed)

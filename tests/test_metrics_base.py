@@ -140,22 +140,19 @@ class TestEvaluator:
 
 class TestOutput:
     @pytest.mark.parametrize("decollate", [True, False])
-    def test_sigmoid_head_and_half_precision(self, decollate):
-        logits, labels = torch.randn(4, 1, 5, 6).half(), torch.randint(2, (4, 1, 5, 6))
+    @pytest.mark.parametrize(("shape", "n_classes"), [((4, 1, 5, 6), 2), ((12, 3), 4)], ids=["a sigmoid", "images"])
+    def test_heads_of_any_kind_in_half_precision(self, shape, n_classes, decollate):
+        binary = shape[1] == 1
+        logits, labels = torch.randn(shape).half(), torch.randint(n_classes, shape if binary else shape[:1])
         output = {"pred": logits, "label": labels}
         if decollate:
-            output = [{"pred": row, "label": label} for row, label in zip(logits, labels, strict=True)]
+            rows = zip(logits, labels if binary else labels.tolist(), strict=True)
+            output = [{"pred": row, "label": label} for row, label in rows]
         metrics = attached(output, leep=LEEP(), nce=NCE())
-        probs = logits.float().sigmoid()
+        probs = logits.float().sigmoid() if binary else logits.float().softmax(1)
         assert metrics["leep"] == pytest.approx(compute_leep(probs, labels).item(), abs=1e-9)
-        assert metrics["nce"] == pytest.approx(compute_nce(probs > 0.5, labels).item(), abs=1e-9)
-
-    def test_classification(self):
-        logits, labels = torch.randn(12, 3), torch.arange(12) % 4
-        output = [{"pred": row, "label": label} for row, label in zip(logits, labels.tolist(), strict=True)]
-        metrics = attached(output, leep=LEEP(), nce=NCE())
-        assert metrics["leep"] == pytest.approx(compute_leep(logits.softmax(1), labels).item(), abs=1e-9)
-        assert metrics["nce"] == pytest.approx(compute_nce(logits.argmax(1), labels).item(), abs=1e-9)
+        classes = probs > 0.5 if binary else probs.argmax(1)
+        assert metrics["nce"] == pytest.approx(compute_nce(classes, labels).item(), abs=1e-9)
 
     def test_images_of_several_sizes_in_one_batch(self):
         output = [

@@ -259,40 +259,27 @@ class TestNetworkIsLeftAsItWas:
 
 class TestBadInput:
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("change", "options", "message"),
         [
-            (lambda x, y: (x * math.nan, y), "images .* NaN or Inf"),
-            (lambda x, y: (x[:0], y), "labels holds 24 labels for 0 images"),
-            (lambda x, y: (x[:-1], y), "labels holds 24 labels for 23 images"),
-            (lambda x, y: (list(x.split(6)), y[:-1]), "labels holds"),
-            (lambda x, y: (list(x.split(6))[:-1], y), "labels holds 24 labels for 18 images"),
-            (lambda x, y: (x, y - 1), "labels holds the negative label"),
-            (lambda x, y: (x, x.long().clamp(0)), "labels holds 1944 labels for 24 images"),
-            (lambda x, y: (x, []), "labels is empty"),
+            (lambda x, y: (x * math.nan, y), {}, "images .* NaN or Inf"),
+            (lambda x, y: (x[:0], y), {}, "labels holds 24 labels for 0 images"),
+            (lambda x, y: (x[:-1], y), {}, "labels holds 24 labels for 23 images"),
+            (lambda x, y: (list(x.split(6)), y[:-1]), {}, "labels holds"),
+            (lambda x, y: (list(x.split(6))[:-1], y), {}, "labels holds 24 labels for 18 images"),
+            (lambda x, y: (x, y - 1), {}, "labels holds the negative label"),
+            (lambda x, y: (x, x.long().clamp(0)), {}, "labels holds 1944 labels for 24 images"),
+            (lambda x, y: (x, []), {}, "labels is empty"),
+            (lambda x, y: (list(x.split(6)), y), {"batch_size": 6}, "comes in batches already"),
+            *((lambda *xy: xy, {"batch_size": value}, f"batch_size is {value}") for value in (2, 4.0)),
+            (lambda *xy: xy, {"layer": "head"}, "layer 'head' is unknown"),
+            (lambda *xy: xy, {"convolutions": ("0", "conv2")}, "convolutions 'conv2' is unknown"),
+            (lambda *xy: xy, {"convolutions": ("0", "4")}, "names 4, which has no weight"),
+            *((lambda *xy: xy, {"convolutions": n}, "names of two modules") for n in (("0",), ("0", "0"), "03")),
         ],
     )
-    def test_named(self, change, message):
+    def test_named(self, change, options, message):
         with pytest.raises(InputError, match=message):
-            compute_feature_update(tiny_network(), *change(*draw()))
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            *(({"batch_size": value}, f"batch_size is {value}") for value in (2, 4.0)),
-            ({"layer": "head"}, "layer 'head' is unknown"),
-            ({"convolutions": ("0", "conv2")}, "convolutions 'conv2' is unknown"),
-            ({"convolutions": ("0", "4")}, "names 4, which has no weight"),
-            *(({"convolutions": names}, "names of two modules") for names in (("0",), ("0", "0"), "03")),
-        ],
-    )
-    def test_options(self, options, message):
-        with pytest.raises(InputError, match=message):
-            compute_feature_update(tiny_network(), *draw(), **options)
-
-    def test_batch_size_beside_batches(self):
-        images, labels = draw()
-        with pytest.raises(InputError, match="comes in batches already"):
-            compute_feature_update(tiny_network(), list(images.split(6)), labels, batch_size=6)
+            compute_feature_update(tiny_network(), *change(*draw()), **options)
 
     def test_networks(self):
         with pytest.raises(InputError, match="no parameters"):

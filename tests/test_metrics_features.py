@@ -1,5 +1,7 @@
 """What the feature metrics share: sums over classes, samples drawn of pixels, the tap of a network's layers."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -52,29 +54,30 @@ class TestSums:
             metric.samples()
 
 
-class TestChecks:
-    def test_too_few_after_ignoring(self):
-        with pytest.raises(InputError, match="holds 1 sample"):
-            fed(HScore(ignore_index=9), (torch.zeros(3, 2), [9, 9, 1]))
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: fed(HScore(ignore_index=9), (torch.zeros(3, 2), [9, 9, 1])), "holds 1 sample"),
+        (
+            lambda: FeatureSamples().update(torch.zeros(3, 2), [0, 1, 0], ["a", "b"]),
+            "groups names 2 patients for 3",
+        ),
+        (lambda: fed(FeatureSamples(), *((torch.zeros(3, n), [0, 1, 0]) for n in (2, 3))), "3 channels here, 2 before"),
+        (lambda: TWO_PATIENTS.resampled([1, 2, 3]), "one per patient"),
+        *((partial(FeatureSamples, pixels=wrong), "pixels is") for wrong in (0, -1, 2.5, "all")),
+    ],
+)
+def test_what_makes_no_sense_is_refused(ask, message):
+    with pytest.raises(InputError, match=message):
+        ask()
 
-    def test_groups_for_every_sample(self):
-        with pytest.raises(InputError, match="groups names 2 patients for 3 samples"):
-            FeatureSamples().update(torch.zeros(3, 2), [0, 1, 0], ["a", "b"])
 
-    def test_one_layer_only(self):
-        with pytest.raises(InputError, match="3 channels here, 2 before"):
-            fed(FeatureSamples(), (torch.zeros(3, 2), [0, 1, 0]), (torch.zeros(3, 3), [0, 1, 0]))
+TWO_PATIENTS = Samples(torch.arange(3.0)[:, None], torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1]), ("a", "b"))
 
-    @pytest.mark.parametrize("pixels", [0, -1, 2.5, "all"])
-    def test_pixels_is_a_number(self, pixels):
-        with pytest.raises(InputError, match="pixels is"):
-            FeatureSamples(pixels=pixels)
 
-    def test_counts_of_a_resample(self):
-        samples = Samples(torch.arange(3.0)[:, None], torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1]), ("a", "b"))
-        assert [column.flatten().tolist() for column in samples.resampled([1, 2])] == [[0, 1, 1, 2, 2], [0, 1, 1, 0, 0]]
-        with pytest.raises(InputError, match="one per patient"):
-            samples.resampled([1, 2, 3])
+def test_a_patient_counts_as_often_as_drawn():
+    found = [column.flatten().tolist() for column in TWO_PATIENTS.resampled([1, 2])]
+    assert found == [[0, 1, 1, 2, 2], [0, 1, 1, 0, 0]]
 
 
 class TestReservoir:

@@ -136,18 +136,6 @@ class TestAgainstDefinition:
                 expected = logs(table, *samples_of(probs, labels)).reshape(labels.shape[1:])
                 np.testing.assert_allclose(found, expected, atol=1e-12)
 
-    def test_scattered_ignored_pixels(self):
-        probs, labels = predictions((6, 5))
-        labels[torch.rand(labels.shape) < 0.3] = 255
-        expected = direct_leep(probs, labels)
-        assert compute_leep(probs, labels, ignore_index=255).item() == pytest.approx(expected, abs=1e-12)
-        maps = compute_leep_image_maps(probs, labels, ignore_index=255)
-        assert torch.equal(maps.isnan(), labels == 255)
-        assert maps.nanmean().item() == pytest.approx(expected, abs=1e-12)
-        valid = labels != 255
-        nce = compute_nce(probs.argmax(1)[valid], labels[valid])
-        assert compute_nce(probs.argmax(1), labels, ignore_index=255).item() == pytest.approx(nce.item(), abs=1e-12)
-
     def test_images_larger_than_a_block(self):
         probs, labels = predictions((600, 600), n=2)
         leep_map = compute_leep_map(probs, labels)
@@ -186,13 +174,6 @@ class TestBadInput:
     def test_negative_label_beside_a_negative_ignore_index(self):
         with pytest.raises(InputError, match="negative label -2"):
             compute_leep(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([-1, -2, 0]), ignore_index=-1)
-
-    def test_map_without_pixels(self):
-        metric = LEEPMap()
-        for refused in (compute_leep_map, metric.update):
-            with pytest.raises(InputError, match="a map needs"):
-                refused(*predictions())
-        metric.update(*predictions((4, 5)))  # what was refused left no trace
 
     def test_images_on_two_grids(self):
         metric, other = LEEPMap(stride=4), LEEPMap(stride=4)  # both grids have 2 x 2 cells

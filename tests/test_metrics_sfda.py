@@ -120,15 +120,6 @@ class TestPatients:
         with pytest.raises(InputError, match="counts"):
             metric.resampled([1, 1])
 
-    def test_samples(self):
-        metric, features, _, names = self.fed()
-        samples = metric.samples()
-        order = samples.features[:, 0].argsort()
-        rows = features.movedim(1, -1).reshape(-1, 5)
-        assert torch.equal(samples.features[order], rows[rows[:, 0].argsort()])
-        owners = np.repeat(names, 4)[rows[:, 0].argsort()]
-        assert [samples.names[k] for k in samples.groups[order]] == owners.tolist()
-
     def test_drawn_pixels(self):
         metric, *_ = self.fed(pixels=3)
         samples = metric.samples()
@@ -142,10 +133,3 @@ class TestPatients:
         total.merge(other)
         assert len(total.samples().labels) == 27
         assert 0 < total.compute() < 1
-
-    def test_another_width(self):
-        metric, *_ = self.fed()
-        before = metric.compute()
-        with pytest.raises(InputError, match="6 channels here, 5 before"):
-            metric.update(*draw(width=6))
-        assert metric.compute() == before

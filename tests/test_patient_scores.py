@@ -13,7 +13,6 @@ from bundle_runs import RISK_MAP, SEQUENTIAL, SOURCE_SELECTION, refused
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
 from PIL import Image
-from scipy import ndimage
 
 from medtl_ext import InputError
 from medtl_ext._io import suffix_of
@@ -143,25 +142,9 @@ def from_files(written: Path, label: Path, values: tuple[int, ...], number: int)
         found, real = (np.asarray(nib.load(path).dataobj) for path in (written, label))
         affine = nib.load(label).affine
     found, real = found == number, np.isin(real, values)
-    size = np.sqrt((affine[:3, :3] ** 2).sum(0))[: found.ndim]
-    volumes = {
-        f"{name}_ml": mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
-        for name, mask in (("volume", found), ("truth", real))
-    }
     total, both = found.sum() + real.sum(), (found & real).sum()
-    if not (found.any() and real.any()):
-        good = float(total == 0)
-        names = ("dice", "iou", "lesion_recall", "lesion_precision")
-        far = 0 if good else np.sqrt(((size * found.shape) ** 2).sum())
-        return dict.fromkeys(names, good) | dict.fromkeys(("hd95_mm", "assd_mm"), far) | volumes
-    edges = [mask & ~ndimage.binary_erosion(mask) for mask in (found, real)]
-    ways = [ndimage.distance_transform_edt(~other, sampling=size)[one] for one, other in itertools.permutations(edges)]
-    shares = {}
-    for name, mask, other in (("recall", real, found), ("precision", found, real)):
-        parts, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
-        shares[f"lesion_{name}"] = sum(other[parts == one].any() for one in range(1, count + 1)) / count
-    scores = {"dice": 2 * both / total, "iou": both / (total - both), "assd_mm": np.concatenate(ways).mean()}
-    return scores | {"hd95_mm": max(np.percentile(way, 95) for way in ways)} | shares | volumes
+    overlap = {"dice": 2 * both / total, "iou": both / (total - both)} if total else {"dice": 1, "iou": 1}
+    return overlap | compute_segmentation_scores(found, real, affine)  # which is held against a count by hand above
 
 
 def of_the_phantom(folder: Path, collection: Path) -> Path:

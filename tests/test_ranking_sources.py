@@ -364,18 +364,6 @@ class TestBaselines:
         assert without.baselines.empty
         assert "Without looking" not in without.text
 
-    @pytest.mark.parametrize(
-        ("sources", "options", "message"),
-        [
-            ([], {}, "at least one candidate"),
-            (["a", "b", "a"], {}, "none twice; found a, b and a"),
-            (["a", "b"], {"sizes": {"a": 3}}, "sizes has no entry for b"),
-        ],
-    )
-    def test_bad_input(self, sources, options, message):
-        with pytest.raises(InputError, match=message):
-            baseline_rankings(sources, **options)
-
 
 @pytest.mark.parametrize(
     ("scores", "options", "message"),
@@ -398,8 +386,11 @@ class TestBaselines:
         (CLEAR, {"minimum_gap": -0.1}, "minimum_gap"),
         (CLEAR, {"n_resamples": 0}, "n_resamples"),
         (CLEAR, {"baselines": {"size": {"a": 1, "b": 2}}}, "no rank for c and d"),
+        ([], {"sizes": None}, "at least one candidate"),
+        (["a", "b", "a"], {"sizes": None}, "none twice; found a, b and a"),
+        (["a", "b"], {"sizes": {"a": 3}}, "sizes has no entry for b"),
     ],
 )
 def test_bad_input(scores, options, message):
     with pytest.raises(InputError, match=message):
-        bootstrap_ranking(scores, **options)
+        (baseline_rankings if "sizes" in options else bootstrap_ranking)(scores, **options)

@@ -113,14 +113,6 @@ def test_the_command_for_own_data_finds_a_path(options, collection):
     assert len(read_json(Path(options["output_dir"]) / "plan.json")["paths"][0]["tasks"]) == 2
 
 
-def test_without_intermediate_tasks_one_step_is_all_there_is(options, in_this_process):
-    run(**options, max_intermediates=0)
-    folder = Path(options["output_dir"])
-    assert len(read_json(folder / "plan.json")["paths"][0]["tasks"]) == 1
-    assert not pd.read_csv(folder / "arms.csv")["method"].str.startswith("sequential").any()
-    assert "One step is all there is: max_intermediates is 0." in answered(folder)
-
-
 def test_without_patients_to_validate_on_nothing_is_decided(options, in_this_process):
     run(**options, n_clusters=3, val_split="train")
     folder = Path(options["output_dir"])
@@ -208,30 +200,6 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
 
 
 # Bad input
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"affinity": "seqtrann"}, "expected seqtran or context"),
-        ({"sources": []}, "sources is []; give a list"),
-        ({"sources": ["14-T2-ED", "14-T2-ED"]}, "names 14-T2-ED twice"),
-        ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
-        ({"sources": [*SOURCES, "17-T2-ED"]}, "is one of the sources"),
-        ({"sources": ["14-FLAIR-ET"]}, "no source shares modality or objective"),
-        ({"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
-        ({"stage_patients": 0}, "expected a whole number, 1 or more"),
-        ({"stage_patients": 9, "source_patients": None}, "fewer than the 9 that are to be spent"),
-        ({"train_patients": 9}, "task 17-T2-ED has 4 training patients, fewer than the 9"),
-        ({"source_patients": 1}, "leave none to pre-train on"),
-        ({"max_intermediates": 1, "representative_rule": "siz"}, "did you mean 'size'"),
-        ({"task_graph": "nowhere.json"}, "nowhere.json holds no task graph"),
-        ({"collection": "nowhere.json"}, "does not exist"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_training):
-    assert message in refused(lambda: run(**options | wrong))
 
 
 def test_a_step_without_its_checkpoint_is_refused(options):

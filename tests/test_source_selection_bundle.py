@@ -124,27 +124,6 @@ def test_the_command_for_another_network_is_one_that_bundles_take(options, in_th
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"metrics": ["h_scor"]}, "did you mean 'h_score'"),
-        ({"decide_by": "logm"}, "did you mean 'logme'"),
-        ({"method": "papr"}, "did you mean 'paper'"),
-        ({"minimum_win": 0.4}, "minimum_win"),
-        ({"n_resamples": 0}, "n_resamples"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"settle": True, "val_split": "train"}, "give --settle false"),
-        ({"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
-        ({"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
-        ({"collection": "nowhere.json"}, "does not exist"),
-        ({"source": SOURCES}, "is no task, no path of a card"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_training):
-    assert message in refused(lambda: run(**options | wrong))
-
-
 def test_a_checkpoint_of_another_network_is_refused(options, no_training, tmp_path):
     torch.save(built_network(NETWORK | {"features": [4] * 6}).state_dict(), tmp_path / "x.pt")
     message = refused(lambda: run(**options, sources=[{"name": "ours", "checkpoint": str(tmp_path / "x.pt")}]))

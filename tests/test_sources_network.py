@@ -212,11 +212,6 @@ def test_probabilities_of_classes(output, classes, given, expected):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=1e-5)
 
 
-def test_the_largest_of_a_sigmoid_is_a_threshold_of_a_half():
-    given = torch.linspace(-3, 3, 41).view(1, 1, 41, 1)
-    assert torch.equal(of(nn.Identity(), classes=2)(given).argmax(1), (given[:, 0] > 0).long())
-
-
 @pytest.mark.parametrize("output", ["logits", "softmax", "sigmoid"])
 def test_half_precision_stays_finite(output):
     network = of(Net(end="" if output == "logits" else output), output=output, classes=2)
@@ -524,6 +519,7 @@ def test_an_empty_field_of_view_is_named():
     [
         ({"preprocessing": [{"_target_": "RandFlipd"}]}, "preprocessing RandFlipd is not on the list"),
         ({"preprocessing": [{"_target_": "Flipd", "axis": 0}]}, "got an unexpected keyword argument 'axis'"),
+        ({"network": {"_target_": "os.system"}}, "os.system is not on the list"),
         ({"channels": ["CT", "PET"]}, "CT, PET are missing"),
         ({"dims": 3, "trust": False}, "would have to be run"),
     ],
@@ -556,20 +552,12 @@ def test_a_network_whose_own_parts_are_called_net_keeps_its_names(tmp_path):
     torch.testing.assert_close(again.net.net.weight, net.net.weight)
 
 
-def test_inference_gives_a_network_the_channels_that_it_knows(tmp_path):
+def test_inference_gives_a_network_its_channels_on_the_grid_of_its_training(tmp_path):
     torch.save(torch.nn.Conv2d(1, 2, 1).state_dict(), tmp_path / "one.pt")
     definition = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
     card = {"checkpoint": "one.pt", "network": definition, "channels": ["FLAIR"], "classes": 2}
     (tmp_path / "one.json").write_text(json.dumps(card))
+    Grid((1, 1, 3), (32, 32)).write(tmp_path / "grid.json")
     found = Checkpoint(path=str(tmp_path / "one.pt"), channels=["T1", "FLAIR"])
     assert found.network(torch.nn.Identity())(torch.rand(1, 2, 8, 8)).shape == (1, 2, 8, 8)
-
-
-def test_inference_prepares_images_for_a_network_without_a_preprocessing_as_training_did(tmp_path):
-    """Such a network is trained on the planned grid, which lies beside it."""
-    torch.save(torch.nn.Conv2d(1, 2, 1).state_dict(), tmp_path / "one.pt")
-    definition = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
-    (tmp_path / "one.json").write_text(json.dumps({"checkpoint": "one.pt", "network": definition, "classes": 2}))
-    Grid((1, 1, 3), (32, 32)).write(tmp_path / "grid.json")
-    grid = Checkpoint(path=str(tmp_path / "one.pt"), channels=["T1"]).grid(spacing="auto", roi_size="auto")
-    assert grid.spacing == [1, 1, 3]
+    assert found.grid(spacing="auto", roi_size="auto").spacing == [1, 1, 3]

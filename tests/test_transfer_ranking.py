@@ -23,7 +23,7 @@ from medtl_ext.dataset_transferability import RankDatasets, RankOwnModel
 from medtl_ext.metrics.features import Samples
 from medtl_ext.source_selection import SelectionStudy
 from medtl_ext.transfer import Card, ClassificationTask, Job, ScoreImages, SegmentationTask, Source, jobs, rank
-from medtl_ext.transfer.scores import Maps, Observation
+from medtl_ext.transfer.scores import Observation
 from medtl_ext.transfer.tasks import auc_interval, image_auc
 from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
 
@@ -64,7 +64,7 @@ def ranking(scores: dict[str, float], folder: Path, *, decide_by="logme", subjec
     for name, shift in scores.items():
         features = torch.from_numpy(generator.normal(size=(20, 3)) + shift * labels[:20, None])
         samples = Samples(features, torch.from_numpy(labels[:20]), groups, names[:20:2])
-        found.seen[name] = Observation(samples, Maps(torch.full((20, 2), 0.5), *samples[1:]), float(shift))
+        found.seen[name] = Observation(samples, Samples(torch.full((20, 2), 0.5), *samples[1:]), float(shift))
     return found
 
 

@@ -19,7 +19,7 @@ from medtl_ext import metrics
 from medtl_ext.data import SliceDataset
 from medtl_ext.metrics.features import Samples
 from medtl_ext.transfer import SCORES, Card, Predictions, Source
-from medtl_ext.transfer.scores import Maps, Observation, TargetSlices, observe, resampled_scores, score_values
+from medtl_ext.transfer.scores import Observation, TargetSlices, observe, resampled_scores, score_values
 
 EVERYBODY = [1] * 5
 
@@ -36,7 +36,7 @@ def seen() -> Observation:
     logits[:, 1] += truth
     names = tuple("abcde")
     own = torch.rand(50, 2).softmax(1), torch.arange(50) % 2
-    maps = Maps(logits.softmax(1), truth, torch.arange(10) // 2, names)
+    maps = Samples(logits.softmax(1), truth, torch.arange(10) // 2, names)
     return Observation(Samples(features, labels, groups, names), maps, 1.5, own)
 
 
@@ -72,7 +72,7 @@ def test_the_score_of_a_resample_is_that_of_its_pixels(name, counts, seen):
 @pytest.mark.parametrize("name", OF_IMAGES)
 def test_the_score_of_a_resample_is_that_of_its_images(name, seen):
     rows = torch.tensor([2, 3, 2, 3, 4, 5, 8, 9])
-    expected = OF_IMAGES[name](seen.maps.probs[rows], seen.maps.labels[rows])
+    expected = OF_IMAGES[name](seen.maps.features[rows], seen.maps.labels[rows])
     assert score(name, seen, [0, 2, 1, 0, 1]) == pytest.approx(float(expected))
 
 
@@ -134,7 +134,7 @@ def test_predictions_do_not_depend_on_batches_or_their_order():
     for one, other in zip(whole.compute()[:3], parts.compute()[:3], strict=True):
         assert torch.equal(one, other)
     assert whole.compute().groups.tolist() == [1, 1, 0, 0, 0]  # two scans of p1
-    assert torch.equal(whole.compute().probs[0], probs[2])
+    assert torch.equal(whole.compute().features[0], probs[2])
 
 
 # The pass, with the evaluator of the bundle as it is written there

@@ -290,14 +290,6 @@ def test_a_classification_source_that_does_not_fit_is_refused_in_one_line(weight
     assert "does not give one prediction per image" in refused(lambda: build(dense, path))
 
 
-def test_weights_that_hold_no_numbers_are_refused(weights, target):
-    network = own_unet()
-    with torch.no_grad():
-        next(network.parameters()).flatten()[0] = torch.nan
-    one = Source("ours", "checkpoint", Card(checkpoint=weights(network)))
-    assert "hold NaN or Inf" in refused(lambda: one.build(OWN, target, [1, 32, 32]))
-
-
 def test_a_bundle_is_one_of_a_shelf(find, tmp_path):
     for name, network in {"fits": UNET, "poor": unet(channels=[4, 16])}.items():
         bundle_of_a_stranger(
@@ -306,12 +298,6 @@ def test_a_bundle_is_one_of_a_shelf(find, tmp_path):
     fits, poor = find(str(tmp_path / "zoo"))
     assert (fits.name, fits.kind, fits.left_out) == ("fits", "bundle", None)
     assert "does not fit" in poor.left_out
-
-
-@pytest.mark.parametrize("network", [{"_target_": "os.system"}, unet(channels=3), unet(channels="$[4, 8]")], ids=str)
-def test_what_may_not_be_built_is_left_out_with_the_reason(network, find, weights):
-    (one,) = find({"name": "ours", "checkpoint": weights(built_network(UNET)), "network": network})
-    assert network["_target_"] in one.left_out
 
 
 # What a run takes of its one source

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
-from medtl_ext._validation import InputError
 from medtl_ext.metrics.label_prediction import combine_lp_fu
 from medtl_ext.ranking import FriedmanNemenyi, friedman_nemenyi, weighted_kendall
 from medtl_ext.transfer import Run
+from medtl_ext.transfer.report import read_columns
 from medtl_ext.visualize import plot_critical_difference, save_figure
 
 METHODS = {"logme": "LogME", "parc": "PARC", "sfda": "SFDA", "ncti": "NCTI", "leep": "LEEP", "nleep": "NLEEP"}
@@ -49,8 +49,8 @@ class ReproduceTable2:
 
 def _compared(scores: str, printed: str) -> tuple[pd.DataFrame, FriedmanNemenyi, list[str]]:
     """The table beside the printed one, its test, and what was found."""
-    raw = _read(scores, {"target", "source", "auc", "lp", "fu", *METHODS})
-    table = _read(printed, {"target", "method", "wtau", "rank"})
+    raw = read_columns(scores, {"target", "source", "auc", "lp", "fu", *METHODS})
+    table = read_columns(printed, {"target", "method", "wtau", "rank"})
     computed = pd.DataFrame({target: _column(target, models) for target, models in raw.groupby("target")}).T
     names = {name.removesuffix("mnist"): name for name in computed.index}
     computed.index = [next(t for t in table["target"].unique() if t.lower() == short) for short in names]
@@ -79,16 +79,6 @@ def _compared(scores: str, printed: str) -> tuple[pd.DataFrame, FriedmanNemenyi,
         f"With the corrected value: {test.text}",
     ]
     return table, test, lines
-
-
-def _read(path: str, columns: set[str]) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}).") from error
-    if missing := sorted(columns - set(table)):
-        raise InputError(f"{path} lacks the column(s) {', '.join(missing)}.")
-    return table
 
 
 def _column(target: str, models: pd.DataFrame) -> dict[str, float]:

@@ -13,8 +13,6 @@ from medtl_ext.transfer import SCORES, ClassificationTask, Job, RankSources, Sou
 from medtl_ext.transfer.jobs import read_table
 from medtl_ext.transfer.study import Key
 
-__all__ = ["DatasetStudy", "RankDatasets", "RankOwnModel"]
-
 
 @dataclass(kw_only=True, eq=False)
 class RankDatasets(RankSources):

@@ -65,7 +65,7 @@ class Samples(NamedTuple):
                 [2.]]), tensor([1, 1]))
         """
         times = check_counts(counts, len(self.names)).to(self.groups.device)[self.groups]
-        return self.features.repeat_interleave(times, 0), self.labels.repeat_interleave(times)
+        return self.features.repeat_interleave(times, 0), self.labels.repeat_interleave(times, 0)
 
 
 def check_counts(counts: ArrayLike, n_patients: int) -> Tensor:

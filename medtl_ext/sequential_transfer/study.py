@@ -28,6 +28,7 @@ from medtl_ext.sequential_transfer.chain import Chains, chains_to, spent_text
 from medtl_ext.sequential_transfer.plan import PlanPath, SourceGraph, joined_to, shares, task_volumes
 from medtl_ext.transfer import Arm, Study, patient_table
 from medtl_ext.transfer.jobs import shell_word, short_path
+from medtl_ext.transfer.report import read_columns
 from medtl_ext.transfer.study import Arms, Key, require_lists
 from medtl_ext.transfer.truth import page
 
@@ -442,12 +443,7 @@ def fit_text(content: Mapping[str, Any]) -> str:
 
 
 def _read_transfers(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"transfers file {path} cannot be read as CSV ({str(error).strip()}).") from error
-    if missing := {"source", "target", "dice"} - set(table):
-        raise InputError(f"transfers file {path} lacks the column(s) {', '.join(sorted(missing))}.")
+    table = read_columns(path, {*PAIR, "dice"})
     table["dice"] = pd.to_numeric(table["dice"], errors="coerce")
     wrong = {"has no dice between 0 and 1": ~table["dice"].between(0, 1)}
     wrong["is from a task to itself"] = table["source"] == table["target"]

@@ -23,8 +23,6 @@ from medtl_ext._validation import InputError
 from medtl_ext.transfer.config import on_command_line
 from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word
 
-__all__ = ["Report"]
-
 CAPTIONS = {
     "agreement": "What each ranking was worth",
     "audit": "Transfer audit: the score of every patient and arm, and the differences that decide",

@@ -44,8 +44,6 @@ from medtl_ext.transfer.sources import (
 )
 from medtl_ext.visualize import plot_ranking, save_figure
 
-__all__ = ["RankSources"]
-
 logger = logging.getLogger(__name__)
 
 SYNTHETIC = "These are synthetic data, which say nothing about a clinic."

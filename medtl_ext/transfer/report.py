@@ -21,8 +21,6 @@ from medtl_ext._validation import InputError
 from medtl_ext.ranking import MINIMUM_PATIENTS, Verdict, audit_verdict, holm, paired_comparison
 from medtl_ext.visualize import SPLIT_NAMES, method_group, plot_audit, plot_comparison, save_figure
 
-__all__ = ["audit_report", "compare_report", "markdown_table", "patient_table"]
-
 RUN_COLUMNS = ["pair", "slices", "split", "method", "source_seed", "seed"]
 """What tells one run from another; a table need not have all of them."""
 ALL_PAIRS = "all pairs"
@@ -208,6 +206,17 @@ def markdown_table(table: pd.DataFrame) -> str:
 
     lines = [list(table.columns), ["---"] * table.shape[1], *(map(cell, row) for row in table.itertuples(index=False))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def read_columns(path: str | os.PathLike[str], columns: set[str]) -> pd.DataFrame:
+    """The table of a CSV file that must have these columns."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as CSV ({str(error).strip()}).") from error
+    if missing := sorted(columns - set(table)):
+        raise InputError(f"{path} lacks the column(s) {_listed(missing)}.")
+    return table
 
 
 def _require_columns(rows: pd.DataFrame, columns: Iterable[str]) -> None:

@@ -6,11 +6,11 @@ patients come from the same code.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -34,44 +34,17 @@ from medtl_ext.networks import load_weights
 from medtl_ext.ranking import mean_auc
 from medtl_ext.transfer.sources import Source
 
-__all__ = ["SCORES", "KeepPixels", "Maps", "Observation", "Predictions", "Score", "observe", "resampled_scores"]
-
 PIXELS_FILE = "pixels.npz"
 # Enough for the ten samples of 10,000 that OTCE draws to differ.
 KEPT_PIXELS = 50_000
 
 
-class Maps(NamedTuple):
-    """Predictions of a source and labels of the target, in the order of patient and slice.
-
-    Attributes:
-        probs: N x Z (x *spatial), float32.
-        labels: N (x *spatial), int64.
-        groups: N, int64, the index in ``names`` of each image's patient.
-        names: the patients.
-    """
-
-    probs: torch.Tensor
-    labels: torch.Tensor
-    groups: torch.Tensor
-    names: tuple[Hashable, ...]
-
-    def resampled(self, counts: Sequence[int]) -> Self:
-        """The images with every patient as often as ``counts`` says."""
-        times = torch.as_tensor(np.asarray(counts))
-        rows = torch.arange(len(self.labels)).repeat_interleave(times[self.groups])
-        return Maps(self.probs[rows], self.labels[rows], self.groups[rows], self.names)
-
-    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities (M x Z) and labels (M) of all pixels."""
-        return self.probs.movedim(1, -1).flatten(0, -2), self.labels.flatten()
-
-
 class Predictions(TransferMetric):
     """Keeps the source's probabilities of every image, for scores that need them more than once.
 
-    ``compute()`` returns `Maps` of all processes, in the order of subject and slice whatever the order they came in.
-    Memory: one float32 per class and pixel of the training slices, which the dataset holds in memory as well.
+    ``compute()`` returns `Samples` of all processes, in the order of subject and slice whatever the order they came in:
+    features are the probabilities, N x Z (x *spatial), float32, labels N (x *spatial). Memory: one float32 per class
+    and pixel of the training slices, which the dataset holds in memory as well.
     """
 
     def reset(self) -> None:
@@ -106,14 +79,14 @@ class Predictions(TransferMetric):
         super().merge(other)
         self._kept += other._kept
 
-    def compute(self) -> Maps:
+    def compute(self) -> Samples:
         """The images of all processes."""
         kept = sorted((image for share in idist.all_gather(self._kept) for image in share), key=lambda image: image[:2])
         if not kept:
             raise InputError("Predictions has seen no image; look for an empty data loader.")
         _, _, patients, probs, labels = zip(*kept, strict=True)
         names, groups = np.unique(patients, return_inverse=True)
-        return Maps(torch.stack(probs), torch.stack(labels), torch.from_numpy(groups), tuple(names.tolist()))
+        return Samples(torch.stack(probs), torch.stack(labels), torch.from_numpy(groups), tuple(names.tolist()))
 
 
 @dataclass(frozen=True)
@@ -122,13 +95,13 @@ class Observation:
 
     Attributes:
         samples: penultimate features, of a segmentation those of balanced pixels.
-        maps: its probabilities of every image.
+        maps: its probabilities of every image, see `Predictions`.
         fu: its gradient ratio, NaN where nobody asked.
         source_pixels: softmax and labels of pixels of the source's own data, None where there are none.
     """
 
     samples: Samples
-    maps: Maps
+    maps: Samples
     fu: float = float("nan")
     source_pixels: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -257,7 +230,7 @@ class KeepPixels:
     def run(self) -> None:
         network = getattr(self.network, "module", self.network)
         load_weights(network, f"{self.output_dir}/model.pt", min_share=1.0)
-        probs, labels = _run(self.evaluator, network)["predictions"].flat()
+        probs, labels = _pixels(*_run(self.evaluator, network)["predictions"][:2])
         chosen = np.random.default_rng(self.seed).permutation(len(labels))[:KEPT_PIXELS]
         kept = {"probs": probs[chosen].numpy(), "labels": labels[chosen].numpy().astype(np.uint8)}
         if idist.get_rank() == 0:
@@ -265,9 +238,14 @@ class KeepPixels:
                 np.savez_compressed(temporary, **kept)
 
 
-def _h_score_map(maps: Maps) -> float:
+def _pixels(probs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities (M x Z) and labels (M) of all pixels."""
+    return probs.movedim(1, -1).flatten(0, -2), labels.flatten()
+
+
+def _h_score_map(probs: torch.Tensor, labels: torch.Tensor) -> float:
     """The mean of the map over all pixels; where one label only occurs the map is 0."""
-    probs, labels = maps.probs.flatten(2), maps.labels.flatten(1)
+    probs, labels = probs.flatten(2), labels.flatten(1)
     several = labels.amin(0) != labels.amax(0)
     if not bool(several.any()):
         return 0.0
@@ -278,7 +256,7 @@ def _otce(seen: Observation, seed: int) -> ScoreOfCounts:
     def value(counts: Sequence[int]) -> float:
         if seen.source_pixels is None:
             return float("nan")
-        probs, labels = seen.maps.resampled(counts).flat()
+        probs, labels = _pixels(*seen.maps.resampled(counts))
         chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: len(seen.source_pixels[1])]
         # Two channels of a softmax lie on a line, where transport is a matter of sorting; more take a plan.
         size = {"n_samples": 10_000, "repeats": 10} if probs.shape[1] == 2 else {"n_samples": 1_000, "repeats": 3}
@@ -293,12 +271,9 @@ def _of_sums(metric: metrics.MomentMetric, seen: Observation, seed: int) -> Scor
     return lambda counts: sums.resampled(counts)["score"]
 
 
-def _of_samples(compute: Callable[..., Any], seen: Observation, seed: int) -> ScoreOfCounts:
-    return lambda counts: compute(*seen.samples.resampled(counts))
-
-
-def _of_maps(compute: Callable[[Maps], Any], seen: Observation, seed: int) -> ScoreOfCounts:
-    return lambda counts: float(compute(seen.maps.resampled(counts)))
+def _of(part: str, compute: Callable[..., Any]) -> Callable[[Observation, int], ScoreOfCounts]:
+    """What is computed anew of the ``samples`` or of the ``maps`` of every resample."""
+    return lambda seen, seed: lambda counts: compute(*getattr(seen, part).resampled(counts))
 
 
 def _probe_auc(seen: Observation, seed: int) -> ScoreOfCounts:
@@ -326,20 +301,12 @@ def _combine_lp_fu(values: Mapping[str, tuple[float, float]], cross_domain: bool
     return metrics.combine_lp_fu(lp, fu, cross_domain=cross_domain)
 
 
-def _combine_ncti(values: Mapping[str, Any], cross_domain: bool) -> dict[str, float]:
-    return metrics.combine_ncti(values)
-
-
 def _nleep(seen: Observation, seed: int) -> ScoreOfCounts:
-    return _of_samples(partial(metrics.compute_nleep, seed=seed), seen, seed)
+    return _of("samples", partial(metrics.compute_nleep, seed=seed))(seen, seed)
 
 
-def _leep(maps: Maps) -> float:
-    return metrics.compute_leep(maps.probs, maps.labels)
-
-
-def _nce(maps: Maps) -> float:
-    return metrics.compute_nce(maps.probs.argmax(1), maps.labels)
+def _nce(probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return metrics.compute_nce(probs.argmax(1), labels)
 
 
 SLOW, FITTED = 200, 100
@@ -349,16 +316,16 @@ SCORES: dict[str, Score] = {
     "gbc": Score("GBC", partial(_of_sums, metrics.GBC())),
     "transrate": Score("TransRate", partial(_of_sums, metrics.TransRate())),
     "probe_auc": Score("linear-probe AUC", _probe_auc),
-    "leep": Score("LEEP", partial(_of_maps, _leep), resamples=SLOW),
-    "nce": Score("NCE", partial(_of_maps, _nce), resamples=SLOW),
-    "h_score_map": Score("H-score map", partial(_of_maps, _h_score_map), resamples=SLOW),
+    "leep": Score("LEEP", _of("maps", metrics.compute_leep), resamples=SLOW),
+    "nce": Score("NCE", _of("maps", _nce), resamples=SLOW),
+    "h_score_map": Score("H-score map", _of("maps", _h_score_map), resamples=SLOW),
     "otce": Score("OTCE", _otce, resamples=SLOW),
-    "sfda": Score("SFDA", partial(_of_samples, metrics.compute_sfda), resamples=FITTED),
+    "sfda": Score("SFDA", _of("samples", metrics.compute_sfda), resamples=FITTED),
     "nleep": Score("NLEEP", _nleep, resamples=FITTED),
-    "parc": Score("PARC", partial(_of_samples, metrics.compute_parc), resamples=FITTED),
-    "ncti": Score("NCTI", partial(_of_samples, metrics.compute_ncti), _combine_ncti, FITTED),
+    "parc": Score("PARC", _of("samples", metrics.compute_parc), resamples=FITTED),
+    "ncti": Score("NCTI", _of("samples", metrics.compute_ncti), lambda terms, _: metrics.combine_ncti(terms), FITTED),
     # LP learns a map of the features and FU runs the network backwards: no thousand resamples of that.
-    "lp": Score("LP", partial(_of_samples, metrics.compute_label_prediction), resamples=0),
+    "lp": Score("LP", _of("samples", metrics.compute_label_prediction), resamples=0),
     "fu": Score("FU", lambda seen, seed: lambda counts: seen.fu, resamples=0),
     "lp_fu": Score("LP x FU", _lp_and_fu, _combine_lp_fu, 0),
 }

@@ -23,8 +23,6 @@ from medtl_ext.transfer.tasks import SegmentationTask, planned_grid
 from medtl_ext.transfer.truth import EVERY, NOTE, TOP, agreement_table, finetunings, page
 from medtl_ext.visualize import plot_critical_difference, save_figure
 
-__all__ = ["SourceStudy", "Study", "require_lists"]
-
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]

@@ -20,8 +20,6 @@ from medtl_ext.transfer.scores import SCORES
 from medtl_ext.transfer.sources import Source, TargetTask
 from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 
-__all__ = ["FineTuneSources", "agreement_table", "rankers"]
-
 TOP = (1, 2, 3, 4)
 NOTE = "Footrule of the top k: 0 is perfect. Tau: weighted Kendall"
 GRID_KEYS = ("learning_rate", "momentum", "weight_decay")

@@ -26,8 +26,6 @@ from torch import nn
 
 from medtl_ext._validation import InputError, first_line
 
-__all__ = ["ALLOWED", "built_network", "importing", "inside", "kind_of_transform", "read_mapping", "transforms_of"]
-
 #: The lists of ``allowed.json``.
 ALLOWED: dict[str, Any] = json.loads(Path(__file__).with_name("allowed.json").read_text(encoding="utf-8"))
 TRUST = "which only --trust_sources true would do"

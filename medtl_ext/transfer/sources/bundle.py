@@ -25,8 +25,6 @@ from medtl_ext.transfer.sources.allowed import (
     transforms_of,
 )
 
-__all__ = ["bundle_card"]
-
 CONFIGS = ("inference", "evaluate", "train")
 SUFFIXES = (".json", ".yaml", ".yml")
 NETWORK = ("network_def", "network", "net")

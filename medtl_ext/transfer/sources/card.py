@@ -12,8 +12,6 @@ from torch import Tensor
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.networks import read_weights
 
-__all__ = ["Card", "read_card"]
-
 TAGS = ("institution", "modality", "objective")
 PROGRAMS = (".ts", ".pt2")
 """Files that hold code as well as weights: TorchScript and ``torch.export``."""

@@ -24,8 +24,6 @@ from medtl_ext.transfer.sources.allowed import built_network
 from medtl_ext.transfer.sources.card import Card
 from medtl_ext.transfer.sources.nnunet import sliding_window
 
-__all__ = ["SourceNetwork", "adapted", "answering", "untouched"]
-
 logger = logging.getLogger(__name__)
 
 AT_A_TIME = 8

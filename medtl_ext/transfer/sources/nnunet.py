@@ -25,8 +25,6 @@ from medtl_ext._validation import InputError, require_choice
 from medtl_ext.networks import read_checkpoint
 from medtl_ext.transfer.sources.allowed import inside, read_mapping
 
-__all__ = ["CropNonzerod", "NormalizeNonzerod", "ResampleSpacingd", "nnunet_card", "nnunet_folders", "sliding_window"]
-
 PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "NaturalImage2DIO", "Tiff3DIO")
 RESAMPLING_ORDER = {"resample_data_or_seg_to_shape": 3, "resample_torch_fornnunet": 1}

@@ -80,12 +80,8 @@ class Source:
     @property
     def option(self) -> str | Mapping[str, Any]:
         """What ``--source`` is given for it, with the weights that it has by now."""
-        if self.job is None:
-            return self.entry
-        return {
-            **(self.entry if isinstance(self.entry, Mapping) else {"task": self.entry}),
-            "checkpoint": self.job.model,
-        }
+        given = self.entry if isinstance(self.entry, Mapping) else {"task": self.entry}
+        return self.entry if self.job is None else {**given, "checkpoint": self.job.model}
 
     def refusal(self) -> InputError:
         """That it cannot be used, and why, as one sentence."""

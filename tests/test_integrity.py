@@ -1,16 +1,20 @@
 """The integrity check finds every kind of damage, says what to do, and stays silent on sound data."""
 
 import gzip
+import warnings
 
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+from monai.transforms import Compose
 from PIL import Image
 
 from medtl_ext import InputError
 from medtl_ext.data import check_collection, load_collection, write_collection
 from medtl_ext.data.__main__ import main
+from medtl_ext.data.plan import Grid, grid_steps
+from medtl_ext.data.readers._draft import held_values
 
 SHAPE = (12, 10, 6)
 
@@ -19,7 +23,7 @@ def save(path, array, shift=0.0, sizes=(-2.0, 2, 4)):
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.diag([*sizes, 1])
     affine[0, 3] = shift
-    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    nibabel.save(nibabel.Nifti1Image(array, affine, dtype=array.dtype), path)
 
 
 def image(seed):
@@ -95,7 +99,6 @@ def test_unreadable_file(collection, tmp_path, damage):
 @pytest.mark.parametrize(
     ("voxels", "problem"),
     [
-        (label(float, background=np.nan), "NaN"),
         (label(float, background=np.inf), "infinite"),
         (np.ones((*SHAPE, 2), dtype=np.float32), "2 channels where one is expected"),
         (np.ones((*SHAPE, 2, 2), dtype=np.float32), "(12, 10, 6, 2)"),
@@ -119,7 +122,7 @@ def test_not_a_volume_of_numbers(collection, tmp_path, name, voxels, problem):
             1.5,
             "error: the image's affine differs from that of label 'tumour' by up to 1.5 mm; resample",
         ),
-        ("tumour", label(float, background=0.5), 0, "error: the label holds fractional values, such as 0.5; resample"),
+        ("tumour", label(float, background=0.5), 0, "error: the label holds fractional values, such as 0.5, which"),
         ("tumour", label(background=4), 0, "error: the label holds undeclared values 4 (declared: {'ED': 1, 'ET': 2})"),
         ("tumour", label(et=1), 0, "warning: no voxel of objective ET"),
         ("T1", np.full(SHAPE, 7, np.float32), 0, "warning: every voxel of the image is 7"),
@@ -130,6 +133,40 @@ def test_one_issue(collection, tmp_path, name, voxels, shift, expected):
     issue = only_issue(collection)
     assert (issue.subject, issue.file) == ("s0", f"s0/{name}.nii.gz")
     assert f"{issue.severity}: {issue.problem}; {issue.advice}".startswith(expected)
+
+
+def as_scaled_int16(voxels):
+    """As tools store a mask when they keep its range: read back, 1 is 0.99998."""
+    voxels = nibabel.Nifti1Image((voxels * 32767 / 2).astype(np.int16), np.diag([-2.0, 2, 4, 1]))
+    voxels.header.set_slope_inter(2 / 32768, 0)
+    return voxels
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        pytest.param(lambda voxels, kind=kind: voxels.astype(kind), id=kind)
+        for kind in ("int8", ">i2", ">f4", "uint16", "int32", "uint32", "int64", "uint64", "float64")
+    ]
+    + [
+        pytest.param(lambda voxels: np.where(voxels == 0, -0.0, voxels), id="signed zero"),
+        pytest.param(as_scaled_int16, id="scaled"),
+        pytest.param(lambda voxels: np.where(voxels == 0, np.nan, voxels * 0.99998), id="NaN outside"),
+    ],
+)
+def test_labels_of_any_kind_are_their_classes(collection, tmp_path, stored, request):
+    path, name = tmp_path / "s0/tumour.nii.gz", request.node.callspec.id
+    file = stored(label().astype(float))
+    nibabel.save(file, path) if name == "scaled" else save(path, file)
+    said = [str(issue).removeprefix("warning: s0: s0/tumour.nii.gz: ") for issue in check(collection).issues]
+    assert len(said) == (name in ("scaled", "NaN outside"))
+    assert all("% of the label are" in problem for problem in said)
+    steps = grid_steps(Grid((2, 2, 4), (16, 16)), label_values=collection.label_values("13-T1-ET"))[:3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if said else "error")
+        item = Compose(steps)(collection.datalist("13-T1-ET", "train")[0])
+    assert np.array_equal(np.asarray(item["label"])[0], label() == 2)
+    assert held_values(str(path)) == {1, 2}
 
 
 def test_no_training_foreground_is_an_error(collection, tmp_path):

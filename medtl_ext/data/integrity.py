@@ -19,6 +19,7 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.collection import Collection, Colour, Subject, Task, channels_of
 from medtl_ext.data.duplicates import near_identical, thumbnail
 from medtl_ext.data.files import LOSSY, PICTURES, SAME_AFFINE_MM, Unusable, for_each, read_channels
+from medtl_ext.transforms import whole_labels
 
 __all__ = ["IntegrityReport", "Issue", "check_collection"]
 
@@ -173,16 +174,15 @@ def _scan(scan: _Scan, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
         scan.note("error", "a JPEG changes the values of a mask", "draw it again, or export it as PNG")
     if scan.kind == "image" and meta.get("mode") == "P":
         scan.note("error", "its pixels are numbers of a palette", "save it as grey or RGB")
-    if not np.isfinite(voxels).all():
+    if np.isinf(voxels).any() or (scan.kind == "image" and np.isnan(voxels).any()):
         scan.note("error", "it holds NaN or infinite values", "replace them, or leave the subject out")
     elif scan.kind == "label":
+        voxels, note = whole_labels(voxels)
+        if note is not None:
+            scan.note(*note)
         declared, scan.values = labels[scan.name], frozenset(np.unique(voxels).tolist())
         shown = Colour if scan.parts[0].endswith("#rgb") else "{:g}".format
-        fractional = sorted(value for value in scan.values if value != round(value))
-        undeclared = sorted(scan.values - {0, *declared.values()} - set(fractional))
-        if fractional:
-            problem = f"the label holds fractional values, such as {fractional[0]:g}"
-            scan.note("error", problem, "resample labels with nearest-neighbour interpolation")
+        undeclared = sorted(value for value in scan.values - {0, *declared.values()} if value == round(value))
         if undeclared:
             found = ", ".join(str(shown(value)) for value in undeclared[:5]) + (", ..." if len(undeclared) > 5 else "")
             problem = f"the label holds undeclared values {found} (declared: {declared})"

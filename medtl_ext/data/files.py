@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import locale
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -152,9 +153,11 @@ def _require_one_grid(path: str, meta: dict[str, Any], first: str, meta_of_first
 
 def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """Channels x X x Y x Z and the metadata of one file."""
-    suffix, folder = suffix_of(path), Path(path).is_dir()
-    if not Path(path).exists():
+    suffix, folder = suffix_of(path), os.path.isdir(path)
+    if not os.path.exists(path):
         raise Unusable(path, "does not exist", "correct its path, or restore it")
+    if not folder and not os.path.isfile(path):
+        raise Unusable(path, "is neither a file nor a folder", "correct its path")
     if suffix not in FORMATS and not folder:
         raise Unusable(path, f"is of no format that is read here ({', '.join(FORMATS)})", "convert it")
     try:

@@ -1,6 +1,9 @@
 """The integrity check finds every kind of damage, says what to do, and stays silent on sound data."""
 
 import gzip
+import os
+import struct
+import tracemalloc
 import warnings
 
 import nibabel
@@ -187,6 +190,70 @@ def test_duplicate_patients(collection, tmp_path, twin, severity):
     issue = only_issue(collection)
     assert (issue.severity, issue.subject) == (severity, twin)
     assert "identical to T1 of subject s0" in issue.problem
+
+
+def header(path, place, numbers, kind="<f"):
+    """Numbers in the header of a file, where a tool or a broken disk left others."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    for number, value in enumerate(numbers):
+        struct.pack_into(kind, content, place + number * struct.calcsize(kind), value)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+PIXDIM, SHAPES, SFORM, CODES = 80, 42, 280, 252
+ODD = {
+    "pixdim is not the affine's": (
+        lambda path: header(path, PIXDIM, [2, 2, 3]),
+        "error: says voxels of 2 x 2 x 3 mm (pixdim) and of 2 x 2 x 4 mm (affine)",
+    ),
+    "an affine without a volume": (lambda path: header(path, SFORM, [0] * 4), "error: has an affine without a volume"),
+    "more voxels than are sane": (
+        lambda path: header(path, SHAPES, [30000] * 3, "<h"),
+        "error: claims 30000 x 30000 x 30000 voxels, and 536,870,912 are the most",
+    ),
+    "a gzip bomb": (
+        lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**27))),
+        "error: goes on behind its last voxel",
+    ),
+    "one voxel of 1e38": (
+        lambda path: save(path, np.where(np.arange(720).reshape(SHAPE) == 5, 1e38, image(0)).astype(np.float32)),
+        "error: it holds values up to 1e+38, which nothing measures",
+    ),
+    "a label file": (
+        lambda path: path.write_bytes(path.with_name("tumour.nii.gz").read_bytes()),
+        "error: the image is label s3/tumour.nii.gz of subject s3",  # which all look alike here
+    ),
+    "another modality": (
+        lambda path: path.write_bytes(path.with_name("T1.nii.gz").read_bytes()),
+        "warning: T2 is identical to T1",
+    ),
+    "a mirrored patient": (
+        lambda path: save(path, image(31)[::-1].copy()),
+        "warning: the image is almost the same as s0/T2.nii.gz of subject s0 (in train and test); thumbnails, one mirr",
+    ),
+    "a fifo": (lambda path: (path.unlink(), os.mkfifo(path)), "error: is neither a file nor a folder"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_files_are_named_without_taking_memory(collection, tmp_path, odd):
+    change, expected = ODD[odd]
+    change(tmp_path / "s0/T2.nii.gz")
+    tracemalloc.start()
+    issue = only_issue(collection)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert f"{issue.severity}: {issue.problem}".startswith(expected)
+    assert issue.subject == ("s3" if odd == "a mirrored patient" else "s0")
+    assert peak < 40e6
+
+
+@pytest.mark.parametrize("size", [1e6, 1e-7])
+def test_voxels_that_would_fill_all_memory_are_an_error(collection, tmp_path, size):
+    for name in ("T1", "tumour"):
+        path = tmp_path / f"s0/{name}.nii.gz"
+        save(path, np.asanyarray(nibabel.load(path).dataobj), sizes=(size, 2, 4))
+    assert "its header says voxels of up to" in check(collection, ["13-T1-ED"]).errors[0].problem
 
 
 def test_constant_images_are_no_duplicates(collection, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,12 @@ IGNORED = -1
 
 # Labels are kept as int16 between the two looks a metric takes at them.
 LARGEST_LABEL = 2**15 - 1
+
+# Bytes of a file's name are 255 at most, and ours add to it.
+LONGEST_NAME = 200
+shown = reprlib.Repr()
+"""Writes what somebody gave on one line of a message, however long it is: ``shown.repr(name)``."""
+shown.maxstring = LONGEST_NAME
 
 
 class InputError(ValueError):
@@ -40,9 +47,9 @@ def require_choice(name: str, value: str, choices: Iterable[str]) -> str:
     choices = list(choices)
     if value in choices:
         return value
-    near = get_close_matches(str(value), choices, n=1)
+    near = get_close_matches(str(value)[:LONGEST_NAME], choices, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else "."
-    raise InputError(f"{name} '{value}' is unknown{hint} Known: {', '.join(choices)}.")
+    raise InputError(f"{name} {shown.repr(str(value))} is unknown{hint} Known: {', '.join(choices)}.")
 
 
 def require_choices(name: str, values: Sequence[str], choices: Iterable[str]) -> list[str]:
@@ -75,6 +82,31 @@ def require_number(
         return value
     allowed = f" above {least}" if above else f", {least} or more" if most == math.inf else f" from {least} to {most}"
     raise InputError(f"{name} is {value!r}; expected a {'whole number' if whole else 'number'}{allowed}.")
+
+
+def require_name(what: str, name: str) -> str:
+    """Return a name that can be part of a path, a table and a page on every system, and is no expression in any.
+
+    Names come from collections, cards and options, which other people may have written.
+
+    >>> require_name("subject", "olav-001")
+    'olav-001'
+    >>> require_name("subject", "../x")
+    Traceback (most recent call last):
+    medtl_ext._validation.InputError: subject '../x' cannot be part of a file's name: it begins with '.'; rename it.
+    """
+    length = len(name.encode("utf-8", "surrogatepass"))
+    odd = next((character for character in name if not character.isprintable() or character in '<>:"/\\|?*'), None)
+    for problem, so in {
+        "it is empty": not name,
+        f"it has {length} bytes, and {LONGEST_NAME} are the most": length > LONGEST_NAME,
+        f"it begins with {name[:1]!r}": not (name[:1].isalnum() or name[:1] == "_"),
+        "it ends with a space": name != name.rstrip(),
+        f"it holds {odd!r}": odd is not None,
+    }.items():
+        if so:
+            raise InputError(f"{what} {shown.repr(name)} cannot be part of a file's name: {problem}; rename it.")
+    return name
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from scipy.ndimage import binary_fill_holes, convolve1d
 from scipy.ndimage import label as connected_parts
 
 from medtl_ext._io import atomic_path, suffix_of
-from medtl_ext._validation import InputError, require_number
+from medtl_ext._validation import InputError, require_number, warn
 
 __all__ = [
     "AreaSpacingd",
@@ -27,6 +27,7 @@ __all__ = [
     "SaveSegmentationd",
     "SelectLabelsd",
     "body_mask",
+    "whole_labels",
 ]
 
 # Measured on eight brain-extracted clinical MRI volumes, where resampling left values of either sign around the brain.
@@ -34,6 +35,8 @@ __all__ = [
 _BODY_SHARE, _BODY_PERCENTILE = 0.05, 99.0
 # Standard scores that are kept, so that a few bright vessels do not set the range.
 _LOWEST, _HIGHEST = -4.0, 6.0
+# What a label's value may be off a whole number: a header's scale factor, or 32 bits, leave less than this.
+_ROUNDING = 0.01
 
 
 def body_mask(image: NdarrayOrTensor) -> np.ndarray:
@@ -212,8 +215,41 @@ class PickChannelsd(MapTransform):
         return data
 
 
+def whole_labels(label: np.ndarray) -> tuple[np.ndarray, tuple[str, str, str] | None]:
+    """A label as whole numbers: values within 0.01 of one are that one, and NaN, as outside of a scan, is 0.
+
+    Args:
+        label: of any shape and real dtype.
+
+    Returns:
+        The label, and what there is to say of it, if anything: ``warning`` or ``error``, the problem, and what to do.
+        It is an error that values are further from a whole number; these are left as they are.
+
+    >>> whole_labels(np.array([0, 0.99998, 2]))[0]
+    array([0., 1., 2.])
+    >>> whole_labels(np.array([0, 0.9882]))[1][1]
+    'the label holds fractional values, such as 0.9882, which is more than 0.01 off 1'
+    """
+    whole = np.round(label)
+    if label.dtype.kind != "f" or (np.array_equal(whole, label) and np.isfinite(label).all()):
+        return label, None
+    outside = np.isnan(label)
+    whole[outside] = 0
+    off = np.abs(np.nan_to_num(label) - whole)
+    if (odd := off > _ROUNDING).any():
+        value = label[odd].min()
+        fractional = f"fractional values, such as {value:g}, which is more than {_ROUNDING:g} off {value:.0f}"
+        advice = "resample labels with nearest-neighbour interpolation, and cut probabilities"
+        return np.where(odd, label, whole), ("error", f"the label holds {fractional}", advice)
+    shares = {f"up to {off.max():.1g} off a whole number": off > 0, "NaN, which counts as background": outside}
+    found = [f"{100 * where.mean():.2g} % of the label are {what}" for what, where in shares.items() if where.any()]
+    return whole, ("warning", " and ".join(found), "values are rounded: save labels as integers")
+
+
 class SelectLabelsd(MapTransform):
     """Turn the values of a label file into the classes of an objective: 1 to k, and 0 for every other value.
+
+    The first label that holds no whole numbers but for rounding, or NaN, is named in a warning; see `whole_labels`.
 
     Args:
         keys: labels of integer value, 1 x *spatial, of any dtype.
@@ -225,18 +261,19 @@ class SelectLabelsd(MapTransform):
     The result is an unsigned 8-bit tensor, a `MetaTensor` with the label's own metadata while MONAI tracks it.
 
     Raises:
-        InputError: ``values`` is empty, or a value belongs to two classes.
+        InputError: ``values`` is empty, or a value belongs to two classes; a label with fractional values.
 
     >>> SelectLabelsd("label", [[1], [2, 3]])({"label": torch.tensor([[0, 1, 2, 3, 4]])})["label"]
     metatensor([[0, 1, 2, 2, 0]], dtype=torch.uint8)
     """
 
-    backend = (TransformBackends.TORCH,)
+    backend = (TransformBackends.NUMPY,)
 
     def __init__(
         self, keys: KeysCollection, values: Sequence[int | Sequence[int]], allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.warned = False
         self.values = [ensure_tuple(group) for group in values]
         flat = [value for group in self.values for value in group]
         if not flat or len(set(flat)) < len(flat):
@@ -245,11 +282,20 @@ class SelectLabelsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
-            label: torch.Tensor = convert_to_tensor(data[key], track_meta=get_track_meta())
-            classes = torch.zeros_like(label, dtype=torch.uint8)
+            given: torch.Tensor = convert_to_tensor(data[key], track_meta=get_track_meta())
+            label, note = whole_labels(convert_to_numpy(given))
+            if note is not None:
+                severity, problem, advice = note
+                said = f"{getattr(given, 'meta', {}).get('filename_or_obj', key)}: {problem}; {advice}."
+                if severity == "error":
+                    raise InputError(said)
+                if not self.warned:
+                    warn(said)
+                self.warned = True
+            classes = np.zeros(label.shape, dtype=np.uint8)
             for number, group in enumerate(self.values, start=1):
-                classes[torch.isin(label, torch.as_tensor(group, device=label.device))] = number
-            data[key] = classes
+                classes[np.isin(label, group)] = number
+            data[key], *_ = convert_to_dst_type(classes, given, dtype=torch.uint8)
         return data
 
 

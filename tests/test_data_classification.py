@@ -98,6 +98,7 @@ def test_patients_and_class_names_where_the_file_has_them(write):
         ({"train_labels": np.full((6, 1), 0.5)}, "float64 values"),
         ({"val_labels": np.array([[0], [1], [2], [0]])}, "has label 2, but 2 classes"),
         ({"class_names": np.array(["a"])}, "has label 1, but 1 classes"),
+        ({"class_names": np.array(["a", "=b()"])}, r"class_names: '=b\(\)' cannot be part of a file's name"),
         ({f"{split}_labels": np.zeros(n, int) for split, n in zip(SPLITS, (6, 4, 2), strict=True)}, "two or more"),
         ({"train_labels": np.array([0, 2, 0, 2, 0, 2])}, "training images of 2 of its 3 class"),
         ({f"{split}_subjects": np.array(["a"]) for split in SPLITS}, "3 subjects for 12 images"),

@@ -384,6 +384,14 @@ class TestNearIdentical:
         found = list(near_identical([thumbnail(image[..., None]) for image in images], list(range(21))))
         assert [pair[:2] for pair in found] == [(3, 20)]
 
+    @pytest.mark.parametrize("axis", range(3))
+    def test_a_mirrored_copy_is_found_and_no_symmetric_other(self, axis):
+        smooth = np.kron(RNG.random((12, 6, 6, 6)), np.ones((7, 7, 7)))
+        head = smooth.mean(0) + smooth.mean(0)[::-1]
+        images = [*(head + 0.3 * smooth), np.flip(head + 0.3 * smooth[5], axis) * 2 + 1]
+        found = list(near_identical([thumbnail(image) for image in images], list(range(13))))
+        assert [(*pair[:2], pair[3]) for pair in found] == [(5, 12, True)]
+
     def test_scans_of_one_patient_are_no_news(self):
         image = thumbnail(RNG.random((40, 40, 1)))
         assert list(near_identical([image, image], ["p", "p"])) == []

@@ -1,16 +1,23 @@
 """The integrity check finds every kind of damage, says what to do, and stays silent on sound data."""
 
 import gzip
+import os
+import struct
+import tracemalloc
+import warnings
 
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+from monai.transforms import Compose
 from PIL import Image
 
 from medtl_ext import InputError
 from medtl_ext.data import check_collection, load_collection, write_collection
 from medtl_ext.data.__main__ import main
+from medtl_ext.data.plan import Grid, grid_steps
+from medtl_ext.data.readers._draft import held_values
 
 SHAPE = (12, 10, 6)
 
@@ -19,7 +26,7 @@ def save(path, array, shift=0.0, sizes=(-2.0, 2, 4)):
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.diag([*sizes, 1])
     affine[0, 3] = shift
-    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    nibabel.save(nibabel.Nifti1Image(array, affine, dtype=array.dtype), path)
 
 
 def image(seed):
@@ -95,7 +102,6 @@ def test_unreadable_file(collection, tmp_path, damage):
 @pytest.mark.parametrize(
     ("voxels", "problem"),
     [
-        (label(float, background=np.nan), "NaN"),
         (label(float, background=np.inf), "infinite"),
         (np.ones((*SHAPE, 2), dtype=np.float32), "2 channels where one is expected"),
         (np.ones((*SHAPE, 2, 2), dtype=np.float32), "(12, 10, 6, 2)"),
@@ -119,7 +125,7 @@ def test_not_a_volume_of_numbers(collection, tmp_path, name, voxels, problem):
             1.5,
             "error: the image's affine differs from that of label 'tumour' by up to 1.5 mm; resample",
         ),
-        ("tumour", label(float, background=0.5), 0, "error: the label holds fractional values, such as 0.5; resample"),
+        ("tumour", label(float, background=0.5), 0, "error: the label holds fractional values, such as 0.5, which"),
         ("tumour", label(background=4), 0, "error: the label holds undeclared values 4 (declared: {'ED': 1, 'ET': 2})"),
         ("tumour", label(et=1), 0, "warning: no voxel of objective ET"),
         ("T1", np.full(SHAPE, 7, np.float32), 0, "warning: every voxel of the image is 7"),
@@ -130,6 +136,40 @@ def test_one_issue(collection, tmp_path, name, voxels, shift, expected):
     issue = only_issue(collection)
     assert (issue.subject, issue.file) == ("s0", f"s0/{name}.nii.gz")
     assert f"{issue.severity}: {issue.problem}; {issue.advice}".startswith(expected)
+
+
+def as_scaled_int16(voxels):
+    """As tools store a mask when they keep its range: read back, 1 is 0.99998."""
+    voxels = nibabel.Nifti1Image((voxels * 32767 / 2).astype(np.int16), np.diag([-2.0, 2, 4, 1]))
+    voxels.header.set_slope_inter(2 / 32768, 0)
+    return voxels
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        pytest.param(lambda voxels, kind=kind: voxels.astype(kind), id=kind)
+        for kind in ("int8", ">i2", ">f4", "uint16", "int32", "uint32", "int64", "uint64", "float64")
+    ]
+    + [
+        pytest.param(lambda voxels: np.where(voxels == 0, -0.0, voxels), id="signed zero"),
+        pytest.param(as_scaled_int16, id="scaled"),
+        pytest.param(lambda voxels: np.where(voxels == 0, np.nan, voxels * 0.99998), id="NaN outside"),
+    ],
+)
+def test_labels_of_any_kind_are_their_classes(collection, tmp_path, stored, request):
+    path, name = tmp_path / "s0/tumour.nii.gz", request.node.callspec.id
+    file = stored(label().astype(float))
+    nibabel.save(file, path) if name == "scaled" else save(path, file)
+    said = [str(issue).removeprefix("warning: s0: s0/tumour.nii.gz: ") for issue in check(collection).issues]
+    assert len(said) == (name in ("scaled", "NaN outside"))
+    assert all("% of the label are" in problem for problem in said)
+    steps = grid_steps(Grid((2, 2, 4), (16, 16)), label_values=collection.label_values("13-T1-ET"))[:3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if said else "error")
+        item = Compose(steps)(collection.datalist("13-T1-ET", "train")[0])
+    assert np.array_equal(np.asarray(item["label"])[0], label() == 2)
+    assert held_values(str(path)) == {1, 2}
 
 
 def test_no_training_foreground_is_an_error(collection, tmp_path):
@@ -150,6 +190,70 @@ def test_duplicate_patients(collection, tmp_path, twin, severity):
     issue = only_issue(collection)
     assert (issue.severity, issue.subject) == (severity, twin)
     assert "identical to T1 of subject s0" in issue.problem
+
+
+def header(path, place, numbers, kind="<f"):
+    """Numbers in the header of a file, where a tool or a broken disk left others."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    for number, value in enumerate(numbers):
+        struct.pack_into(kind, content, place + number * struct.calcsize(kind), value)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+PIXDIM, SHAPES, SFORM, CODES = 80, 42, 280, 252
+ODD = {
+    "pixdim is not the affine's": (
+        lambda path: header(path, PIXDIM, [2, 2, 3]),
+        "error: says voxels of 2 x 2 x 3 mm (pixdim) and of 2 x 2 x 4 mm (affine)",
+    ),
+    "an affine without a volume": (lambda path: header(path, SFORM, [0] * 4), "error: has an affine without a volume"),
+    "more voxels than are sane": (
+        lambda path: header(path, SHAPES, [30000] * 3, "<h"),
+        "error: claims 30000 x 30000 x 30000 voxels, and 536,870,912 are the most",
+    ),
+    "a gzip bomb": (
+        lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**27))),
+        "error: goes on behind its last voxel",
+    ),
+    "one voxel of 1e38": (
+        lambda path: save(path, np.where(np.arange(720).reshape(SHAPE) == 5, 1e38, image(0)).astype(np.float32)),
+        "error: it holds values up to 1e+38, which nothing measures",
+    ),
+    "a label file": (
+        lambda path: path.write_bytes(path.with_name("tumour.nii.gz").read_bytes()),
+        "error: the image is label s3/tumour.nii.gz of subject s3",  # which all look alike here
+    ),
+    "another modality": (
+        lambda path: path.write_bytes(path.with_name("T1.nii.gz").read_bytes()),
+        "warning: T2 is identical to T1",
+    ),
+    "a mirrored patient": (
+        lambda path: save(path, image(31)[::-1].copy()),
+        "warning: the image is almost the same as s0/T2.nii.gz of subject s0 (in train and test); thumbnails, one mirr",
+    ),
+    "a fifo": (lambda path: (path.unlink(), os.mkfifo(path)), "error: is neither a file nor a folder"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_files_are_named_without_taking_memory(collection, tmp_path, odd):
+    change, expected = ODD[odd]
+    change(tmp_path / "s0/T2.nii.gz")
+    tracemalloc.start()
+    issue = only_issue(collection)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert f"{issue.severity}: {issue.problem}".startswith(expected)
+    assert issue.subject == ("s3" if odd == "a mirrored patient" else "s0")
+    assert peak < 40e6
+
+
+@pytest.mark.parametrize("size", [1e6, 1e-7])
+def test_voxels_that_would_fill_all_memory_are_an_error(collection, tmp_path, size):
+    for name in ("T1", "tumour"):
+        path = tmp_path / f"s0/{name}.nii.gz"
+        save(path, np.asanyarray(nibabel.load(path).dataobj), sizes=(size, 2, 4))
+    assert "its header says voxels of up to" in check(collection, ["13-T1-ED"]).errors[0].problem
 
 
 def test_constant_images_are_no_duplicates(collection, tmp_path):

@@ -1,7 +1,13 @@
 """Finding the bundle, refusing misspelled options, claiming output folders, and running many jobs."""
 
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,11 +15,12 @@ import pytest
 from bundle_runs import refused
 from monai.bundle import ConfigWorkflow
 
+from medtl_ext import InputError
 from medtl_ext.transfer import Job, bundle_root, jobs
 from medtl_ext.transfer.jobs import run_jobs
 
 CONFIG = {
-    "imports": ["$import medtl_ext.transfer as transfer", "$from pathlib import Path"],
+    "imports": ["$import medtl_ext.transfer as transfer", "$from pathlib import Path", "$import os", "$import time"],
     "bundle_root": "$transfer.bundle_root()",
     "number": 3,
     "progress": True,
@@ -222,8 +229,12 @@ def test_the_config_left_behind_can_be_run_again(write, tmp_path):
 
 def test_jobs_run_once_and_a_bad_one_costs_itself_only(job, tmp_path):
     series = [job(name, {"number": number}) for name, number in {"one": 1, "bad": "x", "two": 2}.items()]
-    with pytest.raises(RuntimeError, match=r"1 of 3 runs failed; the first: .*bad"):
+    with pytest.raises(InputError, match=r"1 of 3 runs failed; the first: .*bad") as caught:
         run_jobs(series, n_jobs=2)
+    line = int(re.search(r" \(line (\d+) of its log\.txt\)", str(caught.value))[1])
+    log = (tmp_path / "bad" / "log.txt").read_text().splitlines()
+    assert log[line - 1].startswith("Traceback")
+    assert "medtl_ext._validation.InputError: option --number is 'x'; expected a whole number." in log
     assert [one.done for one in series] == [True, False, True]
     before = (tmp_path / "one" / "result.txt").stat().st_mtime_ns
     run_jobs([series[0], series[2]])
@@ -242,7 +253,7 @@ def test_a_failed_job_says_what_we_say_of_it(job, tmp_path):
     """Not what the library said that found it: torch's advice on a damaged file names no file, and is dangerous."""
     (tmp_path / "net.pt").write_bytes(b"no checkpoint")
     step = f"$__import__('medtl_ext.networks').networks.read_weights({str(tmp_path / 'net.pt')!r})"
-    with pytest.raises(RuntimeError, match=rf"the first: .*checkpoint {tmp_path / 'net.pt'} cannot be read") as caught:
+    with pytest.raises(InputError, match=rf"the first: .*checkpoint {tmp_path / 'net.pt'} cannot be read") as caught:
         run_jobs([job("one", run=[step])], n_jobs=1)
     assert "weights_only" not in str(caught.value)
 
@@ -256,15 +267,110 @@ def test_a_job_started_twice_at_a_time_runs_once(job, tmp_path, monkeypatch):
     with ThreadPoolExecutor(2) as pool:  # a file lock holds between threads as it does between processes
         for attempt in [pool.submit(job("one", run=steps).run) for _ in range(2)]:
             attempt.result(120)
-    assert said == [f"waiting for another process, which is running {tmp_path / 'one'}"]
+    who = f"(process {os.getpid()} on {socket.gethostname()}|another process)"  # which has not said so yet
+    assert re.fullmatch(rf"waiting for {who}, which is running {tmp_path / 'one'}", said.pop())
+    assert said == []
     assert log.read_text() == "run\n"
     assert (tmp_path / "one" / "result.txt").read_text() == "9"
     other = job("one", {"number": 4}, result="other.txt", run=steps)  # the lock is no file of the run
     assert "holds a run with number=3" in refused(other.run)
 
 
+def test_a_folder_in_use_is_refused_with_who_uses_it(write, tmp_path):
+    here = {"_target_": "medtl_ext.transfer.Run", "output_dir": "@output_dir"}
+    config = write(here=here, run=["$@here.start()", "$time.sleep(60)"])
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        wait_for((tmp_path / "eval/config.json").is_file)
+        said = refusal(config)
+        assert f"eval is in use by process {first.pid} on {socket.gethostname()}; wait until it is done" in said
+        first.kill()
+    run(config, run=["$@here.start()"])
+
+
+def test_never_more_threads_than_cores(job, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
+    monkeypatch.setattr("medtl_ext.transfer.config.cpu_count", lambda: 4)
+    monkeypatch.setattr(
+        jobs, "Parallel", lambda n, **how: lambda calls: asked.extend((n, *call[1]) for call in calls) or []
+    )
+    series = [job(str(number)) for number in range(9)]
+    for n_jobs in (None, 1, 2, 3, 9):
+        asked.clear()
+        run_jobs(series, n_jobs=n_jobs)
+        assert len(asked) == 9
+        assert all(at_a_time * threads <= 4 for at_a_time, _, threads in asked)
+
+
+NOTE = "$(Path(@output_dir) / 'pid').write_text(str(os.getpid()))"
+SERIES = """
+import json, sys
+from pathlib import Path
+from medtl_ext.transfer import Job
+from medtl_ext.transfer.jobs import run_jobs
+
+def run(folder):
+    slow = json.loads(Path(__file__).with_name("slow.json").read_text())
+    run_jobs([Job(slow, Path(folder, name), result="x") for name in "ab"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent(write, tmp_path, monkeypatch, number):
+    """Whoever stops a command has its cores back in ten seconds, and one line if it may still speak."""
+    slow = CONFIG | {"bundle_root": str(tmp_path), "run": [CONFIG["run"][0], NOTE, "$time.sleep(60)"]}
+    (tmp_path / "slow.json").write_text(json.dumps(slow))
+    (tmp_path / "series.py").write_text(SERIES)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    config = write(imports=[*CONFIG["imports"], "$import series"], run=["$series.run(@output_dir)"])
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pids = [tmp_path / "eval" / name / "pid" for name in "ab"]
+    wait_for(lambda: all(pid.is_file() and pid.read_text() for pid in pids))
+    workers = [int(pid.read_text()) for pid in pids]
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), seconds=10)
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert f"\nstopped by {number.name}; type the same command again to go on\n" in said
+        assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_dask_runs_jobs_and_outlives_a_worker(job, tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    with pytest.raises(InputError, match="set DASK_SCHEDULER_ADDRESS"):
+        run_jobs([job("none")], backend="dask")
+    steps = [CONFIG["run"][0], NOTE, "$time.sleep(2)", CONFIG["run"][1]]
+    series = [job(str(number), {"number": number}, run=steps) for number in range(5)]
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None) as cluster:
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run_jobs, series, backend="dask")
+            wait_for((first := tmp_path / "0/pid").is_file)
+            os.kill(victim := int(first.read_text()), signal.SIGKILL)
+            running.result(120)
+    assert [(tmp_path / str(number) / "result.txt").read_text() for number in range(5)] == ["0", "1", "4", "9", "16"]
+    assert first.read_text() not in (str(victim), str(os.getpid()))
+
+
+def test_a_killed_worker_is_one_line(job):
+    with pytest.raises(InputError, match=r"was killed, perhaps for its memory; type the same command again"):
+        run_jobs([job("one", run=["$os.kill(os.getpid(), 9)"])])
+
+
+def wait_for(true, seconds=60):
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.05)
+
+
 def test_a_folder_that_holds_nothing_but_the_lock_is_free(job, tmp_path):
-    with pytest.raises(RuntimeError):
-        job("one", run=["$1 / 0"]).run()
+    alone = r"one: division by zero \(line 1 of its log\.txt; alone: python .* --config_file .*one/config.json\)"
+    with pytest.raises(InputError, match=alone):
+        run_jobs([job("one", run=[CONFIG["run"][0], "$1 / 0"])])
     job("one", {"number": 5}).run()
     assert (tmp_path / "one" / "result.txt").read_text() == "25"

@@ -71,6 +71,21 @@ class TestSelectLabels:
         with pytest.raises(InputError, match="every label value once"):
             SelectLabelsd("label", values)
 
+    def test_rounding_noise_and_nan_are_one_warning_that_names_file_and_share(self):
+        select = SelectLabelsd("label", [[1], [2, 3]])
+        label = MetaTensor(torch.tensor([[0, 0.99998, 2.00003, 2.995, 1e-5, float("nan"), -0.0, 1]]))
+        label.meta["filename_or_obj"] = "p1.nii.gz"
+        with pytest.warns(UserWarning, match="up to 0.005 off a whole number and 12 % of the label are NaN") as caught:
+            found = [select({"label": label})["label"].flatten().tolist() for _ in range(2)]
+        assert found == [[0, 1, 2, 2, 0, 0, 0, 1]] * 2
+        (warning,) = caught
+        assert str(warning.message).startswith("p1.nii.gz: 50 % of the label are up to 0.005 off a whole number")
+
+    @pytest.mark.parametrize("value", [0.9882, 0.5, float("inf"), -1.2])
+    def test_fractions_are_no_labels(self, value):
+        with pytest.raises(InputError, match=f"^label: the label holds fractional values, such as {value:g}, which is"):
+            SelectLabelsd("label", [[1]])({"label": torch.tensor([[0, 1, value]])})
+
     def test_missing_key(self):
         with pytest.raises(KeyError, match="label"):
             SelectLabelsd("label", [[1]])({})

@@ -18,8 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from medtl_ext._validation import InputError, require_choice
-from medtl_ext.data.collection import SPLITS
+from medtl_ext._validation import InputError, require_choice, require_name
+from medtl_ext.data.collection import SPLITS, Name
 
 __all__ = [
     "SUFFIXES",
@@ -156,6 +156,9 @@ def load_medmnist(path: str | os.PathLike[str]) -> ClassificationDataset:
         raise InputError(f"{path} cannot be read as a .npz file of plain arrays ({error}).") from error
     for fault in _faults(content):
         raise InputError(f"{path} {fault}.")
+    for key in ("class_names", *(f"{split}_subjects" for split in SPLITS)):
+        for name in {*map(str, content.get(key, ()))}:
+            require_name(f"{path}: {key}:", name)
     parts = [content[f"{split}_labels"].reshape(-1).astype(np.int64) for split in SPLITS]
     subjects = [str(name) for split in SPLITS for name in content.get(f"{split}_subjects", ())]
     return ClassificationDataset(
@@ -282,9 +285,9 @@ def load_classification(path: str | os.PathLike[str], *, size: int | None = None
 class _Described(BaseModel):
     """What ``data read medmnist`` writes."""
 
-    name: str
+    name: Name
     medmnist: str
-    class_names: list[str]
+    class_names: list[Name]
 
 
 def _drawn_splits(labels: np.ndarray) -> np.ndarray:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import locale
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import nibabel
 import numpy as np
 from monai.data import ImageReader, ITKReader, NibabelReader, PILReader
 from monai.utils import ensure_tuple, optional_import
+from nibabel.affines import voxel_sizes
 from PIL import Image
 from tifffile import imread
 from tqdm import tqdm
@@ -33,6 +36,8 @@ LOSSY = (".jpg", ".jpeg")
 MODES = ("1", "L", "P", "I;16", "I;16B", "I", "F", "RGB")
 TURNED_BY = 0x0112  # EXIF's tag of the orientation
 SAME_AFFINE_MM = 1e-3  # headers keep affines in float32, so two tools rarely agree to the last digit
+MOST_VOXELS = 2**29  # of a file: 4 GiB as numbers of 64 bits
+MOST_BEHIND = 2**20  # bytes that a compressed file may hold behind its voxels
 MAX_THREADS = 8  # every thread holds a volume or two: more would read no faster and could fill a large machine's memory
 
 
@@ -152,9 +157,11 @@ def _require_one_grid(path: str, meta: dict[str, Any], first: str, meta_of_first
 
 def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """Channels x X x Y x Z and the metadata of one file."""
-    suffix, folder = suffix_of(path), Path(path).is_dir()
-    if not Path(path).exists():
+    suffix, folder = suffix_of(path), os.path.isdir(path)
+    if not os.path.exists(path):
         raise Unusable(path, "does not exist", "correct its path, or restore it")
+    if not folder and not os.path.isfile(path):
+        raise Unusable(path, "is neither a file nor a folder", "correct its path")
     if suffix not in FORMATS and not folder:
         raise Unusable(path, f"is of no format that is read here ({', '.join(FORMATS)})", "convert it")
     try:
@@ -187,11 +194,30 @@ def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dic
 
 
 def _nifti(path: str, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    reader = NibabelReader()
-    image = reader.read(path)
+    image = nibabel.load(path)  # the header alone
+    voxels, sizes, header = prod(image.shape), voxel_sizes(image.affine), np.abs(image.header.get_zooms()[:3])
+    if voxels > MOST_VOXELS:
+        shape = " x ".join(map(str, image.shape))
+        raise Unusable(path, f"claims {shape} voxels, and {MOST_VOXELS:,} are the most", "crop or resample it")
+    if not abs(np.linalg.det(image.affine)) > 0:
+        raise Unusable(path, "has an affine without a volume", "correct its header")
+    if not np.allclose(sizes[: len(header)], header, rtol=SAME_AFFINE_MM, atol=SAME_AFFINE_MM):
+        said = f"says voxels of {_times(header)} mm (pixdim) and of {_times(sizes)} mm (affine)"
+        raise Unusable(path, said, "correct the header that is wrong")
     if every_byte and suffix_of(path).endswith(".gz"):  # nibabel stops at the last voxel
-        image = type(image).from_bytes(gzip.decompress(Path(path).read_bytes()))
+        most = image.dataobj.offset + voxels * image.get_data_dtype().itemsize + MOST_BEHIND
+        with gzip.open(path) as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise Unusable(path, "goes on behind its last voxel", "copy or convert it again")
+        image = type(image).from_bytes(content)
+    reader = NibabelReader()
+    reader.filenames = (path,)  # its `read` would take another affine than every viewer's, for a rounding in pixdim
     return reader.get_data(image)
+
+
+def _times(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)
 
 
 def _picture(path: str, colour: bool) -> tuple[np.ndarray, dict[str, Any]]:

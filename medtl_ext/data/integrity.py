@@ -19,12 +19,16 @@ from medtl_ext._validation import InputError
 from medtl_ext.data.collection import Collection, Colour, Subject, Task, channels_of
 from medtl_ext.data.duplicates import near_identical, thumbnail
 from medtl_ext.data.files import LOSSY, PICTURES, SAME_AFFINE_MM, Unusable, for_each, read_channels
+from medtl_ext.transforms import whole_labels
 
 __all__ = ["IntegrityReport", "Issue", "check_collection"]
 
 MOST_APART = 3.0
 """Times that voxels of one patient may be as large as another's, of the same institution and modality."""
 LARGEST_MM, LARGEST_VIEW_MM = 50.0, 3000.0
+NO_MM = (1e-6, 1000.0)
+"""Voxels smaller or larger than this would fill all memory when they are resampled with others."""
+LARGEST_VALUE = 1e15
 
 
 class Issue(NamedTuple):
@@ -87,11 +91,13 @@ def check_collection(
 ) -> IntegrityReport:
     """Read every file of a collection in full and report what would spoil training or evaluation.
 
-    Errors: a file that is missing, unreadable or truncated, or not what `ChannelReader` takes; NaN, infinity; a
-    label with fractional or undeclared values, in a lossy format, or on another grid than an image; one image under two
-    subjects of different splits; no training subject with foreground. Warnings: one image under two subjects of the
-    same split, almost the same image under patients of two, an image of one value, a subject without foreground,
-    millimetres that no scan has, patients of one institution and modality whose voxels are more than three times apart.
+    Errors: a file that is missing, unreadable or truncated, or not what `ChannelReader` takes; NaN in an image,
+    infinity, values above 1e15; a label with fractional or undeclared values, in a lossy format, or on another grid
+    than an image; a label as an image; one image under two subjects of different splits; voxels above a metre; no
+    training subject with foreground. Warnings: labels that are rounded; one image under two subjects of the same split
+    or twice in a subject; almost the same image, perhaps mirrored, under patients of two splits; an image of one value,
+    a subject without foreground, millimetres that no scan has, patients of one institution and modality whose voxels
+    are more than three times apart.
 
     Args:
         collection: from `load_collection`.
@@ -129,7 +135,7 @@ class _Scan:
     shape: tuple[int, ...] | None = None  # of a 3D volume that could be read
     affine: np.ndarray | None = None
     values: frozenset[float] | None = None  # of a label
-    digest: str | None = None  # of an image, unless it is constant
+    digest: str | None = None  # unless it is constant
     thumbnail: np.ndarray | None = None
 
     def note(self, severity: Literal["error", "warning"], problem: str, advice: str) -> None:
@@ -173,27 +179,32 @@ def _scan(scan: _Scan, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
         scan.note("error", "a JPEG changes the values of a mask", "draw it again, or export it as PNG")
     if scan.kind == "image" and meta.get("mode") == "P":
         scan.note("error", "its pixels are numbers of a palette", "save it as grey or RGB")
-    if not np.isfinite(voxels).all():
+    if np.isinf(voxels).any() or (scan.kind == "image" and np.isnan(voxels).any()):
         scan.note("error", "it holds NaN or infinite values", "replace them, or leave the subject out")
     elif scan.kind == "label":
+        voxels, note = whole_labels(voxels)
+        if note is not None:
+            scan.note(*note)
         declared, scan.values = labels[scan.name], frozenset(np.unique(voxels).tolist())
         shown = Colour if scan.parts[0].endswith("#rgb") else "{:g}".format
-        fractional = sorted(value for value in scan.values if value != round(value))
-        undeclared = sorted(scan.values - {0, *declared.values()} - set(fractional))
-        if fractional:
-            problem = f"the label holds fractional values, such as {fractional[0]:g}"
-            scan.note("error", problem, "resample labels with nearest-neighbour interpolation")
+        undeclared = sorted(value for value in scan.values - {0, *declared.values()} if value == round(value))
         if undeclared:
             found = ", ".join(str(shown(value)) for value in undeclared[:5]) + (", ..." if len(undeclared) > 5 else "")
             problem = f"the label holds undeclared values {found} (declared: {declared})"
             scan.note("error", problem, f"declare them under labels '{scan.name}', or correct the file")
+        scan.digest = _digest(voxels) if len(scan.values) > 1 else None
     elif voxels.min() == voxels.max():
         problem = f"every voxel of the image is {voxels.flat[0]:g}"
         scan.note("warning", problem, "look at it, and leave the subject out if it is empty")
     else:
-        scan.digest = joblib.hash(np.asarray(voxels[0] if len(voxels) == 1 else voxels, dtype=np.float32))
-        scan.thumbnail = thumbnail(voxels.mean(0))
+        if (largest := np.abs(voxels).max()) > LARGEST_VALUE:
+            scan.note("error", f"it holds values up to {largest:.3g}, which nothing measures", "correct the file")
+        scan.digest, scan.thumbnail = _digest(voxels), thumbnail(voxels.mean(0))
     return scan
+
+
+def _digest(voxels: np.ndarray) -> str:
+    return joblib.hash(np.asarray(voxels[0] if len(voxels) == 1 else voxels, dtype=np.float32))
 
 
 def _compare_grids(scans: Sequence[_Scan]) -> None:
@@ -214,25 +225,33 @@ def _compare_grids(scans: Sequence[_Scan]) -> None:
 
 
 def _find_twins(scans: Sequence[_Scan]) -> None:
-    """The same voxels under two subject ids, each later one against the first; almost the same in two splits."""
+    """The same voxels twice, each later image against the first; almost the same in two splits."""
+    labels = {scan.digest: scan for scan in scans if scan.kind == "label" and scan.digest}
     first: dict[str, _Scan] = {}
     for scan in scans:
-        twin = first.setdefault(scan.digest, scan) if scan.digest else scan
+        if scan.kind == "label" or scan.digest is None:
+            continue
+        if label := labels.get(scan.digest):
+            scan.note("error", f"the image is label {label.shown} of subject {label.subject.id}", "give the image")
+        twin = first.setdefault(scan.digest, scan)
         if scan.subject.id != twin.subject.id:
             one, other = twin.subject.split, scan.subject.split
             severity, where = ("warning", f"both in {one}") if one == other else ("error", f"in {one} and {other}")
             problem = f"the image is identical to {twin.name} of subject {twin.subject.id} ({where})"
             scan.note(severity, problem, "list a patient once, or all its scans in one split")
+        elif scan is not twin:
+            scan.note("warning", f"{scan.name} is identical to {twin.name}", "give each its own file")
     by_name = defaultdict(list)
     for scan in first.values():
         by_name[scan.name].append(scan)
     for images in by_name.values():
         pairs = near_identical([scan.thumbnail for scan in images], [scan.subject.group for scan in images])
-        for one, other, correlation in sorted(pairs, key=lambda pair: -pair[2]):
+        for one, other, correlation, mirrored in sorted(pairs, key=lambda pair: -pair[2]):
             scan, twin = images[other], images[one]
             if scan.subject.split != twin.subject.split:
                 where = f"{twin.shown} of subject {twin.subject.id} (in {twin.subject.split} and {scan.subject.split})"
-                problem = f"the image is almost the same as {where}; thumbnails correlate by {correlation:.3f}"
+                how = f"thumbnails{', one mirrored,' if mirrored else ''} correlate by {correlation:.3f}"
+                problem = f"the image is almost the same as {where}; {how}"
                 scan.note("warning", problem, "look at both: if of one patient, name it as 'patient' of both")
 
 
@@ -263,9 +282,10 @@ def _find_odd_sizes(scans: Sequence[_Scan]) -> Iterator[Issue]:
             continue
         sizes = voxel_sizes(scan.affine)
         view = (sizes * scan.shape).max()
-        if sizes.max() > LARGEST_MM or view > LARGEST_VIEW_MM:
+        impossible = not NO_MM[0] < sizes.min() <= sizes.max() < NO_MM[1]
+        if impossible or sizes.max() > LARGEST_MM or view > LARGEST_VIEW_MM:
             problem = f"its header says voxels of up to {sizes.max():.3g} mm, and {view / 1000:.3g} m from end to end"
-            scan.note("warning", problem, "correct the header's units or spacing")
+            scan.note("error" if impossible else "warning", problem, "correct the header's units or spacing")
         along = sizes[io_orientation(scan.affine)[:, 0].argsort()]  # the axes of the body
         alike[scan.subject.institution, scan.name].append((along, scan.subject.id))
     for (institution, name), found in alike.items():

@@ -6,8 +6,10 @@ MONAI evaluates a config lazily and knows neither its own folder nor a misspelle
 
 import hashlib
 import json
+import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -39,6 +41,8 @@ CHOICES = {"score_space": ("patient", "training")}
 WHAT_IS_IN = dict.fromkeys(("collection", "source_collection"), "patients, splits or files")
 WHAT_IS_IN |= {"affinity": "weights"}
 CONTENT = "content "
+LOG = "log.txt"
+"""What a run that is a job of another said, in its folder."""
 # What the command line leaves as text, where a config would have a value.
 JSON_WORDS = {"true": True, "false": False, "null": None}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -79,7 +83,7 @@ def start() -> None:
             ``--option`` becomes; an option that is a number, or true or false, in the bundle's configs is none here; no
             epoch would be validated; a config for several processes runs in one that torchrun did not start.
     """
-    _show_input_errors_as_one_line()
+    _end_in_one_line()
     torch.set_num_threads(threads_for(1))
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"monai\.")
@@ -155,10 +159,14 @@ def on_command_line() -> bool:
     return program is not None and program.name == "monai.bundle.__main__"
 
 
-def _show_input_errors_as_one_line() -> None:
-    """On the command line, print an `InputError` without the traceback of the config machinery around it."""
+def _end_in_one_line() -> None:
+    """On the command line, print an `InputError` without the traceback of the config machinery around it.
+
+    Ctrl-C and SIGTERM too are one line, with the exit codes that shells give them.
+    """
     if not on_command_line():
         return
+    process = os.getpid()
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         cause = innermost_or_input_error(error)
@@ -167,7 +175,17 @@ def _show_input_errors_as_one_line() -> None:
         else:
             sys.__excepthook__(kind, error, traceback)
 
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a loader's worker, forked with this
+            os.kill(os.getpid(), number)
+        logging.disable()  # what libraries say of it
+        print(f"\nstopped by {signal.Signals(number).name}; type the same command again to go on", file=sys.stderr)
+        raise SystemExit(128 + number)
+
     sys.excepthook = hook
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def innermost_or_input_error(error: BaseException) -> BaseException:
@@ -232,7 +250,7 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
     folder = writable(output_dir)
     config = current_config()
     now, record = identity(config), folder / "config.json"
-    if record.is_file() and any(path != record for path in folder.glob("[!.]*")):
+    if record.is_file() and any(path.name not in (record.name, LOG) for path in folder.glob("[!.]*")):
         _require_same(f"output folder {folder} holds a run", record, now)
     elif int(os.environ.get("RANK", 0)) == 0:
         theirs = [name for name in ("model.pt", "last.pt", "metrics.csv") if (folder / name).exists()]

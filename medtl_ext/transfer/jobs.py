@@ -1,17 +1,21 @@
 """Runs of a config in folders of their own, through joblib: on this machine, or on a cluster."""
 
 import copy
-import io
 import json
 import logging
 import multiprocessing
 import os
 import shlex
+import signal
+import socket
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
@@ -20,11 +24,14 @@ import ignite.distributed as idist
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from monai.bundle import ConfigWorkflow
 from tqdm import tqdm
 
-from medtl_ext.transfer.config import claim_output, current_config, innermost_or_input_error, threads_for, writable
+from medtl_ext._io import write_text
+from medtl_ext._validation import InputError, first_line
+from medtl_ext.transfer.config import LOG, claim_output, current_config, innermost_or_input_error, threads_for, writable
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +69,12 @@ class Job:
 
     def run(self, threads: int | None = None) -> None:
         """Run the config in this process, on so many threads; whoever runs it meanwhile is waited for."""
-        lock = FileLock(writable(self.output_dir) / ".run.lock")
+        lock = _lock(writable(self.output_dir), wait=True)
         try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("waiting for another process, which is running %s", self.output_dir)
-            held = lock.acquire()
-        with held:
             if not self.done:
                 self._run(threads)
+        finally:
+            lock.release(force=True)  # which the run itself may have taken too
 
     def _run(self, threads: int | None) -> None:
         if "RANK" in os.environ:
@@ -87,7 +91,6 @@ class Job:
                 workflow_type="train",
                 **{"output_dir": str(self.output_dir), "progress": False, "figures": False, **self.overrides},
             )
-            logging.getLogger().setLevel(logging.WARNING)
             try:
                 workflow.initialize()
                 if threads:
@@ -95,6 +98,24 @@ class Job:
                 workflow.run()
             finally:
                 workflow.finalize()
+
+
+def _lock(folder: Path, *, wait: bool) -> FileLock:
+    """The lock of a folder, which is held until it is released or forgotten, or the process ends, however it does."""
+    lock, holder = FileLock(folder / ".run.lock", is_singleton=True), folder / ".run.holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
+        if not wait:
+            raise InputError(
+                f"output folder {folder} is in use by {who}; wait until it is done, or give another one with "
+                "--output_dir."
+            ) from None
+        logger.warning("waiting for %s, which is running %s", who, folder)
+        lock.acquire()
+    write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+    return lock
 
 
 def _be_the_only_rank() -> None:
@@ -116,39 +137,102 @@ def run_jobs(
     """Run the jobs that are not done yet, several at a time, with a progress bar.
 
     Args:
-        jobs: each writes its own folder, so that an interrupted series continues where it stopped.
+        jobs: each writes its own folder, so that an interrupted series continues where it stopped, and what it has to
+            say into ``log.txt`` there.
         n_jobs: how many at a time; by default one per core. The cores are shared between them.
-        backend: joblib's: None for processes on this machine (``loky``), or the name of a registered backend such as
-            ``"dask"`` or ``"ray"`` for many machines.
+        backend: joblib's: None for processes on this machine (``loky``), ``"dask"`` for the workers of the cluster
+            whose scheduler ``$DASK_SCHEDULER_ADDRESS`` names, or the name of a registered backend.
         description: what the progress bar says.
 
     Raises:
-        RuntimeError: some jobs failed; the others were finished first, and are kept.
+        InputError: some jobs failed; the others were finished first, and are kept.
     """
     waiting = [job for job in jobs if not job.done]
     if not waiting:
         return
-    n_jobs = max(1, min(n_jobs or cpu_count(), len(waiting)))
-    # Never 1: joblib would then run the job in this process, which may be a rank of a distributed run.
-    pool = Parallel(max(n_jobs, 2), backend=backend or "loky", return_as="generator_unordered", pre_dispatch=n_jobs)
-    outcomes = pool(delayed(_attempt)(job, threads_for(n_jobs)) for job in waiting)
-    bar = tqdm(outcomes, desc=description, total=len(jobs), initial=len(jobs) - len(waiting), unit="run")
-    if failures := [outcome for outcome in bar if outcome]:
-        raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed; the first: {failures[0]}")
+    here = backend in (None, "loky")
+    most = cpu_count() if here else len(waiting)
+    n_jobs = max(1, min(n_jobs or most, most, len(waiting)))
+    with _workers(backend or "loky"):
+        # Never 1: joblib would then run the job in this process, which may be a rank of a distributed run.
+        pool = Parallel(max(n_jobs, 2), return_as="generator_unordered", pre_dispatch=n_jobs)
+        outcomes = pool(delayed(_attempt)(job, threads_for(n_jobs) if here else None) for job in waiting)
+        bar = tqdm(outcomes, desc=description, total=len(jobs), initial=len(jobs) - len(waiting), unit="run")
+        try:
+            failures = [outcome for outcome in bar if outcome]
+        except TerminatedWorkerError as error:
+            said = "a process that ran one of the jobs was killed, perhaps for its memory"
+            raise InputError(f"{said}; type the same command again to go on, with fewer --n_jobs.") from error
+    if failures:
+        raise InputError(f"{len(failures)} of {len(jobs)} runs failed; the first: {failures[0]}")
 
 
-def _attempt(job: Job, threads: int) -> str | None:
+@contextmanager
+def _workers(backend: str) -> Iterator[None]:
+    """What joblib sends jobs to."""
+    if backend != "dask":
+        with parallel_config(backend):
+            yield
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise InputError("--backend dask needs Dask; pip install 'medtl[dask]', on the workers too.") from error
+    address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+    if not address:
+        raise InputError("--backend dask needs the scheduler's address; set DASK_SCHEDULER_ADDRESS=tcp://HOST:8786.")
+    try:
+        client = Client(address)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no Dask scheduler answers at {address} ({first_line(error)}); start it first.") from error
+    with client, parallel_config(backend, client=client):
+        yield
+
+
+_ONE_AT_A_TIME = threading.RLock()  # of a worker's threads: seeds, threads and standard output are the process's
+
+
+def _attempt(job: Job, threads: int | None) -> str | None:
     """Run a job; a failure is returned, so that one bad run costs itself only.
 
-    What a run says of its results would only tear the progress bar of the series apart: warnings and errors are heard.
+    What a run says of its results would only tear the progress bar of the series apart: it goes into a file.
+
+    Args:
+        job: what to run.
+        threads: None: as many as whoever started the worker gave it.
     """
-    multiprocessing.set_start_method(None, force=True)  # the platform's: loky's own cannot start a loader's workers
-    try:
-        with redirect_stdout(io.StringIO()):
-            job.run(threads)
-    except Exception as error:  # whatever a user's config raises
-        return f"{job.output_dir}: {innermost_or_input_error(error)}"
+    _end_with_the_parent()
+    with _ONE_AT_A_TIME:
+        multiprocessing.set_start_method(None, force=True)  # the platform's: loky's cannot start a loader's workers
+        try:
+            with open(writable(job.output_dir) / LOG, "a+", encoding="utf-8", buffering=1) as log, redirect_stdout(log):
+                try:
+                    job.run(threads or int(os.environ.get("OMP_NUM_THREADS", 1)))
+                except Exception as error:  # whatever a user's config raises
+                    log.seek(0)
+                    line = 1 + sum(1 for _ in log)
+                    traceback.print_exc(file=log)
+                    record = job.output_dir / "config.json"
+                    alone = f"; alone: {run_command([record], {})}" if record.is_file() else ""
+                    return f"{job.output_dir}: {innermost_or_input_error(error)} (line {line} of its {LOG}{alone})"
+        except InputError as error:  # of the folder itself
+            return str(error)
     return None
+
+
+@cache
+def _end_with_the_parent() -> None:
+    """End this worker when who started it is gone; Ctrl-C, which all of a terminal get, is the parent's to answer."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -204,7 +288,13 @@ class Run:
         return Path(self.config["bundle_root"]) / "configs"
 
     def start(self) -> None:
-        """Claim the output folder; see `medtl_ext.transfer.config.claim_output`."""
+        """Claim the output folder; see `medtl_ext.transfer.config.claim_output`.
+
+        Raises:
+            InputError: also where another process is writing to it.
+        """
+        if self.leads:
+            self._held = _lock(writable(self.folder), wait=False)  # until this object is forgotten
         claim_output(self.folder)
 
     def end(self) -> None:

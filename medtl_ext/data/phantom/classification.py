@@ -6,7 +6,7 @@ form with the patients beside, and read back like any real one.
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from medtl_ext.data.collection import SPLITS, Collection, Task, load_collection
 from medtl_ext.data.files import read_channels
 from medtl_ext.data.phantom.generate import cache_root, cached_phantom
 from medtl_ext.data.phantom.scanner import MODALITIES
+from medtl_ext.transforms import whole_labels
 
 __all__ = ["OBJECTIVES", "phantom_classification"]
 
@@ -124,9 +125,11 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
         there = files.keys() >= set(channels) and subject.labels.keys() >= needed
         if subject.institution != task.institution or not there:
             continue
-        label = _volumes([str(subject.labels[objective.label])])[0] if needed else np.zeros(1)
+        label = np.zeros(1)
+        if needed:
+            label, _ = whole_labels(read_channels([str(subject.labels[objective.label])])[0][0])
         for place, look in enumerate(looks):
-            images = _volumes([files[channel] for channel in look])
+            images, _ = read_channels([files[channel] for channel in look])
             classes = objective.classes_of(label, images[0])
             usable = (classes >= 0) & ((images[0] != 0).sum((0, 1)) >= LEAST_BRAIN)
             if task.modality == ALL:  # each slice in one modality: the question is not who the patient is
@@ -143,10 +146,6 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
     arrays |= {"class_names": np.array(objective.class_names), "synthetic": np.array(collection.synthetic)}
     with atomic_path(file) as temporary:
         np.savez_compressed(temporary, **arrays)
-
-
-def _volumes(names: Sequence[str]) -> np.ndarray:
-    return read_channels(names)[0]
 
 
 def _slices(image: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from medtl_ext.data.collection import Collection, PathLike, count_splits, load_c
 from medtl_ext.data.files import FORMATS, NIFTI, read_channels
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.splits import write_splits
+from medtl_ext.transforms import whole_labels
 
 _PREFERENCE = (".nii.gz", ".nii")  # before all others
 _PARTNERS = {".hdr": ".img", ".img": ".hdr", ".HDR": ".IMG", ".IMG": ".HDR"}  # of the Analyze format
@@ -246,7 +247,7 @@ def stem(path: Path) -> str:
 def held_values(name: str) -> set[int]:
     """The values of a label file but 0; none of a broken one, which the data check names."""
     try:
-        return {*np.unique(read_channels([name])[0]).tolist()} - {0}
+        return {*np.unique(whole_labels(read_channels([name])[0])[0]).tolist()} - {0}
     except InputError:
         return set()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, require_choice, require_name
 from medtl_ext.networks import read_weights
 
 TAGS = ("institution", "modality", "objective")
@@ -69,8 +69,8 @@ class Card(BaseModel):
             axes = getattr(self, name) or ()
             if len(set(axes)) < len(axes) or (name == "axes" and axes and set(axes) != set(range(len(axes)))):
                 raise ValueError(f"{name} must name spatial axes, each once, such as [2, 1, 0]; found {list(axes)}")
-        if re.search(r"[/\\]|^\.+$", self.name):  # a folder is called so
-            raise ValueError(f"name must be no path; found {self.name}")
+        if self.name:  # a folder is called so
+            require_name("name", self.name)
         if self.window is not None and (len(self.window) not in (2, 3) or min(self.window) < 1):
             raise ValueError(f"window must be two or three sizes in voxels; found {list(self.window)}")
         if self.channels and len(set(self.channels)) < len(self.channels):

@@ -25,6 +25,7 @@ from medtl_ext._io import atomic_path, write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 from medtl_ext.metrics import compute_segmentation_scores
+from medtl_ext.ranking import late_gain
 
 __all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurves", "TrainingLength", "WeightMap"]
 
@@ -295,8 +296,11 @@ class TrainingLength:
             name = self.evaluator.state.key_metric_name
             row = {"epoch": epoch, "steps": epoch * length, "minutes": round(self.state["minutes"], 4)}
             self.state["curve"].append(row | {name: float(self.evaluator.state.metrics[name])})
+            curve = pd.DataFrame(self.state["curve"])
             if idist.get_rank() == 0:
-                write_csv(Path(self.save_dir) / "curve.csv", pd.DataFrame(self.state["curve"]))
+                write_csv(Path(self.save_dir) / "curve.csv", curve)
+            if epoch == epochs and (gain := late_gain(curve)) >= 0.01:
+                logger.info("validation %s still gained %.3f in the last two fifths of the training", name, gain)
 
     def _train_for(self, epochs: int) -> None:
         self._engine.state.max_epochs = self.lr_scheduler.total_iters = epochs

@@ -132,6 +132,16 @@ def test_an_audit_says_what_the_numbers_show(change, recommended, said, never, a
         assert verdict.table["mean"].iloc[0] == pytest.approx(np.mean(VALIDATION["scratch"]) + 0.01)
 
 
+def test_an_audit_names_the_arms_that_were_not_trained_to_the_end(audited, tmp_path):
+    gains = {"full": 0.004, "scratch": 0.031, "risk_map": float("nan")}
+    text = audit_report(audited, tmp_path, method="risk_map", late_gains=gains).text
+    assert (
+        "Not trained to the end: scratch gained 0.031 in the last two fifths of the training; compare with more --epochs."
+        in text
+    )
+    assert "trained to the end" not in audit_report(audited, tmp_path, method="risk_map").text
+
+
 def test_the_files_of_an_audit_are_strict_and_complete(audited, tmp_path):
     verdict = audit_report(audited, tmp_path, method="risk_map")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["audit.csv", "audit.json", "audit.png"]

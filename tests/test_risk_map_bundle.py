@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import ARMS, RISK_MAP, finish, read_json, refused
+from bundle_runs import ARMS, RISK_MAP, Bundle, finish, read_json, refused
 from ignite.engine import Events
 from monai.networks.nets import UNet
 
@@ -199,6 +199,16 @@ def test_the_papers_optimisation_can_be_laid_over_any_method(options):
     few = {"epochs": 1, "iterations_per_epoch": 1}
     workflow = run("vanilla", "paper", **options | few)
     assert workflow.parser.get_parsed_content("optimizer").defaults["lr"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(("synthetic", "fine_tuning", "source"), [(True, 10, 20), (False, 40, 80)])
+def test_real_images_are_trained_on_for_longer_than_phantoms(synthetic, fine_tuning, source, collection, tmp_path):
+    described = json.loads(collection.read_text(encoding="utf-8")) | {"synthetic": synthetic}
+    path = collection.with_name(f"synthetic_{synthetic}.json")
+    path.write_text(json.dumps(described), encoding="utf-8")
+    for overlays, epochs in [((), fine_tuning), (("pretrain",), source)]:
+        parser = Bundle(RISK_MAP.name).workflow(*overlays, collection=str(path)).parser
+        assert parser.get_parsed_content("epochs") == epochs
 
 
 # The whole of train.json

@@ -24,6 +24,7 @@ from medtl_ext.ranking.paired import (
     audit_verdict,
     bootstrap_interval,
     holm,
+    late_gain,
     paired_comparison,
 )
 from medtl_ext.ranking.sources import SourceRanking, baseline_rankings, bootstrap_ranking
@@ -42,6 +43,7 @@ __all__ = [
     "friedman_nemenyi",
     "holm",
     "known_elsewhere",
+    "late_gain",
     "listed",
     "mean_auc",
     "paired_comparison",

@@ -300,3 +300,17 @@ def _undecided_text(arms: pd.DataFrame, tied: pd.DataFrame, worse: pd.DataFrame,
         return f"{text}, which costs less: its mean is within {_behind(arms.loc[default], f' of {best}')}."
     text += ": no arm has a higher mean." if means.eq(means.max()).sum() > 1 else ", which has the highest mean."
     return text if means.any() else f"{text} Every mean is 0: no arm has found anything."
+
+
+def late_gain(curve: pd.DataFrame) -> float:
+    """What the validation score gained in the last two fifths of a training; NaN with no validation before them.
+
+    Args:
+        curve: columns ``steps``, and last the score, as `medtl_ext.handlers.TrainingLength` writes it.
+
+    >>> late_gain(pd.DataFrame({"steps": [200, 600, 1000], "dice": [0.5, 0.75, 1.0]}))
+    0.25
+    """
+    steps, score = curve["steps"], curve.iloc[:, -1]
+    before = score[steps <= 0.6 * steps.iloc[-1]]
+    return float(score.iloc[-1] - before.iloc[-1]) if len(before) else float("nan")

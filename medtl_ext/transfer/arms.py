@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from medtl_ext.ranking import Verdict
+from medtl_ext.ranking import Verdict, late_gain
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.report import audit_report
 from medtl_ext.transfer.sources import SingleSource, Source
@@ -67,6 +67,8 @@ class TransferAudit:
         jobs = [self.here.job(folder / "audit" / name, name, **options[name]) for name in names if name != method]
         arms = [Arm(method, (self.here.job(folder),)), *(Arm(job.output_dir.name, (job,)) for job in jobs)]
         self.here.train_arms(arms, "transfer audit")
-        verdict = audit_report(arm_rows(arms), folder, method=method, synthetic=self.target.synthetic)
+        trained = [arm for arm in arms if (arm.last.output_dir / "curve.csv").is_file()]
+        gains = {arm.name: late_gain(arm.last.read("curve.csv")) for arm in trained}
+        verdict = audit_report(arm_rows(arms), folder, method=method, synthetic=self.target.synthetic, late_gains=gains)
         logger.info("%s", verdict.text)
         return verdict

@@ -93,8 +93,9 @@ def start() -> None:
         if isinstance(value, str) and value in JSON_WORDS:
             parser[key] = JSON_WORDS[value]
     _check_options(parser.get(), _declared(folder))
-    interval, epochs = (parser.get_parsed_content(name, default=None) for name in ("val_interval", "epochs"))
-    if interval is not None and epochs is not None and interval > epochs > 0:  # it would end without a best network
+    interval = parser.get_parsed_content("val_interval", default=None)
+    epochs = None if interval is None else parser.get_parsed_content("epochs", default=None)
+    if epochs is not None and interval > epochs > 0:  # it would end without a best network
         raise InputError(
             f"--val_interval is {interval}, --epochs {epochs}: no epoch would be validated; give at most --epochs."
         )
@@ -123,7 +124,7 @@ def _check_options(config: Mapping[str, Any], declared: Mapping[str, Mapping[str
     files = {name: _options(content) for name, content in declared.items()}
     used = set(re.findall(r"[@%]([A-Za-z_]\w*)", json.dumps(config, default=str)))
     known = used.union(*(keys for keys in files.values() if keys <= config.keys()))
-    kinds: dict[str, set[type]] = defaultdict(set)
+    kinds: dict[str, set[type]] = defaultdict(set, {key: {int} for key in LEAST})
     for key, value in (item for content in declared.values() for item in content.items()):
         if value is not None and not _is_expression(value):
             kinds[key].add(type(value))

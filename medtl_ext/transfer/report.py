@@ -80,6 +80,7 @@ def audit_report(
     synthetic: bool = False,
     margin: float = 0.01,
     title: str = "Transfer audit",
+    late_gains: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Decide a transfer audit on the validation patients, check it on the test patients, and write both down.
 
@@ -92,6 +93,8 @@ def audit_report(
         synthetic: the data are synthetic, which text and figure then say.
         margin: smallest difference in mean Dice worth acting on.
         title: of the figure.
+        late_gains: what the validation Dice of arms gained in the last two fifths of their training. One that gained
+            ``margin`` or more was not done: the text names it, for a longer training may change the comparison.
 
     Returns:
         The verdict of the validation patients; its text ends with the check on the test patients.
@@ -113,7 +116,8 @@ def audit_report(
     }
     verdict = verdicts["val"]
     sentences = [verdict.text, _check(verdict, verdicts["test"].table) if "test" in verdicts else ""]
-    verdict = replace(verdict, text=" ".join(filter(None, [*sentences, _empty_sentence(rows)])))
+    sentences += [_unfinished(late_gains or {}, margin), _empty_sentence(rows)]
+    verdict = replace(verdict, text=" ".join(filter(None, sentences)))
 
     output_dir = Path(output_dir)
     table = pd.concat([v.table.assign(split=split) for split, v in verdicts.items()])
@@ -256,6 +260,14 @@ def _empty_sentence(rows: pd.DataFrame) -> str:
     if count == 0:
         return ""
     return f"In {count} of {len(rows)} cases a class is absent from truth and prediction; these count as Dice 1."
+
+
+def _unfinished(late_gains: Mapping[str, float], margin: float) -> str:
+    """Which arms a longer training may make better."""
+    found = _listed(f"{arm} gained {gain:.3f}" for arm, gain in late_gains.items() if gain >= margin)
+    if found == "none":
+        return ""
+    return f"Not trained to the end: {found} in the last two fifths of the training; compare with more --epochs."
 
 
 def _check(verdict: Verdict, test: pd.DataFrame) -> str:

@@ -206,7 +206,7 @@ def test_real_images_are_trained_on_for_longer_than_phantoms(synthetic, fine_tun
     described = json.loads(collection.read_text(encoding="utf-8")) | {"synthetic": synthetic}
     path = collection.with_name(f"synthetic_{synthetic}.json")
     path.write_text(json.dumps(described), encoding="utf-8")
-    for overlays, epochs in [((), fine_tuning), (("pretrain",), source)]:
+    for overlays, epochs in [((), fine_tuning), (("pretrain",), source), (("small",), 10)]:
         parser = Bundle(RISK_MAP.name).workflow(*overlays, collection=str(path)).parser
         assert parser.get_parsed_content("epochs") == epochs
 

@@ -120,6 +120,19 @@ class TestCollection:
         (tmp_path / "a/T1.nii.gz").write_bytes(b"12345")
         assert len({before, with_file, load(content).fingerprint}) == 3
 
+    def test_a_tasks_fingerprint_follows_its_own_subjects_alone(self, content, load, tmp_path):
+        def of(content):
+            return load(content).fingerprint_of("13-T1-ED")
+
+        before = of(content)
+        more = [{**content["subjects"][0], "id": "elsewhere", "institution": "X"}]
+        assert of(content | {"subjects": content["subjects"] + more, "name": "other"}) == before
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/T1.nii.gz").write_bytes(b"1234")
+        changed = [of(content), of(content | {"synthetic": True})]
+        changed.append(of(content | {"subjects": [*content["subjects"], *[more[0] | {"institution": "13"}]]}))
+        assert len({before, *changed}) == 4
+
 
 class TestSplitsThatAreDrawn:
     def entries(self, n, institution="13"):

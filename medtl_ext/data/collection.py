@@ -301,6 +301,17 @@ class Collection(BaseModel, frozen=True):
         sizes = [_size(file) for file in files]
         return hashlib.sha256(self.path.read_bytes() + json.dumps(sizes).encode()).hexdigest()[:12]
 
+    def fingerprint_of(self, task: Task | str) -> str:
+        """Twelve characters that change with what is asked, the task's subjects, their splits and the sizes of their
+        files, and with nothing else in the collection."""
+        seen = [self.missing, self.synthetic, self._objective(task).model_dump()]
+        for subject in self.subjects_of(task):
+            files = {name: (path, _size(path)) for name, path in (subject.images | subject.labels).items()}
+            seen.append([subject.id, subject.split, subject.patient, files])
+        folder = str(self.path.parent)
+        text = json.dumps(seen, sort_keys=True, default=lambda path: str(path).removeprefix(folder))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
     def tasks(self) -> list[Task]:
         """Every task of one channel that at least one subject has both the image and the label file for."""
         tasks = (Task.of(*parts) for parts in product(self.institutions, self.modalities, self.objectives))

@@ -326,7 +326,8 @@ def _fitting(source: Source, target: TargetTask) -> Source:
 def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Source, *, seed: int) -> Job:
     """The run of ``pretrain.json`` on a source's data; its folder's name holds a hash of all settings that matter.
 
-    Of a collection or of files it holds the content, wherever they lie: other patients, splits or files give another.
+    Of a collection it holds what the task has in it, of files the content, wherever they lie: other patients, splits or
+    files give another, a patient of another institution does not.
 
     Raises:
         InputError: the collection is missing or breaks the format.
@@ -338,11 +339,11 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     overrides |= {name: value for name, value in also.items() if name in config}
     if isinstance(source.entry, Mapping) and source.entry.get("network"):
         overrides["network_def"] = dict(source.entry["network"])
-    if collection is not None:
-        load_collection(collection)  # a missing one has no content
+    known = None if collection is None else load_collection(collection)
     merged, path = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}, Path(source.task)
-    key = identity(merged, without=("weight_map", "leep", "grid", "splits"))
-    key["data"] = content_of(path) if path.exists() else None
+    without = ("weight_map", "leep", "grid", "splits", "collection", "source_collection")
+    key = identity(merged, without=without)
+    key["data"] = content_of(path) if path.exists() else known and known.fingerprint_of(source.task)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
 

@@ -295,6 +295,13 @@ def test_further_channels_keep_the_size_of_activations(make, caplog):
     assert "first for T1, T2, FLAIR: the first 2 copied, the others their mean, all scaled" in caplog.text
 
 
+def test_a_fine_tuning_does_not_average_over_mirrored_images(make):
+    card = make(classes=2, mirror=[0, 1])
+    network = adapted(card, ["background", "x"], wanted=1, channels=["T1"])
+    assert (network.card.mirror, network.flips) == ((), [])
+    assert len(untouched(card, channels=1).flips) == 3
+
+
 def test_fresh_has_none_of_the_weights(make):
     card = make(classes=2)
     used, fresh = (adapted(card, ["background", "x"], wanted=1, channels=["T1"], fresh=one) for one in (False, True))

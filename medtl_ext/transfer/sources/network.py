@@ -274,6 +274,7 @@ def adapted(
 ) -> SourceNetwork:
     """The network of a card fitted to a target: a head for its classes, a first convolution for its channels.
 
+    It no longer averages over mirrored images, which a network that is trained without flips answers worse and worse.
     Rows of the head are copied for classes of the same name, the others are fresh. A first convolution that gets more
     channels keeps its weights for the first ``wanted``; the new ones start from their mean, and all are scaled so that
     activations keep their size.
@@ -290,7 +291,7 @@ def adapted(
     net, sample = network.net, _try(network, per_pixel=per_pixel)
     own = meaning(card, class_names) if per_pixel else None
     kept = own == [[place] for place in range(card.n_classes or len(class_names))]
-    changed: dict[str, Any] = {} if kept else {"classes": tuple(class_names)}
+    changed: dict[str, Any] = {"mirror": ()} | ({} if kept else {"classes": tuple(class_names)})
     if card.is_program:
         for parameter in net.parameters():
             parameter.requires_grad_(True)

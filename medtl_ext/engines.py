@@ -35,7 +35,7 @@ class MixedPrecisionInferer(SimpleInferer):
 @cache
 def has_bfloat16() -> bool:
     """Whether this processor computes in bfloat16, and does not only store it."""
-    able = torch.cpu.get_capabilities()
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.6 does not tell
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 

@@ -19,13 +19,12 @@ from scipy import stats
 from medtl_ext._validation import InputError, require_choice, require_number
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.data.plan import Grid
-from medtl_ext.ranking import SourceRanking, audit_verdict
+from medtl_ext.ranking import TOP, SourceRanking, audit_verdict
 from medtl_ext.transfer import SCORES, Job, RankSources, SegmentationTask, Source, SourceStudy
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import run_command
 from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import Key
-from medtl_ext.transfer.truth import TOP
 from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 

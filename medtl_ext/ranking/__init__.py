@@ -8,11 +8,13 @@
 
 from medtl_ext.ranking._words import listed
 from medtl_ext.ranking.agreement import (
+    TOP,
     FriedmanNemenyi,
     agreement_over_targets,
     friedman_nemenyi,
     known_elsewhere,
     mean_auc,
+    ranker_table,
     spearman_footrule,
     verdict_claim,
     weighted_kendall,
@@ -31,6 +33,7 @@ from medtl_ext.ranking.sources import SourceRanking, baseline_rankings, bootstra
 
 __all__ = [
     "MINIMUM_PATIENTS",
+    "TOP",
     "FriedmanNemenyi",
     "PairedComparison",
     "SourceRanking",
@@ -47,6 +50,7 @@ __all__ = [
     "listed",
     "mean_auc",
     "paired_comparison",
+    "ranker_table",
     "spearman_footrule",
     "verdict_claim",
     "weighted_kendall",

@@ -6,6 +6,7 @@ scores only, so scores of any unit can be compared:
 - `spearman_footrule` (PriorSel, Table VI) looks at the k sources it would pick first: 0 is a perfect choice.
 - `weighted_kendall` (DatasetTr, Table 2) looks at all pairs, the top ones most: 1 is perfect, 0 is chance.
 - `friedman_nemenyi` (Demšar, JMLR 2006) asks whether methods differ over targets, and which ones.
+- `ranker_table` has these for several rankers, with or without prior knowledge of the sources.
 - `agreement_over_targets` and `verdict_claim` say what rankings were worth over the targets and seeds of a study, once
   every source was fine-tuned on every target; `known_elsewhere` is a ranking that ignores the target.
 
@@ -14,6 +15,7 @@ In the first three a NaN score, which some metrics give where they cannot tell, 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ from medtl_ext.ranking._words import listed
 from medtl_ext.ranking.sources import mean_relative_rank
 
 ALPHA = 0.05
+TOP = (1, 2, 3, 4)
+"""Numbers of first places that the footrule is told of."""
 
 
 def spearman_footrule(scores: Mapping[str, float], truth: Mapping[str, float], k: int) -> float:
@@ -213,6 +217,44 @@ def friedman_nemenyi(table: pd.DataFrame, *, higher_is_better: bool = True) -> F
     critical = float(q * np.sqrt(n_methods * (n_methods + 1) / (6 * n_targets)))
     average = ranks.mean().sort_values(kind="stable").rename("average_rank")
     return FriedmanNemenyi(float(chi_square), float(p), critical, average, ranks)
+
+
+def ranker_table(rankers: Mapping[str, pd.Series], truth: pd.Series, *, groups: Mapping[str, pd.Index]) -> pd.DataFrame:
+    """What each ranker's order of a target's sources is worth, of all or of those that prior knowledge leaves.
+
+    Args:
+        rankers: ranker -> source -> value, higher is better. One that values all alike chooses at random, and its
+            regret and footrule are what a random order is expected to give.
+        truth: source -> outcome of fine-tuning, higher is better.
+        groups: kind of prior knowledge -> the sources that it leaves.
+
+    Returns:
+        Columns ``ranker, prior, candidates, pick, regret`` (what the first choice loses to the best of all sources,
+        the mean over sources of equal value), ``tau`` (weighted Kendall over the candidates; NaN where all values are
+        equal) and ``footrule_1`` to ``footrule_4`` (NaN where fewer candidates are left).
+
+    Example:
+        >>> truth = pd.Series({"a": 0.9, "b": 0.8, "c": 0.7})
+        >>> rankers = {"LEEP": pd.Series({"a": -0.3, "b": -0.1, "c": -0.5}), "random": pd.Series(0.0, truth.index)}
+        >>> table = ranker_table(rankers, truth, groups={"none": truth.index})
+        >>> table[["ranker", "pick", "regret", "footrule_1"]].round(3).to_numpy().tolist()
+        [['LEEP', 'b', 0.1, 1.0], ['random', '3 alike', 0.1, 1.0]]
+    """
+    rows = []
+    for (name, values), (prior, group) in product(rankers.items(), groups.items()):
+        chosen = values[group]
+        if chosen.isna().all():
+            continue
+        first = chosen.index[chosen == chosen.max()]
+        row = {"ranker": name, "prior": prior, "candidates": len(group)}
+        row["pick"] = first[0] if len(first) == 1 else f"{len(first)} alike"
+        row["regret"] = float(truth.max() - truth[first].mean())
+        row["tau"] = weighted_kendall(chosen.to_dict(), truth.to_dict())
+        for k in TOP:
+            fits = k <= len(group)
+            row[f"footrule_{k}"] = spearman_footrule(chosen.to_dict(), truth.to_dict(), k) if fits else np.nan
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def agreement_over_targets(sources: pd.DataFrame, judge: Callable[..., pd.DataFrame], *, outcome: str) -> pd.DataFrame:

@@ -14,13 +14,13 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.ranking import agreement_over_targets, friedman_nemenyi, verdict_claim
+from medtl_ext.ranking import TOP, agreement_over_targets, friedman_nemenyi, verdict_claim
 from medtl_ext.transfer.config import study_config
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.scores import SCORES
 from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_collection, train_sources
 from medtl_ext.transfer.tasks import SegmentationTask, planned_grid
-from medtl_ext.transfer.truth import EVERY, NOTE, TOP, agreement_table, finetunings, page
+from medtl_ext.transfer.truth import EVERY, NOTE, agreement_table, finetunings, page
 from medtl_ext.visualize import plot_critical_difference, save_figure
 
 logger = logging.getLogger(__name__)

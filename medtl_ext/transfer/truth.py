@@ -6,12 +6,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.ranking import spearman_footrule, weighted_kendall
+from medtl_ext.ranking import ranker_table
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.rank import SYNTHETIC, RankSources
@@ -20,7 +19,6 @@ from medtl_ext.transfer.scores import SCORES
 from medtl_ext.transfer.sources import Source, TargetTask
 from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 
-TOP = (1, 2, 3, 4)
 NOTE = "Footrule of the top k: 0 is perfect. Tau: weighted Kendall"
 GRID_KEYS = ("learning_rate", "momentum", "weight_decay")
 EVERY = "none"
@@ -149,25 +147,9 @@ def agreement_table(
         static: see `rankers`.
 
     Returns:
-        Columns ``ranker, prior, candidates, pick, regret`` (what the first choice loses to the best of all sources,
-        the mean over sources of equal value), ``tau`` (weighted Kendall over the candidates; NaN where all values are
-        equal) and ``footrule_1`` to ``footrule_4`` (NaN where fewer candidates are left).
+        See `medtl_ext.ranking.ranker_table`.
     """
-    rows = []
-    for (name, values), (prior, group) in product(rankers(ready, target, static).items(), groups.items()):
-        chosen = values[group]
-        if chosen.isna().all():
-            continue
-        first = chosen.index[chosen == chosen.max()]
-        row = {"ranker": name, "prior": prior, "candidates": len(group)}
-        row["pick"] = first[0] if len(first) == 1 else f"{len(first)} alike"
-        row["regret"] = float(truth.max() - truth[first].mean())
-        row["tau"] = weighted_kendall(chosen.to_dict(), truth.to_dict())
-        for k in TOP:
-            fits = k <= len(group)
-            row[f"footrule_{k}"] = spearman_footrule(chosen.to_dict(), truth.to_dict(), k) if fits else np.nan
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return ranker_table(rankers(ready, target, static), truth, groups=groups)
 
 
 def _text(name: str, truth: pd.DataFrame, agreement: pd.DataFrame, target: TargetTask) -> str:

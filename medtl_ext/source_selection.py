@@ -16,24 +16,29 @@ import torch
 from monai.transforms import Compose, LoadImaged, Orientationd, ResizeWithPadOrCrop, ResizeWithPadOrCropd
 from scipy import stats
 
+from medtl_ext._io import write_csv
 from medtl_ext._validation import InputError, require_choice, require_number
 from medtl_ext.affinity import mean_label_dice, pairwise_ssim, shape_descriptors, shape_similarity
 from medtl_ext.data.plan import Grid
-from medtl_ext.ranking import TOP, SourceRanking, audit_verdict
-from medtl_ext.transfer import SCORES, Job, RankSources, SegmentationTask, Source, SourceStudy
+from medtl_ext.ranking import TOP, SourceRanking, audit_verdict, ranker_table
+from medtl_ext.transfer import SCORES, Job, RankSources, Run, SegmentationTask, Source, SourceStudy
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import run_command
+from medtl_ext.transfer.report import read_columns
 from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import Key
 from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 
-__all__ = ["SelectSource", "SelectionStudy", "filter_by_priors", "region_labels", "roi_similarity"]
+__all__ = ["ReproduceTable6", "SelectSource", "SelectionStudy", "filter_by_priors", "region_labels", "roi_similarity"]
 
 logger = logging.getLogger(__name__)
 
 METHODS = {"pooled": "h_score", "paper": "h_score_map"}
 """Method -> the score that decides unless ``decide_by`` says otherwise."""
+PUBLISHED = {"hscore": "H-score", "otce": "OTCE"}
+"""Columns of PriorSel's Table IV, and what its Table VI calls them."""
+SSIM: dict[str, dict[str, Any]] = {"global": {}, "local": {"k1": 0.01, "k2": 0.03, "window": "gaussian"}}
 PRIORS = ("none", "modality", "modality + SSIM")
 """What is ranked: all sources, those of the target's modality, or what both of PriorSel's filters leave."""
 SIMILARITIES = {"ssim": "label SSIM", "roi_dice": "Dice of mean label maps", "roi_shape": "shape descriptors"}
@@ -60,11 +65,17 @@ def region_labels(
 
 
 def roi_similarity(
-    source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], *, spacing: Sequence[float]
+    source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], *, spacing: Sequence[float], ssim: str = "global"
 ) -> dict[str, float]:
     """How alike two sets of label volumes (bool, of any number of slices) are, in three ways; higher is more alike.
 
     All volumes are laid centre on centre.
+
+    Args:
+        source, target: the label volumes.
+        spacing: mm of a voxel.
+        ssim: "global", over whole volumes with the constants of SeqTran, or "local", in the windows of each slice and
+            with the constants of Wang 2004, whom PriorSel cites; see `medtl_ext.affinity.pairwise_ssim`.
 
     Returns:
         ``ssim`` (mean over all pairs of volumes), ``roi_dice`` (Dice of the mean label maps) and ``roi_shape``
@@ -78,7 +89,7 @@ def roi_similarity(
     )
     shapes = (shape_descriptors(labels, spacing=spacing) for labels in (first, second))
     return {
-        "ssim": float(pairwise_ssim(first, second).mean()),
+        "ssim": float(pairwise_ssim(first, second, **SSIM[ssim]).mean()),
         "roi_dice": float(mean_label_dice(first, second)),
         "roi_shape": float(shape_similarity(*shapes).mean()),
     }
@@ -158,6 +169,7 @@ class SelectSource(RankSources):
         decide_by: the score that decides, in place of the method's own.
         minimum_ssim, top_k: see `filter_by_priors`.
         grid: on which regions of interest are compared.
+        ssim: which SSIM of labels, see `roi_similarity`.
         settle: fine-tune the tied sources and train from scratch, and decide by the validation patients.
         options: see `medtl_ext.transfer.RankSources`.
     """
@@ -172,6 +184,7 @@ class SelectSource(RankSources):
     top_k: int | None
     grid: Grid
     settle: bool = False
+    ssim: str = "global"
 
     def __post_init__(self) -> None:
         self.decide_by = self.decide_by or METHODS[require_choice("method", self.method, METHODS)]
@@ -183,6 +196,7 @@ class SelectSource(RankSources):
 
     def check(self) -> None:
         super().check()
+        require_choice("ssim", self.ssim, SSIM)
         if self.top_k is not None:
             require_number("top_k", self.top_k, 1, whole=True)
         split = self.here.config["val_split"]
@@ -215,7 +229,7 @@ class SelectSource(RankSources):
         key = (tuple(item["label"] for item in source.datalist("train")), str(source.label_values))
         if key not in self._similar:
             labels = region_labels(source, **self._grid)
-            self._similar[key] = roi_similarity(labels, self._own_regions, spacing=self.grid.spacing)
+            self._similar[key] = roi_similarity(labels, self._own_regions, spacing=self.grid.spacing, ssim=self.ssim)
         return self._similar[key]
 
     @cached_property
@@ -282,7 +296,8 @@ class SelectSource(RankSources):
 class SelectionStudy(SourceStudy):
     """PriorSel's claims over several targets and seeds; see `medtl_ext.transfer.SourceStudy`.
 
-    A seed draws the pool's training too. Writes ``priors.png`` besides.
+    A seed draws the pool's training too. Writes ``priors.png`` and ``roi_similarity.csv`` (a row per target and source,
+    the form of Tables II and III: Dice beside the similarities, seeds averaged) besides.
     """
 
     title = "Source selection studied"
@@ -303,6 +318,10 @@ class SelectionStudy(SourceStudy):
         title = "Similarity of the region of interest and Dice after transfer"
         figure = plot_scores_against_outcome(sources, title=title, **shown)
         save_figure(figure, self.here.folder / "priors.png")
+        keys = ["target", "source", "same_institution", "same_modality"]
+        pairs = sources.groupby(keys, sort=False, dropna=False)[["dice", *SIMILARITIES]].mean().reset_index()
+        pairs = pairs.sort_values(["target", "ssim"], ascending=[True, False], kind="stable")
+        write_csv(self.here.folder / "roi_similarity.csv", pairs)
 
 
 def _prior_claims(mean: pd.DataFrame) -> list[str]:
@@ -351,11 +370,13 @@ def _modality_claim(sources: pd.DataFrame) -> str:
 
 
 def _similarity_claim(sources: pd.DataFrame) -> str:
-    """PriorSel, Table II: a source whose regions are more like the target's gives a higher Dice."""
-    within = sources[sources["same_modality"].astype(float) > 0]
+    """PriorSel, Tables II and III: a source whose regions are more like the target's gives a higher Dice."""
+    modality, institution = (sources[f"same_{tag}"].astype(float) > 0 for tag in ("modality", "institution"))
+    groups = {"all sources": sources, "within the modality": sources[modality]}
+    groups |= {"within the institution": sources[institution], "other institutions": sources[~institution]}
     said = []
     for column, label in SIMILARITIES.items():
-        for where, group in (("all sources", sources), ("within the modality", within)):
+        for where, group in groups.items():
             taus = group.groupby(["target", "seed"])[[column, "dice"]].apply(
                 lambda rows: stats.kendalltau(*rows.to_numpy().T).statistic
             )
@@ -365,4 +386,53 @@ def _similarity_claim(sources: pd.DataFrame) -> str:
                     f"{label}, {where}: {per_target.mean():+.2f} (positive on {int((per_target > 0).sum())} of "
                     f"{len(per_target)} targets)"
                 )
-    return f"**Does higher RoI similarity go with higher Dice (PriorSel, Table II)?** Kendall's tau: {'; '.join(said)}."
+    question = "**Does higher RoI similarity go with higher Dice (PriorSel, Tables II and III)?**"
+    return f"{question} Kendall's tau: {'; '.join(said)}."
+
+
+@dataclass(kw_only=True, eq=False)
+class ReproduceTable6:
+    """A step that computes PriorSel's Table VI from its Table IV, with what a random order gives beside every cell.
+
+    Writes ``table6.csv`` (a row per target, method and prior knowledge: footrule of the top 1 to 4, computed, printed
+    and expected of a random order of the sources that are left) and prints it.
+
+    Args:
+        here: where the file goes.
+        scores: CSV with ``target, source, modality, target_modality, dice, hscore, otce, ssim``: its Table IV, with the
+            similarity of the regions from its Table II.
+        printed: CSV with ``target, method, top1`` to ``top4`` as printed.
+    """
+
+    here: Run
+    scores: str
+    printed: str
+
+    def run(self) -> pd.DataFrame:
+        """The content of ``table6.csv``."""
+        columns = {"target", "source", "modality", "target_modality", "dice", *PUBLISHED, "ssim"}
+        raw, tops = read_columns(self.scores, columns), [f"footrule_{k}" for k in TOP]
+        parts = []
+        for target, sources in raw.groupby("target"):
+            ready = sources.set_index("source")
+            ready["same_modality"] = ready["modality"] == ready["target_modality"]
+            groups = groups_by_priors(ready, minimum_ssim=None, top_k=None)
+            found = {label: ready[column] for column, label in PUBLISHED.items()}
+            found["random"] = pd.Series(0.0, ready.index)
+            table = ranker_table(found, ready["dice"], groups=groups).set_index(["ranker", "prior"])
+            chance = table.loc["random", tops].add_prefix("random_")
+            parts.append(table.loc[list(PUBLISHED.values())].join(chance, on="prior").assign(target=target))
+        table = pd.concat(parts).reset_index()
+        table["method"] = table["ranker"] + table["prior"].map({PRIORS[0]: " w/o PK", PRIORS[2]: " w/ PK"})
+        printed = read_columns(self.printed, {"target", "method", *(f"top{k}" for k in TOP)})
+        table = table.merge(printed, on=["target", "method"], how="left")
+        both = table.dropna(subset=["top1"])
+        agree = int((both[tops].to_numpy() == both[[f"top{k}" for k in TOP]].to_numpy()).sum())
+        write_csv(self.here.folder / "table6.csv", table)
+        print(
+            f"{agree} of {len(both) * len(TOP)} printed cells agree. Footrule (that of a random order of what is left):"
+        )
+        for row in table.to_dict("records"):
+            cells = [f"top {k}: {row[f'footrule_{k}']:g} ({row[f'random_footrule_{k}']:.1f})" for k in TOP]
+            print(f"{row['target']}, {row['ranker']}, prior knowledge {row['prior']}: {', '.join(cells)}")
+        return table

@@ -1,13 +1,18 @@
-"""The published tables that `medtl_ext.ranking` must give back, cell by cell, from the published raw numbers."""
+"""The published tables that must come out cell by cell from the published raw numbers, and baselines beside them."""
 
+from itertools import permutations
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
-from bundle_runs import DATASETS
+from bundle_runs import DATASETS, SOURCE_SELECTION
 
 from medtl_ext.dataset_transferability import ReproducePublished
-from medtl_ext.ranking import spearman_footrule, weighted_kendall
+from medtl_ext.ranking import weighted_kendall
+from medtl_ext.source_selection import ReproduceTable6
+
+FOOTRULES = [f"footrule_{k}" for k in (1, 2, 3, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -16,19 +21,47 @@ def papers(shared_data):
 
 
 class TestPriorSelTableVI:
-    """H-score and OTCE, with and without prior knowledge, top 1 to 4, for the target ET-22-T2."""
+    """H-score and OTCE, with and without prior knowledge, top 1 to 4, for the target ET-22-T2, and a random order."""
 
-    @pytest.mark.parametrize("prior_knowledge", [False, True])
-    @pytest.mark.parametrize(("metric", "column"), [("H-score", "hscore"), ("OTCE", "otce")])
-    def test_cells(self, papers, metric, column, prior_knowledge):
-        table = pd.read_csv(papers / "002_table4.csv").set_index("source")
-        # Prior knowledge keeps the target's modality, T2, and the objective whose region is most like ET's: ED.
-        kept = table[table.index.str.startswith("ED-") & table.index.str.endswith("-T2")] if prior_knowledge else table
-        assert len(kept) == (4 if prior_knowledge else 16)
-        published = pd.read_csv(papers / "002_table6_ET-22-T2.csv").set_index("method")
-        row = published.loc[f"{metric} {'w/' if prior_knowledge else 'w/o'} PK", ["top1", "top2", "top3", "top4"]]
-        scores = kept[column].to_dict()
-        assert [spearman_footrule(scores, table["dice"].to_dict(), k) for k in (1, 2, 3, 4)] == row.to_list()
+    @pytest.fixture(scope="class")
+    def table(self, tmp_path_factory):
+        docs, folder = SOURCE_SELECTION.root / "docs", tmp_path_factory.mktemp("table6")
+        files = {"scores": docs / "published_table4.csv", "printed": docs / "published_table6.csv"}
+        return ReproduceTable6(here=SimpleNamespace(folder=folder), **files).run().set_index(["ranker", "prior"])
+
+    @pytest.mark.parametrize(("name", "file"), [("002_table4", "table4"), ("002_table6_ET-22-T2", "table6")])
+    def test_the_published_numbers_are_those_transcribed(self, papers, name, file):
+        transcribed = pd.read_csv(papers / f"{name}.csv")
+        kept = pd.read_csv(SOURCE_SELECTION.root / "docs" / f"published_{file}.csv")
+        pd.testing.assert_frame_equal(kept[transcribed.columns], transcribed)
+
+    def test_every_printed_cell(self, table):
+        printed = table.dropna(subset=["top1"])
+        assert printed[FOOTRULES].to_numpy().tolist() == printed[["top1", "top2", "top3", "top4"]].to_numpy().tolist()
+        assert (len(printed), printed["candidates"].tolist()) == (4, [16, 4, 16, 4])
+
+    @pytest.mark.parametrize(
+        ("prior", "expected"),
+        [("none", [7.4375, 14, 19.8125, 25]), ("modality + SSIM", [1.75, 3, 4.25, 6])],
+    )
+    def test_a_random_order_of_what_is_left_by_all_permutations(self, papers, table, prior, expected):
+        raw = pd.read_csv(papers / "002_table4.csv").set_index("source")
+        ranks = raw["dice"].rank(ascending=False, method="min")
+        if prior != "none":
+            ranks = ranks[[name for name in ranks.index if name.startswith("ED") and name.endswith("T2")]]
+            orders = list(permutations(ranks))
+            mean = [np.mean([sum(abs(i + 1 - o[i]) for i in range(k)) for o in orders]) for k in (1, 2, 3, 4)]
+        else:  # each place gets every source as often
+            mean = np.cumsum([(ranks - place).abs().mean() for place in (1, 2, 3, 4)])
+        assert list(mean) == pytest.approx(expected)
+        random = [f"random_{name}" for name in FOOTRULES]
+        assert table.loc[("OTCE", prior), random].to_list() == pytest.approx(expected)
+
+    def test_with_both_filters_the_scores_are_no_better_than_chance(self, table):
+        given = table.xs("modality + SSIM", level="prior")
+        random = given[[f"random_{name}" for name in FOOTRULES]].to_numpy()
+        better = (given[FOOTRULES].to_numpy() < random).sum(axis=1)
+        assert dict(zip(given.index, better, strict=True)) == {"H-score": 0, "OTCE": 2}
 
 
 class TestDatasetTr:

@@ -7,9 +7,13 @@ import pytest
 import torch
 from bundle_runs import refused
 from monai.transforms import ResizeWithPadOrCrop
+from scipy import ndimage
+from skimage.metrics import structural_similarity
 
+from medtl_ext._validation import InputError
+from medtl_ext.affinity import pairwise_ssim
 from medtl_ext.data import write_collection
-from medtl_ext.source_selection import filter_by_priors, region_labels, roi_similarity
+from medtl_ext.source_selection import SSIM, filter_by_priors, region_labels, roi_similarity
 from medtl_ext.transfer import SegmentationTask
 
 # Regions of interest
@@ -66,6 +70,38 @@ def test_the_same_regions_are_alike_in_any_number_of_slices(depths):
         assert (found["ssim"], found["roi_dice"]) == pytest.approx((1, 1), abs=1e-3)
     # The mean map is 1/2 in the region, against 1: 2 * 1/2 / (1/4 + 1).
     assert roi_similarity([fewer, empty], [fewer], spacing=[1, 1, 1])["roi_dice"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("shape", [(24, 31), (14, 12, 3)])
+def test_local_ssim_is_that_of_wang_in_each_slice(shape):
+    rng = np.random.default_rng(0)
+    volumes = [ndimage.gaussian_filter(rng.normal(size=shape), 2) > 0 for _ in range(4)]
+    slices = [np.moveaxis(volume[..., None] if volume.ndim == 2 else volume, 2, 0).astype(float) for volume in volumes]
+    how = {"data_range": 1, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = [
+        [np.mean([structural_similarity(x, y, **how) for x, y in zip(a, b, strict=True)]) for b in slices[2:]]
+        for a in slices[:2]
+    ]
+    found = pairwise_ssim(volumes[:2], volumes[2:], k1=0.01, k2=0.03, window="gaussian")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_one_option_chooses_between_the_two_forms_of_ssim():
+    """By hand: in the one window of 11 x 11 pixels the weights of a corner's pixel and of the middle's differ."""
+    a, b = np.zeros((2, 11, 11, 1))
+    a[5, 5], b[5, 5], b[0, 0] = 1, 1, 1
+    weight = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weight /= weight.sum()
+    mean_a, mean_b = weight[5] ** 2, weight[5] ** 2 + weight[0] ** 2
+    both, c1, c2 = mean_a, 0.01**2, 0.03**2
+    value = (2 * mean_a * mean_b + c1) * (2 * (both - mean_a * mean_b) + c2)
+    value /= (mean_a**2 + mean_b**2 + c1) * (mean_a * (1 - mean_a) + mean_b * (1 - mean_b) + c2)
+    volumes = [torch.as_tensor(volume).bool() for volume in (a, b)]
+    found = {form: roi_similarity(volumes[:1], volumes[1:], spacing=[1, 1, 1], ssim=form)["ssim"] for form in SSIM}
+    assert found["local"] == pytest.approx(value, abs=1e-12)
+    assert found["global"] == pytest.approx(float(pairwise_ssim([a[..., 0]], [b[..., 0]])))
+    with pytest.raises(InputError, match=r"slices of \(10, 20\) are smaller than the window of 11 x 11"):
+        pairwise_ssim([np.ones((10, 20))], [np.ones((10, 20))], window="gaussian")
 
 
 # Filters

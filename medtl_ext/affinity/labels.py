@@ -1,6 +1,7 @@
 """Label volumes compared: all pairs by SSIM, two sets by the Dice of their mean maps, or by their shape and place."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ Volumes = list[np.ndarray]
 # 16 MiB of float32 labels at a time: enough for the matrix product to be fast, and it stays near the processor. Beyond
 # 2**24 voxels in one block float32 would no longer count exactly.
 BLOCK = 2**22
+GAUSSIAN, GAUSSIAN_SIDE = 1.5, 11  # standard deviation and side of Wang's windows, in pixels
 
 #: What `shape_descriptors` measures, in 2D and in 3D.
 SHAPE_DESCRIPTORS = {
@@ -35,7 +37,7 @@ def pairwise_ssim(
     *,
     k1: float = 0.3,
     k2: float = 0.3,
-    window: int | None = None,
+    window: int | str | None = None,
 ) -> torch.Tensor:
     r"""Structural similarity of every label volume of one set with every one of another.
 
@@ -53,7 +55,9 @@ def pairwise_ssim(
             along each axis, with a `UserWarning`.
         k1, k2: stabilisers of the means and of the variances, > 0. SeqTran has 0.3; scikit-image, and the paper that
             introduced SSIM, have 0.01 and 0.03.
-        window: None for the global form; an odd number, such as 7, for windows of so many voxels a side.
+        window: None for the global form; ``"gaussian"`` for the local windows of Wang 2004, 11 x 11 pixels weighted by
+            a Gaussian of 1.5, in each slice along the last axis of a volume; an odd number, such as 7, for plain
+            windows of so many voxels a side.
 
     Returns:
         Na x Nb, float64, > -1, higher is more alike; 1 for two empty volumes. With k1 = k2 = 0.3 labels that fill
@@ -75,8 +79,10 @@ def pairwise_ssim(
                 [0.6779, 1.2688, 0.1914],
                 [0.0701, 0.1914, 1.0000]], dtype=torch.float64)
 
-    Reference: SeqTran, eq. 4, with the constants of its code. With windows it equals
-    `skimage.metrics.structural_similarity` with ``data_range=1``, ``K1=k1``, ``K2=k2`` and ``win_size=window``.
+    Reference: SeqTran, eq. 4, with the constants of its code; Wang et al., *Image quality assessment: from error
+    visibility to structural similarity*, IEEE TIP 13, 2004. With windows it equals
+    `skimage.metrics.structural_similarity` with ``data_range=1``, ``K1=k1``, ``K2=k2`` and ``win_size=window``, or, of
+    slices, ``gaussian_weights=True, sigma=1.5, use_sample_covariance=False``.
     """
     c1, c2 = (require_number(name, value, 0, above=True) ** 2 for name, value in (("k1", k1), ("k2", k2)))
     reader = Reader()
@@ -87,9 +93,13 @@ def pairwise_ssim(
         volumes[:] = _on_grid(volumes, grid)
     if window is None:
         return reader.tensor(_global_ssim(a, b, c1, c2))
+    if window == "gaussian":
+        if min(grid[:2]) < GAUSSIAN_SIDE:
+            raise InputError(f"slices of {grid[:2]} are smaller than the window of {GAUSSIAN_SIDE} x {GAUSSIAN_SIDE}.")
+        return reader.tensor(_windowed_ssim(a, b, c1, c2, window, (GAUSSIAN_SIDE, GAUSSIAN_SIDE, 1)[: len(grid)]))
     if require_number("window", window, 3, min(grid), whole=True) % 2 == 0:
         raise InputError(f"window is {window}; expected an odd number.")
-    return reader.tensor(_windowed_ssim(a, b, c1, c2, window))
+    return reader.tensor(_windowed_ssim(a, b, c1, c2, window, (window,) * len(grid)))
 
 
 def mean_label_dice(labels_a: Iterable[ArrayLike], labels_b: Iterable[ArrayLike]) -> torch.Tensor:
@@ -259,25 +269,33 @@ def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
     return total
 
 
-def _windowed_ssim(a: Volumes, b: Volumes, c1: float, c2: float, window: int) -> np.ndarray:
+def _windowed_ssim(
+    a: Volumes, b: Volumes, c1: float, c2: float, window: int | str, sides: tuple[int, ...]
+) -> np.ndarray:
     # A window that sees no label has SSIM 1, so only what is near the labels need be looked at.
-    near_a, near_b = ([bounding_box(volume, margin=window - 1) for volume in side] for side in (a, b))
-    windows = np.prod(np.subtract(a[0].shape, window - 1))
+    margin = np.subtract(sides, 1)
+    near_a, near_b = ([bounding_box(volume, margin=margin) for volume in side] for side in (a, b))
+    windows = np.prod(np.subtract(a[0].shape, margin))
     result = np.ones((len(a), len(b)))
     for i, j in np.ndindex(*result.shape):
         if b is a and j < i:
             result[i, j] = result[j, i]
         elif (near := _union(near_a[i], near_b[j])) is not None:
-            result[i, j] -= _missing(a[i][near], b[j][near], c1, c2, window) / windows
+            result[i, j] -= _missing(a[i][near], b[j][near], c1, c2, window, sides) / windows
     return result
 
 
-def _missing(a: np.ndarray, b: np.ndarray, c1: float, c2: float, window: int) -> float:
+def _missing(a: np.ndarray, b: np.ndarray, c1: float, c2: float, window: int | str, sides: tuple[int, ...]) -> float:
     """What all windows together lack of an SSIM of 1 each."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    inner = (slice(window // 2, -(window // 2)),) * a.ndim
-    factor = window**a.ndim / (window**a.ndim - 1)  # of sample covariances, as scikit-image has them
-    shares = (ndimage.uniform_filter(labelled, window)[inner] for labelled in (a, b, a * b))
+    inner = tuple(slice(side // 2, size - side // 2) for side, size in zip(sides, a.shape, strict=True))
+    if window == "gaussian":
+        smooth = partial(ndimage.gaussian_filter, sigma=(GAUSSIAN, GAUSSIAN, 0)[: a.ndim], radius=GAUSSIAN_SIDE // 2)
+        factor = 1.0
+    else:
+        smooth = partial(ndimage.uniform_filter, size=window)
+        factor = window**a.ndim / (window**a.ndim - 1)  # of sample covariances, as scikit-image has them
+    shares = (smooth(labelled)[inner] for labelled in (a, b, a * b))
     return float((1 - _ssim(*shares, c1, c2, (factor, factor))).sum())
 
 

@@ -197,6 +197,10 @@ def test_a_study_is_of_the_test_patients_and_is_continued(options, in_this_proce
     names = {path.name for path in folder.iterdir()}
     assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "priors.png", "runs"} <= names
     assert "Synthetic" in (folder / "study.md").read_text()
+    pairs = pd.read_csv(folder / "roi_similarity.csv")
+    assert list(pairs)[:4] == ["target", "source", "same_institution", "same_modality"]
+    assert pairs.groupby("target")["ssim"].apply(lambda ssim: ssim.is_monotonic_decreasing).all()
+    assert len(pairs) == 2 * len(SOURCE_SELECTION.tiny["sources"])
     sources, trained = SOURCE_SELECTION.tiny["sources"], list(in_this_process)
     assert {read_json(path)["seed"] for path in folder.glob("runs/*/seed3/finetune/*/config.json")} == {3}
     dice = {name: 0.2 + 0.1 * place for place, name in enumerate([*sources, "scratch"])}

@@ -8,7 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import RISK_MAP, SOURCE_SELECTION, bundle_of_a_stranger, next_command, ranking_of, read_json, refused
+from bundle_runs import (
+    RISK_MAP,
+    SEGMENTATION,
+    SOURCE_SELECTION,
+    Bundle,
+    bundle_of_a_stranger,
+    next_command,
+    ranking_of,
+    read_json,
+    refused,
+)
 
 from medtl_ext.transfer.sources.allowed import built_network
 
@@ -52,6 +62,29 @@ def test_the_method_of_the_paper_says_what_each_filter_did(options, in_this_proc
     assert content["decided_by"] == "h_score_map"
     assert "Without prior knowledge" in content["answer"]
     assert "only candidate" in content["answer"]
+
+
+PAPER = Bundle("source_selection", SEGMENTATION | {"batch_size": 20})
+
+
+@pytest.mark.parametrize(("training", "epochs"), [("pretrain", "@pool_epochs"), ("finetune", 10)])
+def test_the_setting_of_the_paper_reaches_every_training(training, epochs):
+    config = Bundle("source_selection").workflow("paper", training).parser.get()
+    optimizer = {key: config["optimizer"][key] for key in ("_target_", "lr", "weight_decay")}
+    assert optimizer == {"_target_": "torch.optim.Adam", "lr": 1e-4, "weight_decay": 5e-5}
+    assert (config["loss"]["lambda_dice"], config["lr_scheduler"]["power"], config["batch_size"]) == (0, 0, 20)
+    assert (config["train"]["random_transforms"], config["flip_axes"]) == ([], [])
+    assert (config["epochs"], config["pool_epochs"], config["iterations_per_epoch"]) == (epochs, 100, 100)
+
+
+def test_the_paper_runs_a_few_iterations(options, in_this_process):
+    few = {"pool_epochs": 1, "epochs": 1, "iterations_per_epoch": 2, "n_resamples": 5, "pixels": 40}
+    PAPER.run("paper", **options | few | {"sources": SOURCES[::2], "metrics": ["h_score_map"], "train_slices": 16})
+    table, config = ranking_of(options["output_dir"]), read_json(Path(options["output_dir"]) / "config.json")
+    assert config["network_def"]["features"] == [64, 128, 256, 512, 1024, 64]
+    weights = torch.load(table.loc["14-T2-ED", "checkpoint"], weights_only=True)
+    assert sum(value.numel() for value in weights.values()) > 28e6
+    assert table.loc[SOURCES[::2], "status"].isin(["ranked", "dropped"]).all()
 
 
 def test_ties_are_settled_by_finished_fine_tunings(options, in_this_process):

@@ -7,7 +7,7 @@ takes it from there: `ClassificationDataset.datalist` gives the dictionaries tha
 import logging
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,7 @@ __all__ = [
     "load_classification",
     "load_image_folder",
     "load_medmnist",
+    "pool_datasets",
     "read_image",
     "sample_per_class",
 ]
@@ -280,6 +281,54 @@ def load_classification(path: str | os.PathLike[str], *, size: int | None = None
     if len(names) != dataset.n_classes:
         raise InputError(f"{path} names {len(names)} classes, {file} has {dataset.n_classes}; correct the names.")
     return replace(dataset, name=described.name, class_names=tuple(names))
+
+
+def pool_datasets(datasets: Sequence[ClassificationDataset], *, size: int | None = None) -> ClassificationDataset:
+    """One dataset of several, whose classes are those of each: a network is trained on them jointly.
+
+    Grey images are repeated where others are RGB. No class is shared: pneumonia in two datasets is two classes.
+
+    Args:
+        datasets: of different names.
+        size: what images are brought to if they are not of one size.
+
+    Raises:
+        InputError: images of several sizes, and no ``size``.
+
+    >>> images, labels, splits = np.zeros((2, 8, 8), np.uint8), np.array([0, 1]), np.array(["train", "train"])
+    >>> parts = [ClassificationDataset(name, images, labels, splits, ("no", "yes")) for name in ("ct", "mri")]
+    >>> pooled = pool_datasets(parts)
+    >>> pooled.name, pooled.class_names, pooled.labels.tolist()
+    ('ct+mri', ('ct: no', 'ct: yes', 'mri: no', 'mri: yes'), [0, 1, 2, 3])
+
+    Reference: Juodelyte et al., arXiv 2412.20172, whose source "MedMNIST" is all of its datasets but the target.
+    """
+    images = [one.images for one in datasets]
+    if len(shapes := {one.shape[1:3] for one in images}) > 1:
+        if size is None:
+            raise InputError(
+                f"the pooled datasets have images of {sorted(shapes)}; give size=... to bring all to one."
+            )
+        images = [np.stack([_sized(image, size) for image in one]) for one in images]
+    if len({one.ndim for one in images}) > 1:
+        images = [np.repeat(one[..., None], 3, axis=-1) if one.ndim == 3 else one for one in images]
+    starts = np.cumsum([0, *(one.n_classes for one in datasets)])
+    known = all(one.subjects is not None for one in datasets)
+    numbers = [one.names or [str(row) for row in range(len(one.labels))] for one in datasets]
+    return ClassificationDataset(
+        name="+".join(one.name for one in datasets),
+        images=np.concatenate(images),
+        labels=np.concatenate([one.labels + start for one, start in zip(datasets, starts, strict=False)]),
+        splits=np.concatenate([one.splits for one in datasets]),
+        class_names=tuple(f"{one.name}: {name}" for one in datasets for name in one.class_names),
+        subjects=tuple(f"{one.name}: {name}" for one in datasets for name in one.subjects) if known else None,
+        names=tuple(f"{one.name}/{n}" for one, names in zip(datasets, numbers, strict=True) for n in names),
+        synthetic=all(one.synthetic for one in datasets),
+    )
+
+
+def _sized(image: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
 class _Described(BaseModel):

@@ -153,10 +153,10 @@ class SourceStudy(Study):
         names = [target.name for target in targets.values()]
         if len(set(names)) < len(names):
             raise InputError(f"two targets are called alike: {', '.join(names)}; rename a file.")
-        pools = [self._pool(seed, next(iter(targets.values()))) for seed in self.seeds]
         options = {"n_jobs": 1} | ({} if self.grid is None else {"grid": dict(self.grid)})
         arms: Arms = []
-        for (name, target), (run, pool) in product(targets.items(), pools):
+        for (name, target), seed in product(targets.items(), self.seeds):
+            run, pool = self._pool(seed, target)
             folder = self.here.folder / "runs" / target.name / f"seed{run.seed}"
             others = [source for source in pool if not (source.task and target.is_same(source.task))]
             scored = run.job(folder, "evaluate", result="agreement.md", target_task=name, **options)
@@ -166,7 +166,7 @@ class SourceStudy(Study):
         return arms
 
     def _pool(self, seed: int, target: TargetTask) -> tuple[Run, list[Source]]:
-        """The run of a seed, and its trained sources."""
+        """The run of a seed, and its trained sources; one of several datasets is trained without the target."""
         run = self.here.seeded(self.here.config | ({"pool_seed": seed} if self.seeds_pool else {}), seed)
         found = find_sources(
             self.sources,

@@ -19,7 +19,13 @@ import pandas as pd
 from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_collection, load_collection
-from medtl_ext.data.classification import SUFFIXES, load_classification, read_image, sample_per_class
+from medtl_ext.data.classification import (
+    SUFFIXES,
+    load_classification,
+    pool_datasets,
+    read_image,
+    sample_per_class,
+)
 from medtl_ext.data.collection import SPLITS
 from medtl_ext.data.files import PICTURES, Part, find_images, require_readable, shape_of
 from medtl_ext.data.plan import AUTO, Grid, no_grid, plan_grid, stored_options
@@ -33,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 PHANTOM_SUBJECTS = 24
 N_RESAMPLES = 500
+POOLED = " + "
+"""Between the names of the datasets on which one network is trained."""
 PROBABILITIES = r"^p\d+$"
 """Columns of a table of predictions that hold the probability of each class."""
 
@@ -219,7 +227,7 @@ class ClassificationTask:
 
     Args:
         name: a ``.npz`` file, or the ``.json`` that describes one; a folder of images; or a task such as
-            ``17-T1-tumour``, which is cut from a collection.
+            ``17-T1-tumour``, which is cut from a collection. Several of these with `POOLED` between them are one task.
         collection, phantom_subjects: see `medtl_ext.data.phantom.classification.phantom_classification`.
         image_size: what images of a folder are brought to.
         in_channels: of the networks, 1 or 3; 3 repeats grey images.
@@ -252,9 +260,13 @@ class ClassificationTask:
             raise InputError(f"in_channels is {in_channels}; expected 1 for grey images or 3 for RGB.")
         self.where, self.phantom_subjects = name, phantom_subjects
         self.image_size, self.in_channels = image_size, in_channels
-        self.path = _dataset_path(name, collection, phantom_subjects)
+        self.path, *others = (_dataset_path(one, collection, phantom_subjects) for one in name.split(POOLED))
         dataset = load_classification(self.path, size=image_size)
-        self.name = dataset.name if self.path.is_dir() else dataset_name(name)
+        self.name = dataset.name if self.path.is_dir() and not others else dataset_name(name)
+        if others:
+            parts = [dataset, *(load_classification(path, size=image_size) for path in others)]
+            named = zip(parts, name.split(POOLED), strict=True)
+            dataset = pool_datasets([replace(one, name=dataset_name(where)) for one, where in named], size=image_size)
         self.class_names, self.n_classes, self.synthetic = dataset.class_names, dataset.n_classes, dataset.synthetic
         self.size = sum(dataset.counts("train"))
         self._all = replace(dataset, name=self.name)
@@ -330,9 +342,9 @@ def _dataset_path(where: str, collection: str | None, subjects: int) -> Path:
 
 
 def dataset_name(where: str) -> str:
-    """What tables call it: the task, or the name of the file or folder."""
-    path = Path(where)
-    return path.stem if path.suffix in (".npz", ".json") else path.name
+    """What tables call it: the task, or the name of the file or folder; of several, all of these."""
+    paths = [Path(one) for one in where.split(POOLED)]
+    return "+".join(path.stem if path.suffix in (".npz", ".json") else path.name for path in paths)
 
 
 def content_of(path: Path) -> str:

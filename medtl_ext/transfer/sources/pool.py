@@ -36,7 +36,7 @@ from medtl_ext.transfer.sources.network import (
     warn_of_other_order,
 )
 from medtl_ext.transfer.sources.nnunet import nnunet_card, nnunet_folders
-from medtl_ext.transfer.tasks import ClassificationTask, SegmentationTask, content_of, dataset_name
+from medtl_ext.transfer.tasks import POOLED, ClassificationTask, SegmentationTask, content_of, dataset_name
 from medtl_ext.transforms import PickChannelsd, SelectLabelsd
 
 TargetTask = SegmentationTask | ClassificationTask
@@ -164,7 +164,8 @@ def find_sources(
         entries: each a task or dataset, on which a network is trained here; the path of a card, of weights with a card
             beside them or of the bundle's own network, of a MONAI bundle, of an nnU-Net folder, or of a folder of
             these; or a mapping of a card's keys, with ``task`` (what it was trained on, or will be) or ``card`` (a path
-            as above, over which the other keys are laid).
+            as above, over which the other keys are laid). For classification a list of datasets, also as ``task``, is
+            one source, trained on all of them but the target.
         target: which is never ranked as its own source.
         collection: where source tasks are described; None: the phantom.
         trust: run what is code in a source: expressions, programs, Python files.
@@ -200,6 +201,10 @@ def source_name() -> str:
 
 def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str | None, trust: bool) -> list[Source]:
     """The sources of one entry."""
+    if isinstance(entry, list):
+        entry = {"task": entry}
+    if isinstance(entry, Mapping) and isinstance(entry.get("task"), list):
+        entry = {**entry, "task": _jointly(entry["task"], target)}
     if isinstance(entry, str):
         if (kind := _kind(Path(entry))) is None:
             if "/" in entry or entry.endswith(".json"):  # as no task is called
@@ -214,6 +219,15 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
         forms = '{"name": ..., "checkpoint": FILE} or {"card": PATH}'
         raise InputError(f"source {entry!r} is no task, no path of a card, a checkpoint or a folder, and no {forms}.")
     return [_described(entry, entry, target, collection, trust)]
+
+
+def _jointly(names: Sequence[str], target: TargetTask) -> str:
+    """All datasets of a list but the target, as one task."""
+    if target.per_pixel:
+        raise InputError(f"source {names!r} is a list; only datasets of classification are pooled.")
+    if not (kept := [name for name in names if not target.is_same(name)]):
+        raise InputError(f"source {names!r} holds no dataset but the target's own; give others too.")
+    return POOLED.join(kept)
 
 
 def _require_dataset(path: Path, target: TargetTask) -> None:
@@ -340,10 +354,12 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     if isinstance(source.entry, Mapping) and source.entry.get("network"):
         overrides["network_def"] = dict(source.entry["network"])
     known = None if collection is None else load_collection(collection)
-    merged, path = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}, Path(source.task)
+    merged = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}
     without = ("weight_map", "leep", "grid", "splits", "collection", "source_collection")
     key = identity(merged, without=without)
-    key["data"] = content_of(path) if path.exists() else known and known.fingerprint_of(source.task)
+    places = {name: Path(name) for name in source.task.split(POOLED)}
+    data = [content_of(path) if path.exists() else known and known.fingerprint_of(name) for name, path in places.items()]
+    key["data"] = data[0] if len(data) == 1 else data
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
 

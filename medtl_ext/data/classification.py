@@ -306,9 +306,7 @@ def pool_datasets(datasets: Sequence[ClassificationDataset], *, size: int | None
     images = [one.images for one in datasets]
     if len(shapes := {one.shape[1:3] for one in images}) > 1:
         if size is None:
-            raise InputError(
-                f"the pooled datasets have images of {sorted(shapes)}; give size=... to bring all to one."
-            )
+            raise InputError(f"the pooled datasets have images of {sorted(shapes)}; give size=... to bring all to one.")
         images = [np.stack([_sized(image, size) for image in one]) for one in images]
     if len({one.ndim for one in images}) > 1:
         images = [np.repeat(one[..., None], 3, axis=-1) if one.ndim == 3 else one for one in images]

@@ -19,7 +19,7 @@ from monai.transforms import CopyItemsd, EnsureTyped, LoadImaged, RandSpatialCro
 from torch import nn
 
 from medtl_ext._validation import InputError, first_line
-from medtl_ext.data import SliceDataset, load_collection
+from medtl_ext.data import Collection, SliceDataset, Task, load_collection
 from medtl_ext.data.plan import Grid, read_grid
 from medtl_ext.networks import load_weights
 from medtl_ext.transfer.config import current_config, identity
@@ -357,11 +357,20 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     merged = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}
     without = ("weight_map", "leep", "grid", "splits", "collection", "source_collection")
     key = identity(merged, without=without)
-    places = {name: Path(name) for name in source.task.split(POOLED)}
-    data = [content_of(path) if path.exists() else known and known.fingerprint_of(name) for name, path in places.items()]
+    data = [_content(name, known) for name in source.task.split(POOLED)]
     key["data"] = data[0] if len(data) == 1 else data
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     return Job(config, Path(folder) / f"{source.name}_{digest}", overlays=[overlay], overrides=overrides)
+
+
+def _content(task: str, known: Collection | None) -> str | None:
+    """A hash of a task's data: of a dataset's files, or of what a collection says of it."""
+    if Path(task).exists():
+        return content_of(Path(task))
+    if known is None:
+        return None
+    segmented = Task(task).objective in known.objectives  # else its images are cut from all that is there
+    return known.fingerprint_of(task) if segmented else known.fingerprint
 
 
 def source_collection(config: Mapping[str, Any]) -> str | None:

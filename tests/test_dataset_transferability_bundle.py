@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from bundle_runs import DATASETS, finish, next_command, ranking_of, read_json, refused
+import torch
+from bundle_runs import DATASETS, Bundle, finish, next_command, ranking_of, read_json, refused
 from PIL import Image
 
-from medtl_ext.transfer.tasks import image_auc
+from medtl_ext._validation import InputError
+from medtl_ext.transfer.tasks import ClassificationTask, image_auc
+from medtl_ext.transfer.truth import settings_of_grid
 
 SOURCES = DATASETS.tiny["sources"]
 run = DATASETS.run
@@ -77,6 +80,52 @@ def test_architectures_are_ranked_by_the_same_path(options, in_this_process):
     assert config["cross_domain"] is True
     if (winner := content_of(options["output_dir"])["default"]) == "DenseNet":
         assert "--network_def" in content_of(options["output_dir"])["command"], winner
+
+
+def test_the_grid_of_the_paper_and_its_augmentation(options, in_this_process):
+    grid = DATASETS.content("paper_grid")["grid"]
+    assert len(settings_of_grid(grid)) == 6 * 2 * 5
+    whole = Bundle("dataset_transferability").workflow("evaluate", "paper_grid").parser.get()
+    assert [whole[name] for name in ("epochs", "patience", "image_size", "in_channels")] == [400, 50, 224, 3]
+    one = {"learning_rate": [0.001], "momentum": [0.0], "weight_decay": [0.000001]}
+    few = {"network_def#widen_factor": 0.25, "in_channels": 3, "image_size": 32, "iterations_per_epoch": 2}
+    run("evaluate", "paper_grid", **options | few | {"sources": SOURCES[:1], "grid": one, "metrics": ["logme"]})
+    assert set(pd.read_csv(Path(options["output_dir"]) / "truth.csv")["source"]) == {SOURCES[0], "scratch"}
+
+
+# Several datasets as one source
+
+
+def test_a_list_of_datasets_is_one_source_without_the_target(options, in_this_process):
+    pool = {"name": "all", "task": ["17-T2-tumour", "14-T2-tumour", "14-FLAIR-level"]}
+    run("evaluate", **options, sources=[pool, SOURCES[0]])
+    table = ranking_of(options["output_dir"])
+    assert table.loc["all", "data"] == "14-T2-tumour + 14-FLAIR-level"
+    assert table.loc["all", "status"] == "ranked"
+    weights = torch.load(table.loc["all", "checkpoint"], weights_only=True)
+    assert weights["fc.weight"].shape[0] == 2 + 4  # the classes of both
+    parts = [ClassificationTask(name, collection=options["collection"]) for name in ("14-T2-tumour", "14-FLAIR-level")]
+    assert table.loc["all", "images"] == sum(part.size for part in parts)
+    assert "all" in set(pd.read_csv(Path(options["output_dir"]) / "truth.csv")["source"])
+
+
+def test_datasets_of_several_forms_are_pooled(mnist):
+    grey, colour = mnist("grey"), mnist("colour", n_classes=3, shape=(14, 20, 3), counts=(9, 6, 6))
+    task = ClassificationTask(f"{grey} + {colour}", in_channels=3, image_size=16)
+    assert (task.name, task.n_classes) == ("grey+colour", 5)
+    assert task.class_names == ("grey: 0", "grey: 1", "colour: 0", "colour: 1", "colour: 2")
+    items = task.datalist("train")
+    assert len(items) == 12 + 9
+    assert {(item["image"].shape, item["label"] > 1) for item in items} == {((3, 16, 16), False), ((3, 16, 16), True)}
+    first = next(item for item in items if item["name"].startswith("grey/train/"))
+    assert (first["image"] == first["image"][:1]).all()
+    with pytest.raises(InputError, match="the pooled datasets have images of"):
+        ClassificationTask(f"{grey} + {colour}", in_channels=3)
+
+
+def test_a_pool_of_nothing_but_the_target_is_refused(options, no_training):
+    message = refused(lambda: run(**options, sources=[["17-T2-tumour"], SOURCES[0]]))
+    assert "holds no dataset but the target's own" in message
 
 
 # Real files

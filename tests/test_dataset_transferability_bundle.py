@@ -11,7 +11,8 @@ from bundle_runs import DATASETS, Bundle, finish, next_command, ranking_of, read
 from PIL import Image
 
 from medtl_ext._validation import InputError
-from medtl_ext.transfer.tasks import ClassificationTask, image_auc
+from medtl_ext.dataset_transferability import DatasetStudy
+from medtl_ext.transfer.tasks import POOLED, ClassificationTask, image_auc
 from medtl_ext.transfer.truth import settings_of_grid
 
 SOURCES = DATASETS.tiny["sources"]
@@ -107,6 +108,17 @@ def test_a_list_of_datasets_is_one_source_without_the_target(options, in_this_pr
     parts = [ClassificationTask(name, collection=options["collection"]) for name in ("14-T2-tumour", "14-FLAIR-level")]
     assert table.loc["all", "images"] == sum(part.size for part in parts)
     assert "all" in set(pd.read_csv(Path(options["output_dir"]) / "truth.csv")["source"])
+
+
+def test_a_study_holds_a_pool_against_single_datasets():
+    pooled = f"a{POOLED}b"
+    rows = [("t", "a", "a", 0.6), ("t", "b", "b", 0.8), ("t", "ab", pooled, 0.75), ("t", "scratch", None, 0.9)]
+    rows += [("u", "a", "a", 0.5), ("u", "b", "b", 0.6), ("u", "ab", pooled, 0.65), ("u", "scratch", None, 0.5)]
+    table = pd.DataFrame(rows, columns=["target", "source", "data", "auc"]).assign(seed=0)
+    (claim,) = DatasetStudy.claims(None, table, table, {})
+    assert "mean of the single datasets +0.075 (higher on 2 of 2 targets)" in claim
+    assert "best of them +0.000 (higher on 1;" in claim
+    assert DatasetStudy.claims(None, table[table["source"] != "ab"], table, {}) == []
 
 
 def test_datasets_of_several_forms_are_pooled(mnist):

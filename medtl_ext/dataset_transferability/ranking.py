@@ -12,6 +12,7 @@ from medtl_ext.ranking import SourceRanking, listed
 from medtl_ext.transfer import SCORES, ClassificationTask, Job, RankSources, SourceStudy
 from medtl_ext.transfer.jobs import read_table
 from medtl_ext.transfer.study import Key
+from medtl_ext.transfer.tasks import POOLED
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,14 +100,29 @@ class DatasetStudy(SourceStudy):
     where = ("collection", "phantom_subjects", "image_size", "in_channels")
 
     def claims(self, table: pd.DataFrame, mean: pd.DataFrame, jobs: Mapping[Key, Job]) -> list[str]:
+        pooled = [_pooled_claim(table)] if table["data"].str.contains(POOLED, regex=False).any() else []
         files = [job.output_dir / "own_model.csv" for job in jobs.values()]
         tables = [read_table(file) for file in files if file.is_file()]
         if not tables:
-            return []
+            return pooled
         own = pd.concat(tables)
         first = own.assign(first=own["rank"] == 1).groupby("score", sort=False)["first"].agg(["sum", "count"])
         said = ", ".join(f"{name} {row['sum']} of {row['count']}" for name, row in first.iterrows())
         return [
+            *pooled,
             "**Is a target its own best source?** Ranked first among the candidates had it been one (the paper's "
-            f"argument against scores of feature quality alone): {said}."
+            f"argument against scores of feature quality alone): {said}.",
         ]
+
+
+def _pooled_claim(table: pd.DataFrame) -> str:
+    """The paper's claim of diversity: is a network of several datasets a better source than one of a single one?"""
+    known = table.dropna(subset=["data"])
+    pooled = known["data"].str.contains(POOLED, regex=False)
+    means = [known[of].groupby(["target", "source"])["auc"].mean().groupby("target") for of in (pooled, ~pooled)]
+    mean, best = ((means[0].mean() - other).dropna() for other in (means[1].mean(), means[1].max()))
+    return (
+        f"**Is a pooled source better than its parts?** AUC against the mean of the single datasets {mean.mean():+.3f} "
+        f"(higher on {(mean > 0).sum()} of {len(mean)} targets), against the best of them {best.mean():+.3f} (higher "
+        f"on {(best > 0).sum()}; which it is, nobody knows beforehand)."
+    )

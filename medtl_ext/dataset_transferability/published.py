@@ -8,6 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from medtl_ext._io import write_csv, write_text
+from medtl_ext._validation import require_choices
 from medtl_ext.metrics.label_prediction import combine_lp_fu
 from medtl_ext.ranking import FriedmanNemenyi, agreement_over_targets, friedman_nemenyi, listed, ranker_table
 from medtl_ext.transfer import Run
@@ -29,7 +30,7 @@ class ReproducePublished:
     """A step that computes the paper's correlations, ranks and tests from the raw scores, with baselines beside them.
 
     Writes ``rankers.csv`` (a row per target, pool of sources and ranker: first choice, regret, weighted Kendall),
-    ``imagenet.csv`` (a row per target: AUC from the broadest source and from the best other one), ``table2.csv`` (a row
+    ``broadest.csv`` (a row per target: AUC from the broadest source and from the best other one), ``table2.csv`` (a row
     per target and method: printed, computed, ranks), ``published.md`` and ``critical_difference.png``, and prints what
     was found.
 
@@ -61,21 +62,21 @@ class ReproducePublished:
             known = read_columns(self.datasets, {"dataset", "images", "classes", "colour"}).set_index("dataset")
         pools = {"all sources": raw}
         if self.broad:
+            require_choices("broad source", self.broad, raw["source"].unique())
             pools["without the broad"] = raw[~raw["source"].isin(self.broad)]
         parts = [self._rankers(pool, known).assign(pool=name) for name, pool in pools.items()]
         table = pd.concat(parts, ignore_index=True).drop(columns=["prior", "seed"])
         write_csv(folder / "rankers.csv", table)
         means = pd.concat({name: _means(of) for name, of in table.groupby("pool", sort=False)}, names=["pool"])
         lines = [_baselines(of, name) for name, of in table.groupby("pool", sort=False)]
+        lines.append(_parts_of_the_product(every := table[table["pool"] == "all sources"]))
         if known is not None and self.broad:
             lines.append(_meaning(*(means.loc[name, "regret"] for name in pools), self.broad[0]))
-        lines.append(_parts_of_the_product(table[table["pool"] == "all sources"]))
-        if known is not None and self.broad:
             beside = _beside_the_broadest(raw, known, self.broad)
-            write_csv(folder / "imagenet.csv", beside.reset_index())
-            lines += _when_it_wins(beside, self.broad, known)
+            write_csv(folder / "broadest.csv", beside.reset_index())
+            lines += _when_it_wins(beside, self.broad)
         if self.printed:
-            table2, test, found = _held_against_the_printed(table[table["pool"] == "all sources"], self.printed)
+            table2, test, found = _held_against_the_printed(every, self.printed)
             write_csv(folder / "table2.csv", table2)
             title = "Juodelyte et al., Table 2, corrected critical difference"
             save_figure(plot_critical_difference(test, title=title), folder / "critical_difference.png")
@@ -99,7 +100,7 @@ class ReproducePublished:
             sign = -1 if self.cross_domain else 1
             found |= {"LP": sign * ready["lp"], "FU": sign * ready["fu"], "LP + FU": sign * scaled.sum(axis=1)}
             if known is not None:
-                found |= {f"most {column}": known.loc[ready.index, column] for column in ("images", "classes")}
+                found |= {f"most {column}": known[column].reindex(ready.index) for column in ("images", "classes")}
             found |= {"static": pd.Series(static), "random": pd.Series(0.0, ready.index)}
             return ranker_table(found, truth, groups={"none": ready.index})
 
@@ -159,7 +160,7 @@ def _beside_the_broadest(raw: pd.DataFrame, known: pd.DataFrame, broad: Sequence
     return found.join(known)
 
 
-def _when_it_wins(table: pd.DataFrame, broad: Sequence[str], known: pd.DataFrame) -> list[str]:
+def _when_it_wins(table: pd.DataFrame, broad: Sequence[str]) -> list[str]:
     """The questions of the paper's Tables 4 and 5: on which targets is the broadest source best, and is it breadth?"""
     first, wins, colour = broad[0], table["margin"] > 0, table["colour"].astype(bool)
     counts = [[int(wins[kind].sum()), int((~wins)[kind].sum())] for kind in (colour, ~colour)]

@@ -108,6 +108,8 @@ def test_a_list_of_datasets_is_one_source_without_the_target(options, in_this_pr
     parts = [ClassificationTask(name, collection=options["collection"]) for name in ("14-T2-tumour", "14-FLAIR-level")]
     assert table.loc["all", "images"] == sum(part.size for part in parts)
     assert "all" in set(pd.read_csv(Path(options["output_dir"]) / "truth.csv")["source"])
+    workflow = DATASETS.workflow("finetune", source=pool["task"][1:])
+    assert workflow.parser.get_parsed_content("output_dir").endswith("finetune_14-T2-tumour+14-FLAIR-level")
 
 
 def test_a_study_holds_a_pool_against_single_datasets():

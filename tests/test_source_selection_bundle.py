@@ -79,12 +79,12 @@ def test_the_setting_of_the_paper_reaches_every_training(training, epochs):
 
 def test_the_paper_runs_a_few_iterations(options, in_this_process):
     few = {"pool_epochs": 1, "epochs": 1, "iterations_per_epoch": 2, "n_resamples": 5, "pixels": 40}
-    PAPER.run("paper", **options | few | {"sources": SOURCES[::2], "metrics": ["h_score_map"], "train_slices": 16})
+    PAPER.run("paper", **options | few | {"sources": SOURCES[:1], "metrics": ["h_score_map"], "train_slices": 16})
     table, config = ranking_of(options["output_dir"]), read_json(Path(options["output_dir"]) / "config.json")
     assert config["network_def"]["features"] == [64, 128, 256, 512, 1024, 64]
     weights = torch.load(table.loc["14-T2-ED", "checkpoint"], weights_only=True)
     assert sum(value.numel() for value in weights.values()) > 28e6
-    assert table.loc[SOURCES[::2], "status"].isin(["ranked", "dropped"]).all()
+    assert table.loc["14-T2-ED", "status"] == "ranked"
 
 
 def test_ties_are_settled_by_finished_fine_tunings(options, in_this_process):

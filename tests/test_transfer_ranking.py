@@ -202,7 +202,7 @@ def sources_table(seed: int = 0, n: int = 8) -> pd.DataFrame:
     columns = {name: random.random(n) for name in ("own_dice", "ssim", "roi_dice", "roi_shape", "h_score")}
     table = pd.DataFrame(columns, index=pd.Index([f"s{number}" for number in range(n)], name="source"))
     table = table.assign(modality=np.where(same, "T2", "FLAIR"), same_modality=same, size=10, leep=-random.random(n))
-    return table.assign(same_objective=np.arange(n) < n // 2)
+    return table.assign(same_objective=np.arange(n) < n // 2, same_institution=np.arange(n) % 3 == 0)
 
 
 def test_agreement_is_perfect_for_the_truth_and_chance_for_constants():

@@ -195,6 +195,10 @@ def source_name() -> str:
     entry = current_config().get("source")
     if isinstance(entry, Mapping):
         entry = entry.get("name") or entry.get("task") or entry.get("card") or entry.get("checkpoint")
+    if isinstance(entry, list):
+        entry = POOLED.join(entry)
+    if POOLED in str(entry):
+        return dataset_name(entry)
     path = Path(str(entry).rstrip("/\\"))
     return path.stem if path.suffix in (*WEIGHTS, ".json", ".npz") else path.name
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from bundle_runs import ARMS, RISK_MAP, Bundle, finish, read_json, refused
 from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
 from monai.networks.nets import UNet
+from monai.transforms import RandomizableTrait
 
 from medtl_ext import InputError, risk_map
 from medtl_ext.transfer import images_to_segment
@@ -195,10 +198,34 @@ def test_three_dimensions(options, tmp_path):
     assert len(table(options["output_dir"])) == 6
 
 
-def test_the_papers_optimisation_can_be_laid_over_any_method(options):
-    few = {"epochs": 1, "iterations_per_epoch": 1}
-    workflow = run("vanilla", "paper", **options | few)
-    assert workflow.parser.get_parsed_content("optimizer").defaults["lr"] == pytest.approx(1e-4)
+def test_the_papers_setting_is_that_of_the_source_too(places):
+    """Two iterations of each on tiny images."""
+    few = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "pretraining": {"epochs": 1, "region_loss": None}}
+    tuned = run("vanilla", "paper", **places | few | {"source": SOURCE_TASK, "source_dir": places["output_dir"] + "s"})
+    (folder,) = Path(places["output_dir"] + "s").glob("*_*")
+    trained = ConfigWorkflow(config_file=str(folder / "config.json"), workflow_type="train")
+    trained.initialize()
+    for parser, decoder_only in [(tuned.parser, True), (trained.parser, False)]:
+        network, optimizer, loss = (parser.get_parsed_content(part) for part in ("network", "optimizer", "loss"))
+        parameters = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        assert sum(parameters.values()) == 31_112_130
+        assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(
+            count for name, count in parameters.items() if not (decoder_only and re.match("conv_0|down_", name))
+        )
+        assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(1e-4, 0)}
+        assert type(optimizer) is torch.optim.Adam
+        assert (loss.region_loss, type(loss.base_loss)) == (None, torch.nn.CrossEntropyLoss)
+        assert not any(
+            isinstance(t, RandomizableTrait) for t in parser.get_parsed_content("train#preprocessing").transforms
+        )
+        trainer, scheduler = (parser.get_parsed_content(part) for part in ("train#trainer", "lr_scheduler"))
+        assert trainer.state.max_epochs * trainer.state.epoch_length == 2
+        for _ in range(3):
+            scheduler.step()
+        assert scheduler.get_last_lr() == [1e-4]
+    paper = RISK_MAP.content("paper")
+    assert paper["pretraining"]["epochs"] * paper["iterations_per_epoch"] == 5000
+    assert paper["epochs"] * paper["iterations_per_epoch"] == 5000
 
 
 @pytest.mark.parametrize(("synthetic", "fine_tuning", "source"), [(True, 10, 20), (False, 40, 80)])

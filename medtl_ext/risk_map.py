@@ -1,5 +1,6 @@
 """What is particular to the bundle ``risk_map``: its pictures, and the comparison of its methods."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,12 +16,14 @@ from monai.engines import SupervisedEvaluator
 from monai.transforms import LoadImage, Orientation
 from torch.utils.data import Dataset
 
+from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data import SliceDataset, Task
 from medtl_ext.networks import load_weights
-from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report
+from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report, patient_table
 from medtl_ext.transfer.sources import pretraining_job, source_collection
-from medtl_ext.transfer.study import Arms
+from medtl_ext.transfer.study import Arms, require_lists
+from medtl_ext.transfer.truth import page
 from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
 
 __all__ = ["CompareMethods", "Pictures"]
@@ -29,6 +32,8 @@ N_PATIENTS = 3
 REFERENCE, PLACEBO = "vanilla", "placebo"
 """The method that all others are compared with, and the same once more with other seeds: what chance alone does."""
 OTHER_SEED = 1000
+TO = " -> "
+"""Between a source and its target in the name of a pair."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -145,7 +150,8 @@ class CompareMethods(Study):
     """A study that fine-tunes with every method on every pair, sample size, source checkpoint and seed, and reports.
 
     Training from scratch needs no source, and the untouched source no seed: they run once for each distinct result.
-    Writes the files of `medtl_ext.transfer.compare_report`, and every run below ``runs``.
+    Writes the files of `medtl_ext.transfer.compare_report`, and every run below ``runs``. Where a target has several
+    sources, these are runs of it in that report, and ``matrix.csv`` and ``matrix.md`` have each, as the paper's tables.
 
     Args:
         pairs: (source task, target task) each.
@@ -154,15 +160,32 @@ class CompareMethods(Study):
         runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. A seed draws target slices, fresh weights and
             batches; a source seed stands for another pre-trained source checkpoint.
         train_slices: numbers of labelled target slices.
+        overlays: names of configs that every run shares, the sources' too, such as "paper"; the settings win over them.
     """
 
     pairs: Sequence[Sequence[str]]
     methods: Sequence[str]
     runs: Sequence[Mapping[str, int]]
     train_slices: Sequence[int]
+    overlays: Sequence[str] = ()
 
     def first(self) -> str:
         return self.pairs[0][1]
+
+    @property
+    def several(self) -> bool:
+        """Whether any target has more sources than one."""
+        return len({target for _, target in self.pairs}) < len({tuple(pair) for pair in self.pairs})
+
+    def check(self) -> dict[str, Any]:
+        require_lists(pairs=self.pairs, methods=self.methods, runs=self.runs, train_slices=self.train_slices)
+        shared: dict[str, Any] = {}
+        for name in self.overlays:
+            path = self.here.configs / f"{name}.json"
+            require_choice("overlay", name, sorted(path.stem for path in self.here.configs.glob("*.json")))
+            shared |= json.loads(path.read_text(encoding="utf-8"))
+        settings = self.here.config["settings"]
+        return {key: value for key, value in shared.items() if key[0] != "_" and key not in settings}
 
     def arms(self) -> Arms:
         """Each distinct training once, after that of its source."""
@@ -184,8 +207,9 @@ class CompareMethods(Study):
         }
         found: dict[Path, tuple[dict[str, Any], Arm]] = {}
         for slices, one, (source, target), method in product(self.train_slices, self.runs, self.pairs, self.methods):
-            folder = here.folder / "runs" / f"{source}_to_{target}" / str(slices) / method
-            columns = {"pair": f"{source} -> {target}", "slices": slices, "method": method}
+            once = self.several and method == "scratch"
+            folder = here.folder / "runs" / (target if once else f"{source}_to_{target}") / str(slices) / method
+            columns = {"pair": target if once else f"{source}{TO}{target}", "slices": slices, "method": method}
             columns |= {"source_seed": np.nan, "seed": np.nan}
             if method != "scratch":
                 folder /= f"source{one['source_seed']}"
@@ -202,4 +226,63 @@ class CompareMethods(Study):
         return list(found.values())
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
+        if self.several:
+            patients = patient_table(table[table["split"] == "test"])
+            dice = patients.groupby(["slices", "pair", "method"], sort=False)["dice"].mean().reset_index()
+            write_matrix(dice, self.here.folder, synthetic=self.synthetic)
+            parts = table["pair"].str.rpartition(TO)
+            seeds = table["source_seed"].astype("Int64").astype("string")
+            table = table.assign(pair=parts[2], source_seed=(parts[0] + ", " + seeds).astype(object))
         compare_report(table, self.here.folder, reference=REFERENCE, synthetic=self.synthetic)
+
+
+def write_matrix(dice: pd.DataFrame, folder: Path, *, synthetic: bool = False) -> None:
+    """Write the Dice of every source on every target, as in the paper's Tables I to III: ``matrix.csv``, ``matrix.md``.
+
+    Args:
+        dice: columns ``slices, pair, method, dice``; a pair is "source -> target", or the target alone for what no
+            source has a part in, which then stands beside each of them.
+        folder: where to.
+        synthetic: the data are synthetic, which the page then says.
+    """
+    parts = dice["pair"].str.rpartition(TO)
+    cells = dice.assign(source=parts[0], target=parts[2])
+    alone = cells["source"] == ""
+    sources = cells.loc[~alone, ["target", "source"]].drop_duplicates()
+    cells = pd.concat([cells[~alone], cells[alone].drop(columns="source").merge(sources, on="target")])
+    keys = ["slices", "target", "method"]
+    order = pd.MultiIndex.from_frame(dice.assign(target=parts[2])[keys].drop_duplicates())
+    wide = cells.pivot(index=keys, columns="source", values="dice").reindex(order)
+    wide = wide[[name for name in dict.fromkeys([*cells["target"], *cells["source"]]) if name in wide]]
+    reference = wide.xs(REFERENCE, level="method").reindex(order.droplevel("method")).set_axis(order)
+    means = pd.DataFrame({"mean": wide.mean(axis=1), "reference": reference.mean(axis=1)})
+    means["ahead"], means["sources"] = wide.gt(reference).sum(axis=1), wide.count(axis=1)
+    means["gain"] = means["mean"] / means["reference"] - 1
+    whole = wide.join(means[["mean", "gain", "ahead", "sources"]])
+    write_csv(folder / "matrix.csv", whole.reset_index())
+
+    groups = means.assign(every=means["ahead"] == means["sources"]).groupby(["slices", "method"], sort=False)
+    total = groups[["mean", "reference"]].mean().join(groups[["ahead", "sources", "every"]].sum())
+    total["gain"], total["targets"] = total["mean"] / total["reference"] - 1, groups.size()
+    parts = [
+        "# Every source on every target",
+        f"Mean Dice of the test patients; in brackets the gain over {REFERENCE}, of the means; on how many pairs of a "
+        "source and a target it is ahead; and on how many targets from every source."
+        + " Synthetic phantom: these numbers say nothing about a clinic."
+        * synthetic,
+        _by_slices(total, ("ahead", "sources"), ("every", "targets")),
+        "## Each target, mean over its sources",
+        _by_slices(means, ("ahead", "sources")),
+    ]
+    for slices, of in whole.groupby(level="slices", sort=False):
+        shown = of.droplevel("slices").reset_index().assign(gain=of["gain"].map("{:+.2%}".format).to_numpy())
+        parts += [f"## {slices} slices", shown]
+    write_text(folder / "matrix.md", page(*parts))
+
+
+def _by_slices(means: pd.DataFrame, *counts: tuple[str, str]) -> pd.DataFrame:
+    """Mean, gain and counts in words, a column for each number of slices."""
+    words = means["mean"].map("{:.3f}".format) + means["gain"].map(" ({:+.2%})".format)
+    for some, most in counts:
+        words += ", " + means[some].astype(str) + " of " + means[most].astype(str)
+    return words.unstack("slices", sort=False).rename(columns="{} slices".format).reset_index()

@@ -308,6 +308,54 @@ def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path)
     assert "holds a study with epochs=2, this one has 1" in refused(lambda: run(**shared, settings=settings))
 
 
+def test_a_matrix_has_every_source_of_every_target_with_gains_and_budgets(collection, tmp_path, in_this_process):
+    settings = {"collection": str(collection), "source_dir": str(tmp_path / "sources"), "check_data": False}
+    settings |= {"spacing": TINY["spacing"], "roi_size": TINY["roi_size"], "network_def#features": [4, 4, 8, 8, 8, 4]}
+    settings |= {
+        "epochs": 1,
+        "iterations_per_epoch": 1,
+        "batch_size": 4,
+        "pretraining": {"epochs": 1, "augment": False},
+    }
+    sources, target, methods = ["14-T2-ED", "14-FLAIR-ED"], "17-T2-ED", ["vanilla", "risk_map", "scratch"]
+    asked = {"sources": [*sources, target], "targets": [target], "methods": methods, "train_slices": [8, 4]}
+    asked |= {"overlays": ["paper"], "settings": settings}
+    run(base="matrix", **asked, output_dir=str(tmp_path / "out"))
+    trained, folder = list(in_this_process), tmp_path / "out"
+    assert len(trained) == 2 + 2 * (2 * 2 + 1)  # sources; what starts from one; scratch of the target
+    configs = [read_json(path / "config.json") for path in trained]
+    assert {config["optimizer"]["lr"] for config in configs} == {1e-4}
+    assert {str(config["network_def"]["features"]) for config in configs} == {"[4, 4, 8, 8, 8, 4]"}
+    assert {config["epochs"] for config in configs} == {1}
+    table = pd.read_csv(folder / "matrix.csv").set_index(["slices", "target", "method"])
+    assert len(table) == 2 * 3
+    assert set(table["sources"]) == {2}
+    assert (table.xs("scratch", level="method")[sources].nunique(axis=1) == 1).all()
+    (metrics,) = folder.glob("runs/14-T2-ED_to_17-T2-ED/8/risk_map/*/*/metrics.csv")
+    expected = pd.read_csv(metrics).query("split == 'test'")["dice"].mean()
+    assert table.loc[(8, target, "risk_map"), "14-T2-ED"] == pytest.approx(expected)
+    compared = pd.read_csv(folder / "comparison.csv")
+    assert set(compared["pair"]) == {target}
+    assert dict(zip(compared["method"], compared["runs"], strict=True)) == {"vanilla": 2, "risk_map": 2, "scratch": 1}
+    assert "| method | 8 slices | 4 slices |" in (folder / "matrix.md").read_text()
+    run(base="matrix", **asked, output_dir=str(folder))
+    assert in_this_process == trained
+
+
+def test_the_published_tables_in_the_layout_of_a_matrix(tmp_path):
+    tables = Path(__file__).parent.parent / "docs" / "results" / "papers"
+    table = pd.read_csv(tables / "risk_map_table2_fets.csv").query("source != 'AVERAGE'").assign(slices=400)
+    table["pair"] = table["source"] + " -> " + table["target"]
+    alone = {"slices": 400, "pair": "14-T1", "method": "scratch", "dice": 0.44}
+    risk_map.write_matrix(pd.concat([table, pd.DataFrame([alone])]), tmp_path)
+    found = pd.read_csv(tmp_path / "matrix.csv").set_index(["target", "method"])
+    assert found.loc[("18-FLAIR", "ours"), ["14-FLAIR", "ahead", "sources"]].to_list() == [0.530, 4, 5]
+    assert found.loc[("14-T1", "scratch"), ["13-T1", "18-FLAIR", "ahead", "sources"]].to_list() == [0.44, 0.44, 2, 5]
+    page = (tmp_path / "matrix.md").read_text()
+    assert "| ours | 0.452 (+4.37%), 29 of 30, 5 of 6 |" in page
+    assert "| 17-T2 | ours | 0.375 (+7.83%), 5 of 5 |" in page
+
+
 def test_a_comparison_looks_at_its_targets_before_it_trains(collection, tmp_path, no_training):
     settings = {"collection": broken(collection, tmp_path / "bad", truncate)}
     asked = {"pairs": [["14-T2-ED", "17-T2-ED"]], "methods": ["vanilla"], "output_dir": str(tmp_path / "out")}

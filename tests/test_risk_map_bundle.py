@@ -356,6 +356,40 @@ def test_the_published_tables_in_the_layout_of_a_matrix(tmp_path):
     assert "| 17-T2 | ours | 0.375 (+7.83%), 5 of 5 |" in page
 
 
+@pytest.mark.parametrize(
+    ("risk", "entropy", "top"),
+    [([3.0] * 100, 1, 0.05), ([0.0] * 99 + [2.0], 0, 1), ([1.0] * 10 + [0.0] * 90, 0.5, 0.5)],
+)
+def test_risk_that_is_everywhere_and_risk_in_one_pixel(risk, entropy, top):
+    found = risk_map.concentration(torch.tensor([*risk, float("nan")]).reshape(1, 101))
+    assert found == pytest.approx({"mean": np.mean(risk), "entropy": entropy, "top": top})
+
+
+def test_where_the_risk_is_before_and_after_each_method(collection, tmp_path, in_this_process):
+    settings = RISK_MAP.settings(collection=str(collection), source_dir=str(tmp_path / "sources"), train_slices=None)
+    asked = {"pairs": [["14-FLAIR-ED", "17-T2-ED"]], "methods": ["vanilla", "risk_map"], "train_slices": [8]}
+    asked |= {"runs": [{"seed": 0, "source_seed": 0}], "settings": settings, "output_dir": str(tmp_path / "out")}
+    run(base="figure2", **asked)
+    folder = tmp_path / "out"
+    assert {"condensation.md", "condensation.png", "report.html"} <= {path.name for path in folder.iterdir()}
+    (trained,) = folder.glob("runs/*/8/risk_map/*/*")
+    rows = pd.read_csv(trained / "risk.csv").set_index(["risk", "split", "when"])
+    for when in ("before", "after"):  # the maps of all images are those that the training itself left
+        leep = nib.load(trained / f"leep_{when}.nii.gz").get_fdata()[..., 0]
+        (whole,) = rows.loc[("loss (-LEEP)", "train", when)].query("patient.isna()")["mean"]
+        assert whole == pytest.approx(-np.nanmean(leep), rel=1e-4)
+        np.testing.assert_allclose(np.load(trained / "risk.npz")[when], leep, atol=1e-6)
+    found = pd.read_csv(folder / "condensation.csv").set_index(["risk", "split", "network"])
+    assert len(found) == 2 * 2 * 3
+    patients = rows.loc[("weight (eq. 5)", "test")].dropna().set_index("patient", append=True)["top"].unstack("when")
+    row = found.loc[("weight (eq. 5)", "test", "risk_map")]
+    assert row["patients"] == len(patients) == 3
+    assert row["top"] == pytest.approx(patients["after"].mean())
+    assert row["top_change"] == pytest.approx((patients["after"] - patients["before"]).mean())
+    assert row["top_change_low"] <= row["top_change"] <= row["top_change_high"]
+    assert found.loc[("weight (eq. 5)", "test", "vanilla"), "top_less_vanilla"] == 0
+
+
 def test_a_comparison_looks_at_its_targets_before_it_trains(collection, tmp_path, no_training):
     settings = {"collection": broken(collection, tmp_path / "bad", truncate)}
     asked = {"pairs": [["14-T2-ED", "17-T2-ED"]], "methods": ["vanilla"], "output_dir": str(tmp_path / "out")}

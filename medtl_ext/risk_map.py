@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
@@ -172,6 +172,9 @@ class CompareMethods(Study):
         overlays: names of configs that every run shares, the sources' too, such as "paper"; the settings win over them.
     """
 
+    also: ClassVar[Sequence[str]] = ()
+    """Overlays that a kind of comparison needs."""
+
     pairs: Sequence[Sequence[str]]
     methods: Sequence[str]
     runs: Sequence[Mapping[str, int]]
@@ -189,7 +192,7 @@ class CompareMethods(Study):
     def check(self) -> dict[str, Any]:
         require_lists(pairs=self.pairs, methods=self.methods, runs=self.runs, train_slices=self.train_slices)
         shared: dict[str, Any] = {}
-        for name in self.overlays:
+        for name in (*self.also, *self.overlays):
             path = self.here.configs / f"{name}.json"
             require_choice("overlay", name, sorted(path.stem for path in self.here.configs.glob("*.json")))
             shared |= json.loads(path.read_text(encoding="utf-8"))
@@ -319,14 +322,14 @@ def concentration(risk: torch.Tensor) -> dict[str, float]:
     {'mean': 0.025, 'entropy': 0.188, 'top': 1.0}
     """
     values = risk[~risk.isnan()].double()
-    shares = values / values.sum()
+    shares = values / values.sum() if values.any() else torch.full_like(values, 1 / len(values))
     entropy = float(torch.special.entr(shares).sum()) / math.log(len(values))
     top = float(shares.topk(math.ceil(len(values) / 20)).values.sum())
     return {"mean": float(values.mean()), "entropy": entropy, "top": top}
 
 
 class CompareMaps(CompareMethods):
-    """The comparison of where the risk is after each method, by runs with the overlay ``condensation``.
+    """The comparison of where the risk is after each method, by runs with the overlay ``condensation`` too.
 
     Writes ``condensation.csv`` (a row per pair, slices, kind of risk, split and network: what `concentration` says over
     patients, its change from before and what it is less that of vanilla, with 95 % bootstrap intervals over patients,
@@ -334,6 +337,12 @@ class CompareMaps(CompareMethods):
     """
 
     reads = "risk.csv"
+    also = ("condensation",)
+
+    def check(self) -> dict[str, Any]:
+        if "zero_shot" in self.methods:
+            raise InputError("methods has zero_shot, which is what every map shows before fine-tuning; leave it out.")
+        return super().check()
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
         keys, folder = ["pair", "slices", "risk", "split"], self.here.folder

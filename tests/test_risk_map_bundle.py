@@ -359,7 +359,7 @@ def test_the_published_tables_in_the_layout_of_a_matrix(tmp_path):
 
 @pytest.mark.parametrize(
     ("risk", "entropy", "top"),
-    [([3.0] * 100, 1, 0.05), ([0.0] * 99 + [2.0], 0, 1), ([1.0] * 10 + [0.0] * 90, 0.5, 0.5)],
+    [([3.0] * 100, 1, 0.05), ([0.0] * 99 + [2.0], 0, 1), ([1.0] * 10 + [0.0] * 90, 0.5, 0.5), ([0.0] * 100, 1, 0.05)],
 )
 def test_risk_that_is_everywhere_and_risk_in_one_pixel(risk, entropy, top):
     found = risk_map.concentration(torch.tensor([*risk, float("nan")]).reshape(1, 101))
@@ -370,6 +370,8 @@ def test_where_the_risk_is_before_and_after_each_method(collection, tmp_path, in
     settings = RISK_MAP.settings(collection=str(collection), source_dir=str(tmp_path / "sources"), train_slices=None)
     asked = {"pairs": [["14-FLAIR-ED", "17-T2-ED"]], "methods": ["vanilla", "risk_map"], "train_slices": [8]}
     asked |= {"runs": [{"seed": 0, "source_seed": 0}], "settings": settings, "output_dir": str(tmp_path / "out")}
+    said = refused(lambda: run(base="figure2", **asked | {"methods": ["vanilla", "zero_shot"]}))
+    assert "methods has zero_shot, which is what every map shows before" in said
     run(base="figure2", **asked)
     folder = tmp_path / "out"
     assert {"condensation.md", "condensation.png", "report.html"} <= {path.name for path in folder.iterdir()}

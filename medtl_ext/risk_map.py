@@ -442,9 +442,7 @@ def write_matrix(dice: pd.DataFrame, folder: Path, *, synthetic: bool = False) -
     parts = [
         "# Every source on every target",
         f"Mean Dice of the test patients; in brackets the gain over {REFERENCE}, of the means; on how many pairs of a "
-        "source and a target it is ahead; and on how many targets from every source."
-        + " Synthetic phantom: these numbers say nothing about a clinic."
-        * synthetic,
+        "source and a target it is ahead; and on how many targets from every source." + SYNTHETIC * synthetic,
         _by_slices(total, ("ahead", "sources"), ("every", "targets")),
         "## Each target, mean over its sources",
         _by_slices(means, ("ahead", "sources")),

@@ -327,13 +327,12 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
     """The run of ``pretrain.json`` on a source's data; its folder's name holds a hash of all settings that matter.
 
     Of a collection or of files it holds the content, wherever they lie: other patients, splits or files give another.
-    Options of the config's ``pretraining`` win over those of ``pretrain.json``.
 
     Raises:
         InputError: the collection is missing or breaks the format.
     """
     overlay, collection = Path(config["bundle_root"]) / "configs" / "pretrain.json", source_collection(config)
-    overrides: dict[str, Any] = dict(config.get("pretraining", {}))
+    overrides: dict[str, Any] = dict(config.get("pretraining", {}))  # win over pretrain.json
     overrides |= {"source": source.task, "target_task": source.task, "seed": seed, "collection": collection}
     also = {"source_collection": collection, "check_data": True, "trust_sources": False, "clean": None}
     overrides |= {name: value for name, value in also.items() if name in config}

@@ -166,6 +166,7 @@ def source_folder(*overlays: str, **options) -> str:
 def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_training():
     """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
     assert {source_folder(method) for method in ALL_METHODS} == {source_folder(), source_folder(clean="largest")}
+    assert source_folder(pretraining={"epochs": 3}) != source_folder()
     assert source_folder(**{"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss"}}) != source_folder()
 
 

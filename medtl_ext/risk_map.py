@@ -244,7 +244,7 @@ class CompareMethods(Study):
             write_matrix(dice, self.here.folder, synthetic=self.synthetic)
             parts = table["pair"].str.rpartition(TO)
             seeds = table["source_seed"].astype("Int64").astype("string")
-            table = table.assign(pair=parts[2], source_seed=(parts[0] + ", " + seeds).astype(object))
+            table = table.assign(pair=parts[2], source_seed=(parts[0] + " (" + seeds + ")").astype(object))
         compare_report(table, self.here.folder, reference=REFERENCE, synthetic=self.synthetic)
 
 
@@ -448,14 +448,19 @@ def write_matrix(dice: pd.DataFrame, folder: Path, *, synthetic: bool = False) -
         _by_slices(means, ("ahead", "sources")),
     ]
     for slices, of in whole.groupby(level="slices", sort=False):
-        shown = of.droplevel("slices").reset_index().assign(gain=of["gain"].map("{:+.2%}".format).to_numpy())
+        shown = of.droplevel("slices").assign(gain=of["gain"].map(_percent).to_numpy()).reset_index()
         parts += [f"## {slices} slices", shown]
     write_text(folder / "matrix.md", page(*parts))
 
 
+def _percent(gain: float, around: str = "{}") -> str:
+    """A gain as it is shown; over a mean of 0 there is none."""
+    return around.format(f"{gain:+.2%}") if np.isfinite(gain) else ""
+
+
 def _by_slices(means: pd.DataFrame, *counts: tuple[str, str]) -> pd.DataFrame:
     """Mean, gain and counts in words, a column for each number of slices."""
-    words = means["mean"].map("{:.3f}".format) + means["gain"].map(" ({:+.2%})".format)
+    words = means["mean"].map("{:.3f}".format) + means["gain"].map(lambda gain: _percent(gain, " ({})"))
     for some, most in counts:
         words += ", " + means[some].astype(str) + " of " + means[most].astype(str)
     return words.unstack("slices", sort=False).rename(columns="{} slices".format).reset_index()

@@ -349,12 +349,14 @@ def test_the_published_tables_in_the_layout_of_a_matrix(tmp_path):
     table = pd.read_csv(tables / "risk_map_table2_fets.csv").query("source != 'AVERAGE'").assign(slices=400)
     table["pair"] = table["source"] + " -> " + table["target"]
     alone = {"slices": 400, "pair": "14-T1", "method": "scratch", "dice": 0.44}
-    risk_map.write_matrix(pd.concat([table, pd.DataFrame([alone])]), tmp_path)
+    nothing = {"slices": 400, "pair": "14-T1 -> nothing", "method": "vanilla", "dice": 0.0}
+    risk_map.write_matrix(pd.concat([table, pd.DataFrame([alone, nothing])]), tmp_path)
     found = pd.read_csv(tmp_path / "matrix.csv").set_index(["target", "method"])
     assert found.loc[("18-FLAIR", "ours"), ["14-FLAIR", "ahead", "sources"]].to_list() == [0.530, 4, 5]
     assert found.loc[("14-T1", "scratch"), ["13-T1", "18-FLAIR", "ahead", "sources"]].to_list() == [0.44, 0.44, 2, 5]
     page = (tmp_path / "matrix.md").read_text()
     assert "| ours | 0.452 (+4.37%), 29 of 30, 5 of 6 |" in page
+    assert "| nothing | vanilla | 0.000, 0 of 1 |" in page
     assert "| 17-T2 | ours | 0.375 (+7.83%), 5 of 5 |" in page
 
 

@@ -269,9 +269,7 @@ class Condensation:
     slices: Mapping[str, SliceDataset]
 
     def run(self) -> None:
-        """Pass over the slices with both networks, in the first of several processes."""
-        if not self.here.leads:
-            return
+        """Pass over the slices with both networks; of several processes each makes the whole pass."""
         load_weights(self.network, self.here.folder / "model.pt", min_share=1.0)
         networks, maps = {"before": self.source, "after": self.network}, {}
         rows: list[dict[str, Any]] = []
@@ -286,6 +284,8 @@ class Condensation:
             for (patient, leep), (risk, of) in product(found.items(), RISKS.items()):
                 row = {"when": when, "split": split, "patient": patient, "risk": risk}
                 rows.append(row | concentration(of(leep)))
+        if not self.here.leads:
+            return
         image = torch.stack([item["image"][0] for item in next(iter(self.slices.values())).plain()]).mean(0)
         with atomic_path(self.here.folder / "risk.npz") as temporary:
             np.savez(temporary, image=image, **maps)

@@ -1,10 +1,12 @@
 """What is particular to the bundle ``risk_map``: its pictures, and the comparison of its methods."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
@@ -13,22 +15,34 @@ import torch
 from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.transforms import LoadImage, Orientation
+from torch import nn
 from torch.utils.data import Dataset
 
+from medtl_ext._io import atomic_path, write_csv, write_text
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data import SliceDataset, Task
+from medtl_ext.losses import risk_map
+from medtl_ext.metrics import LEEPMap, compute_leep_map
 from medtl_ext.networks import load_weights
-from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report
+from medtl_ext.ranking import bootstrap_interval
+from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report, patient_table
 from medtl_ext.transfer.sources import pretraining_job, source_collection
-from medtl_ext.transfer.study import Arms
+from medtl_ext.transfer.study import Arms, require_lists
+from medtl_ext.transfer.truth import page
 from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
 
-__all__ = ["CompareMethods", "Pictures"]
+__all__ = ["CompareMaps", "CompareMethods", "Condensation", "Pictures", "concentration", "write_matrix"]
 
 N_PATIENTS = 3
 REFERENCE, PLACEBO = "vanilla", "placebo"
 """The method that all others are compared with, and the same once more with other seeds: what chance alone does."""
 OTHER_SEED = 1000
+SYNTHETIC = " **Synthetic phantom: these numbers say nothing about a clinic.**"
+RISKS = {"loss (-LEEP)": torch.neg, "weight (eq. 5)": risk_map}
+"""What is called risk, from a LEEP map."""
+MEASURES = {"mean": "mean", "entropy": "entropy", "top": "top 5 %"}
+TO = " -> "
+"""Between a source and its target in the name of a pair."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,9 +111,9 @@ class Pictures:
         if all(path.is_file() for path in maps):
             image = torch.stack([self._shown(item["image"]) for item in plain]).mean(0)
             before, after = (nib.load(path).get_fdata() for path in maps)
-            worst = int(np.nanmean(before, (0, 1)).argmin())  # a map of slices is the same in all of them
-            before, after = before[..., worst], after[..., worst]
-            image = image[..., worst] if plain[0]["image"].ndim == 4 else image
+            worst = _worst(before)  # a map of slices is the same in all of them
+            before, after = before[worst], after[worst]
+            image = image[worst] if plain[0]["image"].ndim == 4 else image
             figure = plot_risk_maps(before, after, image=image, quantity="leep", **options)
         elif "weight" in plain[0]:
             items = [plain[place] for place in np.linspace(0, len(plain) - 1, N_PATIENTS).astype(int)]
@@ -145,7 +159,8 @@ class CompareMethods(Study):
     """A study that fine-tunes with every method on every pair, sample size, source checkpoint and seed, and reports.
 
     Training from scratch needs no source, and the untouched source no seed: they run once for each distinct result.
-    Writes the files of `medtl_ext.transfer.compare_report`, and every run below ``runs``.
+    Writes the files of `medtl_ext.transfer.compare_report`, and every run below ``runs``. Where a target has several
+    sources, these are runs of it in that report, and ``matrix.csv`` and ``matrix.md`` have each, as the paper's tables.
 
     Args:
         pairs: (source task, target task) each.
@@ -154,15 +169,35 @@ class CompareMethods(Study):
         runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. A seed draws target slices, fresh weights and
             batches; a source seed stands for another pre-trained source checkpoint.
         train_slices: numbers of labelled target slices.
+        overlays: names of configs that every run shares, the sources' too, such as "paper"; the settings win over them.
     """
+
+    also: ClassVar[Sequence[str]] = ()
+    """Overlays that a kind of comparison needs."""
 
     pairs: Sequence[Sequence[str]]
     methods: Sequence[str]
     runs: Sequence[Mapping[str, int]]
     train_slices: Sequence[int]
+    overlays: Sequence[str] = ()
 
     def first(self) -> str:
         return self.pairs[0][1]
+
+    @property
+    def several(self) -> bool:
+        """Whether any target has more sources than one."""
+        return len({target for _, target in self.pairs}) < len({tuple(pair) for pair in self.pairs})
+
+    def check(self) -> dict[str, Any]:
+        require_lists(pairs=self.pairs, methods=self.methods, runs=self.runs, train_slices=self.train_slices)
+        shared: dict[str, Any] = {}
+        for name in (*self.also, *self.overlays):
+            path = self.here.configs / f"{name}.json"
+            require_choice("overlay", name, sorted(path.stem for path in self.here.configs.glob("*.json")))
+            shared |= json.loads(path.read_text(encoding="utf-8"))
+        settings = self.here.config["settings"]
+        return {key: value for key, value in shared.items() if key[0] != "_" and key not in settings}
 
     def arms(self) -> Arms:
         """Each distinct training once, after that of its source."""
@@ -184,8 +219,9 @@ class CompareMethods(Study):
         }
         found: dict[Path, tuple[dict[str, Any], Arm]] = {}
         for slices, one, (source, target), method in product(self.train_slices, self.runs, self.pairs, self.methods):
-            folder = here.folder / "runs" / f"{source}_to_{target}" / str(slices) / method
-            columns = {"pair": f"{source} -> {target}", "slices": slices, "method": method}
+            once = self.several and method == "scratch"
+            folder = here.folder / "runs" / (target if once else f"{source}_to_{target}") / str(slices) / method
+            columns = {"pair": target if once else f"{source}{TO}{target}", "slices": slices, "method": method}
             columns |= {"source_seed": np.nan, "seed": np.nan}
             if method != "scratch":
                 folder /= f"source{one['source_seed']}"
@@ -202,4 +238,229 @@ class CompareMethods(Study):
         return list(found.values())
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
+        if self.several:
+            patients = patient_table(table[table["split"] == "test"])
+            dice = patients.groupby(["slices", "pair", "method"], sort=False)["dice"].mean().reset_index()
+            write_matrix(dice, self.here.folder, synthetic=self.synthetic)
+            parts = table["pair"].str.rpartition(TO)
+            seeds = table["source_seed"].astype("Int64").astype("string")
+            table = table.assign(pair=parts[2], source_seed=(parts[0] + " (" + seeds + ")").astype(object))
         compare_report(table, self.here.folder, reference=REFERENCE, synthetic=self.synthetic)
+
+
+@dataclass(kw_only=True, eq=False)
+class Condensation:
+    """A step that says where the risk is before and after fine-tuning, in ``risk.csv`` and ``risk.npz`` (Fig. 2).
+
+    Risk is what is lost, -LEEP, and beside it the weight of eq. 5, which every map's own extremes scale anew. The maps
+    of all images have P(y|z) at each pixel, as the paper's; of the first split they are ``before`` and ``after`` in
+    ``risk.npz``. A patient has too few slices for that: there it is over all pixels of the patient. A row without
+    ``patient`` is of the map of all.
+
+    Args:
+        here: the run, whose ``model.pt`` is what fine-tuning gave.
+        source, network: the untouched source, and the network that was trained.
+        slices: the slices of each split.
+    """
+
+    here: Run
+    source: nn.Module
+    network: nn.Module
+    slices: Mapping[str, SliceDataset]
+
+    def run(self) -> None:
+        """Pass over the slices with both networks; of several processes each makes the whole pass."""
+        load_weights(self.network, self.here.folder / "model.pt", min_share=1.0)
+        networks, maps = {"before": self.source, "after": self.network}, {}
+        rows: list[dict[str, Any]] = []
+        for (split, dataset), (when, network) in product(self.slices.items(), networks.items()):
+            whole, found = LEEPMap(), {}
+            for patient, images, labels in _patients(dataset.plain()):
+                probs = _predicted(network, images)
+                whole.update(probs, labels)
+                found[patient] = compute_leep_map(probs, labels, estimator="global")
+            found[None] = whole.compute()
+            maps.setdefault(when, found[None])
+            for (patient, leep), (risk, of) in product(found.items(), RISKS.items()):
+                row = {"when": when, "split": split, "patient": patient, "risk": risk}
+                rows.append(row | concentration(of(leep)))
+        if not self.here.leads:
+            return
+        image = torch.stack([item["image"][0] for item in next(iter(self.slices.values())).plain()]).mean(0)
+        with atomic_path(self.here.folder / "risk.npz") as temporary:
+            np.savez(temporary, image=image, **maps)
+        write_csv(self.here.folder / "risk.csv", pd.DataFrame(rows))
+
+
+def _patients(slices: SliceDataset) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The images and labels of each patient, N x channels x *spatial and N x *spatial."""
+    items: dict[str, list[dict[str, Any]]] = {}
+    for item in slices:
+        items.setdefault(item.get("patient", item["subject"]), []).append(item)
+    for patient, of in items.items():
+        yield patient, torch.stack([one["image"] for one in of]), torch.stack([one["label"][0] for one in of]).long()
+
+
+def _predicted(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Class probabilities of images, one at a time, for whole volumes may be large."""
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        return torch.cat([network.eval()(image[None].to(device)).float().softmax(1).cpu() for image in images])
+
+
+def concentration(risk: torch.Tensor) -> dict[str, float]:
+    """How much risk a map holds, and in how few pixels: its mean, its entropy, and the share of the top 5 %.
+
+    Args:
+        risk: values of 0 or more, of any shape; NaN is left out.
+
+    Returns:
+        ``mean``; ``entropy`` of the pixels' shares as a part of its maximum, 1 where all have the same risk, 0 where
+        one pixel has all; ``top``, the share of the 5 % of pixels that have most, 0.05 where all have the same.
+
+    >>> {name: round(value, 3) for name, value in concentration(torch.tensor([0.5] * 2 + [0.0] * 38)).items()}
+    {'mean': 0.025, 'entropy': 0.188, 'top': 1.0}
+    """
+    values = risk[~risk.isnan()].double()
+    shares = values / values.sum() if values.any() else torch.full_like(values, 1 / len(values))
+    entropy = float(torch.special.entr(shares).sum()) / math.log(len(values))
+    top = float(shares.topk(math.ceil(len(values) / 20)).values.sum())
+    return {"mean": float(values.mean()), "entropy": entropy, "top": top}
+
+
+class CompareMaps(CompareMethods):
+    """The comparison of where the risk is after each method, by runs with the overlay ``condensation`` too.
+
+    Writes ``condensation.csv`` (a row per pair, slices, kind of risk, split and network: what `concentration` says over
+    patients, its change from before and what it is less that of vanilla, with 95 % bootstrap intervals over patients,
+    and of the map of all images), ``condensation.md`` and ``condensation.png``.
+    """
+
+    reads = "risk.csv"
+    also = ("condensation",)
+
+    def check(self) -> dict[str, Any]:
+        if "zero_shot" in self.methods:
+            raise InputError("methods has zero_shot, which is what every map shows before fine-tuning; leave it out.")
+        return super().check()
+
+    def report(self, table: pd.DataFrame, arms: Arms) -> None:
+        keys, folder = ["pair", "slices", "risk", "split"], self.here.folder
+        networks = table["method"].where(table["when"] == "after", "before")
+        groups = table.assign(network=networks).groupby(keys, sort=False)
+        found = pd.concat({key: _condensed(of) for key, of in groups}, names=keys)
+        write_csv(folder / "condensation.csv", found.reset_index(keys))
+        parts = [
+            "# Does the risk condense?",
+            "Mean over patients with its 95 % bootstrap interval; in brackets of the map of all images, without one. "
+            "Entropy: 1 where the risk is everywhere the same, 0 in one pixel. Top 5 %: the share of the risk in the "
+            "pixels that have most, 0.05 where it is everywhere the same." + SYNTHETIC * self.synthetic,
+        ]
+        for (pair, slices, risk, split), of in found.groupby(keys, sort=False):
+            parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condensed_in_words(of)]
+        write_text(folder / "condensation.md", page(*parts))
+        first, maps = arms[0][0], {}
+        for columns, arm in arms:
+            if (columns["pair"], columns["slices"]) == (first["pair"], first["slices"]):
+                maps.setdefault(columns["method"], np.load(arm.last.output_dir / "risk.npz"))
+        before, image = (maps[REFERENCE][name] for name in ("before", "image"))
+        worst = _worst(before)
+        after = {name: of["after"][worst] for name, of in maps.items()}
+        said = {"quantity": "leep", "title": first["pair"], "synthetic": self.synthetic}
+        save_figure(plot_risk_maps(before[worst], after, image=image[worst], **said), folder / "condensation.png")
+
+
+def _worst(leep: np.ndarray) -> tuple[Any, ...]:
+    """Where a map is cut to be drawn: that of volumes in its worst slice."""
+    return (...,) if leep.ndim == 2 else (..., int(np.nanmean(leep, (0, 1)).argmin()))
+
+
+def _condensed(of: pd.DataFrame) -> pd.DataFrame:
+    """Each measure of each network, of means over runs."""
+    whole = of[of["patient"].isna()].groupby("network", sort=False)[[*MEASURES]].mean()
+    patients = of.groupby(["patient", "network"])[[*MEASURES]].mean().unstack("network")
+    rows = []
+    for network in whole.index:
+        row: dict[str, Any] = {"network": network, "patients": len(patients)}
+        for measure in MEASURES:
+            values = patients[measure]
+            row[f"{measure}_of_all"] = whole.loc[network, measure]
+            for name, other in (("", 0.0), ("_change", values["before"]), (f"_less_{REFERENCE}", values[REFERENCE])):
+                compared = values[network] - other
+                low, high = bootstrap_interval(compared)
+                row |= {measure + name: compared.mean(), f"{measure}{name}_low": low, f"{measure}{name}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _condensed_in_words(of: pd.DataFrame) -> pd.DataFrame:
+    def words(row: Mapping[str, Any], name: str, sign: str = "") -> str:
+        low, high = row[f"{name}_low"], row[f"{name}_high"]
+        if low == high == 0:  # against itself
+            return ""
+        return f"{row[name]:{sign}.3f}" + ("" if np.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})")
+
+    shown = []
+    for row in of.to_dict("records"):
+        cells = {"network": row["network"]}
+        for measure, name in MEASURES.items():
+            cells[name] = f"{words(row, measure)} [{row[f'{measure}_of_all']:.3f}]"
+            cells[f"{name}, change"] = words(row, f"{measure}_change", "+")
+            cells[f"{name}, less {REFERENCE}"] = words(row, f"{measure}_less_{REFERENCE}", "+")
+        shown.append(cells)
+    return pd.DataFrame(shown)
+
+
+def write_matrix(dice: pd.DataFrame, folder: Path, *, synthetic: bool = False) -> None:
+    """Write the Dice of every source on every target, as in the paper's Tables I to III: ``matrix.csv``, ``matrix.md``.
+
+    Args:
+        dice: columns ``slices, pair, method, dice``; a pair is "source -> target", or the target alone for what no
+            source has a part in, which then stands beside each of them.
+        folder: where to.
+        synthetic: the data are synthetic, which the page then says.
+    """
+    parts = dice["pair"].str.rpartition(TO)
+    cells = dice.assign(source=parts[0], target=parts[2])
+    alone = cells["source"] == ""
+    sources = cells.loc[~alone, ["target", "source"]].drop_duplicates()
+    cells = pd.concat([cells[~alone], cells[alone].drop(columns="source").merge(sources, on="target")])
+    keys = ["slices", "target", "method"]
+    order = pd.MultiIndex.from_frame(dice.assign(target=parts[2])[keys].drop_duplicates())
+    wide = cells.pivot(index=keys, columns="source", values="dice").reindex(order)
+    wide = wide[[name for name in dict.fromkeys([*cells["target"], *cells["source"]]) if name in wide]]
+    reference = wide.xs(REFERENCE, level="method").reindex(order.droplevel("method")).set_axis(order)
+    means = pd.DataFrame({"mean": wide.mean(axis=1), "reference": reference.mean(axis=1)})
+    means["ahead"], means["sources"] = wide.gt(reference).sum(axis=1), wide.count(axis=1)
+    means["gain"] = means["mean"] / means["reference"] - 1
+    whole = wide.join(means[["mean", "gain", "ahead", "sources"]])
+    write_csv(folder / "matrix.csv", whole.reset_index())
+
+    groups = means.assign(every=means["ahead"] == means["sources"]).groupby(["slices", "method"], sort=False)
+    total = groups[["mean", "reference"]].mean().join(groups[["ahead", "sources", "every"]].sum())
+    total["gain"], total["targets"] = total["mean"] / total["reference"] - 1, groups.size()
+    parts = [
+        "# Every source on every target",
+        f"Mean Dice of the test patients; in brackets the gain over {REFERENCE}, of the means; on how many pairs of a "
+        "source and a target it is ahead; and on how many targets from every source." + SYNTHETIC * synthetic,
+        _by_slices(total, ("ahead", "sources"), ("every", "targets")),
+        "## Each target, mean over its sources",
+        _by_slices(means, ("ahead", "sources")),
+    ]
+    for slices, of in whole.groupby(level="slices", sort=False):
+        shown = of.droplevel("slices").assign(gain=of["gain"].map(_percent).to_numpy()).reset_index()
+        parts += [f"## {slices} slices", shown]
+    write_text(folder / "matrix.md", page(*parts))
+
+
+def _percent(gain: float, around: str = "{}") -> str:
+    """A gain as it is shown; over a mean of 0 there is none."""
+    return around.format(f"{gain:+.2%}") if np.isfinite(gain) else ""
+
+
+def _by_slices(means: pd.DataFrame, *counts: tuple[str, str]) -> pd.DataFrame:
+    """Mean, gain and counts in words, a column for each number of slices."""
+    words = means["mean"].map("{:.3f}".format) + means["gain"].map(lambda gain: _percent(gain, " ({})"))
+    for some, most in counts:
+        words += ", " + means[some].astype(str) + " of " + means[most].astype(str)
+    return words.unstack("slices", sort=False).rename(columns="{} slices".format).reset_index()

@@ -135,7 +135,7 @@ def plot_montage(
 @matplotlib.rc_context(_STYLE)
 def plot_risk_maps(
     before: ArrayLike,
-    after: ArrayLike,
+    after: ArrayLike | Mapping[str, ArrayLike],
     *,
     image: ArrayLike | None = None,
     quantity: str = "weight",
@@ -146,8 +146,9 @@ def plot_risk_maps(
     """A map before and after fine-tuning on one colour scale (RiskMap Fig. 2): bright where transfer is hard.
 
     Args:
-        before, after: (X, Y) slices; NaN (no valid pixel) is drawn in grey. The scale runs from the 0.5th to the 99.5th
-            percentile of both, so that one extreme pixel does not darken the rest.
+        before, after: (X, Y) slices, after several ways of fine-tuning by their names; NaN (no valid pixel) is drawn in
+            grey. The scale runs from the 0.5th to the 99.5th percentile of all, so that one extreme pixel does not
+            darken the rest.
         image: slice of the same shape (or with three colours), shown beside the maps.
         quantity: ``"weight"`` (risk map, high is hard) or ``"leep"`` (LEEP map, low is hard).
         title: above the figure.
@@ -161,7 +162,8 @@ def plot_risk_maps(
     ['before fine-tuning\\nmean 1.50', 'after fine-tuning\\nmean 1.00']
     """
     require_choice("quantity", quantity, ["weight", "leep"])
-    panels = {"image": image, "before fine-tuning": before, "after fine-tuning": after}
+    named = after if isinstance(after, Mapping) else {"fine-tuning": after}
+    panels = {"image": image, "before fine-tuning": before} | {f"after {name}": one for name, one in named.items()}
     panels = {name: np.asarray(array, dtype=float) for name, array in panels.items() if array is not None}
     if len(shapes := {array.shape[:2] for array in panels.values()}) > 1:
         raise InputError(f"before, after and image must have one shape; found {sorted(shapes)}.")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from bundle_runs import ARMS, RISK_MAP, Bundle, finish, read_json, refused
 from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
 from monai.networks.nets import UNet
+from monai.transforms import RandomizableTrait
 
 from medtl_ext import InputError, risk_map
 from medtl_ext.transfer import images_to_segment
@@ -142,6 +145,7 @@ def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins(
     wanted = {"vanilla", "class_weight", "class_weight_sqrt", "trs_map", "risk_map", "risk_map_image", "frequency"}
     wanted |= {"prior_image", "prior_shift", "dice_ce", "zero_shot", "scratch", "full", "full_risk_map"}
     assert wanted | set(RISK_MAP.content("compare")["methods"]) - {"placebo"} <= set(ALL_METHODS)
+    assert set(RISK_MAP.content("matrix")["methods"]) - {"placebo"} == set(ALL_METHODS)
     keys = list(RISK_MAP.content("vanilla"))
     for method in METHODS:
         overlay = RISK_MAP.content(method)
@@ -162,6 +166,7 @@ def source_folder(*overlays: str, **options) -> str:
 def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_training():
     """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
     assert {source_folder(method) for method in ALL_METHODS} == {source_folder(), source_folder(clean="largest")}
+    assert source_folder(pretraining={"epochs": 3}) != source_folder()
     assert source_folder(**{"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss"}}) != source_folder()
 
 
@@ -195,10 +200,34 @@ def test_three_dimensions(options, tmp_path):
     assert len(table(options["output_dir"])) == 6
 
 
-def test_the_papers_optimisation_can_be_laid_over_any_method(options):
-    few = {"epochs": 1, "iterations_per_epoch": 1}
-    workflow = run("vanilla", "paper", **options | few)
-    assert workflow.parser.get_parsed_content("optimizer").defaults["lr"] == pytest.approx(1e-4)
+def test_the_papers_setting_is_that_of_the_source_too(places):
+    """Two iterations of each on tiny images."""
+    few = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "pretraining": {"epochs": 1, "region_loss": None}}
+    tuned = run("vanilla", "paper", **places | few | {"source": SOURCE_TASK, "source_dir": places["output_dir"] + "s"})
+    (folder,) = Path(places["output_dir"] + "s").glob("*_*")
+    trained = ConfigWorkflow(config_file=str(folder / "config.json"), workflow_type="train")
+    trained.initialize()
+    for parser, decoder_only in [(tuned.parser, True), (trained.parser, False)]:
+        network, optimizer, loss = (parser.get_parsed_content(part) for part in ("network", "optimizer", "loss"))
+        parameters = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        assert sum(parameters.values()) == 31_112_130
+        assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(
+            count for name, count in parameters.items() if not (decoder_only and re.match("conv_0|down_", name))
+        )
+        assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(1e-4, 0)}
+        assert type(optimizer) is torch.optim.Adam
+        assert (loss.region_loss, type(loss.base_loss)) == (None, torch.nn.CrossEntropyLoss)
+        assert not any(
+            isinstance(t, RandomizableTrait) for t in parser.get_parsed_content("train#preprocessing").transforms
+        )
+        trainer, scheduler = (parser.get_parsed_content(part) for part in ("train#trainer", "lr_scheduler"))
+        assert trainer.state.max_epochs * trainer.state.epoch_length == 2
+        for _ in range(3):
+            scheduler.step()
+        assert scheduler.get_last_lr() == [1e-4]
+    paper = RISK_MAP.content("paper")
+    assert paper["pretraining"]["epochs"] * paper["iterations_per_epoch"] == 5000
+    assert paper["epochs"] * paper["iterations_per_epoch"] == 5000
 
 
 @pytest.mark.parametrize(("synthetic", "fine_tuning", "source"), [(True, 10, 20), (False, 40, 80)])
@@ -279,6 +308,92 @@ def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path)
     assert "method 'vanila'" in refused(lambda: run(**shared, settings=settings | {"epochs": 2}))  # nothing ran yet
     (tmp_path / "out" / "runs").mkdir()
     assert "holds a study with epochs=2, this one has 1" in refused(lambda: run(**shared, settings=settings))
+
+
+def test_a_matrix_has_every_source_of_every_target_with_gains_and_budgets(collection, tmp_path, in_this_process):
+    settings = {"collection": str(collection), "source_dir": str(tmp_path / "sources"), "check_data": False}
+    settings |= {"spacing": TINY["spacing"], "roi_size": TINY["roi_size"], "network_def#features": [4, 4, 8, 8, 8, 4]}
+    settings |= {
+        "epochs": 1,
+        "iterations_per_epoch": 1,
+        "batch_size": 4,
+        "pretraining": {"epochs": 1, "augment": False},
+    }
+    sources, target, methods = ["14-T2-ED", "14-FLAIR-ED"], "17-T2-ED", ["vanilla", "risk_map", "scratch"]
+    asked = {"sources": [*sources, target], "targets": [target], "methods": methods, "train_slices": [8, 4]}
+    asked |= {"overlays": ["paper"], "settings": settings}
+    run(base="matrix", **asked, output_dir=str(tmp_path / "out"))
+    trained, folder = list(in_this_process), tmp_path / "out"
+    assert len(trained) == 2 + 2 * (2 * 2 + 1)  # sources; what starts from one; scratch of the target
+    configs = [read_json(path / "config.json") for path in trained]
+    assert {config["optimizer"]["lr"] for config in configs} == {1e-4}
+    assert {str(config["network_def"]["features"]) for config in configs} == {"[4, 4, 8, 8, 8, 4]"}
+    assert {config["epochs"] for config in configs} == {1}
+    table = pd.read_csv(folder / "matrix.csv").set_index(["slices", "target", "method"])
+    assert len(table) == 2 * 3
+    assert set(table["sources"]) == {2}
+    assert (table.xs("scratch", level="method")[sources].nunique(axis=1) == 1).all()
+    (metrics,) = folder.glob("runs/14-T2-ED_to_17-T2-ED/8/risk_map/*/*/metrics.csv")
+    expected = pd.read_csv(metrics).query("split == 'test'")["dice"].mean()
+    assert table.loc[(8, target, "risk_map"), "14-T2-ED"] == pytest.approx(expected)
+    compared = pd.read_csv(folder / "comparison.csv")
+    assert set(compared["pair"]) == {target}
+    assert dict(zip(compared["method"], compared["runs"], strict=True)) == {"vanilla": 2, "risk_map": 2, "scratch": 1}
+    assert "| method | 8 slices | 4 slices |" in (folder / "matrix.md").read_text()
+    run(base="matrix", **asked, output_dir=str(folder))
+    assert in_this_process == trained
+
+
+def test_the_published_tables_in_the_layout_of_a_matrix(tmp_path):
+    tables = Path(__file__).parent.parent / "docs" / "results" / "papers"
+    table = pd.read_csv(tables / "risk_map_table2_fets.csv").query("source != 'AVERAGE'").assign(slices=400)
+    table["pair"] = table["source"] + " -> " + table["target"]
+    alone = {"slices": 400, "pair": "14-T1", "method": "scratch", "dice": 0.44}
+    nothing = {"slices": 400, "pair": "14-T1 -> nothing", "method": "vanilla", "dice": 0.0}
+    risk_map.write_matrix(pd.concat([table, pd.DataFrame([alone, nothing])]), tmp_path)
+    found = pd.read_csv(tmp_path / "matrix.csv").set_index(["target", "method"])
+    assert found.loc[("18-FLAIR", "ours"), ["14-FLAIR", "ahead", "sources"]].to_list() == [0.530, 4, 5]
+    assert found.loc[("14-T1", "scratch"), ["13-T1", "18-FLAIR", "ahead", "sources"]].to_list() == [0.44, 0.44, 2, 5]
+    page = (tmp_path / "matrix.md").read_text()
+    assert "| ours | 0.452 (+4.37%), 29 of 30, 5 of 6 |" in page
+    assert "| nothing | vanilla | 0.000, 0 of 1 |" in page
+    assert "| 17-T2 | ours | 0.375 (+7.83%), 5 of 5 |" in page
+
+
+@pytest.mark.parametrize(
+    ("risk", "entropy", "top"),
+    [([3.0] * 100, 1, 0.05), ([0.0] * 99 + [2.0], 0, 1), ([1.0] * 10 + [0.0] * 90, 0.5, 0.5), ([0.0] * 100, 1, 0.05)],
+)
+def test_risk_that_is_everywhere_and_risk_in_one_pixel(risk, entropy, top):
+    found = risk_map.concentration(torch.tensor([*risk, float("nan")]).reshape(1, 101))
+    assert found == pytest.approx({"mean": np.mean(risk), "entropy": entropy, "top": top})
+
+
+def test_where_the_risk_is_before_and_after_each_method(collection, tmp_path, in_this_process):
+    settings = RISK_MAP.settings(collection=str(collection), source_dir=str(tmp_path / "sources"), train_slices=None)
+    asked = {"pairs": [["14-FLAIR-ED", "17-T2-ED"]], "methods": ["vanilla", "risk_map"], "train_slices": [8]}
+    asked |= {"runs": [{"seed": 0, "source_seed": 0}], "settings": settings, "output_dir": str(tmp_path / "out")}
+    said = refused(lambda: run(base="figure2", **asked | {"methods": ["vanilla", "zero_shot"]}))
+    assert "methods has zero_shot, which is what every map shows before" in said
+    run(base="figure2", **asked)
+    folder = tmp_path / "out"
+    assert {"condensation.md", "condensation.png", "report.html"} <= {path.name for path in folder.iterdir()}
+    (trained,) = folder.glob("runs/*/8/risk_map/*/*")
+    rows = pd.read_csv(trained / "risk.csv").set_index(["risk", "split", "when"]).sort_index()
+    for when in ("before", "after"):  # the maps of all images are those that the training itself left
+        leep = nib.load(trained / f"leep_{when}.nii.gz").get_fdata()[..., 0]
+        (whole,) = rows.loc[("loss (-LEEP)", "train", when)].query("patient.isna()")["mean"]
+        assert whole == pytest.approx(-np.nanmean(leep), rel=1e-4)
+        np.testing.assert_allclose(np.load(trained / "risk.npz")[when], leep, atol=1e-6)
+    found = pd.read_csv(folder / "condensation.csv").set_index(["risk", "split", "network"])
+    assert len(found) == 2 * 2 * 3
+    patients = rows.loc[("weight (eq. 5)", "test")].dropna().set_index("patient", append=True)["top"].unstack("when")
+    row = found.loc[("weight (eq. 5)", "test", "risk_map")]
+    assert row["patients"] == len(patients) == 3
+    assert row["top"] == pytest.approx(patients["after"].mean(), rel=1e-4)
+    assert row["top_change"] == pytest.approx((patients["after"] - patients["before"]).mean(), abs=1e-5)
+    assert row["top_change_low"] <= row["top_change"] <= row["top_change_high"]
+    assert found.loc[("weight (eq. 5)", "test", "vanilla"), "top_less_vanilla"] == 0
 
 
 def test_a_comparison_looks_at_its_targets_before_it_trains(collection, tmp_path, no_training):

@@ -351,8 +351,8 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
         InputError: the collection is missing or breaks the format.
     """
     overlay, collection = Path(config["bundle_root"]) / "configs" / "pretrain.json", source_collection(config)
-    overrides: dict[str, Any] = {"source": source.task, "target_task": source.task, "seed": seed}
-    overrides |= {"collection": collection}
+    overrides: dict[str, Any] = dict(config.get("pretraining", {}))  # win over pretrain.json
+    overrides |= {"source": source.task, "target_task": source.task, "seed": seed, "collection": collection}
     also = {"source_collection": collection, "check_data": True, "trust_sources": False, "clean": None}
     overrides |= {name: value for name, value in also.items() if name in config}
     if isinstance(source.entry, Mapping) and source.entry.get("network"):

@@ -57,15 +57,17 @@ def arrays(task: TaskVolumes) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 class TestAffinities:
-    def test_seqtran_is_the_mean_over_pairs_of_patients(self, volumes):
+    @pytest.mark.parametrize("form", ["seqtran", "seqtran_multivariate"])
+    def test_seqtran_is_the_mean_over_pairs_of_patients(self, volumes, form):
         a, b = volumes["14-T2-ED"], volumes["17-T2-ED"]
         (images_a, labels_a), (images_b, labels_b) = arrays(a), arrays(b)
-        distance = pairwise_wasserstein(images_a, images_b, standardize=False).mean()
+        how = {"standardize": False, "multivariate": form != "seqtran"}
+        distance = pairwise_wasserstein(images_a, images_b, **how).mean()
         expected = float(task_affinity(distance, pairwise_ssim(labels_a, labels_b).mean()))
-        affinity = SeqTranAffinity()
+        affinity = find_affinity(form)
         affinity(a, a)  # what is kept of one pair is not that of another
         assert affinity(a, b) == pytest.approx(expected, rel=1e-6)
-        assert SeqTranAffinity()(b, a) == pytest.approx(expected, rel=1e-6)
+        assert find_affinity(form)(b, a) == pytest.approx(expected, rel=1e-6)
 
     @pytest.mark.parametrize("affinity", [SeqTranAffinity(alpha=1, beta=0), ContextAffinity()])
     def test_channels_count_by_their_names_or_so_that_the_mean_is_least(self, collection, affinity):
@@ -109,12 +111,12 @@ class TestAffinities:
         assert find_affinity(max) is max
         assert isinstance(find_affinity("context"), ContextAffinity)
         for wrong in ("seqtra", "no.such.function", "math.pi"):
-            with pytest.raises(InputError, match=r"expected seqtran or context, an affinity_weights.json"):
+            with pytest.raises(InputError, match=r"or context, an affinity_weights.json"):
                 find_affinity(wrong)
 
     def test_fitted_weights_are_an_affinity(self, volumes, tmp_path):
         file = tmp_path / "affinity_weights.json"
-        file.write_text(json.dumps({"alpha": 0.0, "beta": 0.25, "standardize": False, "transfers": 12}))
+        file.write_text(json.dumps({"alpha": 0.0, "beta": 0.25, "standardize": False, "multivariate": False}))
         a, b = volumes["14-T2-ED"], volumes["17-T2-ED"]
         found = find_affinity(str(file))
         assert found(a, b) == pytest.approx(0.25 * (1 - found.similarity(a, b)))
@@ -122,13 +124,15 @@ class TestAffinities:
         with pytest.raises(InputError, match=r"holds no weights .*No such file.* give the affinity_weights\.json"):
             find_affinity(str(tmp_path / "other.json"))
         for alpha, beta in ((None, 1), (-1, 1), (0, 0)):
-            file.write_text(json.dumps({"alpha": alpha, "beta": beta, "standardize": False}))
+            file.write_text(json.dumps({"alpha": alpha, "beta": beta, "standardize": False, "multivariate": False}))
             with pytest.raises(InputError, match="holds no weights of an affinity"):
                 find_affinity(str(file))
 
     def test_equal_affinities_have_equal_names(self):
         assert affinity_name(SeqTranAffinity()) == affinity_name("seqtran") == "seqtran"
         assert affinity_name(SeqTranAffinity(alpha=1, standardize=True)) == "seqtran_1_2.4756_standardized"
+        multivariate = SeqTranAffinity(multivariate=True)
+        assert affinity_name(multivariate) == affinity_name("seqtran_multivariate") == "seqtran_multivariate"
         assert affinity_name(ContextAffinity()) == affinity_name("context") == "context"
         assert affinity_name("operator.sub") == "operator.sub"
         assert affinity_name(max) == "max"

@@ -7,7 +7,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +101,23 @@ class SeqTranAffinity:
 
     Args:
         alpha, beta: the published pair, or one of `medtl_ext.affinity.fit_affinity_weights`.
-        standardize: see `medtl_ext.affinity.pairwise_wasserstein`; the published weights are for raw intensities.
+        standardize, multivariate: see `medtl_ext.affinity.image_quantiles`; the published weights are for raw
+            intensities.
     """
 
-    def __init__(self, *, alpha: float = ALPHA, beta: float = BETA, standardize: bool = False) -> None:
-        self.alpha, self.beta, self.standardize = alpha, beta, standardize
+    def __init__(
+        self, *, alpha: float = ALPHA, beta: float = BETA, standardize: bool = False, multivariate: bool = False
+    ) -> None:
+        self.alpha, self.beta = alpha, beta
+        self.images = {"standardize": standardize, "multivariate": multivariate}
         self._kept: dict[Any, Any] = {}  # what was read of images and of labels, and what was found for a pair of them
 
     @property
     def name(self) -> str:
-        """``seqtran``, with the weights where they are not the published ones."""
+        """``seqtran``, with the weights where they are not the published ones, and how images are compared."""
         weights = "" if (self.alpha, self.beta) == (ALPHA, BETA) else f"_{self.alpha:g}_{self.beta:g}"
-        return f"seqtran{weights}{'_standardized' if self.standardize else ''}"
+        multivariate, standardized = (self.images[name] for name in ("multivariate", "standardize"))
+        return f"seqtran{'_multivariate' * multivariate}{weights}{'_standardized' * standardized}"
 
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
         weights = {"alpha": self.alpha, "beta": self.beta}
@@ -134,8 +139,8 @@ class SeqTranAffinity:
         return self._once(pair, lambda: float(measures.pairwise_ssim(*map(self._labels, (a, b))).mean()))
 
     def _quantiles(self, task: TaskVolumes, channel: int) -> torch.Tensor:
-        how = {"standardize": self.standardize}
-        return self._once(task.image_files(channel), lambda: measures.image_quantiles(task.images(channel), **how))
+        files = task.image_files(channel)
+        return self._once(files, lambda: measures.image_quantiles(task.images(channel), **self.images))
 
     def _labels(self, task: TaskVolumes) -> Iterator[np.ndarray]:
         """One bit a voxel stays in memory: some 70 MB for 60 volumes of 240 x 240 x 155."""
@@ -182,15 +187,19 @@ def affinity_name(affinity: str | Affinity) -> str:
     return str(getattr(found, "name", own))
 
 
-AFFINITIES: dict[str, Callable[[], Affinity]] = {"seqtran": SeqTranAffinity, "context": ContextAffinity}
+AFFINITIES: dict[str, Callable[[], Affinity]] = {
+    "seqtran": SeqTranAffinity,
+    "seqtran_multivariate": partial(SeqTranAffinity, multivariate=True),
+    "context": ContextAffinity,
+}
 
 
 def find_affinity(affinity: str | Affinity) -> Affinity:
     """The affinity of a name, of a file of fitted weights, of a function's import path, or the function itself.
 
     Args:
-        affinity: "seqtran", "context", an ``affinity_weights.json`` of `fit_weights`, or any function of two
-            `TaskVolumes`, such as ``"my_package.nearness"``.
+        affinity: "seqtran", "seqtran_multivariate", "context", an ``affinity_weights.json`` of `fit_weights`, or any
+            function of two `TaskVolumes`, such as ``"my_package.nearness"``.
 
     Raises:
         InputError: neither a known name, nor a file with weights, nor a function that can be imported.
@@ -217,7 +226,8 @@ def _of_fitted_weights(path: Path) -> SeqTranAffinity:
         alpha, beta = float(content["alpha"]), float(content["beta"])
         if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
             raise ValueError(f"alpha {alpha}, beta {beta}")
-        return SeqTranAffinity(alpha=alpha, beta=beta, standardize=bool(content["standardize"]))
+        images = {name: bool(content[name]) for name in ("standardize", "multivariate")}
+        return SeqTranAffinity(alpha=alpha, beta=beta, **images)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json"
         raise InputError(f"{path} {what}.") from error

@@ -309,13 +309,14 @@ class FitWeights(Study):
     Args:
         transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
         targets, sources: tasks, where ``transfers`` is None.
-        standardize: see `SeqTranAffinity`.
+        standardize, multivariate: see `SeqTranAffinity`.
     """
 
     transfers: str | None
     targets: Sequence[str]
     sources: Sequence[str]
     standardize: bool
+    multivariate: bool
     table: pd.DataFrame = field(init=False)
 
     def check(self) -> dict[str, Any]:
@@ -331,7 +332,8 @@ class FitWeights(Study):
 
     @cached_property
     def pool(self) -> SourceGraph:
-        return SourceGraph(here=self.here, sources=self.sources, affinity=SeqTranAffinity(standardize=self.standardize))
+        affinity = SeqTranAffinity(standardize=self.standardize, multivariate=self.multivariate)
+        return SourceGraph(here=self.here, sources=self.sources, affinity=affinity)
 
     def arms(self) -> Arms:
         config = self.here.config
@@ -358,7 +360,7 @@ class FitWeights(Study):
         pairs = [(sources[a], targets[b]) for a, b in found[PAIR].itertuples(index=False)]
         found["distance"] = [self.pool.cost.distance(*pair) for pair in pairs]
         found["similarity"] = [self.pool.cost.similarity(*pair) for pair in pairs]
-        content = fit_to_transfers(found) | {"standardize": self.standardize}
+        content = fit_to_transfers(found) | self.pool.cost.images
         write_csv(folder / "transfers.csv", found)
         weights = folder / "affinity_weights.json"
         write_json(weights, content)

@@ -1,5 +1,6 @@
 """The parts of sequential_transfer: affinities of tasks, plans, arms, weights, and what a study says of its numbers."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -21,7 +22,13 @@ from medtl_ext.affinity import pairwise_context, pairwise_ssim, pairwise_wassers
 from medtl_ext.graph import task_graph
 from medtl_ext.ranking import paired_comparison
 from medtl_ext.sequential_transfer import PlanPath, SourceGraph, TaskVolumes, affinity_name
-from medtl_ext.sequential_transfer.affinities import ContextAffinity, SeqTranAffinity, affinity_costs, find_affinity
+from medtl_ext.sequential_transfer.affinities import (
+    ContextAffinity,
+    SeqTranAffinity,
+    affinity_costs,
+    find_affinity,
+    redrawn,
+)
 from medtl_ext.sequential_transfer.chain import Chains, arms_of, second_step_text, steps_of
 from medtl_ext.sequential_transfer.plan import task_volumes
 from medtl_ext.sequential_transfer.study import differences, fit_text, fit_to_transfers, gains, study_text
@@ -218,6 +225,49 @@ class TestPlans:
         seen = {task.name: task for pair in pairs for task in pair}
         assert list(seen["17-T2-ED"].image_files()) == [item["image"] for item in plan.target.datalist("train")]
         assert {(len(seen[task].items), seen[task].size) for task in TASKS} == {(1, 4)}
+
+    def test_a_plan_says_how_often_it_is_chosen_again(self, graph):
+        """Four tasks in a ring of equal costs: which edges part them is by name, or by chance; and so is the path."""
+        made = graph(affinity=lambda a, b: 1.0, n_clusters=2)
+        assert len(made.clusterings) == 100
+        assert max(made.kept) < 1
+        assert "Ties between edges decide: broken at random, not by name" in made.text
+        plan = self.plan(made)
+        best = plan.survival.loc["path", "ties"]
+        assert best.sum() == pytest.approx(1)
+        chosen = best.get(" -> ".join(plan.path), 0.0)
+        assert f"The best is chosen again in {chosen:.0%} of random ways to break ties between edges" in plan.text
+        assert "draws of the patients" not in plan.text  # of which such an affinity says nothing
+        assert graph(affinity=near_to(1.2)).kept == [1.0]
+
+    def test_patients_are_drawn_anew(self, graph):
+        class Crossed:
+            """Near for the first patients of both tasks, as far as it gets for the others."""
+
+            def __call__(self, a, b):
+                return float(self.pairs(a, b).mean())
+
+            def pairs(self, a, b):
+                firsts = np.add.outer(np.arange(len(a.items)), np.arange(len(b.items)))
+                return firsts * (1.0 + TASKS.index(a.name) * 0.1)
+
+        plan = self.plan(graph(affinity=Crossed()))
+        drawn = plan.survival["patients"]
+        assert drawn["path"].sum() == pytest.approx(1) == drawn["single"].sum()
+        assert drawn["path", " -> ".join(plan.path)] > 0.9
+        assert drawn["single", plan.single] == 1
+        assert "of draws of the patients. Nearest" in plan.text
+
+    def test_a_draw_keeps_the_mean_and_counts_nobody_twice_against_himself(self):
+        tasks = [TaskVolumes(name, tuple((("i",), str(n)) for n in range(4)), ((1,),), 4) for name in TASKS]
+        away = dataclasses.replace(tasks[0], name="17-T2-ED")
+        costs = np.random.default_rng(0).uniform(size=(4, 4))
+        for one, other in ((tasks[0], tasks[1]), (tasks[0], away)):
+            drawn = [redrawn(costs, one, other, draw) for draw in range(4000)]
+            assert np.mean(drawn) == pytest.approx(costs.mean(), abs=0.01)
+            assert np.std(drawn) > 0.01
+        apart = 1 - np.eye(4)
+        assert [redrawn(apart, *tasks[:2], draw) for draw in range(5)] == pytest.approx([0.75] * 5)
 
     def test_an_unreachable_target_is_refused(self, graph):
         with pytest.raises(InputError, match="no source shares modality or objective with the target 17-T2-ED"):

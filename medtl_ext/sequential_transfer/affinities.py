@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pkgutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import LoadImaged, Orientationd
+from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
@@ -27,7 +29,11 @@ from medtl_ext.transforms import SelectLabelsd
 ALPHA, BETA = measures.PUBLISHED_WEIGHTS
 
 Affinity = Callable[["TaskVolumes", "TaskVolumes"], float]
-"""Cost between two tasks, >= 0, lower is nearer, the same in either order."""
+"""Cost between two tasks, >= 0, lower is nearer, the same in either order.
+
+One that is the mean over pairs of patients may say what it is of each pair, in a method ``pairs(a, b)``: patients are
+then drawn anew, to see how firm a plan is.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,39 @@ class TaskVolumes:
 Tasks = Sequence[TaskVolumes]
 
 
-def mean_over_channels(a: TaskVolumes, b: TaskVolumes, cost: Callable[[int, int], float]) -> float:
-    """The mean cost of channels of two tasks: those of one name or, where the names differ, so that it is least."""
+def mean_over_channels(a: TaskVolumes, b: TaskVolumes, cost: Callable[[int, int], ArrayLike]) -> np.ndarray:
+    """The mean cost of channels of two tasks: those of one name or, where the names differ, so that it is least.
+
+    Where the costs of channels are matrices, patients x patients, so is their mean.
+    """
     if set(a.channels) == set(b.channels):
         pairs = [(place, b.channels.index(channel)) for place, channel in enumerate(a.channels)]
-        return float(np.mean([cost(*pair) for pair in pairs]))
+        return np.mean([cost(*pair) for pair in pairs], axis=0)
     costs = np.array([[cost(i, j) for j in range(len(b.channels))] for i in range(len(a.channels))])
-    return float(costs[linear_sum_assignment(costs)].mean())
+    means = costs.reshape(*costs.shape[:2], -1).mean(axis=2)
+    return costs[linear_sum_assignment(means)].mean(axis=0)
+
+
+def redrawn(costs: np.ndarray, a: TaskVolumes, b: TaskVolumes, draw: int) -> float:
+    """The mean of patients x patients costs in a draw of the Bayesian bootstrap, in which each counts more or less.
+
+    All tasks of an institution that show as many patients show the same, who count alike. One is compared with himself
+    as often as without a draw: that costs next to nothing, and more of it would look like nearness.
+
+    Reference: Rubin, *The Bayesian bootstrap*, Annals of Statistics 1981.
+    """
+    rows, columns = (_shares(task, draw) for task in (a, b))
+    weights = np.outer(rows, columns)
+    if len(rows) > 1 and np.array_equal(rows, columns):
+        np.fill_diagonal(weights, 0)
+        weights *= (1 - 1 / len(rows)) / weights.sum()
+        np.fill_diagonal(weights, rows / len(rows))
+    return float((weights * costs).sum())
+
+
+def _shares(task: TaskVolumes, draw: int) -> np.ndarray:
+    institution = zlib.crc32(Task(task.name).institution.encode())
+    return np.random.default_rng([draw, institution]).dirichlet(np.ones(len(task.items)))
 
 
 class SeqTranAffinity:
@@ -120,23 +152,30 @@ class SeqTranAffinity:
         return f"seqtran{'_multivariate' * multivariate}{weights}{'_standardized' * standardized}"
 
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
+        return float(self.pairs(a, b).mean())
+
+    def pairs(self, a: TaskVolumes, b: TaskVolumes) -> np.ndarray:
+        """The cost between every patient of one task and every one of the other, whose mean is the tasks'."""
         weights = {"alpha": self.alpha, "beta": self.beta}
-        return float(measures.task_affinity(self.distance(a, b), self.similarity(a, b), **weights))
+        return measures.task_affinity(self._distances(a, b), self._similarities(a, b), **weights).numpy()
 
     def distance(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean Wasserstein distance of images, channel by channel; see `mean_over_channels`."""
-
-        def cost(i: int, j: int) -> float:
-            pair = frozenset((a.image_files(i), b.image_files(j)))
-            distances = measures.quantile_distance
-            return self._once(pair, lambda: float(distances(self._quantiles(a, i), self._quantiles(b, j)).mean()))
-
-        return mean_over_channels(a, b, cost)
+        return float(self._distances(a, b).mean())
 
     def similarity(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean structural similarity of labels."""
-        pair = frozenset((a.regions, b.regions))
-        return self._once(pair, lambda: float(measures.pairwise_ssim(*map(self._labels, (a, b))).mean()))
+        return float(self._similarities(a, b).mean())
+
+    def _distances(self, a: TaskVolumes, b: TaskVolumes) -> np.ndarray:
+        def between(i: int, j: int) -> np.ndarray:
+            distances = partial(measures.quantile_distance, self._quantiles(a, i), self._quantiles(b, j))
+            return self._of_pair(a.image_files(i), b.image_files(j), distances)
+
+        return mean_over_channels(a, b, between)
+
+    def _similarities(self, a: TaskVolumes, b: TaskVolumes) -> np.ndarray:
+        return self._of_pair(a.regions, b.regions, lambda: measures.pairwise_ssim(*map(self._labels, (a, b))))
 
     def _quantiles(self, task: TaskVolumes, channel: int) -> torch.Tensor:
         files = task.image_files(channel)
@@ -147,6 +186,11 @@ class SeqTranAffinity:
         packed = self._once(task.regions, lambda: [(tuple(one.shape), np.packbits(one)) for one in task.labels()])
         for shape, bits in packed:
             yield np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
+
+    def _of_pair(self, a: Any, b: Any, find: Callable[[], torch.Tensor]) -> np.ndarray:
+        if (b, a) in self._kept:
+            return self._kept[b, a].T
+        return self._once((a, b), lambda: find().numpy())
 
     def _once(self, what: Any, find: Callable[[], Any]) -> Any:
         if what not in self._kept:
@@ -169,7 +213,7 @@ class ContextAffinity:
         def cost(i: int, j: int) -> float:
             return float(measures.pairwise_context([self._context(a, i)], [self._context(b, j)]))
 
-        return mean_over_channels(a, b, cost)
+        return float(mean_over_channels(a, b, cost))
 
 
 def _context(task: TaskVolumes, channel: int) -> measures.TaskContext:

@@ -166,7 +166,7 @@ class SourceGraph:
     def represented(self, graph: nx.Graph, clusters: Sequence[Iterable[str]]) -> list[str]:
         return graphs.cluster_representatives(graph, clusters, rule=self.here.config["representative_rule"])
 
-    def redrawn(self, target: TaskVolumes) -> Iterator[tuple[nx.Graph, dict[str, float]]]:
+    def draws(self, target: TaskVolumes) -> Iterator[tuple[nx.Graph, dict[str, float]]]:
         """The graph and the costs to a target with the patients drawn anew, again and again.
 
         Costs between sources are those of the graph where that was made before.
@@ -319,7 +319,7 @@ class PlanPath:
         chosen = {"ties": pd.Series(Counter(cut)) / len(cut)}
         if hasattr(self.graph.cost, "pairs"):
             drawn = []
-            for seed, (graph, costs) in enumerate(self.graph.redrawn(task_volumes(self.target))):
+            for seed, (graph, costs) in enumerate(self.graph.draws(task_volumes(self.target))):
                 clusters = graphs.girvan_newman_clusters(graph, **self.graph.how, rng=np.random.default_rng(seed))
                 drawn += [self._best(graph, costs, clusters), ("single", _nearest(costs))]
             chosen["patients"] = pd.Series(Counter(drawn)) / DRAWS
@@ -341,8 +341,8 @@ class PlanPath:
         said = [f"{what}: {' -> '.join((*path.tasks, name))}, cost {path.cost:.3f}." for what, path in best]
         return (
             f"{' '.join(said) or f'For {name} {self.no_path}'} {self._firm()}Nearest single source: {self.single}, "
-            f"cost {self.costs[self.single]:.3f}. Costs rank paths among themselves and single sources among themselves; "
-            "whether a second step pays is settled by training."
+            f"cost {self.costs[self.single]:.3f}. Costs rank paths among themselves and single sources among "
+            "themselves; whether a second step pays is settled by training."
         )
 
     def _firm(self) -> str:

@@ -154,11 +154,11 @@ def test_the_regime_of_the_paper_is_one_config(options, in_this_process, tmp_pat
     assert targets == {"ED": 4, "ET": 4, "NCR": 4, "WM": 2, "GM": 2, "CSF": 2, "WMH": 3}
 
     folder = Path(options.pop("output_dir"))
-    small = dict(SEQUENTIAL.tiny) | options | {"roi_size": [32, 32, 16], "batch_size": 1, "figures": False}
-    small |= {"source_dir": str(tmp_path / "pool"), "network_def#filters": [2, 4, 4, 4, 4]}
+    small = dict(SEQUENTIAL.tiny) | options | {"roi_size": [32, 32, 16], "batch_size": 1, "score_space": "training"}
+    small |= {"source_dir": str(tmp_path / "pool"), "network_def#filters": [8] * 5}
     small = {f"settings#{name}": small[name] for name in small.keys() - {"sources", "target_task", "affinity"}}
     del small["settings#network_def#features"]
-    asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": SOURCES, "draws": 2, "output_dir": str(folder)}
+    asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": SOURCES[:2], "draws": 1, "output_dir": str(folder)}
     run("paper_study", base="study", **asked, **small)
     table = pd.read_csv(folder / "study.csv")
     assert table["arm"].str.contains(r" \+ ").sum() == 2  # joint training of the path's two tasks

@@ -299,7 +299,8 @@ def ideal_modality(best: pd.DataFrame) -> list[str | pd.DataFrame]:
     found = best.assign(modality=[task.modality for task in tasks], gain=best["path"] - best["single"])
     found["objective"] = [f"{task.institution}, {task.objective}" for task in tasks]
     singles = found.groupby("objective")["single"]
-    found = found[singles.transform("size") > 1].assign(ideal=found["single"] == singles.transform("max"))
+    found["ideal"] = found["single"] == singles.transform("max")
+    found = found[singles.transform("size") > 1]
     if found.empty:
         return []
     kinds = {"the ideal modality": found.loc[found["ideal"], "gain"], "another": found.loc[~found["ideal"], "gain"]}

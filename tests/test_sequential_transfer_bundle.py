@@ -158,8 +158,9 @@ def test_the_regime_of_the_paper_is_one_config(options, in_this_process, tmp_pat
     small |= {"source_dir": str(tmp_path / "pool"), "network_def#filters": [8] * 5}
     small = {f"settings#{name}": small[name] for name in small.keys() - {"sources", "target_task", "affinity"}}
     del small["settings#network_def#features"]
-    asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": SOURCES[:2], "draws": 1, "output_dir": str(folder)}
-    run("paper_study", base="study", **asked, **small)
+    asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": SOURCES, "draws": 1, "output_dir": str(folder)}
+    study = run("paper_study", base="study", **asked, **small).parser.get_parsed_content("study")
+    assert [set(plan["seqtran"].graph.graph) for plan in study.plans.values()] == [set(SOURCES)] * 2  # joined or not
     table = pd.read_csv(folder / "study.csv")
     assert table["arm"].str.contains(r" \+ ").sum() == 2  # joint training of the path's two tasks
     assert np.isfinite(table[["dice", "iou"]]).all(axis=None)

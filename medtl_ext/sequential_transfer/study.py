@@ -64,7 +64,8 @@ class StudyPaths(Study):
     ``choices.csv`` and ``study.md``.
 
     Args:
-        targets, sources: tasks; sources that share neither modality nor objective with a target are left out for it.
+        targets, sources: tasks; sources that share neither modality nor objective with a target are trained for others
+            only, but are in the graph of all.
         seeds: the repetitions: of the pool's training, the draw of patients and the fine-tuning.
         affinities: names or import paths.
         draws: "at random" is the mean of so many single sources, and of so many paths, and no other path is trained but
@@ -95,11 +96,14 @@ class StudyPaths(Study):
             )
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
         chains = {key: chains_to(self, *key) for key in product(self.targets, self.seeds)}
+        graphs: dict[tuple, SourceGraph] = {}  # one serves all targets
         for (target, seed), of in chains.items():
-            graph = {"here": of.here, "sources": joined_to(target, self.sources)}
+            joined_to(target, self.sources)  # raises where there is none
+            others = tuple(source for source in self.sources if source != target)
+            made = {name: SourceGraph(here=of.here, sources=others, affinity=cost) for name, cost in found.items()}
             self.plans[target, seed] = {
-                name: PlanPath(graph=SourceGraph(affinity=affinity, **graph), target=of.target)
-                for name, affinity in found.items()
+                name: PlanPath(graph=graphs.setdefault((name, seed, others), graph), target=of.target)
+                for name, graph in made.items()
             }
             self.plans[target, seed][self.affinities[0]].check()
         return [

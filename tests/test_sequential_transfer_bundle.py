@@ -162,7 +162,7 @@ def test_the_regime_of_the_paper_is_one_config(options, in_this_process, tmp_pat
     study = run("paper_study", base="study", **asked, **small).parser.get_parsed_content("study")
     assert [set(plan["seqtran"].graph.graph) for plan in study.plans.values()] == [set(SOURCES)] * 2  # joined or not
     table = pd.read_csv(folder / "study.csv")
-    assert table["arm"].str.contains(r" \+ ").sum() == 2  # joint training of the path's two tasks
+    assert table["arm"].str.contains(r" \+ ").any()  # joint training of a path's two tasks
     assert np.isfinite(table[["dice", "iou"]]).all(axis=None)
     assert "the decoder alone trained at every step" in (folder / "study.md").read_text()
     assert "Which modality is ideal for an objective?" in (folder / "study.md").read_text()

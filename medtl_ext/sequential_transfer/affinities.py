@@ -270,7 +270,8 @@ def _of_fitted_weights(path: Path) -> SeqTranAffinity:
         alpha, beta = float(content["alpha"]), float(content["beta"])
         if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
             raise ValueError(f"alpha {alpha}, beta {beta}")
-        images = {name: bool(content[name]) for name in ("standardize", "multivariate")}
+        # Files of before there were two forms of eq. 2 do not name theirs.
+        images = {"standardize": bool(content["standardize"]), "multivariate": bool(content.get("multivariate"))}
         return SeqTranAffinity(alpha=alpha, beta=beta, **images)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json"

@@ -3,7 +3,7 @@ r"""Task graph, its clusters, and the best path of sources to a target task (Seq
 A node is a task ``institution-modality-objective`` with the number of its labelled samples, an edge joins two tasks
 that share the modality or the objective, and its weight is a cost such as `medtl_ext.affinity.task_affinity` gives:
 >= 0, lower is nearer. Graphs are `networkx.Graph`, never changed here, and every result is the same in every run: ties
-are broken by name.
+are broken by name, unless they are asked to be broken at random.
 
 Reference: Yang et al., *Selecting the Best Sequential Transfer Path for Medical Image Segmentation with Limited Labeled
 Data*.
@@ -34,6 +34,7 @@ __all__ = [
     "optimal_transfer_path",
     "read_task_graph",
     "task_graph",
+    "tied_clusterings",
     "write_task_graph",
 ]
 
@@ -103,7 +104,9 @@ def task_graph(tasks: Sequence[str], costs: ArrayLike, *, sizes: Mapping[str, in
     return graph
 
 
-def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | None = "weight") -> list[set[Hashable]]:
+def girvan_newman_clusters(
+    graph: nx.Graph, n_clusters: int, *, weight: str | None = "weight", rng: np.random.Generator | None = None
+) -> list[set[Hashable]]:
     """Clusters that are left when the edges most shortest paths run through are removed, one after the other.
 
     Removes the edge of highest betweenness, counts betweenness again, and so on, until the graph has fallen into
@@ -115,9 +118,11 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
             more from the start.
         weight: the edges' attribute that is a distance, >= 0; None counts edges, as SeqTran's code does. A weight
             below a millionth of the largest, such as 0, counts as that.
+        rng: breaks ties between edges at random; None: by name. Edges tie often, also where no two weights are equal,
+            for betweenness counts paths: see `tied_clusterings`.
 
     Returns:
-        The clusters, the largest first, those of one size by name. Ties between edges are broken by name.
+        The clusters, the largest first, those of one size by name.
 
     Raises:
         InputError: no undirected simple graph, ``n_clusters`` out of range, a weight that is missing, negative or NaN.
@@ -128,22 +133,51 @@ def girvan_newman_clusters(graph: nx.Graph, n_clusters: int, *, weight: str | No
 
     Reference: Girvan and Newman, PNAS 2002; the weighted shortest paths are Brandes', 2008.
     """
+    return _clustered(graph, n_clusters, weight, rng)[0]
+
+
+def tied_clusterings(
+    graph: nx.Graph, n_clusters: int, *, weight: str | None = "weight", draws: int = 100
+) -> list[list[set[Hashable]]]:
+    """What `girvan_newman_clusters` gives with ties between edges broken at random, so many times.
+
+    Args:
+        graph, n_clusters, weight: as there.
+        draws: each with a seed of its own, from 0.
+
+    Returns:
+        The clusters of every draw, or the only ones, once, where no two edges ever tie.
+
+    >>> [len(tied_clusterings(graph, 2, weight=None)) for graph in (nx.cycle_graph(4), nx.barbell_graph(3, 0))]
+    [100, 1]
+    """
+    clusters, tied = _clustered(graph, n_clusters, weight)
+    seeds = range(draws if tied else 0)
+    rngs = map(np.random.default_rng, seeds)
+    return [_clustered(graph, n_clusters, weight, rng)[0] for rng in rngs] or [clusters]
+
+
+def _clustered(
+    graph: nx.Graph, n_clusters: int, weight: str | None, rng: np.random.Generator | None = None
+) -> tuple[list[set[Hashable]], bool]:
+    """The clusters, and whether two edges tied for the highest betweenness on the way there."""
     _check_graph(graph, weight)
     require_number("n_clusters", n_clusters, 1, len(graph), whole=True)
-    names = sorted(graph, key=str)
+    names, tied = sorted(graph, key=str), False
     lengths = nx.to_numpy_array(graph, nodelist=names, weight=weight, nonedge=np.inf)
     longest = lengths[np.isfinite(lengths)].max(initial=0.0) or 1.0
     lengths = np.maximum(lengths / longest, LEAST)
     flow = _flow(lengths, np.arange(len(names)))
     while (found := connected_components(np.isfinite(lengths), directed=False))[0] < n_clusters:
-        betweenness = flow.sum(axis=0)
-        first = (betweenness >= betweenness.max() * (1 - TIE)).argmax()
-        u, v = np.unravel_index(first, betweenness.shape)
+        betweenness = np.triu(flow.sum(axis=0))  # along an edge as many run in either direction
+        highest = np.argwhere(betweenness >= betweenness.max() * (1 - TIE))
+        tied |= len(highest) > 1
+        u, v = highest[0 if rng is None else rng.integers(len(highest))]
         lengths[u, v] = lengths[v, u] = np.inf
         changed = np.flatnonzero(flow[:, u, v] + flow[:, v, u])  # a few: no other shortest path ran along the edge
         flow[changed] = _flow(lengths, changed)
     parts = [{names[place] for place in np.flatnonzero(found[1] == part)} for part in range(found[0])]
-    return sorted(parts, key=lambda part: (-len(part), min(map(str, part))))
+    return sorted(parts, key=lambda part: (-len(part), min(map(str, part)))), tied
 
 
 def _flow(lengths: np.ndarray, sources: np.ndarray) -> np.ndarray:

@@ -3,12 +3,14 @@
 from itertools import product
 
 import numpy as np
+import ot
 import pytest
 import torch
 from drawing import numpy_generator
 from monai.data import MetaTensor
-from scipy import stats
+from scipy import optimize, stats
 from scipy.ndimage import binary_erosion
+from scipy.spatial.distance import cdist
 from skimage.measure import regionprops
 from skimage.metrics import structural_similarity
 from skimage.transform import resize
@@ -232,20 +234,25 @@ class TestMeanLabelDice:
             assert mean_label_dice([empty], [empty, empty]) == 1
 
 
-def reference_distances(a, b, size, variance, standardize):
+def reference_scores(image, size, variance, standardize):
     """SeqTran's steps by the libraries, one after the other."""
+    image = np.array(image, dtype=float)
+    if standardize:
+        image[image != 0] = stats.zscore(image[image != 0])
+    rows = resize(image, (size,) * image.ndim, order=1).reshape(-1, size)
+    loadings = PCA(variance, svd_solver="full").fit(rows).components_
+    signs = [np.sign(max(loading, key=abs)) for loading in loadings]
+    return (rows - rows.mean(0)) @ loadings.T * signs
 
-    def scores(image):
-        image = np.array(image, dtype=float)
-        if standardize:
-            image[image != 0] = stats.zscore(image[image != 0])
-        rows = resize(image, (size,) * image.ndim, order=1).reshape(-1, size)
-        loadings = PCA(variance, svd_solver="full").fit(rows).components_
-        signs = [np.sign(max(loading, key=abs)) for loading in loadings]
-        return ((rows - rows.mean(0)) @ loadings.T * signs).ravel()
 
-    a, b = ([scores(image) for image in images] for images in (a, b))
+def reference_distances(a, b, *how):
+    a, b = ([reference_scores(image, *how).ravel() for image in images] for images in (a, b))
     return np.array([[stats.wasserstein_distance(x, y) for y in b] for x in a])
+
+
+def padded(*clouds):
+    most = max(cloud.shape[1] for cloud in clouds)
+    return [np.pad(cloud, [(0, 0), (0, most - cloud.shape[1])]) for cloud in clouds]
 
 
 class TestWasserstein:
@@ -301,6 +308,46 @@ class TestWasserstein:
             value = pairwise_wasserstein([np.full((10, 9, 8), level)], images, size=8, standardize=standardize)
         expected = image_quantiles(images, size=8, standardize=standardize).abs().mean()
         np.testing.assert_allclose(value.item(), expected.item())
+
+
+class TestMultivariateWasserstein:
+    """Equation 2 as printed."""
+
+    @pytest.mark.parametrize("standardize", [True, False])
+    def test_is_that_of_the_best_pairing_of_points(self, rng, standardize):
+        a, b = list(rng.gamma(1.0, size=(2, 20, 26, 9))), [rng.gamma(2.0, size=(12, 9, 17)), np.zeros((5, 5, 5))]
+        how = {"size": 12, "variance": 0.6, "standardize": standardize, "multivariate": True}
+        with pytest.warns(UserWarning, match="no contrast"):
+            found = pairwise_wasserstein(a, b, **how)
+        for place, image in enumerate(a):
+            x, y = padded(*(reference_scores(one, 12, 0.6, standardize) for one in (image, b[0])))
+            assert x.shape[1] > 1
+            pairs = cdist(x, y)
+            assert found[place, 0].item() == pytest.approx(pairs[optimize.linear_sum_assignment(pairs)].mean())
+            assert found[place, 1].item() == pytest.approx(np.linalg.norm(x, axis=1).mean())
+        assert (pairwise_wasserstein(a, a, **how).diagonal() == 0).all()
+
+    def test_of_many_points_it_is_sliced(self, rng):
+        """By POT, along directions as many as it likes; and exactly what all mass moving along rays gives."""
+        a, b = (images_of(rng, 1, (50, 55, 40), background=False)[0] for _ in range(2))
+        found = pairwise_wasserstein([a], [b, 2 * a], size=50, standardize=False, multivariate=True)[0]
+        x, y = padded(*(reference_scores(one, 50, 0.75, False) for one in (a, b)))
+        theta = np.random.default_rng(0).normal(size=(x.shape[1], 4000))
+        theta /= np.linalg.norm(theta, axis=0)
+        sliced = ot.sliced_wasserstein_distance(x, y, projections=theta, p=1) / np.abs(theta).mean()
+        assert found[0].item() == pytest.approx(sliced, rel=0.1)
+        assert found[1].item() == pytest.approx(np.linalg.norm(x, axis=1).mean(), rel=0.05)
+
+    def test_the_two_forms_order_pairs_the_other_way_round(self):
+        """A second component with the histogram of the first changes no pooled score, but moves every point."""
+        first, second = np.where(np.indices((8, 8)) % 2, 1.0, -1.0)
+        one, two, fainter = np.zeros((3, 8, 8, 8))
+        one[..., 0], fainter[..., 0] = first, 0.5 * first
+        two[..., 0], two[..., 1] = 1.0001 * first, second
+        how = {"size": 8, "standardize": False}
+        pooled, points = (pairwise_wasserstein([one], [two, fainter], multivariate=m, **how)[0] for m in (False, True))
+        assert pooled.tolist() == pytest.approx([0, 0.5], abs=1e-3)
+        assert points.tolist() == pytest.approx([1, 0.5], abs=1e-3)
 
 
 class TestTaskAffinity:

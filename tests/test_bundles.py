@@ -264,7 +264,7 @@ def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
 
 
 WRONG = [
-    (SEQUENTIAL, {"affinity": "seqtrann"}, "expected seqtran or context"),
+    (SEQUENTIAL, {"affinity": "seqtrann"}, "expected seqtran or seqtran_multivariate"),
     (SEQUENTIAL, {"sources": []}, "sources is []; give a list"),
     (SEQUENTIAL, {"sources": ["14-T2-ED", "14-T2-ED"]}, "names 14-T2-ED twice"),
     (SEQUENTIAL, {"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),

@@ -19,6 +19,7 @@ from medtl_ext.graph import (
     optimal_transfer_path,
     read_task_graph,
     task_graph,
+    tied_clusterings,
     write_task_graph,
 )
 
@@ -105,6 +106,19 @@ class TestClusters:
         for n_clusters in (2, 3, 4):
             found = girvan_newman_clusters(ring, n_clusters, weight=None)
             assert set(map(frozenset, found)) == brute_force_clusters(ring, n_clusters, None)
+
+    def test_ties_are_broken_at_random_where_that_is_asked(self):
+        """A ring of six is opened anywhere, and falls apart in the middle of what is left."""
+        found = tied_clusterings(nx.cycle_graph(6), 2, weight=None)
+        assert len(found) == 100
+        assert {frozenset(map(frozenset, of)) for of in found} == {
+            frozenset(
+                {frozenset(range(first, first + 3)), frozenset({0, 1, 2, 3, 4, 5} - set(range(first, first + 3)))}
+            )
+            for first in (1, 2, 3)
+        }
+        assert girvan_newman_clusters(nx.cycle_graph(6), 2, weight=None) in found
+        assert tied_clusterings(nx.barbell_graph(4, 0), 2, weight=None) == [[{0, 1, 2, 3}, {4, 5, 6, 7}]]
 
     def test_eighty_four_tasks_in_nine_clusters(self):
         """The size of the paper's graph: a few seconds, where networkx alone would take minutes."""

@@ -2,6 +2,7 @@
 
 import ast
 import shlex
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -134,18 +135,44 @@ def test_two_tasks_together_have_labels_of_their_own(options):
             assert torch.equal(one["label"], other["label"])
 
 
-@pytest.mark.parametrize("overlay", ["risk_map", "paper"])
-def test_overlays_reach_every_step(options, in_this_process, overlay):
-    run(overlay, **options)
+def test_an_overlay_reaches_every_step(options, in_this_process):
+    run("risk_map", **options)
     folder = Path(options["output_dir"])
     stages = [path.parent for path in folder.glob("stages/**/config.json")]
     assert stages
     for path in [*stages, folder / "arms" / "sequential_full"]:
-        if overlay == "risk_map":
-            assert list(path.glob("weight_*.nii.gz")), path
-        else:
-            assert read_json(path / "config.json")["learning_rate"] == 0.01
+        assert list(path.glob("weight_*.nii.gz")), path
     assert not list((folder / "arms" / "scratch").glob("weight_*.nii.gz"))
+
+
+def test_the_regime_of_the_paper_is_one_config(options, in_this_process, tmp_path):
+    """84 sources, 21 targets, 63 patients; and a study of two of them in its network, made tiny, from end to end."""
+    paper, whole = SEQUENTIAL.content("paper"), SEQUENTIAL.workflow("paper_study", base="study").parser
+    assert whole.get("settings") == {name: value for name, value in paper.items() if name != "_desc_"}
+    assert len(set(whole.get_parsed_content("sources"))) == 84
+    targets = Counter(task.rsplit("-", 1)[1] for task in whole.get("targets"))
+    assert targets == {"ED": 4, "ET": 4, "NCR": 4, "WM": 2, "GM": 2, "CSF": 2, "WMH": 3}
+
+    folder = Path(options.pop("output_dir"))
+    small = dict(SEQUENTIAL.tiny) | options | {"roi_size": [32, 32, 16], "batch_size": 1, "score_space": "training"}
+    small |= {"source_dir": str(tmp_path / "pool"), "network_def#filters": [8] * 5}
+    small = {f"settings#{name}": small[name] for name in small.keys() - {"sources", "target_task", "affinity"}}
+    del small["settings#network_def#features"]
+    asked = {"targets": ["17-T2-ED", "17-FLAIR-ED"], "sources": SOURCES, "draws": 1, "output_dir": str(folder)}
+    study = run("paper_study", base="study", **asked, **small).parser.get_parsed_content("study")
+    assert [set(plan["seqtran"].graph.graph) for plan in study.plans.values()] == [set(SOURCES)] * 2  # joined or not
+    table = pd.read_csv(folder / "study.csv")
+    assert table["arm"].str.contains(r" \+ ").any()  # joint training of a path's two tasks
+    assert np.isfinite(table[["dice", "iou"]]).all(axis=None)
+    assert "the decoder alone trained at every step" in (folder / "study.md").read_text()
+    assert "Which modality is ideal for an objective?" in (folder / "study.md").read_text()
+
+    step = read_json(next((folder / "runs" / "17-T2-ED" / "seed0").glob("*>*")) / "config.json")
+    assert (step["learning_rate"], step["lr_scheduler"]["patience"]) == (0.01, 3)
+    before, after = weights(Path(step["source"]["checkpoint"]).parent), weights(Path(step["output_dir"]))
+    same = {name.split(".")[0] for name in after if torch.equal(after[name], before[name])}
+    assert {"input_block", "downsamples", "bottleneck"} <= same
+    assert not {"upsamples", "output_block"} & same
 
 
 def test_three_dimensions(options, in_this_process):

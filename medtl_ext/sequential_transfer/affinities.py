@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import pkgutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import LoadImaged, Orientationd
+from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
@@ -27,7 +29,11 @@ from medtl_ext.transforms import SelectLabelsd
 ALPHA, BETA = measures.PUBLISHED_WEIGHTS
 
 Affinity = Callable[["TaskVolumes", "TaskVolumes"], float]
-"""Cost between two tasks, >= 0, lower is nearer, the same in either order."""
+"""Cost between two tasks, >= 0, lower is nearer, the same in either order.
+
+One that is the mean over pairs of patients may say what it is of each pair, in a method ``pairs(a, b)``: patients are
+then drawn anew, to see how firm a plan is.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,39 @@ class TaskVolumes:
 Tasks = Sequence[TaskVolumes]
 
 
-def mean_over_channels(a: TaskVolumes, b: TaskVolumes, cost: Callable[[int, int], float]) -> float:
-    """The mean cost of channels of two tasks: those of one name or, where the names differ, so that it is least."""
+def mean_over_channels(a: TaskVolumes, b: TaskVolumes, cost: Callable[[int, int], ArrayLike]) -> np.ndarray:
+    """The mean cost of channels of two tasks: those of one name or, where the names differ, so that it is least.
+
+    Where the costs of channels are matrices, patients x patients, so is their mean.
+    """
     if set(a.channels) == set(b.channels):
         pairs = [(place, b.channels.index(channel)) for place, channel in enumerate(a.channels)]
-        return float(np.mean([cost(*pair) for pair in pairs]))
+        return np.mean([cost(*pair) for pair in pairs], axis=0)
     costs = np.array([[cost(i, j) for j in range(len(b.channels))] for i in range(len(a.channels))])
-    return float(costs[linear_sum_assignment(costs)].mean())
+    means = costs.reshape(*costs.shape[:2], -1).mean(axis=2)
+    return costs[linear_sum_assignment(means)].mean(axis=0)
+
+
+def redrawn(costs: np.ndarray, a: TaskVolumes, b: TaskVolumes, draw: int) -> float:
+    """The mean of patients x patients costs in a draw of the Bayesian bootstrap, in which each counts more or less.
+
+    All tasks of an institution that show as many patients show the same, who count alike. One is compared with himself
+    as often as without a draw: that costs next to nothing, and more of it would look like nearness.
+
+    Reference: Rubin, *The Bayesian bootstrap*, Annals of Statistics 1981.
+    """
+    rows, columns = (_shares(task, draw) for task in (a, b))
+    weights = np.outer(rows, columns)
+    if len(rows) > 1 and np.array_equal(rows, columns):
+        np.fill_diagonal(weights, 0)
+        weights *= (1 - 1 / len(rows)) / weights.sum()
+        np.fill_diagonal(weights, rows / len(rows))
+    return float((weights * costs).sum())
+
+
+def _shares(task: TaskVolumes, draw: int) -> np.ndarray:
+    institution = zlib.crc32(Task(task.name).institution.encode())
+    return np.random.default_rng([draw, institution]).dirichlet(np.ones(len(task.items)))
 
 
 class SeqTranAffinity:
@@ -101,47 +133,64 @@ class SeqTranAffinity:
 
     Args:
         alpha, beta: the published pair, or one of `medtl_ext.affinity.fit_affinity_weights`.
-        standardize: see `medtl_ext.affinity.pairwise_wasserstein`; the published weights are for raw intensities.
+        standardize, multivariate: see `medtl_ext.affinity.image_quantiles`; the published weights are for raw
+            intensities.
     """
 
-    def __init__(self, *, alpha: float = ALPHA, beta: float = BETA, standardize: bool = False) -> None:
-        self.alpha, self.beta, self.standardize = alpha, beta, standardize
+    def __init__(
+        self, *, alpha: float = ALPHA, beta: float = BETA, standardize: bool = False, multivariate: bool = False
+    ) -> None:
+        self.alpha, self.beta = alpha, beta
+        self.images = {"standardize": standardize, "multivariate": multivariate}
         self._kept: dict[Any, Any] = {}  # what was read of images and of labels, and what was found for a pair of them
 
     @property
     def name(self) -> str:
-        """``seqtran``, with the weights where they are not the published ones."""
+        """``seqtran``, with the weights where they are not the published ones, and how images are compared."""
         weights = "" if (self.alpha, self.beta) == (ALPHA, BETA) else f"_{self.alpha:g}_{self.beta:g}"
-        return f"seqtran{weights}{'_standardized' if self.standardize else ''}"
+        multivariate, standardized = (self.images[name] for name in ("multivariate", "standardize"))
+        return f"seqtran{'_multivariate' * multivariate}{weights}{'_standardized' * standardized}"
 
     def __call__(self, a: TaskVolumes, b: TaskVolumes) -> float:
+        return float(self.pairs(a, b).mean())
+
+    def pairs(self, a: TaskVolumes, b: TaskVolumes) -> np.ndarray:
+        """The cost between every patient of one task and every one of the other, whose mean is the tasks'."""
         weights = {"alpha": self.alpha, "beta": self.beta}
-        return float(measures.task_affinity(self.distance(a, b), self.similarity(a, b), **weights))
+        return measures.task_affinity(self._distances(a, b), self._similarities(a, b), **weights).numpy()
 
     def distance(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean Wasserstein distance of images, channel by channel; see `mean_over_channels`."""
-
-        def cost(i: int, j: int) -> float:
-            pair = frozenset((a.image_files(i), b.image_files(j)))
-            distances = measures.quantile_distance
-            return self._once(pair, lambda: float(distances(self._quantiles(a, i), self._quantiles(b, j)).mean()))
-
-        return mean_over_channels(a, b, cost)
+        return float(self._distances(a, b).mean())
 
     def similarity(self, a: TaskVolumes, b: TaskVolumes) -> float:
         """Mean structural similarity of labels."""
-        pair = frozenset((a.regions, b.regions))
-        return self._once(pair, lambda: float(measures.pairwise_ssim(*map(self._labels, (a, b))).mean()))
+        return float(self._similarities(a, b).mean())
+
+    def _distances(self, a: TaskVolumes, b: TaskVolumes) -> np.ndarray:
+        def between(i: int, j: int) -> np.ndarray:
+            distances = partial(measures.quantile_distance, self._quantiles(a, i), self._quantiles(b, j))
+            return self._of_pair(a.image_files(i), b.image_files(j), distances)
+
+        return mean_over_channels(a, b, between)
+
+    def _similarities(self, a: TaskVolumes, b: TaskVolumes) -> np.ndarray:
+        return self._of_pair(a.regions, b.regions, lambda: measures.pairwise_ssim(*map(self._labels, (a, b))))
 
     def _quantiles(self, task: TaskVolumes, channel: int) -> torch.Tensor:
-        how = {"standardize": self.standardize}
-        return self._once(task.image_files(channel), lambda: measures.image_quantiles(task.images(channel), **how))
+        files = task.image_files(channel)
+        return self._once(files, lambda: measures.image_quantiles(task.images(channel), **self.images))
 
     def _labels(self, task: TaskVolumes) -> Iterator[np.ndarray]:
         """One bit a voxel stays in memory: some 70 MB for 60 volumes of 240 x 240 x 155."""
         packed = self._once(task.regions, lambda: [(tuple(one.shape), np.packbits(one)) for one in task.labels()])
         for shape, bits in packed:
             yield np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
+
+    def _of_pair(self, a: Any, b: Any, find: Callable[[], torch.Tensor]) -> np.ndarray:
+        if (b, a) in self._kept:
+            return self._kept[b, a].T
+        return self._once((a, b), lambda: find().numpy())
 
     def _once(self, what: Any, find: Callable[[], Any]) -> Any:
         if what not in self._kept:
@@ -164,7 +213,7 @@ class ContextAffinity:
         def cost(i: int, j: int) -> float:
             return float(measures.pairwise_context([self._context(a, i)], [self._context(b, j)]))
 
-        return mean_over_channels(a, b, cost)
+        return float(mean_over_channels(a, b, cost))
 
 
 def _context(task: TaskVolumes, channel: int) -> measures.TaskContext:
@@ -182,15 +231,19 @@ def affinity_name(affinity: str | Affinity) -> str:
     return str(getattr(found, "name", own))
 
 
-AFFINITIES: dict[str, Callable[[], Affinity]] = {"seqtran": SeqTranAffinity, "context": ContextAffinity}
+AFFINITIES: dict[str, Callable[[], Affinity]] = {
+    "seqtran": SeqTranAffinity,
+    "seqtran_multivariate": partial(SeqTranAffinity, multivariate=True),
+    "context": ContextAffinity,
+}
 
 
 def find_affinity(affinity: str | Affinity) -> Affinity:
     """The affinity of a name, of a file of fitted weights, of a function's import path, or the function itself.
 
     Args:
-        affinity: "seqtran", "context", an ``affinity_weights.json`` of `fit_weights`, or any function of two
-            `TaskVolumes`, such as ``"my_package.nearness"``.
+        affinity: "seqtran", "seqtran_multivariate", "context", an ``affinity_weights.json`` of `fit_weights`, or any
+            function of two `TaskVolumes`, such as ``"my_package.nearness"``.
 
     Raises:
         InputError: neither a known name, nor a file with weights, nor a function that can be imported.
@@ -217,7 +270,9 @@ def _of_fitted_weights(path: Path) -> SeqTranAffinity:
         alpha, beta = float(content["alpha"]), float(content["beta"])
         if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
             raise ValueError(f"alpha {alpha}, beta {beta}")
-        return SeqTranAffinity(alpha=alpha, beta=beta, standardize=bool(content["standardize"]))
+        # Files of before there were two forms of eq. 2 do not name theirs.
+        images = {"standardize": bool(content["standardize"]), "multivariate": bool(content.get("multivariate"))}
+        return SeqTranAffinity(alpha=alpha, beta=beta, **images)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json"
         raise InputError(f"{path} {what}.") from error

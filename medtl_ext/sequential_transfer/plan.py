@@ -1,12 +1,14 @@
 """Which path of sources leads to a target? Task graph, clusters, best path, and the single sources beside it."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pandas as pd
 from monai.utils import ensure_tuple
 
@@ -14,12 +16,22 @@ from medtl_ext import graph as graphs
 from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError, require_number, warn
 from medtl_ext.data import Task
-from medtl_ext.sequential_transfer.affinities import Affinity, TaskVolumes, affinity_costs, affinity_name, find_affinity
+from medtl_ext.sequential_transfer.affinities import (
+    Affinity,
+    TaskVolumes,
+    affinity_costs,
+    affinity_name,
+    find_affinity,
+    redrawn,
+)
 from medtl_ext.transfer import Run, SegmentationTask
 from medtl_ext.transfer.sources import source_collection
 from medtl_ext.transfer.study import require_lists
 from medtl_ext.transfer.tasks import draw_patients, patients_of
 from medtl_ext.visualize import plot_task_graph, save_figure
+
+DRAWS = 100
+"""Of ties between edges, and of patients, in which a plan is made again."""
 
 
 def shares(a: str, b: str) -> bool:
@@ -126,17 +138,48 @@ class SourceGraph:
         return self.cost(a, b) if shares(a.name, b.name) else 0.0
 
     @cached_property
-    def clusters(self) -> list[list[str]]:
-        asked, weight = (self.here.config[name] for name in ("n_clusters", "cluster_weight"))
+    def how(self) -> dict[str, Any]:
+        """How it is cut into clusters."""
+        asked = self.here.config["n_clusters"]
         if asked > len(self.graph):
             warn(f"n_clusters is {asked}, of {len(self.graph)} source tasks: each is its own cluster.")
-        count = min(asked, len(self.graph))
-        return list(map(sorted, graphs.girvan_newman_clusters(self.graph, count, weight=weight)))
+        return {"n_clusters": min(asked, len(self.graph)), "weight": self.here.config["cluster_weight"]}
+
+    @cached_property
+    def clusters(self) -> list[list[str]]:
+        return list(map(sorted, graphs.girvan_newman_clusters(self.graph, **self.how)))
+
+    @cached_property
+    def clusterings(self) -> list[list[set[str]]]:
+        """The clusters with ties broken at random; see `medtl_ext.graph.tied_clusterings`."""
+        return graphs.tied_clusterings(self.graph, **self.how, draws=DRAWS)
+
+    @cached_property
+    def kept(self) -> list[float]:
+        """The share of `clusterings` that has each of the clusters: less than 1 where it rests on a tie."""
+        return [float(np.mean([set(one) in found for found in self.clusterings])) for one in self.clusters]
 
     @cached_property
     def representatives(self) -> list[str]:
-        rule = self.here.config["representative_rule"]
-        return graphs.cluster_representatives(self.graph, self.clusters, rule=rule)
+        return self.represented(self.graph, self.clusters)
+
+    def represented(self, graph: nx.Graph, clusters: Sequence[Iterable[str]]) -> list[str]:
+        return graphs.cluster_representatives(graph, clusters, rule=self.here.config["representative_rule"])
+
+    def draws(self, target: TaskVolumes) -> Iterator[tuple[nx.Graph, dict[str, float]]]:
+        """The graph and the costs to a target with the patients drawn anew, again and again.
+
+        Costs between sources are those of the graph where that was made before.
+        """
+        tasks = {task.name: task for task in self.volumes(self.graph)}
+        edges = [] if self.task_graph else list(self.graph.edges)
+        between = {(a, b): self.cost.pairs(tasks[a], tasks[b]) for a, b in edges}
+        leading = {a: self.cost.pairs(tasks[a], target) for a in joined_to(target.name, tasks)}
+        for draw in range(DRAWS):
+            graph = self.graph.copy()
+            for (a, b), costs in between.items():
+                graph[a][b]["weight"] = redrawn(costs, tasks[a], tasks[b], draw)
+            yield graph, {a: redrawn(costs, tasks[a], target, draw) for a, costs in leading.items()}
 
     @property
     def synthetic(self) -> bool:
@@ -149,9 +192,15 @@ class SourceGraph:
             f"{first} and {len(cluster) - 1} more" if len(cluster) > 1 else first
             for cluster, first in zip(self.clusters, self.representatives, strict=True)
         ]
+        ties = [
+            f"{first}'s in {share:.0%}"
+            for first, share in zip(self.representatives, self.kept, strict=True)
+            if share < 1
+        ]
+        hung = f" Ties between edges decide: broken at random, not by name, they give {', '.join(ties)} of draws."
         return (
             f"{len(self.graph)} source tasks, {self.graph.number_of_edges()} pairs joined, in {len(clusters)} "
-            f"clusters: {'; '.join(clusters)}."
+            f"clusters: {'; '.join(clusters)}.{hung if ties else ''}"
         )
 
     def write(self, **shown: Any) -> None:
@@ -165,8 +214,10 @@ class SourceGraph:
         for name in ("task_graph.json", "task_graph.graphml"):
             graphs.write_task_graph(self.graph, folder / name, clusters=self.clusters)
         rows = [
-            {"cluster": number, "task": task, "size": sizes[task], "representative": task == first}
-            for number, (cluster, first) in enumerate(zip(self.clusters, self.representatives, strict=True))
+            {"cluster": number, "task": task, "size": sizes[task], "representative": task == first, "kept": share}
+            for number, (cluster, first, share) in enumerate(
+                zip(self.clusters, self.representatives, self.kept, strict=True)
+            )
             for task in cluster
         ]
         write_csv(folder / "clusters.csv", pd.DataFrame(rows))
@@ -175,6 +226,10 @@ class SourceGraph:
             figure = plot_task_graph(self.graph, self.clusters, representatives=self.representatives, **shown)
             save_figure(figure, folder / "task_graph.png")
         print(self.text)
+
+
+def _nearest(costs: Mapping[str, float]) -> str:
+    return min(costs, key=lambda task: (costs[task], task))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -229,18 +284,49 @@ class PlanPath:
     @property
     def single(self) -> str:
         """The one source with the least cost."""
-        return min(self.costs, key=lambda task: (self.costs[task], task))
+        return _nearest(self.costs)
 
     @cached_property
     def paths(self) -> list[graphs.TransferPath]:
         """The best paths, best first; none where ``no_path`` then says why."""
-        parts = (self.graph.graph, self.costs, self.graph.clusters, self.graph.representatives)
-        most = self.graph.here.config["max_intermediates"]
         try:
-            return graphs.optimal_transfer_path(*parts, max_intermediates=most)
+            return self._paths(self.graph.graph, self.costs, self.graph.clusters)
         except graphs.NoPathError as reason:
             self.no_path = str(reason)
             return []
+
+    def _paths(
+        self, graph: nx.Graph, costs: Mapping[str, float], clusters: Sequence[Iterable[str]]
+    ) -> list[graphs.TransferPath]:
+        most = self.graph.here.config["max_intermediates"]
+        parts = (graph, costs, clusters, self.graph.represented(graph, clusters))
+        return graphs.optimal_transfer_path(*parts, max_intermediates=most)
+
+    def _best(self, *parts: Any) -> tuple[str, str]:
+        try:
+            return "path", " -> ".join(self._paths(*parts)[0].tasks)
+        except graphs.NoPathError:
+            return "path", ""
+
+    @cached_property
+    def survival(self) -> pd.DataFrame:
+        """How often paths and single sources are chosen again, by ``kind`` and ``tasks`` as in ``paths.csv``.
+
+        In ``ties`` the share of random ways to break ties between edges; in ``patients`` that of draws of the patients,
+        ties broken at random too, unless the affinity does not say its cost of each pair of patients.
+        """
+        cut = [self._best(self.graph.graph, self.costs, clusters) for clusters in self.graph.clusterings]
+        chosen = {"ties": pd.Series(Counter(cut)) / len(cut)}
+        if hasattr(self.graph.cost, "pairs"):
+            drawn = []
+            for seed, (graph, costs) in enumerate(self.graph.draws(task_volumes(self.target))):
+                clusters = graphs.girvan_newman_clusters(graph, **self.graph.how, rng=np.random.default_rng(seed))
+                drawn += [self._best(graph, costs, clusters), ("single", _nearest(costs))]
+            chosen["patients"] = pd.Series(Counter(drawn)) / DRAWS
+        return pd.DataFrame(chosen).rename_axis(["kind", "tasks"]).fillna(0.0)
+
+    def _chosen_again(self, path: graphs.TransferPath) -> dict[str, float]:
+        return self.survival.reindex([("path", " -> ".join(path.tasks))], fill_value=0.0).iloc[0].to_dict()
 
     @property
     def path(self) -> tuple[str, ...] | None:
@@ -249,15 +335,25 @@ class PlanPath:
 
     @property
     def text(self) -> str:
-        """Paths, expected costs, and the nearest single source in words."""
+        """Paths, expected costs, how firm they are, and the nearest single source in words."""
         name = self.target.name
         best = zip(("Best path", "Next"), self.paths, strict=False)
         said = [f"{what}: {' -> '.join((*path.tasks, name))}, cost {path.cost:.3f}." for what, path in best]
         return (
-            f"{' '.join(said) or f'For {name} {self.no_path}'} Nearest single source: {self.single}, cost "
-            f"{self.costs[self.single]:.3f}. Costs rank paths among themselves and single sources among themselves; "
-            "whether a second step pays is settled by training."
+            f"{' '.join(said) or f'For {name} {self.no_path}'} {self._firm()}Nearest single source: {self.single}, "
+            f"cost {self.costs[self.single]:.3f}. Costs rank paths among themselves and single sources among "
+            "themselves; whether a second step pays is settled by training."
         )
+
+    def _firm(self) -> str:
+        """How often the best path is chosen again, and what that makes of it."""
+        if not self.paths:
+            return ""
+        shares = self._chosen_again(self.paths[0])
+        of = {"ties": "random ways to break ties between edges", "patients": "draws of the patients"}
+        said = " and in ".join(f"{share:.0%} of {of[what]}" for what, share in shares.items())
+        doubt = "" if min(shares.values()) > 0.5 else ", so that others may be as good"
+        return f"The best is chosen again in {said}{doubt}. "
 
     def run(self) -> None:
         """Find them, write them down, and say it."""
@@ -269,7 +365,7 @@ class PlanPath:
         content = {
             "target": target.name,
             "costs": self.costs,
-            "paths": [{"cost": path.cost, "tasks": list(path.tasks)} for path in paths],
+            "paths": [path._asdict() | {"chosen_again": self._chosen_again(path)} for path in paths],
             "single": self.single,
             "no_path": self.no_path,
             "text": f"{self.graph.text} {self.text}",
@@ -278,5 +374,8 @@ class PlanPath:
         write_json(folder / "plan.json", content)
         steps = [("path", " -> ".join(path.tasks), path.cost) for path in paths]
         steps += sorted((("single", *item) for item in self.costs.items()), key=lambda step: (step[2], step[1]))
-        write_csv(folder / "paths.csv", pd.DataFrame(steps, columns=["kind", "tasks", "cost"]))
+        table = pd.DataFrame(steps, columns=["kind", "tasks", "cost"]).join(self.survival, on=["kind", "tasks"])
+        table = table.fillna(dict.fromkeys(self.survival, 0.0))
+        table["ties"] = table["ties"].where(table["kind"] == "path")
+        write_csv(folder / "paths.csv", table)
         print(self.text)

@@ -6,7 +6,7 @@ their worth on a target they have not seen.
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from medtl_ext._io import write_csv, write_json, write_text
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, require_number
 from medtl_ext.affinity import PUBLISHED_WEIGHTS, fit_affinity_weights
 from medtl_ext.affinity.tasks import ROUNDING
 from medtl_ext.data import Task
@@ -59,24 +59,34 @@ class StudyPaths(Study):
     """A study that trains from every source, along every path of two, and on both sources of a path, for each target.
 
     From these, what every way to choose is worth: at random, by LEEP, by each affinity, in hindsight (the paper's
-    Table 4); scratch, one step and two (its Tables 1 and 3). Writes ``study.csv`` (one row per target, seed and arm),
-    ``patients.csv`` (one per patient of these), ``choices.csv`` and ``study.md``.
+    Table 4); scratch, one step and two (its Tables 1 and 3); and which modality is ideal for an objective (its Table
+    2). Writes ``study.csv`` (one row per target, seed and arm), ``patients.csv`` (one per patient of these),
+    ``choices.csv`` and ``study.md``.
 
     Args:
-        targets, sources: tasks; sources that share neither modality nor objective with a target are left out for it.
+        targets, sources: tasks; sources that share neither modality nor objective with a target are trained for others
+            only, but are in the graph of all.
         seeds: the repetitions: of the pool's training, the draw of patients and the fine-tuning.
         affinities: names or import paths.
+        draws: "at random" is the mean of so many single sources, and of so many paths, and no other path is trained but
+            those that an affinity chooses; None: of all.
+        full: train all parameters at every step, not the decoder alone.
     """
 
     targets: Sequence[str]
     sources: Sequence[str]
     seeds: Sequence[int]
     affinities: Sequence[str]
+    draws: int | None
+    full: bool
     plans: dict[Key, dict[str, PlanPath]] = field(default_factory=dict, init=False)
+    random: dict[Key, dict[str, list[str]]] = field(default_factory=dict, init=False)
 
     def check(self) -> dict:
         lists = {"targets": self.targets, "sources": self.sources, "seeds": self.seeds, "affinities": self.affinities}
         require_lists({"targets": 2}, **lists)
+        if self.draws is not None:
+            require_number("draws", self.draws, 1, whole=True)
         return {}
 
     def arms(self) -> Arms:
@@ -86,18 +96,36 @@ class StudyPaths(Study):
             )
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
         chains = {key: chains_to(self, *key) for key in product(self.targets, self.seeds)}
+        graphs: dict[tuple, SourceGraph] = {}  # one serves all targets
         for (target, seed), of in chains.items():
-            graph = {"here": of.here, "sources": joined_to(target, self.sources)}
+            joined_to(target, self.sources)  # raises where there is none
+            others = tuple(source for source in self.sources if source != target)
+            made = {name: SourceGraph(here=of.here, sources=others, affinity=cost) for name, cost in found.items()}
             self.plans[target, seed] = {
-                name: PlanPath(graph=SourceGraph(affinity=affinity, **graph), target=of.target)
-                for name, affinity in found.items()
+                name: PlanPath(graph=graphs.setdefault((name, seed, others), graph), target=of.target)
+                for name, graph in made.items()
             }
             self.plans[target, seed][self.affinities[0]].check()
         return [
             ({"pair": target, "seed": seed, "method": arm.name}, arm)
             for (target, seed), of in chains.items()
-            for arm in _arms(of, joined_to(target, self.sources), self.plans[target, seed].values())
+            for arm in self._arms_to((target, seed), of)
         ]
+
+    def _arms_to(self, key: Key, chains: Chains) -> list[Arm]:
+        """Every single source, paths of two joined ones, and joint training where an affinity chose the path."""
+        sources, rng = joined_to(key[0], self.sources), np.random.default_rng(key[1])
+        pairs = [(a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
+        drawn = {"single": sources, "path": pairs}
+        if self.draws is not None:
+            drawn = {steps: rng.permutation(of)[: self.draws].tolist() for steps, of in drawn.items()}
+        chosen = dict.fromkeys(plan.path for plan in self.plans[key].values() if plan.path)
+        paths = dict.fromkeys([*map(tuple, drawn["path"]), *chosen])
+        self.random[key] = {"single": drawn["single"], "path": [" > ".join(pair) for pair in drawn["path"]]}
+        how = {"full": self.full}
+        arms = [chains.arm("scratch"), *(chains.arm(source, source, **how) for source in sources)]
+        arms += [chains.arm(" > ".join(path), *path, **how) for path in paths]
+        return arms + [chains.arm(" + ".join(path), *path, joint=True, **how) for path in chosen]
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
         """Write what each arm, and each way to choose one, gave."""
@@ -108,26 +136,23 @@ class StudyPaths(Study):
         rows = rows.merge(patients.groupby(OF_ARM)[["dice", "iou"]].mean(), on=OF_ARM)
         files = [arm.last.output_dir / "leep.json" for _, arm in arms]
         rows["leep"] = [json.loads(file.read_text())["leep"] if file.is_file() else np.nan for file in files]
-        choices, scores = _choices(rows, patients, self.plans)
+        choices, scores = _choices(rows, patients, self.plans, self.random)
         patients = patients.drop(columns="iou")
         for name, of in {"study": rows, "choices": choices, "patients": patients}.items():
             write_csv(self.here.folder / f"{name}.csv", of)
-        spent = spent_text(self.here.config["source_patients"])
-        text = study_text(rows, patients, choices, scores, self.affinities, synthetic=self.synthetic, spent=spent)
+        trained = "all parameters trained" if self.full else "the decoder alone trained"
+        trained += f" at every step, {spent_text(self.here.config['source_patients'])}"
+        said = {"synthetic": self.synthetic, "trained": trained, "draws": self.draws}
+        text = study_text(rows, patients, choices, scores, self.affinities, **said)
         write_text(self.here.folder / "study.md", text)
         print(text)
 
 
-def _arms(chains: Chains, sources: Sequence[str], plans: Iterable[PlanPath]) -> list[Arm]:
-    """Every single source, every path of two joined ones, and joint training where an affinity chose the path."""
-    arms = [chains.arm("scratch"), *(chains.arm(source, source) for source in sources)]
-    arms += [chains.arm(f"{a} > {b}", a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
-    chosen = dict.fromkeys(plan.path for plan in plans if plan.path)
-    return arms + [chains.arm(" + ".join(path), *path, joint=True) for path in chosen]
-
-
 def _choices(
-    table: pd.DataFrame, patients: pd.DataFrame, plans: Mapping[Key, Mapping[str, PlanPath]]
+    table: pd.DataFrame,
+    patients: pd.DataFrame,
+    plans: Mapping[Key, Mapping[str, PlanPath]],
+    random: Mapping[Key, Mapping[str, Sequence[str]]],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each way to choose picks for a target and seed and what that gives, the mean where it is several; and that
     of each patient.
@@ -137,10 +162,10 @@ def _choices(
         one, two = (of[of["steps"] == steps].set_index("arm") for steps in (1, 2))
         picks = {
             ("none", "scratch"): ["scratch"],
-            ("single", "random"): one.index,
+            ("single", "random"): random[target, seed]["single"],
             ("single", "LEEP"): one.nlargest(1, "leep").index,
             ("single", "best in hindsight"): one.nlargest(1, "dice").index,
-            ("path", "random"): two.index,
+            ("path", "random"): random[target, seed]["path"],
             ("path", "best in hindsight"): two.nlargest(1, "dice").index,
         }
         for name, plan in plans[target, seed].items():
@@ -169,16 +194,24 @@ def study_text(
     affinities: Sequence[str],
     *,
     synthetic: bool,
-    spent: str,
+    trained: str,
+    draws: int | None = None,
 ) -> str:
     """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
     seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
     warned = " **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""
     return page(
         "# Sequential transfer: is a second step worth it?",
-        f"Mean Dice of test patients over {targets} targets and {seeds} seeds, all parameters trained at every step, "
-        f"{spent}.{warned}",
+        f"Mean Dice of test patients over {targets} targets and {seeds} seeds, {trained}.{warned}",
         _means_table(choices),
+        *(
+            []
+            if draws is None
+            else [
+                f"random: the mean of {draws} draws. Of paths only these and the chosen ones were "
+                "trained; the best in hindsight is the best of them."
+            ]
+        ),
         f"pairs: target-seed pairs that a row stands for, of {seeds * targets}. Rows with fewer, where a way to choose "
         "has no path, are means over other targets or seeds and do not compare; the differences below do.",
         "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "
@@ -186,9 +219,10 @@ def study_text(
         "left out: what one of the two lacks:",
         differences(scores, affinities),
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
-        f"its two sources alone, {spent}. The interval is of the gain against the first source: 95 % t, over patients, "
+        "its two sources alone. The interval is of the gain against the first source: 95 % t, over patients, "
         "each averaged over the paths, targets and seeds of the row:",
         gains(table, patients),
+        *ideal_modality(_best_of_both(choices)),
     )
 
 
@@ -246,6 +280,41 @@ def differences(scores: pd.DataFrame, affinities: Sequence[str]) -> pd.DataFrame
             }
         )
     return pd.DataFrame(rows)
+
+
+def _best_of_both(choices: pd.DataFrame) -> pd.DataFrame:
+    best = choices[choices["how"] == "best in hindsight"]
+    return best.pivot_table(index="target", columns="steps", values="dice").reindex(columns=["single", "path"]).dropna()
+
+
+def ideal_modality(best: pd.DataFrame) -> list[str | pd.DataFrame]:
+    """Which modality is ideal for an objective, and what a second step gains with it and with any other.
+
+    The ideal one is that of the institution's target which the best single source serves best; where an institution has
+    an objective in one modality only, there is none.
+
+    Args:
+        best: per target, its index, the Dice of the best ``single`` source and of the best ``path``.
+
+    Returns:
+        Parts of a page; none where no objective has two modalities.
+    """
+    tasks = [Task(name) for name in best.index]
+    found = best.assign(modality=[task.modality for task in tasks], gain=best["path"] - best["single"])
+    found["objective"] = [f"{task.institution}, {task.objective}" for task in tasks]
+    singles = found.groupby("objective")["single"]
+    found["ideal"] = found["single"] == singles.transform("max")
+    found = found[singles.transform("size") > 1]
+    if found.empty:
+        return []
+    kinds = {"the ideal modality": found.loc[found["ideal"], "gain"], "another": found.loc[~found["ideal"], "gain"]}
+    said = [f"{(gain > 0).sum()} of {len(gain)} in {kind} ({gain.mean():+.3f})" for kind, gain in kinds.items()]
+    return [
+        "Which modality is ideal for an objective? Dice of the best single source by the target's modality:",
+        found.pivot_table(index="objective", columns="modality", values="single", sort=False).reset_index(),
+        f"The best path is ahead of the best single source on {', on '.join(said)}. The ideal modality is found by the "
+        "very Dice that the gain is counted from: where targets differ by chance alone, it comes out behind.",
+    ]
 
 
 def _compared(first: pd.Series, second: pd.Series | float = 0.0) -> PairedComparison:
@@ -309,13 +378,14 @@ class FitWeights(Study):
     Args:
         transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
         targets, sources: tasks, where ``transfers`` is None.
-        standardize: see `SeqTranAffinity`.
+        standardize, multivariate: see `SeqTranAffinity`.
     """
 
     transfers: str | None
     targets: Sequence[str]
     sources: Sequence[str]
     standardize: bool
+    multivariate: bool
     table: pd.DataFrame = field(init=False)
 
     def check(self) -> dict[str, Any]:
@@ -331,7 +401,8 @@ class FitWeights(Study):
 
     @cached_property
     def pool(self) -> SourceGraph:
-        return SourceGraph(here=self.here, sources=self.sources, affinity=SeqTranAffinity(standardize=self.standardize))
+        affinity = SeqTranAffinity(standardize=self.standardize, multivariate=self.multivariate)
+        return SourceGraph(here=self.here, sources=self.sources, affinity=affinity)
 
     def arms(self) -> Arms:
         config = self.here.config
@@ -358,7 +429,7 @@ class FitWeights(Study):
         pairs = [(sources[a], targets[b]) for a, b in found[PAIR].itertuples(index=False)]
         found["distance"] = [self.pool.cost.distance(*pair) for pair in pairs]
         found["similarity"] = [self.pool.cost.similarity(*pair) for pair in pairs]
-        content = fit_to_transfers(found) | {"standardize": self.standardize}
+        content = fit_to_transfers(found) | self.pool.cost.images
         write_csv(folder / "transfers.csv", found)
         weights = folder / "affinity_weights.json"
         write_json(weights, content)

@@ -178,7 +178,17 @@ class ResumableCheckpoint:
             logger.info("resuming after epoch %d of %d", engine.state.epoch, engine.state.max_epochs)
 
     def save(self, engine: Trainer) -> None:
-        """Save the state after an epoch, and the network if it is the best yet."""
+        """Save the state after an epoch, and the network if it is the best yet.
+
+        Raises:
+            InputError: weights are not finite: what the epoch before left stays.
+        """
+        weights = _unwrapped(self.save_dict["network"]).state_dict().values()
+        if not all(bool(value.isfinite().all()) for value in weights):
+            raise InputError(
+                f"the training broke down in epoch {engine.state.epoch}: its weights are not finite, and are not kept; "
+                "lower --learning_rate, or check the intensities of your images (`python -m medtl_ext.data check`)."
+            )
         epoch, value, better = engine.state.epoch, 0.0, self.evaluator is None
         if self.evaluator is not None and self.evaluator.state.epoch == epoch:  # validated in this epoch
             value = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bundle_runs import refused
 from drawing import numpy_generator
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
@@ -218,6 +219,14 @@ def test_a_resumed_run_continues_and_never_replaces_a_better_model(slices, tmp_p
     _, checkpoint, network = train_with_scores(dataset, tmp_path, [0, 0, 0, 0, 0.95], epochs=5)
     assert checkpoint.best_epoch == 5
     assert same_weights(kept_in(tmp_path), network.state_dict())
+
+
+def test_a_training_that_breaks_down_ends_and_keeps_what_was_good(slices, tmp_path, monkeypatch):
+    _, _, network = train_with_scores(slices[0], tmp_path, [0.3], epochs=1)
+    monkeypatch.setitem(globals(), "cross_entropy", lambda: lambda logits, label: logits.sum() * float("nan"))
+    assert "broke down in epoch 2" in refused(lambda: train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2))
+    assert same_weights(kept_in(tmp_path), network.state_dict())
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1
 
 
 @pytest.mark.parametrize("written", [0, 1])

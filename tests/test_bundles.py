@@ -288,7 +288,7 @@ WRONG = [
     (SOURCE_SELECTION, {"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
     (SOURCE_SELECTION, {"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
     (SOURCE_SELECTION, {"collection": "nowhere.json"}, "does not exist"),
-    (SOURCE_SELECTION, {"source": SOURCE_SELECTION.tiny["sources"]}, "is no task, no path of a card"),
+    (SOURCE_SELECTION, {"source": SOURCE_SELECTION.tiny["sources"]}, "is a list; only datasets of classification are pooled"),
     (DATASETS, {"metrics": ["leap"]}, "did you mean 'leep'"),
     (DATASETS, {"metrics": ["leep"], "decide_by": "logme"}, "which is not in metrics"),
     (DATASETS, {"sources": ["14-T2-tumor"]}, "did you mean 'tumour'"),
@@ -297,7 +297,6 @@ WRONG = [
     (DATASETS, {"train_per_class": 0}, "expected at least 1"),
     (DATASETS, {"in_channels": 2}, "in_channels is 2"),
     (DATASETS, {"image_size": 8}, "image_size is 8; expected at least 16"),
-    (DATASETS, {"source": DATASETS.tiny["sources"]}, "is no task, no path of a card"),
 ]
 
 

@@ -288,7 +288,11 @@ WRONG = [
     (SOURCE_SELECTION, {"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
     (SOURCE_SELECTION, {"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
     (SOURCE_SELECTION, {"collection": "nowhere.json"}, "does not exist"),
-    (SOURCE_SELECTION, {"source": SOURCE_SELECTION.tiny["sources"]}, "is a list; only datasets of classification are pooled"),
+    (
+        SOURCE_SELECTION,
+        {"source": SOURCE_SELECTION.tiny["sources"]},
+        "is a list; only datasets of classification are pooled",
+    ),
     (DATASETS, {"metrics": ["leap"]}, "did you mean 'leep'"),
     (DATASETS, {"metrics": ["leep"], "decide_by": "logme"}, "which is not in metrics"),
     (DATASETS, {"sources": ["14-T2-tumor"]}, "did you mean 'tumour'"),

@@ -136,6 +136,7 @@ class TestAuditVerdict:
         tiny = {"zero_shot": scores(self.HIGH), "full": scores(np.add(self.HIGH, 0.005))}
         assert audit_verdict(tiny).tied == ("zero_shot", "full")
         assert audit_verdict(tiny, margin=0.001).recommendation == "full"
+        assert "differ by less than 0.01, which is not worth acting on, on " in audit_verdict(tiny).text
 
     def test_says_negative_transfer_when_scratch_beats_a_fine_tuned_arm(self):
         arms = {"scratch": self.HIGH, "risk_map": self.LOW, "full": self.HIGH_TOO, "zero_shot": self.LOW}

@@ -233,7 +233,7 @@ def audit_verdict(
             # All arms are trained by now, so cost decides only between means that are alike for all practical purposes.
             default = next(arm for arm in by_cost if arms["mean"].max() - arms.loc[arm, "mean"] <= margin)
             worse = [arm for arm in scores if is_beaten[arm]]
-            text = _undecided_text(arms, arms.loc[list(tied)], arms.loc[worse], default, on_patients)
+            text = _undecided_text(arms, arms.loc[list(tied)], arms.loc[worse], default, on_patients, margin)
         if "scratch" in scores:  # each on its own comparison: a warning is not corrected for the others
             tuned = [arm for arm in scores if arm not in COST]
             found = {arm: paired_comparison(scores["scratch"], scores[arm], n_resamples=n_resamples) for arm in tuned}
@@ -290,10 +290,15 @@ def _preferred_text(arms: pd.DataFrame, on_patients: str) -> str:
     return f"{lead}: its mean Dice on {on_patients} is {arms['mean'].iloc[0]:.3f}, ahead of {listed(gaps)}."
 
 
-def _undecided_text(arms: pd.DataFrame, tied: pd.DataFrame, worse: pd.DataFrame, default: str, on_patients: str) -> str:
+def _undecided_text(
+    arms: pd.DataFrame, tied: pd.DataFrame, worse: pd.DataFrame, default: str, on_patients: str, margin: float
+) -> str:
     best, means = arms.index[0], arms["mean"]
     ranked = tied.sort_values("mean", ascending=False, kind="stable")
-    text = f"No evidence to prefer: {_named(ranked)} mean Dice cannot be told apart on {on_patients}"
+    others = tied.drop(best)
+    small = ((others["difference"] > -margin) & (others["difference_high"] < 0)).all()
+    said = f"differ by less than {margin:g}, which is not worth acting on," if small else "cannot be told apart"
+    text = f"No evidence to prefer: {_named(ranked)} mean Dice {said} on {on_patients}"
     text += f"; {_named(worse)} {'is' if len(worse) == 1 else 'are'} worse. " if len(worse) else ". "
     text += f"The best guess is {GUESS.get(default, f'fine-tuning with {default}')}"
     if default != best:

@@ -483,7 +483,7 @@ def test_blocks_that_several_bundles_hold_are_equal():
     images |= {"validate#preprocessing#transforms"}  # of a patient the label is loaded as it is, too
     classes = {f"{part}#_target_" for part in ("target", "evaluation", "ranking", "network_def", "loss", "optimizer")}
     classes |= {"evaluation#splits", "ranking#check_data", "metrics", "decide_by", "train#handlers#ProgressBar#desc"}
-    classes |= {"train#handlers#order", "train#handlers#ResumableCheckpoint#evaluator"}
+    classes |= {"train#handlers#order"}
     classes |= {"score#evaluator#amp"}  # FU needs gradients in full
     classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
     inference = {

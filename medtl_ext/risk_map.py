@@ -26,6 +26,7 @@ from medtl_ext.metrics import LEEPMap, compute_leep_map
 from medtl_ext.networks import load_weights
 from medtl_ext.ranking import bootstrap_interval
 from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report, patient_table
+from medtl_ext.transfer.rank import SYNTHETIC
 from medtl_ext.transfer.sources import pretraining_job, source_collection
 from medtl_ext.transfer.study import Arms, require_lists
 from medtl_ext.transfer.truth import page
@@ -37,7 +38,6 @@ N_PATIENTS = 3
 REFERENCE, PLACEBO = "vanilla", "placebo"
 """The method that all others are compared with, and the same once more with other seeds: what chance alone does."""
 OTHER_SEED = 1000
-SYNTHETIC = " **Synthetic phantom: these numbers say nothing about a clinic.**"
 RISKS = {"loss (-LEEP)": torch.neg, "weight (eq. 5)": risk_map}
 """What is called risk, from a LEEP map."""
 MEASURES = {"mean": "mean", "entropy": "entropy", "top": "top 5 %"}
@@ -354,7 +354,7 @@ class CompareMaps(CompareMethods):
             "# Does the risk condense?",
             "Mean over patients with its 95 % bootstrap interval; in brackets of the map of all images, without one. "
             "Entropy: 1 where the risk is everywhere the same, 0 in one pixel. Top 5 %: the share of the risk in the "
-            "pixels that have most, 0.05 where it is everywhere the same." + SYNTHETIC * self.synthetic,
+            "pixels that have most, 0.05 where it is everywhere the same." + f" {SYNTHETIC}" * self.synthetic,
         ]
         for (pair, slices, risk, split), of in found.groupby(keys, sort=False):
             parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condensed_in_words(of)]
@@ -442,7 +442,7 @@ def write_matrix(dice: pd.DataFrame, folder: Path, *, synthetic: bool = False) -
     parts = [
         "# Every source on every target",
         f"Mean Dice of the test patients; in brackets the gain over {REFERENCE}, of the means; on how many pairs of a "
-        "source and a target it is ahead; and on how many targets from every source." + SYNTHETIC * synthetic,
+        "source and a target it is ahead; and on how many targets from every source." + f" {SYNTHETIC}" * synthetic,
         _by_slices(total, ("ahead", "sources"), ("every", "targets")),
         "## Each target, mean over its sources",
         _by_slices(means, ("ahead", "sources")),

@@ -153,6 +153,8 @@ class SourceStudy(Study):
         names = [target.name for target in targets.values()]
         if len(set(names)) < len(names):
             raise InputError(f"two targets are called alike: {', '.join(names)}; rename a file.")
+        for target, split in product(targets.values(), ("train", "val", "test")):
+            target.datalist(split)  # raises where there is none, or none that the networks can take
         options = {"n_jobs": 1} | ({} if self.grid is None else {"grid": dict(self.grid)})
         arms: Arms = []
         for (name, target), seed in product(targets.items(), self.seeds):

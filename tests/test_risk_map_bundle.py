@@ -190,6 +190,25 @@ def test_data_loaders_have_workers_in_the_jobs_of_an_audit_too(options):
     assert len(table(Path(options["output_dir"]) / "audit" / "scratch")) == 6
 
 
+def test_an_audit_of_several_seeds_grows_by_the_trainings_that_are_missing(options, in_this_process):
+    options |= {"audit#arms": ["zero_shot", "scratch"]}
+    folder = Path(options["output_dir"])
+    run("full", **options)
+    assert in_this_process == [folder / "audit" / name for name in ("zero_shot", "scratch")]
+    run("full", **options, **{"audit#seeds": 2})
+    again = [folder / "audit" / name / "seed1" for name in ("full", "scratch")]
+    assert in_this_process[2:] == again
+    assert {seed for path in again for seed in table(path)["seed"]} == {1}
+    audited = pd.read_csv(folder / "audit.csv").query("split == 'val'").set_index("arm")
+    assert audited["trainings"].to_dict() == {"full": 2, "scratch": 2, "zero_shot": 1}
+    curves = [pd.read_csv(path / "curve.csv")["minutes"].max() for path in (folder / "audit" / "scratch", again[1])]
+    assert audited.loc["scratch", "minutes"] == pytest.approx(sum(curves), rel=1e-3)
+    assert audited.loc["zero_shot", "minutes"] == 0
+    means = [table(path).query("split == 'val'")["dice"].mean() for path in (folder, again[0])]
+    assert audited.loc["full", "mean"] == pytest.approx(np.mean(means), rel=1e-3)
+    assert "2 training runs per arm" in read_json(folder / "audit.json")["text"]
+
+
 def test_three_dimensions(options, tmp_path):
     small = {"roi_size": [32, 32, 16], "network_def#features": [4, 4, 8, 8, 8, 4], "train_slices": None}
     run("scratch", **options | small | {"batch_size": 1, "output_dir": str(tmp_path / "source")})

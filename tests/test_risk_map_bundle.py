@@ -6,6 +6,7 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +20,7 @@ from monai.networks.nets import UNet
 from monai.transforms import RandomizableTrait
 
 from medtl_ext import InputError, risk_map
-from medtl_ext.transfer import images_to_segment
+from medtl_ext.transfer import SegmentationTask, TransferAudit, images_to_segment
 
 CONFIGS = RISK_MAP.configs
 METHODS = [
@@ -207,6 +208,56 @@ def test_an_audit_of_several_seeds_grows_by_the_trainings_that_are_missing(optio
     means = [table(path).query("split == 'val'")["dice"].mean() for path in (folder, again[0])]
     assert audited.loc["full", "mean"] == pytest.approx(np.mean(means), rel=1e-3)
     assert "2 training runs per arm" in read_json(folder / "audit.json")["text"]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "options", "said"),
+    [
+        (8, 6, {}, "the audit takes 2 trainings besides this one"),
+        (8, 6, {"seeds": 3}, "the audit takes 8 trainings besides this one"),
+        (
+            8,
+            3,
+            {},
+            "17 trainings besides this one, 15 of them to cross-validate the arms over all 11 labelled patients in",
+        ),
+        (2, 1, {}, "in 3 folds (fewer than 6 are left to validate on; --audit#folds 0 leaves it out)"),
+        (2, 0, {"seeds": 2}, "17 trainings besides this one, 12 of them to cross-validate"),
+        (8, 3, {"folds": 0}, "the audit takes 2 trainings besides this one"),
+        (8, 9, {"folds": 3}, "in 3 folds (--audit#folds 0 leaves it out)"),
+        (1, 0, {}, None),
+        (2, 1, {"folds": 4}, "audit#folds is 4; expected a whole number from 2 to 3"),
+        (2, 1, {"seeds": 0}, "audit#seeds is 0; expected a whole number, 1 or more"),
+    ],
+)
+def test_an_audit_says_how_much_it_trains(train, val, options, said, caplog):
+    """Three arms are trained: the run's own and two others; with few validation patients once for each fold too."""
+    items = [{"subject": f"p{number}"} for number in range(train + val)]
+    target = SimpleNamespace(labelled=items, datalist=lambda split: items[train:])
+    here = SimpleNamespace(leads=True, config={"method": "risk_map", "val_split": "val" if val else "train"})
+    asked = {"source": SimpleNamespace(unasked=None), "arms": ARMS, **options}
+    audit = TransferAudit(here=here, target=target, **asked)
+    with caplog.at_level("INFO"):
+        logged = refused(audit.check) if said and "expected" in said else audit.check() or caplog.text
+    assert said in logged if said else not logged
+
+
+def test_few_validation_patients_are_cross_validated_with_all_labelled_ones(options, collection, in_this_process):
+    folder = Path(options["output_dir"])
+    run("scratch", **options | {"audit#arms": ["zero_shot"], "audit#folds": 2, "epochs": 2})
+    folds = [folder / "audit" / "scratch" / f"fold{place}of2" for place in (0, 1)]
+    untrained = folder / "audit" / "zero_shot" / "fold0of1"
+    assert set(in_this_process) == {folder / "audit" / "zero_shot", untrained, *folds}
+    task = SegmentationTask("17-T2-ED", collection=str(collection))
+    labelled = {item["subject"] for split in ("train", "val") for item in task.datalist(split)}
+    scored = [set(table(path)["subject"]) for path in folds]
+    assert (scored[0] | scored[1], scored[0] & scored[1]) == (labelled, set())
+    assert set(table(untrained)["subject"]) == labelled
+    assert all(len(pd.read_csv(path / "curve.csv")) == 1 for path in folds)  # nobody chose a better network
+    audited = read_json(folder / "audit.json")
+    assert (audited["folds"], audited["tables"]["val"][0]["patients"]) == (2, 7)
+    assert audited["tables"]["test"][0]["patients"] == 3
+    assert "on 7 labelled patients" in audited["text"]
 
 
 def test_three_dimensions(options, tmp_path):

@@ -1,7 +1,7 @@
 """Arms: ways to use the labels that are trained to the end and compared; and the audit of the common ones."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 
 from medtl_ext._validation import require_number
+from medtl_ext.data.plan import AUTO
 from medtl_ext.ranking import Verdict, late_gain
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.report import audit_report
 from medtl_ext.transfer.sources import SingleSource, Source
-from medtl_ext.transfer.tasks import SegmentationTask
+from medtl_ext.transfer.tasks import SegmentationTask, patients_of
 
 __all__ = ["TransferAudit", "arm_rows", "finetuning_job"]
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 UNTRAINED = "zero_shot"
 """The arm that is the source as it is: it has no seeds, no folds and no curve."""
+ENOUGH, SOME = 6, 5
+"""With fewer validation patients all labelled ones are cross-validated, in so many folds if there are more than six."""
 
 
 def finetuning_job(
@@ -43,15 +46,20 @@ def arm_rows(arms: Sequence[Arm]) -> pd.DataFrame:
 class TransferAudit:
     """A step that finishes the other ways to use the labels, compares all on validation patients, and says what to do.
 
+    Few validation patients decide little: then each arm is cross-validated over all labelled patients besides. The last
+    network of each of these trainings is scored, for nobody is left to choose a better one by.
+
     Each training is a run of its own below ``audit`` in the output folder, and is kept: ``audit/ARM`` with the run's
-    own seed, ``audit/ARM/seed1`` with the next. Writes the files of `medtl_ext.transfer.audit_report`. Without patients
-    to validate on there is no audit.
+    own seed, ``audit/ARM/seed1`` with the next, ``audit/ARM/fold0of5`` of a fold. Writes the files of
+    `medtl_ext.transfer.audit_report`.
 
     Args:
         here, target: the run (its option ``method`` is one of the arms), and the target task.
         source: where arms start from. The untouched source is left out where its classes are not the target's.
         arms: names of overlay configs; none leaves the audit out.
         seeds: trainings of each arm. With several, what is said of a difference holds for other trainings too.
+        folds: of the cross-validation; 0 leaves it out, so that without validation patients there is no audit. "auto":
+            with fewer than six of these, one for each of up to six labelled patients, five for more.
     """
 
     here: Run
@@ -59,13 +67,19 @@ class TransferAudit:
     source: SingleSource
     arms: Sequence[str]
     seeds: int = 1
+    folds: int | str = AUTO
 
     def check(self) -> None:
         """Say what it will train, before anything is trained."""
         if self._wanted:
-            others = [name for name in self._names if name not in (UNTRAINED, self.here.config["method"])]
-            count = (len(others) + 1) * self.seeds - 1
-            logger.info("the audit takes %d training%s besides this one", count, "s" * (count != 1))
+            trained = len({*self._names, self.here.config["method"]} - {UNTRAINED}) * self.seeds
+            count, few = trained * (self._folds + 1) - 1, ""
+            if self._folds:
+                why = f"fewer than {ENOUGH} are left to validate on; " if self.folds == AUTO else ""
+                few = f", {trained * self._folds} of them to cross-validate the arms over all "
+                few += f"{len(patients_of(self.target.labelled))} labelled patients in {self._folds} folds "
+                few += f"({why}--audit#folds 0 leaves it out)"
+            logger.info("the audit takes %d training%s besides this one%s", count, "s" * (count != 1), few)
 
     def run(self) -> Verdict | None:
         """Train, compare, and write it down; None where there is nothing to compare."""
@@ -73,10 +87,14 @@ class TransferAudit:
             return None
         folder, method = self.here.folder, self.here.config["method"]
         jobs = {name: self._jobs(name) for name in self._names}
-        self.here.train([job for of in jobs.values() for job in of], "transfer audit")
-        rows = pd.concat([job.read().assign(method=name) for name, of in jobs.items() for job in of], ignore_index=True)
-        curves = {name: [_curve(job) for job in of] for name, of in jobs.items()}
+        self.here.train([job for whole, folds in jobs.values() for job in whole + folds], "transfer audit")
+        rows = _rows({name: whole for name, (whole, _) in jobs.items()})
+        if self._folds:
+            of_folds = _rows({name: folds for name, (_, folds) in jobs.items()})
+            rows = pd.concat([rows[rows["split"] == "test"], of_folds], ignore_index=True)
+        curves = {name: [_curve(job) for job in whole + folds] for name, (whole, folds) in jobs.items()}
         said = {
+            "folds": self._folds,
             "late_gains": {name: late_gain(of[0]) for name, of in curves.items()},
             "minutes": {name: sum(curve["minutes"].max() for curve in of) for name, of in curves.items()},
         }
@@ -87,7 +105,17 @@ class TransferAudit:
     @cached_property
     def _wanted(self) -> bool:
         require_number("audit#seeds", self.seeds, 1, whole=True)
-        return bool(self.here.leads and self.arms and self.here.config["val_split"] == "val")
+        return bool(self.here.leads and self.arms and (self._folds or self.here.config["val_split"] == "val"))
+
+    @cached_property
+    def _folds(self) -> int:
+        """How many the cross-validation has; 0: there is none."""
+        count, validated = len(patients_of(self.target.labelled)), self.here.config["val_split"] == "val"
+        if self.folds != AUTO:
+            return require_number("audit#folds", self.folds, 2, count, whole=True) if self.folds else 0
+        if count < 2 or (validated and len(patients_of(self.target.datalist("val"))) >= ENOUGH):
+            return 0
+        return count if count <= ENOUGH else SOME
 
     @cached_property
     def _names(self) -> list[str]:
@@ -98,16 +126,29 @@ class TransferAudit:
             names.remove(UNTRAINED)
         return names
 
-    def _jobs(self, name: str) -> list[Job]:
-        """The trainings of an arm, that of the run's own seed first."""
-        own, folder = name == self.here.config["method"], self.here.folder / "audit" / name
+    def _jobs(self, name: str) -> tuple[list[Job], list[Job]]:
+        """The trainings of an arm on the split as it is, that of the run's own seed first; and those of the folds."""
+        own, trained, folder = name == self.here.config["method"], name != UNTRAINED, self.here.folder / "audit" / name
         overlays, options = [] if own else [name], {"audit#arms": [], "check_data": False}
         if name == "scratch" and not own and self.source.card is not None and self.source.card.is_program:
             options["source"] = None  # a program has no fresh form
-        first = self.here.job(self.here.folder if own else folder, *overlays, **options)
-        others = range(1, 1 if name == UNTRAINED else self.seeds)
-        seeds = [self.here.job(folder / f"seed{k}", *overlays, seed=self.here.seed + k, **options) for k in others]
-        return [first, *seeds]
+        held = {"val_split": "val", "evaluation#splits": ["val"], "evaluation#loaders": ["@validate#dataloader"]}
+        held |= {"val_interval": "@epochs"} if trained else {}
+        parts = self._folds if trained else min(self._folds, 1)
+        whole, folds = [], []
+        for k in range(self.seeds if trained else 1):
+            options["seed"] = self.here.seed + k
+            place = folder / f"seed{k}" if k else self.here.folder if own else folder
+            whole.append(self.here.job(place, *overlays, **options))
+            for part in range(parts):
+                place = folder / (f"fold{part}of{parts}" + f"_seed{k}" * (k > 0))
+                folds.append(self.here.job(place, *overlays, **options, **held, **{"target#fold": [part, parts]}))
+        return whole, folds
+
+
+def _rows(arms: Mapping[str, Sequence[Job]]) -> pd.DataFrame:
+    """The scores of all trainings in one table, whose column ``method`` is the arm."""
+    return pd.concat([job.read().assign(method=name) for name, of in arms.items() for job in of], ignore_index=True)
 
 
 def _curve(job: Job) -> pd.DataFrame:

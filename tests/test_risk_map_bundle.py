@@ -259,6 +259,33 @@ def test_few_validation_patients_are_cross_validated_with_all_labelled_ones(opti
     assert audited["tables"]["test"][0]["patients"] == 3
     assert "on 7 labelled patients" in audited["text"]
 
+    def weights() -> list[bytes]:
+        return [(folder / name / "model.pt").read_bytes() for name in (".", "audit/zero_shot", "audit/scratch")]
+
+    before = weights()
+    assert before[0] == before[1] != before[2]  # the advised arm's
+    scores = table(folder)
+    assert set(scores["method"]) == {"scratch"}
+    run("scratch", **options | {"audit#arms": ["zero_shot"], "audit#folds": 2, "epochs": 2})
+    assert len(in_this_process) == 4
+    assert weights() == before
+    pd.testing.assert_frame_equal(table(folder), scores)
+
+
+def test_the_card_of_somebody_elses_network_comes_along_with_the_advised_weights(
+    options, foreign, collection, tmp_path, in_this_process
+):
+    options |= {"source": foreign(2, ["background", "ED"]), "audit#arms": ["zero_shot"]}
+    run("full", **options)
+    folder = Path(options["output_dir"])
+    advised = folder / "audit" / read_json(folder / "audit.json")["default"]
+    for name in ("model.pt", "model.json", "grid.json"):
+        assert (folder / name).read_bytes() == (advised / name).read_bytes()
+    (folder / "audit" / "full" / "model.json").unlink()  # as of a program, which has no card to give
+    (folder / "audit" / "zero_shot" / "model.json").unlink()
+    run("full", **options)
+    assert (folder / "model.json").is_file() == (advised.name == "full")  # is not that of another network
+
 
 def test_three_dimensions(options, tmp_path):
     small = {"roi_size": [32, 32, 16], "network_def#features": [4, 4, 8, 8, 8, 4], "train_slices": None}
@@ -316,7 +343,9 @@ def test_real_images_are_trained_on_for_longer_than_phantoms(synthetic, fine_tun
 def test_the_whole_run_has_scores_of_all_arms_and_maps_on_the_grid(whole_run):
     folder = whole_run(RISK_MAP)
     arms = {path.name: table(path) for path in (folder / "audit").iterdir()}
-    assert set(arms) == set(ARMS)
+    assert set(arms) == {*ARMS, "risk_map"}
+    advised = folder / "audit" / read_json(folder / "audit.json")["default"]
+    assert (folder / "model.pt").read_bytes() == (advised / "model.pt").read_bytes()
     assert all(set(scores.method) == {arm} for arm, scores in arms.items())
     before, weight = (nib.load(folder / f"{name}.nii.gz") for name in ("leep_before", "weight"))
     np.testing.assert_allclose(before.affine, weight.affine)
@@ -723,12 +752,13 @@ def test_two_processes_give_what_one_gives(collection, tmp_path):
     run(**options | {"output_dir": str(tmp_path / "one")})
     assert len([path for path in (tmp_path / "sources").iterdir() if path.is_dir()]) == 1
     assert (tmp_path / "two" / "audit.csv").is_file()
-    assert {path.name for path in (tmp_path / "two" / "audit").iterdir()} == set(ARMS)
+    assert {path.name for path in (tmp_path / "two" / "audit").iterdir()} == {*ARMS, "risk_map"}
+    network = tmp_path / "two" / "audit" / "risk_map" / "model.pt"
 
     for name in ("weight", "leep_before"):
         one_map, two_map = (nib.load(tmp_path / run / f"{name}.nii.gz").get_fdata() for run in ("one", "two"))
         np.testing.assert_allclose(one_map, two_map, atol=1e-5)
-    one, two = (torch.load(tmp_path / run / "model.pt", weights_only=True) for run in ("one", "two"))
+    one, two = (torch.load(path, weights_only=True) for path in (tmp_path / "one" / "model.pt", network))
     assert one.keys() == two.keys()
     for name, values in one.items():
         torch.testing.assert_close(two[name], values, atol=1e-5, rtol=1e-4, msg=name)
@@ -738,7 +768,7 @@ def test_two_processes_give_what_one_gives(collection, tmp_path):
     pd.testing.assert_frame_equal(table(tmp_path / "two"), table(tmp_path / "one"), atol=0.01)  # a voxel
 
     files = ["configs/train.json", "configs/evaluate.json", "configs/multi_gpu_evaluate.json"]
-    again = options | {"output_dir": str(tmp_path / "again"), "ckpt": str(tmp_path / "two" / "model.pt")}
+    again = options | {"output_dir": str(tmp_path / "again"), "ckpt": str(network)}
     finish(RISK_MAP.start(files, again, processes=2))
     trained = table(tmp_path / "two")
     expected = trained[trained.split == "test"].reset_index(drop=True)

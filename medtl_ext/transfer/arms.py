@@ -1,17 +1,21 @@
 """Arms: ways to use the labels that are trained to the end and compared; and the audit of the common ones."""
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from medtl_ext._io import atomic_path
 from medtl_ext._validation import require_number
 from medtl_ext.data.plan import AUTO
 from medtl_ext.ranking import Verdict, late_gain
+from medtl_ext.transfer.evaluate import own_weights
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.report import audit_report
 from medtl_ext.transfer.sources import SingleSource, Source
@@ -23,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 UNTRAINED = "zero_shot"
 """The arm that is the source as it is: it has no seeds, no folds and no curve."""
+NETWORK = ("grid.json", "model.json", "clean.txt", "model.pt")
+"""What it takes to use a network; the weights last, for where they are, all is."""
+SCORED = ("metrics.csv", "curve.csv")
 ENOUGH, SOME = 6, 5
 """With fewer validation patients all labelled ones are cross-validated, in so many folds if there are more than six."""
 
@@ -51,7 +58,8 @@ class TransferAudit:
 
     Each training is a run of its own below ``audit`` in the output folder, and is kept: ``audit/ARM`` with the run's
     own seed, ``audit/ARM/seed1`` with the next, ``audit/ARM/fold0of5`` of a fold. Writes the files of
-    `medtl_ext.transfer.audit_report`.
+    `medtl_ext.transfer.audit_report`. From then on ``model.pt`` of the output folder is the network of the advised arm,
+    of several the best by validation, and the run's own is in ``audit/METHOD``, with copies of its scores.
 
     Args:
         here, target: the run (its option ``method`` is one of the arms), and the target task.
@@ -100,7 +108,14 @@ class TransferAudit:
         }
         verdict = audit_report(rows, folder, method=method, synthetic=self.target.synthetic, **said)
         logger.info("%s", verdict.text)
+        if own_weights(folder, method) == folder / "model.pt":
+            _copy(folder, folder / "audit" / method, *SCORED, *NETWORK)
+        best = max(jobs[verdict.default][0], key=self._validated)
+        _copy(folder / "audit" / method if best.output_dir == folder else best.output_dir, folder, *NETWORK)
         return verdict
+
+    def _validated(self, job: Job) -> float:
+        return float(np.mean([*self.target.patients(job, self.here.config["val_split"]).values()]))
 
     @cached_property
     def _wanted(self) -> bool:
@@ -144,6 +159,16 @@ class TransferAudit:
                 place = folder / (f"fold{part}of{parts}" + f"_seed{k}" * (k > 0))
                 folds.append(self.here.job(place, *overlays, **options, **held, **{"target#fold": [part, parts]}))
         return whole, folds
+
+
+def _copy(origin: Path, folder: Path, *names: str) -> None:
+    """Put these files of a training, and the code that its card names, in the place of those of another one."""
+    for name in [*(path.name for path in origin.glob("*.py")), *names]:
+        if not (origin / name).is_file():
+            (folder / name).unlink(missing_ok=True)
+            continue
+        with atomic_path(folder / name) as temporary:
+            shutil.copyfile(origin / name, temporary)
 
 
 def _rows(arms: Mapping[str, Sequence[Job]]) -> pd.DataFrame:

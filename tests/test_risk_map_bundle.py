@@ -281,10 +281,12 @@ def test_the_card_of_somebody_elses_network_comes_along_with_the_advised_weights
     advised = folder / "audit" / read_json(folder / "audit.json")["default"]
     for name in ("model.pt", "model.json", "grid.json"):
         assert (folder / name).read_bytes() == (advised / name).read_bytes()
+    assert "| source | theirs (licence: not said) |" in (folder / "MODEL_CARD.md").read_text()
     (folder / "audit" / "full" / "model.json").unlink()  # as of a program, which has no card to give
     (folder / "audit" / "zero_shot" / "model.json").unlink()
     run("full", **options)
     assert (folder / "model.json").is_file() == (advised.name == "full")  # is not that of another network
+    assert ("take the source" in (folder / "MODEL_CARD.md").read_text()) == (advised.name == "zero_shot")
 
 
 def test_three_dimensions(options, tmp_path):
@@ -346,6 +348,11 @@ def test_the_whole_run_has_scores_of_all_arms_and_maps_on_the_grid(whole_run):
     assert set(arms) == {*ARMS, "risk_map"}
     advised = folder / "audit" / read_json(folder / "audit.json")["default"]
     assert (folder / "model.pt").read_bytes() == (advised / "model.pt").read_bytes()
+    card = (folder / "MODEL_CARD.md").read_text()
+    dice = pd.read_csv(folder / "audit.csv").query("arm == @advised.name").set_index("split")
+    scored = [f"| {split} | 3 | 1 | {dice.loc[split, 'mean']:.3f} |" for split in ("val", "test")]
+    said = ["| arm | " + advised.name, "synthetic, of no patient", "Anything but trying the software", *scored]
+    assert [part for part in said if part not in card] == []
     assert all(set(scores.method) == {arm} for arm, scores in arms.items())
     before, weight = (nib.load(folder / f"{name}.nii.gz") for name in ("leep_before", "weight"))
     np.testing.assert_allclose(before.affine, weight.affine)

@@ -17,6 +17,7 @@ from medtl_ext.data.plan import AUTO
 from medtl_ext.ranking import Verdict, late_gain
 from medtl_ext.transfer.evaluate import own_weights
 from medtl_ext.transfer.jobs import Arm, Job, Run
+from medtl_ext.transfer.model_card import write_model_card
 from medtl_ext.transfer.report import audit_report
 from medtl_ext.transfer.sources import SingleSource, Source
 from medtl_ext.transfer.tasks import SegmentationTask, patients_of
@@ -59,7 +60,7 @@ class TransferAudit:
     Each training is a run of its own below ``audit`` in the output folder, and is kept: ``audit/ARM`` with the run's
     own seed, ``audit/ARM/seed1`` with the next, ``audit/ARM/fold0of5`` of a fold. Writes the files of
     `medtl_ext.transfer.audit_report`. From then on ``model.pt`` of the output folder is the network of the advised arm,
-    of several the best by validation, and the run's own is in ``audit/METHOD``, with copies of its scores.
+    of several the best by validation, with a ``MODEL_CARD.md``, and the run's own is in ``audit/METHOD``.
 
     Args:
         here, target: the run (its option ``method`` is one of the arms), and the target task.
@@ -112,6 +113,7 @@ class TransferAudit:
             _copy(folder, folder / "audit" / method, *SCORED, *NETWORK)
         best = max(jobs[verdict.default][0], key=self._validated)
         _copy(folder / "audit" / method if best.output_dir == folder else best.output_dir, folder, *NETWORK)
+        write_model_card(self.here, self.target, self.source, verdict, seed=best.overrides["seed"])
         return verdict
 
     def _validated(self, job: Job) -> float:

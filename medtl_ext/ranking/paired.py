@@ -349,11 +349,9 @@ def _named(arms: pd.DataFrame) -> str:
 
 def _weak_guess(scores: Mapping[str, Scores], guess: str) -> str:
     """What too few patients say all the same, and how little that is."""
-    gaps = {arm: paired_comparison(scores[guess], of, n_resamples=1) for arm, of in scores.items() if arm != guess}
-    mean = {arm: {subject: np.mean(value) for subject, value in dict(of).items()} for arm, of in scores.items()}
-    ahead = {arm: sum(mean[guess][subject] > value for subject, value in mean[arm].items()) for arm in gaps}
-    count = len(mean[guess])
-    said = listed(f"of {arm} in {ahead[arm]} of {count} ({gap.difference:+.3f})" for arm, gap in gaps.items())
+    means = pd.DataFrame({arm: pd.Series(dict(of)).map(np.mean) for arm, of in scores.items()})
+    gaps, count = means.drop(columns=guess).rsub(means[guess], axis=0), len(means)
+    said = listed(f"of {arm} in {(gap > 0).sum()} of {count} ({gap.mean():+.3f})" for arm, gap in gaps.items())
     return (
         f"The best guess is {GUESS.get(guess, f'fine-tuning with {guess}')}, which is weak: it is ahead {said}, and of "
         f"two equal arms one is ahead in all of so few patients in {100 * 2 ** (1 - count):g} % of cases."

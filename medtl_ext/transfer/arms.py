@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ def finetuning_job(
     return run.job(folder, overlay, source=source.option, **overrides)
 
 
-def arm_rows(arms: Sequence[Arm]) -> pd.DataFrame:
+def arm_rows(arms: Iterable[Arm]) -> pd.DataFrame:
     """The scores of all arms in one table, whose column ``method`` is the arm."""
     return pd.concat([arm.last.read().assign(method=arm.name) for arm in arms], ignore_index=True)
 
@@ -97,10 +97,10 @@ class TransferAudit:
         folder, method = self.here.folder, self.here.config["method"]
         jobs = {name: self._jobs(name) for name in self._names}
         self.here.train([job for whole, folds in jobs.values() for job in whole + folds], "transfer audit")
-        rows = _rows({name: whole for name, (whole, _) in jobs.items()})
+        rows = arm_rows(Arm(name, (job,)) for name, (whole, _) in jobs.items() for job in whole)
         if self._folds:
-            of_folds = _rows({name: folds for name, (_, folds) in jobs.items()})
-            rows = pd.concat([rows[rows["split"] == "test"], of_folds], ignore_index=True)
+            held = arm_rows(Arm(name, (job,)) for name, (_, folds) in jobs.items() for job in folds)
+            rows = pd.concat([rows[rows["split"] == "test"], held], ignore_index=True)
         curves = {name: [_curve(job) for job in whole + folds] for name, (whole, folds) in jobs.items()}
         said = {
             "folds": self._folds,
@@ -171,11 +171,6 @@ def _copy(origin: Path, folder: Path, *names: str) -> None:
             continue
         with atomic_path(folder / name) as temporary:
             shutil.copyfile(origin / name, temporary)
-
-
-def _rows(arms: Mapping[str, Sequence[Job]]) -> pd.DataFrame:
-    """The scores of all trainings in one table, whose column ``method`` is the arm."""
-    return pd.concat([job.read().assign(method=name) for name, of in arms.items() for job in of], ignore_index=True)
 
 
 def _curve(job: Job) -> pd.DataFrame:

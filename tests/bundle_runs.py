@@ -101,7 +101,7 @@ SEGMENTATION = {
 ARMS = ["zero_shot", "scratch", "full"]
 RISK_MAP = Bundle(
     "risk_map",
-    SEGMENTATION | {"iterations_per_epoch": 2, "train_slices": 8, "audit#arms": []},
+    SEGMENTATION | {"iterations_per_epoch": 2, "train_slices": 8, "audit#arms": [], "audit#folds": 0},
     whole={"figures": True, "check_data": True, "audit#arms": ARMS},
 )
 SOURCE_SELECTION = Bundle(

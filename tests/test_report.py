@@ -114,10 +114,15 @@ EMPTY = ["In 3 of 40 cases a class is absent from truth and prediction"]
     [
         (lambda rows: rows, "scratch", PLAIN, "absent"),
         (disagreeing, "scratch", ["scratch is 0.100 (95 % interval 0.0", "behind full there"], "there too"),
-        (seeds, "scratch", [], "One training run"),
+        (seeds, "scratch", ["2 training runs per arm: intervals and tests are over patients and"], "One training run"),
         (visits, None, ["2 validation patients cannot settle this"], "Do not"),
         (lambda rows: of_patients(rows, 0, 1, 2), None, ["3 validation patients cannot settle this"], "Do not"),
-        (lambda rows: of_patients(rows, 0), None, ["1 validation patient cannot settle"], "Do not"),
+        (
+            lambda rows: of_patients(rows, 0),
+            None,
+            ["1 validation patient cannot settle", "guess is training"],
+            "Do not",
+        ),
         (lambda rows: rows.assign(dice=0.0), None, NOTHING, "highest mean"),
         (lambda rows: rows.assign(empty=rows.index < 3), "scratch", EMPTY, "cannot settle"),
     ],
@@ -130,6 +135,8 @@ def test_an_audit_says_what_the_numbers_show(change, recommended, said, never, a
     assert never not in verdict.text
     if change is seeds:
         assert verdict.table["mean"].iloc[0] == pytest.approx(np.mean(VALIDATION["scratch"]) + 0.01)
+        assert verdict.table["spread"].iloc[0] == pytest.approx(0.02 / 2**0.5)
+        assert dict(zip(verdict.table["arm"], verdict.table["trainings"], strict=True))["zero_shot"] == 1
 
 
 def test_an_audit_names_the_arms_that_were_not_trained_to_the_end(audited, tmp_path):
@@ -137,6 +144,18 @@ def test_an_audit_names_the_arms_that_were_not_trained_to_the_end(audited, tmp_p
     text = audit_report(audited, tmp_path, method="risk_map", late_gains=gains).text
     assert "end: scratch gained 0.031 in the last two fifths of the training; compare with more --epochs." in text
     assert "trained to the end" not in audit_report(audited, tmp_path, method="risk_map").text
+
+
+def test_a_cross_validated_audit_says_so_and_shows_what_the_arms_took(audited, tmp_path):
+    took = {"scratch": 12.0, "full": 8.0}
+    text = audit_report(audited, tmp_path, method="risk_map", folds=5, minutes=took).text
+    assert "on 5 labelled patients is 0.636" in text
+    assert "Cross-validation in 5 folds, 5 trainings an arm: none saw the patients it scored." in text
+    assert "One training run per arm" not in text
+    table = pd.read_csv(tmp_path / "audit.csv")
+    assert table[table["split"] == "val"].set_index("arm")["minutes"].dropna().to_dict() == took
+    content = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert (content["folds"], content["tables"]["val"][0]["minutes"]) == (5, 12.0)
 
 
 def test_the_files_of_an_audit_are_strict_and_complete(audited, tmp_path):

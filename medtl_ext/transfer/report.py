@@ -3,7 +3,8 @@
 Both start from one table with a row per run, patient and class: columns ``method, seed, split, subject, class, dice,
 iou``, in a comparison also ``pair, source_seed, slices``. A class that is absent from truth and prediction has Dice 1
 (MONAI's ``ignore_empty=False``) and ``empty`` True; every report counts these cases and says so. Classes are averaged
-within a patient, runs within a patient, and tests are paired over patients.
+within a patient, and tests are paired over patients; the runs of an arm are trainings, over which an audit's intervals
+go too, and a comparison averages them within a patient.
 """
 
 import json
@@ -81,6 +82,8 @@ def audit_report(
     margin: float = 0.01,
     title: str = "Transfer audit",
     late_gains: Mapping[str, float] | None = None,
+    minutes: Mapping[str, float] | None = None,
+    folds: int = 0,
 ) -> Verdict:
     """Decide a transfer audit on the validation patients, check it on the test patients, and write both down.
 
@@ -95,6 +98,9 @@ def audit_report(
         title: of the figure.
         late_gains: what the validation Dice of arms gained in the last two fifths of their training. One that gained
             ``margin`` or more was not done: the text names it, for a longer training may change the comparison.
+        minutes: what the trainings of arms took together, for the table.
+        folds: split ``val`` are the labelled patients of a cross-validation in so many folds, each scored by trainings
+            that did not see it; 0: patients that nobody trained on.
 
     Returns:
         The verdict of the validation patients; its text ends with the check on the test patients.
@@ -103,14 +109,20 @@ def audit_report(
         InputError: no validation results, the method is missing, or arms were evaluated on different patients.
     """
     patients = patient_table(rows)
-    splits, methods, runs = patients["split"].unique(), patients["method"].unique(), _runs_per_arm(patients)
+    splits, methods = patients["split"].unique(), patients["method"].unique()
     if "val" not in splits:
         raise InputError(f"An audit is decided on split 'val'; found {_listed(splits)} only.")
     if method not in methods:
         raise InputError(f"The audit has no results of '{method}'; found {_listed(methods)}.")
-    said = {"margin": margin, "runs": runs, "synthetic": synthetic}
+    names = SPLIT_NAMES | ({"val": "labelled"} if folds else {})
     verdicts = {
-        split: audit_verdict(_scores(patients[patients["split"] == split]), split=SPLIT_NAMES.get(split, split), **said)
+        split: audit_verdict(
+            _trainings(patients[patients["split"] == split]),
+            split=names.get(split, split),
+            margin=margin,
+            folds=folds if split == "val" else 0,
+            synthetic=synthetic,
+        )
         for split in ("val", "test")
         if split in splits
     }
@@ -123,12 +135,15 @@ def audit_report(
     table = pd.concat([v.table.assign(split=split) for split, v in verdicts.items()])
     table = table[["split", *verdict.table.columns]]
     also = patients.filter(ALSO).groupby([patients["split"], patients["method"].rename("arm")]).mean()
+    table = table.assign(minutes=table["arm"].map(minutes or {}))
     write_csv(output_dir / "audit.csv", table.join(also, on=["split", "arm"]))
     content = {key: value for key, value in asdict(verdict).items() if key != "table"}
     content |= {"method": method, "decided_on": "val", "margin": margin, "synthetic": synthetic}
-    content |= {"runs_per_arm": runs, "tables": {split: records(v.table) for split, v in verdicts.items()}}
+    content |= {"runs_per_arm": int(verdict.table["trainings"].max()), "folds": folds}
+    content |= {"tables": {split: records(of) for split, of in table.groupby("split", sort=False)}}
     write_json(output_dir / "audit.json", content)
     averaged = patients.groupby(["split", "method", "subject"], sort=False, as_index=False)["dice"].mean()
+    averaged, table = (of.replace({"split": names}) for of in (averaged, table))
     figure = plot_audit(averaged, table, recommended=verdict.recommendation, title=title, synthetic=synthetic)
     save_figure(figure, output_dir / "audit.png")
     return verdict
@@ -249,10 +264,12 @@ def _scores(patients: pd.DataFrame) -> Scores:
     return {method: of.droplevel("method").to_dict() for method, of in averaged.groupby("method", sort=False)}
 
 
-def _runs_per_arm(patients: pd.DataFrame) -> int:
-    """The fewest runs of any arm that was trained."""
-    runs = patients.filter(["method", "source_seed", "seed"]).drop_duplicates()["method"].value_counts()
-    return int((runs.drop("zero_shot", errors="ignore") if len(runs) > 1 else runs).min())
+def _trainings(patients: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
+    """Of the patients of one split: method -> subject -> Dice of each run, those of a seed at the same place."""
+    runs = patients.sort_values([name for name in ("source_seed", "seed") if name in patients], kind="stable")
+    found = runs.groupby(["method", "subject"])["dice"].agg(list)
+    order = patients["method"].unique()
+    return {method: found[method].to_dict() for method in order}
 
 
 def _empty_sentence(rows: pd.DataFrame) -> str:
@@ -274,8 +291,6 @@ def _check(verdict: Verdict, test: pd.DataFrame) -> str:
     """Whether the arm that validation chose also does well on the test patients."""
     means = ", ".join(f"{row.arm} {row.mean:.3f}" for row in test[["arm", "mean"]].itertuples())
     text = f"Check on {test['patients'].iloc[0]} test patients: {means}"
-    if verdict.default is None:
-        return f"{text}."
     chosen = test.set_index("arm").loc[verdict.default]
     if chosen["difference"] == 0:
         if test["mean"].eq(chosen["mean"]).sum() > 1:

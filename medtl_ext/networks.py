@@ -233,9 +233,7 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     return chain(module.parameters(recurse=False), module.buffers(recurse=False))
 
 
-def all_but(
-    image: Tensor, *, first: float = 0.0, last: float = 0.0, norms: bool = False
-) -> Callable[[nn.Module], str]:
+def all_but(image: Tensor, *, first: float = 0.0, last: float = 0.0, norms: bool = False) -> Callable[[nn.Module], str]:
     """What `freeze` takes to leave only the head trained, and the first or last layers, or the normalisations.
 
     The head, the last layer to run, is always trained: the target's classes may be its own.

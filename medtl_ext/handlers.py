@@ -140,10 +140,10 @@ class WeightMap:
 class ResumableCheckpoint:
     """Keep the best network as ``model.pt`` and everything needed to go on as ``last.pt``; go on from it when there.
 
-    ``model.pt`` is a plain ``state_dict`` of the network that is validated. It is replaced only by a network with a better key metric, and the best
-    value so far is kept in ``last.pt`` too: a resumed run knows it. Files are written whole or not at all, ``last.pt``
-    first, which holds what ``model.pt`` is made of: a run may be killed at any time. List it after the validation
-    handler in ``train#handlers``.
+    ``model.pt`` is a plain ``state_dict`` of the network that is validated. It is replaced only by one of a better key
+    metric, and the best value so far is kept in ``last.pt`` too: a resumed run knows it. Files are written whole or not
+    at all, ``last.pt`` first, which holds what ``model.pt`` is made of: a run may be killed at any time. List it after
+    the validation handler in ``train#handlers``.
 
     Args:
         save_dir: where the two files are.
@@ -369,7 +369,7 @@ class LayerwiseRates:
 class LinearProbe:
     """Train the head alone for the first part of the steps, then everything (LP-FT).
 
-    Meanwhile the rest is as if frozen: no parameter moves, and no statistics of batch norm. Their gradients are computed
+    Meanwhile the rest is as if frozen: no parameter moves, and no statistics of batch norm. Its gradients are computed
     and dropped, so that several processes agree on what they exchange.
 
     Args:
@@ -377,7 +377,8 @@ class LinearProbe:
         image: a training image, see `medtl_ext.networks.layers`.
         share: of the training's steps.
 
-    Reference: Kumar et al., *Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution*, ICLR 2022.
+    Reference: Kumar et al., *Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution*, ICLR
+    2022.
     """
 
     network: nn.Module

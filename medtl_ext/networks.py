@@ -184,9 +184,9 @@ def keep_in_eval_mode(pattern: str, network: nn.Module, _: object) -> None:
 def layers(network: nn.Module, image: Tensor) -> list[list[str]]:
     """Names of a network's modules, layer by layer in the order in which they run, which no naming tells.
 
-    A layer begins with a convolution or a linear layer, and the normalisation behind it belongs to it: every module with
-    parameters or buffers of its own is in one layer. Those that never run, as heads for deep supervision, stand with the
-    module before them in the network's own order.
+    A layer begins with a convolution or a linear layer, and the normalisation behind it belongs to it: every module
+    with parameters or buffers of its own is in one layer. Those that never run, as heads for deep supervision, stand
+    with the module before them in the network's own order.
 
     Args:
         network: it passes over the image once, in eval mode.
@@ -217,8 +217,8 @@ def layers(network: nn.Module, image: Tensor) -> list[list[str]]:
         found[-1].append(name)
     if len(found) < 3:
         raise InputError(
-            f"this {type(network).__name__} shows {len(found)} layers, so that none is first or last; expected a network "
-            "of convolutions and no program; fine-tune all of it (full)."
+            f"this {type(network).__name__} shows {len(found)} layers, of which none is first or last; expected a "
+            "network of convolutions, and no program; fine-tune all of it (full)."
         )
     place = {name: number for number, names in enumerate(found) for name in names}
     before = 0

@@ -1,8 +1,9 @@
-"""Recipes of fine-tuning: each does what it says, goes on where it was interrupted, and is undone by the next overlay."""
+"""Recipes of fine-tuning: each does what it says, goes on where it was interrupted, and the next overlay undoes it."""
 
 import copy
 import re
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,7 @@ def test_a_probe_trains_the_head_and_then_everything():
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: after.append(copy.deepcopy(network.state_dict())))
     trainer.run()
     head = {"final_conv.weight", "final_conv.bias"}
-    assert [moved(*pair) for pair in zip(after[:3], after[1:3], strict=False)] == [head, head]
+    assert [moved(*pair) for pair in pairwise(after[:3])] == [head, head]
     assert moved(after[2], after[3]) == set(after[0])
 
 

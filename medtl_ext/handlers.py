@@ -27,7 +27,7 @@ from medtl_ext._io import atomic_path, write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 from medtl_ext.metrics import compute_segmentation_scores
-from medtl_ext.networks import all_but, keep_in_eval_mode, layers
+from medtl_ext.networks import all_but, keep_in_eval_mode, layers, read_weights, trainable_parameters
 from medtl_ext.ranking import late_gain
 
 __all__ = [
@@ -35,10 +35,12 @@ __all__ = [
     "LayerwiseRates",
     "LinearProbe",
     "ResumableCheckpoint",
+    "StartingPoint",
     "SubjectTable",
     "TensorBoardCurves",
     "TrainingLength",
     "WeightAveraging",
+    "WeightInterpolation",
     "WeightMap",
 ]
 
@@ -441,6 +443,93 @@ class WeightAveraging:
         if _in_first(self.start, engine):
             self._average.n_averaged.zero_()  # the next network is copied
         self._average.update_parameters(self.network)
+
+
+@dataclass(kw_only=True, eq=False)
+class StartingPoint:
+    """Pull the weights towards those that the training starts from, and the head's towards 0 (L2-SP).
+
+    The loss gets ``strength / 2 (||w - w0||^2 + ||h||^2)``, h the head: the target's classes may be its own.
+
+    Args:
+        network: that is trained; has the source's weights when the trainer is made.
+        image: a training image, see `medtl_ext.networks.layers`.
+        strength: 0 or more.
+
+    Reference: Li et al., *Explicit Inductive Bias for Transfer Learning with Convolutional Networks*, ICML 2018.
+    """
+
+    network: nn.Module
+    image: Tensor
+    strength: float = 0.01
+
+    def attach(self, engine: Trainer) -> None:
+        head = self.network.get_submodule(layers(self.network, self.image)[-1][0])
+        self._pairs = [(parameter, parameter.detach().clone()) for parameter in trainable_parameters(self.network)]
+        for parameter, towards in self._pairs:
+            if any(parameter is one for one in head.parameters()):
+                towards.zero_()
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.penalise)
+
+    def penalise(self, engine: Trainer) -> None:
+        """Before the backward pass."""
+        penalty = sum((parameter - towards).square().sum() for parameter, towards in self._pairs)
+        engine.state.output["loss"] = engine.state.output["loss"] + self.strength / 2 * penalty
+
+
+@dataclass(kw_only=True, eq=False)
+class WeightInterpolation:
+    """After the training, keep the point between its start and its end that is best for the validation (WiSE-FT).
+
+    Weights and statistics of batch norm alike are ``(1 - c) start + c end``, end being the best network of the
+    training, which stays as ``finetuned.pt``. Writes ``interpolation.csv``: ``coefficient`` and the evaluator's key
+    metric. Of a head that is fresh the start says nothing; then the end will be the best.
+
+    Args:
+        network, evaluator: that is trained, and what validates it.
+        save_dir: where `ResumableCheckpoint` keeps ``model.pt``, which is replaced.
+        coefficients: to try; of equal ones the first is kept.
+
+    Reference: Wortsman et al., *Robust Fine-Tuning of Zero-Shot Models*, CVPR 2022.
+    """
+
+    network: nn.Module
+    evaluator: Evaluator
+    save_dir: str | Path
+    coefficients: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+    def attach(self, engine: Trainer) -> None:
+        self._start = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
+        engine.add_event_handler(Events.COMPLETED, self.choose)
+
+    def choose(self, engine: Trainer) -> None:
+        """Validate each, and keep the best; a run that is killed meanwhile begins with the same end."""
+        model, end = (Path(self.save_dir, name) for name in ("model.pt", "finetuned.pt"))
+        if engine.state.epoch == 0:
+            return
+        if idist.get_rank() == 0 and not end.is_file():
+            with atomic_path(end) as temporary:
+                shutil.copy(model, temporary)
+        idist.barrier()
+        tuned, rows = read_weights(end), []
+        name = self.evaluator.state.key_metric_name
+        for coefficient in self.coefficients:
+            self.network.load_state_dict(self._between(tuned, coefficient))
+            self.evaluator.run()
+            rows.append({"coefficient": coefficient, name: float(self.evaluator.state.metrics[name])})
+        table = pd.DataFrame(rows)
+        best = float(table["coefficient"][table[name].fillna(-np.inf).idxmax()])
+        logger.info("%g of the way from the start to the end of the training is best for the validation", best)
+        if idist.get_rank() == 0:
+            with atomic_path(model) as temporary:
+                torch.save(self._between(tuned, best), temporary)
+            write_csv(Path(self.save_dir) / "interpolation.csv", table)
+
+    def _between(self, end: Mapping[str, Tensor], coefficient: float) -> dict[str, Tensor]:
+        return {
+            name: torch.lerp(self._start[name], value, coefficient) if value.is_floating_point() else value
+            for name, value in end.items()
+        }
 
 
 def _in_first(share: float, engine: Trainer) -> bool:

@@ -5,7 +5,9 @@ import re
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from bundle_runs import RECIPES, RISK_MAP, card_of_a_unet, refused
@@ -16,7 +18,14 @@ from monai.networks.nets import BasicUNet, DynUNet, UNet
 from torch import nn
 
 from medtl_ext.engines import WeightedTrainer
-from medtl_ext.handlers import LayerwiseRates, LinearProbe, WeightAveraging
+from medtl_ext.handlers import (
+    LayerwiseRates,
+    LinearProbe,
+    ResumableCheckpoint,
+    StartingPoint,
+    WeightAveraging,
+    WeightInterpolation,
+)
 from medtl_ext.networks import adapt_batch_norm, all_but, freeze, layers
 from medtl_ext.transfer.config import identity
 
@@ -223,6 +232,49 @@ def test_the_average_of_the_weights_is_what_is_validated(decay, start):
     assert len(seen) == 8
     torch.testing.assert_close(evaluator.network.conv_0.conv_0.adn.N.running_mean, expected)
     assert moved(network.state_dict(), evaluator.network.state_dict())
+
+
+def test_weights_are_pulled_towards_the_start_and_the_head_towards_zero():
+    network, losses = unet(), []
+    start = copy.deepcopy(dict(network.named_parameters()))
+    plain = trainer_of(copy.deepcopy(network), epochs=1)
+    pulled = trainer_of(network, StartingPoint(network=network, image=IMAGE, strength=3), epochs=1)
+    for one in (plain, pulled):
+        one.add_event_handler(Events.ITERATION_COMPLETED, lambda one: losses.append(one.state.output[0]["loss"]))
+        torch.manual_seed(1)
+        one.run()
+    head = sum(float(value.detach().square().sum()) for name, value in start.items() if name.startswith("final_conv"))
+    assert losses[2] - losses[0] == pytest.approx(1.5 * head, rel=1e-4)  # in the first step the rest is the start
+    far, near = (
+        sum(float((value - start[name]).square().sum()) for name, value in one.network.named_parameters())
+        for one in (plain, pulled)
+    )
+    assert near < far
+
+
+def test_the_point_on_the_way_that_validation_likes_is_kept_also_after_an_interruption(tmp_path):
+    """Killed while it looks for it, and once more when it has found it, it finds the same: halfway."""
+    network, state = unet(), SimpleNamespace(epoch=1, metrics={"dice": 0.5}, key_metric_name="dice")
+    start, scores = copy.deepcopy(network.state_dict()), iter([0.6, KeyboardInterrupt, *[0.6, 0.7, 0.8, 0.8, 0.1] * 2])
+
+    def validate():
+        if (score := next(scores)) is KeyboardInterrupt:
+            raise score
+        state.metrics = {"dice": score}
+
+    evaluator = SimpleNamespace(network=network, state=state, run=validate)
+    for attempt in range(3):
+        network.load_state_dict(start)
+        recipe = WeightInterpolation(network=network, evaluator=evaluator, save_dir=tmp_path)
+        checkpoint = ResumableCheckpoint(save_dir=tmp_path, evaluator=evaluator, save_dict={"network": network})
+        with nullcontext() if attempt else pytest.raises(KeyboardInterrupt):
+            trainer_of(network, recipe, checkpoint, epochs=1).run()
+    end, kept = (weights_of(tmp_path / f"{name}.pt") for name in ("finetuned", "model"))
+    for name, value in end.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(kept[name], (start[name] + value) / 2)
+    table = pd.read_csv(tmp_path / "interpolation.csv")
+    assert dict(zip(table["coefficient"], table["dice"], strict=True))[0.5] == 0.8
 
 
 def test_batch_norm_gets_the_statistics_of_the_target_and_weights_stay(caplog):

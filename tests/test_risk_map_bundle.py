@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import ARMS, RISK_MAP, Bundle, finish, read_json, refused
+from bundle_runs import ARMS, RECIPES, RISK_MAP, Bundle, card_of_a_unet, finish, read_json, refused
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
-from monai.networks.nets import UNet
 from monai.transforms import RandomizableTrait
 
 from medtl_ext import InputError, risk_map
@@ -26,7 +25,7 @@ CONFIGS = RISK_MAP.configs
 METHODS = [
     path.stem
     for path in sorted(CONFIGS.glob("*.json"))
-    if path.stem not in ("train", "inference", "pretrain") and "freeze" in read_json(path)
+    if path.stem not in ("train", "inference", "pretrain", *RECIPES) and "freeze" in read_json(path)
 ]
 MEASURED = ["hd95_mm", "assd_mm", "lesion_recall", "lesion_precision", "volume_ml", "truth_ml"]
 ALL_METHODS = [*METHODS, "zero_shot"]
@@ -92,20 +91,7 @@ def foreign(tmp_path):
     """Cards of somebody else's untrained networks, 2D and 3D, with a preprocessing and a grid of their own."""
 
     def card(dimensions: int, classes: list[str]) -> str:
-        torch.manual_seed(0)
-        shape = {"in_channels": 1, "out_channels": len(classes), "channels": [4, 8], "strides": [2]}
-        network = UNet(spatial_dims=dimensions, **shape)
-        torch.save(network.state_dict(), tmp_path / "theirs.pt")
-        steps = [{"_target_": "Spacingd", "pixdim": [3, 3, 4]}, {"_target_": "NormalizeIntensityd", "nonzero": True}]
-        content = {"checkpoint": "theirs.pt", "network": {"_target_": "UNet", "spatial_dims": dimensions, **shape}}
-        content |= {
-            "preprocessing": steps,
-            "window": [32, 32, 8][:dimensions],
-            "classes": classes,
-            "encoder": "model.0",
-        }
-        (tmp_path / "theirs.json").write_text(json.dumps(content))
-        return str(tmp_path / "theirs.json")
+        return card_of_a_unet(tmp_path, dimensions, classes)
 
     return card
 
@@ -148,7 +134,9 @@ def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins(
     assert wanted | set(RISK_MAP.content("compare")["methods"]) - {"placebo"} <= set(ALL_METHODS)
     assert set(RISK_MAP.content("matrix")["methods"]) - {"placebo"} == set(ALL_METHODS)
     keys = list(RISK_MAP.content("vanilla"))
-    for method in METHODS:
+    for method in [*METHODS, *RECIPES]:
+        if method == "adabn":  # as zero_shot, a run without a training
+            continue
         overlay = RISK_MAP.content(method)
         own = [key for key in overlay if not key.startswith("leep#") and key not in ("epochs", "val_interval")]
         assert own == keys, method
@@ -166,7 +154,10 @@ def source_folder(*overlays: str, **options) -> str:
 
 def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_training():
     """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
-    assert {source_folder(method) for method in ALL_METHODS} == {source_folder(), source_folder(clean="largest")}
+    assert {source_folder(method) for method in [*ALL_METHODS, *RECIPES]} == {
+        source_folder(),
+        source_folder(clean="largest"),
+    }
     assert source_folder(pretraining={"epochs": 3}) != source_folder()
     assert source_folder(**{"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss"}}) != source_folder()
 

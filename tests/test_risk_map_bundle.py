@@ -249,6 +249,7 @@ def test_few_validation_patients_are_cross_validated_with_all_labelled_ones(opti
     assert (audited["folds"], audited["tables"]["val"][0]["patients"]) == (2, 7)
     assert audited["tables"]["test"][0]["patients"] == 3
     assert "on 7 labelled patients" in audited["text"]
+    assert "| split val | Cross-validation in 2 folds" in (folder / "MODEL_CARD.md").read_text()
 
     def weights() -> list[bytes]:
         return [(folder / name / "model.pt").read_bytes() for name in (".", "audit/zero_shot", "audit/scratch")]

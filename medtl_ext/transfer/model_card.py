@@ -38,6 +38,8 @@ def write_model_card(here: Run, target: SegmentationTask, source: SingleSource, 
         "trained on": "nobody: it is the source as it is",
         "images": "synthetic, of no patient" if target.synthetic else "of patients",
     }
+    if folds := [said for said in sentences if said.startswith("Cross-validation")]:
+        facts["split val"] = folds[0]
     if arm != "zero_shot":
         learnt = {split: len(patients_of(target.datalist(split))) for split in target.splits}
         of = _licensed(collection.name, collection.license)

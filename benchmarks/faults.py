@@ -102,9 +102,14 @@ def outcome(action: Callable[[], object], log: Path, seconds: float) -> tuple[st
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         try:
             code = 1 if action() else 0
+        except WronglyAcceptedError as error:
+            code = KINDS.index("wrongly accepted")
+            print(error)
         except BaseException as error:
-            code, known = 1, innermost_or_input_error(error)
-            print(f"error: {known}") if isinstance(known, InputError) else traceback.print_exc()
+            known = innermost_or_input_error(error)
+            one_line = isinstance(known, InputError) and "\n" not in str(known) and len(str(known)) < 2000
+            code = 1 if one_line else KINDS.index("traceback")
+            print(f"error: {known}") if one_line else traceback.print_exc()
         os._exit(code)
     why, most = "", resident(process) + 3 * 2**30
     while not (ended := os.waitpid(process, os.WNOHANG))[0]:
@@ -112,12 +117,9 @@ def outcome(action: Callable[[], object], log: Path, seconds: float) -> tuple[st
         if why:
             os.killpg(process, signal.SIGKILL)
         time.sleep(0.005)
-    said = log.read_text(errors="replace").strip()
-    if why or not os.WIFEXITED(ended[1]):
-        return why or "traceback", said[-200:]
-    if "Traceback" in said or any(len(line) > 2000 for line in said.splitlines()):
-        return "wrongly accepted" if "WronglyAcceptedError" in said else "traceback", said[-300:]
-    return "handled" if os.WEXITSTATUS(ended[1]) else "right", said[-200:]
+    said = log.read_text(errors="replace").strip()[-300:]
+    kind = "traceback" if not os.WIFEXITED(ended[1]) else KINDS[(1, 0, *range(2, 6))[os.WEXITSTATUS(ended[1])]]
+    return why or kind, said
 
 
 def resident(process: int) -> int:
@@ -357,11 +359,12 @@ def runs(folder: Path, drawn: random.Random, tries: int) -> Attempts:
         at = drawn.choice([found.start() for found in re.finditer(rb"\d" if text else rb"(?s).", raw)])
         flipped = raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
         (place / name).write_bytes(raw[: len(raw) // 2] if how == "half" else flipped)
-        unread = name if Path(name).parent.name != "out" or name.endswith("last.pt") else ""
+        unread = name if Path(name).parent.name != "out" or name.endswith(("last.pt", "config.json")) else ""
         yield f"{name}, {how} ({at})", lambda unread=unread: again(but=unread)
     for _ in range(min(tries, 4)):
         shutil.rmtree(place, ignore_errors=True)
-        gone = threading.Timer(drawn.uniform(0.5, 8), shutil.rmtree, (place,), {"ignore_errors": True})
+        shutil.copytree(kept / "sources", place / "sources")
+        gone = threading.Timer(drawn.uniform(1, 8), shutil.rmtree, (place / "out",), {"ignore_errors": True})
         yield "the output folder is deleted", lambda gone=gone: (gone.start(), again())[1]
     disk = folder / "disk"
     disk.mkdir()

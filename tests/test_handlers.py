@@ -265,6 +265,13 @@ def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path, scores, best):
     assert checkpoint.best_epoch == best
 
 
+def test_a_damaged_checkpoint_says_what_to_do(slices, tmp_path):
+    train_with_scores(slices[0], tmp_path, [0.1], epochs=1)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"last.pt is damaged; delete it, and the training begins anew\."):
+        train_with_scores(slices[0], tmp_path, [0.1, 0.2], epochs=2)
+
+
 def test_a_checkpoint_of_another_network_says_so(slices, tmp_path):
     torch.save({"network": {}, "optimizer": {}, "epoch": 1, "best": 0.0, "best_epoch": 1}, tmp_path / "last.pt")
     network = small_network()

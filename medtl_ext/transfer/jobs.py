@@ -152,8 +152,9 @@ def run_jobs(
         jobs: each writes its own folder, so that an interrupted series continues where it stopped, and what it has to
             say into ``log.txt`` there.
         n_jobs: how many at a time; by default one per core. The cores are shared between them.
-        backend: joblib's: None for processes on this machine (``loky``), ``"dask"`` for the workers of the cluster
-            whose scheduler ``$DASK_SCHEDULER_ADDRESS`` names, or the name of a registered backend.
+        backend: joblib's: None for processes on this machine (``loky``), the address of a Dask scheduler
+            (``tcp://HOST:8786``) or ``"dask"``, which takes it from ``$DASK_SCHEDULER_ADDRESS``, for the workers of
+            that cluster, or the name of a registered backend.
         description: what the progress bar says.
 
     Raises:
@@ -182,7 +183,7 @@ def run_jobs(
 @contextmanager
 def _workers(backend: str) -> Iterator[None]:
     """What joblib sends jobs to."""
-    if backend != "dask":
+    if backend != "dask" and "://" not in backend:
         # Before anything is imported a worker may be without its parent, and then waits for a job for ever.
         ending = {"initializer": _end_with, "initargs": (os.getpid(),)} if backend == "loky" else {}
         with parallel_config(backend, **ending):
@@ -192,14 +193,14 @@ def _workers(backend: str) -> Iterator[None]:
         from distributed import Client
     except ImportError as error:
         raise InputError("--backend dask needs Dask; pip install 'medtl[dask]', on the workers too.") from error
-    address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+    address = backend if "://" in backend else os.environ.get("DASK_SCHEDULER_ADDRESS")
     if not address:
-        raise InputError("--backend dask needs the scheduler's address; set DASK_SCHEDULER_ADDRESS=tcp://HOST:8786.")
+        raise InputError("--backend dask needs the scheduler's address; give --backend tcp://HOST:8786.")
     try:
         client = Client(address)
     except (OSError, ValueError) as error:
         raise InputError(f"no Dask scheduler answers at {address} ({first_line(error)}); start it first.") from error
-    with client, parallel_config(backend, client=client):
+    with client, parallel_config("dask", client=client):
         yield
 
 

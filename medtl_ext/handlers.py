@@ -27,7 +27,7 @@ from medtl_ext._io import atomic_path, write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 from medtl_ext.metrics import compute_segmentation_scores
-from medtl_ext.networks import all_but, keep_in_eval_mode, layers, read_weights, trainable_parameters
+from medtl_ext.networks import all_but, keep_in_eval_mode, layers, read_checkpoint, read_weights, trainable_parameters
 from medtl_ext.ranking import late_gain
 
 __all__ = [
@@ -174,14 +174,14 @@ class ResumableCheckpoint:
             self._save_network()
 
     def resume(self, engine: Trainer) -> None:
-        """Continue from ``last.pt`` if there is one, and clear away what a killed run was writing."""
-        if idist.get_rank() == 0:
-            for unfinished in Path(self.save_dir).glob(".*.pt.*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+        """Continue from ``last.pt`` if there is one."""
         last = Path(self.save_dir, "last.pt")
         if not last.is_file():
             return
-        state = torch.load(last, map_location=engine.state.device, weights_only=True)
+        try:
+            state = read_checkpoint(last)
+        except InputError as error:
+            raise InputError(f"{last} is damaged; delete it, and the training begins anew.") from error
         try:
             for name, item in self.save_dict.items():
                 _unwrapped(item).load_state_dict(state[name])
@@ -295,6 +295,7 @@ class TrainingLength:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as long as was decided before."""
         self.state = copy.deepcopy(dict(state))
+        self._write_curve()
         if self.minutes is not None:
             self._train_for(self.state["epochs"])
 
@@ -325,11 +326,13 @@ class TrainingLength:
             name = self.evaluator.state.key_metric_name
             row = {"epoch": epoch, "steps": epoch * length, "minutes": round(self.state["minutes"], 4)}
             self.state["curve"].append(row | {name: float(self.evaluator.state.metrics[name])})
-            curve = pd.DataFrame(self.state["curve"])
-            if idist.get_rank() == 0:
-                write_csv(Path(self.save_dir) / "curve.csv", curve)
-            if epoch == epochs and (gain := late_gain(curve)) >= 0.01:
+            self._write_curve()
+            if epoch == epochs and (gain := late_gain(pd.DataFrame(self.state["curve"]))) >= 0.01:
                 logger.info("validation %s still gained %.3f in the last two fifths of the training", name, gain)
+
+    def _write_curve(self) -> None:
+        if idist.get_rank() == 0 and self.state["curve"]:
+            write_csv(Path(self.save_dir) / "curve.csv", pd.DataFrame(self.state["curve"]))
 
     def _train_for(self, epochs: int) -> None:
         self._engine.state.max_epochs = self.lr_scheduler.total_iters = epochs

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -41,7 +42,7 @@ _scalar, _number_types = np.float64(0).__reduce__()[0], "?" + np.typecodes["AllI
 NUMBERS = [np.dtype, *{type(np.dtype(code)) for code in _number_types}]
 NUMBERS += [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 READING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError)
-READING_ERRORS += (safetensors.SafetensorError,)
+READING_ERRORS += (safetensors.SafetensorError, zipfile.BadZipFile)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
@@ -59,6 +60,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch compares no checksum
+            raise ValueError(f"its part {part} is damaged")
         with torch.serialization.safe_globals(NUMBERS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except READING_ERRORS as error:

@@ -23,7 +23,7 @@ from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data import SliceDataset, Task
 from medtl_ext.losses import risk_map
 from medtl_ext.metrics import LEEPMap, compute_leep_map
-from medtl_ext.networks import load_weights
+from medtl_ext.networks import load_weights, read_weights
 from medtl_ext.ranking import bootstrap_interval
 from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report, patient_table
 from medtl_ext.transfer.evaluate import own_weights
@@ -142,8 +142,9 @@ class Pictures:
         An arm may have a network of its own, as the untouched source with another head.
         """
         network, device = self.evaluator.network, self.evaluator.state.device
+        weights = read_weights(path)  # a damaged file is none that does not fit
         try:
-            load_weights(network, path, min_share=1.0)
+            load_weights(network, weights, min_share=1.0, name=str(path))
         except InputError:
             return None
         network.eval()

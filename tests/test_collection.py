@@ -110,14 +110,14 @@ class TestCollection:
         assert (collection.name, collection.synthetic, collection.description) == ("mini", False, "")
         assert load(content | {"synthetic": True}).synthetic is True
 
-    def test_fingerprint_follows_content_and_file_sizes(self, content, load, tmp_path):
+    def test_fingerprint_follows_the_content_of_all_files(self, content, load, tmp_path):
         before = load(content).fingerprint
         assert load(content).fingerprint == before
         assert load(content | {"name": "other"}).fingerprint != before
         (tmp_path / "a").mkdir()
         (tmp_path / "a/T1.nii.gz").write_bytes(b"1234")
         with_file = load(content).fingerprint
-        (tmp_path / "a/T1.nii.gz").write_bytes(b"12345")
+        (tmp_path / "a/T1.nii.gz").write_bytes(b"1235")  # corrected in place, as large as it was
         assert len({before, with_file, load(content).fingerprint}) == 3
 
     def test_a_tasks_fingerprint_follows_its_own_subjects_alone(self, content, load, tmp_path):

@@ -119,6 +119,16 @@ def test_a_file_that_is_none_is_refused(tmp_path):
             load_medmnist(tmp_path / f"{name}.npz")
 
 
+@pytest.mark.parametrize("place", [6, 60])  # the flags of an entry, the compressed array
+def test_a_damaged_archive_is_one_line(tmp_path, place):
+    np.savez_compressed(path := tmp_path / "x.npz", **content())
+    raw = bytearray(path.read_bytes())
+    raw[place : place + 90] = b"\xff" * 90
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"cannot be read as a .npz file of plain arrays \(.+\); copy it again"):
+        load_medmnist(path)
+
+
 # Folders of images
 
 

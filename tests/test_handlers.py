@@ -246,7 +246,6 @@ def test_killed_while_it_writes_either_file_a_run_loses_nothing(slices, tmp_path
         train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
     monkeypatch.undo()
     assert same_weights(kept_in(tmp_path), first.state_dict())
-    (tmp_path / ".model.pt.abcd").mkdir()  # what a harder kill leaves
     _, checkpoint, best = train_with_scores(slices[0], tmp_path, [0, 0.9], epochs=2)
     assert (checkpoint.best, checkpoint.best_epoch) == (0.9, 2)
     assert same_weights(kept_in(tmp_path), best.state_dict())
@@ -264,6 +263,13 @@ def test_a_finished_run_does_not_train_again(slices, tmp_path):
 def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path, scores, best):
     _, checkpoint, _ = train_with_scores(slices[0], tmp_path, scores, epochs=2)
     assert checkpoint.best_epoch == best
+
+
+def test_a_damaged_checkpoint_says_what_to_do(slices, tmp_path):
+    train_with_scores(slices[0], tmp_path, [0.1], epochs=1)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"last.pt is damaged; delete it, and the training begins anew\."):
+        train_with_scores(slices[0], tmp_path, [0.1, 0.2], epochs=2)
 
 
 def test_a_checkpoint_of_another_network_says_so(slices, tmp_path):

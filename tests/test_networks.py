@@ -108,10 +108,19 @@ def truncated(network):
     return whole.getvalue()[:2000]
 
 
+def with_another_bit(network: nn.Module) -> bytes:
+    """Of its last tensor, which torch itself reads without a word."""
+    torch.save(network.state_dict(), whole := io.BytesIO())
+    raw, last = whole.getvalue(), [*network.state_dict().values()][-1].numpy().tobytes()
+    at = raw.index(last)
+    return raw[:at] + bytes([last[0] ^ 1]) + raw[at + 1 :]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "does not exist"),
+        (with_another_bit(unet()), r"its part \S+ is damaged"),
         (b"", "cannot be read as weights"),
         (b"not a checkpoint", "cannot be read as weights"),
         (truncated(unet()), "cannot be read as weights"),

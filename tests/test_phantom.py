@@ -13,6 +13,7 @@ import pytest
 from scipy import ndimage
 
 from medtl_ext import InputError
+from medtl_ext._io import cache_root
 from medtl_ext.data import check_collection, load_collection
 from medtl_ext.data.phantom import INSTITUTIONS, MODALITIES, cached_phantom, generate, generate_phantom
 from medtl_ext.data.phantom.atlas import load_atlas
@@ -292,4 +293,4 @@ def test_cache_is_made_once_even_when_asked_for_twice_at_once(tmp_path, monkeypa
 def test_cache_folder_without_monai_data_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("MONAI_DATA_DIRECTORY", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert generate.cache_root() == tmp_path / "medtl"
+    assert cache_root() == tmp_path / "medtl"

@@ -249,6 +249,30 @@ def test_a_job_is_done_when_its_last_file_is_there(tmp_path):
     assert one.done
 
 
+@pytest.mark.parametrize("changed", ["table.csv", "words.json"])
+def test_a_job_whose_tables_are_damaged_runs_again(job, tmp_path, changed):
+    steps = [
+        *CONFIG["run"],
+        *(f"$(Path(@output_dir) / '{name}').write_text('17')" for name in ("table.csv", "words.json")),
+    ]
+    one = job("one", run=steps)
+    run_jobs([one])
+    assert one.done
+    (tmp_path / "one" / changed).write_text("16")
+    assert not one.done
+    one.run()
+    assert one.done
+    assert (tmp_path / "one" / changed).read_text() == "17"
+    (tmp_path / "one" / ".run.sums").unlink()  # as runs of before have none
+    assert one.done
+
+
+def test_a_damaged_record_of_a_run_is_one_line(write, tmp_path):
+    run(write())
+    (tmp_path / "eval" / "config.json").write_text('{"number": ')
+    assert "config.json is not valid JSON" in refusal(tmp_path / "configs" / "train.json")
+
+
 def test_a_failed_job_says_what_we_say_of_it(job, tmp_path):
     """Not what the library said that found it: torch's advice on a damaged file names no file, and is dangerous."""
     (tmp_path / "net.pt").write_bytes(b"no checkpoint")
@@ -341,17 +365,16 @@ def test_workers_end_with_their_parent(write, tmp_path, monkeypatch, number):
 @pytest.mark.slow
 def test_dask_runs_jobs_and_outlives_a_worker(job, tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
-    with pytest.raises(InputError, match="set DASK_SCHEDULER_ADDRESS"):
+    with pytest.raises(InputError, match="give --backend tcp://HOST:8786"):
         run_jobs([job("none")], backend="dask")
     steps = [CONFIG["run"][0], NOTE, "$time.sleep(2)", CONFIG["run"][1]]
     series = [job(str(number), {"number": number}, run=steps) for number in range(5)]
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None) as cluster:
-        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(run_jobs, series, backend="dask")
-            wait_for((first := tmp_path / "0/pid").is_file)
-            os.kill(victim := int(first.read_text()), signal.SIGKILL)
-            running.result(120)
+    two = {"n_workers": 2, "threads_per_worker": 2, "dashboard_address": None}
+    with distributed.LocalCluster(**two) as cluster, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_jobs, series, backend=cluster.scheduler_address)
+        wait_for((first := tmp_path / "0/pid").is_file)
+        os.kill(victim := int(first.read_text()), signal.SIGKILL)
+        running.result(120)
     assert [(tmp_path / str(number) / "result.txt").read_text() for number in range(5)] == ["0", "1", "4", "9", "16"]
     assert first.read_text() not in (str(victim), str(os.getpid()))
 

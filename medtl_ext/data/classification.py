@@ -6,7 +6,6 @@ takes it from there: `ClassificationDataset.datalist` gives the dictionaries tha
 
 import logging
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from medtl_ext._validation import InputError, require_choice, require_name
-from medtl_ext.data.collection import SPLITS, Name
+from medtl_ext.data.collection import SPLITS, Name, read_arrays
 
 __all__ = [
     "SUFFIXES",
@@ -150,11 +149,7 @@ def load_medmnist(path: str | os.PathLike[str]) -> ClassificationDataset:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the path of a MedMNIST .npz file.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path} cannot be read as a .npz file of plain arrays ({error}).") from error
+    content = read_arrays(path)
     for fault in _faults(content):
         raise InputError(f"{path} {fault}.")
     for key in ("class_names", *(f"{split}_subjects" for split in SPLITS)):

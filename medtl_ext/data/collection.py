@@ -15,6 +15,7 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,8 +28,8 @@ from pydantic import (
     model_validator,
 )
 
-from medtl_ext._io import write_json
-from medtl_ext._validation import InputError, require_choice, require_name, shown
+from medtl_ext._io import content_hashes, write_json
+from medtl_ext._validation import InputError, first_line, require_choice, require_name, shown
 
 __all__ = ["SPLITS", "Collection", "Objective", "Subject", "Task", "load_collection", "write_collection"]
 
@@ -296,17 +297,18 @@ class Collection(BaseModel, frozen=True):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve characters that change with the file's content or with the size of any image or label."""
-        files = (file for subject in self.subjects for file in (*subject.images.values(), *subject.labels.values()))
-        sizes = [_size(file) for file in files]
-        return hashlib.sha256(self.path.read_bytes() + json.dumps(sizes).encode()).hexdigest()[:12]
+        """Twelve characters that change with the content of the file, or of any image or label."""
+        files = [file for subject in self.subjects for file in (*subject.images.values(), *subject.labels.values())]
+        hashes = list(content_hashes(files).values())
+        return hashlib.sha256(self.path.read_bytes() + json.dumps(hashes).encode()).hexdigest()[:12]
 
     def fingerprint_of(self, task: Task | str) -> str:
-        """Twelve characters that change with what is asked, the task's subjects, their splits and the sizes of their
+        """Twelve characters that change with what is asked, the task's subjects, their splits and the content of their
         files, and with nothing else in the collection."""
-        seen = [self.missing, self.synthetic, self._objective(task).model_dump()]
-        for subject in self.subjects_of(task):
-            files = {name: (path, _size(path)) for name, path in (subject.images | subject.labels).items()}
+        seen, subjects = [self.missing, self.synthetic, self._objective(task).model_dump()], self.subjects_of(task)
+        hashes = content_hashes(path for of in subjects for path in (of.images | of.labels).values())
+        for subject in subjects:
+            files = {name: (path, hashes[path]) for name, path in (subject.images | subject.labels).items()}
             seen.append([subject.id, subject.split, subject.patient, files])
         folder = str(self.path.parent)
         text = json.dumps(seen, sort_keys=True, default=lambda path: str(path).removeprefix(folder))
@@ -422,13 +424,6 @@ def _one_or_all(files: list[str]) -> str | list[str]:
     return files if len(files) > 1 else files[0]
 
 
-def _size(file: Path) -> int | list[int] | None:
-    """Of a file, or of those of a DICOM series."""
-    if file.is_dir():
-        return sorted(inner.stat().st_size for inner in file.iterdir())
-    return file.stat().st_size if file.is_file() else None
-
-
 def load_collection(path: PathLike) -> Collection:
     """Read and validate a collection file. Images and labels are not opened: that is `check_collection`'s work.
 
@@ -477,6 +472,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold an object of JSON; found a {type(content).__name__}.")
     return content
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a ``.npz`` file, none of them of objects."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # a broken archive fails in a dozen ways
+        hint = "copy it again, or delete it where a run has made it"
+        raise InputError(
+            f"{path} cannot be read as a .npz file of plain arrays ({first_line(error)}); {hint}."
+        ) from error
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

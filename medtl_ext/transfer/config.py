@@ -25,7 +25,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError, require_choice
-from medtl_ext.data.collection import load_collection
+from medtl_ext.data.collection import load_collection, read_json
 
 Evaluating = TypeVar("Evaluating", ConfigWorkflow, ConfigParser)
 # Settings that say how and where a run is carried out, not what it computes.
@@ -181,6 +181,10 @@ def _end_in_one_line() -> None:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != process:  # a loader's worker, forked with this
             os.kill(os.getpid(), number)
+        while frame.f_back:
+            frame = frame.f_back
+        if frame.f_globals["__name__"] == "threading":  # the run is over, and nobody is left to catch an exit
+            os._exit(128 + number)
         logging.disable()  # what libraries say of it
         print(f"\nstopped by {signal.Signals(number).name}; type the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + number)
@@ -267,7 +271,7 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
 
 def _require_same(holds: str, record: Path, now: Mapping[str, Any]) -> None:
     """Refuse what has another identity than the record of before."""
-    before = json.loads(record.read_text(encoding="utf-8")).get("_identity_", {})
+    before = read_json(record).get("_identity_", {})
     for name in sorted(before.keys() | now.keys()):
         one, other = before.get(name), now.get(name)
         if one == other:

@@ -1,6 +1,7 @@
 """Runs of a config in folders of their own, through joblib: on this machine, or on a cluster."""
 
 import copy
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +35,9 @@ from medtl_ext._validation import InputError, first_line
 from medtl_ext.transfer.config import LOG, claim_output, current_config, innermost_or_input_error, threads_for, writable
 
 logger = logging.getLogger(__name__)
+
+SUMS = ".run.sums"
+"""Of the tables that a finished job left, as ``sha256sum --check`` reads them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,14 @@ class Job:
 
     @property
     def done(self) -> bool:
-        return (self.output_dir / self.result).is_file()
+        """Whether its result is there, and its tables are what it wrote."""
+        record = self.output_dir / SUMS
+        sums = record.read_text(encoding="utf-8") if record.is_file() else None
+        return (self.output_dir / self.result).is_file() and sums in (None, self._sums())
+
+    def _sums(self) -> str:
+        tables = [path for path in sorted(self.output_dir.glob("*.[cj]s*")) if path.name != "config.json"]
+        return "\n".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in tables) + "\n"
 
     @property
     def model(self) -> str:
@@ -98,6 +109,7 @@ class Job:
                 workflow.run()
             finally:
                 workflow.finalize()
+        write_text(self.output_dir / SUMS, self._sums())
 
 
 def _lock(folder: Path, *, wait: bool) -> FileLock:
@@ -140,8 +152,9 @@ def run_jobs(
         jobs: each writes its own folder, so that an interrupted series continues where it stopped, and what it has to
             say into ``log.txt`` there.
         n_jobs: how many at a time; by default one per core. The cores are shared between them.
-        backend: joblib's: None for processes on this machine (``loky``), ``"dask"`` for the workers of the cluster
-            whose scheduler ``$DASK_SCHEDULER_ADDRESS`` names, or the name of a registered backend.
+        backend: joblib's: None for processes on this machine (``loky``), the address of a Dask scheduler
+            (``tcp://HOST:8786``) or ``"dask"``, which takes it from ``$DASK_SCHEDULER_ADDRESS``, for the workers of
+            that cluster, or the name of a registered backend.
         description: what the progress bar says.
 
     Raises:
@@ -170,22 +183,24 @@ def run_jobs(
 @contextmanager
 def _workers(backend: str) -> Iterator[None]:
     """What joblib sends jobs to."""
-    if backend != "dask":
-        with parallel_config(backend):
+    if backend != "dask" and "://" not in backend:
+        # Before anything is imported a worker may be without its parent, and then waits for a job for ever.
+        ending = {"initializer": _end_with, "initargs": (os.getpid(),)} if backend == "loky" else {}
+        with parallel_config(backend, **ending):
             yield
         return
     try:
         from distributed import Client
     except ImportError as error:
         raise InputError("--backend dask needs Dask; pip install 'medtl[dask]', on the workers too.") from error
-    address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+    address = backend if "://" in backend else os.environ.get("DASK_SCHEDULER_ADDRESS")
     if not address:
-        raise InputError("--backend dask needs the scheduler's address; set DASK_SCHEDULER_ADDRESS=tcp://HOST:8786.")
+        raise InputError("--backend dask needs the scheduler's address; give --backend tcp://HOST:8786.")
     try:
         client = Client(address)
     except (OSError, ValueError) as error:
         raise InputError(f"no Dask scheduler answers at {address} ({first_line(error)}); start it first.") from error
-    with client, parallel_config(backend, client=client):
+    with client, parallel_config("dask", client=client):
         yield
 
 
@@ -201,7 +216,6 @@ def _attempt(job: Job, threads: int | None) -> str | None:
         job: what to run.
         threads: None: as many as whoever started the worker gave it.
     """
-    _end_with_the_parent()
     with _ONE_AT_A_TIME:
         multiprocessing.set_start_method(None, force=True)  # the platform's: loky's cannot start a loader's workers
         try:
@@ -220,12 +234,10 @@ def _attempt(job: Job, threads: int | None) -> str | None:
     return None
 
 
-@cache
-def _end_with_the_parent() -> None:
+def _end_with(parent: int) -> None:
     """End this worker when who started it is gone; Ctrl-C, which all of a terminal get, is the parent's to answer."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

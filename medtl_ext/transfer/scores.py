@@ -28,6 +28,7 @@ from medtl_ext import metrics
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError
 from medtl_ext.data import SliceDataset
+from medtl_ext.data.collection import read_arrays
 from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
 from medtl_ext.metrics.features import Samples
 from medtl_ext.networks import load_weights
@@ -181,8 +182,8 @@ def observe(
     evaluator.onto = onto
     found, pixels = _run(evaluator, network, source if with_fu else None), None
     if source.job is not None and (file := source.job.output_dir / PIXELS_FILE).is_file():
-        with np.load(file) as content:
-            pixels = torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
+        content = read_arrays(file)
+        pixels = torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
     return Observation(found["samples"], found["predictions"], found.get("fu", float("nan")), pixels)
 
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from medtl_ext._io import atomic_path
+from medtl_ext._io import atomic_path, cache_root
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.data.collection import SPLITS, Collection, Task, load_collection
 from medtl_ext.data.files import read_channels
-from medtl_ext.data.phantom.generate import cache_root, cached_phantom
+from medtl_ext.data.phantom.generate import cached_phantom
 from medtl_ext.data.phantom.scanner import MODALITIES
 from medtl_ext.transforms import whole_labels
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from medtl_ext._io import atomic_path, write_json
+from medtl_ext._io import atomic_path, cache_root, write_json
 from medtl_ext._validation import InputError, require_choice, require_choices, require_number
 from medtl_ext.data.phantom.anatomy import TISSUE_LABELS, deform, grow_brain
 from medtl_ext.data.phantom.atlas import Atlas, load_atlas
@@ -123,12 +123,6 @@ def cached_phantom(*, institutions: Sequence[str], subjects: int, seed: int = 0,
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         return generate_phantom(folder / name, institutions=institutions, subjects=subjects, seed=seed, **how)
-
-
-def cache_root() -> Path:
-    if data := os.environ.get("MONAI_DATA_DIRECTORY"):
-        return Path(data)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medtl"
 
 
 def _collection(

@@ -88,7 +88,9 @@ class Pictures:
         entries = [self.dataset.data[place] for place in ranks]
         items = [self.dataset[place] for place in ranks]
         found = {arm: done for arm, path in arms.items() if (done := self._segment(path, items))}
-        volumes = [self._volume(entry["image"], *one) for entry, *one in zip(entries, items, *found.values(), strict=True)]
+        volumes = [
+            self._volume(entry["image"], *one) for entry, *one in zip(entries, items, *found.values(), strict=True)
+        ]
         subjects = [entry["subject"] for entry in entries]
 
         rows = [self._row(*volume) for volume in volumes[:N_PATIENTS]]

@@ -78,7 +78,7 @@ class Report:
         if not (self.here.figures and self.here.leads):
             return
         folder = self.here.folder
-        lead, verdict, details = _texts(folder)
+        lead, verdict, details = texts_of(folder)
         verdict, steps = _commands(verdict)
         views = folder / "viewer.json"
         if {**self.here.config.get("settings", {}), **self.here.config}.get("score_space") == "training":
@@ -87,10 +87,8 @@ class Report:
         tables = [t for p in sorted(folder.glob("*.csv")) if not p.with_suffix(".md").is_file() for t in _tables(p)]
         if not (lead or verdict or details or images or tables):
             raise InputError(f"{folder} holds no text, table or figure to report; give the folder of a finished run.")
-        files = FileSystemLoader(Path(__file__).parent)
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=files)
-        environment.filters |= {"number": _is_number, "markdown": _html}
-        page = environment.get_template("report.html.jinja").render(
+        page = render(
+            "report.html.jinja",
             title=self.title,
             question=self.question,
             synthetic=self.synthetic,
@@ -112,18 +110,26 @@ class Report:
         write_text(folder / "report.html", page)
 
 
+def render(template: str, **content: Any) -> str:
+    """A page from one of the templates beside this file; what comes from data is escaped."""
+    files = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=files)
+    environment.filters |= {"number": _is_number, "markdown": _html}
+    return environment.get_template(template).render(**content)
+
+
 def _html(text: str) -> str:
     """Markdown as our reports are written in it; what would be HTML is escaped, and a command is code."""
     text = re.sub(r"^(python -m .*)$", r"\n~~~\n\1\n~~~\n", text, flags=re.MULTILINE)
     text = re.sub(r"^#+ ", "### ", text, flags=re.MULTILINE)
     rules = ["heading", "list", "table", "fence", "emphasis", "balance_pairs", "fragments_join"]
     page = MarkdownIt("zero").enable(rules, ignoreInvalid=True).render(text)
-    page = page.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    page = page.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
     return page.replace("<th>", '<th scope="col">')
 
 
-def _texts(folder: Path) -> tuple[str, str, str]:
-    """All texts in Markdown: the sentence that decides, what else they conclude, and, from a page's first table, the rest.
+def texts_of(folder: Path) -> tuple[str, str, str]:
+    """All texts in Markdown: the sentence that decides, what else they conclude, and, from a table on, the rest.
 
     An answer is read before an audit, which it may quote, and other texts after both.
     """
@@ -175,7 +181,8 @@ def _after_audit(folder: Path) -> list[tuple[str, str]]:
         options |= {"input_dir": "FOLDER_OF_IMAGES", "output_dir": "FOLDER_OF_SEGMENTATIONS"}
         classes = read_table(model.with_name("metrics.csv"))["class"].nunique()
         options |= {"n_classes": classes + 1} if classes > 1 else {}
-        options |= {name: config[name] for name in ("trust_sources", "clean") if config[name] not in (None, False, "validation")}
+        carried = {name: config.get(name) for name in ("trust_sources", "clean")}
+        options |= {name: value for name, value in carried.items() if value not in (None, False, "validation")}
         options |= {f"network_def#{k}": v for k, v in config["network_def"].items() if network.get(k) != v}
         guess = "" if found["recommendation"] else ", the best guess"
         steps.append((f"Segment images of yours with {arm}{guess}:", run_command([inference], options)))
@@ -205,9 +212,16 @@ def _tables(path: Path) -> list[dict[str, Any]]:
 def _table(path: Path, table: pd.DataFrame, caption: str) -> dict[str, Any]:
     table = table.dropna(axis=1, how="all")
     grid = [[str(name).replace("_", " "), *_rounded(table[name].head(MOST))] for name in table]
-    if table.shape[1] <= LONG or len(table) > LONG:  # what is wide and short is shown on its side
+    side = table.shape[1] > LONG >= len(table)  # what is wide and short is shown on its side
+    if not side:
         grid = list(zip(*grid, strict=True))
-    shown = {"columns": grid[0], "rows": grid[1:], "open": len(table) <= LONG, "hidden": max(len(table) - MOST, 0)}
+    shown = {
+        "columns": grid[0],
+        "rows": grid[1:],
+        "side": side,
+        "open": len(table) <= LONG,
+        "hidden": max(len(table) - MOST, 0),
+    }
     return shown | {"caption": caption, "source": path.name}
 
 

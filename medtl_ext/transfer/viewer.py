@@ -41,12 +41,12 @@ def packed(
     Returns:
         ``shape`` and ``spacing`` of what is kept; how many voxels ``step`` became one; ``channels``; ``layers``, each
         with ``name``, ``kind`` (labels or map), the share of a segmentation that lies ``outside`` of the region, and
-        ``low`` and ``high`` of a map; and ``data``: gzip in base64 of the channels and layers, one byte each, X fastest.
+        ``low`` and ``high`` of a map; ``data``: gzip in base64 of the channels and layers, a byte a voxel, X fastest.
 
     >>> label = np.zeros((40, 40, 1), int); label[10:12, 10:12] = 1
     >>> found = packed(np.random.rand(1, 40, 40, 1), {"truth": label, "full": 1 - label}, spacing=[1, 1, 1])
-    >>> found["shape"], round(found["layers"][1]["outside"], 2)
-    ([18, 18, 1], 0.8)
+    >>> found["shape"], f"{found['layers'][1]['outside']:.2f}"
+    ([18, 18, 1], '0.80')
     """
     maps, region = maps or {}, _region(labels.get(truth), image.shape[1:])
     layers: list[dict[str, Any]] = []
@@ -65,7 +65,9 @@ def packed(
         arrays = [_byte(block_reduce(one[kept], tuple(step), np.mean), *limits) for one in image]
         arrays += [label[region][middle].astype(np.uint8) for label in labels.values()]
         for values, layer in zip(maps.values(), layers[len(labels) :], strict=True):
-            arrays.append(_byte(block_reduce(values[region][kept], tuple(step), np.mean), layer["low"], layer["high"], 1))
+            arrays.append(
+                _byte(block_reduce(values[region][kept], tuple(step), np.mean), layer["low"], layer["high"], 1)
+            )
         raw = b"".join(array.tobytes(order="F") for array in arrays)
         data = base64.b64encode(gzip.compress(raw, mtime=0)).decode() if len(raw) < 8 * most else None
         if (data and len(data) <= most) or (shape // step).max() == 1:

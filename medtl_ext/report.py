@@ -21,9 +21,10 @@ RECORDS = ("config.json", "settings.json")
 
 
 def write_index(folder: str | os.PathLike[str]) -> Path:
-    """Write a table of all runs below a folder: what was asked and advised, what won on the test patients, the time.
+    """Write a table of all runs below a folder: what was asked, what was advised, and what won on the test patients.
 
-    It is read from what the runs left; of one that has not ended there is less. Runs that are part of another, such as
+    Beside it the minutes of training, and when it began. All is read from what the runs left; of one that has not ended
+    there is less. Runs that are part of another, such as
     the arms of an audit, are not listed by themselves.
 
     Raises:
@@ -63,9 +64,9 @@ def row_of(run: Path, top: Path) -> dict[str, str]:
         "asked": ". ".join(asked),
         "bundle": Path(config.get("bundle_root", "")).name,
         "target": str(config.get("target_task", "")),
-        "advised": advised if page or advised else "no report yet",
-        "best on test patients": _best(run),
-        "minutes of training": f"{sum(curves):.1f}" if curves else "",
+        "advised": advised if page or advised else "no report",
+        "best on test": _best(run),
+        "minutes": f"{sum(curves):.1f}" if curves else "",
         "begun": datetime.fromtimestamp(record.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
     }
 

@@ -39,15 +39,22 @@ def _plain(markdown: str) -> str:
     return re.sub(r"\*\*|`", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", markdown)).replace("\\|", "|").strip()
 
 
+def _part(config: Any, name: str) -> Any:
+    """Such as that of ``audit#arms``."""
+    for key in name.split("#"):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
 def options(bundle: Path) -> Iterator[tuple[str, str]]:
     """Options with their defaults, those of ``train.json`` where it has a value, and what the README's table says."""
-    config: dict[str, Any] = json.loads((bundle / "configs" / "train.json").read_text(encoding="utf-8"))
+    config = json.loads((bundle / "configs" / "train.json").read_text(encoding="utf-8"))
     page = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
     table = re.search(r"^\| option \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
     for row in table[1].splitlines() if table else ():
         names, default, meaning = re.split(r"(?<!\\)\|", row.strip("|"), maxsplit=2)
         names = re.findall(r"--([\w#]+)", names)
-        values = [config.get(name) for name in names]
+        values = [_part(config, name) for name in names]
         if all(value is not None and str(value)[:1] not in "$@" and value != "auto" for value in values):
             default = ", ".join(value if isinstance(value, str) else json.dumps(value) for value in values)
         yield ", ".join(f"--{name}" for name in names) + f"  (default: {_plain(default) or 'none'})", _plain(meaning)

@@ -3,7 +3,6 @@
 import base64
 import gzip
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import pandas as pd
 import pytest
 from bundle_runs import RISK_MAP
 
-from medtl_ext.data.sample import write_sample
 from medtl_ext.transfer.viewer import packed
 
 GRID = (60, 50, 40)
@@ -66,30 +64,26 @@ def test_a_map_tells_its_range_and_where_it_is_not(volume):
     assert (view["layers"][0]["low"], view["layers"][0]["high"]) == pytest.approx((-2, 0), abs=1e-4)
 
 
-def test_what_a_run_shows_is_what_it_scored(tmp_path):
-    """Worst, median and best by the arm that is advised, and the Dice of what is shown is that of the table."""
-    collection = write_sample("retina", tmp_path / "retina")
-    tasks = {"source": "Healthy-R+G+B-Vessel", "target_task": "Diabetic-R+G+B-Vessel"}
-    options = {"figures": True, "audit#arms": ["scratch"], "epochs": 1, "iterations_per_epoch": 1, "train_slices": 2}
-    options |= {"network_def#features": [4, 4, 8, 8, 8, 4], "pretraining": {"iterations_per_epoch": 1}}
-    options |= {"spacing": [4, 4, 1], "roi_size": [80, 80], "output_dir": str(tmp_path / "out")}
-    RISK_MAP.run("small", collection=str(collection), **tasks, **options, source_dir=str(tmp_path / "sources"))
-    content = json.loads((tmp_path / "out" / "viewer.json").read_text())
-    *patients, trained_on = content["views"]
-    assert content["photographs"]
+def test_what_a_run_shows_is_what_it_scored(whole_run):
+    """Worst, median and best by the arm that is advised; the Dice of what is shown is that of the tables."""
+    folder = whole_run(RISK_MAP)
+    *patients, trained_on = json.loads((folder / "viewer.json").read_text())["views"]
     assert [layer["kind"] for layer in trained_on["layers"]] == ["map", "map"]
-    advised = json.loads((tmp_path / "out" / "audit.json").read_text())["default"]
-    assert [view["rank"] for view in patients] == [
-        f"{one} of 3 by Dice of {advised}" for one in ("worst", "median", "best")
-    ]
+    advised = json.loads((folder / "audit.json").read_text())["default"] or "risk_map"
+    places = {arm: folder / "audit" / arm for arm in RISK_MAP.whole["audit#arms"]} | {"risk_map": folder}
+    tables = {arm: pd.read_csv(place / "metrics.csv", dtype={"subject": str}) for arm, place in places.items()}
+    scored = {arm: of[of["split"] == "test"].set_index("subject")["dice"] for arm, of in tables.items()}
+    ranked = scored[advised].sort_values().to_numpy()
+    shown = [scored[advised][view["name"]] for view in patients]
+    assert shown == [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+    assert patients[0]["rank"] == f"worst of {len(ranked)} by Dice of {advised}"
     for view in patients:
         _, layers = unpacked(view)
-        assert set(layers) == {"truth", "risk_map", "scratch"}
+        assert set(layers) == {"truth", *places}
+        assert view["step"] == [1, 1, 1]
         for layer in view["layers"][1:]:
-            name = layer["name"]
-            folder = tmp_path / "out" if name == "risk_map" else tmp_path / "out" / "audit" / name
-            scored = pd.read_csv(Path(folder) / "metrics.csv").set_index("subject")["dice"][view["name"]]
-            truth, segmented = layers["truth"] > 0, layers[name] > 0
-            dice = 2 * (truth & segmented).sum() / max(truth.sum() + segmented.sum(), 1)
-            assert layer["dice"] == pytest.approx(scored, abs=1e-4)
-            assert dice == pytest.approx(scored, abs=1e-4)
+            truth, segmented = layers["truth"] > 0, layers[layer["name"]] > 0
+            whole = segmented.sum() / max(1 - layer["outside"], 1e-9)
+            dice = 2 * (truth & segmented).sum() / (truth.sum() + whole)
+            assert dice == pytest.approx(layer["dice"], abs=1e-3)
+            assert layer["dice"] == pytest.approx(scored[layer["name"]][view["name"]], abs=1e-4)

@@ -37,8 +37,8 @@ from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save
 __all__ = ["CompareMaps", "CompareMethods", "Condensation", "Pictures", "concentration", "write_matrix"]
 
 N_PATIENTS = 3
-REFERENCE, PLACEBO = "vanilla", "placebo"
-"""The method that all others are compared with, and the same once more with other seeds: what chance alone does."""
+PLACEBO = "placebo"
+"""The method that all others are compared with once more, with other seeds: what chance alone does."""
 OTHER_SEED = 1000
 RISKS = {"loss (-LEEP)": torch.neg, "weight (eq. 5)": risk_map}
 """What is called risk, from a LEEP map."""
@@ -226,8 +226,9 @@ class CompareMethods(Study):
 
     Args:
         pairs: (source task, target task) each.
-        methods: names of overlay configs beside ``train.json``; "vanilla" must be among them, with which all are
-            compared, and "placebo" is the same once more with other seeds.
+        methods: names of overlay configs beside ``train.json``.
+        reference: the method that all are compared with, which must be among them; "placebo" is the same once more with
+            other seeds.
         runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. A seed draws target slices, fresh weights and
             batches; a source seed stands for another pre-trained source checkpoint.
         train_slices: numbers of labelled target slices.
@@ -239,6 +240,7 @@ class CompareMethods(Study):
 
     pairs: Sequence[Sequence[str]]
     methods: Sequence[str]
+    reference: str
     runs: Sequence[Mapping[str, int]]
     train_slices: Sequence[int]
     overlays: Sequence[str] = ()
@@ -266,9 +268,9 @@ class CompareMethods(Study):
         here, config = self.here, self.here.config
         for method in self.methods:
             require_choice("method", method, [*sorted(path.stem for path in here.configs.glob("*.json")), PLACEBO])
-        if REFERENCE not in self.methods:
+        if self.reference not in self.methods:
             raise InputError(
-                f"methods is {list(self.methods)}; {REFERENCE} must be among them: all are compared with it."
+                f"methods is {list(self.methods)}; {self.reference} must be among them: all are compared with it."
             )
         for name in dict.fromkeys(target for _, target in self.pairs):
             self.open(name).check({"train", config["val_split"], "test"})
@@ -292,7 +294,7 @@ class CompareMethods(Study):
                 folder /= f"seed{one['seed']}"
                 columns["seed"] = one["seed"]
             before = pool[source, one["source_seed"]]
-            overlay, seed = (REFERENCE, one["seed"] + OTHER_SEED) if method == PLACEBO else (method, one["seed"])
+            overlay, seed = (self.reference, one["seed"] + OTHER_SEED) if method == PLACEBO else (method, one["seed"])
             options = {"target_task": target, "train_slices": slices, "seed": seed}
             options |= {"source": {"task": source, "checkpoint": before.model}, "audit#arms": []}
             job = here.job(folder, overlay, **options)
@@ -303,11 +305,11 @@ class CompareMethods(Study):
         if self.several:
             patients = patient_table(table[table["split"] == "test"])
             dice = patients.groupby(["slices", "pair", "method"], sort=False)["dice"].mean().reset_index()
-            write_matrix(dice, self.here.folder, synthetic=self.synthetic)
+            write_matrix(dice, self.here.folder, reference=self.reference, synthetic=self.synthetic)
             parts = table["pair"].str.rpartition(TO)
             seeds = table["source_seed"].astype("Int64").astype("string")
             table = table.assign(pair=parts[2], source_seed=(parts[0] + " (" + seeds + ")").astype(object))
-        compare_report(table, self.here.folder, reference=REFERENCE, synthetic=self.synthetic)
+        compare_report(table, self.here.folder, reference=self.reference, synthetic=self.synthetic)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -394,8 +396,8 @@ class CompareMaps(CompareMethods):
     """The comparison of where the risk is after each method, by runs with the overlay ``condensation`` too.
 
     Writes ``condensation.csv`` (a row per pair, slices, kind of risk, split and network: what `concentration` says over
-    patients, its change from before and what it is less that of vanilla, with 95 % bootstrap intervals over patients,
-    and of the map of all images), ``condensation.md`` and ``condensation.png``.
+    patients, its change from before and what it is less that of the reference, with 95 % bootstrap intervals over
+    patients, and of the map of all images), ``condensation.md`` and ``condensation.png``.
     """
 
     reads = "risk.csv"
@@ -410,7 +412,7 @@ class CompareMaps(CompareMethods):
         keys, folder = ["pair", "slices", "risk", "split"], self.here.folder
         networks = table["method"].where(table["when"] == "after", "before")
         groups = table.assign(network=networks).groupby(keys, sort=False)
-        found = pd.concat({key: _condensed(of) for key, of in groups}, names=keys)
+        found = pd.concat({key: _condensed(of, self.reference) for key, of in groups}, names=keys)
         write_csv(folder / "condensation.csv", found.reset_index(keys))
         parts = [
             "# Does the risk condense?",
@@ -419,13 +421,13 @@ class CompareMaps(CompareMethods):
             "pixels that have most, 0.05 where it is everywhere the same." + f" {SYNTHETIC}" * self.synthetic,
         ]
         for (pair, slices, risk, split), of in found.groupby(keys, sort=False):
-            parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condensed_in_words(of)]
+            parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condensed_in_words(of, self.reference)]
         write_text(folder / "condensation.md", page(*parts))
         first, maps = arms[0][0], {}
         for columns, arm in arms:
             if (columns["pair"], columns["slices"]) == (first["pair"], first["slices"]):
                 maps.setdefault(columns["method"], np.load(arm.last.output_dir / "risk.npz"))
-        before, image = (maps[REFERENCE][name] for name in ("before", "image"))
+        before, image = (maps[self.reference][name] for name in ("before", "image"))
         worst = _worst(before)
         after = {name: of["after"][worst] for name, of in maps.items()}
         said = {"quantity": "leep", "title": first["pair"], "synthetic": self.synthetic}
@@ -437,7 +439,7 @@ def _worst(leep: np.ndarray) -> tuple[Any, ...]:
     return (...,) if leep.ndim == 2 else (..., int(np.nanmean(leep, (0, 1)).argmin()))
 
 
-def _condensed(of: pd.DataFrame) -> pd.DataFrame:
+def _condensed(of: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Each measure of each network, of means over runs."""
     whole = of[of["patient"].isna()].groupby("network", sort=False)[[*MEASURES]].mean()
     patients = of.groupby(["patient", "network"])[[*MEASURES]].mean().unstack("network")
@@ -447,7 +449,7 @@ def _condensed(of: pd.DataFrame) -> pd.DataFrame:
         for measure in MEASURES:
             values = patients[measure]
             row[f"{measure}_of_all"] = whole.loc[network, measure]
-            for name, other in (("", 0.0), ("_change", values["before"]), (f"_less_{REFERENCE}", values[REFERENCE])):
+            for name, other in (("", 0.0), ("_change", values["before"]), (f"_less_{reference}", values[reference])):
                 compared = values[network] - other
                 low, high = bootstrap_interval(compared)
                 row |= {measure + name: compared.mean(), f"{measure}{name}_low": low, f"{measure}{name}_high": high}
@@ -455,7 +457,7 @@ def _condensed(of: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _condensed_in_words(of: pd.DataFrame) -> pd.DataFrame:
+def _condensed_in_words(of: pd.DataFrame, reference: str) -> pd.DataFrame:
     def words(row: Mapping[str, Any], name: str, sign: str = "") -> str:
         low, high = row[f"{name}_low"], row[f"{name}_high"]
         if low == high == 0:  # against itself
@@ -468,18 +470,19 @@ def _condensed_in_words(of: pd.DataFrame) -> pd.DataFrame:
         for measure, name in MEASURES.items():
             cells[name] = f"{words(row, measure)} [{row[f'{measure}_of_all']:.3f}]"
             cells[f"{name}, change"] = words(row, f"{measure}_change", "+")
-            cells[f"{name}, less {REFERENCE}"] = words(row, f"{measure}_less_{REFERENCE}", "+")
+            cells[f"{name}, less {reference}"] = words(row, f"{measure}_less_{reference}", "+")
         shown.append(cells)
     return pd.DataFrame(shown)
 
 
-def write_matrix(dice: pd.DataFrame, folder: Path, *, synthetic: bool = False) -> None:
+def write_matrix(dice: pd.DataFrame, folder: Path, *, reference: str = "vanilla", synthetic: bool = False) -> None:
     """Write the Dice of every source on every target, as in the paper's Tables I to III: ``matrix.csv``, ``matrix.md``.
 
     Args:
         dice: columns ``slices, pair, method, dice``; a pair is "source -> target", or the target alone for what no
             source has a part in, which then stands beside each of them.
         folder: where to.
+        reference: the method that the others gain over.
         synthetic: the data are synthetic, which the page then says.
     """
     parts = dice["pair"].str.rpartition(TO)
@@ -491,9 +494,9 @@ def write_matrix(dice: pd.DataFrame, folder: Path, *, synthetic: bool = False) -
     order = pd.MultiIndex.from_frame(dice.assign(target=parts[2])[keys].drop_duplicates())
     wide = cells.pivot(index=keys, columns="source", values="dice").reindex(order)
     wide = wide[[name for name in dict.fromkeys([*cells["target"], *cells["source"]]) if name in wide]]
-    reference = wide.xs(REFERENCE, level="method").reindex(order.droplevel("method")).set_axis(order)
-    means = pd.DataFrame({"mean": wide.mean(axis=1), "reference": reference.mean(axis=1)})
-    means["ahead"], means["sources"] = wide.gt(reference).sum(axis=1), wide.count(axis=1)
+    compared = wide.xs(reference, level="method").reindex(order.droplevel("method")).set_axis(order)
+    means = pd.DataFrame({"mean": wide.mean(axis=1), "reference": compared.mean(axis=1)})
+    means["ahead"], means["sources"] = wide.gt(compared).sum(axis=1), wide.count(axis=1)
     means["gain"] = means["mean"] / means["reference"] - 1
     whole = wide.join(means[["mean", "gain", "ahead", "sources"]])
     write_csv(folder / "matrix.csv", whole.reset_index())
@@ -503,7 +506,7 @@ def write_matrix(dice: pd.DataFrame, folder: Path, *, synthetic: bool = False) -
     total["gain"], total["targets"] = total["mean"] / total["reference"] - 1, groups.size()
     parts = [
         "# Every source on every target",
-        f"Mean Dice of the test patients; in brackets the gain over {REFERENCE}, of the means; on how many pairs of a "
+        f"Mean Dice of the test patients; in brackets the gain over {reference}, of the means; on how many pairs of a "
         "source and a target it is ahead; and on how many targets from every source." + f" {SYNTHETIC}" * synthetic,
         _by_slices(total, ("ahead", "sources"), ("every", "targets")),
         "## Each target, mean over its sources",

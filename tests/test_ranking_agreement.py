@@ -14,6 +14,7 @@ from medtl_ext.ranking import (
     agreement_over_targets,
     friedman_nemenyi,
     known_elsewhere,
+    noise_ceiling,
     spearman_footrule,
     verdict_claim,
     weighted_kendall,
@@ -231,6 +232,25 @@ def test_each_ranking_is_judged_by_its_own_target_with_what_is_known_elsewhere(s
     assert list(table.columns) == ["ranker", "best", "target", "seed"]
     assert list(zip(table["target"], table["seed"], strict=True)) == [key for key in DICE for _ in range(2)]
     assert table["best"].tolist() == ["a", "a", "b", "a", "c", "a", "a", "a"]
+
+
+def test_the_noise_ceiling_is_chance_where_seeds_decide_and_one_where_sources_do():
+    rng = np.random.default_rng(0)
+    keys = pd.MultiIndex.from_product([range(20), range(4), range(8)], names=["target", "seed", "source"])
+    noise = pd.Series(rng.normal(0, 1, len(keys)), keys)
+    source = pd.Series(rng.normal(0, 1, 8))[keys.get_level_values("source")].to_numpy()
+    for share, said in ((0.0, "cannot tell"), (1.0, "ICC 1.00")):
+        table = (share * source + (1 - share) * noise).rename("dice").reset_index()
+        rows, text = noise_ceiling(table, outcome="dice")
+        assert len(rows) == 80
+        assert rows["tau"].mean() == pytest.approx(share, abs=0.1)
+        assert said in text
+    values = noise.unstack("source").loc[0].T  # of one target; independent: sources and seeds as one-way groups
+    within = values.var(axis=1).mean()
+    icc = (4 * values.mean(axis=1).var() - within) / (4 * values.mean(axis=1).var() + 3 * within)
+    one = noise.loc[[0]].rename("dice").reset_index()
+    assert f"ICC {icc:.2f}." in noise_ceiling(one, outcome="dice")[1]
+    assert "One seed" in noise_ceiling(one[one["seed"] == 0], outcome="dice")[1]
 
 
 TWO = {"a": 1, "b": 2}

@@ -494,7 +494,7 @@ def test_cards_that_are_none(text, message, tmp_path):
         ({"checkpoint": "nowhere.pt"}, "nowhere.pt does not exist"),
         ({"checkpoint": None}, "it comes without weights"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_networks_that_are_not_what_their_card_says(given, message, make):
     assert message in refused(lambda: untouched(make(**given), channels=1))

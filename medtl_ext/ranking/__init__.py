@@ -8,12 +8,14 @@
 
 from medtl_ext.ranking._words import listed
 from medtl_ext.ranking.agreement import (
+    CEILING,
     TOP,
     FriedmanNemenyi,
     agreement_over_targets,
     friedman_nemenyi,
     known_elsewhere,
     mean_auc,
+    noise_ceiling,
     ranker_table,
     spearman_footrule,
     verdict_claim,
@@ -32,6 +34,7 @@ from medtl_ext.ranking.paired import (
 from medtl_ext.ranking.sources import SourceRanking, baseline_rankings, bootstrap_ranking
 
 __all__ = [
+    "CEILING",
     "MINIMUM_PATIENTS",
     "TOP",
     "FriedmanNemenyi",
@@ -49,6 +52,7 @@ __all__ = [
     "late_gain",
     "listed",
     "mean_auc",
+    "noise_ceiling",
     "paired_comparison",
     "ranker_table",
     "spearman_footrule",

@@ -8,7 +8,8 @@ scores only, so scores of any unit can be compared:
 - `friedman_nemenyi` (Demšar, JMLR 2006) asks whether methods differ over targets, and which ones.
 - `ranker_table` has these for several rankers, with or without prior knowledge of the sources.
 - `agreement_over_targets` and `verdict_claim` say what rankings were worth over the targets and seeds of a study, once
-  every source was fine-tuned on every target; `known_elsewhere` is a ranking that ignores the target.
+  every source was fine-tuned on every target; `known_elsewhere` is a ranking that ignores the target, and
+  `noise_ceiling` says what a ranking could reach, since the truth itself is another with other seeds.
 
 In the first three a NaN score, which some metrics give where they cannot tell, ranks last.
 """
@@ -30,6 +31,10 @@ from medtl_ext.ranking.sources import mean_relative_rank
 ALPHA = 0.05
 TOP = (1, 2, 3, 4)
 """Numbers of first places that the footrule is told of."""
+CEILING = "other seeds (noise ceiling)"
+"""The ranker that knows what fine-tuning with the other seeds gave."""
+TRUSTED = 0.8
+"""From this weighted tau of the noise ceiling on a study can tell rankings apart."""
 
 
 def spearman_footrule(scores: Mapping[str, float], truth: Mapping[str, float], k: int) -> float:
@@ -300,6 +305,45 @@ def known_elsewhere(sources: pd.DataFrame, target: str, seed: int, *, outcome: s
         return None
     costs = mean_relative_rank(sorted(set(sources.loc[sources["target"] == target, "source"])), known)
     return (-costs.rank(na_option="bottom")).to_dict()  # on no other target: last
+
+
+def noise_ceiling(sources: pd.DataFrame, *, outcome: str) -> tuple[pd.DataFrame, str]:
+    """How well the truth of one seed is ranked by the mean of the other seeds' truth: what a score can hope for.
+
+    Args:
+        sources: see `known_elsewhere`.
+        outcome: the column of the truth, higher is better.
+
+    Returns:
+        The rows of `ranker_table` for this ranker, with ``target`` and ``seed``, none where a target has one seed; and
+        what they say, with the intraclass correlation ICC(1) of the outcomes: the share of their variance within a
+        target that is the sources', 1 where seeds do not matter.
+
+    Example:
+        >>> rows = [(seed, name, value + 0.01 * seed) for seed in (0, 1) for name, value in (("a", 0.8), ("b", 0.6))]
+        >>> table = pd.DataFrame(rows, columns=["seed", "source", "dice"]).assign(target="t")
+        >>> rows, said = noise_ceiling(table, outcome="dice")
+        >>> (float(rows["tau"].mean()), said[-10:])
+        (1.0, ' ICC 1.00.')
+    """
+    parts, shares = [], []
+    for target, group in sources.groupby("target", sort=False):
+        wide = group.pivot(index="source", columns="seed", values=outcome).dropna()
+        if wide.shape[1] < 2 or len(wide) < 2:
+            continue
+        for seed in wide:
+            known = {CEILING: wide.drop(columns=seed).mean(axis=1)}
+            parts.append(ranker_table(known, wide[seed], groups={"none": wide.index}).assign(target=target, seed=seed))
+        between, within = wide.shape[1] * wide.mean(axis=1).var(), wide.var(axis=1).mean()
+        shares.append((between - within) / (between + (wide.shape[1] - 1) * within))
+    lead = "**What could a ranking reach?** "
+    if not parts:
+        return pd.DataFrame(), f"{lead}One seed: nothing says how well the truth agrees with itself."
+    rows = pd.concat(parts, ignore_index=True)
+    tau = rows["tau"].mean()
+    said = f"{lead}The truth of one seed is ranked by that of the others with a mean weighted tau of {tau:.2f}; "
+    said += f"ICC {np.mean(shares):.2f}."
+    return rows, said + (f" Below {TRUSTED}: this study cannot tell good rankings apart." if tau < TRUSTED else "")
 
 
 def verdict_claim(

@@ -14,7 +14,7 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.ranking import TOP, agreement_over_targets, friedman_nemenyi, verdict_claim
+from medtl_ext.ranking import CEILING, TOP, agreement_over_targets, friedman_nemenyi, noise_ceiling, verdict_claim
 from medtl_ext.transfer.config import study_config
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.scores import SCORES
@@ -153,6 +153,8 @@ class SourceStudy(Study):
         names = [target.name for target in targets.values()]
         if len(set(names)) < len(names):
             raise InputError(f"two targets are called alike: {', '.join(names)}; rename a file.")
+        for target, split in product(targets.values(), ("train", "val", "test")):
+            target.datalist(split)  # raises where there is none, or none that the networks can take
         options = {"n_jobs": 1} | ({} if self.grid is None else {"grid": dict(self.grid)})
         arms: Arms = []
         for (name, target), seed in product(targets.items(), self.seeds):
@@ -187,16 +189,20 @@ class SourceStudy(Study):
         def judge(ready: pd.DataFrame, truth: pd.Series, static: Mapping[str, float] | None) -> pd.DataFrame:
             return agreement_table(ready, truth, target=kind, groups=self.groups(ready), static=static)
 
-        agreement = agreement_over_targets(sources, judge, outcome=kind.outcome)
+        ceiling, reach = noise_ceiling(sources, outcome=kind.outcome)
+        agreement = pd.concat(
+            [agreement_over_targets(sources, judge, outcome=kind.outcome), ceiling], ignore_index=True
+        )
         # A ranker that scores all sources alike, as size may, chooses at random: its expected tau is 0, in each seed.
         tau = agreement["tau"].mask(agreement["tau"].isna() & (agreement["candidates"] > 1), 0.0)
         columns = ["tau", "regret", *(f"footrule_{k}" for k in TOP)]
         by_target = agreement.assign(tau=tau).groupby(["ranker", "prior", "target"], sort=False)
         mean = by_target[columns].mean().reset_index()
-        plain = mean[mean["prior"] == EVERY].fillna({"tau": 0.0})
+        plain = mean[(mean["prior"] == EVERY) & (mean["ranker"] != CEILING)].fillna({"tau": 0.0})
         test = friedman_nemenyi(plain.pivot(index="target", columns="ranker", values="tau"))
         verdicts = {key: json.loads((job.output_dir / "ranking.json").read_text()) for key, job in jobs.items()}
         claims = [
+            reach,
             f"**Do the rankers differ?** By weighted Kendall: {test.text}",
             _baseline_claim(plain, kind),
             *self.claims(table, mean, jobs),
@@ -238,6 +244,7 @@ def _baseline_claim(plain: pd.DataFrame, target: type[TargetTask]) -> str:
 
 
 def _scratch_claim(table: pd.DataFrame, target: type[TargetTask]) -> str:
+    collapsed = int(table[target.outcome].lt(0.01).sum()) if target.per_pixel else 0
     outcome = table.groupby(["target", "source"])[target.outcome].mean().unstack()
     scratch, rest = outcome["scratch"], outcome.drop(columns="scratch")
     best, worst = rest.max(axis=1), rest.min(axis=1)
@@ -247,4 +254,4 @@ def _scratch_claim(table: pd.DataFrame, target: type[TargetTask]) -> str:
         f"**And scratch?** Training from scratch is better than the best source on {int((scratch > best).sum())} of "
         f"{len(outcome)} targets ({said}), and better than {worse} of {pairs} fine-tuned sources: no score says so. "
         f"The best and the worst source are {(best - worst).mean():.3f} {target.unit} apart on average."
-    )
+    ) + (f" {collapsed} of {len(table)} trainings found nothing (Dice below 0.01)." if collapsed else "")

@@ -82,16 +82,18 @@ class Pictures:
         maps = self._draw_maps({"title": self.here.config["method"], **said})
         folder = self.here.folder
         arms = {path.parent.name: path for path in sorted(folder.glob("audit/*/model.pt"))}
-        arms |= {self.here.config["method"]: folder / "model.pt"}
+        method = self.here.config["method"]
+        arms[method] = arms.pop(method, folder / "model.pt")
         dice = pd.DataFrame({arm: _dice(path.with_name("metrics.csv")) for arm, path in arms.items()})
         ranks = self._ranks(dice)
         entries = [self.dataset.data[place] for place in ranks]
         items = [self.dataset[place] for place in ranks]
         found = {arm: done for arm, path in arms.items() if (done := self._segment(path, items))}
-        volumes = [
-            self._volume(entry["image"], *one) for entry, *one in zip(entries, items, *found.values(), strict=True)
-        ]
-        subjects = [entry["subject"] for entry in entries]
+        files, subjects = ([entry[key] for entry in entries] for key in ("image", "subject"))
+        volumes = [self._volume(*one) for one in zip(files, items, *found.values(), strict=True)]
+        views = self._views(dict(zip(subjects, ranks.values(), strict=True)), volumes, dice[list(found)])
+        content = {"classes": list(self.target.class_names), "photographs": self.target.photographs}
+        write_json(folder / "viewer.json", content | {"views": [*views, *maps]})
 
         rows = [self._row(*volume) for volume in volumes[:N_PATIENTS]]
         images, truths, aspects, sides, *segmented = zip(*rows, strict=True)
@@ -100,20 +102,22 @@ class Pictures:
         figure = plot_overlay(images, truths, dict(zip(found, segmented, strict=True)), **options)
         save_figure(figure, folder / "overlay.png")
 
-        views, most = [], min(MOST["patient"], MOST["report"] // len(items))
-        for subject, rank, (volume, channels) in zip(subjects, ranks.values(), volumes, strict=True):
+    def _views(
+        self, ranks: Mapping[str, str], volumes: Sequence[tuple[MetaTensor, int]], dice: pd.DataFrame
+    ) -> Iterator[dict[str, Any]]:
+        """Each patient for the viewer; the columns of ``dice`` are the arms that were segmented."""
+        most = min(MOST["patient"], MOST["report"] // len(ranks))
+        for (subject, rank), (volume, channels) in zip(ranks.items(), volumes, strict=True):
             image, labels = np.split(volume.numpy(), [channels])
-            layers = dict(zip(["truth", *found], labels.astype(np.uint8), strict=True))
-            colour = image if channels == 3 else image[:1]
-            view = packed(colour, layers, spacing=volume.pixdim.tolist(), most=most)
+            layers = dict(zip(["truth", *dice], labels.astype(np.uint8), strict=True))
+            image = image if self._in_colour else image[:1]
+            view = packed(image, layers, spacing=volume.pixdim.tolist(), most=most)
             for layer in view["layers"][1:]:
                 layer["dice"] = round(float(dice.loc[subject, layer["name"]]), 4)
-            views.append({"name": subject, "rank": rank} | view)
-        content = {"classes": list(self.target.class_names), "photographs": self.target.photographs}
-        write_json(folder / "viewer.json", content | {"views": [*views, *maps]})
+            yield {"name": subject, "rank": rank} | view
 
     def _ranks(self, dice: pd.DataFrame) -> dict[int, str]:
-        """Place of each patient that is shown, and in words where they stand among all."""
+        """Place of each patient that is shown, and in words where they stand among all, the worst first."""
         audit, arm = self.here.folder / "audit.json", self.here.config["method"]
         if audit.is_file():
             arm = json.loads(audit.read_text(encoding="utf-8"))["default"] or arm
@@ -121,7 +125,8 @@ class Pictures:
         ranked = np.argsort(known, kind="stable").tolist()
         first = {ranked[-1]: "best", ranked[len(ranked) // 2]: "median", ranked[0]: "worst"}
         places = [*dict.fromkeys([*reversed(first), *ranked])][: self.patients]
-        return {place: f"{first.get(place, 'one')} of {len(ranked)} by Dice of {arm}" for place in places}
+        words = {place: first.get(place, f"number {ranked.index(place) + 1}") for place in places}
+        return {place: f"{word} of {len(ranked)} by Dice of {arm}" for place, word in words.items()}
 
     def _volume(self, file: Any, item: Mapping[str, Any], *done: Mapping[str, MetaTensor]) -> tuple[MetaTensor, int]:
         """Image, truth and segmentations as the channels of one volume in RAS, and how many are the image's."""
@@ -181,14 +186,17 @@ class Pictures:
         volume = Orientation("RAS", labels=None)(MetaTensor(torch.cat([image, values]).float(), affine=affine))
         image, values = np.split(volume.numpy(), [len(image)])
         names = [f"LEEP {when} the training" for when in maps]
-        image = image if len(image) == 3 else image[:1]
+        image = image if self._in_colour else image[:1]
         view = packed(image, {}, maps=dict(zip(names, values, strict=True)), spacing=volume.pixdim.tolist())
         return {"name": "The images trained on", "rank": "their mean, and how transferable each pixel is"} | view
 
     def _shown(self, image: torch.Tensor) -> torch.Tensor:
         """The first channel, or all three of a colour image last."""
-        colour = Task(self.target.name).channels == ("R", "G", "B")
-        return image.as_subclass(torch.Tensor).movedim(0, -1) if colour else image[0]
+        return image.as_subclass(torch.Tensor).movedim(0, -1) if self._in_colour else image[0]
+
+    @property
+    def _in_colour(self) -> bool:
+        return Task(self.target.name).channels == ("R", "G", "B")
 
     def _segment(self, path: Path, items: Sequence[Any]) -> list[dict[str, MetaTensor]] | None:
         """``pred`` and ``label`` of each patient, as the evaluator scores a checkpoint, if it fits its network.

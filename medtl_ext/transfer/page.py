@@ -118,10 +118,10 @@ def render(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
-def _html(text: str) -> str:
-    """Markdown as our reports are written in it; what would be HTML is escaped, and a command is code."""
+def _html(text: str, level: int = 3) -> str:
+    """Markdown as our reports are written in it, headings of one level; HTML in it is escaped, a command is code."""
     text = re.sub(r"^(python -m .*)$", r"\n~~~\n\1\n~~~\n", text, flags=re.MULTILINE)
-    text = re.sub(r"^#+ ", "### ", text, flags=re.MULTILINE)
+    text = re.sub(r"^#+ ", "#" * level + " ", text, flags=re.MULTILINE)
     rules = ["heading", "list", "table", "fence", "emphasis", "balance_pairs", "fragments_join"]
     page = MarkdownIt("zero").enable(rules, ignoreInvalid=True).render(text)
     page = page.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
@@ -172,7 +172,8 @@ def _after_audit(folder: Path) -> list[tuple[str, str]]:
     if arm is None:
         why = f"Label at least {MINIMUM_PATIENTS} patients of the split val, the more the finer, and run it again:"
         return [(why, run_command([record], {"output_dir": "again"}))]
-    places = [folder] if arm == found["method"] else [folder / part / arm for part in ("audit", "arms")]
+    own = arm == found["method"] or (folder / "MODEL_CARD.md").is_file()  # or the audit left the advised network here
+    places = [folder] if own else [folder / part / arm for part in ("audit", "arms")]
     model = next((place / "model.pt" for place in places if (place / "model.pt").is_file()), None)
     steps = []
     if model is not None and inference.is_file():

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +17,32 @@ import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from monai.data import set_rnd
-from monai.engines import Evaluator, Trainer
+from monai.engines import Evaluator, IterationEvents, Trainer
 from monai.handlers import TensorBoardStatsHandler, from_engine
 from monai.utils import evenly_divisible_all_gather, string_list_all_gather
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from medtl_ext._io import atomic_path, write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 from medtl_ext.metrics import compute_segmentation_scores
+from medtl_ext.networks import all_but, keep_in_eval_mode, layers, read_weights, trainable_parameters
 from medtl_ext.ranking import late_gain
 
-__all__ = ["EpochSeed", "ResumableCheckpoint", "SubjectTable", "TensorBoardCurves", "TrainingLength", "WeightMap"]
+__all__ = [
+    "EpochSeed",
+    "LayerwiseRates",
+    "LinearProbe",
+    "ResumableCheckpoint",
+    "StartingPoint",
+    "SubjectTable",
+    "TensorBoardCurves",
+    "TrainingLength",
+    "WeightAveraging",
+    "WeightInterpolation",
+    "WeightMap",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -127,15 +142,16 @@ class WeightMap:
 class ResumableCheckpoint:
     """Keep the best network as ``model.pt`` and everything needed to go on as ``last.pt``; go on from it when there.
 
-    ``model.pt`` is a plain ``state_dict``. It is replaced only by a network with a better key metric, and the best
-    value so far is kept in ``last.pt`` too: a resumed run knows it. Files are written whole or not at all, ``last.pt``
-    first, which holds what ``model.pt`` is made of: a run may be killed at any time. List it after the validation
-    handler in ``train#handlers``.
+    ``model.pt`` is a plain ``state_dict`` of the network that is validated. It is replaced only by one of a better key
+    metric, and the best value so far is kept in ``last.pt`` too: a resumed run knows it. Files are written whole or not
+    at all, ``last.pt`` first, which holds what ``model.pt`` is made of: a run may be killed at any time. List it after
+    the validation handler in ``train#handlers``.
 
     Args:
         save_dir: where the two files are.
         evaluator: the validation engine whose key metric decides. None: every epoch's network replaces the last.
-        save_dict: what to go on with beside the engine's own epoch, by name: network, optimizer, schedule.
+        save_dict: what to go on with beside the engine's own epoch, by name: network, optimizer, schedule. What has no
+            ``state_dict`` has nothing to go on with, as a recipe that only asks which step it is.
     """
 
     save_dir: str | Path
@@ -143,6 +159,9 @@ class ResumableCheckpoint:
     evaluator: Evaluator | None = None
     best: float = field(default=float("-inf"), init=False)
     best_epoch: int = field(default=-1, init=False)
+
+    def __post_init__(self) -> None:
+        self.save_dict = {name: item for name, item in self.save_dict.items() if hasattr(item, "state_dict")}
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self.resume)
@@ -204,7 +223,7 @@ class ResumableCheckpoint:
             self._save_network()
 
     def _save_network(self) -> None:
-        state = _unwrapped(self.save_dict["network"]).state_dict()
+        state = _unwrapped(getattr(self.evaluator, "network", self.save_dict["network"])).state_dict()
         self._save("model.pt", {name: value.cpu() for name, value in state.items()})
 
     def _save(self, name: str, content: Any) -> None:
@@ -316,6 +335,206 @@ class TrainingLength:
         self._engine.state.max_epochs = self.lr_scheduler.total_iters = epochs
         if self.settings is not None:
             self.settings |= {"epochs": epochs, "minutes": None}
+
+
+# Recipes of fine-tuning: what the option ``recipe`` adds to a training
+
+
+@dataclass(kw_only=True, eq=False)
+class LayerwiseRates:
+    """A learning rate for each layer, which falls by the same factor from one layer to the next towards the image.
+
+    Args:
+        network, optimizer: of the training; the optimizer has all parameters in one group.
+        image: a training image, see `medtl_ext.networks.layers`.
+        lowest: the rate of the first layer as a share of that of the head, which is the optimizer's.
+
+    Reference: Howard and Ruder, *Universal Language Model Fine-tuning for Text Classification*, ACL 2018.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    image: Tensor
+    lowest: float = 0.1
+
+    def attach(self, engine: Trainer) -> None:
+        (group,) = self.optimizer.param_groups
+        self.optimizer.param_groups.clear()
+        found = layers(self.network, self.image)
+        for number, names in enumerate(found):
+            parameters = [p for name in names for p in self.network.get_submodule(name).parameters(recurse=False)]
+            rate = group["lr"] * self.lowest ** (1 - number / (len(found) - 1))
+            self.optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+
+
+@dataclass(kw_only=True, eq=False)
+class LinearProbe:
+    """Train the head alone for the first part of the steps, then everything (LP-FT).
+
+    Meanwhile the rest is as if frozen: no parameter moves, and no statistics of batch norm. Its gradients are computed
+    and dropped, so that several processes agree on what they exchange.
+
+    Args:
+        network: that is trained, all of it.
+        image: a training image, see `medtl_ext.networks.layers`.
+        share: of the training's steps.
+
+    Reference: Kumar et al., *Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution*, ICLR
+    2022.
+    """
+
+    network: nn.Module
+    image: Tensor
+    share: float = 0.25
+
+    def attach(self, engine: Trainer) -> None:
+        self._pattern, self._engine = all_but(self.image)(self.network), engine
+        self.network.register_forward_pre_hook(self._keep_statistics)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.drop_gradients)
+
+    @property
+    def probing(self) -> bool:
+        return _in_first(self.share, self._engine)
+
+    def drop_gradients(self, engine: Trainer) -> None:
+        """An optimizer passes over a parameter without a gradient."""
+        for name, parameter in self.network.named_parameters():
+            if self.probing and re.match(self._pattern, name):
+                parameter.grad = None
+
+    def _keep_statistics(self, network: nn.Module, inputs: object) -> None:
+        if self.probing:
+            keep_in_eval_mode(self._pattern, network, inputs)
+
+
+@dataclass(kw_only=True, eq=False)
+class WeightAveraging:
+    """Average the weights over the steps of a training; the average is what is validated, saved and used.
+
+    The running statistics of batch norm are averaged alike. The training itself is unchanged.
+
+    Args:
+        network, evaluator: that is trained, and what validates it.
+        decay: what of the average each step keeps (EMA); None: all steps weigh the same (SWA).
+        start: share of the training's steps before the average begins; until then it is the network itself.
+
+    Reference: Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*, UAI 2018.
+    """
+
+    network: nn.Module
+    evaluator: Evaluator
+    decay: float | None = 0.99
+    start: float = 0.0
+
+    def attach(self, engine: Trainer) -> None:
+        how = None if self.decay is None else get_ema_multi_avg_fn(self.decay)
+        self._average = AveragedModel(self.network, multi_avg_fn=how, use_buffers=True)
+        self.evaluator.network = self._average.module
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._average.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._average.load_state_dict(state)
+
+    def update(self, engine: Trainer) -> None:
+        """Take the network of this step in."""
+        if _in_first(self.start, engine):
+            self._average.n_averaged.zero_()  # the next network is copied
+        self._average.update_parameters(self.network)
+
+
+@dataclass(kw_only=True, eq=False)
+class StartingPoint:
+    """Pull the weights towards those that the training starts from, and the head's towards 0 (L2-SP).
+
+    The loss gets ``strength / 2 (||w - w0||^2 + ||h||^2)``, h the head: the target's classes may be its own.
+
+    Args:
+        network: that is trained; has the source's weights when the trainer is made.
+        image: a training image, see `medtl_ext.networks.layers`.
+        strength: 0 or more.
+
+    Reference: Li et al., *Explicit Inductive Bias for Transfer Learning with Convolutional Networks*, ICML 2018.
+    """
+
+    network: nn.Module
+    image: Tensor
+    strength: float = 0.01
+
+    def attach(self, engine: Trainer) -> None:
+        head = self.network.get_submodule(layers(self.network, self.image)[-1][0])
+        self._pairs = [(parameter, parameter.detach().clone()) for parameter in trainable_parameters(self.network)]
+        for parameter, towards in self._pairs:
+            if any(parameter is one for one in head.parameters()):
+                towards.zero_()
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.penalise)
+
+    def penalise(self, engine: Trainer) -> None:
+        """Before the backward pass."""
+        penalty = sum((parameter - towards).square().sum() for parameter, towards in self._pairs)
+        engine.state.output["loss"] = engine.state.output["loss"] + self.strength / 2 * penalty
+
+
+@dataclass(kw_only=True, eq=False)
+class WeightInterpolation:
+    """After the training, keep the point between its start and its end that is best for the validation (WiSE-FT).
+
+    Weights and statistics of batch norm alike are ``(1 - c) start + c end``, end being the best network of the
+    training, which stays as ``finetuned.pt``. Writes ``interpolation.csv``: ``coefficient`` and the evaluator's key
+    metric. Of a head that is fresh the start says nothing; then the end will be the best.
+
+    Args:
+        network, evaluator: that is trained, and what validates it.
+        save_dir: where `ResumableCheckpoint` keeps ``model.pt``, which is replaced.
+        coefficients: to try; of equal ones the first is kept.
+
+    Reference: Wortsman et al., *Robust Fine-Tuning of Zero-Shot Models*, CVPR 2022.
+    """
+
+    network: nn.Module
+    evaluator: Evaluator
+    save_dir: str | Path
+    coefficients: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+    def attach(self, engine: Trainer) -> None:
+        self._start = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
+        engine.add_event_handler(Events.COMPLETED, self.choose)
+
+    def choose(self, engine: Trainer) -> None:
+        """Validate each, and keep the best; a run that is killed meanwhile begins with the same end."""
+        model, end = (Path(self.save_dir, name) for name in ("model.pt", "finetuned.pt"))
+        if engine.state.epoch == 0:
+            return
+        if idist.get_rank() == 0 and not end.is_file():
+            with atomic_path(end) as temporary:
+                shutil.copy(model, temporary)
+        idist.barrier()
+        tuned, rows = read_weights(end), []
+        name = self.evaluator.state.key_metric_name
+        for coefficient in self.coefficients:
+            self.network.load_state_dict(self._between(tuned, coefficient))
+            self.evaluator.run()
+            rows.append({"coefficient": coefficient, name: float(self.evaluator.state.metrics[name])})
+        table = pd.DataFrame(rows)
+        best = float(table["coefficient"][table[name].fillna(-np.inf).idxmax()])
+        logger.info("%g of the way from the start to the end of the training is best for the validation", best)
+        if idist.get_rank() == 0:
+            with atomic_path(model) as temporary:
+                torch.save(self._between(tuned, best), temporary)
+            write_csv(Path(self.save_dir) / "interpolation.csv", table)
+
+    def _between(self, end: Mapping[str, Tensor], coefficient: float) -> dict[str, Tensor]:
+        return {
+            name: torch.lerp(self._start[name], value, coefficient) if value.is_floating_point() else value
+            for name, value in end.items()
+        }
+
+
+def _in_first(share: float, engine: Trainer) -> bool:
+    """Whether the step is in the first part of a training, which also one that is resumed knows."""
+    return engine.state.iteration <= share * engine.state.max_epochs * engine.state.epoch_length
 
 
 class TensorBoardCurves(TensorBoardStatsHandler):

@@ -4,8 +4,9 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,27 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from medtl_ext._validation import InputError, first_line
 
-__all__ = ["freeze", "load_weights", "prepared", "read_checkpoint", "read_weights", "trainable_parameters"]
+__all__ = [
+    "adapt_batch_norm",
+    "all_but",
+    "freeze",
+    "layers",
+    "load_weights",
+    "prepared",
+    "read_checkpoint",
+    "read_weights",
+    "trainable_parameters",
+]
 
 logger = logging.getLogger(__name__)
+
+WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+PASSES = 10
+"""Over the training images, of which each gives a random patch, for the statistics of batch norm."""
 
 # Best scores and the like, which trainers keep beside the weights; a scalar of these types runs nothing.
 _scalar, _number_types = np.float64(0).__reduce__()[0], "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]
@@ -121,7 +137,7 @@ def load_weights(
     return report
 
 
-def freeze(network: nn.Module, pattern: str | None) -> nn.Module:
+def freeze(network: nn.Module, pattern: str | Callable[[nn.Module], str] | None) -> nn.Module:
     """Freeze every parameter whose name matches ``pattern``, so that training leaves no trace in that part.
 
     Without gradients alone, batch normalisation would still move its running statistics, because a trainer calls
@@ -131,7 +147,7 @@ def freeze(network: nn.Module, pattern: str | None) -> nn.Module:
     Args:
         network: changed in place. Freeze before wrapping it in `DistributedDataParallel`.
         pattern: regular expression, matched from the start of the names, e.g. ``"conv_0|down_"`` for the encoder of
-            MONAI's `BasicUNet`. None freezes nothing.
+            MONAI's `BasicUNet`; or what gives it for a network, such as `all_but`. None freezes nothing.
 
     Returns:
         The same network.
@@ -147,21 +163,125 @@ def freeze(network: nn.Module, pattern: str | None) -> nn.Module:
     """
     if pattern is None:
         return network
+    pattern = pattern(network) if callable(pattern) else pattern
     frozen = [parameter for name, parameter in network.named_parameters() if re.match(pattern, name)]
     if not frozen:
         children = ", ".join(name for name, _ in network.named_children())
         raise InputError(f"freeze pattern '{pattern}' matches no parameter; the network's parts are: {children}.")
     for parameter in frozen:
         parameter.requires_grad_(False)
-    network.register_forward_pre_hook(partial(_keep_in_eval_mode, pattern))
+    network.register_forward_pre_hook(partial(keep_in_eval_mode, pattern))
     return network
 
 
-def _keep_in_eval_mode(pattern: str, network: nn.Module, _: object) -> None:
+def keep_in_eval_mode(pattern: str, network: nn.Module, _: object) -> None:
     """Before a forward pass, whatever ``network.train()`` did to the frozen modules."""
     for name, module in network.named_modules():
         if re.match(pattern, name):
             module.training = False
+
+
+def layers(network: nn.Module, image: Tensor) -> list[list[str]]:
+    """Names of a network's modules, layer by layer in the order in which they run, which no naming tells.
+
+    A layer begins with a convolution or a linear layer, and the normalisation behind it belongs to it: every module
+    with parameters or buffers of its own is in one layer. Those that never run, as heads for deep supervision, stand
+    with the module before them in the network's own order.
+
+    Args:
+        network: it passes over the image once, in eval mode.
+        image: of a training, C x *spatial.
+
+    Raises:
+        InputError: no layer can be told from another, as in a program.
+
+    >>> layers(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), torch.rand(1, 8, 8))
+    [['0', '1'], ['2']]
+    """
+    ran: list[str] = []
+    own = {
+        name: module
+        for name, module in network.named_modules()
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        and not isinstance(module, torch.jit.ScriptModule)
+    }
+    hooks = [module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, module in own.items()]
+    training, device = network.training, next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            network.eval()(torch.as_tensor(image)[None].to(device))
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    found: list[list[str]] = [[]]
+    for name in dict.fromkeys(ran):
+        if isinstance(own[name], WEIGHTED) and any(isinstance(own[before], WEIGHTED) for before in found[-1]):
+            found.append([])
+        found[-1].append(name)
+    if len(found) < 2:
+        raise InputError(
+            f"the layers of this {type(network).__name__} cannot be seen; expected a network of several convolutions, "
+            "and no program; fine-tune all of it (full)."
+        )
+    place = {name: number for number, names in enumerate(found) for name in names}
+    before = 0
+    for name in own:
+        before = place.get(name, before)
+        if name not in place:
+            found[before].append(name)
+    return found
+
+
+def all_but(image: Tensor, *, first: float = 0.0, last: float = 0.0, norms: bool = False) -> Callable[[nn.Module], str]:
+    """What `freeze` takes to leave only the head trained, and the first or last layers, or the normalisations.
+
+    The head, the last layer to run, is always trained: the target's classes may be its own.
+
+    Args:
+        image: see `layers`.
+        first, last: shares of the layers, of those at the image and of those at the prediction; at least one layer each
+            unless 0.
+        norms: the affine parameters of all normalisations, which also follow the target's statistics.
+
+    >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
+    >>> _ = freeze(network, all_but(torch.rand(1, 8, 8), first=0.1))
+    >>> [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    ['0.weight', '0.bias', '1.weight', '1.bias', '3.weight', '3.bias']
+    """
+
+    def pattern(network: nn.Module) -> str:
+        found = layers(network, image)
+        at_image = max(1, round(first * len(found))) if first else 0
+        at_prediction = max(1, round(last * len(found)))
+        frozen = list(chain.from_iterable(found[at_image:-at_prediction]))
+        if norms:
+            frozen = [name for name in frozen if "Norm" not in type(network.get_submodule(name)).__name__]
+        return rf"(?:{'|'.join(map(re.escape, frozen))})(?:\.[^.]*)?$"
+
+    return pattern
+
+
+def adapt_batch_norm(
+    network: nn.Module, batches: Iterable[Mapping[str, Tensor]], device: str | torch.device
+) -> nn.Module:
+    """Give a network's batch normalisations the statistics of other images (AdaBN), and leave its weights as they are.
+
+    Args:
+        network: changed in place, and moved to the device.
+        batches: ``image``, N x C x *spatial, as a training takes them; passed over several times.
+        device: where to compute.
+
+    Reference: Li et al., *Revisiting Batch Normalization for Practical Domain Adaptation*, 2016.
+
+    >>> network = adapt_batch_norm(nn.BatchNorm2d(1), [{"image": torch.full((2, 1, 4, 4), 3.0)}], "cpu")
+    >>> round(float(network.running_mean), 3)
+    3.0
+    """
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        logger.warning("this network has no batch norm whose statistics could be the target's: it stays as it is")
+    update_bn((batch["image"] for _ in range(PASSES) for batch in batches), network.to(device), device)
+    return network
 
 
 _freeze = freeze  # `prepared` has an argument of that name
@@ -171,7 +291,7 @@ def prepared(
     network: nn.Module,
     *,
     weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
-    freeze: str | None = None,
+    freeze: str | Callable[[nn.Module], str] | None = None,
     device: str | torch.device = "cpu",
     memory_format: torch.memory_format | None = None,
     min_share: float = 0.9,
@@ -205,8 +325,7 @@ def prepared(
     (True, False)
     """
     if weights is not None and replace_head:
-        kinds = (nn.Linear, nn.modules.conv._ConvNd)
-        head = [name for name, module in network.named_modules() if isinstance(module, kinds)][-1]
+        head = [name for name, module in network.named_modules() if isinstance(module, WEIGHTED)][-1]
         found = weights if isinstance(weights, Mapping) else read_weights(weights)
         weights = {name: value for name, value in found.items() if not name.startswith(f"{head}.")}
     if weights is not None:

@@ -26,6 +26,7 @@ from medtl_ext.metrics import LEEPMap, compute_leep_map
 from medtl_ext.networks import load_weights
 from medtl_ext.ranking import bootstrap_interval
 from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report, patient_table
+from medtl_ext.transfer.evaluate import own_weights
 from medtl_ext.transfer.jobs import read_table
 from medtl_ext.transfer.rank import SYNTHETIC
 from medtl_ext.transfer.sources import pretraining_job, source_collection
@@ -330,7 +331,7 @@ class Condensation:
     ``patient`` is of the map of all.
 
     Args:
-        here: the run, whose ``model.pt`` is what fine-tuning gave.
+        here: the run, whose own weights are what fine-tuning gave.
         source, network: the untouched source, and the network that was trained.
         slices: the slices of each split.
     """
@@ -342,7 +343,7 @@ class Condensation:
 
     def run(self) -> None:
         """Pass over the slices with both networks; of several processes each makes the whole pass."""
-        load_weights(self.network, self.here.folder / "model.pt", min_share=1.0)
+        load_weights(self.network, own_weights(self.here.folder, self.here.config["method"]), min_share=1.0)
         networks, maps = {"before": self.source, "after": self.network}, {}
         rows: list[dict[str, Any]] = []
         for (split, dataset), (when, network) in product(self.slices.items(), networks.items()):

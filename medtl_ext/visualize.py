@@ -342,7 +342,7 @@ def plot_comparison(
     handles = [Line2D([], [], label=k, color=c, markerfacecolor=_tint(c, strength), **dot) for k, c, strength in keys]
     figure.legend(handles=handles, loc="outside right upper")
     note = f"dots: mean, bars: sd over runs, ticks: runs; vertical line: {reference}; *: differs from {reference} "
-    note += "(in every run, and Wilcoxon over patients, Holm, p < .05)"
+    note += "(t test over patients and runs, Holm, p < .05)"
     return _finish(figure, title, synthetic, note)
 
 

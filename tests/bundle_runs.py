@@ -18,6 +18,7 @@ import pytest
 import torch
 from fire.parser import DefaultParseValue  # how the command line reads a word
 from monai.bundle import ConfigWorkflow
+from monai.networks.nets import UNet
 
 from medtl_ext import InputError
 from medtl_ext.data import write_collection
@@ -99,9 +100,12 @@ SEGMENTATION = {
     "check_data": False,
 }
 ARMS = ["zero_shot", "scratch", "full"]
+RECIPES = ["warmup", "discriminative", "surgical_first", "surgical_last", "affine", "adabn", "lp_ft", "ema", "swa"]
+RECIPES += ["l2_sp", "wise_ft", "tversky", "focal"]
+"""Overlays of risk_map that are ways of the field to fine-tune."""
 RISK_MAP = Bundle(
     "risk_map",
-    SEGMENTATION | {"iterations_per_epoch": 2, "train_slices": 8, "audit#arms": []},
+    SEGMENTATION | {"iterations_per_epoch": 2, "train_slices": 8, "audit#arms": [], "audit#folds": 0},
     whole={"figures": True, "check_data": True, "audit#arms": ARMS},
 )
 SOURCE_SELECTION = Bundle(
@@ -178,6 +182,18 @@ def bundle_of_a_stranger(folder: Path, config: Any, weights: Any = None) -> None
     (folder / "configs" / "inference.json").write_text(config if isinstance(config, str) else json.dumps(config))
     if weights is not None:
         torch.save(weights, folder / "models" / "model.pt")
+
+
+def card_of_a_unet(folder: Path, dimensions: int, classes: list[str], **network: Any) -> str:
+    """The card of somebody else's untrained network, with a preprocessing and a grid of its own."""
+    torch.manual_seed(0)
+    shape = {"in_channels": 1, "out_channels": len(classes), "channels": [4, 8], "strides": [2], **network}
+    torch.save(UNet(spatial_dims=dimensions, **shape).state_dict(), folder / "theirs.pt")
+    steps = [{"_target_": "Spacingd", "pixdim": [3, 3, 4]}, {"_target_": "NormalizeIntensityd", "nonzero": True}]
+    content = {"checkpoint": "theirs.pt", "network": {"_target_": "UNet", "spatial_dims": dimensions, **shape}}
+    content |= {"preprocessing": steps, "window": [32, 32, 8][:dimensions], "classes": classes, "encoder": "model.0"}
+    (folder / "theirs.json").write_text(json.dumps(content))
+    return str(folder / "theirs.json")
 
 
 def command(files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0) -> list[str]:

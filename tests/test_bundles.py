@@ -62,6 +62,7 @@ LEFT_BY_RISK_MAP = LEFT | {
     "viewer.json",
     "weight.nii.gz",
     "audit",
+    "MODEL_CARD.md",
 }
 LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "audit.json", "audit.png"}
 LEFT_BY_SEQUENTIAL = LEFT | {"plan.json", "paths.csv", "clusters.csv", "task_graph.json", "task_graph.graphml", "arms"}

@@ -179,41 +179,37 @@ def test_a_table_is_shown_as_people_read_it(columns, shown, length, finished):
 
 @pytest.fixture
 def audited(finished) -> Path:
-    """An audit of a bundle of this repository, whose arm ``full`` has a network."""
+    """An audit of a bundle of this repository, which left the network of the arm that it advises."""
     (finished / "answer.txt").unlink()
-    config = {"bundle_root": str(RISK_MAP.root), "target_task": "17-T2-ED", "seed": 3, "network_def": {}}
+    config = {"bundle_root": str(RISK_MAP.root), "target_task": "17-T2-ED", "audit": {"seeds": 1}}
     inference = json.loads((RISK_MAP.configs / "inference.json").read_text())
     config["network_def"] = inference["network_def"] | {"features": [4, 4, 8, 8, 8, 4]}
     (finished / "config.json").write_text(json.dumps(config))
-    arm = finished / "audit" / "full"
-    arm.mkdir(parents=True)
-    (arm / "model.pt").touch()
-    (arm / "metrics.csv").write_text("class,dice\nED,0.5\nET,0.6\nNCR,0.7\n")
+    (finished / "model.pt").touch()
+    (finished / "metrics.csv").write_text("class,dice\nED,0.5\nET,0.6\nNCR,0.7\n")
     return finished
 
 
 @pytest.mark.parametrize(
-    ("recommendation", "default", "why", "options"),
+    ("recommendation", "why", "options"),
     [
-        ("full", "full", ["Segment images of yours with full:"], {"--n_classes": "4", "--task": "17-T2-ED"}),
-        (None, "full", ["the best guess:", "To tell full, scratch apart:"], {"--seed": "4"}),
-        (None, None, ["Label at least 4 patients of the split val"], {"--output_dir": "again"}),
+        ("full", ["Segment images of yours with full:"], {"--n_classes": "4", "--task": "17-T2-ED"}),
+        (None, ["the best guess:", "To tell full and scratch apart:"], {"--audit#seeds": "3"}),
     ],
-    ids=["decided", "no evidence", "too few patients"],
+    ids=["decided", "no evidence"],
 )
-def test_an_audit_says_what_to_type_next(recommendation, default, why, options, audited):
-    found = {"text": "So it is. More.", "recommendation": recommendation, "default": default}
-    (audited / "audit.json").write_text(json.dumps(found | {"tied": ["full", "scratch"], "method": "risk_map"}))
+def test_an_audit_says_what_to_type_next(recommendation, why, options, audited):
+    found = {"text": "So it is. More.", "recommendation": recommendation, "default": "full"}
+    (audited / "audit.json").write_text(json.dumps(found | {"tied": ["full", "scratch"]}))
     page = page_of(audited)
     said, commands = body(page), [shlex.split(command) for command in texts(page, "code")[: len(why)]]
     assert [part for part in why if part not in said] == []
     words = commands[-1]
     assert {name: words[words.index(name) + 1] for name in options} == options
-    if default:
-        first = commands[0]
-        assert Path(first[first.index("--config_file") + 1]).resolve() == RISK_MAP.configs / "inference.json"
-        assert Path(first[first.index("--ckpt") + 1]).resolve() == (audited / "audit" / "full" / "model.pt").resolve()
-        assert first[first.index("--network_def#features") + 1] == "[4, 4, 8, 8, 8, 4]"
+    first = commands[0]
+    assert Path(first[first.index("--config_file") + 1]).resolve() == RISK_MAP.configs / "inference.json"
+    assert Path(first[first.index("--ckpt") + 1]).resolve() == (audited / "model.pt").resolve()
+    assert first[first.index("--network_def#features") + 1] == "[4, 4, 8, 8, 8, 4]"
 
 
 def test_a_report_in_markdown_is_shown_as_one(finished):

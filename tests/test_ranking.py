@@ -140,20 +140,37 @@ class TestAuditVerdict:
 
     def test_says_negative_transfer_when_scratch_beats_a_fine_tuned_arm(self):
         arms = {"scratch": self.HIGH, "risk_map": self.LOW, "full": self.HIGH_TOO, "zero_shot": self.LOW}
-        verdict = audit_verdict({arm: scores(values) for arm, values in arms.items()}, runs=3)
+        verdict = audit_verdict({arm: scores([[value] * 3 for value in values]) for arm, values in arms.items()})
         assert verdict.negative_transfer == ("risk_map",)
         assert "risk_map is worse than scratch by 0.202 (95 % interval" in verdict.text
         assert "negative transfer" in verdict.text
+        assert "3 training runs per arm: intervals and tests are over patients and trainings." in verdict.text
         assert "One training run" not in verdict.text
 
-    def test_three_patients_settle_nothing(self):
-        verdict = audit_verdict({"scratch": scores([0.1, 0.1, 0.1]), "full": scores([0.9, 0.8, 0.9])})
-        assert (verdict.recommendation, verdict.default, verdict.negative_transfer) == (None, None, ())
+    def test_three_patients_settle_nothing_and_give_a_weak_guess(self):
+        verdict = audit_verdict({"scratch": scores([0.1, 0.1, 0.1]), "full": scores([0.9, 0.8, 0.0])})
+        assert (verdict.recommendation, verdict.default, verdict.negative_transfer) == (None, "full", ())
         assert verdict.text.startswith(
             "3 validation patients cannot settle this: a verdict needs at least 4, a fine one "
         )
-        assert "Mean Dice was full 0.867 and scratch 0.100." in verdict.text
+        assert "Mean Dice was full 0.567 and scratch 0.100. The best guess is fine-tuning with full" in verdict.text
+        assert "which is weak: it is ahead of scratch in 2 of 3 (+0.467), and of two equal arms one is" in verdict.text
+        assert "in 25 % of cases" in verdict.text
+        one = audit_verdict({"scratch": scores([0.5]), "full": scores([0.4]), "zero_shot": scores([0.495])})
+        assert one.default == "zero_shot"
+        assert "ahead of scratch in 0 of 1 (-0.005) and of full in 1 of 1 (+0.095)" in one.text
         assert len(verdict.table) == 2
+
+    def test_a_lead_that_another_training_turns_round_is_no_evidence(self):
+        """Both trainings agree on which patients are easy; the second of full has not found anything."""
+        arms = {"full": [[value, value - 0.3] for value in self.HIGH], "scratch": [[v, v + 0.01] for v in self.LOW]}
+        once = audit_verdict({arm: scores([of[0] for of in values]) for arm, values in arms.items()})
+        twice = audit_verdict({arm: scores(values) for arm, values in arms.items()})
+        assert (once.recommendation, twice.recommendation) == ("full", None)
+        table = twice.table.set_index("arm")
+        assert table["trainings"].tolist() == [2, 2]
+        assert table["spread"].to_dict() == pytest.approx({"full": 0.3 / 2**0.5, "scratch": 0.01 / 2**0.5})
+        assert table.loc["full", "low"] < np.mean(self.HIGH) - 0.3 + 0.05
 
     def test_table_holds_the_numbers(self):
         arms = {"full": scores(self.HIGH), "scratch": scores(self.HIGH_TOO), "zero_shot": scores(self.LOW)}
@@ -184,6 +201,24 @@ def test_verdicts_are_as_honest_as_they_sound(effects, audits, preferred, share)
     assert np.mean([verdict.recommendation == preferred for verdict in verdicts]) > share
 
 
+@pytest.mark.parametrize(("trainings", "patients", "spread"), [(2, 6, 0.05), (3, 6, 0.06), (5, 12, 0.04)])
+def test_an_interval_over_patients_and_trainings_holds_the_truth(trainings, patients, spread):
+    """Both arms are equal; their trainings spread as real ones do. Averaging the trainings first is over-confident."""
+    rng, names = np.random.default_rng(0), [f"p{i}" for i in range(patients)]
+    covered = []
+    for _ in range(300):
+        arms = rng.normal(0, 0.05, (2, patients, 1)) + rng.normal(0, spread, (2, 1, trainings))
+        arms += rng.normal(0, 0.03, arms.shape)
+        both = [
+            paired_comparison(*(dict(zip(names, arm, strict=True)) for arm in pair), n_resamples=1)
+            for pair in (arms, arms.mean(axis=2))
+        ]
+        covered.append([found.low <= 0 <= found.high for found in both])
+    crossed, averaged = np.mean(covered, axis=0)
+    assert crossed >= 0.92
+    assert averaged < 0.89
+
+
 def of_arms(**arms):
     return audit_verdict({arm: scores(values) for arm, values in arms.items()})
 
@@ -196,6 +231,11 @@ def of_arms(**arms):
         (partial(holm, [0.2, 1.2]), r"\[0, 1\]"),
         (partial(of_arms, full=[0.5] * 6), "at least two arms; found full"),
         (partial(of_arms, full=[0.5] * 6, scratch=[0.5] * 5), "same subjects on both sides; only one side has p5"),
+        (
+            partial(of_arms, full=[[0.5, 0.6]] * 6, scratch=[[0.5] * 3] * 6),
+            "as many trainings on both sides; found 2 and 3",
+        ),
+        (partial(of_arms, full=[[0.5, 0.6], [0.5]], scratch=[0.5, 1]), "full has patients with 1 and 2 trainings"),
         (partial(of_arms, full=[np.nan, 1], scratch=[0.5, 1]), "scores of full must be finite"),
         (partial(of_arms, full=[], scratch=[]), "scores of full must be finite numbers, .* at least one"),
     ],

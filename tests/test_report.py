@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from bundle_runs import refused
-from scipy import stats
 
-from medtl_ext.ranking import holm
+from medtl_ext.ranking import holm, paired_comparison
 from medtl_ext.transfer.report import ALL_PAIRS, audit_report, compare_report, patient_table
 
 
@@ -114,10 +113,15 @@ EMPTY = ["In 3 of 40 cases a class is absent from truth and prediction"]
     [
         (lambda rows: rows, "scratch", PLAIN, "absent"),
         (disagreeing, "scratch", ["scratch is 0.100 (95 % interval 0.0", "behind full there"], "there too"),
-        (seeds, "scratch", [], "One training run"),
+        (seeds, "scratch", ["2 training runs per arm: intervals and tests are over patients and"], "One training run"),
         (visits, None, ["2 validation patients cannot settle this"], "Do not"),
         (lambda rows: of_patients(rows, 0, 1, 2), None, ["3 validation patients cannot settle this"], "Do not"),
-        (lambda rows: of_patients(rows, 0), None, ["1 validation patient cannot settle"], "Do not"),
+        (
+            lambda rows: of_patients(rows, 0),
+            None,
+            ["1 validation patient cannot settle", "guess is training"],
+            "Do not",
+        ),
         (lambda rows: rows.assign(dice=0.0), None, NOTHING, "highest mean"),
         (lambda rows: rows.assign(empty=rows.index < 3), "scratch", EMPTY, "cannot settle"),
     ],
@@ -130,6 +134,8 @@ def test_an_audit_says_what_the_numbers_show(change, recommended, said, never, a
     assert never not in verdict.text
     if change is seeds:
         assert verdict.table["mean"].iloc[0] == pytest.approx(np.mean(VALIDATION["scratch"]) + 0.01)
+        assert verdict.table["spread"].iloc[0] == pytest.approx(0.02 / 2**0.5)
+        assert dict(zip(verdict.table["arm"], verdict.table["trainings"], strict=True))["zero_shot"] == 1
 
 
 def test_an_audit_names_the_arms_that_were_not_trained_to_the_end(audited, tmp_path):
@@ -137,6 +143,18 @@ def test_an_audit_names_the_arms_that_were_not_trained_to_the_end(audited, tmp_p
     text = audit_report(audited, tmp_path, method="risk_map", late_gains=gains).text
     assert "end: scratch gained 0.031 in the last two fifths of the training; compare with more --epochs." in text
     assert "trained to the end" not in audit_report(audited, tmp_path, method="risk_map").text
+
+
+def test_a_cross_validated_audit_says_so_and_shows_what_the_arms_took(audited, tmp_path):
+    took = {"scratch": 12.0, "full": 8.0}
+    text = audit_report(audited, tmp_path, method="risk_map", folds=5, minutes=took).text
+    assert "on 5 labelled patients is 0.636" in text
+    assert "Cross-validation in 5 folds, 5 trainings an arm: none saw the patients it scored." in text
+    assert "One training run per arm" not in text
+    table = pd.read_csv(tmp_path / "audit.csv")
+    assert table[table["split"] == "val"].set_index("arm")["minutes"].dropna().to_dict() == took
+    content = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert (content["folds"], content["tables"]["val"][0]["minutes"]) == (5, 12.0)
 
 
 def test_the_files_of_an_audit_are_strict_and_complete(audited, tmp_path):
@@ -209,7 +227,12 @@ def test_patients_are_the_unit(compared, report):
     own = compared[compared["pair"] == "A"]
     values = own.pivot_table(index="subject", columns="method", values="dice")
     others = ["risk_map", "prior_image", "scratch"]
-    p = [stats.wilcoxon(values[method], values["vanilla"]).pvalue for method in others]
+    keys = {name: ["seed", "source_seed"] for name in others} | {"scratch": ["seed"]}
+    p = []
+    for method in others:
+        two = own[own["method"].isin([method, "vanilla"])].groupby("method")
+        sides = [two.get_group(name).pivot_table("dice", "subject", keys[method]) for name in (method, "vanilla")]
+        p.append(paired_comparison(*(dict(zip(of.index, of.to_numpy().tolist(), strict=True)) for of in sides)).p)
     assert table.loc[others, "p"].tolist() == pytest.approx(p)
     assert table.loc[others, "p_holm"].tolist() == pytest.approx(holm(p))
     row = table.loc["risk_map"]
@@ -222,19 +245,16 @@ def test_patients_are_the_unit(compared, report):
     assert single["sd"].isna().all()
 
 
-def test_what_differs_does_so_in_every_run(compared, report):
+def test_what_differs_would_do_so_in_other_trainings_too(compared, report):
     """A placebo, the same arm with other seeds, has patients on its side in half of all comparisons; runs tell."""
-    assert report(compared)[0].loc["A", "differs"].to_dict() == {
-        "vanilla": False,
-        "risk_map": True,
-        "prior_image": True,
-        "scratch": True,
-    }
+    found = report(compared)[0].loc["A", "differs"]
+    assert found.to_dict() == {"vanilla": False, "risk_map": True, "prior_image": True, "scratch": True}
     one_run = compared["method"].eq("risk_map") & compared["seed"].eq(0) & compared["source_seed"].eq(1)
-    other = compared.assign(dice=compared["dice"] - 0.06 * one_run)
-    found = report(other)[0].loc[("A", "risk_map")]
-    assert found["p_holm"] < 0.05
-    assert not found["differs"]
+    other = report(compared.assign(dice=compared["dice"] - 0.12 * one_run))[0].loc[("A", "risk_map")]
+    assert other["difference"] > 0.01
+    assert not other["differs"]
+    alone = report(compared[compared["seed"].eq(0) & ~compared["source_seed"].eq(1)])[0].loc[("A", "risk_map")]
+    assert alone["differs"]  # of single runs the patients alone are asked
 
 
 def test_what_depends_on_no_source_or_no_seed_is_matched_by_the_other(compared, report):
@@ -259,11 +279,10 @@ def test_all_pairs_pool_the_patients_and_one_of_two_pairs_counts_once(compared, 
     assert report(shared)[0].loc[ALL_PAIRS, "patients"].tolist() == [8] * 4
 
 
-BETTER = "better than vanilla (corrected p < .05, and in every run): risk_map (+0.0"
+BETTER = "better than vanilla (corrected p < .05): risk_map (+0.0"
 FOUND = [f"all pairs, 50 slices: {BETTER}", "All data are synthetic"]
 FOUND += ["risk_map against the controls that never saw the source: prior_image", "seeds 0, 1; source checkpoints 0, 1"]
 FOUND += ["no evidence that knowing the source adds", "B, 50 slices: training from scratch is best, ahead of"]
-FEW = "Too few patients for any corrected p to reach .05, whatever the Dice: A (at least 0.19)"
 
 
 @pytest.mark.parametrize(
@@ -275,9 +294,8 @@ FEW = "Too few patients for any corrected p to reach .05, whatever the Dice: A (
             ["it beats all"],
             "no evid",
         ),
-        (lambda rows: of_patients(rows[rows["pair"] == "A"], 0, 1, 2, 3, 4), [FEW], "B, 50 slices"),
     ],
-    ids=["plain", "beats its controls", "too few"],
+    ids=["plain", "beats its controls"],
 )
 def test_a_comparison_says_what_the_numbers_show(change, said, never, compared, report):
     _, page = report(change(compared), synthetic=True)

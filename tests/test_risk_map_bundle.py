@@ -6,26 +6,26 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import ARMS, RISK_MAP, Bundle, finish, read_json, refused
+from bundle_runs import ARMS, RECIPES, RISK_MAP, Bundle, card_of_a_unet, finish, read_json, refused
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
-from monai.networks.nets import UNet
 from monai.transforms import RandomizableTrait
 
 from medtl_ext import InputError, risk_map
-from medtl_ext.transfer import images_to_segment
+from medtl_ext.transfer import SegmentationTask, TransferAudit, images_to_segment
 
 CONFIGS = RISK_MAP.configs
 METHODS = [
     path.stem
     for path in sorted(CONFIGS.glob("*.json"))
-    if path.stem not in ("train", "inference", "pretrain") and "freeze" in read_json(path)
+    if path.stem not in ("train", "inference", "pretrain", *RECIPES) and "freeze" in read_json(path)
 ]
 MEASURED = ["hd95_mm", "assd_mm", "lesion_recall", "lesion_precision", "volume_ml", "truth_ml"]
 ALL_METHODS = [*METHODS, "zero_shot"]
@@ -91,20 +91,7 @@ def foreign(tmp_path):
     """Cards of somebody else's untrained networks, 2D and 3D, with a preprocessing and a grid of their own."""
 
     def card(dimensions: int, classes: list[str]) -> str:
-        torch.manual_seed(0)
-        shape = {"in_channels": 1, "out_channels": len(classes), "channels": [4, 8], "strides": [2]}
-        network = UNet(spatial_dims=dimensions, **shape)
-        torch.save(network.state_dict(), tmp_path / "theirs.pt")
-        steps = [{"_target_": "Spacingd", "pixdim": [3, 3, 4]}, {"_target_": "NormalizeIntensityd", "nonzero": True}]
-        content = {"checkpoint": "theirs.pt", "network": {"_target_": "UNet", "spatial_dims": dimensions, **shape}}
-        content |= {
-            "preprocessing": steps,
-            "window": [32, 32, 8][:dimensions],
-            "classes": classes,
-            "encoder": "model.0",
-        }
-        (tmp_path / "theirs.json").write_text(json.dumps(content))
-        return str(tmp_path / "theirs.json")
+        return card_of_a_unet(tmp_path, dimensions, classes)
 
     return card
 
@@ -147,7 +134,9 @@ def test_every_method_is_there_and_sets_the_same_keys_so_that_the_last_one_wins(
     assert wanted | set(RISK_MAP.content("compare")["methods"]) - {"placebo"} <= set(ALL_METHODS)
     assert set(RISK_MAP.content("matrix")["methods"]) - {"placebo"} == set(ALL_METHODS)
     keys = list(RISK_MAP.content("vanilla"))
-    for method in METHODS:
+    for method in [*METHODS, *RECIPES]:
+        if method == "adabn":  # as zero_shot, a run without a training
+            continue
         overlay = RISK_MAP.content(method)
         own = [key for key in overlay if not key.startswith("leep#") and key not in ("epochs", "val_interval")]
         assert own == keys, method
@@ -165,7 +154,10 @@ def source_folder(*overlays: str, **options) -> str:
 
 def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_training():
     """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
-    assert {source_folder(method) for method in ALL_METHODS} == {source_folder(), source_folder(clean="largest")}
+    assert {source_folder(method) for method in [*ALL_METHODS, *RECIPES]} == {
+        source_folder(),
+        source_folder(clean="largest"),
+    }
     assert source_folder(pretraining={"epochs": 3}) != source_folder()
     assert source_folder(**{"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss"}}) != source_folder()
 
@@ -188,6 +180,104 @@ def test_four_classes(options, tmp_path):
 def test_data_loaders_have_workers_in_the_jobs_of_an_audit_too(options):
     run(**options | {"num_workers": 2, "n_jobs": 2, "audit#arms": ["scratch"]})
     assert len(table(Path(options["output_dir"]) / "audit" / "scratch")) == 6
+
+
+def test_an_audit_of_several_seeds_grows_by_the_trainings_that_are_missing(options, in_this_process):
+    options |= {"audit#arms": ["zero_shot", "scratch"]}
+    folder = Path(options["output_dir"])
+    run("full", **options)
+    assert in_this_process == [folder / "audit" / name for name in ("zero_shot", "scratch")]
+    run("full", **options, **{"audit#seeds": 2})
+    again = [folder / "audit" / name / "seed1" for name in ("full", "scratch")]
+    assert in_this_process[2:] == again
+    assert {seed for path in again for seed in table(path)["seed"]} == {1}
+    audited = pd.read_csv(folder / "audit.csv").query("split == 'val'").set_index("arm")
+    assert audited["trainings"].to_dict() == {"full": 2, "scratch": 2, "zero_shot": 1}
+    curves = [pd.read_csv(path / "curve.csv")["minutes"].max() for path in (folder / "audit" / "scratch", again[1])]
+    assert audited.loc["scratch", "minutes"] == pytest.approx(sum(curves), rel=1e-3)
+    assert audited.loc["zero_shot", "minutes"] == 0
+    means = [table(path).query("split == 'val'")["dice"].mean() for path in (folder, again[0])]
+    assert audited.loc["full", "mean"] == pytest.approx(np.mean(means), rel=1e-3)
+    assert "2 training runs per arm" in read_json(folder / "audit.json")["text"]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "options", "said"),
+    [
+        (8, 6, {}, "the audit takes 2 trainings besides this one"),
+        (8, 6, {"seeds": 3}, "the audit takes 8 trainings besides this one"),
+        (
+            8,
+            3,
+            {},
+            "17 trainings besides this one, 15 of them to cross-validate the arms over all 11 labelled patients in",
+        ),
+        (2, 1, {}, "in 3 folds (fewer than 6 are left to validate on; --audit#folds 0 leaves it out)"),
+        (2, 0, {"seeds": 2}, "17 trainings besides this one, 12 of them to cross-validate"),
+        (8, 3, {"folds": 0}, "the audit takes 2 trainings besides this one"),
+        (8, 9, {"folds": 3}, "in 3 folds (--audit#folds 0 leaves it out)"),
+        (1, 0, {}, None),
+        (2, 1, {"folds": 4}, "audit#folds is 4; expected a whole number from 2 to 3"),
+        (2, 1, {"seeds": 0}, "audit#seeds is 0; expected a whole number, 1 or more"),
+    ],
+)
+def test_an_audit_says_how_much_it_trains(train, val, options, said, caplog):
+    """Three arms are trained: the run's own and two others; with few validation patients once for each fold too."""
+    items = [{"subject": f"p{number}"} for number in range(train + val)]
+    target = SimpleNamespace(labelled=items, datalist=lambda split: items[train:])
+    here = SimpleNamespace(leads=True, config={"method": "risk_map", "val_split": "val" if val else "train"})
+    asked = {"source": SimpleNamespace(unasked=None), "arms": ARMS, **options}
+    audit = TransferAudit(here=here, target=target, **asked)
+    with caplog.at_level("INFO"):
+        logged = refused(audit.check) if said and "expected" in said else audit.check() or caplog.text
+    assert said in logged if said else not logged
+
+
+def test_few_validation_patients_are_cross_validated_with_all_labelled_ones(options, collection, in_this_process):
+    folder = Path(options["output_dir"])
+    run("scratch", **options | {"audit#arms": ["zero_shot"], "audit#folds": 2, "epochs": 2})
+    folds = [folder / "audit" / "scratch" / f"fold{place}of2" for place in (0, 1)]
+    untrained = folder / "audit" / "zero_shot" / "fold0of1"
+    assert set(in_this_process) == {folder / "audit" / "zero_shot", untrained, *folds}
+    task = SegmentationTask("17-T2-ED", collection=str(collection))
+    labelled = {item["subject"] for split in ("train", "val") for item in task.datalist(split)}
+    scored = [set(table(path)["subject"]) for path in folds]
+    assert (scored[0] | scored[1], scored[0] & scored[1]) == (labelled, set())
+    assert set(table(untrained)["subject"]) == labelled
+    assert all(len(pd.read_csv(path / "curve.csv")) == 1 for path in folds)  # nobody chose a better network
+    audited = read_json(folder / "audit.json")
+    assert (audited["folds"], audited["tables"]["val"][0]["patients"]) == (2, 7)
+    assert audited["tables"]["test"][0]["patients"] == 3
+    assert "on 7 labelled patients" in audited["text"]
+
+    def weights() -> list[bytes]:
+        return [(folder / name / "model.pt").read_bytes() for name in (".", "audit/zero_shot", "audit/scratch")]
+
+    before = weights()
+    assert before[0] == before[1] != before[2]  # the advised arm's
+    scores = table(folder)
+    assert set(scores["method"]) == {"scratch"}
+    run("scratch", **options | {"audit#arms": ["zero_shot"], "audit#folds": 2, "epochs": 2})
+    assert len(in_this_process) == 4
+    assert weights() == before
+    pd.testing.assert_frame_equal(table(folder), scores)
+
+
+def test_the_card_of_somebody_elses_network_comes_along_with_the_advised_weights(
+    options, foreign, collection, tmp_path, in_this_process
+):
+    options |= {"source": foreign(2, ["background", "ED"]), "audit#arms": ["zero_shot"]}
+    run("full", **options)
+    folder = Path(options["output_dir"])
+    advised = folder / "audit" / read_json(folder / "audit.json")["default"]
+    for name in ("model.pt", "model.json", "grid.json"):
+        assert (folder / name).read_bytes() == (advised / name).read_bytes()
+    assert "| source | theirs (licence: not said) |" in (folder / "MODEL_CARD.md").read_text()
+    (folder / "audit" / "full" / "model.json").unlink()  # as of a program, which has no card to give
+    (folder / "audit" / "zero_shot" / "model.json").unlink()
+    run("full", **options)
+    assert (folder / "model.json").is_file() == (advised.name == "full")  # is not that of another network
+    assert ("take the source" in (folder / "MODEL_CARD.md").read_text()) == (advised.name == "zero_shot")
 
 
 def test_three_dimensions(options, tmp_path):
@@ -246,7 +336,14 @@ def test_real_images_are_trained_on_for_longer_than_phantoms(synthetic, fine_tun
 def test_the_whole_run_has_scores_of_all_arms_and_maps_on_the_grid(whole_run):
     folder = whole_run(RISK_MAP)
     arms = {path.name: table(path) for path in (folder / "audit").iterdir()}
-    assert set(arms) == set(ARMS)
+    assert set(arms) == {*ARMS, "risk_map"}
+    advised = folder / "audit" / read_json(folder / "audit.json")["default"]
+    assert (folder / "model.pt").read_bytes() == (advised / "model.pt").read_bytes()
+    card = (folder / "MODEL_CARD.md").read_text()
+    dice = pd.read_csv(folder / "audit.csv").query("arm == @advised.name").set_index("split")
+    scored = [f"| {split} | 3 | 1 | {dice.loc[split, 'mean']:.3f} |" for split in ("val", "test")]
+    said = ["| arm | " + advised.name, "synthetic, of no patient", "Anything but trying the software", *scored]
+    assert [part for part in said if part not in card] == []
     assert all(set(scores.method) == {arm} for arm, scores in arms.items())
     before, weight = (nib.load(folder / f"{name}.nii.gz") for name in ("leep_before", "weight"))
     np.testing.assert_allclose(before.affine, weight.affine)
@@ -653,12 +750,13 @@ def test_two_processes_give_what_one_gives(collection, tmp_path):
     run(**options | {"output_dir": str(tmp_path / "one")})
     assert len([path for path in (tmp_path / "sources").iterdir() if path.is_dir()]) == 1
     assert (tmp_path / "two" / "audit.csv").is_file()
-    assert {path.name for path in (tmp_path / "two" / "audit").iterdir()} == set(ARMS)
+    assert {path.name for path in (tmp_path / "two" / "audit").iterdir()} == {*ARMS, "risk_map"}
+    network = tmp_path / "two" / "audit" / "risk_map" / "model.pt"
 
     for name in ("weight", "leep_before"):
         one_map, two_map = (nib.load(tmp_path / run / f"{name}.nii.gz").get_fdata() for run in ("one", "two"))
         np.testing.assert_allclose(one_map, two_map, atol=1e-5)
-    one, two = (torch.load(tmp_path / run / "model.pt", weights_only=True) for run in ("one", "two"))
+    one, two = (torch.load(path, weights_only=True) for path in (tmp_path / "one" / "model.pt", network))
     assert one.keys() == two.keys()
     for name, values in one.items():
         torch.testing.assert_close(two[name], values, atol=1e-5, rtol=1e-4, msg=name)
@@ -668,7 +766,7 @@ def test_two_processes_give_what_one_gives(collection, tmp_path):
     pd.testing.assert_frame_equal(table(tmp_path / "two"), table(tmp_path / "one"), atol=0.01)  # a voxel
 
     files = ["configs/train.json", "configs/evaluate.json", "configs/multi_gpu_evaluate.json"]
-    again = options | {"output_dir": str(tmp_path / "again"), "ckpt": str(tmp_path / "two" / "model.pt")}
+    again = options | {"output_dir": str(tmp_path / "again"), "ckpt": str(network)}
     finish(RISK_MAP.start(files, again, processes=2))
     trained = table(tmp_path / "two")
     expected = trained[trained.split == "test"].reset_index(drop=True)

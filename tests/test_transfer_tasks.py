@@ -38,6 +38,24 @@ def test_splits_are_those_of_the_tasks_own_subjects(toy):
     assert splits == {"A-T2-ED": ("test",), "B-T2-ED": ("train", "test"), "B-T1-ED": ("train", "val", "test")}
 
 
+def test_folds_leave_out_each_labelled_patient_once_and_never_test_one(toy):
+    """A0 and A1, in ``train``, are scans of one patient."""
+    content = json.loads(toy.read_text())
+    for subject in content["subjects"]:
+        subject["patient"] = subject["id"].replace("A1", "A0")
+    toy.write_text(json.dumps(content))
+
+    def subjects(split, *fold):
+        task = SegmentationTask("A-T2-ED", collection=str(toy), fold=fold)
+        return sorted(item["subject"] for item in task.datalist(split))
+
+    held = [subjects("val", place, 2) for place in (0, 1)]
+    assert sorted(held) == [["A0", "A1"], ["A2"]]
+    assert [subjects("train", place, 2) for place in (0, 1)] == held[::-1]
+    assert subjects("val", 0, 1) == subjects("train", 0, 1) == ["A0", "A1", "A2"]
+    assert subjects("test", 0, 2) == ["A3"]
+
+
 @pytest.mark.parametrize(("shape", "flat"), [((4, 5, 3), False), ((4, 5, 1), True), ((4, 5), True)])
 def test_images_of_one_slice_are_flat(toy, shape, flat):
     nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4)), toy.parent / "i.nii.gz")

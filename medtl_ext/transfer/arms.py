@@ -1,22 +1,38 @@
 """Arms: ways to use the labels that are trained to the end and compared; and the audit of the common ones."""
 
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from medtl_ext._io import atomic_path
+from medtl_ext._validation import require_number
+from medtl_ext.data.plan import AUTO
 from medtl_ext.ranking import Verdict, late_gain
+from medtl_ext.transfer.evaluate import own_weights
 from medtl_ext.transfer.jobs import Arm, Job, Run
+from medtl_ext.transfer.model_card import write_model_card
 from medtl_ext.transfer.report import audit_report
 from medtl_ext.transfer.sources import SingleSource, Source
-from medtl_ext.transfer.tasks import SegmentationTask
+from medtl_ext.transfer.tasks import SegmentationTask, patients_of
 
 __all__ = ["TransferAudit", "arm_rows", "finetuning_job"]
 
 logger = logging.getLogger(__name__)
+
+UNTRAINED = "zero_shot"
+"""The arm that is the source as it is: it has no seeds, no folds and no curve."""
+NETWORK = ("grid.json", "model.json", "clean.txt", "model.pt")
+"""What it takes to use a network; the weights last, for where they are, all is."""
+SCORED = ("metrics.csv", "curve.csv")
+ENOUGH, SOME = 6, 5
+"""With fewer validation patients all labelled ones are cross-validated, in so many folds if there are more than six."""
 
 
 def finetuning_job(
@@ -29,7 +45,7 @@ def finetuning_job(
     return run.job(folder, overlay, source=source.option, **overrides)
 
 
-def arm_rows(arms: Sequence[Arm]) -> pd.DataFrame:
+def arm_rows(arms: Iterable[Arm]) -> pd.DataFrame:
     """The scores of all arms in one table, whose column ``method`` is the arm."""
     return pd.concat([arm.last.read().assign(method=arm.name) for arm in arms], ignore_index=True)
 
@@ -38,37 +54,126 @@ def arm_rows(arms: Sequence[Arm]) -> pd.DataFrame:
 class TransferAudit:
     """A step that finishes the other ways to use the labels, compares all on validation patients, and says what to do.
 
-    Each arm is a run of its own below ``audit`` in the output folder, and is kept. Writes the files of
-    `medtl_ext.transfer.audit_report`. Without patients to validate on there is no audit.
+    Few validation patients decide little: then each arm is cross-validated over all labelled patients besides. The last
+    network of each of these trainings is scored, for nobody is left to choose a better one by.
+
+    Each training is a run of its own below ``audit`` in the output folder, and is kept: ``audit/ARM`` with the run's
+    own seed, ``audit/ARM/seed1`` with the next, ``audit/ARM/fold0of5`` of a fold. Writes the files of
+    `medtl_ext.transfer.audit_report`. From then on ``model.pt`` of the output folder is the network of the advised arm,
+    of several the best by validation, with a ``MODEL_CARD.md``, and the run's own is in ``audit/METHOD``.
 
     Args:
         here, target: the run (its option ``method`` is one of the arms), and the target task.
         source: where arms start from. The untouched source is left out where its classes are not the target's.
         arms: names of overlay configs; none leaves the audit out.
+        seeds: trainings of each arm. With several, what is said of a difference holds for other trainings too.
+        folds: of the cross-validation; 0 leaves it out, so that without validation patients there is no audit. "auto":
+            with fewer than six of these, one for each of up to six labelled patients, five for more.
     """
 
     here: Run
     target: SegmentationTask
     source: SingleSource
     arms: Sequence[str]
+    seeds: int = 1
+    folds: int | str = AUTO
+
+    def check(self) -> None:
+        """Say what it will train, before anything is trained."""
+        if self._wanted:
+            trained = len({*self._names, self.here.config["method"]} - {UNTRAINED}) * self.seeds
+            count, few = trained * (self._folds + 1) - 1, ""
+            if self._folds:
+                why = f"fewer than {ENOUGH} are left to validate on; " if self.folds == AUTO else ""
+                few = f", {trained * self._folds} of them to cross-validate the arms over all "
+                few += f"{len(patients_of(self.target.labelled))} labelled patients in {self._folds} folds "
+                few += f"({why}--audit#folds 0 leaves it out)"
+            logger.info("the audit takes %d training%s besides this one%s", count, "s" * (count != 1), few)
 
     def run(self) -> Verdict | None:
         """Train, compare, and write it down; None where there is nothing to compare."""
-        config, folder = self.here.config, self.here.folder
-        if not (self.here.leads and self.arms and config["val_split"] == "val"):
+        if not self._wanted:
             return None
-        method, names = config["method"], list(self.arms)
-        if self.source.unasked and "zero_shot" in names:
-            logger.info("audit without zero-shot: %s", self.source.unasked)
-            names.remove("zero_shot")
-        options = {name: {"audit#arms": [], "check_data": False} for name in names}
-        if self.source.card is not None and self.source.card.is_program and "scratch" in names:
-            options["scratch"]["source"] = None  # a program has no fresh form
-        jobs = [self.here.job(folder / "audit" / name, name, **options[name]) for name in names if name != method]
-        arms = [Arm(method, (self.here.job(folder),)), *(Arm(job.output_dir.name, (job,)) for job in jobs)]
-        self.here.train_arms(arms, "transfer audit")
-        trained = [arm for arm in arms if (arm.last.output_dir / "curve.csv").is_file()]
-        gains = {arm.name: late_gain(arm.last.read("curve.csv")) for arm in trained}
-        verdict = audit_report(arm_rows(arms), folder, method=method, synthetic=self.target.synthetic, late_gains=gains)
+        folder, method = self.here.folder, self.here.config["method"]
+        jobs = {name: self._jobs(name) for name in self._names}
+        self.here.train([job for whole, folds in jobs.values() for job in whole + folds], "transfer audit")
+        rows = arm_rows(Arm(name, (job,)) for name, (whole, _) in jobs.items() for job in whole)
+        if self._folds:
+            held = arm_rows(Arm(name, (job,)) for name, (_, folds) in jobs.items() for job in folds)
+            rows = pd.concat([rows[rows["split"] == "test"], held], ignore_index=True)
+        curves = {name: [_curve(job) for job in whole + folds] for name, (whole, folds) in jobs.items()}
+        said = {
+            "folds": self._folds,
+            "late_gains": {name: late_gain(of[0]) for name, of in curves.items()},
+            "minutes": {name: sum(curve["minutes"].max() for curve in of) for name, of in curves.items()},
+        }
+        verdict = audit_report(rows, folder, method=method, synthetic=self.target.synthetic, **said)
         logger.info("%s", verdict.text)
+        if own_weights(folder, method) == folder / "model.pt":
+            _copy(folder, folder / "audit" / method, *SCORED, *NETWORK)
+        best = max(jobs[verdict.default][0], key=self._validated)
+        _copy(folder / "audit" / method if best.output_dir == folder else best.output_dir, folder, *NETWORK)
+        write_model_card(self.here, self.target, self.source, verdict, seed=best.overrides["seed"])
         return verdict
+
+    def _validated(self, job: Job) -> float:
+        return float(np.mean([*self.target.patients(job, self.here.config["val_split"]).values()]))
+
+    @cached_property
+    def _wanted(self) -> bool:
+        require_number("audit#seeds", self.seeds, 1, whole=True)
+        return bool(self.here.leads and self.arms and (self._folds or self.here.config["val_split"] == "val"))
+
+    @cached_property
+    def _folds(self) -> int:
+        """How many the cross-validation has; 0: there is none."""
+        count, validated = len(patients_of(self.target.labelled)), self.here.config["val_split"] == "val"
+        if self.folds != AUTO:
+            return require_number("audit#folds", self.folds, 2, count, whole=True) if self.folds else 0
+        if count < 2 or (validated and len(patients_of(self.target.datalist("val"))) >= ENOUGH):
+            return 0
+        return count if count <= ENOUGH else SOME
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """The arms, the run's own method first."""
+        names = list(dict.fromkeys([self.here.config["method"], *self.arms]))
+        if self.source.unasked and UNTRAINED in names:
+            logger.info("audit without zero-shot: %s", self.source.unasked)
+            names.remove(UNTRAINED)
+        return names
+
+    def _jobs(self, name: str) -> tuple[list[Job], list[Job]]:
+        """The trainings of an arm on the split as it is, that of the run's own seed first; and those of the folds."""
+        own, trained, folder = name == self.here.config["method"], name != UNTRAINED, self.here.folder / "audit" / name
+        overlays, options = [] if own else [name], {"audit#arms": [], "check_data": False}
+        if name == "scratch" and not own and self.source.card is not None and self.source.card.is_program:
+            options["source"] = None  # a program has no fresh form
+        held = {"val_split": "val", "evaluation#splits": ["val"], "evaluation#loaders": ["@validate#dataloader"]}
+        held |= {"val_interval": "@epochs"} if trained else {}
+        parts = self._folds if trained else min(self._folds, 1)
+        whole, folds = [], []
+        for k in range(self.seeds if trained else 1):
+            options["seed"] = self.here.seed + k
+            place = folder / f"seed{k}" if k else self.here.folder if own else folder
+            whole.append(self.here.job(place, *overlays, **options))
+            for part in range(parts):
+                place = folder / (f"fold{part}of{parts}" + f"_seed{k}" * (k > 0))
+                folds.append(self.here.job(place, *overlays, **options, **held, **{"target#fold": [part, parts]}))
+        return whole, folds
+
+
+def _copy(origin: Path, folder: Path, *names: str) -> None:
+    """Put these files of a training, and the code that its card names, in the place of those of another one."""
+    for name in [*(path.name for path in origin.glob("*.py")), *names]:
+        if not (origin / name).is_file():
+            (folder / name).unlink(missing_ok=True)
+            continue
+        with atomic_path(folder / name) as temporary:
+            shutil.copyfile(origin / name, temporary)
+
+
+def _curve(job: Job) -> pd.DataFrame:
+    """The learning curve of a training; of what was not trained one that took no time."""
+    found = (job.output_dir / "curve.csv").is_file()
+    return job.read("curve.csv") if found else pd.DataFrame({"steps": [0], "minutes": [0.0], "dice": [0.0]})

@@ -34,7 +34,7 @@ HOW_NOT_WHAT |= {"trust_sources", "num_workers", "device", "rank", "imports", "i
 # Settings with parts, which also decide what a run computes.
 DECIDING = ("network_def", "loss", "loss_def", "region_loss", "leep", "optimizer", "lr_scheduler", "early_stopping")
 DECIDING += ("weight_map", "grid", "normalize", "source", "train#deterministic_transforms", "train#random_transforms")
-DECIDING += ("pretraining",)
+DECIDING += ("pretraining", "recipe")
 LEAST = {"seed": 0, "pool_seed": 0, "num_workers": 0, "epochs": 0, "pool_epochs": 1, "patience": 1}
 LEAST |= {"batch_size": 1, "iterations_per_epoch": 1, "val_interval": 1}
 CHOICES = {"score_space": ("patient", "training")}

@@ -22,7 +22,7 @@ from medtl_ext.transfer.sources import SingleSource, SourceNetwork, TargetTask
 from medtl_ext.transfer.tasks import PROBABILITIES, image_auc
 from medtl_ext.transforms import CleanSegmentationd
 
-__all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining"]
+__all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining", "own_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,12 @@ CLEANINGS = ("largest", 0.01, 0.1, 1.0)
 """What "validation" tries, sizes in ml."""
 LEAST_GAIN = 1e-3
 """In mean Dice; less is nothing."""
+
+
+def own_weights(folder: Path, method: str) -> Path:
+    """What a run trained itself: an audit keeps it with the other arms, for ``model.pt`` is then of the advised one."""
+    kept = folder / "audit" / method / "model.pt"
+    return kept if kept.is_file() else folder / "model.pt"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -109,8 +115,8 @@ class ScorePatients:
         space: ``"training"`` where the evaluator scores on the training grid, which the log says.
         clean: of the evaluator; where it leaves the choice to validation patients, they make it here, before anybody
             else is scored, and ``clean.txt`` says it.
-        checkpoint: weights of the evaluator's network; None: ``model.pt`` of the output folder, which a network that
-            was not trained leaves here. Of somebody else's network its card is written beside.
+        checkpoint: weights of the evaluator's network; None: those that the run trained (`own_weights`). A network that
+            was not trained leaves its own here. Of somebody else's network its card is written beside.
         grid: of the run, left beside too: what has no preprocessing of its own is used on it.
     """
 
@@ -128,17 +134,18 @@ class ScorePatients:
     def run(self) -> pd.DataFrame:
         """Score, write, and return the table."""
         idist.barrier()  # the checkpoint is written by one process
-        network, path = getattr(self.evaluator.network, "module", self.evaluator.network), Path(self.output_dir)
+        network = getattr(self.evaluator.network, "module", self.evaluator.network)
+        weights = own_weights(Path(self.output_dir), self.method)
         if idist.get_rank() == 0 and self.checkpoint is None:
-            if not (path / "model.pt").is_file():
-                with atomic_path(path / "model.pt") as temporary:
+            if not weights.is_file():
+                with atomic_path(weights) as temporary:
                     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, temporary)
             if isinstance(network, SourceNetwork):
-                network.write_card(path)
+                network.write_card(weights.parent)
             if self.grid is not None:
-                self.grid.write(path / "grid.json")
+                self.grid.write(weights.with_name("grid.json"))
         idist.barrier()
-        load_weights(network, self.checkpoint or path / "model.pt", min_share=1.0)
+        load_weights(network, self.checkpoint or weights, min_share=1.0)
         if self.clean is not None and self.clean.how == "validation":
             self._choose(self.clean)
         parts = []

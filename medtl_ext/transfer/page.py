@@ -20,7 +20,6 @@ from markdown_it import MarkdownIt
 from medtl_ext import __version__
 from medtl_ext._io import write_text
 from medtl_ext._validation import InputError
-from medtl_ext.ranking import MINIMUM_PATIENTS
 from medtl_ext.transfer.config import on_command_line
 from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word, short_path
 
@@ -169,11 +168,7 @@ def _after_audit(folder: Path) -> list[tuple[str, str]]:
         return []
     found, config = (json.loads(path.read_text(encoding="utf-8")) for path in (audit, record))
     arm, inference = found["default"], Path(config["bundle_root"]) / "configs" / "inference.json"
-    if arm is None:
-        why = f"Label at least {MINIMUM_PATIENTS} patients of the split val, the more the finer, and run it again:"
-        return [(why, run_command([record], {"output_dir": "again"}))]
-    own = arm == found["method"] or (folder / "MODEL_CARD.md").is_file()  # or the audit left the advised network here
-    places = [folder] if own else [folder / part / arm for part in ("audit", "arms")]
+    places = [folder / "arms" / arm, folder]  # an audit leaves the network that it advises in its own folder
     model = next((place / "model.pt" for place in places if (place / "model.pt").is_file()), None)
     steps = []
     if model is not None and inference.is_file():
@@ -188,9 +183,11 @@ def _after_audit(folder: Path) -> list[tuple[str, str]]:
         guess = "" if found["recommendation"] else ", the best guess"
         steps.append((f"Segment images of yours with {arm}{guess}:", run_command([inference], options)))
     if found["recommendation"] is None:
-        tied = ", ".join(found["tied"])
-        why = f"To tell {tied} apart: label more validation patients, or train once more with another seed:"
-        steps.append((why, run_command([record], {"seed": config["seed"] + 1, "output_dir": "another_seed"})))
+        more = {"audit#seeds": config["audit"]["seeds"] + 2} if "audit" in config else {"seed": config["seed"] + 1}
+        why = (
+            f"To tell {' and '.join(found['tied']) or 'the arms'} apart: label more patients, or train more than once:"
+        )
+        steps.append((why, run_command([record], more | {"output_dir": "more_trainings"})))
     return steps
 
 

@@ -3,7 +3,8 @@
 Both start from one table with a row per run, patient and class: columns ``method, seed, split, subject, class, dice,
 iou``, in a comparison also ``pair, source_seed, slices``. A class that is absent from truth and prediction has Dice 1
 (MONAI's ``ignore_empty=False``) and ``empty`` True; every report counts these cases and says so. Classes are averaged
-within a patient, runs within a patient, and tests are paired over patients.
+within a patient, and tests are paired over patients; the runs of an arm or method are trainings, over which intervals
+and tests go too.
 """
 
 import json
@@ -18,12 +19,14 @@ import pandas as pd
 
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError
-from medtl_ext.ranking import MINIMUM_PATIENTS, Verdict, audit_verdict, holm, paired_comparison
+from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, audit_verdict, holm, paired_comparison
 from medtl_ext.visualize import SPLIT_NAMES, method_group, plot_audit, plot_comparison, save_figure
 
 RUN_COLUMNS = ["pair", "slices", "split", "method", "source_seed", "seed"]
 """What tells one run from another; a table need not have all of them."""
 ALL_PAIRS = "all pairs"
+RUN = ["source_seed", "seed"]
+"""What tells one training of a method from another."""
 ALSO = ["hd95_mm", "lesion_recall"]
 """Shown beside Dice, where a table has them."""
 
@@ -81,6 +84,8 @@ def audit_report(
     margin: float = 0.01,
     title: str = "Transfer audit",
     late_gains: Mapping[str, float] | None = None,
+    minutes: Mapping[str, float] | None = None,
+    folds: int = 0,
 ) -> Verdict:
     """Decide a transfer audit on the validation patients, check it on the test patients, and write both down.
 
@@ -95,6 +100,9 @@ def audit_report(
         title: of the figure.
         late_gains: what the validation Dice of arms gained in the last two fifths of their training. One that gained
             ``margin`` or more was not done: the text names it, for a longer training may change the comparison.
+        minutes: what the trainings of arms took together, for the table.
+        folds: split ``val`` are the labelled patients of a cross-validation in so many folds, each scored by trainings
+            that did not see it; 0: patients that nobody trained on.
 
     Returns:
         The verdict of the validation patients; its text ends with the check on the test patients.
@@ -103,14 +111,20 @@ def audit_report(
         InputError: no validation results, the method is missing, or arms were evaluated on different patients.
     """
     patients = patient_table(rows)
-    splits, methods, runs = patients["split"].unique(), patients["method"].unique(), _runs_per_arm(patients)
+    splits, methods = patients["split"].unique(), patients["method"].unique()
     if "val" not in splits:
         raise InputError(f"An audit is decided on split 'val'; found {_listed(splits)} only.")
     if method not in methods:
         raise InputError(f"The audit has no results of '{method}'; found {_listed(methods)}.")
-    said = {"margin": margin, "runs": runs, "synthetic": synthetic}
+    names = SPLIT_NAMES | ({"val": "labelled"} if folds else {})
     verdicts = {
-        split: audit_verdict(_scores(patients[patients["split"] == split]), split=SPLIT_NAMES.get(split, split), **said)
+        split: audit_verdict(
+            _trainings(patients[patients["split"] == split]),
+            split=names.get(split, split),
+            margin=margin,
+            folds=folds if split == "val" else 0,
+            synthetic=synthetic,
+        )
         for split in ("val", "test")
         if split in splits
     }
@@ -123,12 +137,15 @@ def audit_report(
     table = pd.concat([v.table.assign(split=split) for split, v in verdicts.items()])
     table = table[["split", *verdict.table.columns]]
     also = patients.filter(ALSO).groupby([patients["split"], patients["method"].rename("arm")]).mean()
+    table = table.assign(minutes=table["arm"].map(minutes or {}))
     write_csv(output_dir / "audit.csv", table.join(also, on=["split", "arm"]))
     content = {key: value for key, value in asdict(verdict).items() if key != "table"}
     content |= {"method": method, "decided_on": "val", "margin": margin, "synthetic": synthetic}
-    content |= {"runs_per_arm": runs, "tables": {split: records(v.table) for split, v in verdicts.items()}}
+    content |= {"runs_per_arm": int(verdict.table["trainings"].max()), "folds": folds}
+    content |= {"tables": {split: records(of) for split, of in table.groupby("split", sort=False)}}
     write_json(output_dir / "audit.json", content)
     averaged = patients.groupby(["split", "method", "subject"], sort=False, as_index=False)["dice"].mean()
+    averaged, table = (of.replace({"split": names}) for of in (averaged, table))
     figure = plot_audit(averaged, table, recommended=verdict.recommendation, title=title, synthetic=synthetic)
     save_figure(figure, output_dir / "audit.png")
     return verdict
@@ -141,9 +158,11 @@ def compare_report(
     reference: str = "vanilla",
     synthetic: bool = False,
 ) -> pd.DataFrame:
-    """Compare methods over pairs, sample sizes, seeds and source checkpoints; patients are the unit of every test.
+    """Compare methods over pairs, sample sizes, seeds and source checkpoints, by `medtl_ext.ranking.paired_comparison`.
 
-    Each test patient's Dice is averaged over runs first. Where several pairs share a slice number, a further table
+    A method is a sample of trainings: what is said of a difference holds for further patients and further trainings. Of
+    runs with the same seed and source checkpoint (or the one of the two that both methods depend on) those of one
+    method are paired with those of the other. Where several pairs share a slice number, a further table
     "all pairs" averages each patient over its pairs, which gives the test more patients. Writes ``comparison.csv``,
     ``comparison.md`` and ``comparison.png``.
 
@@ -156,10 +175,8 @@ def compare_report(
 
     Returns:
         One row per pair, slices and method: ``mean, sd, iou, runs, run_means, patients``, then against the reference
-        ``difference, difference_low, difference_high`` (paired t interval), ``p`` (Wilcoxon over patients), ``p_holm``
-        (Holm over the methods of that pair and slice number), ``runs_ahead`` of ``runs_matched`` runs with the same
-        seed and source checkpoint (or the one of the two that the method depends on), and ``differs``: p_holm is below
-        .05 and the mean is on the same side in every run. Patients alone do not tell what training again does.
+        ``difference, difference_low, difference_high`` (paired t interval), ``p``, ``p_holm`` (Holm over the methods of
+        that pair and slice number), ``runs_ahead`` of ``runs_matched`` runs, and ``differs``: p_holm is below .05.
 
     Raises:
         InputError: a column is missing, the test split or the reference has no results, or patients differ between
@@ -239,20 +256,37 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return json.loads(table.to_json(orient="records", double_precision=10))
 
 
-Scores = dict[str, dict[str, float]]
-"""Method -> subject -> Dice averaged over runs."""
+Scores = dict[str, pd.DataFrame]
+"""Method -> Dice, a row per subject and a column per training: its ``source_seed`` and ``seed``, ANY where neither."""
+ANY = -1
 
 
 def _scores(patients: pd.DataFrame) -> Scores:
     """Of the patients of one split, pair and slice number."""
-    averaged = patients.groupby(["method", "subject"], sort=False)["dice"].mean()
-    return {method: of.droplevel("method").to_dict() for method, of in averaged.groupby("method", sort=False)}
+    keyed = patients.fillna(dict.fromkeys(RUN, ANY))
+    by_method = keyed.groupby("method", sort=False)
+    return {method: of.pivot_table("dice", "subject", RUN, sort=False) for method, of in by_method}
 
 
-def _runs_per_arm(patients: pd.DataFrame) -> int:
-    """The fewest runs of any arm that was trained."""
-    runs = patients.filter(["method", "source_seed", "seed"]).drop_duplicates()["method"].value_counts()
-    return int((runs.drop("zero_shot", errors="ignore") if len(runs) > 1 else runs).min())
+def _paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[PairedComparison, pd.Series]:
+    """Two methods, training by training as far as both depend on seed and source; and the gap of each of these."""
+    keys = [key for key in RUN if not any(ANY in of.columns.unique(key) for of in (a, b))]
+    if keys:
+        a, b = (of.T.groupby(keys, sort=False).mean().T for of in (a, b))
+        if len(shared := a.columns.intersection(b.columns)):
+            a, b = a[shared], b[shared]
+            gaps = (a - b).mean()
+    if not keys or not len(shared):  # no training of one belongs to one of the other
+        a, b, gaps = a.mean(axis=1).to_frame(), b.mean(axis=1).to_frame(), pd.Series(dtype=float)
+    return paired_comparison(*(dict(zip(of.index, of.to_numpy().tolist(), strict=True)) for of in (a, b))), gaps
+
+
+def _trainings(patients: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
+    """Of the patients of one split: method -> subject -> Dice of each run, those of a seed at the same place."""
+    runs = patients.sort_values([name for name in ("source_seed", "seed") if name in patients], kind="stable")
+    found = runs.groupby(["method", "subject"])["dice"].agg(list)
+    order = patients["method"].unique()
+    return {method: found[method].to_dict() for method in order}
 
 
 def _empty_sentence(rows: pd.DataFrame) -> str:
@@ -274,8 +308,6 @@ def _check(verdict: Verdict, test: pd.DataFrame) -> str:
     """Whether the arm that validation chose also does well on the test patients."""
     means = ", ".join(f"{row.arm} {row.mean:.3f}" for row in test[["arm", "mean"]].itertuples())
     text = f"Check on {test['patients'].iloc[0]} test patients: {means}"
-    if verdict.default is None:
-        return f"{text}."
     chosen = test.set_index("arm").loc[verdict.default]
     if chosen["difference"] == 0:
         if test["mean"].eq(chosen["mean"]).sum() > 1:
@@ -296,48 +328,33 @@ def _with_all_pairs(patients: pd.DataFrame) -> pd.DataFrame:
 
 
 def _against(patients: pd.DataFrame, scores: Scores, reference: str) -> pd.DataFrame:
-    """Every method of a cell, and against the reference: over patients, and in how many runs its mean is ahead."""
-    runs = patients.groupby(["method", "source_seed", "seed"], sort=False, dropna=False)[["dice", "iou"]].mean()
+    """Every method of a cell, and against the reference: over patients and trainings."""
+    iou = patients.groupby("method", sort=False)["iou"].mean()
     rows = []
     for method, values in scores.items():
-        own, gaps = runs.loc[method], []
-        row = {"method": method, "mean": own["dice"].mean(), "sd": own["dice"].std(), "iou": own["iou"].mean()}
-        row |= {"runs": len(own), "run_means": tuple(own["dice"].round(6)), "patients": len(values), "difference": 0.0}
-        row |= dict.fromkeys(["difference_low", "difference_high", "p"], np.nan)
+        means = values.mean()
+        row = {"method": method, "mean": means.mean(), "sd": means.std(), "iou": iou[method], "runs": len(means)}
+        row |= {"run_means": tuple(means.round(6)), "patients": len(values), "difference": 0.0}
+        row |= dict.fromkeys(["difference_low", "difference_high", "p"], np.nan) | {"runs_ahead": 0, "runs_matched": 0}
         if method != reference:
-            found = paired_comparison(values, scores[reference])
-            row |= {"difference": found.difference, "difference_low": found.low}
-            row |= {"difference_high": found.high, "p": found.p_wilcoxon}
-            # NaN says that a method does not depend on it: scratch on no source, the untouched source on no seed.
-            keys = [key for key in own.index.names if own.index.get_level_values(key).notna().all()]
-            if keys:
-                means = [table["dice"].groupby(keys).mean() for table in (own, runs.loc[reference])]
-                gaps = (means[0] - means[1]).dropna()
-        row |= {"runs_ahead": sum(gap > 0 for gap in gaps), "runs_matched": len(gaps)}
-        rows.append(row | {"differs": len(gaps) > 0 and (min(gaps) > 0 or max(gaps) < 0)})
+            found, gaps = _paired(values, scores[reference])
+            row |= {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
+            row |= {"p": found.p, "runs_ahead": int((gaps > 0).sum()), "runs_matched": len(gaps)}
+        rows.append(row)
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(table["p"])
-    return table.assign(differs=table["differs"] & table["p_holm"].lt(0.05))
+    return table.assign(differs=table["p_holm"] < 0.05)
 
 
 def _what_it_shows(cells: Mapping[tuple[str, Any], tuple[pd.DataFrame, Scores]], reference: str) -> list[str]:
     """Sentences drawn from the numbers: what beats what over all pairs, and in which pairs not to transfer."""
     pooled = {slices for pair, slices in cells if pair == ALL_PAIRS}
-    lines, alone, weak = [], [], {}
+    lines, alone = [], []
     for (pair, slices), (table, scores) in cells.items():
         where = f"{pair}, {slices} slices: "
         if pair == ALL_PAIRS or slices not in pooled:
             lines += [where + line for line in (_against_reference(table, reference), *_against_controls(scores))]
         alone += [where + line for line in _scratch(scores)]
-        # The smallest Holm-corrected p a Wilcoxon test can give with so many patients and so many tests.
-        smallest = min(1.0, table["p"].notna().sum() * 2 / 2 ** int(table["patients"].min()))
-        if smallest >= 0.05:
-            weak[pair] = f"{pair} (at least {smallest:.2g})"
-    if weak:
-        alone.append(
-            f"Too few patients for any corrected p to reach .05, whatever the Dice: {_listed(weak.values())}. "
-            "There, read the intervals."
-        )
     return lines + alone
 
 
@@ -347,7 +364,7 @@ def _against_reference(cell: pd.DataFrame, reference: str) -> str:
         _listed(f"{row.method} ({row.difference:+.3f})" for row in found if row.difference * sign > 0)
         for sign in (1, -1)
     )
-    return f"better than {reference} (corrected p < .05, and in every run): {better}; worse: {worse}."
+    return f"better than {reference} (corrected p < .05): {better}; worse: {worse}."
 
 
 def _against_controls(scores: Scores) -> list[str]:
@@ -355,7 +372,7 @@ def _against_controls(scores: Scores) -> list[str]:
     controls = [method for method in scores if method_group(method) == "control"]
     lines = []
     for method in (name for name in scores if name.startswith("risk_map") and controls):
-        found = {control: paired_comparison(scores[method], scores[control]) for control in controls}
+        found = {control: _paired(scores[method], scores[control])[0] for control in controls}
         gaps = [f"{control} {c.difference:+.3f}{_range(c.low, c.high)}" for control, c in found.items()]
         beats = all(comparison.low > 0 for comparison in found.values()) and len(scores[method]) >= MINIMUM_PATIENTS
         end = "it beats all of them" if beats else "no evidence that knowing the source adds to the best of them"
@@ -365,11 +382,11 @@ def _against_controls(scores: Scores) -> list[str]:
 
 def _scratch(scores: Scores) -> list[str]:
     """Whether training from scratch has the highest mean of all, and is clear of the runner-up."""
-    means = {method: np.mean(list(values.values())) for method, values in scores.items()}
+    means = {method: values.mean().mean() for method, values in scores.items()}
     first, *others = sorted(means, key=means.__getitem__, reverse=True)
     if first != "scratch" or not others:
         return []
-    gap = paired_comparison(scores["scratch"], scores[others[0]])
+    gap, _ = _paired(scores["scratch"], scores[others[0]])
     figures = f"ahead of {others[0]} by {gap.difference:.3f}{_range(gap.low, gap.high)}"
     if gap.low > 0 and len(scores["scratch"]) >= MINIMUM_PATIENTS:
         return [f"training from scratch is best, {figures}: do not transfer this source with these methods."]
@@ -380,10 +397,10 @@ def _caption(rows: pd.DataFrame, patients: pd.DataFrame, synthetic: bool) -> str
     seeds, sources = (_listed(sorted(patients[k].dropna().convert_dtypes().unique())) for k in ("seed", "source_seed"))
     sentences = [
         f"Dice averaged over classes and test patients: mean ± standard deviation over runs (seeds {seeds}; source "
-        f"checkpoints {sources}). Difference: paired over {patients['subject'].nunique()} patients in all, with its 95 "
-        "% t interval; p: Wilcoxon signed-rank test over patients, Holm-corrected within a table. Intervals and tests "
-        "are about further patients for these networks; the sd and the runs ahead are about training again. Controls "
-        "weight pixels without having seen the source.",
+        f"checkpoints {sources}). Difference: paired over {patients['subject'].nunique()} patients in all and over the "
+        "runs, with its 95 % t interval and p, Holm-corrected within a table: about further patients and trainings, "
+        "or, of a single run, about further patients for these networks. Controls weight pixels without having seen "
+        "the source.",
         _empty_sentence(rows),
         "All data are synthetic (brain phantom)." if synthetic else "",
     ]

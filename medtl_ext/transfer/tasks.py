@@ -26,7 +26,7 @@ from medtl_ext.data.classification import (
     read_image,
     sample_per_class,
 )
-from medtl_ext.data.collection import SPLITS
+from medtl_ext.data.collection import SPLITS, shuffled
 from medtl_ext.data.files import PICTURES, Part, find_images, require_readable, shape_of
 from medtl_ext.data.plan import AUTO, Grid, no_grid, plan_grid, stored_options
 from medtl_ext.ranking import bootstrap_interval, mean_auc
@@ -54,6 +54,8 @@ class SegmentationTask:
         phantom_subjects: how many of these.
         train_patients: labelled patients to train on, drawn with ``seed``; None: all. A larger draw with the same seed
             holds the smaller one.
+        fold: ``[k, n]`` makes ``val`` the k-th (from 0) of n parts of all labelled patients, and ``train`` the others;
+            ``[0, 1]`` makes both all of them, for what is scored and not trained.
 
     Attributes:
         collection: the `medtl_ext.data.Collection`.
@@ -77,9 +79,10 @@ class SegmentationTask:
         phantom_subjects: int = PHANTOM_SUBJECTS,
         train_patients: int | None = None,
         seed: int = 0,
+        fold: Sequence[int] | None = None,
     ) -> None:
         task = Task(name)
-        self.name, self.phantom_subjects = name, phantom_subjects
+        self.name, self.phantom_subjects, self.fold = name, phantom_subjects, fold
         self.train_patients, self.seed = train_patients, seed
         if collection is None:
             collection = cached_phantom(institutions=[task.institution], subjects=phantom_subjects, seed=0)
@@ -125,6 +128,7 @@ class SegmentationTask:
     def splits(self) -> tuple[str, ...]:
         """The splits that have a subject of it."""
         found = {subject.split for subject in self.collection.subjects_of(self.name)}
+        found |= set() if self.fold is None else {"train", "val"}
         return tuple(split for split in SPLITS if split in found)
 
     @property
@@ -136,9 +140,20 @@ class SegmentationTask:
         """Whether a source of this name has seen the target's own data."""
         return name == self.name
 
+    @cached_property
+    def labelled(self) -> list[dict[str, str]]:
+        """All that may be learnt from: the scans of the splits ``train`` and ``val``."""
+        there = {subject.split for subject in self.collection.subjects_of(self.name)} & {"train", "val"}
+        return [item for split in sorted(there) for item in self.collection.datalist(self.name, split)]
+
     def datalist(self, split: str) -> list[dict[str, str]]:
         """See `medtl_ext.data.Collection.datalist`."""
-        items = self.collection.datalist(self.name, split)
+        if self.fold is None or split == "test":
+            items = self.collection.datalist(self.name, split)
+        else:
+            place, folds = self.fold
+            held = set(shuffled(patients_of(self.labelled))[place::folds])
+            items = [item for item in self.labelled if (_patient(item) in held) == (split == "val")] or self.labelled
         if split != "train" or self.train_patients is None:
             return items
         require_number("the number of patients to train on", self.train_patients, 1, whole=True)

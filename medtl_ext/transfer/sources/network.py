@@ -19,7 +19,7 @@ from medtl_ext._io import write_json
 from medtl_ext._validation import InputError, first_line
 from medtl_ext.metrics import LEEP
 from medtl_ext.metrics.features import tap_features
-from medtl_ext.networks import load_weights
+from medtl_ext.networks import WEIGHTED, load_weights
 from medtl_ext.transfer.sources.allowed import built_network
 from medtl_ext.transfer.sources.card import Card
 from medtl_ext.transfer.sources.nnunet import sliding_window
@@ -33,7 +33,6 @@ FAR_BETTER = 0.8
 """Share of a LEEP, which is negative, below which another order of channels is no chance."""
 PROBES = {2: (64, 224), 3: (64, 96)}
 """Pixels a side of what a network without a window is tried on; some want theirs large."""
-WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class SourceNetwork(nn.Module):

@@ -359,7 +359,7 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
         overrides["network_def"] = dict(source.entry["network"])
     known = None if collection is None else load_collection(collection)
     merged = {**config, **json.loads(overlay.read_text(encoding="utf-8")), **overrides}
-    without = ("weight_map", "leep", "grid", "splits", "collection", "source_collection")
+    without = ("weight_map", "recipe", "leep", "grid", "splits", "collection", "source_collection")
     key = identity(merged, without=without)
     data = [_content(name, known) for name in source.task.split(POOLED)]
     key["data"] = data[0] if len(data) == 1 else data
@@ -649,8 +649,8 @@ class SingleSource:
             return own
         return min(own, self.card.batch_size or own) if training else 1
 
-    def frozen(self, pattern: str | None) -> str | None:
-        """Names of the parameters to freeze, where a method freezes any."""
-        if self.card is None or pattern is None:
+    def frozen(self, pattern: str | Callable[[nn.Module], str] | None) -> str | Callable[[nn.Module], str] | None:
+        """Names of the parameters to freeze, where a method freezes any; of its encoder as its card calls them."""
+        if self.card is None or not isinstance(pattern, str):
             return pattern
         return self.card.encoder and f"net\\.(?:{self.card.encoder})"

@@ -1,0 +1,288 @@
+"""Recipes of fine-tuning: each does what it says, goes on where it was interrupted, and the next overlay undoes it."""
+
+import copy
+import re
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from bundle_runs import RECIPES, RISK_MAP, card_of_a_unet, refused
+from ignite.engine import Events
+from monai.data import DataLoader
+from monai.engines import SupervisedEvaluator
+from monai.networks.nets import BasicUNet, DynUNet, UNet
+from torch import nn
+
+from medtl_ext.engines import WeightedTrainer
+from medtl_ext.handlers import (
+    LayerwiseRates,
+    LinearProbe,
+    ResumableCheckpoint,
+    StartingPoint,
+    WeightAveraging,
+    WeightInterpolation,
+)
+from medtl_ext.networks import adapt_batch_norm, all_but, freeze, layers
+from medtl_ext.transfer.config import identity
+
+pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
+TRAINED = [name for name in RECIPES if name != "adabn"]
+IMAGE = torch.rand(1, 16, 16)
+FEATURES = [4, 4, 8, 8, 8, 4]
+
+
+def unet():
+    return BasicUNet(2, 1, 2, features=FEATURES, act="relu", norm="batch", upsample="deconv")
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def moved(before, after):
+    return {name for name, value in before.items() if not torch.equal(after[name], value)}
+
+
+# What the overlays say
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_the_next_overlay_undoes_a_recipe(recipe):
+    """An audit lays its arms over the run that it belongs to."""
+    alone, after = RISK_MAP.workflow("full"), RISK_MAP.workflow(recipe, "full")
+    assert identity(after.parser.get()) == identity(alone.parser.get())
+    assert identity(RISK_MAP.workflow(recipe).parser.get()) != identity(alone.parser.get())
+
+
+@pytest.fixture
+def options(options, tmp_path):
+    torch.save(unet().state_dict(), tmp_path / "source.pt")
+    return options | {"network_def#features": FEATURES, "source": str(tmp_path / "source.pt"), "train_slices": 4}
+
+
+def train(recipe, folder, options, dies_at=None):
+    folder.mkdir(exist_ok=True)
+    workflow = RISK_MAP.workflow(recipe, **options | {"output_dir": str(folder), "epochs": 3, "val_interval": 3})
+    workflow.initialize()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+
+    def die(engine):
+        if engine.state.epoch == dies_at:
+            raise KeyboardInterrupt
+
+    trainer.add_event_handler(Events.EPOCH_STARTED, die)
+    with pytest.raises(KeyboardInterrupt) if dies_at else nullcontext():
+        trainer.run()
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["warmup", "discriminative", "lp_ft", "ema"])
+def test_an_interrupted_recipe_gives_what_it_gives_in_one_go(recipe, options, tmp_path):
+    whole = train(recipe, tmp_path / "whole", options)
+    train(recipe, tmp_path / "parts", options, dies_at=3)
+    parts = train(recipe, tmp_path / "parts", options)
+    one, other = (weights_of(folder / "last.pt")["network"] for folder in (whole, parts))
+    torch.testing.assert_close(other, one, rtol=0, atol=0)
+    assert moved(weights_of(tmp_path / "source.pt"), one) == set(one)
+    best, again = (weights_of(folder / "model.pt") for folder in (whole, parts))
+    torch.testing.assert_close(again, best, rtol=0, atol=0)
+    assert (moved(one, best) != set()) == (recipe == "ema")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "trained"),
+    [
+        ("surgical_first", r"(conv_0|final_conv)\."),
+        ("surgical_last", r"(upcat_2\.convs|upcat_1|final_conv)\."),
+        ("affine", r".*\.adn\.N\.|final_conv\."),
+        ("lp_ft", ""),
+    ],
+)
+def test_a_recipe_trains_the_part_that_it_says(recipe, trained, options):
+    network = RISK_MAP.workflow(recipe, **options).parser.get_parsed_content("network")
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad == bool(re.match(trained, name)), name
+
+
+@pytest.mark.parametrize(("recipe", "dimensions"), [("surgical_first", 3), ("lp_ft", 2), ("adabn", 2)])
+def test_a_recipe_takes_somebody_elses_network(recipe, dimensions, options, tmp_path):
+    source = card_of_a_unet(tmp_path, dimensions, ["background", "ED"], norm="batch")
+    given = options | {"source": source, "batch_size": 2}
+    RISK_MAP.run(recipe, **{key: value for key, value in given.items() if key != "epochs" or recipe != "adabn"})
+    before, after = weights_of(tmp_path / "theirs.pt"), weights_of(Path(options["output_dir"]) / "model.pt")
+    trained = moved(before, {name.removeprefix("net."): value for name, value in after.items()})
+    if recipe == "surgical_first":
+        assert {name.split(".")[1] for name in trained} == {"0", "2"}
+    elif recipe == "adabn":
+        assert {name.rpartition(".")[2] for name in trained} == {"running_mean", "running_var", "num_batches_tracked"}
+    else:
+        assert trained == set(before)
+
+
+# Layers, in the order in which they run
+
+
+class Backwards(nn.Module):
+    """Its layers are named, and stand, in another order than they run; one never does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a_head, self.b_unused, self.c_first = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(1, 2, 1)
+        self.d_norm, self.e_middle = nn.BatchNorm2d(2, affine=False), nn.Conv2d(2, 2, 1)
+
+    def forward(self, image):
+        return self.a_head(self.e_middle(self.d_norm(self.c_first(image))))
+
+
+@pytest.mark.parametrize(
+    ("network", "first", "last"),
+    [
+        (unet(), "conv_0.conv_0", "final_conv"),
+        (UNet(2, 1, 2, channels=[4, 8, 8], strides=[2, 2]), "model.0", "model.2"),
+        (
+            DynUNet(2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 4, 8], deep_supervision=True),
+            "input_block.conv1",
+            "output_block",
+        ),
+        (Backwards(), "c_first", "a_head"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_layers_stand_in_the_order_in_which_they_run(network, first, last):
+    before, found = copy.deepcopy(network.state_dict()), layers(network, IMAGE)
+    assert found[0][0].startswith(first)
+    assert found[-1][0].startswith(last)
+    named = [name for names in found for name in names]
+    assert len(named) == len(set(named))
+    assert {name.rpartition(".")[0] for name, _ in network.named_parameters()} <= set(named)
+    assert not moved(before, network.state_dict())  # no statistics either
+    assert network.training
+
+
+def test_a_part_is_trained_with_its_statistics_and_the_rest_not():
+    network = freeze(Backwards(), all_but(IMAGE, first=0.1))
+    assert {name for name, parameter in network.named_parameters() if parameter.requires_grad} == {
+        *("c_first.weight", "c_first.bias", "b_unused.weight", "b_unused.bias", "a_head.weight", "a_head.bias")
+    }
+    for shares, kept in [({"first": 0.1}, False), ({"last": 0.1}, True)]:
+        network = freeze(Backwards(), all_but(IMAGE, **shares))
+        network.train()(torch.rand(2, 1, 8, 8))
+        assert bool((network.d_norm.running_mean == 0).all()) == kept
+
+
+def test_a_network_without_layers_to_tell_apart_says_so():
+    assert "the layers of this Conv2d cannot be seen" in refused(lambda: layers(nn.Conv2d(1, 2, 1), IMAGE))
+
+
+# What the handlers do
+
+
+def trainer_of(network, *handlers, epochs=4, optimizer=None):
+    torch.manual_seed(0)
+    data = [{"image": torch.rand(1, 16, 16), "label": torch.rand(1, 16, 16).round()} for _ in range(4)]
+    return WeightedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=DataLoader(data, batch_size=2),
+        network=network,
+        optimizer=optimizer or torch.optim.Adam(network.parameters(), lr=0.01),
+        loss_function=lambda logits, label: nn.functional.cross_entropy(logits, label[:, 0].long()),
+        train_handlers=list(handlers),
+    )
+
+
+def test_a_probe_trains_the_head_and_then_everything():
+    network, after = unet(), [copy.deepcopy((state := unet()).state_dict())]
+    network.load_state_dict(state.state_dict())
+    trainer = trainer_of(network, LinearProbe(network=network, image=IMAGE, share=0.5))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: after.append(copy.deepcopy(network.state_dict())))
+    trainer.run()
+    head = {"final_conv.weight", "final_conv.bias"}
+    assert [moved(*pair) for pair in pairwise(after[:3])] == [head, head]
+    assert moved(after[2], after[3]) == set(after[0])
+
+
+def test_rates_fall_by_one_factor_from_the_head_to_the_image():
+    network = unet()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01, weight_decay=0.1)
+    trainer_of(network, LayerwiseRates(network=network, optimizer=optimizer, image=IMAGE), optimizer=optimizer)
+    rates = torch.tensor([group["lr"] for group in optimizer.param_groups])
+    assert (rates[0], rates[-1]) == (pytest.approx(0.001), pytest.approx(0.01))
+    torch.testing.assert_close(rates[1:] / rates[:-1], torch.full((len(rates) - 1,), 10 ** (1 / (len(rates) - 1))))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize(("decay", "start"), [(0.5, 0.0), (None, 0.5)])
+def test_the_average_of_the_weights_is_what_is_validated(decay, start):
+    network, seen = unet(), []
+    evaluator = SupervisedEvaluator(device=torch.device("cpu"), val_data_loader=[], network=network, epoch_length=1)
+    trainer = trainer_of(network, WeightAveraging(network=network, evaluator=evaluator, decay=decay, start=start))
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: seen.append(network.conv_0.conv_0.adn.N.running_mean.clone())
+    )
+    trainer.run()
+    expected = seen[0]
+    for value in seen[1:]:
+        expected = decay * expected + (1 - decay) * value if decay else torch.stack(seen[-5:]).mean(0)
+    assert len(seen) == 8
+    torch.testing.assert_close(evaluator.network.conv_0.conv_0.adn.N.running_mean, expected)
+    assert moved(network.state_dict(), evaluator.network.state_dict())
+
+
+def test_weights_are_pulled_towards_the_start_and_the_head_towards_zero():
+    network, losses = unet(), []
+    start = copy.deepcopy(dict(network.named_parameters()))
+    plain = trainer_of(copy.deepcopy(network), epochs=1)
+    pulled = trainer_of(network, StartingPoint(network=network, image=IMAGE, strength=3), epochs=1)
+    for one in (plain, pulled):
+        one.add_event_handler(Events.ITERATION_COMPLETED, lambda one: losses.append(one.state.output[0]["loss"]))
+        torch.manual_seed(1)
+        one.run()
+    head = sum(float(value.detach().square().sum()) for name, value in start.items() if name.startswith("final_conv"))
+    assert losses[2] - losses[0] == pytest.approx(1.5 * head, rel=1e-4)  # in the first step the rest is the start
+    far, near = (
+        sum(float((value - start[name]).square().sum()) for name, value in one.network.named_parameters())
+        for one in (plain, pulled)
+    )
+    assert near < far
+
+
+def test_the_point_on_the_way_that_validation_likes_is_kept_also_after_an_interruption(tmp_path):
+    """Killed while it looks for it, and once more when it has found it, it finds the same: halfway."""
+    network, state = unet(), SimpleNamespace(epoch=1, metrics={"dice": 0.5}, key_metric_name="dice")
+    start, scores = copy.deepcopy(network.state_dict()), iter([0.6, KeyboardInterrupt, *[0.6, 0.7, 0.8, 0.8, 0.1] * 2])
+
+    def validate():
+        if (score := next(scores)) is KeyboardInterrupt:
+            raise score
+        state.metrics = {"dice": score}
+
+    evaluator = SimpleNamespace(network=network, state=state, run=validate)
+    for attempt in range(3):
+        network.load_state_dict(start)
+        recipe = WeightInterpolation(network=network, evaluator=evaluator, save_dir=tmp_path)
+        checkpoint = ResumableCheckpoint(save_dir=tmp_path, evaluator=evaluator, save_dict={"network": network})
+        with nullcontext() if attempt else pytest.raises(KeyboardInterrupt):
+            trainer_of(network, recipe, checkpoint, epochs=1).run()
+    end, kept = (weights_of(tmp_path / f"{name}.pt") for name in ("finetuned", "model"))
+    for name, value in end.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(kept[name], (start[name] + value) / 2)
+    table = pd.read_csv(tmp_path / "interpolation.csv")
+    assert dict(zip(table["coefficient"], table["dice"], strict=True))[0.5] == 0.8
+
+
+def test_batch_norm_gets_the_statistics_of_the_target_and_weights_stay(caplog):
+    network = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 1))
+    before, batches = copy.deepcopy(network.state_dict()), [{"image": torch.rand(3, 1, 4, 4) + 5} for _ in range(2)]
+    adapt_batch_norm(network, batches, "cpu")
+    assert moved(before, network.state_dict()) == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+    expected = torch.cat([batch["image"] for batch in batches]).mean()
+    torch.testing.assert_close(network[0].running_mean, expected[None])
+    adapt_batch_norm(nn.Conv2d(1, 2, 1), batches, "cpu")
+    assert "no batch norm" in caplog.text

@@ -59,6 +59,7 @@ LEFT_BY_RISK_MAP = LEFT | {
     "grid.json",
     "maps.png",
     "overlay.png",
+    "viewer.json",
     "weight.nii.gz",
     "audit",
     "MODEL_CARD.md",

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import refused
+from bundle_runs import RISK_MAP, refused
 from matplotlib.figure import Figure
 
 from medtl_ext.transfer import Report
@@ -24,10 +24,11 @@ CONFIG |= {"built": "$1 + 1", "network": {"_target_": "UNet"}, "list": ["$x"]}
 
 
 def page_of(folder: Path, **changed) -> ElementTree.Element:
-    """The page as its elements, of which every one has to be closed in order."""
+    """The page as its elements, of which every one has to be closed in order; scripts without what is in them."""
     here = SimpleNamespace(folder=folder, figures=True, leads=True, config=CONFIG)
     Report(**{"here": here, "title": "A title", "question": "A question?", "synthetic": False} | changed).write()
     text = (folder / "report.html").read_text(encoding="utf-8").replace("<details open>", "<details open=''>")
+    text = re.sub(r"(<script[^>]*>).*?</script>", r"\1</script>", text, flags=re.DOTALL)
     return ElementTree.fromstring(re.sub(r"<((?:meta|img|br)\b[^>]*)>", r"<\1/>", text))
 
 
@@ -74,7 +75,9 @@ def test_scores_of_patients_fit_on_the_page(tmp_path):
 
 def test_the_page_needs_nothing_else(finished):
     page = page_of(finished, synthetic=True)
-    assert not [element for tag in ("script", "link") for element in page.iter(tag)]
+    assert not list(page.iter("link"))
+    (script,) = re.findall("<script>(.*?)</script>", (finished / "report.html").read_text(), flags=re.DOTALL)
+    assert not [word for word in ("http", "fetch(", "import", ".src") if word in script]
     attributes = [item for element in page.iter() for item in element.attrib.items()]
     addresses = [value for name, value in attributes if name in ("src", "href", "srcset")]
     assert addresses
@@ -88,12 +91,16 @@ def test_the_page_needs_nothing_else(finished):
 
 
 def test_verdict_then_figures_then_tables_then_how_it_was_made(finished):
-    text = body(page_of(finished, synthetic=True))
+    page = page_of(finished, synthetic=True)
+    assert page.find(".//section/div").attrib == {"class": "lead"}
+    text = body(page)
     parts = [
         "A title",
         "A question?",
         "Synthetic data.",
         "No evidence to prefer.",
+        "What to do next",
+        "To use it:",
         "Figures",
         "Tables",
         "How it was made",
@@ -103,7 +110,7 @@ def test_verdict_then_figures_then_tables_then_how_it_was_made(finished):
 
 
 def test_what_an_answer_quotes_is_not_said_twice(finished):
-    for name, text in {"audit": "No evidence to prefer.", "plan": "The best path."}.items():
+    for name, text in {"graph": "No evidence to prefer.", "plan": "The best path."}.items():
         (finished / f"{name}.json").write_text(json.dumps({"text": text}))
     text = body(page_of(finished))
     assert [text.count(part) for part in ("No evidence to prefer.", "The best path.")] == [1, 1]
@@ -167,6 +174,44 @@ def test_a_table_is_shown_as_people_read_it(columns, shown, length, finished):
         assert second[1][2] == columns["subject"][0]  # text as it was
 
 
+# What to do next
+
+
+@pytest.fixture
+def audited(finished) -> Path:
+    """An audit of a bundle of this repository, which left the network of the arm that it advises."""
+    (finished / "answer.txt").unlink()
+    config = {"bundle_root": str(RISK_MAP.root), "target_task": "17-T2-ED", "audit": {"seeds": 1}}
+    inference = json.loads((RISK_MAP.configs / "inference.json").read_text())
+    config["network_def"] = inference["network_def"] | {"features": [4, 4, 8, 8, 8, 4]}
+    (finished / "config.json").write_text(json.dumps(config))
+    (finished / "model.pt").touch()
+    (finished / "metrics.csv").write_text("class,dice\nED,0.5\nET,0.6\nNCR,0.7\n")
+    return finished
+
+
+@pytest.mark.parametrize(
+    ("recommendation", "why", "options"),
+    [
+        ("full", ["Segment images of yours with full:"], {"--n_classes": "4", "--task": "17-T2-ED"}),
+        (None, ["the best guess:", "To tell full and scratch apart:"], {"--audit#seeds": "3"}),
+    ],
+    ids=["decided", "no evidence"],
+)
+def test_an_audit_says_what_to_type_next(recommendation, why, options, audited):
+    found = {"text": "So it is. More.", "recommendation": recommendation, "default": "full"}
+    (audited / "audit.json").write_text(json.dumps(found | {"tied": ["full", "scratch"]}))
+    page = page_of(audited)
+    said, commands = body(page), [shlex.split(command) for command in texts(page, "code")[: len(why)]]
+    assert [part for part in why if part not in said] == []
+    words = commands[-1]
+    assert {name: words[words.index(name) + 1] for name in options} == options
+    first = commands[0]
+    assert Path(first[first.index("--config_file") + 1]).resolve() == RISK_MAP.configs / "inference.json"
+    assert Path(first[first.index("--ckpt") + 1]).resolve() == (audited / "model.pt").resolve()
+    assert first[first.index("--network_def#features") + 1] == "[4, 4, 8, 8, 8, 4]"
+
+
 def test_a_report_in_markdown_is_shown_as_one(finished):
     lines = ["# Methods", "Means over **3** runs.", "## What it shows", "- a | b is best", "- **c** is not"]
     lines += ["## The pair", "| method | Dice |\n|---|---|\n| full | **0.5 ± 0.1** |\n| none |  |"]
@@ -196,13 +241,15 @@ def test_what_was_typed_is_shown_as_a_shell_takes_it(finished, monkeypatch):
 
 def test_everything_is_escaped(finished, monkeypatch):
     (finished / "answer.txt").write_text(f"Use {EVIL}.\n\npython -m {EVIL}")
-    (finished / "audit.json").write_text(json.dumps({"text": EVIL}))
+    (finished / "plan.json").write_text(json.dumps({"text": EVIL}))
+    (finished / "viewer.json").write_text(json.dumps({"classes": [EVIL], "views": [{"name": EVIL}]}))
     (finished / "study.md").write_text(f"# x\n\n- {EVIL}\n\n## **{EVIL}**\n\n| {EVIL} |\n|---|\n| **{EVIL}** |\n")
     pd.DataFrame({EVIL: [EVIL]}).to_csv(finished / "scores.csv", index=False)
     (finished / "ranking.png").rename(finished / "a\" onerror='x'.png")
     monkeypatch.setitem(CONFIG, EVIL, EVIL)
     page = page_of(finished, title=EVIL, question=EVIL)
-    assert not list(page.iter("script"))
+    assert [script.attrib for script in page.iter("script")] == [{"type": "application/json", "id": "volumes"}, {}]
+    assert "<script>alert" not in (finished / "report.html").read_text()
     assert all(set(image.attrib) == {"src", "alt"} for image in page.iter("img"))
     assert body(page).count(EVIL) + texts(page, "title").count(EVIL) >= 12
 
@@ -210,11 +257,11 @@ def test_everything_is_escaped(finished, monkeypatch):
 def test_a_page_is_written_whole_or_not_at_all(finished):
     page_of(finished)
     before, names = (finished / "report.html").read_text(), {path.name for path in finished.iterdir()}
-    (finished / "audit.json").write_text("{ broken")
+    (finished / "plan.json").write_text("{ broken")
     with pytest.raises(json.JSONDecodeError):
         page_of(finished, title="2")
     assert (finished / "report.html").read_text() == before
-    assert {path.name for path in finished.iterdir()} == names | {"audit.json"}
+    assert {path.name for path in finished.iterdir()} == names | {"plan.json"}
 
 
 def test_an_empty_folder_is_refused(tmp_path):

@@ -146,7 +146,7 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
 def run_jobs(
     jobs: Sequence[Job], *, n_jobs: int | None = None, backend: str | None = None, description: str = "runs"
 ) -> None:
-    """Run the jobs that are not done yet, several at a time, with a progress bar.
+    """Run the jobs that are not done yet, several at a time, with a progress bar, or lines where there is no terminal.
 
     Args:
         jobs: each writes its own folder, so that an interrupted series continues where it stopped, and what it has to
@@ -170,14 +170,29 @@ def run_jobs(
         # Never 1: joblib would then run the job in this process, which may be a rank of a distributed run.
         pool = Parallel(max(n_jobs, 2), return_as="generator_unordered", pre_dispatch=n_jobs)
         outcomes = pool(delayed(_attempt)(job, threads_for(n_jobs) if here else None) for job in waiting)
-        bar = tqdm(outcomes, desc=description, total=len(jobs), initial=len(jobs) - len(waiting), unit="run")
+        shown = {"total": len(jobs), "initial": len(jobs) - len(waiting), "unit": "run", "disable": None}
+        bar = tqdm(outcomes, description, **shown)
         try:
-            failures = [outcome for outcome in bar if outcome]
+            failures = [outcome for outcome in _told(bar, description, len(waiting)) if outcome]
         except TerminatedWorkerError as error:
             said = "a process that ran one of the jobs was killed, perhaps for its memory"
             raise InputError(f"{said}; type the same command again to go on, with fewer --n_jobs.") from error
     if failures:
         raise InputError(f"{len(failures)} of {len(jobs)} runs failed; the first: {failures[0]}")
+
+
+def _told(bar: tqdm, what: str, runs: int) -> Iterator[Any]:
+    """What a progress bar goes over; where there is no terminal to draw it on, lines at both ends and one a minute."""
+    began = last = time.monotonic()
+    if bar.disable:
+        logger.info("%s: %d runs to go", what, runs)
+    for done, outcome in enumerate(bar, start=1):
+        yield outcome
+        now = time.monotonic()
+        if bar.disable and (done == runs or now - last > 60):
+            last, minutes = now, (now - began) / 60
+            left = f", about {minutes / done * (runs - done):.0f} minutes left" if done < runs else ""
+            logger.info("%s: %d of %d runs done in %.1f minutes%s", what, done, runs, minutes, left)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from medtl_ext import __version__
 from medtl_ext._io import write_text
 from medtl_ext._validation import InputError
 from medtl_ext.transfer.config import on_command_line
-from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word
+from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word, short_path
 
 CAPTIONS = {
     "agreement": "What each ranking was worth",
@@ -41,11 +41,13 @@ LONG, MOST = 12, 300
 
 @dataclass(kw_only=True, eq=False)
 class Report:
-    """A step that writes ``report.html``: the verdict of a finished run, its figures, its tables, and how it was made.
+    """A step that writes ``report.html``: the verdict of a finished run, what to do next, patients to scroll through,
+    figures, tables that sort, and how it was made.
 
     Everything is read from the run's own folder (not from folders in it): texts (``answer.txt``, ``audit.json`` and
-    other JSON with a ``text``, Markdown pages), PNG figures, CSV tables, ``config.json``. A CSV beside a Markdown page
-    of its name is left out, for the page holds its tables. The page needs no other file and no network.
+    other JSON with a ``text``, Markdown pages), the volumes of ``viewer.json``, PNG figures, CSV tables,
+    ``config.json``. A CSV beside a Markdown page of its name is left out, for the page holds its tables. The page needs
+    no other file and no network.
 
     Args:
         here: whose folder it is of; without figures there is no report.
@@ -75,21 +77,24 @@ class Report:
         if not (self.here.figures and self.here.leads):
             return
         folder = self.here.folder
-        verdict, details = _texts(folder)
+        lead, verdict, details = texts_of(folder)
+        verdict, steps = _commands(verdict)
+        views = folder / "viewer.json"
         if {**self.here.config.get("settings", {}), **self.here.config}.get("score_space") == "training":
             verdict += "\n\nScores are measured on the training grid, not in the patients' own space."
         images = {path: base64.b64encode(path.read_bytes()).decode() for path in sorted(folder.glob("*.png"))}
         tables = [t for p in sorted(folder.glob("*.csv")) if not p.with_suffix(".md").is_file() for t in _tables(p)]
-        if not (verdict or details or images or tables):
+        if not (lead or verdict or details or images or tables):
             raise InputError(f"{folder} holds no text, table or figure to report; give the folder of a finished run.")
-        files = FileSystemLoader(Path(__file__).parent)
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=files)
-        environment.filters |= {"number": _is_number, "markdown": _html}
-        page = environment.get_template("report.html.jinja").render(
+        page = render(
+            "report.html.jinja",
             title=self.title,
             question=self.question,
             synthetic=self.synthetic,
+            lead=lead,
             verdict=verdict,
+            steps=[*steps, *_after_audit(folder)],
+            viewer=json.loads(views.read_text(encoding="utf-8")) if views.is_file() else None,
             details=details,
             figures=[(path.name, _caption(path), image) for path, image in images.items()],
             tables=tables,
@@ -104,24 +109,39 @@ class Report:
         write_text(folder / "report.html", page)
 
 
-def _html(text: str) -> str:
-    """Markdown as our reports are written in it; what would be HTML is escaped, and a command is code."""
+def render(template: str, **content: Any) -> str:
+    """A page from one of the templates beside this file; what comes from data is escaped."""
+    files = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=files)
+    environment.filters |= {"number": _is_number, "markdown": _html}
+    return environment.get_template(template).render(**content)
+
+
+def _html(text: str, level: int = 3) -> str:
+    """Markdown as our reports are written in it, headings of one level; HTML in it is escaped, a command is code."""
     text = re.sub(r"^(python -m .*)$", r"\n~~~\n\1\n~~~\n", text, flags=re.MULTILINE)
-    text = re.sub(r"^#+ ", "### ", text, flags=re.MULTILINE)
+    text = re.sub(r"^#+ ", "#" * level + " ", text, flags=re.MULTILINE)
     rules = ["heading", "list", "table", "fence", "emphasis", "balance_pairs", "fragments_join"]
     page = MarkdownIt("zero").enable(rules, ignoreInvalid=True).render(text)
-    page = page.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    page = page.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
     return page.replace("<th>", '<th scope="col">')
 
 
-def _texts(folder: Path) -> tuple[str, str]:
-    """All texts in Markdown: what they conclude, and, from a page's first table on, the rest."""
-    verdict = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+def texts_of(folder: Path) -> tuple[str, str, str]:
+    """All texts in Markdown: the sentence that decides, what else they conclude, and, from a table on, the rest.
+
+    An answer is read before an audit, which it may quote, and other texts after both.
+    """
+    said = [path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))]
+    answers = said[: (folder / "answer.txt").is_file()]
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         text = content.get("text") if isinstance(content, dict) and path.name != "config.json" else None
-        if isinstance(text, str) and text not in verdict:  # an answer may quote the audit
-            verdict += f"\n\n{text}"
+        if isinstance(text, str) and not any(text in other for other in answers):
+            answers.append(text)
+    answer = "\n\n".join([*answers, *(text for text in said if text not in answers)])
+    lead = re.match(r"[^#|*\n-].*?[.?!](?=\s|$)", answer)
+    verdict = answer[lead.end() if lead else 0 :]
     details = ""
     for path in sorted(folder.glob("*.md")):
         blocks = re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip())
@@ -132,7 +152,43 @@ def _texts(folder: Path) -> tuple[str, str]:
         cut = table if table == len(blocks) else (above or [max(table - 1, 0)])[-1]
         verdict += "\n\n" + "\n\n".join(blocks[:cut])
         details += "\n\n" + "\n\n".join(blocks[cut:])
-    return verdict.strip(), details.strip()
+    return lead[0] if lead else "", verdict.strip(), details.strip()
+
+
+def _commands(verdict: str) -> tuple[str, list[tuple[str, str]]]:
+    """What is said without the commands in it, and these with what they are for."""
+    found = r"(?:^|\n)([^\n]+:)\n(python -m [^\n]+)"
+    return re.sub(found, "", verdict).strip(), re.findall(found, verdict)
+
+
+def _after_audit(folder: Path) -> list[tuple[str, str]]:
+    """What to do after an audit: use the network that it advises; where it could not decide, what would help."""
+    audit, record = folder / "audit.json", (folder / "config.json").resolve()
+    if not (audit.is_file() and record.is_file()):
+        return []
+    found, config = (json.loads(path.read_text(encoding="utf-8")) for path in (audit, record))
+    arm, inference = found["default"], Path(config["bundle_root"]) / "configs" / "inference.json"
+    places = [folder / "arms" / arm, folder]  # an audit leaves the network that it advises in its own folder
+    model = next((place / "model.pt" for place in places if (place / "model.pt").is_file()), None)
+    steps = []
+    if model is not None and inference.is_file():
+        network = json.loads(inference.read_text(encoding="utf-8"))["network_def"]
+        options: dict[str, Any] = {"ckpt": str(short_path(model)), "task": config["target_task"]}
+        options |= {"input_dir": "FOLDER_OF_IMAGES", "output_dir": "FOLDER_OF_SEGMENTATIONS"}
+        classes = read_table(model.with_name("metrics.csv"))["class"].nunique()
+        options |= {"n_classes": classes + 1} if classes > 1 else {}
+        carried = {name: config.get(name) for name in ("trust_sources", "clean")}
+        options |= {name: value for name, value in carried.items() if value not in (None, False, "validation")}
+        options |= {f"network_def#{k}": v for k, v in config["network_def"].items() if network.get(k) != v}
+        guess = "" if found["recommendation"] else ", the best guess"
+        steps.append((f"Segment images of yours with {arm}{guess}:", run_command([inference], options)))
+    if found["recommendation"] is None:
+        more = {"audit#seeds": config["audit"]["seeds"] + 2} if "audit" in config else {"seed": config["seed"] + 1}
+        why = (
+            f"To tell {' and '.join(found['tied']) or 'the arms'} apart: label more patients, or train more than once:"
+        )
+        steps.append((why, run_command([record], more | {"output_dir": "more_trainings"})))
+    return steps
 
 
 def _tables(path: Path) -> list[dict[str, Any]]:
@@ -154,9 +210,16 @@ def _tables(path: Path) -> list[dict[str, Any]]:
 def _table(path: Path, table: pd.DataFrame, caption: str) -> dict[str, Any]:
     table = table.dropna(axis=1, how="all")
     grid = [[str(name).replace("_", " "), *_rounded(table[name].head(MOST))] for name in table]
-    if table.shape[1] <= LONG or len(table) > LONG:  # what is wide and short is shown on its side
+    side = table.shape[1] > LONG >= len(table)  # what is wide and short is shown on its side
+    if not side:
         grid = list(zip(*grid, strict=True))
-    shown = {"columns": grid[0], "rows": grid[1:], "open": len(table) <= LONG, "hidden": max(len(table) - MOST, 0)}
+    shown = {
+        "columns": grid[0],
+        "rows": grid[1:],
+        "side": side,
+        "open": len(table) <= LONG,
+        "hidden": max(len(table) - MOST, 0),
+    }
     return shown | {"caption": caption, "source": path.name}
 
 

@@ -201,7 +201,7 @@ def _write_subjects(folder: Path, content: dict[str, Any], *, n_jobs: int | None
     # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.
     with threadpool_limits(1), ThreadPoolExecutor(n_jobs or joblib.cpu_count()) as pool:
         made = pool.map(write, subjects, cycle(range(settings["subjects"])))
-        for _ in tqdm(made, "phantom", total=len(subjects), unit="subject", disable=not progress):
+        for _ in tqdm(made, "phantom", total=len(subjects), unit="subject", disable=None if progress else True):
             pass
 
 

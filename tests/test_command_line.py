@@ -1,0 +1,90 @@
+"""python -m medtl_ext: what there is and what options mean, as the bundles themselves say; and the index over runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bundle_runs import ALL, RISK_MAP, refused
+
+from medtl_ext.__main__ import main, options
+from medtl_ext.report import main as report
+from medtl_ext.report import row_of, write_index
+
+
+def test_it_lists_every_bundle_with_its_question_and_command(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    for bundle in ALL:
+        assert f"python -m medtl_ext {bundle.name} --help" in said
+        assert f"bundles/{bundle.name}/configs/train.json" in said
+    assert said.count("?") >= len(ALL)
+    assert all(f"python -m medtl_ext.{name}" in said for name in ("data", "report"))
+
+
+@pytest.mark.parametrize("bundle", ALL, ids=str)
+def test_options_are_those_of_the_config(bundle):
+    """A row of the README's table that no config knows, or whose default is another, would mislead."""
+    found, configs = (
+        list(options(bundle.root)),
+        [json.loads(path.read_text()) for path in bundle.configs.glob("*.json")],
+    )
+    known = set().union(*configs)
+    names = [name.strip("-, ") for row, _ in found for name in row.split("  (default")[0].split()]
+    assert len(names) > 15
+    assert [name for name in names if name.split("#")[0] not in known] == []
+    assert all(meaning and "](" not in meaning and "`" not in row + meaning for row, meaning in found)
+
+
+def test_defaults_are_read_from_the_config(capsys):
+    assert main([RISK_MAP.name, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert f"--seed  (default: {RISK_MAP.content('train')['seed']})" in said
+    assert f"--target_task  (default: {RISK_MAP.content('train')['target_task']})" in said
+
+
+# The index over runs
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """A run with an audit, with an arm that is part of it; one that is cut off; one of another kind."""
+    one = tmp_path / "a" / "one"
+    (one / "audit" / "full").mkdir(parents=True)
+    config = {"bundle_root": "bundles/risk_map", "target_task": "17-T2-ED"}
+    for folder, minutes in ((one, 1.5), (one / "audit" / "full", 2.0)):
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "curve.csv").write_text(f"epoch,steps,minutes,dice\n1,9,0.5,0.1\n2,18,{minutes},0.2\n")
+    audit = {"text": "Fine-tune with full: it is ahead. More.", "tables": {"test": [{"arm": "full", "mean": 0.71234}]}}
+    (one / "audit.json").write_text(json.dumps(audit))
+    (one / "report.html").write_text('<title>A &amp; B</title>\n<p class="question">Which?</p>')
+    for name, files in {"cut": {"settings.json": "{", "audit.json": "{"}, "ranked": {"config.json": "{}"}}.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+    (tmp_path / "ranked" / "truth.csv").write_text("source,auc\nb,0.9\na,0.8\n")
+    return tmp_path
+
+
+def test_a_row_says_what_was_asked_advised_and_best(runs):
+    row = row_of(runs / "a" / "one", runs)
+    assert row.pop("begun")
+    expected = {"link": "a/one/report.html", "run": "a/one", "asked": "A & B. Which?", "bundle": "risk_map"}
+    expected |= {"target": "17-T2-ED", "advised": "Fine-tune with full: it is ahead."}
+    assert row == expected | {"best on test": "full, Dice 0.712", "minutes": "3.5"}
+    assert row_of(runs / "ranked", runs)["best on test"] == "b, AUC 0.900"
+
+
+def test_every_run_is_listed_once_with_what_there_is(runs):
+    page = write_index(runs).read_text()
+    assert page.count("<tr>") == 1 + 3
+    assert "a/one/audit" not in page
+    assert write_index(runs).is_file()  # once more
+
+
+def test_no_runs_and_pages_of_others_are_refused(runs, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "no run in or below" in refused(lambda: write_index(tmp_path / "empty"))
+    (runs / "index.html").write_text("my page")
+    assert "is not replaced" in refused(lambda: write_index(runs))
+    assert report([str(runs)]) == 2
+    assert "index.html" in capsys.readouterr().err

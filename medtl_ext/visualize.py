@@ -610,12 +610,13 @@ def _box(image: np.ndarray, mask: np.ndarray, aspect: float) -> tuple[slice, ...
 def _outline(panel: Axes, labels: np.ndarray, classes: np.ndarray, photograph: bool) -> None:
     """The edges of each class's pixels, so that a single one has four."""
     rows = to_display(labels, photograph=photograph)
+    width = float(np.clip(110 / max(rows.shape), 0.4, 1.1))  # else the outlines of fine vessels fill them
     for index in np.intersect1d(rows.astype(int), classes):
         mask = np.pad(rows == index, 1)
         ends = [np.argwhere(np.diff(mask, axis=axis))[:, ::-1] - 0.5 for axis in (0, 1)]
         lines = [np.stack([end - step, end], axis=1) for end, step in zip(ends, ([1, 0], [0, 1]), strict=True)]
         colour = CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]
-        panel.add_collection(LineCollection(np.concatenate(lines), colors=colour, linewidths=1.1, capstyle="round"))
+        panel.add_collection(LineCollection(np.concatenate(lines), colors=colour, linewidths=width, capstyle="round"))
 
 
 def _class_handles(class_names: Sequence[str]) -> list[Patch]:

@@ -138,9 +138,9 @@ class TransferAudit:
     def _names(self) -> list[str]:
         """The arms, the run's own method first."""
         names = list(dict.fromkeys([self.here.config["method"], *self.arms]))
-        if self.source.unasked and UNTRAINED in names:
-            logger.info("audit without zero-shot: %s", self.source.unasked)
-            names.remove(UNTRAINED)
+        if self.source.unasked and (without := [name for name in names if name in (UNTRAINED, "adabn")]):
+            logger.info("audit without %s: %s", " and ".join(without), self.source.unasked)
+            names = [name for name in names if name not in without]
         return names
 
     def _jobs(self, name: str) -> tuple[list[Job], list[Job]]:

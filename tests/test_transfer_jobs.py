@@ -363,18 +363,18 @@ def test_workers_end_with_their_parent(write, tmp_path, monkeypatch, number):
 
 
 @pytest.mark.slow
-def test_dask_runs_jobs_and_outlives_a_worker(job, tmp_path, monkeypatch):
+def test_dask_runs_jobs_and_outlives_a_worker(job, tmp_path):
     distributed = pytest.importorskip("distributed")
     with pytest.raises(InputError, match="give --backend tcp://HOST:8786"):
         run_jobs([job("none")], backend="dask")
     steps = [CONFIG["run"][0], NOTE, "$time.sleep(2)", CONFIG["run"][1]]
     series = [job(str(number), {"number": number}, run=steps) for number in range(5)]
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None) as cluster:
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(run_jobs, series, backend=cluster.scheduler_address)
-            wait_for((first := tmp_path / "0/pid").is_file)
-            os.kill(victim := int(first.read_text()), signal.SIGKILL)
-            running.result(120)
+    workers = distributed.LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None)
+    with workers as cluster, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_jobs, series, backend=cluster.scheduler_address)
+        wait_for((first := tmp_path / "0/pid").is_file)
+        os.kill(victim := int(first.read_text()), signal.SIGKILL)
+        running.result(120)
     assert [(tmp_path / str(number) / "result.txt").read_text() for number in range(5)] == ["0", "1", "4", "9", "16"]
     assert first.read_text() not in (str(victim), str(os.getpid()))
 

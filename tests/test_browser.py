@@ -16,7 +16,7 @@ from medtl_ext.report import write_index
 from medtl_ext.transfer import Report
 from medtl_ext.transfer.viewer import packed
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'medtl[browser]'")
 EVIL = "<script>document.title='evil'</script><img src=x onerror=\"document.title='evil'\">"
 SIZES = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 

@@ -20,6 +20,7 @@ from markdown_it import MarkdownIt
 from medtl_ext import __version__
 from medtl_ext._io import write_text
 from medtl_ext._validation import InputError
+from medtl_ext.ranking import listed
 from medtl_ext.transfer.config import on_command_line
 from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word, short_path
 
@@ -184,9 +185,8 @@ def _after_audit(folder: Path) -> list[tuple[str, str]]:
         steps.append((f"Segment images of yours with {arm}{guess}:", run_command([inference], options)))
     if found["recommendation"] is None:
         more = {"audit#seeds": config["audit"]["seeds"] + 2} if "audit" in config else {"seed": config["seed"] + 1}
-        why = (
-            f"To tell {' and '.join(found['tied']) or 'the arms'} apart: label more patients, or train more than once:"
-        )
+        apart = listed(found["tied"]) or "the arms"
+        why = f"To tell {apart} apart: label more patients, or train more than once:"
         steps.append((why, run_command([record], more | {"output_dir": "more_trainings"})))
     return steps
 

@@ -161,7 +161,10 @@ class ResumableCheckpoint:
     best_epoch: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
-        self.save_dict = {name: item for name, item in self.save_dict.items() if hasattr(item, "state_dict")}
+        # Of a handler without a state, such as MONAI's of a schedule, the schedule's.
+        items = {name: getattr(item, "lr_scheduler", item) for name, item in self.save_dict.items()}
+        items |= {name: item for name, item in self.save_dict.items() if hasattr(item, "state_dict")}
+        self.save_dict = {name: item for name, item in items.items() if hasattr(item, "state_dict")}
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self.resume)

@@ -183,7 +183,7 @@ def test_every_file_that_a_run_writes_is_on_the_page_of_outputs():
     names = {
         name
         for path in (REPOSITORY / "medtl_ext").rglob("*.py")
-        if "data" not in path.parts and path.name != "_io.py"
+        if "data" not in path.parts and path.name not in ("_io.py", "__main__.py")  # which reads pages
         for name in re.findall(r'/ "([\w.]+\.(?:csv|md|png|html|txt|npz|json|graphml|nii\.gz))"', path.read_text())
     }
     assert "metrics.csv" in names

@@ -343,7 +343,9 @@ def noise_ceiling(sources: pd.DataFrame, *, outcome: str) -> tuple[pd.DataFrame,
     tau = rows["tau"].mean()
     said = f"{lead}The truth of one seed is ranked by that of the others with a mean weighted tau of {tau:.2f}; "
     said += f"ICC {np.mean(shares):.2f}."
-    return rows, said + (f" Below {TRUSTED}: this study cannot tell good rankings apart." if round(tau, 2) < TRUSTED else "")
+    return rows, said + (
+        f" Below {TRUSTED}: this study cannot tell good rankings apart." if round(tau, 2) < TRUSTED else ""
+    )
 
 
 def verdict_claim(

@@ -162,7 +162,7 @@ def on_command_line() -> bool:
 
 
 def _end_in_one_line() -> None:
-    """On the command line, print an `InputError` without the traceback of the config machinery around it.
+    """On the command line, print an `InputError` or OSError without the traceback of the config machinery around it.
 
     Ctrl-C and SIGTERM too are one line, with the exit codes that shells give them.
     """
@@ -174,6 +174,8 @@ def _end_in_one_line() -> None:
         cause = innermost_or_input_error(error)
         if isinstance(cause, InputError):
             print(f"\nerror: {cause}", file=sys.stderr)
+        elif isinstance(cause, OSError):  # a full disk, a folder that somebody deleted
+            print(f"\nerror: {cause}; put that right, and type the same command again", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)
 
@@ -196,7 +198,7 @@ def _end_in_one_line() -> None:
 
 def innermost_or_input_error(error: BaseException) -> BaseException:
     """What a chain of errors began with, or what we say of it, where we do."""
-    while not isinstance(error, InputError) and error.__cause__ is not None:
+    while not isinstance(error, InputError | OSError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 

@@ -161,6 +161,10 @@ def test_an_rgb_target_takes_three_channels(options, in_this_process, no_trainin
     path = mnist("rgbmnist", shape=(28, 28, 3))
     message = refused(lambda: run(**options | {"target_task": path}))
     assert message.startswith("rgbmnist has RGB images, the network takes 1 channel(s); give --in_channels 3")
+    settings = {"phantom_subjects": 8, "source_dir": options["source_dir"]}
+    asked = {"targets": [path, "17-T2-tumour"], "sources": [path, "17-T2-tumour"], "settings": settings}
+    message = refused(lambda: run(base="study", output_dir=options["output_dir"], **asked))
+    assert message.startswith("rgbmnist has RGB images")  # and not that a run of a source has failed
 
 
 def test_inference_writes_a_probability_for_each_image(tmp_path):

@@ -29,6 +29,14 @@ pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 
 
+def test_no_published_table_names_a_folder_of_a_machine():
+    tables = sorted((REPOSITORY / "docs").rglob("*.csv"))
+    assert tables
+    assert not [
+        path.name for path in tables if re.search(r"(?<![\w.])/(?:home|root|work|tmp|Users)/", path.read_text())
+    ]
+
+
 @each_page
 def test_links_lead_somewhere_and_nothing_is_said_of_the_machine_it_was_written_on(page):
     text = page.read_text()

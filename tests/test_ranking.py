@@ -3,8 +3,11 @@
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 
 from medtl_ext import InputError
 from medtl_ext.ranking import audit_verdict, bootstrap_interval, holm, paired_comparison
@@ -199,6 +202,21 @@ def test_verdicts_are_as_honest_as_they_sound(effects, audits, preferred, share)
     rng = np.random.default_rng(0)
     verdicts = [audit_verdict(simulated(rng, effects), n_resamples=300) for _ in range(audits)]
     assert np.mean([verdict.recommendation == preferred for verdict in verdicts]) > share
+
+
+def test_several_trainings_are_compared_by_the_mean_squares_of_the_crossed_design():
+    """Patients x trainings, both random: statsmodels' analysis of variance, Satterthwaite's degrees of freedom."""
+    rng, (n, k) = np.random.default_rng(3), (7, 3)
+    values = 0.02 + rng.normal(0, 0.05, (n, 1)) + rng.normal(0, 0.04, (1, k)) + rng.normal(0, 0.02, (n, k))
+    cells = pd.DataFrame([(p, t, values[p, t]) for p in range(n) for t in range(k)], columns=["p", "t", "y"])
+    table = anova_lm(ols("y ~ C(p) + C(t)", cells).fit())
+    squares, free = table["mean_sq"].to_numpy(), table["df"].to_numpy()
+    variance = (squares[0] + squares[1] - squares[2]) / (n * k)
+    freedom = variance**2 / ((squares / (n * k)) ** 2 / free).sum()
+    found = paired_comparison({f"p{p}": values[p] for p in range(n)}, {f"p{p}": [0.0] * k for p in range(n)})
+    expected = stats.t.interval(0.95, freedom, values.mean(), variance**0.5)
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(values.mean()) / variance**0.5, freedom))
 
 
 @pytest.mark.parametrize(("trainings", "patients", "spread"), [(2, 6, 0.05), (3, 6, 0.06), (5, 12, 0.04)])

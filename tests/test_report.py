@@ -255,6 +255,15 @@ def test_what_differs_would_do_so_in_other_trainings_too(compared, report):
     assert not other["differs"]
     alone = report(compared[compared["seed"].eq(0) & ~compared["source_seed"].eq(1)])[0].loc[("A", "risk_map")]
     assert alone["differs"]  # of single runs the patients alone are asked
+    doubtful = compared[compared["method"].eq("vanilla") & compared["pair"].eq("A")]
+    gap = doubtful["subject"].str[-1].astype(int).map(dict(enumerate(np.linspace(-0.004, 0.018, 8))))
+    rows = [
+        compared[compared["pair"].eq("A")],
+        *(doubtful.assign(method=name, dice=doubtful["dice"] + gap) for name in ("dice_ce", "full")),
+    ]
+    weak = report(pd.concat(rows, ignore_index=True))[0].loc[("A", "full")]
+    assert weak["p"] < 0.05 < weak["p_holm"]
+    assert not weak["differs"]
 
 
 def test_what_depends_on_no_source_or_no_seed_is_matched_by_the_other(compared, report):

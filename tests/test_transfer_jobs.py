@@ -10,13 +10,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from bundle_runs import refused
 from monai.bundle import ConfigWorkflow
 
 from medtl_ext import InputError
-from medtl_ext.transfer import Job, bundle_root, jobs
+from medtl_ext.transfer import Job, bundle_root, config, jobs
 from medtl_ext.transfer.jobs import run_jobs
 
 CONFIG = {
@@ -377,6 +378,18 @@ def test_dask_runs_jobs_and_outlives_a_worker(job, tmp_path, monkeypatch):
         running.result(120)
     assert [(tmp_path / str(number) / "result.txt").read_text() for number in range(5)] == ["0", "1", "4", "9", "16"]
     assert first.read_text() not in (str(victim), str(os.getpid()))
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    for place, name, value in ((config, "on_command_line", lambda: True), (config.signal, "signal", Mock())):
+        monkeypatch.setattr(place, name, value)
+    monkeypatch.setattr(sys, "excepthook", None)
+    config._end_in_one_line()
+    error = RuntimeError("Failed to evaluate an expression")
+    error.__cause__ = OSError(28, "No space left on device")
+    error.__cause__.__cause__ = RuntimeError("what a worker's traceback was")
+    sys.excepthook(RuntimeError, error, None)
+    assert capsys.readouterr().err.startswith("\nerror: [Errno 28] No space left on device; put that right")
 
 
 def test_a_killed_worker_is_one_line(job):

@@ -1,6 +1,7 @@
 """The ranking of sources and its words, the truth, and what a study says: on made-up scores, nothing is trained."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from medtl_ext.data.classification import ClassificationDataset
 from medtl_ext.data.plan import Grid
 from medtl_ext.dataset_transferability import RankDatasets, RankOwnModel
 from medtl_ext.metrics.features import Samples
+from medtl_ext.ranking import CEILING
 from medtl_ext.source_selection import SelectionStudy
 from medtl_ext.transfer import Card, ClassificationTask, Job, ScoreImages, SegmentationTask, Source, jobs, rank
 from medtl_ext.transfer.scores import Observation
@@ -230,6 +232,33 @@ def test_rankers_that_ignore_the_target_are_there():
     assert {"tags (modality, objective)", "RoI SSIM", "source size", "source's own Dice", "LEEP"} <= set(found)
     assert found["random"].nunique() == 1
     assert found["static"]["s0"] == 1
+
+
+def test_the_noise_ceiling_stands_beside_the_rankers_and_competes_with_none(tmp_path):
+    names, rows, arms = ["a", "b", "c", "scratch"], [], []
+    for target, seed in product(["A-T1-ED", "A-T2-ED"], [0, 1]):
+        folder = tmp_path / target / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "ranking.json").write_text('{"recommendation": null, "tied": ["a"], "default": "a"}')
+        arms.append(({"target": target, "seed": seed}, SimpleNamespace(last=SimpleNamespace(output_dir=folder))))
+        for place, name in enumerate(names):
+            row = {"target": target, "seed": seed, "source": name, "dice": 0.005 * (place == 3) or 0.5 + 0.1 * place}
+            rows.append(row | {"h_score": -place, "logme": place, "same_modality": True, "same_objective": True})
+    asked = {"targets": ["A-T1-ED", "A-T2-ED"], "sources": names[:3], "seeds": [0, 1]}
+    study = SelectionStudy(here=SimpleNamespace(folder=tmp_path), **asked)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("claims", "figures"):  # of shapes, which these sources have none of
+            patch.setattr(study, name, lambda *_: [])
+        patch.setattr(study, "groups", lambda ready: {"none": ready.index})
+        study.report(pd.DataFrame(rows), arms)
+    page = (tmp_path / "study.md").read_text()
+    assert "mean weighted tau of 1.00; ICC 1.00." in page
+    assert "4 of 16 trainings found nothing" in page
+    table = pd.read_csv(tmp_path / "agreement.csv")
+    assert CEILING in set(table["ranker"])
+    (compared,) = re.findall(r"Do the rankers differ.*", page)
+    assert "LogME" in compared
+    assert CEILING not in compared
 
 
 @pytest.fixture

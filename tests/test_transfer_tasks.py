@@ -39,16 +39,18 @@ def test_splits_are_those_of_the_tasks_own_subjects(toy):
 
 
 def test_folds_leave_out_each_labelled_patient_once_and_never_test_one(toy):
-    """A0 and A1, in ``train``, are scans of one patient."""
+    """A0 and A1, in ``train``, are scans of one patient, once that is said."""
     content = json.loads(toy.read_text())
-    for subject in content["subjects"]:
-        subject["patient"] = subject["id"].replace("A1", "A0")
-    toy.write_text(json.dumps(content))
 
     def subjects(split, *fold):
         task = SegmentationTask("A-T2-ED", collection=str(toy), fold=fold)
         return sorted(item["subject"] for item in task.datalist(split))
 
+    assert [len(subjects("val", place, 3)) for place in range(3)] == [1, 1, 1]
+    assert len(subjects("train", 0, 3)) == 2
+    for subject in content["subjects"]:
+        subject["patient"] = subject["id"].replace("A1", "A0")
+    toy.write_text(json.dumps(content))
     held = [subjects("val", place, 2) for place in (0, 1)]
     assert sorted(held) == [["A0", "A1"], ["A2"]]
     assert [subjects("train", place, 2) for place in (0, 1)] == held[::-1]

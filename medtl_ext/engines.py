@@ -8,6 +8,7 @@ from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.inferers import SimpleInferer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["MixedPrecisionInferer", "WeightedTrainer"]
 
@@ -16,7 +17,9 @@ class MixedPrecisionInferer(SimpleInferer):
     """The forward pass of a training on a processor in bfloat16, where it computes in that; its logits are float32.
 
     Twice as many steps a second on processors with AVX-512 BF16 or AMX. Weights, loss and optimizer stay in float32. On
-    other processors, and on a GPU, where the trainer's own ``amp`` decides, it is a `SimpleInferer`.
+    other processors, and on a GPU, where the trainer's own ``amp`` decides, it is a `SimpleInferer`. A 3D convolution
+    over fewer slices than its kernel spans stays in float32: in bfloat16 its weights' gradient reads memory that nobody
+    wrote (PyTorch 2.13, oneDNN; now and then not a number).
 
     Example:
         In a bundle config: ``"inferer": {"_target_": "medtl_ext.engines.MixedPrecisionInferer"}`` of a trainer.
@@ -28,8 +31,21 @@ class MixedPrecisionInferer(SimpleInferer):
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if inputs.device.type != "cpu":
             return super().__call__(inputs, network, *args, **kwargs)
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()), _ThinMapsInFloat32():
             return super().__call__(inputs, network, *args, **kwargs).float()
+
+
+DILATION = {torch.conv3d: 5, torch.conv_transpose3d: 7}  # its place among the arguments
+
+
+class _ThinMapsInFloat32(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in DILATION:
+            dilation = args[DILATION[func]]
+            if args[0].shape[-3] <= dilation[0] * (args[1].shape[-3] - 1):
+                with torch.autocast("cpu", enabled=False):
+                    return func(*(part if part is None else part.float() for part in args[:3]), *args[3:])
+        return func(*args, **(kwargs or {}))
 
 
 @cache

@@ -181,6 +181,25 @@ def test_mixed_precision_rounds_the_forward_pass_and_nothing_else():
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("convolution", [torch.nn.Conv3d, torch.nn.ConvTranspose3d])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_thin_maps_stay_in_float32(convolution, memory_format, monkeypatch):
+    """In bfloat16 the gradient of such a kernel's weights reads memory that nobody wrote."""
+    monkeypatch.setattr("medtl_ext.engines.has_bfloat16", lambda: True)
+    seen = []
+    for slices in (1, 2, 3):
+        network = torch.nn.Sequential(convolution(12, 12, 3, padding=1), torch.nn.Identity()).to(
+            memory_format=memory_format
+        )
+        network[1].register_forward_hook(lambda *parts: seen.append(parts[2].dtype))
+        image = torch.rand(2, 12, slices, 6, 6)
+        unwritten = [torch.full((2**power,), torch.nan) for power in range(8, 20) for _ in range(4)]
+        del unwritten
+        MixedPrecisionInferer()(image, network).square().mean().backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+
+
 class Scripted:
     """In place of an evaluator: validates every epoch with the score it was told."""
 

@@ -283,7 +283,7 @@ def test_the_card_of_somebody_elses_network_comes_along_with_the_advised_weights
 
 
 def test_three_dimensions(options, tmp_path):
-    small = {"roi_size": [32, 32, 16], "network_def#features": [8, 8, 8, 8, 8, 8], "train_slices": None}
+    small = {"roi_size": [32, 32, 16], "network_def#features": [4, 4, 8, 8, 8, 4], "train_slices": None}
     run("scratch", **options | small | {"batch_size": 1, "output_dir": str(tmp_path / "source")})
     run(**options | small | {"source": str(tmp_path / "source" / "model.pt")})
     weight = nib.load(Path(options["output_dir"]) / "weight.nii.gz")

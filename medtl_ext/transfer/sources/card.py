@@ -162,7 +162,8 @@ def channel_order(
 ) -> tuple[list[int | None], list[int]]:
     """Which of the target's channels a network gets, in its order (None: a constant), and those it does not know.
 
-    Channels are matched by name, without case; where none is known by name, as many are matched by position.
+    Channels are matched by name, without case; where none is known by name, as many are matched by position. A grey
+    image is red, green and blue alike.
 
     Raises:
         InputError: a channel is wanted that the target lacks, or all of them.
@@ -173,8 +174,12 @@ def channel_order(
     ([1], [0])
     >>> channel_order(["MRI"], ["T1"], fill=None)
     ([0], [])
+    >>> channel_order(["R", "G", "B"], ["grey"], fill=None)
+    ([0, 0, 0], [])
     """
     names = [channel.casefold() for channel in given]
+    if names == ["grey"] and [one.casefold() for one in wanted or given] == ["r", "g", "b"]:
+        return [0, 0, 0], []
     order = [names.index(one.casefold()) if one.casefold() in names else None for one in wanted or given]
     if all(place is None for place in order) and len(order) == len(given):
         order = list(range(len(given)))

@@ -431,7 +431,8 @@ class CompareMaps(CompareMethods):
             "pixels that have most, 0.05 where it is everywhere the same." + f" {SYNTHETIC}" * self.synthetic,
         ]
         for (pair, slices, risk, split), of in found.groupby(keys, sort=False):
-            parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condensed_in_words(of, self.reference)]
+            parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condenses(of, self.reference)]
+            parts.append(_condensed_in_words(of, self.reference))
         write_text(folder / "condensation.md", page(*parts))
         first, maps = arms[0][0], {}
         for columns, arm in arms:
@@ -465,6 +466,18 @@ def _condensed(of: pd.DataFrame, reference: str) -> pd.DataFrame:
                 row |= {measure + name: compared.mean(), f"{measure}{name}_low": low, f"{measure}{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _condenses(of: pd.DataFrame, reference: str) -> str:
+    """The paper's claim in one sentence: does more of the risk end in the worst pixels than after the reference?"""
+    top, less = of.set_index("network")["top"], of.set_index("network").drop(["before", reference])
+    more = less.index[less[f"top_less_{reference}_low"] > 0]
+    fewer = less.index[less[f"top_less_{reference}_high"] < 0]
+    return (
+        f"The worst 5 % of the pixels hold {top['before']:.3f} of the risk before and {top[reference]:.3f} after "
+        f"{reference}. More than that: {', '.join(more) or 'after no method'}; less: {', '.join(fewer) or 'after none'}"
+        " (95 % intervals over patients)."
+    )
 
 
 def _condensed_in_words(of: pd.DataFrame, reference: str) -> pd.DataFrame:

@@ -493,6 +493,11 @@ def test_where_the_risk_is_before_and_after_each_method(collection, tmp_path, in
     assert row["top_change"] == pytest.approx((patients["after"] - patients["before"]).mean(), abs=1e-5)
     assert row["top_change_low"] <= row["top_change"] <= row["top_change_high"]
     assert found.loc[("weight (eq. 5)", "test", "vanilla"), "top_less_vanilla"] == 0
+    low, high = row[["top_less_vanilla_low", "top_less_vanilla_high"]]
+    more, less = ("risk_map" if low > 0 else "after no method"), ("risk_map" if high < 0 else "after none")
+    text = (folder / "condensation.md").read_text()
+    said = text[text.index("## weight (eq. 5): 14-FLAIR-ED -> 17-T2-ED, 8 slices, test") :]
+    assert f"after vanilla. More than that: {more}; less: {less} (95" in said.partition("|")[0]
 
 
 def test_a_comparison_looks_at_its_targets_before_it_trains(collection, tmp_path, no_training):

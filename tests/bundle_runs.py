@@ -66,9 +66,9 @@ class Bundle:
         workflow.finalize()
         return workflow
 
-    def start(self, files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0) -> subprocess.Popen:
-        """As a user does, from inside the bundle; on several processes by torchrun."""
-        return start(files, options, cwd=self.root, processes=processes)
+    def start(self, files: Sequence[str], options: Mapping[str, Any], **how: int) -> subprocess.Popen:
+        """As a user does, from inside the bundle; see `command`."""
+        return start(files, options, cwd=self.root, **how)
 
     def settings(self, **options: Any) -> dict[str, Any]:
         """The small settings as a study takes them: parts of the network in the network."""
@@ -196,9 +196,17 @@ def card_of_a_unet(folder: Path, dimensions: int, classes: list[str], **network:
     return str(folder / "theirs.json")
 
 
-def command(files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0) -> list[str]:
-    """What a user types; lists and dictionaries as Python writes them, for that is how they are read."""
+def command(
+    files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0, node: int | None = None
+) -> list[str]:
+    """What a user types; lists and dictionaries as Python writes them, for that is how they are read.
+
+    On several processes of one machine, or as one of two machines, by torchrun.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    if node is not None:
+        at = ["--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", "--master_port=29517"]
+        launcher = ["-m", "torch.distributed.run", *at]
     arguments = []
     for name, value in options.items():
         arguments += [f"--{name}", str(value) if isinstance(value, str | list | dict) else json.dumps(value)]
@@ -211,11 +219,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
 
-def start(
-    files: Sequence[str], options: Mapping[str, Any], *, cwd: Path = REPOSITORY, processes: int = 0
-) -> subprocess.Popen:
+def start(files: Sequence[str], options: Mapping[str, Any], *, cwd: Path = REPOSITORY, **how: int) -> subprocess.Popen:
     return subprocess.Popen(
-        command(files, options, processes=processes),
+        command(files, options, **how),
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -774,7 +774,8 @@ def test_two_processes_give_what_one_gives(collection, tmp_path):
 
     files = ["configs/train.json", "configs/evaluate.json", "configs/multi_gpu_evaluate.json"]
     again = options | {"output_dir": str(tmp_path / "again"), "ckpt": str(network)}
-    finish(RISK_MAP.start(files, again, processes=2))
+    for process in [RISK_MAP.start(files, again, node=node) for node in (0, 1)]:  # two machines of one process each
+        finish(process)
     trained = table(tmp_path / "two")
     expected = trained[trained.split == "test"].reset_index(drop=True)
     pd.testing.assert_frame_equal(table(tmp_path / "again"), expected, atol=1e-5)

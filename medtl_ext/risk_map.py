@@ -317,8 +317,7 @@ class CompareMethods(Study):
             dice = patients.groupby(["slices", "pair", "method"], sort=False)["dice"].mean().reset_index()
             write_matrix(dice, self.here.folder, reference=self.reference, synthetic=self.synthetic)
             parts = table["pair"].str.rpartition(TO)
-            seeds = table["source_seed"].astype("Int64").astype("string")
-            table = table.assign(pair=parts[2], source_seed=(parts[0] + " (" + seeds + ")").astype(object))
+            table = table.assign(pair=parts[2], source=parts[0].where(parts[0] != "").astype(object))
         compare_report(table, self.here.folder, reference=self.reference, synthetic=self.synthetic)
 
 

@@ -288,6 +288,23 @@ def test_all_pairs_pool_the_patients_and_one_of_two_pairs_counts_once(compared, 
     assert report(shared)[0].loc[ALL_PAIRS, "patients"].tolist() == [8] * 4
 
 
+def test_sources_of_a_target_are_trainings_and_of_all_targets_a_mean(compared, report):
+    """As in a matrix: each target is a source of the other too, so no training belongs to the patients of all."""
+    others = {"A": "B", "B": "A"}
+    rows = [compared.assign(source=source) for source in ("C", compared["pair"].map(others))]
+    rows[1]["dice"] += 0.02 * rows[1]["method"].eq("risk_map")
+    rows = pd.concat(rows, ignore_index=True)
+    scratch = rows["method"].eq("scratch")
+    rows = rows[~scratch | rows["source"].eq("C")].assign(source=lambda all: all["source"].mask(scratch))
+    table, page = report(rows)
+    assert "source checkpoints 0, 1 of 3 sources" in page
+    assert table.loc[("A", "risk_map"), ["runs", "runs_matched"]].tolist() == [8, 8]
+    assert table.loc[("A", "scratch"), "runs_matched"] == 2
+    pooled = table.loc[(ALL_PAIRS, "risk_map")]
+    assert pooled[["patients", "runs", "runs_matched"]].tolist() == [16, 4, 4]
+    assert pooled["difference"] == pytest.approx(table.loc[[("A", "risk_map"), ("B", "risk_map")], "difference"].mean())
+
+
 BETTER = "better than vanilla (corrected p < .05): risk_map (+0.0"
 FOUND = [f"all pairs, 50 slices: {BETTER}", "All data are synthetic"]
 FOUND += ["risk_map against the controls that never saw the source: prior_image", "seeds 0, 1; source checkpoints 0, 1"]

@@ -22,10 +22,10 @@ from medtl_ext._validation import InputError
 from medtl_ext.ranking import MINIMUM_PATIENTS, PairedComparison, Verdict, audit_verdict, holm, paired_comparison
 from medtl_ext.visualize import SPLIT_NAMES, method_group, plot_audit, plot_comparison, save_figure
 
-RUN_COLUMNS = ["pair", "slices", "split", "method", "source_seed", "seed"]
+RUN_COLUMNS = ["pair", "slices", "split", "method", "source", "source_seed", "seed"]
 """What tells one run from another; a table need not have all of them."""
 ALL_PAIRS = "all pairs"
-RUN = ["source_seed", "seed"]
+RUN = ["source", "source_seed", "seed"]
 """What tells one training of a method from another."""
 ALSO = ["hd95_mm", "lesion_recall"]
 """Shown beside Dice, where a table has them."""
@@ -163,11 +163,12 @@ def compare_report(
     A method is a sample of trainings: what is said of a difference holds for further patients and further trainings. Of
     runs with the same seed and source checkpoint (or the one of the two that both methods depend on) those of one
     method are paired with those of the other. Where several pairs share a slice number, a further table
-    "all pairs" averages each patient over its pairs, which gives the test more patients. Writes ``comparison.csv``,
-    ``comparison.md`` and ``comparison.png``.
+    "all pairs" averages each patient over its pairs and sources, which gives the test more patients. Writes
+    ``comparison.csv``, ``comparison.md`` and ``comparison.png``.
 
     Args:
-        rows: as for `patient_table`, with ``pair, slices, source_seed``. A method that does not depend on the source
+        rows: as for `patient_table`, with ``pair, slices, source_seed``, and ``source`` where a pair is a target with
+            several sources, each a training of its own. A method that does not depend on the source
             (scratch) or on the seed (zero_shot) has NaN there and each result once, so that repeats are not counted.
         output_dir: folder to write to.
         reference: the method all others are compared with.
@@ -257,20 +258,21 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 Scores = dict[str, pd.DataFrame]
-"""Method -> Dice, a row per subject and a column per training: its ``source_seed`` and ``seed``, ANY where neither."""
+"""Method -> Dice, a row per subject and a column per training: what of `RUN` it depends on, ANY where it does not."""
 ANY = -1
 
 
 def _scores(patients: pd.DataFrame) -> Scores:
     """Of the patients of one split, pair and slice number."""
-    keyed = patients.fillna(dict.fromkeys(RUN, ANY))
+    run = [key for key in RUN if key in patients]
+    keyed = patients.assign(**{key: patients[key].astype(object).fillna(ANY) for key in run})
     by_method = keyed.groupby("method", sort=False)
-    return {method: of.pivot_table("dice", "subject", RUN, sort=False) for method, of in by_method}
+    return {method: of.pivot_table("dice", "subject", run, sort=False) for method, of in by_method}
 
 
 def _paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[PairedComparison, pd.Series]:
     """Two methods, training by training as far as both depend on seed and source; and the gap of each of these."""
-    keys = [key for key in RUN if not any(ANY in of.columns.unique(key) for of in (a, b))]
+    keys = [key for key in a.columns.names if not any(ANY in of.columns.unique(key) for of in (a, b))]
     if keys:
         a, b = (of.T.groupby(keys, sort=False).mean().T for of in (a, b))
         if len(shared := a.columns.intersection(b.columns)):
@@ -283,7 +285,7 @@ def _paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[PairedComparison, pd.Seri
 
 def _trainings(patients: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     """Of the patients of one split: method -> subject -> Dice of each run, those of a seed at the same place."""
-    runs = patients.sort_values([name for name in ("source_seed", "seed") if name in patients], kind="stable")
+    runs = patients.sort_values([name for name in RUN if name in patients], kind="stable")
     found = runs.groupby(["method", "subject"])["dice"].agg(list)
     order = patients["method"].unique()
     return {method: found[method].to_dict() for method in order}
@@ -319,7 +321,7 @@ def _check(verdict: Verdict, test: pd.DataFrame) -> str:
 
 
 def _with_all_pairs(patients: pd.DataFrame) -> pd.DataFrame:
-    """Add, where several pairs share a slice number, each patient's mean over its pairs as one more pair."""
+    """Add, where several pairs share a slice number, a patient's mean over pairs and their sources as one more."""
     shared = patients.groupby("slices")["pair"].nunique().loc[lambda count: count > 1].index
     keys = ["slices", "split", "method", "source_seed", "seed", "subject"]
     pooled = patients[patients["slices"].isin(shared)].groupby(keys, sort=False, dropna=False, as_index=False)
@@ -395,10 +397,11 @@ def _scratch(scores: Scores) -> list[str]:
 
 def _caption(rows: pd.DataFrame, patients: pd.DataFrame, synthetic: bool) -> str:
     seeds, sources = (_listed(sorted(patients[k].dropna().convert_dtypes().unique())) for k in ("seed", "source_seed"))
+    of_each = f" of {patients['source'].nunique()} sources" if "source" in patients else ""
     sentences = [
         f"Dice averaged over classes and test patients: mean ± standard deviation over runs (seeds {seeds}; source "
-        f"checkpoints {sources}). Difference: paired over {patients['subject'].nunique()} patients in all and over the "
-        "runs, with its 95 % t interval and p, Holm-corrected within a table: about further patients and trainings, "
+        f"checkpoints {sources}{of_each}). Difference: paired over {patients['subject'].nunique()} patients in all and "
+        "over the runs, with its 95 % t interval and p, Holm-corrected within a table: about further patients and trainings, "
         "or, of a single run, about further patients for these networks. Controls weight pixels without having seen "
         "the source.",
         _empty_sentence(rows),

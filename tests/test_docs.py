@@ -1,20 +1,23 @@
 """The documentation: links lead somewhere, the drop-in examples do what their page says, and the site builds."""
 
+import html
 import json
 import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
+from PIL import Image
 
 import medtl_ext
-from medtl_ext import InputError
+from medtl_ext import InputError, visualize
 from medtl_ext.losses import RiskWeightedLoss, risk_map
 from medtl_ext.metrics import compute_h_score, compute_leep, compute_leep_image_maps
 
@@ -200,7 +203,52 @@ def test_every_file_that_a_run_writes_is_on_the_page_of_outputs():
     assert not missing, f"docs/outputs.md says nothing of {', '.join(missing)}"
 
 
+# The gallery
+
+GALLERY = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "gallery.md").read_text(), re.DOTALL)
+
+
+def picture_of(code: str) -> Path:
+    return Path(re.search(r'"(docs/images/gallery/\S+)"', code)[1])
+
+
+def test_the_gallery_has_every_figure():
+    drawn = set(re.findall(r"\bplot_\w+", "".join(GALLERY)))
+    assert drawn == {name for name in dir(visualize) if name.startswith("plot_")}
+
+
+@pytest.mark.parametrize("code", GALLERY, ids=lambda code: picture_of(code).stem)
+def test_the_code_of_the_gallery_draws_its_pictures(code, tmp_path, monkeypatch):
+    picture = picture_of(code)
+    (tmp_path / picture).parent.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    drawn, kept = (Image.open(folder / picture).convert("L").resize((64, 64)) for folder in (tmp_path, REPOSITORY))
+    assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(kept, dtype=float)).mean() < 4  # of 255: fonts may differ
+
+
 # The site
+
+
+def broken_links(site: Path) -> set[str]:
+    """Links and pictures of built pages that lead to no file of the site, or to no place in it."""
+    pages = {page: page.read_text() for page in site.resolve().rglob("*.html")}
+    places = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in pages.items()}
+    broken = set()
+    for page, text in pages.items():
+        for link in set(re.findall(r'\b(?:href|src)="([^"]+)"', text)):
+            if not re.match(r"[a-z]+:", link):
+                file, _, place = unquote(html.unescape(link)).partition("#")
+                there = (page.parent / file.partition("?")[0]).resolve() if file else page
+                if not there.is_file() or (place and place not in places.get(there, ())):
+                    broken.add(f"{page.relative_to(site.resolve())}: {link}")
+    return broken
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "a.html").write_text('<a href="b.html#here">b</a><a href="b.html#there">b</a><img src="c.png">')
+    (tmp_path / "b.html").write_text('<p id="here"></p><a href="https://example.org/c">c</a><a href="#here">here</a>')
+    assert broken_links(tmp_path) == {"a.html: b.html#there", "a.html: c.png"}
 
 
 @pytest.mark.slow
@@ -217,3 +265,4 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "N x Z x *spatial" in (reference / "medtl_ext.metrics.leep.html").read_text()
     link = 'href="medtl_ext.metrics.leep.html#medtl_ext.metrics.leep.LEEPMap"'  # a name as it is imported
     assert link in (reference / "medtl_ext.losses.html").read_text()
+    assert not broken_links(tmp_path / "html")

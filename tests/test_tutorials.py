@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((REPOSITORY / "tutorials").glob("*.ipynb"))
 FEWEST_IMAGES = 7
+FOR_THE_READER = {"live", "answer"}  # sliders, and answers of exercises: stored without outputs, for the reader to run
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|opt|usr|var|mnt|Users|private)/")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -51,7 +52,21 @@ def test_a_committed_notebook_is_small_and_has_its_outputs(path):
     assert not outputs(notebook, "error")
     assert len(images(notebook)) >= FEWEST_IMAGES
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "not run from top to bottom"
+    counts = [cell.execution_count for cell in code if not FOR_THE_READER & {*cell.metadata.get("tags", ())}]
+    assert counts == list(range(1, len(counts) + 1)), "not run from top to bottom"
+
+
+@each_notebook
+def test_a_notebook_teaches(path):
+    """Goals first, predictions before results, a slider, and at the end an exercise whose answer is folded away."""
+    cells = nbformat.read(path, as_version=4).cells
+    assert "**What you will be able to do**" in cells[0].source
+    assert sum("**Predict first.**" in cell.source for cell in cells) >= 2
+    assert any("interact(" in cell.source and "except ImportError" in cell.source for cell in cells)
+    *_, exercise, answer = cells
+    assert exercise.source.startswith("## Exercise\n")
+    assert answer.metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
+    assert not answer.outputs
 
 
 @each_notebook

@@ -222,9 +222,9 @@ def cluster_representatives(
     Args:
         graph: of `task_graph`: ``size`` at its nodes, ``weight`` at its edges.
         clusters: of `girvan_newman_clusters`.
-        rule: "size" takes the task with most samples, of several the one with least mean cost to the tasks of its
-            cluster it is joined to, of several the first by name; "weighted_centroid", as SeqTran's code does, the task
-            with least mean cost to the others of its cluster, weighted by their sizes, then the first by name.
+        rule: "size" takes the task with most samples. Of equals it takes the one with least mean cost to the tasks of
+            its cluster that it is joined to, then the first by name. "weighted_centroid", as in SeqTran's code, takes
+            the task with least mean cost to the others of its cluster, weighted by their sizes, then the first by name.
 
     Raises:
         InputError: an unknown rule, an empty cluster, or a task that is not in the graph, in two clusters, or without

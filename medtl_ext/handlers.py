@@ -51,10 +51,10 @@ logger = logging.getLogger(__name__)
 class WeightMap:
     """Weigh the loss by a map that is computed when training starts, from the frozen source or from the labels.
 
-    At `Events.STARTED` an evaluator passes once over the target's training images with the frozen source network, its
-    metric (such as `medtl_ext.metrics.LEEPMap`) gives the transferability of each pixel, and ``to_weight`` turns that
-    into weights (such as `medtl_ext.losses.risk_map`). One map for all images becomes a buffer of the loss; one map per
-    image becomes the key ``weight`` of the dataset, so that it follows its image through flips and rotations.
+    At `Events.STARTED` an evaluator passes once over the target's training images with the frozen source network. Its
+    metric (such as `medtl_ext.metrics.LEEPMap`) gives the transferability of each pixel. ``to_weight`` (such as
+    `medtl_ext.losses.risk_map`) turns that into weights. One map for all images becomes a buffer of the loss. One map
+    per image becomes the key ``weight`` of the dataset, so that it follows its image through flips and rotations.
     At `Events.COMPLETED` the same pass with the fine-tuned network shows what training changed (RiskMap, Fig. 2).
 
     In a distributed run every process makes the whole pass, and so holds the same map without sending it around.

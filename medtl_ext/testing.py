@@ -34,11 +34,11 @@ SIZE = 48
 def check_metric(metric: type[TransferMetric], **options: Any) -> None:
     """Raise an AssertionError that says which promise of a transferability metric is broken, and how.
 
-    What is checked: any division into batches, merged in any order, gives the one-shot value to 1e-9; so do another
-    order of the samples, other names of the classes, a gap in the labels, a copy through pickle and an Ignite engine;
-    lower precision and CUDA (where there is one) come close; bad input is refused with a ValueError that leaves the
-    metric as it was; degenerate input gives finite values, one class alone with a warning; inputs are left unchanged;
-    the docstrings say what they should.
+    Any division into batches, merged in any order, must give the one-shot value to 1e-9. So must another order of the
+    samples, other names of the classes, a gap in the labels, a copy through pickle and an Ignite engine. Lower
+    precision and CUDA (where there is one) must come close. Bad input is refused with a ValueError that leaves the
+    metric as it was. Degenerate input gives finite values; one class alone also gives a warning. Inputs are left
+    unchanged. The docstrings say what they should.
 
     Args:
         metric: the class.

@@ -30,11 +30,11 @@ def pairwise_wasserstein(
     """Wasserstein distance between the principal component scores of every image of one set and of another.
 
     Each volume is resized to ``size`` voxels a side and read as a matrix of size * size rows and size columns, the last
-    axis. The scores of the rows on the leading components are pooled into one distribution, and the distance between
-    two such distributions is the result; or, ``multivariate``, each row is a point with a coordinate per component, and
-    the distance is that of optimal transport between two clouds of points. Everything that an image needs for that is
-    done once per image: where the same images come up in several calls, keep their `image_quantiles` and compare these
-    by `quantile_distance`.
+    axis. The scores of the rows on the leading components are pooled into one distribution. The result is the distance
+    between two such distributions. With ``multivariate``, each row is a point with a coordinate per component, and the
+    distance is that of optimal transport between two clouds of points. Everything that an image needs for that is done
+    once per image. Where the same images come up in several calls, keep their `image_quantiles` and compare these by
+    `quantile_distance`.
 
     Args:
         images_a: Na images, 2D or 3D, each of any size, read one at a time.
@@ -94,9 +94,9 @@ def image_quantiles(
     Returns:
         N x 16384, float64: row i holds the mean of each successive 16,384th of the sorted scores of image i. They
         average to 0. With ``multivariate`` (N x Q, Q at most 16384) those parts are shared by ``size`` directions at
-        right angles, drawn once for all images, along each of which the points are projected. The distance of
-        projections, in the mean over directions, is scaled so that it is exact for images of one component; of more it
-        is below the exact one, but for the drawing of directions, and equals it where all mass moves along rays.
+        right angles, drawn once for all images; the points are projected along each. The distance of projections is
+        averaged over directions, and scaled so that it is exact for images of one component. With more components it is
+        below the exact one, apart from the drawing of directions. It equals it where all mass moves along rays.
 
     Raises:
         InputError: a ValueError that names the argument and what is wrong with it.

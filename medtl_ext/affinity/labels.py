@@ -46,8 +46,8 @@ def pairwise_ssim(
         {(\mu_a^2 + \mu_b^2 + k_1^2)(\sigma_a^2 + \sigma_b^2 + k_2^2)}
 
     over whole volumes (the global form), or in a window around every voxel and then averaged. For labels of 0 and 1
-    means and variances follow from the number of labelled voxels, and covariances from the number labelled in both,
-    which for all pairs is one matrix product: exact counts, however large the volumes are.
+    means and variances follow from the number of labelled voxels, covariances from the number labelled in both. For all
+    pairs that is one matrix product. Counts are exact, however large the volumes are.
 
     Args:
         labels_a: Na label volumes of 0 and 1, 2D or 3D.
@@ -62,10 +62,10 @@ def pairwise_ssim(
     Returns:
         Na x Nb, float64, > -1, higher is more alike; 1 for two empty volumes. With k1 = k2 = 0.3 labels that fill
         little of their volume are all alike, wherever they lie: lesion maps of 0.02 % and of 0.7 % of the voxels have
-        0.93. In the global form the similarity v of a volume with itself is not 1 but
-        ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, s being its variance, so 1 <= v <= 1 + 1 / (N - 1), because
-        SeqTran's code divides variances by the number of voxels N and covariances by N - 1. With windows it is 1. The
-        same pair gives the same value in either order.
+        0.93. SeqTran's code divides variances by the number of voxels N, but covariances by N - 1. So in the global
+        form the similarity v of a volume with itself is not 1 but ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, where s
+        is its variance: 1 <= v <= 1 + 1 / (N - 1). With windows it is 1. The same pair gives the same value in either
+        order.
 
         Memory: one byte per voxel of every volume, and nothing beyond the input where that is uint8 or bool.
 

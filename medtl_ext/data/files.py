@@ -285,9 +285,9 @@ def _require_one_series(folder: str) -> None:
 def find_images(where: str, channels: Sequence[str]) -> list[dict[str, Any]]:
     """The patients in a folder, or the one that a file is of: ``name`` and ``image``, as a datalist has it.
 
-    Of several channels each file ends in one (``p1_T1.nii.gz``, or nnU-Net's ``p1_0000.nii.gz``), or holds them all, as
-    a colour photograph does; or each patient has a folder, whose files are called, or end in, the channels. A folder of
-    ``.dcm`` files is one image.
+    With several channels, each file's name ends in one (``p1_T1.nii.gz``, or nnU-Net's ``p1_0000.nii.gz``), or a file
+    holds them all, as a colour photograph does. Or each patient has a folder, whose files are named after the channels,
+    or end in them. A folder of ``.dcm`` files is one image.
 
     Raises:
         InputError: nothing there can be read, a patient lacks a channel, or two would have one name.

@@ -11,9 +11,9 @@ from medtl_ext._validation import InputError
 def compute_segmentation_scores(segmentation: ArrayLike, truth: ArrayLike, affine: ArrayLike) -> dict[str, float]:
     """Distances of the surfaces, connected parts found, and volumes, of one class of one patient.
 
-    The rule for what is empty, which Dice and IoU follow too (MONAI's ``ignore_empty=False``): where truth and
-    segmentation are both empty every score is the best there is (1; distances 0), where one of them is, the worst
-    (0; distances the diagonal of the image).
+    One rule holds for what is empty; Dice and IoU follow it too (MONAI's ``ignore_empty=False``). If truth and
+    segmentation are both empty, every score is the best there is (1; distances 0). If one of them is empty, every score
+    is the worst (0; distances the diagonal of the image).
 
     Args:
         segmentation, truth: where the class is, *spatial; axes of one voxel have no surface and count for volume only.

@@ -224,11 +224,11 @@ def audit_verdict(
 ) -> Verdict:
     """Say which arm of a transfer audit to use, if the patients can tell.
 
-    The arm with the highest mean is recommended when, against **every** other arm, the Holm-adjusted paired t test is
-    below .05, it is ahead in at least 95 % of the bootstraps, and its mean is ahead by at least ``margin``.
-    Otherwise the arms that fail one of the three are tied with it, there is no evidence to prefer, and the best guess
-    is the highest mean, or the cheapest arm within ``margin`` of it (zero_shot, then scratch, then the others in the
-    order given). With fewer than four patients there is only that guess, and the text says how weak it is.
+    The arm with the highest mean is recommended if three things hold against **every** other arm: the Holm-adjusted
+    paired t test is below .05, it is ahead in at least 95 % of the bootstraps, and its mean is ahead by at least
+    ``margin``. An arm against which one of them fails is tied with it. Then there is no evidence to prefer. The best
+    guess is the highest mean, or the cheapest arm within ``margin`` of it (zero_shot, then scratch, then the others in
+    the order given). With fewer than four patients there is only that guess, and the text says how weak it is.
     The winner has to beat all others, so choosing the best of several does not inflate the error: with 6 patients a
     wrong preference comes up in under 1 % of audits of four equal arms, and in 5 % when two arms tie at the top.
 

@@ -161,11 +161,11 @@ def find_sources(
     """The sources that a list means.
 
     Args:
-        entries: each a task or dataset, on which a network is trained here; the path of a card, of weights with a card
-            beside them or of the bundle's own network, of a MONAI bundle, of an nnU-Net folder, or of a folder of
-            these; or a mapping of a card's keys, with ``task`` (what it was trained on, or will be) or ``card`` (a path
-            as above, over which the other keys are laid). For classification a list of datasets, also as ``task``, is
-            one source, trained on all of them but the target.
+        entries: each is one of three. A task or dataset: a network is trained on it here. A path: of a card, of weights
+            (with a card beside them, or of the bundle's own network), of a MONAI bundle, of an nnU-Net folder, or of a
+            folder of these. A mapping of a card's keys, with ``task`` (what it was trained on, or will be) or ``card``
+            (a path as above, over which the other keys are laid). For classification a list of datasets, also as
+            ``task``, is one source, trained on all of them but the target.
         target: which is never ranked as its own source.
         collection: where source tasks are described; None: the phantom.
         trust: run what is code in a source: expressions, programs, Python files.
@@ -431,8 +431,8 @@ def source_transforms(
 ) -> list[Callable]:
     """The deterministic transforms of a source that brings its own network, on a target's files.
 
-    Loading and the choice of labels are the bundle's; channels are put into the source's order, those that it does not
-    know last; then come the transforms of its card, or else the bundle's.
+    The bundle loads the files and chooses the labels. Channels are put into the source's order; those that it does not
+    know come last. Then come the transforms of its card, or else the bundle's.
 
     Args:
         card: of the source.

@@ -9,6 +9,7 @@ release = importlib.metadata.version("medtl")
 extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 html_theme = "alabaster"
 html_theme_options = {"page_width": "1100px", "sidebar_width": "280px"}
+html_static_path = html_css_files = ["site.css"]
 
 # The source folder is the repository, so that links between pages work here as they do on a code host.
 root_doc = "docs/index"

@@ -388,8 +388,8 @@ def concentration(risk: torch.Tensor) -> dict[str, float]:
         risk: values of 0 or more, of any shape; NaN is left out.
 
     Returns:
-        ``mean``. ``entropy`` of the pixels' shares, as a part of its maximum: 1 where all have the same risk, 0 where
-        one pixel has all. ``top``, the share of the 5 % of pixels that have most: 0.05 where all have the same.
+        ``mean``; ``entropy`` of the pixels' shares as a part of its maximum, 1 where all have the same risk, 0 where
+        one pixel has all; ``top``, the share of the 5 % of pixels that have most, 0.05 where all have the same.
 
     >>> {name: round(value, 3) for name, value in concentration(torch.tensor([0.5] * 2 + [0.0] * 38)).items()}
     {'mean': 0.025, 'entropy': 0.188, 'top': 1.0}

@@ -255,7 +255,7 @@ def of_arms(**arms):
         ),
         (partial(of_arms, full=[[0.5, 0.6], [0.5]], scratch=[0.5, 1]), "full has patients with 1 and 2 trainings"),
         (partial(of_arms, full=[np.nan, 1], scratch=[0.5, 1]), "scores of full must be finite"),
-        (partial(of_arms, full=[], scratch=[]), "scores of full must be finite numbers, .* at least one"),
+        (partial(of_arms, full=[], scratch=[]), "scores of full must be finite numbers, .* at least one; found none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(ask, message):

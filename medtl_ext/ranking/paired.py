@@ -299,7 +299,8 @@ def audit_verdict(
 def _finite_vector(name: str, values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
-        raise InputError(f"{name} must be finite numbers, one per patient and at least one; found {values.tolist()}.")
+        found = listed(np.ravel(values[~np.isfinite(values)] if values.ndim == 1 else values).tolist(), 5) or "none"
+        raise InputError(f"{name} must be finite numbers, one per patient and at least one; found {found}.")
     return values
 
 

@@ -402,8 +402,8 @@ def _caption(rows: pd.DataFrame, patients: pd.DataFrame, synthetic: bool) -> str
         f"Dice averaged over classes and test patients: mean ± standard deviation over runs (seeds {seeds}; source "
         f"checkpoints {sources}{of_each}). Difference: paired over {patients['subject'].nunique()} patients in all and "
         "over the runs, with its 95 % t interval and p, Holm-corrected within a table: about further patients and "
-        "trainings, or, of a single run, about further patients for these networks. Controls weight pixels without having seen "
-        "the source.",
+        "trainings, or, of a single run, about further patients for these networks. Controls weight pixels without "
+        "having seen the source.",
         _empty_sentence(rows),
         "All data are synthetic (brain phantom)." if synthetic else "",
     ]

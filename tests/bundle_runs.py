@@ -5,12 +5,12 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pandas as pd
@@ -66,7 +66,7 @@ class Bundle:
         workflow.finalize()
         return workflow
 
-    def start(self, files: Sequence[str], options: Mapping[str, Any], **how: int) -> subprocess.Popen:
+    def start(self, files: Sequence[str], options: Mapping[str, Any], **how: int) -> Popen:
         """As a user does, from inside the bundle; see `command`."""
         return start(files, options, cwd=self.root, **how)
 
@@ -219,26 +219,26 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
 
-def start(files: Sequence[str], options: Mapping[str, Any], *, cwd: Path = REPOSITORY, **how: int) -> subprocess.Popen:
-    return subprocess.Popen(
+def start(files: Sequence[str], options: Mapping[str, Any], *, cwd: Path = REPOSITORY, **how: int) -> Popen:
+    return Popen(
         command(files, options, **how),
         cwd=cwd,
         env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=PIPE,
+        stderr=PIPE,
         text=True,
         start_new_session=True,  # the workers of its jobs can be killed with it
     )
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: Popen) -> str:
     """Wait for success; what was printed."""
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors[-3000:]
     return output
 
 
-def kill_once_there(process: subprocess.Popen, pattern: str | Path, *, seconds: float = 300) -> None:
+def kill_once_there(process: Popen, pattern: str | Path, *, seconds: float = 300) -> None:
     """Kill it and its workers as soon as a file of this pattern is there, which must be before it ends.
 
     By the module ``glob``, which passes over a temporary folder that goes while it looks; ``Path.glob`` raises.

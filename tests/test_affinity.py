@@ -7,6 +7,7 @@ import ot
 import pytest
 import torch
 from drawing import numpy_generator
+from metric_cases import DEVICES
 from monai.data import MetaTensor
 from scipy import optimize, stats
 from scipy.ndimage import binary_erosion
@@ -33,8 +34,6 @@ from medtl_ext.affinity import (
     task_affinity,
     task_context,
 )
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
 @pytest.fixture
@@ -82,13 +81,11 @@ def head(rng, shape=(24, 26, 20), lesion=3.0, level=200.0, bright=150.0, n=3, of
 
 
 class TestReferenceVectors:
-    @pytest.mark.parametrize(
-        ("name", "options"), [("ssim_K0.3", {}), ("ssim_skimage_win7", {"k1": 0.01, "k2": 0.03, "window": 7})]
-    )
-    def test_ssim(self, vectors, name, options):
+    @pytest.mark.parametrize(("name", "how"), [("K0.3", {}), ("skimage_win7", {"k1": 0.01, "k2": 0.03, "window": 7})])
+    def test_ssim(self, vectors, name, how):
         data = vectors("seqtran")
         labels = [data[f"lab{i}"] for i in range(5)]
-        np.testing.assert_allclose(pairwise_ssim(labels, labels, **options), data[name], rtol=0, atol=1e-13)
+        np.testing.assert_allclose(pairwise_ssim(labels, labels, **how), data[f"ssim_{name}"], rtol=0, atol=1e-13)
 
     def test_wasserstein(self, vectors):
         data = vectors("seqtran")

@@ -92,12 +92,7 @@ def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
 @pytest.mark.parametrize(
     ("bundle", "known", "counted", "said"),
     [
-        (
-            SOURCE_SELECTION,
-            ["ssim", "roi_dice", "roi_shape", "own_dice", "size"],
-            {"patients": 4},
-            "no score can judge",
-        ),
+        (SOURCE_SELECTION, ["ssim", "roi_dice", "roi_shape", "own_dice", "size"], {"patients": 4}, "score can judge"),
         (DATASETS, ["own_auc", "images"], {"units": 4, "patients_known": True}, "The paper's LP x FU would pick"),
     ],
     ids=name_of,
@@ -138,9 +133,8 @@ def test_inner_runs_and_other_ranks_leave_no_curves(quiet, options):
     assert quiet["figures"] or not (Path(options["output_dir"]) / "report.html").exists()
 
 
-SCORED = pytest.mark.parametrize(
-    ("bundle", "score"), list(zip(RUN_HERE, ("dice", "dice", "auc"), strict=True)), ids=name_of
-)
+EACH = [*zip(RUN_HERE, ("dice", "dice", "auc"), strict=True)]
+SCORED = pytest.mark.parametrize(("bundle", "score"), EACH, ids=name_of)
 FOUR_EPOCHS = {"epochs": 4, "val_interval": 2, "iterations_per_epoch": 2, "progress": True}
 STEPS = list(range(1, 9))
 
@@ -291,11 +285,7 @@ WRONG = [
     (SOURCE_SELECTION, {"sources": ["14-T2-EDD"]}, "did you mean 'ED'"),
     (SOURCE_SELECTION, {"target_task": "17-T3-ED"}, "modality 'T3' is unknown"),
     (SOURCE_SELECTION, {"collection": "nowhere.json"}, "does not exist"),
-    (
-        SOURCE_SELECTION,
-        {"source": SOURCE_SELECTION.tiny["sources"]},
-        "is a list; only datasets of classification are pooled",
-    ),
+    (SOURCE_SELECTION, {"source": SOURCE_SELECTION.tiny["sources"]}, "only datasets of classification are pooled"),
     (DATASETS, {"metrics": ["leap"]}, "did you mean 'leep'"),
     (DATASETS, {"metrics": ["leep"], "decide_by": "logme"}, "which is not in metrics"),
     (DATASETS, {"sources": ["14-T2-tumor"]}, "did you mean 'tumour'"),
@@ -489,15 +479,8 @@ def test_blocks_that_several_bundles_hold_are_equal():
     classes |= {"train#handlers#order"}
     classes |= {"score#evaluator#amp"}  # FU needs gradients in full
     classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
-    inference = {
-        "dataloader#batch_size",
-        "dataset_dir",
-        "network_def#spatial_dims",
-        "network_def#_target_",
-        "imports",
-        "run",
-    }
-    inference |= {"handlers#order", "handlers#ProgressBar#desc", "in_channels"}
+    inference = {"dataloader#batch_size", "dataset_dir", "network_def#spatial_dims", "network_def#_target_"}
+    inference |= {"imports", "run", "handlers#order", "handlers#ProgressBar#desc", "in_channels"}
     inference |= {"postprocessing#transforms#order", "network#network"}
     of_classification = {"train": images | classes | {"val_interval"}, "inference": inference}
     segmentation = [bundle for bundle in ALL if bundle.name != DATASETS.name]

@@ -24,11 +24,8 @@ def test_it_lists_every_bundle_with_its_question_and_command(capsys):
 @pytest.mark.parametrize("bundle", ALL, ids=str)
 def test_options_are_those_of_the_config(bundle):
     """A row of the README's table that no config knows, or whose default is another, would mislead."""
-    found, configs = (
-        list(options(bundle.root)),
-        [json.loads(path.read_text()) for path in bundle.configs.glob("*.json")],
-    )
-    known = set().union(*configs)
+    found = list(options(bundle.root))
+    known = set().union(*(json.loads(path.read_text()) for path in bundle.configs.glob("*.json")))
     names = [name.strip("-, ") for row, _ in found for name in row.split("  (default")[0].split()]
     assert len(names) > 15
     assert [name for name in names if name.split("#")[0] not in known] == []

@@ -255,15 +255,13 @@ def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.mark.parametrize(
-    "task", ["17-T1-tumour", "17-T2-enhancing", "17-FLAIR-load", "17-T1CE-level", "17-ALL-modality"]
-)
-def test_a_task_of_the_phantom(phantom, task, monkeypatch):
+@pytest.mark.parametrize("name", ["T1-tumour", "T2-enhancing", "FLAIR-load", "T1CE-level", "ALL-modality"])
+def test_a_task_of_the_phantom(phantom, name, monkeypatch):
     load = tasks.OBJECTIVES["load"]  # two training patients have no large one
     monkeypatch.setitem(tasks.OBJECTIVES, "load", load._replace(classes_of=partial(load.classes_of, large=100)))
-    data = load_medmnist(phantom_classification(task, collection=phantom))
+    data = load_medmnist(phantom_classification(f"17-{name}", collection=phantom))
     assert data.synthetic
-    assert data.class_names == tasks.OBJECTIVES[task.split("-")[-1]].class_names
+    assert data.class_names == tasks.OBJECTIVES[name.split("-")[-1]].class_names
     assert data.images.dtype == np.uint8
     assert data.images.shape[1:] == (96, 96)
     by_split = [{item["subject"] for item in data.datalist(split)} for split in SPLITS]

@@ -334,14 +334,11 @@ class TestFindingImages:
 
     @pytest.mark.parametrize(
         ("names", "message"),
-        [
-            (("p1_T1.nii.gz",), "p1 has no file of FLAIR beside"),
-            (("p1_T1.nii.gz", "p1_T1.nii", "p1_FLAIR.nii"), "two T1 of p1"),
-        ],
+        [("p1_T1.nii.gz", "p1 has no file of FLAIR beside"), ("p1_T1.nii.gz p1_T1.nii p1_FLAIR.nii", "two T1 of p1")],
     )
     def test_refused(self, folder, names, message):
         with pytest.raises(InputError, match=message):
-            find_images(str(folder(*names)), ("T1", "FLAIR"))
+            find_images(str(folder(*names.split())), ("T1", "FLAIR"))
 
     def test_nothing_there(self, tmp_path):
         for where in (tmp_path, tmp_path / "nowhere"):
@@ -410,14 +407,10 @@ def test_a_mask_of_colours_is_declared_by_them(tmp_path):
     mask[:2], mask[2:4] = (255, 0, 0), (0, 255, 0)
     picture(tmp_path / "m.png", mask)
     picture(tmp_path / "a.png", COLOUR)
-    content = {
-        "name": "colours",
-        "labels": {"mask": {"artery": [255, 0, 0], "vein": [0, 255, 0]}},
-        "objectives": {"AV": {"label": "mask", "values": ["vein", "artery"]}},
-        "subjects": [
-            {"id": "p", "institution": "X", "split": "train", "images": {"R+G+B": "a.png"}, "labels": {"mask": "m.png"}}
-        ],
-    }
+    subject = {"id": "p", "institution": "X", "split": "train", "images": {"R+G+B": "a.png"}}
+    content = {"name": "colours", "subjects": [subject | {"labels": {"mask": "m.png"}}]}
+    content["labels"] = {"mask": {"artery": [255, 0, 0], "vein": [0, 255, 0]}}
+    content["objectives"] = {"AV": {"label": "mask", "values": ["vein", "artery"]}}
     collection = load_collection(write_collection(tmp_path / "collection.json", content))
     (item,) = collection.datalist("X-G+R-AV", "train")
     assert [name[-4:] for name in item["image"]] == ["#1/3", "#0/3"]

@@ -123,11 +123,8 @@ def fine(request, tmp_path_factory) -> Path:
     for name, array in (("T2", image.astype(np.float32)), ("tumour", label)):
         nib.save(nib.Nifti1Image(array, affine), folder / f"{name}.nii.gz")
     patient = {"id": "p", "institution": "A", "split": "test", "images": {"T2": "T2.nii.gz"}}
-    content = {
-        "name": "fine",
-        "labels": {"tumour": {"ED": 1}},
-        "subjects": [patient | {"labels": {"tumour": "tumour.nii.gz"}}],
-    }
+    patient |= {"labels": {"tumour": "tumour.nii.gz"}}
+    content = {"name": "fine", "labels": {"tumour": {"ED": 1}}, "subjects": [patient]}
     content["objectives"] = {"ED": {"label": "tumour", "values": [1]}}
     return write_collection(folder / "collection.json", content)
 
@@ -140,10 +137,8 @@ def without_normalisation(bundle: Bundle, config: str, key: str) -> dict:
     return {key: [step for step in steps if step != "$@grid.intensities"]}
 
 
-@pytest.mark.parametrize(
-    ("bundle", "overlay"), [(RISK_MAP, "zero_shot"), (RISK_MAP, "evaluate"), (SEQUENTIAL, "evaluate")]
-)
-def test_dice_is_measured_in_the_patients_own_space(bundle, overlay, fine, tmp_path):
+@pytest.mark.parametrize(("bundle", "how"), [(RISK_MAP, "zero_shot"), (RISK_MAP, "evaluate"), (SEQUENTIAL, "evaluate")])
+def test_dice_is_measured_in_the_patients_own_space(bundle, how, fine, tmp_path):
     """Probabilities of averages of two voxels, interpolated linearly to the file's own, against the label as it is."""
     weights = {"weight": torch.tensor([0.0, STEEP]), "bias": torch.tensor([0.0, -STEEP * THRESHOLD])}
     weights["weight"] = weights["weight"].reshape(2, 1, 1, 1)
@@ -155,8 +150,8 @@ def test_dice_is_measured_in_the_patients_own_space(bundle, overlay, fine, tmp_p
     asked = grid | {"collection": str(fine), "output_dir": str(tmp_path / "out"), "target_task": "A-T2-ED"}
     asked |= without_normalisation(bundle, "train", "train#deterministic_transforms")
     given = str(tmp_path / "source.pt")
-    asked |= {"source": given} if overlay == "zero_shot" else {"ckpt": given, "freeze": None, "val_split": "test"}
-    Bundle(bundle.name, plain).run(overlay, **asked)
+    asked |= {"source": given} if how == "zero_shot" else {"ckpt": given, "freeze": None, "val_split": "test"}
+    Bundle(bundle.name, plain).run(how, **asked)
     scores = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert list(scores["split"]) == ["test"]
 

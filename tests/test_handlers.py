@@ -91,13 +91,8 @@ def cross_entropy():
 def test_the_shared_map_is_computed_at_the_start_and_lies_on_the_patients_grid(slices, tmp_path):
     dataset, affine = slices
     source, loss = small_network().eval(), cross_entropy()
-    handler = WeightMap(
-        dataset=dataset,
-        loss=loss,
-        evaluator=leep_pass(dataset, source, LEEPMap()),
-        to_weight=risk_map,
-        output_dir=tmp_path,
-    )
+    given = {"evaluator": leep_pass(dataset, source, LEEPMap()), "to_weight": risk_map, "output_dir": tmp_path}
+    handler = WeightMap(dataset=dataset, loss=loss, **given)
     before = [parameter.clone() for parameter in source.parameters()]
     trainer_of(dataset, small_network(1), loss, [handler], epochs=3).run()
 
@@ -134,13 +129,9 @@ def test_a_map_per_image_follows_its_image_and_reaches_the_loss(slices, tmp_path
             return super().forward(input, target, weight)
 
     loss = Recording(nn.CrossEntropyLoss(reduction="none"))
-    handler = WeightMap(
-        dataset=dataset,
-        loss=loss,
-        evaluator=leep_pass(dataset, small_network().eval(), LEEPImageMaps()),
-        to_weight=risk_map,
-        output_dir=tmp_path,
-    )
+    evaluator = leep_pass(dataset, small_network().eval(), LEEPImageMaps())
+    given = {"evaluator": evaluator, "to_weight": risk_map, "output_dir": tmp_path}
+    handler = WeightMap(dataset=dataset, loss=loss, **given)
     trainer_of(dataset, small_network(1), loss, [handler]).run()
     assert seen
     assert all(weight is not None and weight.shape == target.shape for target, weight in seen)
@@ -181,16 +172,14 @@ def test_mixed_precision_rounds_the_forward_pass_and_nothing_else():
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("convolution", [torch.nn.Conv3d, torch.nn.ConvTranspose3d])
+@pytest.mark.parametrize("convolution", [nn.Conv3d, nn.ConvTranspose3d])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 def test_thin_maps_stay_in_float32(convolution, memory_format, monkeypatch):
     """In bfloat16 the gradient of such a kernel's weights reads memory that nobody wrote."""
     monkeypatch.setattr("medtl_ext.engines.has_bfloat16", lambda: True)
     seen = []
     for slices in (1, 2, 3):
-        network = torch.nn.Sequential(convolution(12, 12, 3, padding=1), torch.nn.Identity()).to(
-            memory_format=memory_format
-        )
+        network = nn.Sequential(convolution(12, 12, 3, padding=1), nn.Identity()).to(memory_format=memory_format)
         network[1].register_forward_hook(lambda *parts: seen.append(parts[2].dtype))
         image = torch.rand(2, 12, slices, 6, 6)
         unwritten = [torch.full((2**power,), torch.nan) for power in range(8, 20) for _ in range(4)]
@@ -219,9 +208,8 @@ def train_with_scores(dataset, folder, scores, epochs):
     network = small_network()
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
     evaluator = Scripted(scores)
-    checkpoint = ResumableCheckpoint(
-        save_dir=folder, evaluator=evaluator, save_dict={"network": network, "optimizer": optimizer}
-    )
+    kept = {"network": network, "optimizer": optimizer}
+    checkpoint = ResumableCheckpoint(save_dir=folder, evaluator=evaluator, save_dict=kept)
     trainer = trainer_of(dataset, network, cross_entropy(), [evaluator, checkpoint], epochs, optimizer)
     trainer.run()
     return trainer, checkpoint, network
@@ -469,9 +457,7 @@ class TestTrainingLength:
             "dice": [0.02, 0.04, 0.06, 0.08, 0.1],
         }
 
-    @pytest.mark.parametrize(
-        ("epochs", "interval", "due"), [(3, None, [1, 2, 3]), (9, 4, [4, 8, 9]), (4, 1, [1, 2, 3, 4])]
-    )
-    def test_it_validates_at_intervals_and_at_the_end(self, slices, tmp_path, clock, epochs, interval, due):
-        _, length = self.train(slices[0], tmp_path, clock, epochs=epochs, interval=interval)
+    @pytest.mark.parametrize(("epochs", "each", "due"), [(3, None, [1, 2, 3]), (9, 4, [4, 8, 9]), (4, 1, [1, 2, 3, 4])])
+    def test_it_validates_at_intervals_and_at_the_end(self, slices, tmp_path, clock, epochs, each, due):
+        _, length = self.train(slices[0], tmp_path, clock, epochs=epochs, interval=each)
         assert [row["epoch"] for row in length.state["curve"]] == due

@@ -37,9 +37,8 @@ def test_a_label_corrected_in_place_has_another_hash(tmp_path, monkeypatch, endi
     label, hashes = np.zeros((4, 4, 4), np.uint8), []
     for value in (1, 2, 1):
         label[0, 0, 0] = value
-        nibabel.save(
-            (nibabel.AnalyzeImage if ending == "hdr" else nibabel.Nifti1Image)(label, None), tmp_path / f"l.{ending}"
-        )
+        kind = nibabel.AnalyzeImage if ending == "hdr" else nibabel.Nifti1Image
+        nibabel.save(kind(label, None), tmp_path / f"l.{ending}")
         hashes.append(content_hashes([tmp_path / f"l.{ending}"])[tmp_path / f"l.{ending}"])
     assert hashes[0] == hashes[2] != hashes[1]
     assert len(hashes[0]) == (2 if ending == "hdr" else 1)

@@ -82,11 +82,9 @@ def test_conforms(check):
 def test_the_table_has_every_metric():
     bases = {"FeatureMetric", "MomentMetric", "SampleMetric", "TransferMetric"}
     others = {"FeatureSamples", "FeatureUpdate", "PatientScores"}  # collect what is computed from, or need a network
-    classes = {name for name in metrics.__all__ if isinstance(getattr(metrics, name), type)}
-    known = {type(case.make()).__name__ for case in CASES}
-    assert {name for name in classes if issubclass(getattr(metrics, name), metrics.TransferMetric)} == (
-        known | bases | others
-    )
+    public = [getattr(metrics, name) for name in metrics.__all__]
+    classes = {one.__name__ for one in public if isinstance(one, type) and issubclass(one, metrics.TransferMetric)}
+    assert classes == bases | others | {type(case.make()).__name__ for case in CASES}
 
 
 class TestStreaming:
@@ -105,9 +103,7 @@ class TestStreaming:
             total.merge(pickle.loads(pickle.dumps(parts[k])))
         same(total.compute(), expected)
 
-    @pytest.mark.parametrize(
-        "case", [case for case in CASES if not case.name.startswith("ccfv")], ids=lambda case: case.name
-    )
+    @pytest.mark.parametrize("case", [of for of in CASES if not of.name.startswith("ccfv")], ids=lambda case: case.name)
     def test_merged_with_itself_counts_twice(self, case):
         values, labels = case.draw()
         metric, twice = case.make(), case.make()
@@ -290,8 +286,7 @@ class TestBadInput:
     """Each is refused with the name of the argument, by the function and by the class, which stays as it was."""
 
     @pytest.mark.parametrize(
-        ("case", "what"),
-        [pytest.param(case, what, id=f"{case.name}-{what}") for case in CASES for what in bad_of(case)],
+        ("case", "what"), [pytest.param(of, what, id=f"{of.name}-{what}") for of in CASES for what in bad_of(of)]
     )
     def test_named(self, case, what):
         values, labels = case.draw()
@@ -321,12 +316,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("case", "options", "message"),
-        [
-            pytest.param(case, *row, id=f"{name}-{row[0]}")
-            for name, *row in OPTIONS
-            for case in CASES
-            if case.name == name
-        ],
+        [pytest.param(of, *row, id=f"{name}-{row[0]}") for name, *row in OPTIONS for of in CASES if of.name == name],
     )
     def test_options(self, case, options, message):
         with pytest.raises(InputError, match=message):
@@ -395,9 +385,7 @@ class TestDegenerateInput:
         values, labels = case.draw(n=24 if not case.grid else 6, width=200)
         within_bounds(case, case.compute(values, labels), labels)
 
-    @pytest.mark.parametrize(
-        "case", [case for case in CASES if case.kind == "probabilities"], ids=lambda case: case.name
-    )
+    @pytest.mark.parametrize("case", [of for of in CASES if of.kind == "probabilities"], ids=lambda case: case.name)
     def test_softmax_that_underflows(self, case):
         probs, labels = case.draw()
         probs = (probs.log().float() * 400).softmax(1)
@@ -513,11 +501,8 @@ def in_one_process(rank, folder):
     with threadpool_limits(1), warnings.catch_warnings():
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
-        found = {
-            (name, how): scene(rows_of(rank, how, n))
-            for name, (scene, n) in SCENES.items()
-            for how in ("split", "one idle")
-        }
+        every = [(name, how, *SCENES[name]) for name in SCENES for how in ("split", "one idle")]
+        found = {(name, how): scene(rows_of(rank, how, n)) for name, how, scene, n in every}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

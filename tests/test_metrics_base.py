@@ -70,7 +70,7 @@ class TestSums:
 def test_many_predictions_move_to_disk(monkeypatch, dtype):
     files, spooled = [], tempfile.SpooledTemporaryFile
     monkeypatch.setattr(
-        tempfile, "SpooledTemporaryFile", lambda **options: files.append(spooled(max_size=1000)) or files[-1]
+        tempfile, "SpooledTemporaryFile", lambda **how: files.append(spooled(max_size=999)) or files[-1]
     )
     probs = torch.randn(10, 2, 8, 8).softmax(1).to(dtype)
     labels = torch.randint(3, (10, 8, 8))
@@ -155,10 +155,8 @@ class TestOutput:
         assert metrics["nce"] == pytest.approx(compute_nce(classes, labels).item(), abs=1e-9)
 
     def test_images_of_several_sizes_in_one_batch(self):
-        output = [
-            {"pred": torch.randn(2, *grid), "label": torch.arange(grid[1]).expand(1, *grid) % 2}
-            for grid in [(3, 4), (5, 2)]
-        ]
+        images = [(torch.randn(2, *grid), torch.arange(grid[1]).expand(1, *grid) % 2) for grid in [(3, 4), (5, 2)]]
+        output = [{"pred": logits, "label": labels} for logits, labels in images]
         maps = attached(output, maps=LEEPImageMaps())["maps"]
         assert [tuple(one_map.shape) for one_map in maps] == [(3, 4), (5, 2)]
 

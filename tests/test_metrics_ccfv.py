@@ -217,10 +217,8 @@ class TestStreaming:
         features, labels = draw(n_cases=3, sizes=(60, 61))
         metric = CCFV(layers=["fine", "coarse"], ignore_index=255)
         coarse = [x[:15] for x in features[1]], [y[:15] for y in labels[1]]
-        grids = [
-            torch.stack(features[0]).view(3, 6, 10, 5).movedim(3, 1),
-            torch.stack(coarse[0]).view(3, 3, 5, 3).movedim(3, 1),
-        ]
+        layers = (features[0], (3, 6, 10, 5)), (coarse[0], (3, 3, 5, 3))
+        grids = [torch.stack(cases).view(shape).movedim(3, 1) for cases, shape in layers]
         classes = [torch.stack(labels[0]).view(3, 1, 6, 10), torch.stack(coarse[1]).view(3, 3, 5)]
         metric.update(grids, classes, ["ann", "bob", "cat"])
         expected = compute_ccfv([features[0], coarse[0]], [labels[0], coarse[1]])
@@ -273,9 +271,7 @@ class TestEngine:
         layers = []
         for layer in ("upcat_2", "upcat_1"):
             reservoir = FeatureSamples(layer=layer, pixels=400 if pixels == "auto" else pixels)
-            evaluate(
-                [{"subject": str(k)} | item for k, item in enumerate(items)], network, batch_size=3, drawn=reservoir
-            )
+            evaluate([{"subject": str(k)} | of for k, of in enumerate(items)], network, batch_size=3, drawn=reservoir)
             samples = reservoir.compute()
             members = [samples.groups == group for group in range(3 if named else 6)]
             layers.append(([samples.features[k] for k in members], [samples.labels[k] for k in members]))
@@ -284,7 +280,5 @@ class TestEngine:
         assert metric.compute().item() == pytest.approx(compute_ccfv(*zip(*layers, strict=True)).item(), abs=1e-5)
 
     def test_output_transform_replaces_the_tap(self):
-        metric = CCFV(
-            output_transform=lambda output: [torch.stack([i[key] for i in output]) for key in ("pred", "label")]
-        )
+        metric = CCFV(output_transform=lambda out: [torch.stack([i[key] for i in out]) for key in ("pred", "label")])
         assert np.isfinite(evaluate(slices(), ccfv=metric).state.metrics["ccfv"])

@@ -220,9 +220,7 @@ class TestNetworkIsLeftAsItWas:
         assert self.state(mixed) == before
 
     @pytest.mark.parametrize(
-        "context",
-        [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")],
-        ids=["no_grad", "inference", "amp"],
+        "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")], ids=["no_grad", "inf", "amp"]
     )
     def test_called_from_anywhere(self, context):
         network, (images, labels) = tiny_network(torch.float32), draw()
@@ -286,9 +284,8 @@ class TestBadInput:
             FeatureUpdate(nn.Flatten())
         head = nn.Flatten(), nn.Linear(98, 4), nn.Linear(4, 2)
         one = nn.Sequential(nn.Conv2d(1, 2, 3), *head)
-        flat = nn.Sequential(
-            nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(0), nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1)
-        )
+        two = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)
+        flat = nn.Sequential(*two, nn.Flatten(0), nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1))
         broken = tiny_network()
         broken[7].weight.data[0, 0] = math.nan
         for network, message in (

@@ -58,10 +58,7 @@ class TestSums:
     ("ask", "message"),
     [
         (lambda: fed(HScore(ignore_index=9), (torch.zeros(3, 2), [9, 9, 1])), "holds 1 sample"),
-        (
-            lambda: FeatureSamples().update(torch.zeros(3, 2), [0, 1, 0], ["a", "b"]),
-            "groups names 2 patients for 3",
-        ),
+        (lambda: FeatureSamples().update(torch.zeros(3, 2), [0, 1, 0], ["a", "b"]), "groups names 2 patients for 3"),
         (lambda: fed(FeatureSamples(), *((torch.zeros(3, n), [0, 1, 0]) for n in (2, 3))), "3 channels here, 2 before"),
         (lambda: TWO_PATIENTS.resampled([1, 2, 3]), "one per patient"),
         *((partial(FeatureSamples, pixels=wrong), "pixels is") for wrong in (0, -1, 2.5, "all")),
@@ -132,9 +129,7 @@ class TestReservoir:
         features[100:200] = features[:100]  # duplicates, with other labels
         features *= scale
         order = torch.randperm(300)
-        samples, again = (
-            fed(FeatureSamples(), batch) for batch in [(features, labels), (features[order], labels[order])]
-        )
+        samples, again = (fed(FeatureSamples(), of) for of in [(features, labels), (features[order], labels[order])])
         assert torch.equal(samples.features, again.features)
         assert torch.equal(samples.labels, again.labels)
         assert samples.features.flatten().diff().sign().sum().abs() < 100  # and not their size either
@@ -142,11 +137,8 @@ class TestReservoir:
 
     def test_negative_zero_is_zero(self):
         zeros, ones = torch.zeros(4, 1), torch.ones(4, 1)
-        orders = [
-            fed(FeatureSamples(), (torch.cat([sign * zeros, ones]), torch.arange(8))).labels.tolist()
-            for sign in (1, -1)
-        ]
-        assert orders[0] == orders[1]
+        signed = [(torch.cat([sign * zeros, ones]), torch.arange(8)) for sign in (1, -1)]
+        assert torch.equal(*(fed(FeatureSamples(), one).labels for one in signed))
 
 
 def slices(n=4, size=32):
@@ -163,9 +155,8 @@ def slices(n=4, size=32):
 
 
 def run(metric, *others, network=None, items=None, **how):
-    evaluate(
-        items or slices(), network, how=how, metric=metric, **{f"other {k}": other for k, other in enumerate(others)}
-    )
+    named = {f"other {k}": other for k, other in enumerate(others)}
+    evaluate(items or slices(), network, how=how, metric=metric, **named)
     return metric.samples()
 
 

@@ -94,9 +94,7 @@ def test_weights_of_another_architecture_raise_and_change_nothing():
     assert not changed(network, before)
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda state: state, lambda state: {"model": state}, lambda state: {"state_dict": state}]
-)
+@pytest.mark.parametrize("wrap", [lambda of: of, lambda of: {"model": of}, lambda of: {"state_dict": of}])
 def test_reads_the_usual_checkpoint_forms(tmp_path, wrap):
     network = nn.Linear(2, 1)
     torch.save(wrap({f"module.{k}": v for k, v in network.state_dict().items()}), tmp_path / "model.pt")

@@ -22,15 +22,13 @@ def test_the_page_is_what_the_command_prints(papers):
 
 @pytest.mark.parametrize(
     ("table", "by_map", "by_source", "elsewhere", "better", "gain", "ahead"),
-    [
-        ("table2_fets", 0.0189, 0.0513, 0.0128, 6, 4.37, (29, 5)),
-        ("table1_iseg", 0.0157, 0.0116, 0.0069, 2, 1.77, (30, 6)),
-    ],
+    [("2_fets", 0.0189, 0.0513, 0.0128, 6, 4.37, (29, 5)), ("1_iseg", 0.0157, 0.0116, 0.0069, 2, 1.77, (30, 6))],
 )
 def test_a_better_source_is_worth_more_than_the_map_on_fets_and_less_on_iseg(
     papers, table, by_map, by_source, elsewhere, better, gain, ahead
 ):
-    found, ours = papers.sources(f"risk_map_{table}"), papers.methods(f"risk_map_{table}").loc["ours"]
+    name = f"risk_map_table{table}"
+    found, ours = papers.sources(name), papers.methods(name).loc["ours"]
     gained = found.mean() - found["vanilla, random source"].mean()
     assert gained["risk map, random source"] == pytest.approx(by_map, abs=5e-5)
     assert gained["vanilla, best source"] == pytest.approx(by_source, abs=5e-5)
@@ -60,18 +58,10 @@ def test_fewer_slices(papers):
 def test_the_path_gains_less_over_the_nearest_source_than_over_its_own_first_task(papers):
     gains = 100 * papers.path_gains()
     assert gains.loc["direct", "gain on FeTS 2022"] == pytest.approx(6.00, abs=0.005)
-    assert gains["mean of the gains"].loc[["direct", "single, ours"]].to_list() == pytest.approx(
-        [2.585, 1.230], abs=6e-4
-    )
-    assert gains["gain of the means"].loc[["direct", "single, ours"]].to_list() == pytest.approx(
-        [2.289, 1.117], abs=6e-4
-    )
-    assert (gains["ahead"].loc[["direct", "single, ours", "single, LEEP", "multi, best"]] / 100).to_list() == [
-        2,
-        2,
-        3,
-        0,
-    ]
+    two, others = gains.loc[["direct", "single, ours"]], ["single, LEEP", "multi, best"]
+    assert two["mean of the gains"].to_list() == pytest.approx([2.585, 1.230], abs=6e-4)
+    assert two["gain of the means"].to_list() == pytest.approx([2.289, 1.117], abs=6e-4)
+    assert (gains["ahead"].loc[[*two.index, *others]] / 100).to_list() == [2, 2, 3, 0]
 
 
 def test_table_3_by_data_set(papers):

@@ -283,9 +283,8 @@ def test_validation_patients_choose_and_test_patients_cannot(lesions, specks, ch
         if test == 2 and chosen == "largest":
             assert dice["test"] < plain["test"], "the test patients would have chosen otherwise"
     assert said[1] == said[2]
-    assert said[1].startswith(
-        f"Post-processing chosen on the val patients: {f'--clean {chosen}' if chosen else 'none'}."
-    )
+    how = f"--clean {chosen}" if chosen else "none"
+    assert said[1].startswith(f"Post-processing chosen on the val patients: {how}.")
     assert said[1] in capfd.readouterr().out
     assert "nothing 1.000, largest 1.000" in said[1] or specks
 

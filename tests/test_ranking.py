@@ -153,9 +153,7 @@ class TestAuditVerdict:
     def test_three_patients_settle_nothing_and_give_a_weak_guess(self):
         verdict = audit_verdict({"scratch": scores([0.1, 0.1, 0.1]), "full": scores([0.9, 0.8, 0.0])})
         assert (verdict.recommendation, verdict.default, verdict.negative_transfer) == (None, "full", ())
-        assert verdict.text.startswith(
-            "3 validation patients cannot settle this: a verdict needs at least 4, a fine one "
-        )
+        assert verdict.text.startswith("3 validation patients cannot settle this: a verdict needs at least 4, a fine")
         assert "Mean Dice was full 0.567 and scratch 0.100. The best guess is fine-tuning with full" in verdict.text
         assert "which is weak: it is ahead of scratch in 2 of 3 (+0.467), and of two equal arms one is" in verdict.text
         assert "in 25 % of cases" in verdict.text
@@ -249,10 +247,7 @@ def of_arms(**arms):
         (partial(holm, [0.2, 1.2]), r"\[0, 1\]"),
         (partial(of_arms, full=[0.5] * 6), "at least two arms; found full"),
         (partial(of_arms, full=[0.5] * 6, scratch=[0.5] * 5), "same subjects on both sides; only one side has p5"),
-        (
-            partial(of_arms, full=[[0.5, 0.6]] * 6, scratch=[[0.5] * 3] * 6),
-            "as many trainings on both sides; found 2 and 3",
-        ),
+        (partial(of_arms, full=[[0.5, 0.6]] * 6, scratch=[[0.5] * 3] * 6), "as many trainings on .* found 2 and 3"),
         (partial(of_arms, full=[[0.5, 0.6], [0.5]], scratch=[0.5, 1]), "full has patients with 1 and 2 trainings"),
         (partial(of_arms, full=[np.nan, 1], scratch=[0.5, 1]), "scores of full must be finite"),
         (partial(of_arms, full=[], scratch=[]), "scores of full must be finite numbers, .* at least one; found none"),

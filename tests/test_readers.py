@@ -22,7 +22,7 @@ from medtl_ext.data.sample import SAMPLES
 SHAPE = (6, 5, 4)
 OLD, NEW = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")
 FETS = "MICCAI_FeTS2022_TrainingData"
-CHANNEL_7 = "imagesTr/prostate_02_0007.nii.gz"
+SEVENTH = "imagesTr/prostate_02_0007.nii.gz"
 
 
 def save(path, values=None, shape=SHAPE):
@@ -394,12 +394,7 @@ UNTOLD = "hold the values .* which do not say what they mean .*; give the challe
     ("code", "files", "options", "expected"),
     [
         ("", [(1, 2), (1, 2, 4)], {}, {"NCR": 1, "ED": 2, "ET": 4}),
-        (
-            "",
-            [(1, 2, 4), (1, 2, 3)],
-            {},
-            r"00001_seg.nii.gz holds the values \[1, 2, 3\] \(1 of 2 .*, but .* 4 ET; .*with labels",
-        ),
+        ("", [(1, 2, 4), (1, 2, 3)], {}, r"1_seg.nii.gz holds .* \[1, 2, 3\] \(1 of 2 .*, but .* 4 ET; .* labels"),
         ("", [(1, 2, 3)], {"labels": NCR_ED_ET}, NCR_ED_ET),
         ("GLI", [(1, 2), (1, 2, 3)], {}, NCR_ED_ET),
         ("GLI", [(1, 2, 3), (1, 2, 4), (1, 2, 3, 4)], {}, NETC_SNFH_ET | {"RC": 4}),
@@ -410,12 +405,7 @@ UNTOLD = "hold the values .* which do not say what they mean .*; give the challe
         ("GLI", [(1, 2, 3)], {"challenge": "PED-2024"}, "challenge of files with these names 'PED-2024' is unknown"),
         ("SSA", [(1, 2, 3)], {}, NCR_ED_ET),
         ("MEN", [(1, 2, 3)], {}, NETC_SNFH_ET),
-        (
-            "MEN",
-            [(1, 2, 3), (1, 2, 3, 4)],
-            {},
-            r"holds the values \[1, 2, 3, 4\] .*, but those .* MEN-2023",
-        ),
+        ("MEN", [(1, 2, 3), (1, 2, 3, 4)], {}, r"holds the values \[1, 2, 3, 4\] .*, but those .* MEN-2023"),
         ("MET", [(1, 2, 3)], {}, NETC_SNFH_ET),
         ("MET", [(1, 2, 3), (1, 4)], {}, NETC_SNFH_ET | {"RC": 4}),
         ("PED", [(1, 2, 3), (1, 2, 3, 4)], {}, {"ET": 1, "NET": 2, "CC": 3, "ED": 4}),
@@ -558,10 +548,8 @@ class TestNnUNet:
         reading = read("nnunet", root, split=[1, 0, 0])
         assert rows(reading) == ["b||no label label|the subject is left out"]
         (subject,) = reading.collection.subjects
-        assert {key: path.name for key, path in subject.images.items()} == {
-            "A": f"a_0000{ending}",
-            "B": f"a_0001{ending}",
-        }
+        names = {key: path.name for key, path in subject.images.items()}
+        assert names == {"A": f"a_0000{ending}", "B": f"a_0001{ending}"}
 
     def test_one_colour_picture_a_case(self, tmp_path):
         for case in "abc":
@@ -765,12 +753,7 @@ class TestImages:
             ({"colour": True}, {}, {"modalities": ["fundus"]}, "png has 3 channels; name them with modalities"),
             ({}, {}, {"labels": "none"}, "none is not a folder"),
             ({}, {}, {"labels": "labels/*.tif"}, "no mask .* in folder"),
-            (
-                {"masks": None},
-                {},
-                {"labels": "images"},
-                "no mask in images, such as .* is named like another file there",
-            ),
+            ({"masks": None}, {}, {"labels": "images"}, "no mask in images, .* is named like another file there"),
         ],
     )
     def test_is_asked_in_one_line(self, make, tree, more, options, message):
@@ -863,11 +846,7 @@ def unlabelled(root):
         ("msd", unlabelled, "la_001||no label label|LEFT_OUT"),
         ("datalist", uneven, "case1_flair||1 images for 2 modalities|LEFT_OUT"),
         ("datalist", uneven, "|dataset.json|the list's own folds are not used|draw splits or folds"),
-        (
-            "nnunet",
-            saved(CHANNEL_7),
-            f"prostate_02|{CHANNEL_7}|the channel is not in dataset.json|the file is not used",
-        ),
+        ("nnunet", saved(SEVENTH), f"prostate_02|{SEVENTH}|the channel is not in dataset.json|the file is not used"),
         ("csv", with_cell([1], "Modality", "T1"), "p0|liste.csv|two images of T1|LEFT_OUT"),
         ("csv", with_cell([0, 1], "Modality", "T1-w"), "p0|liste.csv|two images of T1_w|LEFT_OUT"),
         ("csv", with_cell([2, 3], "Institution", ""), "p1||has no institution|LEFT_OUT"),

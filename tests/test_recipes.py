@@ -222,9 +222,8 @@ def test_the_average_of_the_weights_is_what_is_validated(decay, start):
     network, seen = unet(), []
     evaluator = SupervisedEvaluator(device=torch.device("cpu"), val_data_loader=[], network=network, epoch_length=1)
     trainer = trainer_of(network, WeightAveraging(network=network, evaluator=evaluator, decay=decay, start=start))
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda: seen.append(network.conv_0.conv_0.adn.N.running_mean.clone())
-    )
+    norm = network.conv_0.conv_0.adn.N
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(norm.running_mean.clone()))
     trainer.run()
     expected = seen[0]
     for value in seen[1:]:

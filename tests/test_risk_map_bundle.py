@@ -154,10 +154,8 @@ def source_folder(*overlays: str, **options) -> str:
 
 def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_training():
     """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
-    assert {source_folder(method) for method in [*ALL_METHODS, *RECIPES]} == {
-        source_folder(),
-        source_folder(clean="largest"),
-    }
+    folders = {source_folder(method) for method in [*ALL_METHODS, *RECIPES]}
+    assert folders == {source_folder(), source_folder(clean="largest")}
     assert source_folder(pretraining={"epochs": 3}) != source_folder()
     assert source_folder(**{"loss_def#base_loss": {"_target_": "monai.losses.FocalLoss"}}) != source_folder()
 
@@ -206,12 +204,7 @@ def test_an_audit_of_several_seeds_grows_by_the_trainings_that_are_missing(optio
     [
         (8, 6, {}, "the audit takes 2 trainings besides this one"),
         (8, 6, {"seeds": 3}, "the audit takes 8 trainings besides this one"),
-        (
-            8,
-            3,
-            {},
-            "17 trainings besides this one, 15 of them to cross-validate the arms over all 11 labelled patients in",
-        ),
+        (8, 3, {}, "17 trainings besides this one, 15 of them to cross-validate the arms over all 11 labelled"),
         (2, 1, {}, "in 3 folds (fewer than 6 are left to validate on; --audit#folds 0 leaves it out)"),
         (2, 0, {"seeds": 2}, "17 trainings besides this one, 12 of them to cross-validate"),
         (8, 3, {"folds": 0}, "the audit takes 2 trainings besides this one"),
@@ -309,9 +302,8 @@ def test_the_papers_setting_is_that_of_the_source_too(places):
         assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(1e-4, 0)}
         assert type(optimizer) is torch.optim.Adam
         assert (loss.region_loss, type(loss.base_loss)) == (None, torch.nn.CrossEntropyLoss)
-        assert not any(
-            isinstance(t, RandomizableTrait) for t in parser.get_parsed_content("train#preprocessing").transforms
-        )
+        steps = parser.get_parsed_content("train#preprocessing").transforms
+        assert not any(isinstance(step, RandomizableTrait) for step in steps)
         trainer, scheduler = (parser.get_parsed_content(part) for part in ("train#trainer", "lr_scheduler"))
         assert trainer.state.max_epochs * trainer.state.epoch_length == 2
         for _ in range(3):
@@ -412,12 +404,8 @@ def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path)
 def test_a_matrix_has_every_source_of_every_target_with_gains_and_budgets(collection, tmp_path, in_this_process):
     settings = {"collection": str(collection), "source_dir": str(tmp_path / "sources"), "check_data": False}
     settings |= {"spacing": TINY["spacing"], "roi_size": TINY["roi_size"], "network_def#features": [4, 4, 8, 8, 8, 4]}
-    settings |= {
-        "epochs": 1,
-        "iterations_per_epoch": 1,
-        "batch_size": 4,
-        "pretraining": {"epochs": 1, "augment": False},
-    }
+    once = {"epochs": 1, "augment": False}
+    settings |= {"epochs": 1, "iterations_per_epoch": 1, "batch_size": 4, "pretraining": once}
     sources, target, methods = ["14-T2-ED", "14-FLAIR-ED"], "17-T2-ED", ["vanilla", "risk_map", "scratch"]
     asked = {"sources": [*sources, target], "targets": [target], "methods": methods, "train_slices": [8, 4]}
     asked |= {"overlays": ["paper"], "settings": settings}
@@ -571,9 +559,8 @@ def test_inference_looks_at_all_images_before_it_begins(source, tmp_path):
     good = nib.Nifti1Image(np.ones((4, 4, 2), np.float32), np.eye(4))
     for name in ("a.nii", "a.nii.gz", "C.NII.GZ"):
         nib.save(good, tmp_path / name)
-    assert images_to_segment(str(tmp_path / "C.NII.GZ"), "17-T2-ED") == [
-        {"name": "C", "image": str(tmp_path / "C.NII.GZ")}
-    ]
+    one = str(tmp_path / "C.NII.GZ")
+    assert images_to_segment(one, "17-T2-ED") == [{"name": "C", "image": one}]
     with pytest.raises(InputError, match="two images of a"):
         images_to_segment(str(tmp_path), "17-T2-ED")
     (tmp_path / "a.nii").unlink()
@@ -588,8 +575,7 @@ def test_inference_looks_at_all_images_before_it_begins(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
-    [({"ckpt": "nowhere.pt"}, "checkpoint nowhere.pt does not exist"), ({"n_classes": 4}, "tensors copied")],
+    ("wrong", "message"), [({"ckpt": "nowhere.pt"}, "nowhere.pt does not exist"), ({"n_classes": 4}, "tensors copied")]
 )
 def test_inference_says_what_is_wrong_with_the_weights(collection, source, tmp_path, wrong, message):
     image = collection.parent / "17-000" / "T2.nii.gz"
@@ -694,12 +680,10 @@ def test_a_wrong_option_is_refused_before_training(wrong, message, options, no_t
     assert not (Path(options["output_dir"]) / "last.pt").exists()
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"), [(truncate, "17-003"), (empty_test_split, "no subject in split 'test'")]
-)
-def test_bad_data_are_refused_before_training(damage, message, options, collection, tmp_path, no_training):
+@pytest.mark.parametrize(("damage", "said"), [(truncate, "17-003"), (empty_test_split, "no subject in split 'test'")])
+def test_bad_data_are_refused_before_training(damage, said, options, collection, tmp_path, no_training):
     options |= {"collection": broken(collection, tmp_path / "bad", damage), "check_data": True}
-    assert message in refused(lambda: run(**options))
+    assert said in refused(lambda: run(**options))
 
 
 def test_bad_source_data_are_refused_before_pretraining(options, collection, tmp_path, no_training):

@@ -21,24 +21,11 @@ from medtl_ext import InputError
 from medtl_ext.affinity import pairwise_context, pairwise_ssim, pairwise_wasserstein, task_affinity, task_context
 from medtl_ext.graph import task_graph
 from medtl_ext.ranking import paired_comparison
-from medtl_ext.sequential_transfer import PlanPath, SourceGraph, TaskVolumes, affinity_name
-from medtl_ext.sequential_transfer.affinities import (
-    ContextAffinity,
-    SeqTranAffinity,
-    affinity_costs,
-    find_affinity,
-    redrawn,
-)
+from medtl_ext.sequential_transfer import PlanPath, SourceGraph, TaskVolumes, affinities, affinity_name, study
+from medtl_ext.sequential_transfer.affinities import ContextAffinity, SeqTranAffinity, affinity_costs, find_affinity
 from medtl_ext.sequential_transfer.chain import Chains, arms_of, second_step_text, steps_of
 from medtl_ext.sequential_transfer.plan import task_volumes
-from medtl_ext.sequential_transfer.study import (
-    differences,
-    fit_text,
-    fit_to_transfers,
-    gains,
-    ideal_modality,
-    study_text,
-)
+from medtl_ext.sequential_transfer.study import differences, fit_text, fit_to_transfers, gains, study_text
 from medtl_ext.transfer import Run, SegmentationTask
 from medtl_ext.visualize import plot_task_graph
 
@@ -270,11 +257,11 @@ class TestPlans:
         away = dataclasses.replace(tasks[0], name="17-T2-ED")
         costs = np.random.default_rng(0).uniform(size=(4, 4))
         for one, other in ((tasks[0], tasks[1]), (tasks[0], away)):
-            drawn = [redrawn(costs, one, other, draw) for draw in range(4000)]
+            drawn = [affinities.redrawn(costs, one, other, draw) for draw in range(4000)]
             assert np.mean(drawn) == pytest.approx(costs.mean(), abs=0.01)
             assert np.std(drawn) > 0.01
         apart = 1 - np.eye(4)
-        assert [redrawn(apart, *tasks[:2], draw) for draw in range(5)] == pytest.approx([0.75] * 5)
+        assert [affinities.redrawn(apart, *tasks[:2], draw) for draw in range(5)] == pytest.approx([0.75] * 5)
 
     def test_an_unreachable_target_is_refused(self, graph):
         with pytest.raises(InputError, match="no source shares modality or objective with the target 17-T2-ED"):
@@ -452,9 +439,8 @@ class TestStudy:
         dice = {"A-T1-ED": 0.5, "A-T2-ED": 0.3, "A-T2-ED > A-T1-ED": 0.45, "A-T1-ED > A-T2-ED": 0.4}
         rows = [("B-T1-ED", 0, arm, 1 + (">" in arm), value) for arm, value in dice.items()]
         table = pd.DataFrame(rows, columns=["target", "seed", "arm", "steps", "dice"])
-        patients = table.drop(columns="steps").merge(
-            pd.DataFrame({"patient": [f"p{n}" for n in range(6)]}), how="cross"
-        )
+        names = pd.DataFrame({"patient": [f"p{n}" for n in range(6)]})
+        patients = table.drop(columns="steps").merge(names, how="cross")
         return table, patients.assign(dice=patients["dice"] + np.random.default_rng(0).normal(0, 0.01, 24))
 
     def test_differences_are_paired_over_patients_each_once(self):
@@ -545,12 +531,12 @@ def test_the_published_paths_gain_where_the_modality_is_not_ideal():
     """Table 3 of the paper, which gives the best single source and the best path of each target in percent."""
     table = pd.read_csv(REPOSITORY / "docs" / "results" / "papers" / "sequential_transfer_table3.csv")
     best = table.set_index("target").set_axis(["single", "path"], axis=1)
-    _, ideal, said = ideal_modality(best / 100)
+    _, ideal, said = study.ideal_modality(best / 100)
     assert ideal.set_index("objective").idxmax(axis=1).to_dict() == {
         "16, ED": "Flair", "16, ET": "T1ce", "16, NCR": "T1ce", "iSeg, WM": "T1", "iSeg, GM": "T1", "iSeg, CSF": "T1"
     }  # fmt: skip
     assert "on 1 of 6 in the ideal modality (-0.016), on 12 of 12 in another (+0.025)" in said
-    assert ideal_modality(best[-3:]) == []  # WMH on FLAIR alone
+    assert study.ideal_modality(best[-3:]) == []  # WMH on FLAIR alone
 
 
 class TestSeries:
@@ -733,9 +719,7 @@ class TestFit:
     def test_noise_is_no_evidence(self, targets):
         rng, preferred = np.random.default_rng(targets), 0
         for _ in range(60):
-            table = pd.DataFrame(
-                {"target": np.repeat(np.arange(targets), 6), "dice": rng.uniform(0.4, 0.8, 6 * targets)}
-            )
+            table = pd.DataFrame({"target": np.repeat(range(targets), 6), "dice": rng.uniform(0.4, 0.8, 6 * targets)})
             table["distance"], table["similarity"] = (rng.uniform(*ends, len(table)) for ends in ((5, 40), (0.2, 0.9)))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
@@ -744,12 +728,8 @@ class TestFit:
 
     def test_evidence_takes_both_signs_and_a_lead(self):
         shared = {"alpha": 1.0, "beta": 1.0, "transfers": 30, "targets_left_out": 5, "correlation": -0.9}
-        good = {
-            "correlation_left_out": -0.5,
-            "correlation_published": -0.3,
-            "targets_predicted": 5,
-            "targets_better": 5,
-        }
+        good = {"correlation_left_out": -0.5, "correlation_published": -0.3}
+        good |= {"targets_predicted": 5, "targets_better": 5}
         assert "Prefer" in fit_text(shared | good)
         for wrong in ({"correlation_published": -0.6}, {"targets_predicted": 4}, {"targets_better": 4}):
             assert "No evidence" in fit_text(shared | good | wrong)
@@ -759,13 +739,9 @@ class TestFit:
         """Centring 0.1 and 0.7 leaves 1e-17, which is no reason for a weight of 1e15."""
         for seed in range(20):
             rng = np.random.default_rng(seed)
-            parts = [
-                pd.DataFrame({"dice": rng.uniform(0.4, 0.8, 5), "distance": rng.uniform(5, 40, 5)}).assign(
-                    target=target, similarity=rng.uniform(0.2, 0.95)
-                )
-                for target in "abc"
-            ]
-            assert fit_to_transfers(pd.concat(parts, ignore_index=True))["beta"] == 0
+            table = pd.DataFrame({"target": np.repeat([*"abc"], 5), "dice": rng.uniform(0.4, 0.8, 15)})
+            table["distance"], table["similarity"] = rng.uniform(5, 40, 15), np.repeat(rng.uniform(0.2, 0.95, 3), 5)
+            assert fit_to_transfers(table)["beta"] == 0
 
     def test_says_when_the_weights_do_not_carry_over(self):
         table = self.transfers(lambda place, distance, _: (0.01, -0.01, 0.01)[place] * distance)

@@ -75,15 +75,12 @@ def test_arms_spend_as_many_labelled_patients_and_start_from_each_other(whole_ru
 def test_only_what_is_lost_is_done_again(options, in_this_process):
     options |= {"n_clusters": 3}
     run(**options)
-    before, answer, lost = (
-        list(in_this_process),
-        answered(options["output_dir"]),
-        Path(options["output_dir"], "arms/single"),
-    )
+    folder, before = options["output_dir"], list(in_this_process)
+    answer, lost = answered(folder), Path(folder, "arms/single")
     (lost / "metrics.csv").unlink()
     run(**options)
     assert in_this_process == [*before, lost]
-    assert answered(options["output_dir"]) == answer
+    assert answered(folder) == answer
 
 
 @pytest.mark.parametrize(

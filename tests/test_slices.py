@@ -119,11 +119,10 @@ class TestChoice:
             build(data, [*LOAD, SelectLabelsd("label", [[7]])])
 
     @pytest.mark.parametrize(
-        ("options", "message"),
-        [({"slices": "forground"}, "did you mean 'foreground'"), ({"max_slices": 0}, "at least 1")],
+        ("options", "said"), [({"slices": "forground"}, "did you mean 'foreground'"), ({"max_slices": 0}, "at least 1")]
     )
-    def test_bad_options(self, data, options, message):
-        with pytest.raises(InputError, match=message):
+    def test_bad_options(self, data, options, said):
+        with pytest.raises(InputError, match=said):
             build(data, **options)
 
     def test_volume_that_was_not_loaded(self, data):

@@ -45,14 +45,10 @@ def regions(tmp_path) -> str:
 @pytest.mark.parametrize("roi_size", [[20, 20], [20, 20, 10]], ids=str)
 def test_every_source_has_the_regions_of_its_own_patients(roi_size, regions):
     grid = {"spacing": [1.0, 1.0, 1.0], "roi_size": roi_size}
-    labels = {
-        name: region_labels(SegmentationTask(name, collection=regions), **grid)
-        for name in ("B-T1-ED", "A-T1-ED", "A-T2-ED")
-    }
-    assert all(volume.shape == (20, 20, 10) for volumes in labels.values() for volume in volumes)
-    same, other = (
-        roi_similarity(labels[name], labels["B-T1-ED"], spacing=[1, 1, 1]) for name in ("A-T1-ED", "A-T2-ED")
-    )
+    tasks = [SegmentationTask(f"{name}-ED", collection=regions) for name in ("B-T1", "A-T1", "A-T2")]
+    target, *sources = [region_labels(task, **grid) for task in tasks]
+    assert all(volume.shape == (20, 20, 10) for volumes in (target, *sources) for volume in volumes)
+    same, other = (roi_similarity(source, target, spacing=[1, 1, 1]) for source in sources)
     assert [same["ssim"], same["roi_dice"]] == pytest.approx([1, 1], abs=1e-3)
     assert other["roi_dice"] == 0
     assert other["ssim"] < 0.95

@@ -26,13 +26,8 @@ from medtl_ext.transfer.sources.bundle import bundle_card
 UNET = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": [4, 4, 4, 4, 4, 4]}
 IMAGE = {"type": "image", "num_channels": 1, "spatial_shape": [32, 32], "channel_def": {"0": "T1"}, "modality": "MR"}
 CLASSES = {"0": "background", "1": "lesion"}
-SCORES = {
-    "type": "image",
-    "format": "segmentation",
-    "num_channels": 2,
-    "spatial_shape": [32, 32],
-    "channel_def": CLASSES,
-}
+SCORES = {"type": "image", "format": "segmentation", "num_channels": 2, "spatial_shape": [32, 32]}
+SCORES |= {"channel_def": CLASSES}
 STEPS = [{"_target_": "LoadImaged", "keys": "image"}, {"_target_": "ScaleIntensityd", "keys": "image"}]
 
 
@@ -76,19 +71,14 @@ def test_a_bundle_becomes_a_card(bundle):
         {"_target_": "AsDiscreted", "keys": "label", "to_onehot": 2},
         {"_target_": "CastToTyped", "keys": "image", "dtype": "$torch.float32"},
     ]
+    window = {"_target_": "SlidingWindowInferer", "roi_size": 32}
     folder = bundle(
         spacing=[1, 1],
         keys=["image"],
         first=steps,
         more=[{"_target_": "NormalizeIntensityd", "keys": "image", "nonzero": True}],
         preprocessing={"_target_": "Compose", "transforms": "$@first + @more"},
-        inferer={
-            "_target_": "SlidingWindowInferer",
-            "roi_size": 32,
-            "overlap": 0.5,
-            "mode": "gaussian",
-            "device": "$x",
-        },
+        inferer=window | {"overlap": 0.5, "mode": "gaussian", "device": "$x"},
         postprocessing=[{"_target_": "Activationsd", "keys": "pred", "softmax": True}],
     )
     assert bundle_card(folder) == {
@@ -151,7 +141,7 @@ def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """Configs that would leave a mark if they were executed, and a part of the reason each is refused for."""
     code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
     call = {"_target_": "os.system", "command": f"touch {mark}"}
-    step = {"_target_": "ScaleIntensityd", "keys": "image"}
+    step, resnet = {"_target_": "ScaleIntensityd", "keys": "image"}, "monai.networks.nets.resnet"
     ran = {"_target_": "subprocess.run", "args": ["touch", str(mark)]}
     return {
         "expression": ({"network_def": UNET | {"features": f"${code}"}}, "--trust_sources true"),
@@ -163,25 +153,16 @@ def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "path through a module": ({"network_def": call | {"_target_": "torch.nn.modules.module.os.system"}}, "list"),
         "nested": ({"network_def": UNET | {"act": call}}, "not on the list"),
         "nested in a list": ({"network_def": UNET | {"norm": ["batch", call]}}, "not on the list"),
-        "function": (
-            {"network_def": {"_target_": "monai.networks.nets.resnet.get_pretrained_resnet_medicalnet"}},
-            "list",
-        ),
+        "function": ({"network_def": {"_target_": f"{resnet}.get_pretrained_resnet_medicalnet"}}, "list"),
         "script": ({"network_def": {"_target_": "scripts.net.Net"}}, "only --trust_sources true would do"),
         "script by path": ({"network_def": {"_target_": "scripts/net.py:Net"}}, "only --trust_sources true would do"),
-        "lambda": (
-            {"preprocessing": [{"_target_": "Lambdad", "keys": "image", "func": f"$lambda x: {code}"}]},
-            "Lambdad",
-        ),
+        "lambda": ({"preprocessing": [step | {"_target_": "Lambdad", "func": f"$lambda x: {code}"}]}, "Lambdad"),
         "step call": ({"preprocessing": [call | {"keys": "image"}]}, "os.system"),
         "step expression": ({"preprocessing": [step | {"minv": f"${code}"}]}, "evaluated"),
         "step nested": ({"preprocessing": [step | {"minv": call}]}, "would have to be built"),
         "preprocessing": ({"preprocessing": f"${code}"}, "would have to be evaluated"),
         "disabled": ({"preprocessing": [step | {"_disabled_": f"${code}"}]}, "evaluated"),
-        "callable": (
-            {"preprocessing": [{"_target_": "CropForegroundd", "keys": "image", "select_fn": "eval"}]},
-            "called",
-        ),
+        "callable": ({"preprocessing": [step | {"_target_": "CropForegroundd", "select_fn": "eval"}]}, "called"),
         "inferer": ({"inferer": {"_target_": "scripts.net.Inferer"}}, "no whole image or sliding window"),
         "window": ({"inferer": {"_target_": "SlidingWindowInferer", "roi_size": f"${code}"}}, "evaluated"),
         "another file": ({"network_def": "%../../other.json::network"}, "expression"),
@@ -190,7 +171,7 @@ def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "unknown argument": ({"network_def": UNET | {"colour": "red"}}, "unexpected keyword argument 'colour'"),
         "unknown argument of a step": ({"preprocessing": [step | {"colour": "red"}]}, "unexpected keyword argument"),
         "unknown argument of a pad": (
-            {"preprocessing": [{"_target_": "SpatialPadd", "keys": "image", "spatial_size": 4, "colour": 1}]},
+            {"preprocessing": [step | {"_target_": "SpatialPadd", "spatial_size": 4, "colour": 1}]},
             "unexpected keyword argument 'colour'",
         ),
         "huge number": ({"network_def": UNET | {"out_channels": 10**100}}, "no number of a network"),

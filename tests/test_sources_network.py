@@ -344,12 +344,7 @@ def test_a_network_that_scales_its_images_gets_further_channels(make):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [
-        (nn.Conv2d, (1, 4, 6, 6)),
-        (nn.Conv3d, (1, 4, 3, 3, 3)),
-        (nn.ConvTranspose2d, (1, 4, 6, 6)),
-        (nn.Linear, (1, 4)),
-    ],
+    [(nn.Conv2d, (1, 4, 6, 6)), (nn.Conv3d, (1, 4, 3, 3, 3)), (nn.ConvTranspose2d, (1, 4, 6, 6)), (nn.Linear, (1, 4))],
 )
 def test_outputs_are_copied(layer, shape, bias):
     size = [] if layer is nn.Linear else [3]

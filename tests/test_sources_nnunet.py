@@ -225,15 +225,9 @@ HOSTILE = {
     "configurations/3d_fullres/architecture/arch_kwargs/conv_op": ("os.system", "os.system is not on the list"),
     "configurations/3d_fullres/architecture/arch_kwargs/norm_op": ("torch.nn.init", "torch.nn.init is not on the list"),
     "configurations/3d_fullres/architecture/network_class_name": ("os.system", "network os.system is not on the list"),
-    "configurations/3d_fullres/preprocessor_name": (
-        "Own",
-        "its preprocessor 'Own' is unknown. Known: DefaultPreprocessor",
-    ),
+    "configurations/3d_fullres/preprocessor_name": ("Own", "preprocessor 'Own' is unknown. Known: DefaultPreprocessor"),
     "configurations/3d_fullres/resampling_fn_data": ("mine", "it resamples by mine"),
-    "configurations/3d_fullres/normalization_schemes": (
-        ["Own", "Own"],
-        "it normalises by Own, which is not known",
-    ),
+    "configurations/3d_fullres/normalization_schemes": (["Own", "Own"], "it normalises by Own, which is not known"),
     "configurations/3d_fullres/patch_size": (None, "is not as nnU-Net v2 writes it .lacks 'patch_size'"),
     "configurations/3d_fullres/inherits_from": ("3d_lowres", "is not as nnU-Net v2 writes it .maximum recursion"),
     "image_reader_writer": ("Own", "its reader 'Own' is unknown. Known: SimpleITKIO"),

@@ -50,9 +50,7 @@ class TestDrawSplits:
             ({"A": 4}, (0.5, 0, 0.5), {"A": (2, 0, 2)}),
         ],
     )
-    def test_proportions_at_every_institution_and_all_splits_while_patients_last(
-        self, institutions, fractions, expected
-    ):
+    def test_proportions_at_institutions_and_all_splits_while_patients_last(self, institutions, fractions, expected):
         assert counts(draw_splits(subjects(**institutions), fractions=fractions)) == expected
 
     def test_order_does_not_matter_and_institutions_do_not_disturb_each_other(self):

@@ -30,7 +30,7 @@ CONFIG = {
     "initialize": ["$transfer.start()"],
     "run": [
         "$transfer.config.claim_output(@output_dir)",
-        "$(Path(@output_dir) / 'result.txt').write_text(str(@number**2))",
+        "$Path(@output_dir, 'result.txt').write_text(str(@number**2))",
     ],
 }
 LOGGING = "[loggers]\nkeys=root\n[handlers]\nkeys=\n[formatters]\nkeys=\n[logger_root]\nlevel=INFO\nhandlers=\n"
@@ -44,11 +44,8 @@ def write(tmp_path):
     def write_bundle(name: str = "", **extra) -> Path:
         configs = tmp_path / name / "configs"
         configs.mkdir(parents=True)
-        for file, text in {
-            "metadata.json": "{}",
-            "logging.conf": LOGGING,
-            "train.json": json.dumps(CONFIG | extra),
-        }.items():
+        files = {"metadata.json": "{}", "logging.conf": LOGGING, "train.json": json.dumps(CONFIG | extra)}
+        for file, text in files.items():
             (configs / file).write_text(text)
         return configs / "train.json"
 
@@ -252,11 +249,8 @@ def test_a_job_is_done_when_its_last_file_is_there(tmp_path):
 
 @pytest.mark.parametrize("changed", ["table.csv", "words.json"])
 def test_a_job_whose_tables_are_damaged_runs_again(job, tmp_path, changed):
-    steps = [
-        *CONFIG["run"],
-        *(f"$(Path(@output_dir) / '{name}').write_text('17')" for name in ("table.csv", "words.json")),
-    ]
-    one = job("one", run=steps)
+    tables = [f"$Path(@output_dir, '{name}').write_text('17')" for name in ("table.csv", "words.json")]
+    one = job("one", run=CONFIG["run"] + tables)
     run_jobs([one])
     assert one.done
     (tmp_path / "one" / changed).write_text("16")
@@ -317,9 +311,7 @@ def test_never_more_threads_than_cores(job, monkeypatch):
     asked = []
     monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
     monkeypatch.setattr("medtl_ext.transfer.config.cpu_count", lambda: 4)
-    monkeypatch.setattr(
-        jobs, "Parallel", lambda n, **how: lambda calls: asked.extend((n, *call[1]) for call in calls) or []
-    )
+    monkeypatch.setattr(jobs, "Parallel", lambda n, **_: lambda calls: asked.extend((n, *of[1]) for of in calls) or [])
     series = [job(str(number)) for number in range(9)]
     for n_jobs in (None, 1, 2, 3, 9):
         asked.clear()

@@ -34,26 +34,16 @@ from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
 
 def ranking(scores: dict[str, float], folder: Path, *, decide_by="logme", subjects=True, own=(), **options):
     """Sources whose features tell two classes apart as well as their number is high."""
-    generator, labels, names = (
-        np.random.default_rng(0),
-        np.arange(40) % 2,
-        tuple(f"p{place // 2}" for place in range(40)),
-    )
-    parts = (
-        np.zeros((40, 4, 4), np.uint8),
-        labels,
-        np.repeat(["train", "val"], 20),
-        ("a", "b"),
-        names if subjects else None,
-    )
+    generator, labels = np.random.default_rng(0), np.arange(40) % 2
+    names, images = tuple(f"p{place // 2}" for place in range(40)), np.zeros((40, 4, 4), np.uint8)
+    parts = images, labels, np.repeat(["train", "val"], 20), ("a", "b"), names if subjects else None
     target = SimpleNamespace(name="t", dataset=ClassificationDataset("t", *parts), synthetic=False, per_pixel=False)
     for attribute in ("own_task", "own_size", "own_outcome", "outcome", "unit"):
         setattr(target, attribute, getattr(ClassificationTask, attribute))
     config = {"target_task": "t.npz", "network_def": {}} | dict.fromkeys(RankDatasets.carried)
     (folder / "train.json").write_text(json.dumps(config))
-    here = SimpleNamespace(
-        folder=folder, configs=folder, config=config, seed=0, figures=True, progress=False, leads=True
-    )
+    where = {"folder": folder, "configs": folder, "config": config}
+    here = SimpleNamespace(**where, seed=0, figures=True, progress=False, leads=True)
     here.job = lambda folder, *names, **overrides: Job(config, folder, [], overrides)
     settings = {"n_resamples": 60, "minimum_win": 0.95, "minimum_gap": 0.15, "source_dir": "", "pool_seed": 0}
     settings |= {"metrics": ["lp_fu", "lp", "fu", "logme", "ncti"], "image_shape": [1, 32, 32], "evaluator": None}

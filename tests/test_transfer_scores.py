@@ -157,10 +157,8 @@ def observed(items, networks, *, batch_size=48, with_fu=False, convolutions=None
     parser = ConfigParser({"score": config["score"], "seed": 0, "device": "$torch.device('cpu')"})
     parser["score#dataset"] = Dataset(items)
     parser["score#dataloader#batch_size"] = batch_size
-    evaluator, source = (
-        parser.get_parsed_content("score#evaluator"),
-        Source("s", "checkpoint", Card(convolutions=convolutions)),
-    )
+    evaluator = parser.get_parsed_content("score#evaluator")
+    source = Source("s", "checkpoint", Card(convolutions=convolutions))
     return [observe(source, network, evaluator, with_fu=with_fu) for network in networks]
 
 

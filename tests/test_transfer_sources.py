@@ -16,22 +16,10 @@ from medtl_ext.transfer.sources import find_sources, train_sources
 from medtl_ext.transfer.sources.allowed import built_network
 
 UNET = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
-OWN = {
-    "_target_": "BasicUNet",
-    "spatial_dims": 2,
-    "in_channels": "@in_channels",
-    "out_channels": "@n_classes",
-    "features": [4] * 6,
-}
-RESNET = {
-    "_target_": "ResNet",
-    "block": "basic",
-    "layers": [1, 1, 1, 1],
-    "block_inplanes": [4, 4, 8, 8],
-    "spatial_dims": 2,
-    "n_input_channels": "@in_channels",
-    "num_classes": "@n_classes",
-}
+OWN = {"_target_": "BasicUNet", "spatial_dims": 2, "features": [4] * 6}
+OWN |= {"in_channels": "@in_channels", "out_channels": "@n_classes"}
+RESNET = {"_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8]}
+RESNET |= {"spatial_dims": 2, "n_input_channels": "@in_channels", "num_classes": "@n_classes"}
 
 
 def unet(**changed) -> dict:
@@ -198,11 +186,8 @@ def test_sources_that_make_no_sense_are_refused(entries, message, find):
 
 def test_datasets_that_cannot_be_had_are_refused(mnist):
     assert ClassificationTask(mnist()).name == "tinymnist"
-    for where, message in {
-        "wrong.csv": "is no .npz file, no folder",
-        "tinymnist": "not of the form",
-        "x.npz": "exist",
-    }.items():
+    wrong = {"wrong.csv": "is no .npz file, no folder", "tinymnist": "not of the form", "x.npz": "exist"}
+    for where, message in wrong.items():
         assert message in refused(lambda where=where: ClassificationTask(where))
 
 
@@ -292,9 +277,7 @@ def test_a_classification_source_that_does_not_fit_is_refused_in_one_line(weight
 
 def test_a_bundle_is_one_of_a_shelf(find, tmp_path):
     for name, network in {"fits": UNET, "poor": unet(channels=[4, 16])}.items():
-        bundle_of_a_stranger(
-            tmp_path / "zoo" / name, {"network_def": network}, weights=built_network(UNET).state_dict()
-        )
+        bundle_of_a_stranger(tmp_path / "zoo" / name, {"network_def": network}, built_network(UNET).state_dict())
     fits, poor = find(str(tmp_path / "zoo"))
     assert (fits.name, fits.kind, fits.left_out) == ("fits", "bundle", None)
     assert "does not fit" in poor.left_out
@@ -321,12 +304,8 @@ def test_a_source_of_the_bundles_own_network_changes_nothing_else(single, weight
     assert origin.architecture(own) is own
     assert origin.preprocessing(steps) == steps
     assert origin.inferer(own) is own
-    assert (origin.cropping(), origin.slices("foreground"), origin.batch(8), origin.frozen("conv")) == (
-        [],
-        "foreground",
-        8,
-        "conv",
-    )
+    assert (origin.cropping(), origin.slices("foreground")) == ([], "foreground")
+    assert (origin.batch(8), origin.frozen("conv")) == (8, "conv")
     assert origin.unasked is None
     image = torch.rand(1, 1, 32, 32)
     assert torch.equal(origin.answering([1, 32, 32])(image), origin.untouched([1, 32, 32])(image))
@@ -341,13 +320,9 @@ def test_a_source_of_other_classes_is_not_asked(single, weights):
 
 def test_a_foreign_source_brings_its_network_its_grid_and_its_head(single, weights):
     net = built_network(unet(out_channels=3))
-    keys = {
-        "network": unet(out_channels=3),
-        "classes": ["background", "cyst", "ED"],
-        "window": [16, 16],
-        "batch_size": 3,
-    }
-    origin = single({"checkpoint": weights(net), "name": "theirs", "encoder": "model.0", **keys})
+    keys = {"network": unet(out_channels=3), "classes": ["background", "cyst", "ED"], "name": "theirs"}
+    keys |= {"window": [16, 16], "batch_size": 3, "encoder": "model.0"}
+    origin = single({"checkpoint": weights(net), **keys})
     assert origin.unasked is None  # it knows ED
     image = torch.rand(1, 1, 16, 16)
     ours, theirs = origin.answering([1, 32, 32])(image).softmax(1), net.eval()(image).softmax(1)
@@ -377,18 +352,12 @@ def test_what_a_ranking_hands_on_is_the_source_with_its_weights(target, collecti
     """A task by its name and the weights that it has by now; anything else as it was given."""
     run = SOURCE_SELECTION.workflow(collection=collection).parser.get() | {"bundle_root": str(SOURCE_SELECTION.root)}
     done = SimpleNamespace(config=run, train=lambda waiting, what: None)
-    plain, named = find_sources(
-        ["B-T2-ED", {"name": "b", "task": "B-FLAIR-ED", "network": UNET}], target, collection=collection
-    )
+    entry = {"name": "b", "task": "B-FLAIR-ED", "network": UNET}
+    plain, named = find_sources(["B-T2-ED", entry], target, collection=collection)
     found = train_sources([plain, named], done, target, folder=str(tmp_path), seed=0, check=False)
     assert [one.option["checkpoint"] for one in found] == [one.job.model for one in found]
     assert found[0].option == {"task": "B-T2-ED", "checkpoint": found[0].card.checkpoint}
-    assert found[1].option == {
-        "name": "b",
-        "task": "B-FLAIR-ED",
-        "network": UNET,
-        "checkpoint": found[1].card.checkpoint,
-    }
+    assert found[1].option == entry | {"checkpoint": found[1].card.checkpoint}
     assert found[1].job.overrides["network_def"] == UNET
 
 

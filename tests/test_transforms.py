@@ -231,9 +231,8 @@ class TestAreaSpacing:
         """Dice of a label with itself after the grid and back: printed beside that of nearest neighbour."""
         for patient in ("patient07", "patient19"):
             load = [LoadImaged("label", ensure_channel_first=True), Orientationd("label", "RAS", labels=None)]
-            item = Compose([*load, SelectLabelsd("label", [1])])(
-                {"label": shared_data / f"open_ms/{patient}/lesion.nii.gz"}
-            )
+            file = shared_data / f"open_ms/{patient}/lesion.nii.gz"
+            item = Compose([*load, SelectLabelsd("label", [1])])({"label": file})
             truth = item["label"][0].numpy() == 1
             for pixdim in ([2, 2, 4], [3, 3, 4], [1, 1, 3]):
                 row = []

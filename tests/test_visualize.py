@@ -282,12 +282,11 @@ class TestRanking:
         assert figure.get_supxlabel().endswith("hollow: rank by a baseline")
 
     @pytest.mark.parametrize(
-        ("tied", "recommended", "words"),
-        [(["ED"], "ED", "preferred"), (["ED"], None, "best guess"), ([], None, "others")],
+        ("tied", "best", "words"), [(["ED"], "ED", "preferred"), (["ED"], None, "best guess"), ([], None, "others")]
     )
-    def test_key_says_what_the_colour_means(self, tied, recommended, words):
+    def test_key_says_what_the_colour_means(self, tied, best, words):
         plain = self.TABLE.drop(columns=["random_rank", "size_rank"])
-        figure = plot_ranking(ranking(plain, tied, recommended))
+        figure = plot_ranking(ranking(plain, tied, best))
         assert legend(figure)[0] == words
         assert "hollow" not in figure.get_supxlabel()
 
@@ -342,9 +341,8 @@ class TestOutcome:
             assert dots.get_facecolors().tolist() == [list(to_rgba(c, 0.8)) for c in (ORANGE, BLUE, BLUE, ORANGE)]
             assert panel.lines[0].get_ydata()[0] == 0.55
         assert (figure.get_suptitle(), figure.get_supylabel()) == ("Worth", "Dice")
-        assert figure.get_supxlabel() == (
-            "orange: same modality as the target, blue: another; dashed: training from scratch"
-        )
+        said = "orange: same modality as the target, blue: another; dashed: training from scratch"
+        assert figure.get_supxlabel() == said
 
     def test_one_score_against_auc(self):
         names = {"leep": "LEEP"}

@@ -43,11 +43,8 @@ def test_the_version_is_in_the_changelog(bundle):
 
 
 def test_the_versions_are_those_that_are_tested(bundle):
-    pinned = dict(
-        line.split("==")
-        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
-        if re.match(r"[\w.-]+==", line)
-    )
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if re.match(r"[\w.-]+==", line))
     metadata = bundle.content("metadata")
     packages = metadata["required_packages_version"] | {
         "monai": metadata["monai_version"],

@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+import runpy
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -35,6 +37,17 @@ def shared_data() -> Path:
 def vectors(shared_data):
     """Load reference inputs and outputs by name, e.g. ``vectors("seg_binary")``."""
     return lambda name: dict(np.load(shared_data / "vectors" / f"{name}.npz"))
+
+
+@pytest.fixture(scope="session")
+def open_ms(shared_data, tmp_path_factory) -> Path:
+    """The collection file that the documented script writes of two real patients with multiple sclerosis."""
+    script, out = REPOSITORY / "docs/examples/open_ms_collection.py", tmp_path_factory.mktemp("real") / "open_ms.json"
+    options = ["--out", str(out), "--train", "patient19", "--test", "patient07"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), str(shared_data / "open_ms"), *options])
+        runpy.run_path(str(script), run_name="__main__")
+    return out
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Files of every format, by the reader of the bundles' configs and by what writes segmentations beside them."""
 
 import locale
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -10,10 +11,9 @@ from PIL import Image
 from tifffile import imwrite
 
 from medtl_ext._validation import InputError
-from medtl_ext.data import files, load_collection, write_collection
+from medtl_ext.data import files, load_collection, sample, write_collection
 from medtl_ext.data.duplicates import near_identical, thumbnail
 from medtl_ext.data.files import ChannelReader, find_images, read_channels, require_readable, shape_of
-from medtl_ext.data.sample import SAMPLES, write_sample
 from medtl_ext.transforms import SaveSegmentationd
 
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, 2, 0, -5], [0, 0, 4, 3], [0, 0, 0, 1]])
@@ -355,22 +355,11 @@ class TestFindingImages:
 
 
 class TestSamples:
-    @pytest.mark.parametrize("name", SAMPLES)
-    def test_is_a_collection_with_its_card(self, tmp_path, name):
-        path = write_sample(name, tmp_path / "sample")
-        collection = load_collection(path)
-        assert collection.license in (path.parent / "README.md").read_text()
-        assert {subject.split for subject in collection.subjects} == {"train", "val", "test"}
-        with pytest.raises(InputError, match="nothing is overwritten"):
-            write_sample(name, tmp_path / "sample")
-
     def test_all_are_small_and_unknown_ones_are_refused(self, tmp_path):
-        from medtl_ext.data import sample
-
-        files = (file for file in (sample.Path(sample.__file__).parent / "samples").rglob("*") if file.is_file())
+        files = (file for file in (Path(sample.__file__).parent / "samples").rglob("*") if file.is_file())
         assert sum(file.stat().st_size for file in files) < 6e6
         with pytest.raises(InputError, match="did you mean 'retina'"):
-            write_sample("retin", tmp_path / "x")
+            sample.write_sample("retin", tmp_path / "x")
 
 
 class TestNearIdentical:

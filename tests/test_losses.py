@@ -159,7 +159,7 @@ class TestRiskWeightedLoss:
 
     @pytest.mark.parametrize("grid", [(5, 6), (3, 4, 5)], ids=["2D", "3D"])
     @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-    def test_gradient_by_hand_and_by_differences(self, grid, normalization):
+    def test_gradient_by_hand(self, grid, normalization):
         logits, labels, weights = draw(grid, dtype=torch.float64)
         loss = RiskWeightedLoss(cross_entropy(), weights, normalization=normalization)
         weights = loss.weight.double()  # the buffer is float32
@@ -169,9 +169,6 @@ class TestRiskWeightedLoss:
         one_hot = F.one_hot(labels.squeeze(1)).movedim(-1, 1)
         by_hand = weights * (logits.softmax(1) - one_hot) / divisors[normalization]
         assert_close(logits.grad, by_hand.detach())
-        small = logits.detach()[:1, ..., :2].requires_grad_()
-        loss.set_weight(weights[..., :2])
-        assert torch.autograd.gradcheck(lambda x: loss(x, labels[:1, ..., :2]), small)
 
     def test_map_of_every_shape(self):
         logits, labels, shared = draw()

@@ -65,6 +65,17 @@ def dual_plan(source, target, epsilon):
     return plan(minimize(dual, np.zeros(m), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000}).x)
 
 
+def quantile_plan(source, target):
+    return ot.emd_1d(source[:, 0].numpy(), target[:, 0].numpy())
+
+
+def exact_plan(source, target):
+    return ot.emd([], [], cdist(source, target, "sqeuclidean"))
+
+
+SIZES = [(200, 260), (157, 157), (5, 1000), (1, 7)]
+
+
 class TestReferenceVectors:
     @pytest.fixture
     def data(self, vectors):
@@ -94,28 +105,24 @@ class TestReferenceVectors:
 class TestAgainstOtherSolvers:
     """A second computation of the plan by another route, and of the entropy by the definition."""
 
-    @pytest.mark.parametrize("epsilon", [0.05, 0.3])
-    def test_entropic_dual(self, epsilon):
-        source, source_labels, target, target_labels = draw(20, 25)
-        expected = by_definition(dual_plan(source, target, epsilon), source_labels, target_labels)
-        value = compute_otce(source, source_labels, target, target_labels, epsilon=epsilon)
-        assert value.item() == pytest.approx(expected, abs=2e-5)
-
     @pytest.mark.filterwarnings("ignore:source_labels holds one class")
-    @pytest.mark.parametrize(("n", "m"), [(200, 260), (157, 157), (5, 1000), (1, 7)])
-    def test_quantiles(self, n, m):
-        source, source_labels, target, target_labels = draw(n, m, width=1)
-        plan = ot.emd_1d(source[:, 0].numpy(), target[:, 0].numpy())
-        expected = by_definition(plan, source_labels, target_labels)
-        value = compute_otce(source, source_labels + 1, target, target_labels, solver="sorted")
-        assert value.item() == pytest.approx(expected, abs=1e-12)
-
-    @pytest.mark.parametrize("solver", ["sorted", "auto", "emd"])
-    def test_softmax_of_two_channels_is_one_dimensional(self, solver):
-        source, source_labels, target, target_labels = draw_softmax(60, 75)
-        expected = by_definition(ot.emd([], [], cdist(source, target, "sqeuclidean")), source_labels, target_labels)
-        value = compute_otce(source, source_labels, target, target_labels, solver=solver)
-        assert value.item() == pytest.approx(expected, abs=1e-9)
+    @pytest.mark.parametrize(
+        ("drawn", "plan_of", "options", "near"),
+        [
+            *((partial(draw, 20, 25), partial(dual_plan, epsilon=e), {"epsilon": e}, 2e-5) for e in (0.05, 0.3)),
+            *((partial(draw, n, m, width=1), quantile_plan, {"solver": "sorted"}, 1e-12) for n, m in SIZES),
+            # The softmax of two channels is one-dimensional.
+            *(
+                (partial(draw_softmax, 60, 75), exact_plan, {"solver": name}, 1e-9)
+                for name in ("sorted", "auto", "emd")
+            ),
+        ],
+    )
+    def test_plans(self, drawn, plan_of, options, near):
+        source, source_labels, target, target_labels = drawn()
+        expected = by_definition(plan_of(source, target), source_labels, target_labels)
+        value = compute_otce(source, source_labels + 1, target, target_labels, **options)
+        assert value.item() == pytest.approx(expected, abs=near)
 
     @pytest.mark.parametrize("solver", ["sorted", "emd"])
     def test_samples_with_equal_features_share_in_equal_parts(self, solver):

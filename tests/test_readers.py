@@ -1044,6 +1044,8 @@ def test_a_sample_is_written_with_its_card_and_what_to_do_next(tmp_path, capsys,
     printed = capsys.readouterr().out
     for told in ("collection.json", "License CC BY", "README.md", "Next: python -m medtl_ext.data check"):
         assert told in printed
-    assert load_collection(tmp_path / name / "collection.json").subjects
+    collection = load_collection(tmp_path / name / "collection.json")
+    assert collection.license in (tmp_path / name / "README.md").read_text()
+    assert {subject.split for subject in collection.subjects} == {"train", "val", "test"}
     assert main(["sample", name, "--out", str(tmp_path / name)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err

@@ -4,14 +4,10 @@ Two patients of a public dataset of multiple sclerosis lesions, one to train on.
 here; source and target are modalities of the same patients, so that the scores mean nothing.
 """
 
-import runpy
-import sys
-from pathlib import Path
-
 import nibabel as nib
 import pandas as pd
 import pytest
-from bundle_runs import REPOSITORY, Bundle
+from bundle_runs import Bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_determinism_left_behind")]
 TINY = {
@@ -40,17 +36,6 @@ BUNDLES = {
         "pool_epochs": 1,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def open_ms(shared_data, tmp_path_factory) -> Path:
-    """The collection file that the documented script writes."""
-    out = tmp_path_factory.mktemp("real") / "open_ms.json"
-    arguments = [str(shared_data / "open_ms"), "--out", str(out), "--train", "patient19", "--test", "patient07"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["open_ms_collection.py", *arguments])
-        runpy.run_path(str(REPOSITORY / "docs/examples/open_ms_collection.py"), run_name="__main__")
-    return out
 
 
 @pytest.mark.parametrize("name", BUNDLES)

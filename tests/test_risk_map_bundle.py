@@ -568,10 +568,6 @@ def test_inference_looks_at_all_images_before_it_begins(source, tmp_path):
     nib.save(nib.Nifti1Image(np.ones((4, 4, 2, 3), np.float32), np.eye(4)), tmp_path / "b.nii.gz")
     message = refused(lambda: images_to_segment(str(tmp_path), "17-T2-ED"))
     assert message.startswith(f"{tmp_path}/b.nii.gz has 3 channels where one is expected")
-    (tmp_path / "a.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:-20])
-    message = refused(lambda: images_to_segment(str(tmp_path), "17-T2-ED"))
-    assert message.startswith(f"{tmp_path}/a.nii.gz cannot be read")
-    assert message.endswith("(and 1 more like this)")
 
 
 @pytest.mark.parametrize(

@@ -109,22 +109,23 @@ def priors(**columns) -> pd.DataFrame:
     return table
 
 
-def test_the_filters_keep_the_modality_and_the_better_half():
+@pytest.mark.parametrize(
+    ("options", "kept", "said"),
+    [
+        ({}, ["s0", "s3"], "label SSIM 0.500: dropped (keeps the best 2 of 3)"),
+        ({"top_k": 1}, ["s0"], "dropped"),
+        ({"minimum_ssim": 0.4}, ["s0", "s2", "s3"], "kept"),
+        ({"minimum_ssim": 0.45, "top_k": 2}, ["s0", "s3"], "dropped (keeps at least 0.45, of these the best 2 of 3)"),
+        ({"minimum_ssim": 0.85, "top_k": 2}, ["s0"], "dropped"),
+    ],
+    ids=str,
+)
+def test_the_filters_keep_the_modality_and_the_better_half(options, kept, said):
     table = priors(modality=["T2", "FLAIR", "T2", "T2"], ssim=[0.9, 0.95, 0.5, 0.8])
-    result = filter_by_priors(table)
-    assert result["kept"].tolist() == [True, False, False, True]
+    result = filter_by_priors(table, **options)
+    assert result.index[result["kept"]].tolist() == kept
     assert "modality FLAIR: dropped" in result.loc["s1", "reason"]
-    assert "label SSIM 0.500: dropped (keeps the best 2 of 3)" in result.loc["s2", "reason"]
-    assert filter_by_priors(table, top_k=1)["kept"].tolist() == [True, False, False, False]
-    assert filter_by_priors(table, minimum_ssim=0.4)["kept"].tolist() == [True, False, True, True]
-
-
-def test_a_threshold_and_a_number_both_filter():
-    table = priors(modality=["T2"] * 4, ssim=[0.9, 0.85, 0.8, 0.7])
-    result = filter_by_priors(table, minimum_ssim=0.75, top_k=2)
-    assert result["kept"].tolist() == [True, True, False, False]
-    assert "dropped (keeps at least 0.75, of these the best 2 of 3)" in result.loc["s2", "reason"]
-    assert filter_by_priors(table, minimum_ssim=0.87, top_k=2)["kept"].tolist() == [True, False, False, False]
+    assert said in result.loc["s2", "reason"]
     for wrong in (0, -1, 1.5, True):
         assert "1 or more" in refused(lambda wrong=wrong: filter_by_priors(table, top_k=wrong))
 

@@ -51,19 +51,8 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 LEFT = {"config.json", "report.html"}
 LEFT_BY_RANKERS = LEFT | {"ranking.csv", "ranking.json", "ranking.png", "answer.txt"}
-LEFT_BY_RISK_MAP = LEFT | {
-    "curve.csv",
-    "metrics.csv",
-    "model.pt",
-    "last.pt",
-    "grid.json",
-    "maps.png",
-    "overlay.png",
-    "viewer.json",
-    "weight.nii.gz",
-    "audit",
-    "MODEL_CARD.md",
-}
+LEFT_BY_RISK_MAP = LEFT | {"curve.csv", "metrics.csv", "model.pt", "last.pt", "grid.json", "maps.png", "overlay.png"}
+LEFT_BY_RISK_MAP |= {"viewer.json", "weight.nii.gz", "audit", "MODEL_CARD.md"}
 LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "audit.json", "audit.png"}
 LEFT_BY_SEQUENTIAL = LEFT | {"plan.json", "paths.csv", "clusters.csv", "task_graph.json", "task_graph.graphml", "arms"}
 LEFT_BY_SEQUENTIAL |= {"task_graph.png", "stages", "audit.csv", "audit.json", "audit.png", "arms.csv", "answer.txt"}

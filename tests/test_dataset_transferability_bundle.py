@@ -185,10 +185,6 @@ def test_a_class_with_fewer_images_than_asked_uses_what_there_is(options, in_thi
     assert "validation images by class: 0 5 and 8, 1 5 and 8." in content_of(options["output_dir"])["answer"]
 
 
-def test_a_fine_tuning_starts_from_a_source(options):
-    assert "--source is not given" in refused(lambda: run("finetune", **options))
-
-
 @pytest.mark.slow
 def test_two_processes_train_one_network(options, tmp_path):
     files = ["configs/train.json", "configs/scratch.json", "configs/multi_gpu_train.json"]

@@ -12,6 +12,7 @@ import torch
 from bundle_runs import refused
 from drawing import numpy_generator
 from ignite.engine import Events
+from metric_cases import evaluate
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import IgniteMetricHandler, LrScheduleHandler, from_engine
@@ -332,15 +333,8 @@ def test_scans_of_a_patient_are_kept_as_one_and_a_subject_without_a_patient_as_i
         item |= {"image": torch.full((2, 4, 4), float(place)), "slice": 5 - place}
 
     def seen(data):
-        evaluator = SupervisedEvaluator(
-            device=torch.device("cpu"),
-            val_data_loader=DataLoader(data, batch_size=3),
-            network=nn.Identity(),
-            key_val_metric={"predictions": Predictions()},
-            decollate=decollate,
-        )
-        evaluator.run()
-        return evaluator.state.metrics["predictions"]
+        how = {"batch_size": 3, "how": {"decollate": decollate}}
+        return evaluate(data, nn.Identity(), **how, predictions=Predictions()).state.metrics["predictions"]
 
     alone = seen(items)
     assert (alone.names, alone.groups.tolist()) == (("a1", "a2", "b1"), [0, 0, 1, 2])

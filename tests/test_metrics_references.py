@@ -241,8 +241,7 @@ BY_SUMS = {"transrate": metrics.TransRate, "logme": metrics.LogME, "sfda": metri
 
 @pytest.mark.filterwarnings("ignore:Only one sample available")
 @pytest.mark.parametrize(
-    ("name", "drawn", "change", "options", "near"),
-    TRANSRATE + LOGME + GBC + NLEEP + NCTI + SFDA + PARC + LP + LONE,
+    ("name", "drawn", "change", "options", "near"), TRANSRATE + LOGME + GBC + NLEEP + NCTI + SFDA + PARC + LP + LONE
 )
 def test_function_and_class_agree_with_the_second_computation(name, drawn, change, options, near):
     features, labels = change(*draw(**drawn))

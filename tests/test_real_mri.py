@@ -7,35 +7,17 @@ here; source and target are modalities of the same patients, so that the scores 
 import nibabel as nib
 import pandas as pd
 import pytest
-from bundle_runs import Bundle
+from bundle_runs import SEGMENTATION, Bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_determinism_left_behind")]
-TINY = {
-    "target_task": "MS-FLAIR-WMH",
-    "val_split": "train",
-    "spacing": [6.0, 6.0, 8.0],
-    "roi_size": [32, 32],
-    "epochs": 1,
-    "iterations_per_epoch": 2,
-    "batch_size": 4,
-    "n_jobs": 1,
-    "progress": False,
-    "figures": False,
-    "check_data": False,
-}
+TINY = SEGMENTATION | {"target_task": "MS-FLAIR-WMH", "val_split": "train", "iterations_per_epoch": 2}
 SOURCES = ["MS-T1-WMH", "MS-T2-WMH", "MS-T1CE-WMH"]
 BUNDLES = {
     "risk_map": {"source": "MS-T2-WMH", "train_slices": 8},
     "source_selection": {"sources": SOURCES[:2], "pool_epochs": 1, "n_resamples": 20, "pixels": 40, "train_slices": 8},
-    "sequential_transfer": {
-        "sources": SOURCES,
-        "affinity": "context",
-        "n_clusters": 1,
-        "source_patients": None,
-        "stage_patients": 1,
-        "pool_epochs": 1,
-    },
+    "sequential_transfer": {"sources": SOURCES, "affinity": "context", "n_clusters": 1, "pool_epochs": 1},
 }
+BUNDLES["sequential_transfer"] |= {"source_patients": None, "stage_patients": 1}
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -694,23 +694,6 @@ def test_a_run_that_was_refused_does_not_claim_its_folder(options):
     assert len(table(options["output_dir"])) == 6
 
 
-def test_batches_without_foreground_are_trained_on(options):
-    empty = {"train#dataset#slices": "all", "train_slices": 24, "batch_size": 1, "iterations_per_epoch": 24}
-    workflow = workflow_of(**options | empty)
-    workflow.initialize()
-    trainer = workflow.parser.get_parsed_content("train#trainer")
-    seen = []
-
-    def note(engine):
-        (item,) = engine.state.batch
-        seen.append((bool((item["label"] > 0).any()), engine.state.output[0]["loss"]))
-
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
-    workflow.run()
-    assert {foreground for foreground, _ in seen} == {True, False}
-    assert np.isfinite([loss for _, loss in seen]).all()
-
-
 # Several processes
 
 

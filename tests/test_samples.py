@@ -1,7 +1,6 @@
 """Every bundle on the real samples that ship, in colour and in 3D, and on several channels of the phantom."""
 
 import json
-import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +14,6 @@ from PIL import Image
 from medtl_ext.data import load_collection
 from medtl_ext.data.files import read_channels
 from medtl_ext.data.sample import write_sample
-from medtl_ext.transfer import images_to_segment
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 PHOTOGRAPHS = {"spacing": [1.0, 1.0, 1.0], "roi_size": [64, 64], "figures": True, "check_data": True}
@@ -126,22 +124,3 @@ def test_pictures_and_volumes_give_the_same(retina, places, tmp_path):
         RISK_MAP.run("scratch", collection=str(path), **options, output_dir=str(tmp_path / kind))
     first, second = ((tmp_path / kind / "metrics.csv").read_bytes() for kind in ("png", "nifti"))
     assert first == second
-
-
-def test_a_folder_of_photographs_is_segmented(retina, tmp_path):
-    options = {"target_task": "Diabetic-R+G+B-Vessel", "spacing": [1.0, 1.0, 1.0], "roi_size": [320, 320]}
-    RISK_MAP.run("scratch", collection=str(retina), **options, output_dir=str(tmp_path / "run"))
-    (tmp_path / "in").mkdir()
-    tested = [one for one in load_collection(retina).subjects_of(options["target_task"]) if one.split == "test"]
-    for subject in tested:
-        shutil.copy(subject.images["R+G+B"], tmp_path / "in" / f"{subject.id}.png")
-    options["task"] = options.pop("target_task")
-    folders = {"input_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out")}
-    RISK_MAP.run(base="inference", ckpt=str(tmp_path / "run" / "model.pt"), **folders, **options)
-    scores = pd.read_csv(tmp_path / "run" / "metrics.csv").query("split == 'test'").set_index("subject")["dice"]
-    for subject in tested:
-        truth, _ = read_channels([str(subject.labels["vessel"])])
-        found, _ = read_channels([str(tmp_path / "out" / f"{subject.id}_seg.png")])
-        overlap = 2 * ((truth > 0) & (found > 0)).sum() / ((truth > 0).sum() + (found > 0).sum())
-        assert overlap == pytest.approx(scores[subject.id], abs=1e-6)
-    assert len(images_to_segment(folders["input_dir"], options["task"])) == len(tested)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import SEQUENTIAL, finish, kill_once_there, read_json, refused, trainings
+from bundle_runs import SEQUENTIAL, finish, kill_once_there, read_json, trainings
 
 from medtl_ext.graph import read_task_graph
 
@@ -222,13 +222,6 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
     again = fitted(tmp_path / "again", transfers=str(tmp_path / "measured.csv"))
     assert again == pytest.approx((alpha, beta), rel=1e-3)
     assert in_this_process == before
-
-
-# Bad input
-
-
-def test_a_step_without_its_checkpoint_is_refused(options):
-    assert "--source is not given or has no weights" in refused(lambda: run("stage", **options, source=SOURCES[0]))
 
 
 # Its defaults

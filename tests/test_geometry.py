@@ -54,16 +54,16 @@ def oblique(tmp_path_factory) -> Path:
 # Segmentations
 
 
-@pytest.fixture(scope="module", params=["risk_map", "source_selection"])
-def pair(request, oblique, tmp_path_factory) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+@pytest.fixture(scope="module")
+def pair(oblique, tmp_path_factory) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """An image, and its segmentation by a network that finds what is bright."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("segmented")
     bright = {"weight": torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), "bias": torch.tensor([0.0, -0.7])}
     torch.save(bright, folder / "bright.pt")
     network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
     image = oblique.parent / "17-000" / "T2.nii.gz"
     options = {"ckpt": str(folder / "bright.pt"), "network_def": network, "output_dir": str(folder)}
-    Bundle(request.param).run(base="inference", datalist=[{"image": str(image)}], **GRID | options)
+    RISK_MAP.run(base="inference", datalist=[{"image": str(image)}], **GRID | options)
     return nib.load(image), nib.load(folder / "T2_seg.nii.gz")
 
 

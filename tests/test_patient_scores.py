@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import RISK_MAP, SEQUENTIAL, SOURCE_SELECTION, refused
+from bundle_runs import RISK_MAP, refused
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
 from PIL import Image
@@ -302,14 +302,14 @@ def test_nobody_but_validation_patients_may_choose(tmp_path):
     assert "needs patients of split 'val', who are not here; give what a training chose" in said
 
 
-@pytest.mark.parametrize("bundle", [RISK_MAP, SOURCE_SELECTION, SEQUENTIAL], ids=str)
-def test_inference_takes_what_was_chosen_and_chooses_nothing(bundle, tmp_path):
+def test_inference_takes_what_was_chosen_and_chooses_nothing(tmp_path):
+    """The bundles that segment have the same ``inference.json``, as `test_bundles.py` sees to."""
     given = patients(tmp_path / "data", val=1, test=2, specks=True)
     options = {"base": "inference", "ckpt": given["source"], "output_dir": str(tmp_path / "out"), **GRID}
     options |= {"datalist": [{"image": str(tmp_path / "data" / "test_T2.nii.gz")}]}
-    said = refused(lambda: bundle.run(clean="validation", **options))
+    said = refused(lambda: RISK_MAP.run(clean="validation", **options))
     assert "give what a training on such patients said" in said
-    assert "expected largest, a number of ml" in refused(lambda: bundle.run(clean="big", **options))
+    assert "expected largest, a number of ml" in refused(lambda: RISK_MAP.run(clean="big", **options))
 
 
 # The space of the scores, and probabilities
@@ -334,17 +334,16 @@ def test_there_are_two_spaces_and_the_training_grid_is_named(tmp_path, capfd):
     assert "option --score_space 'patients' is unknown; did you mean 'patient'?" in said
 
 
-@pytest.mark.parametrize("bundle", [RISK_MAP, SOURCE_SELECTION, SEQUENTIAL], ids=str)
-def test_probabilities_are_written_in_the_patients_space_and_make_the_segmentation(bundle, tmp_path):
+def test_probabilities_are_written_in_the_patients_space_and_make_the_segmentation(tmp_path):
     given = patients(tmp_path / "data", val=1, test=2, specks=True)
     image = tmp_path / "data" / "test_T2.nii.gz"
     picture = Image.fromarray((nib.load(image).get_fdata()[:20, :, 3] * 255).astype(np.uint8))
     picture.save(tmp_path / "data" / "flat.png")
     for file, ending in ((image, ".nii.gz"), (tmp_path / "data" / "flat.png", ".png")):
         options = {"ckpt": given["source"], "output_dir": str(tmp_path / "out"), "datalist": [{"image": str(file)}]}
-        steps = [one for one in bundle.content("inference")["transforms"] if one != "$@grid.intensities"]
+        steps = [one for one in RISK_MAP.content("inference")["transforms"] if one != "$@grid.intensities"]
         options |= {"spacing": [3.0, 3.0, 4.0], "transforms": steps, "save_probabilities": True}
-        bundle.run(base="inference", **GRID | options)
+        RISK_MAP.run(base="inference", **GRID | options)
         name = file.name.removesuffix(ending)
         probs = nib.load(tmp_path / "out" / f"{name}_prob.nii.gz")
         assert probs.get_data_dtype() == np.float32

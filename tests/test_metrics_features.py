@@ -18,6 +18,10 @@ from medtl_ext.metrics import FeatureSamples, HScore, MomentMetric, Samples
 class Sums(MomentMetric):
     """The sums themselves."""
 
+    def __init__(self, *needs, **options):
+        self.needs = needs
+        super().__init__(**options)
+
     def _evaluate(self, sums):
         return sums
 
@@ -28,11 +32,26 @@ def fed(metric, *batches):
     return metric.compute()
 
 
-def test_sums_hold_only_what_is_asked_for():
-    metric = Sums()
-    assert set(fed(metric, draw())) == {"count", "total"}
-    with pytest.raises(InputError, match="keeps sums, not samples"):
-        metric.samples()
+class TestSums:
+    def test_equal_numpy(self):
+        features, labels = draw(n=500)
+        sums = fed(Sums("gram", "squares", "class_gram", "norms"), (features.float(), labels))
+        x, y = features.float().double().numpy(), labels.numpy()
+        norms = (x**2).sum(1)
+        indicators = np.eye(3)[y]
+        assert sums["count"].tolist() == np.bincount(y).tolist()
+        np.testing.assert_allclose(sums["total"], indicators.T @ x, atol=1e-11)
+        np.testing.assert_allclose(sums["squares"], indicators.T @ x**2, atol=1e-11)
+        np.testing.assert_allclose(sums["class_gram"], np.einsum("nc,nd,ne->cde", indicators, x, x), atol=1e-10)
+        np.testing.assert_allclose(sums["gram"], np.einsum("nd,ne->de", x, x), atol=1e-10)
+        np.testing.assert_allclose(sums["cubic"], norms @ x, rtol=1e-9)
+        np.testing.assert_allclose(sums["quartic"], [(norms**2).sum()], rtol=1e-9)
+
+    def test_hold_only_what_is_asked_for(self):
+        metric = Sums()
+        assert set(fed(metric, draw())) == {"count", "total"}
+        with pytest.raises(InputError, match="keeps sums, not samples"):
+            metric.samples()
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def start() -> None:
     torch.set_num_threads(threads_for(1))
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"monai\.")
+    warnings.filterwarnings("ignore", "A worker stopped while")  # joblib's: one that has grown by 300 MB is replaced
     workflow = _evaluating(ConfigWorkflow)
     parser, folder = workflow.parser, Path(workflow.config_root_path)
     for key, value in parser.get().items():

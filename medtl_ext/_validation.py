@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 # Torch and MONAI take seconds to import, which the modules without tensors need not wait for.
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,9 @@ IGNORED = -1
 
 # Labels are kept as int16 between the two looks a metric takes at them.
 LARGEST_LABEL = 2**15 - 1
+
+# What a label's value may be off a whole number: a header's scale factor, or 32 bits, leave less than this.
+_ROUNDING = 0.01
 
 # Bytes of a file's name are 255 at most, and ours add to it.
 LONGEST_NAME = 200
@@ -204,3 +209,34 @@ def check_labels_of(name: str, samples: Tensor, target_labels: Any, *, ignore_in
             f"expected {expected} (class indices, not one-hot)."
         )
     return labels.to(samples.device)
+
+
+def whole_labels(label: np.ndarray) -> tuple[np.ndarray, tuple[str, str, str] | None]:
+    """A label as whole numbers: values within 0.01 of one are that one, and NaN, as outside of a scan, is 0.
+
+    Args:
+        label: of any shape and real dtype.
+
+    Returns:
+        The label, and what there is to say of it, if anything: ``warning`` or ``error``, the problem, and what to do.
+        It is an error that values are further from a whole number; these are left as they are.
+
+    >>> whole_labels(np.array([0, 0.99998, 2]))[0]
+    array([0., 1., 2.])
+    >>> whole_labels(np.array([0, 0.9882]))[1][1]
+    'the label holds fractional values, such as 0.9882, which is more than 0.01 off 1'
+    """
+    whole = np.round(label)
+    if label.dtype.kind != "f" or (np.array_equal(whole, label) and np.isfinite(label).all()):
+        return label, None
+    outside = np.isnan(label)
+    whole[outside] = 0
+    off = np.abs(np.nan_to_num(label) - whole)
+    if (odd := off > _ROUNDING).any():
+        value = label[odd].min()
+        fractional = f"fractional values, such as {value:g}, which is more than {_ROUNDING:g} off {value:.0f}"
+        advice = "resample labels with nearest-neighbour interpolation, and cut probabilities"
+        return np.where(odd, label, whole), ("error", f"the label holds {fractional}", advice)
+    shares = {f"up to {off.max():.1g} off a whole number": off > 0, "NaN, which counts as background": outside}
+    found = [f"{100 * where.mean():.2g} % of the label are {what}" for what, where in shares.items() if where.any()]
+    return whole, ("warning", " and ".join(found), "values are rounded: save labels as integers")

@@ -17,7 +17,7 @@ from scipy.ndimage import binary_fill_holes, convolve1d
 from scipy.ndimage import label as connected_parts
 
 from medtl_ext._io import atomic_path, suffix_of
-from medtl_ext._validation import InputError, require_number, warn
+from medtl_ext._validation import InputError, require_number, warn, whole_labels
 
 __all__ = [
     "AreaSpacingd",
@@ -27,7 +27,6 @@ __all__ = [
     "SaveSegmentationd",
     "SelectLabelsd",
     "body_mask",
-    "whole_labels",
 ]
 
 # Measured on eight brain-extracted clinical MRI volumes, where resampling left values of either sign around the brain.
@@ -35,8 +34,6 @@ __all__ = [
 _BODY_SHARE, _BODY_PERCENTILE = 0.05, 99.0
 # Standard scores that are kept, so that a few bright vessels do not set the range.
 _LOWEST, _HIGHEST = -4.0, 6.0
-# What a label's value may be off a whole number: a header's scale factor, or 32 bits, leave less than this.
-_ROUNDING = 0.01
 
 
 def body_mask(image: NdarrayOrTensor) -> np.ndarray:
@@ -213,37 +210,6 @@ class PickChannelsd(MapTransform):
             mean = torch.full_like(image[0], float(image.float().mean()))
             data[key] = torch.stack([mean if place is None else image[place] for place in self.channels])
         return data
-
-
-def whole_labels(label: np.ndarray) -> tuple[np.ndarray, tuple[str, str, str] | None]:
-    """A label as whole numbers: values within 0.01 of one are that one, and NaN, as outside of a scan, is 0.
-
-    Args:
-        label: of any shape and real dtype.
-
-    Returns:
-        The label, and what there is to say of it, if anything: ``warning`` or ``error``, the problem, and what to do.
-        It is an error that values are further from a whole number; these are left as they are.
-
-    >>> whole_labels(np.array([0, 0.99998, 2]))[0]
-    array([0., 1., 2.])
-    >>> whole_labels(np.array([0, 0.9882]))[1][1]
-    'the label holds fractional values, such as 0.9882, which is more than 0.01 off 1'
-    """
-    whole = np.round(label)
-    if label.dtype.kind != "f" or (np.array_equal(whole, label) and np.isfinite(label).all()):
-        return label, None
-    outside = np.isnan(label)
-    whole[outside] = 0
-    off = np.abs(np.nan_to_num(label) - whole)
-    if (odd := off > _ROUNDING).any():
-        value = label[odd].min()
-        fractional = f"fractional values, such as {value:g}, which is more than {_ROUNDING:g} off {value:.0f}"
-        advice = "resample labels with nearest-neighbour interpolation, and cut probabilities"
-        return np.where(odd, label, whole), ("error", f"the label holds {fractional}", advice)
-    shares = {f"up to {off.max():.1g} off a whole number": off > 0, "NaN, which counts as background": outside}
-    found = [f"{100 * where.mean():.2g} % of the label are {what}" for what, where in shares.items() if where.any()]
-    return whole, ("warning", " and ".join(found), "values are rounded: save labels as integers")
 
 
 class SelectLabelsd(MapTransform):

@@ -15,11 +15,10 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import io_orientation
 
 from medtl_ext._io import suffix_of, write_csv
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, whole_labels
 from medtl_ext.data.collection import Collection, Colour, Subject, Task, channels_of
 from medtl_ext.data.duplicates import near_identical, thumbnail
 from medtl_ext.data.files import LOSSY, PICTURES, SAME_AFFINE_MM, Unusable, for_each, read_channels
-from medtl_ext.transforms import whole_labels
 
 __all__ = ["IntegrityReport", "Issue", "check_collection"]
 

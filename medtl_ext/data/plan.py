@@ -30,13 +30,13 @@ from monai.transforms import (
     RandFlipd,
     Transform,
 )
+from monai.utils import instantiate
 from scipy.ndimage import label as connected_parts
 from torch.nn.functional import adaptive_avg_pool3d, cosine_similarity, interpolate
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
 from medtl_ext.data.files import affine_of, read_channels, shape_of
-from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 
 __all__ = ["Ceiling", "Grid", "grid_steps", "label_ceiling", "plan_grid", "read_grid", "stored_options", "truth_steps"]
 
@@ -304,12 +304,15 @@ def label_ceiling(items: Sequence[Mapping[str, Any]], steps: Sequence[Callable],
 
 
 def truth_steps(label_values: Sequence[Sequence[int]]) -> list[Callable]:
-    """Load an image with its label, and keep the label as it is in the file as ``truth``."""
+    """Load an image with its label, and keep the label as it is in the file as ``truth``.
+
+    Transforms stand beside this room, so that steps name them as a config does.
+    """
     keys = ["image", "label", "truth"]
     return [
         CopyItemsd("label", names="truth"),
         LoadImaged(keys, reader="medtl_ext.data.ChannelReader", ensure_channel_first=True),
-        SelectLabelsd(["label", "truth"], label_values),
+        instantiate("medtl_ext.transforms.SelectLabelsd", "default", keys=["label", "truth"], values=label_values),
     ]
 
 
@@ -319,7 +322,7 @@ def grid_steps(grid: Grid, *, label_values: Sequence[Sequence[int]]) -> list[Cal
     return [
         *truth_steps(label_values),
         Orientationd(keys, grid.axcodes, labels=None),
-        AreaSpacingd(keys, pixdim=grid.spacing),
+        instantiate("medtl_ext.transforms.AreaSpacingd", "default", keys=keys, pixdim=grid.spacing),
     ]
 
 

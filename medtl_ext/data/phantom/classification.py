@@ -15,12 +15,11 @@ import numpy as np
 from filelock import FileLock
 
 from medtl_ext._io import atomic_path, cache_root
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, require_choice, whole_labels
 from medtl_ext.data.collection import SPLITS, Collection, Task, load_collection
 from medtl_ext.data.files import read_channels
 from medtl_ext.data.phantom.generate import cached_phantom
 from medtl_ext.data.phantom.scanner import MODALITIES
-from medtl_ext.transforms import whole_labels
 
 __all__ = ["OBJECTIVES", "phantom_classification"]
 

@@ -14,12 +14,11 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from medtl_ext._io import suffix_of
-from medtl_ext._validation import InputError
+from medtl_ext._validation import InputError, whole_labels
 from medtl_ext.data.collection import Collection, PathLike, count_splits, load_collection
 from medtl_ext.data.files import FORMATS, NIFTI, read_channels
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.splits import write_splits
-from medtl_ext.transforms import whole_labels
 
 _PREFERENCE = (".nii.gz", ".nii")  # before all others
 _PARTNERS = {".hdr": ".img", ".img": ".hdr", ".HDR": ".IMG", ".IMG": ".HDR"}  # of the Analyze format

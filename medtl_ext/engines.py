@@ -10,8 +10,6 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["MixedPrecisionInferer", "WeightedTrainer"]
-
 
 class MixedPrecisionInferer(SimpleInferer):
     """The forward pass of a training on a processor in bfloat16, where it computes in that; its logits are float32.

@@ -26,18 +26,6 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice, require_number
 
-__all__ = [
-    "NoPathError",
-    "TransferPath",
-    "cluster_representatives",
-    "girvan_newman_clusters",
-    "optimal_transfer_path",
-    "read_task_graph",
-    "task_graph",
-    "tied_clusterings",
-    "write_task_graph",
-]
-
 RULES = ("size", "weighted_centroid")
 # Shortest paths whose lengths differ by less, relatively, are equally short; betweennesses, equally high.
 SAME, TIE = 1e-12, 1e-9
@@ -392,6 +380,4 @@ def _check_graph(graph: nx.Graph, weight: str | None = "weight") -> None:
 def _check_clusters(graph: nx.Graph, clusters: Sequence[Collection[Hashable]]) -> None:
     members = [node for cluster in clusters for node in cluster]
     if not all(clusters) or len(set(members)) < len(members) or not set(members) <= set(graph):
-        raise InputError(
-            f"clusters is {list(clusters)}; expected sets of the graph's tasks, none empty, no task in two."
-        )
+        raise InputError(f"clusters is {list(clusters)}; expected sets of the graph's tasks, none empty, none in two.")

@@ -30,20 +30,6 @@ from medtl_ext.metrics import compute_segmentation_scores
 from medtl_ext.networks import all_but, keep_in_eval_mode, layers, read_checkpoint, read_weights, trainable_parameters
 from medtl_ext.ranking import late_gain
 
-__all__ = [
-    "EpochSeed",
-    "LayerwiseRates",
-    "LinearProbe",
-    "ResumableCheckpoint",
-    "StartingPoint",
-    "SubjectTable",
-    "TensorBoardCurves",
-    "TrainingLength",
-    "WeightAveraging",
-    "WeightInterpolation",
-    "WeightMap",
-]
-
 logger = logging.getLogger(__name__)
 
 

@@ -329,9 +329,7 @@ class RiskWeightedLoss(nn.Module):
         if loss.ndim == labels.ndim + 1:
             loss = loss.sum(1)
         if loss.shape != labels.shape:
-            raise InputError(
-                f"base_loss returned shape {tuple(loss.shape)}; expected one value a pixel, {tuple(labels.shape)}."
-            )
+            raise InputError(f"base_loss returned shape {tuple(loss.shape)}; expected {tuple(labels.shape)}.")
         return loss
 
     def _divisor(self, labels: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -392,10 +390,7 @@ def repeat_cells(cells: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         n_cells = cells.shape[axis] if first_axis >= 0 else 0
         stride = -(-length // n_cells) if n_cells else 0
         if stride < 1 or -(-length // stride) != n_cells:
-            raise InputError(
-                f"size {tuple(size)} does not fit a map of shape {tuple(cells.shape)}; expected the images' spatial "
-                "size, which a whole stride divides into the map's."
-            )
+            raise InputError(f"size {tuple(size)} does not fit a map of {tuple(cells.shape)}; give the images' own.")
         cells = cells.repeat_interleave(stride, axis).narrow(axis, 0, length)
     return cells
 

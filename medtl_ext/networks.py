@@ -19,18 +19,6 @@ from torch.optim.swa_utils import update_bn
 
 from medtl_ext._validation import InputError, first_line
 
-__all__ = [
-    "adapt_batch_norm",
-    "all_but",
-    "freeze",
-    "layers",
-    "load_weights",
-    "prepared",
-    "read_checkpoint",
-    "read_weights",
-    "trainable_parameters",
-]
-
 logger = logging.getLogger(__name__)
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -223,10 +211,7 @@ def layers(network: nn.Module, image: Tensor) -> list[list[str]]:
             found.append([])
         found[-1].append(name)
     if len(found) < 2:
-        raise InputError(
-            f"the layers of this {type(network).__name__} cannot be seen; expected a network of several convolutions, "
-            "and no program; fine-tune all of it (full)."
-        )
+        raise InputError(f"the layers of this {type(network).__name__} cannot be seen; fine-tune all of it (full).")
     place = {name: number for number, names in enumerate(found) for name in names}
     before = 0
     for name in own:

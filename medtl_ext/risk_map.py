@@ -35,8 +35,6 @@ from medtl_ext.transfer.truth import page
 from medtl_ext.transfer.viewer import MOST, packed
 from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
 
-__all__ = ["CompareMaps", "CompareMethods", "Condensation", "Pictures", "concentration", "write_matrix"]
-
 N_PATIENTS = 3
 PLACEBO = "placebo"
 """The method that all others are compared with once more, with other seeds: what chance alone does."""
@@ -279,9 +277,7 @@ class CompareMethods(Study):
         for method in self.methods:
             require_choice("method", method, [*sorted(path.stem for path in here.configs.glob("*.json")), PLACEBO])
         if self.reference not in self.methods:
-            raise InputError(
-                f"methods is {list(self.methods)}; {self.reference} must be among them: all are compared with it."
-            )
+            raise InputError(f"methods is {list(self.methods)}; add {self.reference}, which all are compared with.")
         for name in dict.fromkeys(target for _, target in self.pairs):
             self.open(name).check({"train", config["val_split"], "test"})
         tasks = dict.fromkeys(source for source, _ in self.pairs)

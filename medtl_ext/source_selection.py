@@ -30,8 +30,6 @@ from medtl_ext.transfer.study import Key
 from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 
-__all__ = ["ReproduceTable6", "SelectSource", "SelectionStudy", "filter_by_priors", "region_labels", "roi_similarity"]
-
 logger = logging.getLogger(__name__)
 
 METHODS = {"pooled": "h_score", "paper": "h_score_map"}
@@ -201,10 +199,7 @@ class SelectSource(RankSources):
             require_number("top_k", self.top_k, 1, whole=True)
         split = self.here.config["val_split"]
         if self.settle and split != "val":
-            raise InputError(
-                f"--settle compares validation patients, and --val_split {split} leaves none; give --settle false, or "
-                "patients to validate on."
-            )
+            raise InputError(f"--val_split {split} leaves no validation patients to settle by; give --settle false.")
 
     def facts(self, source: Source) -> dict[str, Any]:
         found = super().facts(source) | {key: getattr(source.card, key) for key in ("network", "n_classes", "encoder")}

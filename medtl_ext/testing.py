@@ -23,8 +23,6 @@ from ignite.engine import Engine
 
 from medtl_ext.metrics.base import TransferMetric
 
-__all__ = ["check_metric", "metric_checks"]
-
 # How far values may lie apart: the same sums in another order; the same input in single and in half precision.
 EXACT, SINGLE, HALF = 1e-9, 1e-4, 0.05
 

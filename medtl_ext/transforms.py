@@ -19,16 +19,6 @@ from scipy.ndimage import label as connected_parts
 from medtl_ext._io import atomic_path, suffix_of
 from medtl_ext._validation import InputError, require_number, warn, whole_labels
 
-__all__ = [
-    "AreaSpacingd",
-    "CleanSegmentationd",
-    "NormalizeBodyd",
-    "PickChannelsd",
-    "SaveSegmentationd",
-    "SelectLabelsd",
-    "body_mask",
-]
-
 # Measured on eight brain-extracted clinical MRI volumes, where resampling left values of either sign around the brain.
 # 2 % and 5 % select the same brain to within 3 % of its voxels, while 10 % loses up to 7 %, mostly cerebrospinal fluid.
 _BODY_SHARE, _BODY_PERCENTILE = 0.05, 99.0

@@ -276,7 +276,7 @@ WRONG = [
     (SOURCE_SELECTION, {"collection": "nowhere.json"}, "does not exist"),
     (SOURCE_SELECTION, {"source": SOURCE_SELECTION.tiny["sources"]}, "only datasets of classification are pooled"),
     (DATASETS, {"metrics": ["leap"]}, "did you mean 'leep'"),
-    (DATASETS, {"metrics": ["leep"], "decide_by": "logme"}, "which is not in metrics"),
+    (DATASETS, {"metrics": ["leep"], "decide_by": "logme"}, "not in metrics"),
     (DATASETS, {"sources": ["14-T2-tumor"]}, "did you mean 'tumour'"),
     (DATASETS, {"sources": ["17-T2-tumour"]}, "no source is left"),
     (DATASETS, {"target_task": "nowhere.npz"}, "does not exist"),

@@ -222,10 +222,7 @@ def shape_similarity(descriptors_a: ArrayLike, descriptors_b: ArrayLike) -> torc
 def _common_grid(shapes: set[tuple[int, ...]]) -> tuple[int, ...]:
     grid = tuple(max(sides) for sides in zip(*shapes, strict=True))
     if len(shapes) > 1:
-        warn(
-            f"The label volumes have {len(shapes)} different shapes, such as {min(shapes)} and {max(shapes)}: all are "
-            f"resampled to {grid}, nearest neighbour, where they should show the same places."
-        )
+        warn(f"The label volumes have {len(shapes)} different shapes: all are resampled to {grid}, nearest neighbour.")
     return grid
 
 

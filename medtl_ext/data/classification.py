@@ -20,17 +20,6 @@ from tqdm import tqdm
 from medtl_ext._validation import InputError, require_choice, require_name
 from medtl_ext.data.collection import SPLITS, Name, read_arrays
 
-__all__ = [
-    "SUFFIXES",
-    "ClassificationDataset",
-    "load_classification",
-    "load_image_folder",
-    "load_medmnist",
-    "pool_datasets",
-    "read_image",
-    "sample_per_class",
-]
-
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")

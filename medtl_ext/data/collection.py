@@ -31,8 +31,6 @@ from pydantic import (
 from medtl_ext._io import content_hashes, write_json
 from medtl_ext._validation import InputError, first_line, require_choice, require_name, shown
 
-__all__ = ["SPLITS", "Collection", "Objective", "Subject", "Task", "load_collection", "write_collection"]
-
 Split = Literal["train", "val", "test"]
 SPLITS = get_args(Split)
 PathLike = str | os.PathLike[str]

@@ -6,8 +6,6 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 from sklearn.decomposition import PCA
 
-__all__ = ["near_identical", "thumbnail"]
-
 ALIKE = 0.97
 # Photographs through a round opening all correlate above 0.97: what images have in common is taken away (their mean and
 # a principal component for every ten of them, four at most), and what is left must correlate too. Of 912 known pairs in

@@ -27,8 +27,6 @@ from tqdm import tqdm
 from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError
 
-__all__ = ["FORMATS", "LOSSY", "ChannelReader", "find_images", "read_channels"]
-
 NIFTI, PICTURES = (".nii", ".nii.gz", ".hdr", ".img"), (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 BY_ITK = (".nrrd", ".mha", ".mhd", ".dcm")
 FORMATS = (*NIFTI, *PICTURES, *BY_ITK)

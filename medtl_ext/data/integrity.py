@@ -20,8 +20,6 @@ from medtl_ext.data.collection import Collection, Colour, Subject, Task, channel
 from medtl_ext.data.duplicates import near_identical, thumbnail
 from medtl_ext.data.files import LOSSY, PICTURES, SAME_AFFINE_MM, Unusable, for_each, read_channels
 
-__all__ = ["IntegrityReport", "Issue", "check_collection"]
-
 MOST_APART = 3.0
 """Times that voxels of one patient may be as large as another's, of the same institution and modality."""
 LARGEST_MM, LARGEST_VIEW_MM = 50.0, 3000.0

@@ -38,8 +38,6 @@ from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
 from medtl_ext.data.files import affine_of, read_channels, shape_of
 
-__all__ = ["Ceiling", "Grid", "grid_steps", "label_ceiling", "plan_grid", "read_grid", "stored_options", "truth_steps"]
-
 AUTO = "auto"
 MULTIPLE = 16
 """The bundles' U-Net halves an image four times."""

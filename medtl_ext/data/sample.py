@@ -7,8 +7,6 @@ from pathlib import Path
 from medtl_ext._io import atomic_path
 from medtl_ext._validation import InputError, require_choice
 
-__all__ = ["SAMPLES", "write_sample"]
-
 SAMPLES = {
     "retina": "vessels in colour photographs of the retina, PNG (HRF, CC BY 4.0)",
     "hippocampus": "parts of the hippocampus in 3D T1-weighted MRI, NIfTI (Decathlon, CC BY-SA 4.0)",

@@ -20,8 +20,6 @@ from tqdm import tqdm
 
 from medtl_ext._validation import InputError, require_choice
 
-__all__ = ["SliceDataset"]
-
 logger = logging.getLogger(__name__)
 
 

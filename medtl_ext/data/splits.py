@@ -21,8 +21,6 @@ from medtl_ext.data.collection import (
     write_collection,
 )
 
-__all__ = ["FRACTIONS", "draw_folds", "draw_splits", "split_collection", "write_splits"]
-
 FRACTIONS = (0.5, 0.25, 0.25)  # of train, val and test
 
 
@@ -54,10 +52,7 @@ def draw_splits(
     """
     shares = np.asarray(fractions, dtype=float)
     if shares.shape != (3,) or (shares < 0).any() or shares[0] == 0 or not np.isclose(shares.sum(), 1):
-        raise InputError(
-            f"split fractions {list(fractions)} must be three, of train, val and test, at least 0 (train above 0) and "
-            "sum to 1, such as 0.6 0.2 0.2."
-        )
+        raise InputError(f"split fractions {list(fractions)} must be three of 0 or more that sum to 1, train above 0.")
     held_out, strata = _patients(subjects, seed)
     if held_out:
         shares = np.array([*shares[:2], 0]) / shares[:2].sum()
@@ -93,10 +88,7 @@ def draw_folds(subjects: Sequence[Mapping[str, Any]], *, folds: int, seed: int =
     most = max(map(len, strata.values()), default=0)
     least = 2 if held_out else 3
     if not least <= folds <= most:
-        raise InputError(
-            f"{folds} folds cannot be drawn: at least {least} are needed, and no more than the largest institution has "
-            f"patients ({most}); choose another number of folds, or fractions."
-        )
+        raise InputError(f"{folds} folds cannot be drawn: at least {least}, at most the patients of a site ({most}).")
     patients = [patient for members in strata.values() for patient in members]
     institutions = [institution for institution, members in strata.items() for _ in members]
     with warnings.catch_warnings():  # an institution with fewer patients than folds is documented, not an accident

@@ -35,9 +35,7 @@ class RankDatasets(RankSources):
             raise InputError(f"image_size is {size}; expected at least 16.")
         super().check()
         if self.decide_by not in self.metrics:
-            raise InputError(
-                f"decide_by is {self.decide_by}, which is not in metrics; add it there: {', '.join(self.metrics)}."
-            )
+            raise InputError(f"decide_by is {self.decide_by}, not in metrics: {', '.join(self.metrics)}; add it there.")
         self.target.check(["train", "val", "test"])
 
     def remarks(self, ranking: SourceRanking) -> list[str]:

@@ -302,10 +302,7 @@ def _map(
     if not bool(several.any()):
         warn("target_labels holds one class only at every pixel, so the map is 0 and says nothing about transfer.")
     elif n_images <= width:
-        warn(
-            f"features holds {n_images} images of {width} channels, so the H-score of a pixel is K - 1 whatever they "
-            "are; use more images."
-        )
+        warn(f"{n_images} images of {width} channels make the H-score of every pixel K - 1; use more images.")
     h_map = torch.where(seen, 0.0, torch.nan).double()
     # So many pixels at a time that they stay in the processor's cache; as slices where possible.
     size = max(64, (2**24 if seen.is_cuda else 2**18) // n_numbers)

@@ -200,10 +200,7 @@ class OTCE(SampleMetric):
 
     def _require_width(self, features: torch.Tensor) -> None:
         if (width := self._source[0].shape[1]) != features.shape[1]:
-            raise InputError(
-                f"target_features has {features.shape[1]} channels, source_features {width}; expected the same layer "
-                "of the same network."
-            )
+            raise InputError(f"target_features has {features.shape[1]} channels; expected the source's {width}.")
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         source, target = tuple(value.to(features.device) for value in self._source), (features, labels)

@@ -120,16 +120,10 @@ def paired_comparison(a: Scores, b: Scores, *, n_resamples: int = 9999) -> Paire
     """
     a, b = dict(a), dict(b)
     if unpaired := sorted(map(str, a.keys() ^ b.keys())):
-        raise InputError(
-            f"Paired comparison needs the same subjects on both sides; only one side has {listed(unpaired, 5)}. "
-            "Evaluate both on the same split."
-        )
+        raise InputError(f"expected the same subjects on both sides; only one side has {listed(unpaired, 5)}.")
     first, second = (_patients_by_trainings("an arm of a comparison", [of[subject] for subject in a]) for of in (a, b))
     if len(counts := {first.shape[1], second.shape[1]} - {1}) > 1:
-        raise InputError(
-            f"Paired comparison needs as many trainings on both sides; found {listed(sorted(counts))}. Train both with "
-            "the same seeds."
-        )
+        raise InputError(f"expected as many trainings on both sides; found {listed(sorted(counts))}.")
     differences = np.round(first - second, 12)  # float noise would break ties between equal differences
     count, mean = len(differences), float(differences.mean())
     low = high = p = win = np.nan

@@ -123,9 +123,7 @@ class SourceGraph:
             return joined
         joined = graphs.read_task_graph(self.task_graph)
         if other := sorted(set(joined) ^ set(self.sources)):
-            raise InputError(
-                f"task graph {self.task_graph} and sources differ in {other[0]}; give the graph's own tasks as sources."
-            )
+            raise InputError(f"task graph {self.task_graph} and sources differ in {other[0]}; give its own tasks.")
         if joined.graph.get("affinity", name) != name:
             raise InputError(
                 f"task graph {self.task_graph} was made with the affinity {joined.graph['affinity']}, whose costs are "

@@ -91,9 +91,7 @@ class StudyPaths(Study):
 
     def arms(self) -> Arms:
         if self.here.config["max_intermediates"] != 1:
-            raise InputError(
-                "settings holds max_intermediates, which is 1 in a study: it trains every path of two sources."
-            )
+            raise InputError("settings holds max_intermediates, which is 1 in a study of all paths; leave it out.")
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
         chains = {key: chains_to(self, *key) for key in product(self.targets, self.seeds)}
         graphs: dict[tuple, SourceGraph] = {}  # one serves all targets

@@ -22,8 +22,6 @@ from medtl_ext.transfer.report import audit_report
 from medtl_ext.transfer.sources import SingleSource, Source
 from medtl_ext.transfer.tasks import SegmentationTask, patients_of
 
-__all__ = ["TransferAudit", "arm_rows", "finetuning_job"]
-
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "zero_shot"

@@ -102,10 +102,7 @@ def start() -> None:
             f"--val_interval is {interval}, --epochs {epochs}: no epoch would be validated; give at most --epochs."
         )
     if "RANK" not in os.environ and "init_process_group" in str(parser.get("initialize")):
-        raise InputError(
-            "a multi_gpu config is for several processes; start it by `torchrun --nproc_per_node=2 -m monai.bundle run "
-            "...`, one process a GPU, or leave it out."
-        )
+        raise InputError("start a multi_gpu config by `torchrun --nproc_per_node=2 -m monai.bundle run ...`.")
 
 
 def _declared(folder: Path) -> dict[str, dict[str, Any]]:
@@ -218,9 +215,7 @@ def current_config() -> dict[str, Any]:
     try:
         return json.loads(json.dumps(content))
     except TypeError as error:
-        raise InputError(
-            f"the config holds a value that is no JSON ({error}); pass overrides as JSON values."
-        ) from error
+        raise InputError(f"the config holds what is no JSON ({error}); pass overrides as JSON values.") from error
 
 
 def identity(config: Mapping[str, Any], *, without: Container[str] = ()) -> dict[str, Any]:
@@ -264,10 +259,7 @@ def claim_output(output_dir: str | os.PathLike[str]) -> Path:
     elif int(os.environ.get("RANK", 0)) == 0:
         theirs = [name for name in ("model.pt", "last.pt", "metrics.csv") if (folder / name).exists()]
         if theirs and not record.is_file():
-            raise InputError(
-                f"output folder {folder} holds {theirs[0]} of no run that is known here, which would be replaced; give "
-                "another folder with --output_dir."
-            )
+            raise InputError(f"{folder} holds {theirs[0]} of no run that is known here; give another --output_dir.")
         write_json(record, config | {"_identity_": now})
     return folder
 
@@ -293,9 +285,7 @@ def writable(output_dir: str | os.PathLike[str]) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(
-            f"output folder {folder} cannot be written to ({error.strerror}); give another one with --output_dir."
-        ) from error
+        raise InputError(f"output folder {folder} cannot be written to ({error.strerror}); give another.") from error
     return folder
 
 

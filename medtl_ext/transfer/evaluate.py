@@ -22,8 +22,6 @@ from medtl_ext.transfer.sources import SingleSource, SourceNetwork, TargetTask
 from medtl_ext.transfer.tasks import PROBABILITIES, image_auc
 from medtl_ext.transforms import CleanSegmentationd
 
-__all__ = ["DataCheck", "ScoreImages", "ScorePatients", "StoppedTraining", "own_weights"]
-
 logger = logging.getLogger(__name__)
 
 CLEANINGS = ("largest", 0.01, 0.1, 1.0)

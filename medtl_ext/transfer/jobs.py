@@ -120,10 +120,7 @@ def _lock(folder: Path, *, wait: bool) -> FileLock:
     except Timeout:
         who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
         if not wait:
-            raise InputError(
-                f"output folder {folder} is in use by {who}; wait until it is done, or give another one with "
-                "--output_dir."
-            ) from None
+            raise InputError(f"{folder} is in use by {who}; wait until it is done, or give another folder.") from None
         logger.warning("waiting for %s, which is running %s", who, folder)
         lock.acquire()
     write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")

@@ -33,8 +33,6 @@ from medtl_ext.ranking import bootstrap_interval, mean_auc
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.report import patient_table
 
-__all__ = ["ClassificationTask", "SegmentationTask", "images_to_classify", "images_to_segment", "planned_grid"]
-
 logger = logging.getLogger(__name__)
 
 PHANTOM_SUBJECTS = 24

@@ -21,8 +21,6 @@ from medtl_ext.data.files import read_channels
 from medtl_ext.data.phantom.generate import cached_phantom
 from medtl_ext.data.phantom.scanner import MODALITIES
 
-__all__ = ["OBJECTIVES", "phantom_classification"]
-
 VERSION = 2  # raise it when the same task gives other images or patients, so that no stale file is read
 ALL = "ALL"  # stands for the modality where the modality is the question
 # Slices that hold fewer pixels than this of what is asked for can hardly be judged, and are left out.
@@ -114,9 +112,7 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
     for channel in channels:
         require_choice("modality", channel, MODALITIES)
     if len(looks[0]) not in (1, 3):
-        raise InputError(
-            f"task {task} has {len(channels)} channels; an image to classify has one, or three as colours."
-        )
+        raise InputError(f"task {task} has {len(channels)} channels; an image to classify has one, or three.")
     needed = {objective.label} - {None}
     held: dict[str, list[np.ndarray]] = defaultdict(list)
     for subject in collection.subjects:

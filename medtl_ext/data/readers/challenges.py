@@ -43,10 +43,7 @@ def read_fets(draft: Draft, *, labels: Mapping[str, int] | None = None) -> Readi
     if draft.institutions is None:
         tables = [path for path in draft.root.rglob("*.[cC][sS][vV]") if path.name.lower() == "partitioning_1.csv"]
         if len(tables) != 1:
-            raise InputError(
-                f"{len(tables)} files partitioning_1.csv below {draft.root}, but one has to name the institutions; "
-                "check the root, or give the table with institutions."
-            )
+            raise InputError(f"{len(tables)} files partitioning_1.csv below {draft.root}; give one as institutions.")
         draft.institutions = tables[0]
     about = {"name": "FeTS", "description": "Gliomas on MRI of many institutions (FeTS challenge)"}
     return _read_tumours(draft, _FIRST, None, labels, **about)

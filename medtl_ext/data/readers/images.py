@@ -192,9 +192,7 @@ def _keys(files: Sequence[_File], modalities: Sequence[str] | None) -> dict[Path
         elif count == 1:
             keys[file.path] = clean(modalities[0]) if modalities else "grey"
         else:
-            raise InputError(
-                f"{file.path} has {count} channels; name them with modalities in their order, such as T1 T2."
-            )
+            raise InputError(f"{file.path} has {count} channels; name them with modalities, such as T1 T2.")
     return keys
 
 
@@ -222,10 +220,7 @@ def _about(
 ) -> dict[str, dict[str, Any]]:
     """The collection's labels and objectives: as given, or of the one value that is in the masks."""
     if lossy := [path for path in masks if suffix_of(path) in LOSSY]:
-        raise InputError(
-            f"{lossy[0]} is a JPEG, which changes the values of a mask; take the masks as they were drawn, or leave "
-            "it out by a pattern, such as 'DIR/*.png'."
-        )
+        raise InputError(f"{lossy[0]} is a JPEG, which changes the values of a mask; give masks as they were drawn.")
     if not values:
         values = {"foreground": _only_value(masks)}
         draft.told.append(f"All masks hold one value besides 0, {values['foreground']}: it is called foreground")

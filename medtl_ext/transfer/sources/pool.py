@@ -634,9 +634,7 @@ class SingleSource:
             return own
         first = self.card.axes[0] if self.card.axes and len(self.card.axes) == 3 else 2
         if self.card.dimensions == 2 and first != 2 and not self.target.flat:
-            raise InputError(
-                f"source {self.card.name} sees slices along axis {first}; only those along the last train."
-            )
+            raise InputError(f"source {self.card.name} sees slices along axis {first}; only the last trains.")
         return "volume" if self.card.dimensions == 3 else "foreground"
 
     def inferer(self, own: Any) -> Any:

@@ -41,9 +41,9 @@ from medtl_ext.data import load_collection
 from medtl_ext.data.classification import load_medmnist
 from medtl_ext.data.plan import Grid, grid_steps
 from medtl_ext.transfer.config import innermost_or_input_error
-from medtl_ext.transfer.sources import card_at
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
 from medtl_ext.transfer.sources.network import untouched
+from medtl_ext.transfer.sources.pool import card_at
 
 KINDS = ("handled", "right", "traceback", "hang", "out of memory", "wrongly accepted")
 CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "risk_map" / "configs"

@@ -13,8 +13,8 @@ from monai.transforms import Compose, LoadImaged
 from sklearn.metrics import roc_auc_score
 
 from medtl_ext.transfer import SegmentationTask, read_card
-from medtl_ext.transfer.sources import source_transforms
 from medtl_ext.transfer.sources.network import untouched
+from medtl_ext.transfer.sources.pool import source_transforms
 from medtl_ext.transforms import SelectLabelsd
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -29,7 +29,7 @@ from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compar
 from medtl_ext.transfer.evaluate import own_weights
 from medtl_ext.transfer.jobs import read_table
 from medtl_ext.transfer.rank import SYNTHETIC
-from medtl_ext.transfer.sources import pretraining_job, source_collection
+from medtl_ext.transfer.sources.pool import pretraining_job, source_collection
 from medtl_ext.transfer.study import Arms, require_lists
 from medtl_ext.transfer.truth import page
 from medtl_ext.transfer.viewer import MOST, packed

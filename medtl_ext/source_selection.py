@@ -25,7 +25,7 @@ from medtl_ext.transfer import SCORES, Job, RankSources, Run, SegmentationTask, 
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import run_command
 from medtl_ext.transfer.report import read_columns
-from medtl_ext.transfer.sources import source_collection
+from medtl_ext.transfer.sources.pool import source_collection
 from medtl_ext.transfer.study import Key
 from medtl_ext.transforms import AreaSpacingd, SelectLabelsd
 from medtl_ext.visualize import plot_scores_against_outcome, save_figure

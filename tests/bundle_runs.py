@@ -23,7 +23,7 @@ from monai.networks.nets import UNet
 from medtl_ext import InputError
 from medtl_ext.data import write_collection
 from medtl_ext.transfer import Job, Source
-from medtl_ext.transfer.sources import pretraining_job
+from medtl_ext.transfer.sources.pool import pretraining_job
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -15,7 +15,6 @@ from torch import nn
 from medtl_ext.data.plan import Grid
 from medtl_ext.metrics.features import tap_features
 from medtl_ext.transfer import SegmentationTask
-from medtl_ext.transfer.sources import Checkpoint, find_sources
 from medtl_ext.transfer.sources.allowed import transforms_of
 from medtl_ext.transfer.sources.card import Card, channel_order, read_card
 from medtl_ext.transfer.sources.network import (
@@ -28,6 +27,7 @@ from medtl_ext.transfer.sources.network import (
     with_inputs,
     with_outputs,
 )
+from medtl_ext.transfer.sources.pool import Checkpoint, find_sources
 
 
 class Net(nn.Module):

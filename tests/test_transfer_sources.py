@@ -12,8 +12,8 @@ from monai.networks.nets import BasicUNet, ResNet
 from torch import nn
 
 from medtl_ext.transfer import Card, ClassificationTask, SegmentationTask, SingleSource, Source, read_card
-from medtl_ext.transfer.sources import find_sources, train_sources
 from medtl_ext.transfer.sources.allowed import built_network
+from medtl_ext.transfer.sources.pool import find_sources, train_sources
 
 UNET = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
 OWN = {"_target_": "BasicUNet", "spatial_dims": 2, "features": [4] * 6}

@@ -92,7 +92,7 @@ def _planned(
     items = of.datalist(task, next(split for split in SPLITS if split in splits))
     values, card = of.label_values(asked), None
     if source is not None:
-        above = "medtl_ext.transfer.sources:"  # a program stands on the roof, whatever the room it is found in
+        above = "medtl_ext.transfer.sources.pool:"  # a program stands on the roof, whatever the room it is found in
         card_at, source_transforms = (resolve_name(above + name) for name in ("card_at", "source_transforms"))
         card = card_at(Path(source), trust_sources)
         options = stored_options(Path(source).with_name("grid.json")) | options

@@ -15,7 +15,7 @@ from medtl_ext.sequential_transfer.plan import PlanPath, first_share
 from medtl_ext.transfer import Arm, Job, Run, SegmentationTask, Source, Study, audit_report, patient_table
 from medtl_ext.transfer.arms import arm_rows, finetuning_job
 from medtl_ext.transfer.report import ALSO
-from medtl_ext.transfer.sources import pretraining_job, source_collection
+from medtl_ext.transfer.sources.pool import pretraining_job, source_collection
 
 MARGIN = 0.01
 """The smallest difference in mean Dice worth acting on, of the audit and of a second step."""

@@ -25,7 +25,7 @@ from medtl_ext.sequential_transfer.affinities import (
     redrawn,
 )
 from medtl_ext.transfer import Run, SegmentationTask
-from medtl_ext.transfer.sources import source_collection
+from medtl_ext.transfer.sources.pool import source_collection
 from medtl_ext.transfer.study import require_lists
 from medtl_ext.transfer.tasks import draw_patients, patients_of
 from medtl_ext.visualize import plot_task_graph, save_figure

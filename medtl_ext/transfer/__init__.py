@@ -16,7 +16,8 @@ from medtl_ext.transfer.page import Report
 from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
-from medtl_ext.transfer.sources import Card, CheckChannels, Checkpoint, SingleSource, Source, read_card, source_name
+from medtl_ext.transfer.sources.card import Card, read_card
+from medtl_ext.transfer.sources.pool import CheckChannels, Checkpoint, SingleSource, Source, source_name
 from medtl_ext.transfer.study import SourceStudy, Study
 from medtl_ext.transfer.tasks import (
     ClassificationTask,

@@ -19,7 +19,7 @@ from medtl_ext.transfer.evaluate import own_weights
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.model_card import write_model_card
 from medtl_ext.transfer.report import audit_report
-from medtl_ext.transfer.sources import SingleSource, Source
+from medtl_ext.transfer.sources.pool import SingleSource, Source
 from medtl_ext.transfer.tasks import SegmentationTask, patients_of
 
 logger = logging.getLogger(__name__)

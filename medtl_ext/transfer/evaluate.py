@@ -18,7 +18,8 @@ from medtl_ext._io import atomic_path, write_csv, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.data.plan import Grid, label_ceiling
 from medtl_ext.networks import load_weights
-from medtl_ext.transfer.sources import SingleSource, SourceNetwork, TargetTask
+from medtl_ext.transfer.sources.network import SourceNetwork
+from medtl_ext.transfer.sources.pool import SingleSource, TargetTask
 from medtl_ext.transfer.tasks import PROBABILITIES, image_auc
 from medtl_ext.transforms import CleanSegmentationd
 

@@ -10,7 +10,7 @@ from medtl_ext.data import load_collection
 from medtl_ext.ranking import Verdict
 from medtl_ext.transfer.jobs import Run, read_table
 from medtl_ext.transfer.report import markdown_table
-from medtl_ext.transfer.sources import SingleSource, source_collection
+from medtl_ext.transfer.sources.pool import SingleSource, source_collection
 from medtl_ext.transfer.tasks import SegmentationTask, patients_of
 
 NOT_FOR = """\

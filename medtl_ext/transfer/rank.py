@@ -32,7 +32,8 @@ from medtl_ext.transfer.scores import (
     resampled_scores,
     score_values,
 )
-from medtl_ext.transfer.sources import (
+from medtl_ext.transfer.sources.network import warn_of_other_order
+from medtl_ext.transfer.sources.pool import (
     Source,
     TargetTask,
     find_sources,
@@ -40,7 +41,6 @@ from medtl_ext.transfer.sources import (
     source_collection,
     source_transforms,
     train_sources,
-    warn_of_other_order,
 )
 from medtl_ext.visualize import plot_ranking, save_figure
 
@@ -66,7 +66,7 @@ class RankSources:
         n_resamples, minimum_win, minimum_gap: see `medtl_ext.ranking.bootstrap_ranking`.
         source_dir, pool_seed: where the sources' networks are kept, and the seed of their training.
         check_data: read every file of a source task before it is trained on.
-        trust_sources: run what is code in a source; see `medtl_ext.transfer.sources.find_sources`.
+        trust_sources: run what is code in a source; see `medtl_ext.transfer.sources.pool.find_sources`.
         transforms: the bundle's deterministic transforms, of which a source that brings its own keeps the loading.
         cross_domain: LP x FU is turned round, for sources of another domain than the target.
     """

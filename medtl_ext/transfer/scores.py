@@ -33,7 +33,7 @@ from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
 from medtl_ext.metrics.features import Samples
 from medtl_ext.networks import load_weights
 from medtl_ext.ranking import mean_auc
-from medtl_ext.transfer.sources import Source
+from medtl_ext.transfer.sources.pool import Source
 
 PIXELS_FILE = "pixels.npz"
 # Enough for the ten samples of 10,000 that OTCE draws to differ.

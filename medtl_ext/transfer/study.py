@@ -18,7 +18,7 @@ from medtl_ext.ranking import CEILING, TOP, agreement_over_targets, friedman_nem
 from medtl_ext.transfer.config import study_config
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.scores import SCORES
-from medtl_ext.transfer.sources import Source, TargetTask, find_sources, source_collection, train_sources
+from medtl_ext.transfer.sources.pool import Source, TargetTask, find_sources, source_collection, train_sources
 from medtl_ext.transfer.tasks import SegmentationTask, planned_grid
 from medtl_ext.transfer.truth import EVERY, NOTE, agreement_table, finetunings, page
 from medtl_ext.visualize import plot_critical_difference, save_figure

@@ -16,7 +16,7 @@ from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.rank import SYNTHETIC, RankSources
 from medtl_ext.transfer.report import markdown_table
 from medtl_ext.transfer.scores import SCORES
-from medtl_ext.transfer.sources import Source, TargetTask
+from medtl_ext.transfer.sources.pool import Source, TargetTask
 from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 
 NOTE = "Footrule of the top k: 0 is perfect. Tau: weighted Kendall"

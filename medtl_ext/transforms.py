@@ -12,7 +12,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor, NibabelWriter, PILWriter, get_track_meta
 from monai.data.utils import AFFINE_TOL
 from monai.transforms import MapTransform, SaveImage, Spacingd
-from monai.utils import TransformBackends, convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
+from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple
 from scipy.ndimage import binary_fill_holes, convolve1d
 from scipy.ndimage import label as connected_parts
 
@@ -55,7 +55,14 @@ def body_mask(image: NdarrayOrTensor) -> np.ndarray:
     return binary_fill_holes(magnitude > _BODY_SHARE * np.percentile(signal, _BODY_PERCENTILE))
 
 
-class NormalizeBodyd(MapTransform):
+class EachKeyd(MapTransform):
+    """A transform that makes something of each of its keys, whatever else there is: its ``changed`` says what."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return dict(data) | {key: self.changed(data[key]) for key in self.key_iterator(data)}
+
+
+class NormalizeBodyd(EachKeyd):
     """Standardise intensities inside the body: mean 0 and standard deviation 1 there, exactly 0 outside.
 
     Scores are clipped to -4 and 6, so that a few bright vessels do not set the range.
@@ -74,18 +81,13 @@ class NormalizeBodyd(MapTransform):
     tensor([ 0., -1.,  1.,  0.])
     """
 
-    backend = (TransformBackends.NUMPY,)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            image = convert_to_numpy(data[key])
-            if not np.isfinite(image).all():
-                where = getattr(data[key], "meta", {}).get("filename_or_obj", f"the image {key!r}")
-                raise InputError(f"{where} holds NaN or infinite values; mend it, a network would see nothing there.")
-            channels = np.stack([self._normalize(channel) for channel in image])
-            data[key], *_ = convert_to_dst_type(channels, data[key], dtype=np.float32)
-        return data
+    def changed(self, given: NdarrayOrTensor) -> NdarrayOrTensor:
+        image = convert_to_numpy(given)
+        if not np.isfinite(image).all():
+            where = getattr(given, "meta", {}).get("filename_or_obj", "the image")
+            raise InputError(f"{where} holds NaN or infinite values; mend it, a network would see nothing there.")
+        channels = np.stack([self._normalize(channel) for channel in image])
+        return convert_to_dst_type(channels, given, dtype=np.float32)[0]
 
     def _normalize(self, channel: np.ndarray) -> np.ndarray:
         scores = np.zeros(channel.shape, dtype=np.float32)
@@ -174,7 +176,7 @@ class AreaSpacingd(Spacingd):
         return found
 
 
-class PickChannelsd(MapTransform):
+class PickChannelsd(EachKeyd):
     """Put the channels of an image into the order in which a network takes them.
 
     Args:
@@ -187,22 +189,17 @@ class PickChannelsd(MapTransform):
     [3.0, 2.0]
     """
 
-    backend = (TransformBackends.TORCH,)
-
     def __init__(self, keys: KeysCollection, channels: Sequence[int | None], allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.channels = channels
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            image: torch.Tensor = convert_to_tensor(data[key], track_meta=get_track_meta())
-            mean = torch.full_like(image[0], float(image.float().mean()))
-            data[key] = torch.stack([mean if place is None else image[place] for place in self.channels])
-        return data
+    def changed(self, given: NdarrayOrTensor) -> torch.Tensor:
+        image: torch.Tensor = convert_to_tensor(given, track_meta=get_track_meta())
+        mean = torch.full_like(image[0], float(image.float().mean()))
+        return torch.stack([mean if place is None else image[place] for place in self.channels])
 
 
-class SelectLabelsd(MapTransform):
+class SelectLabelsd(EachKeyd):
     """Turn the values of a label file into the classes of an objective: 1 to k, and 0 for every other value.
 
     The first label that holds no whole numbers but for rounding, or NaN, is named in a warning; see `whole_labels`.
@@ -223,8 +220,6 @@ class SelectLabelsd(MapTransform):
     metatensor([[0, 1, 2, 2, 0]], dtype=torch.uint8)
     """
 
-    backend = (TransformBackends.NUMPY,)
-
     def __init__(
         self, keys: KeysCollection, values: Sequence[int | Sequence[int]], allow_missing_keys: bool = False
     ) -> None:
@@ -235,27 +230,24 @@ class SelectLabelsd(MapTransform):
         if not flat or len(set(flat)) < len(flat):
             raise InputError(f"values must name every label value once, such as [[1], [2, 3]]; got {values}.")
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            given: torch.Tensor = convert_to_tensor(data[key], track_meta=get_track_meta())
-            label, note = whole_labels(convert_to_numpy(given))
-            if note is not None:
-                severity, problem, advice = note
-                said = f"{getattr(given, 'meta', {}).get('filename_or_obj', key)}: {problem}; {advice}."
-                if severity == "error":
-                    raise InputError(said)
-                if not self.warned:
-                    warn(said)
-                self.warned = True
-            classes = np.zeros(label.shape, dtype=np.uint8)
-            for number, group in enumerate(self.values, start=1):
-                classes[np.isin(label, group)] = number
-            data[key], *_ = convert_to_dst_type(classes, given, dtype=torch.uint8)
-        return data
+    def changed(self, given: NdarrayOrTensor) -> torch.Tensor:
+        given = convert_to_tensor(given, track_meta=get_track_meta())
+        label, note = whole_labels(convert_to_numpy(given))
+        if note is not None:
+            severity, problem, advice = note
+            said = f"{getattr(given, 'meta', {}).get('filename_or_obj', 'label')}: {problem}; {advice}."
+            if severity == "error":
+                raise InputError(said)
+            if not self.warned:
+                warn(said)
+            self.warned = True
+        classes = np.zeros(label.shape, dtype=np.uint8)
+        for number, group in enumerate(self.values, start=1):
+            classes[np.isin(label, group)] = number
+        return convert_to_dst_type(classes, given, dtype=torch.uint8)[0]
 
 
-class CleanSegmentationd(MapTransform):
+class CleanSegmentationd(EachKeyd):
     """Remove connected parts (corners connect) of each class of a segmentation: what is removed becomes background.
 
     Args:
@@ -274,8 +266,6 @@ class CleanSegmentationd(MapTransform):
     [[1, 1, 0, 0, 0, 0]]
     """
 
-    backend = (TransformBackends.NUMPY,)
-
     def __init__(self, keys: KeysCollection, how: str | float | None = None, split: str | None = None) -> None:
         super().__init__(keys)
         if how == "validation" and split in (None, "train", "test"):
@@ -289,23 +279,20 @@ class CleanSegmentationd(MapTransform):
             require_number("clean, the least size in ml,", how, 0, above=True)
         self.how, self.split = how, split
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
+    def changed(self, found: MetaTensor) -> MetaTensor:
         if self.how in (None, "validation"):
-            return data
-        for key in self.key_iterator(data):
-            classes = convert_to_numpy(data[key])[0].copy()
-            voxel_ml = abs(np.linalg.det(convert_to_numpy(data[key].affine)[:-1, :-1])) / 1000
-            for number in np.unique(classes[classes > 0]):
-                parts, _ = connected_parts(classes == number, np.ones([3] * classes.ndim))
-                sizes = np.bincount(parts.ravel())
-                sizes[0] = 0
-                largest = np.arange(len(sizes)) == sizes.argmax()
-                # A part of just this size may come out a little smaller, by the rounding of the affine.
-                kept = largest if self.how == "largest" else sizes * voxel_ml > self.how * (1 - 1e-6)
-                classes[(parts > 0) & ~kept[parts]] = 0
-            data[key] = convert_to_dst_type(classes[None], data[key])[0]
-        return data
+            return found
+        classes = convert_to_numpy(found)[0].copy()
+        voxel_ml = abs(np.linalg.det(convert_to_numpy(found.affine)[:-1, :-1])) / 1000
+        for number in np.unique(classes[classes > 0]):
+            parts, _ = connected_parts(classes == number, np.ones([3] * classes.ndim))
+            sizes = np.bincount(parts.ravel())
+            sizes[0] = 0
+            largest = np.arange(len(sizes)) == sizes.argmax()
+            # A part of just this size may come out a little smaller, by the rounding of the affine.
+            kept = largest if self.how == "largest" else sizes * voxel_ml > self.how * (1 - 1e-6)
+            classes[(parts > 0) & ~kept[parts]] = 0
+        return convert_to_dst_type(classes[None], found)[0]
 
 
 class SaveSegmentationd(MapTransform):

@@ -1,7 +1,5 @@
 """How near two tasks are, from the images and labels of their training patients: a part that can be exchanged."""
 
-from __future__ import annotations
-
 import json
 import math
 import pkgutil

@@ -25,6 +25,7 @@ from monai.transforms import MapTransform, Resized, Zoomd
 from torch import nn
 
 from medtl_ext._validation import InputError, first_line
+from medtl_ext.transforms import EachKeyd
 
 #: The lists of ``allowed.json``.
 ALLOWED: dict[str, Any] = json.loads(Path(__file__).with_name("allowed.json").read_text(encoding="utf-8"))
@@ -207,7 +208,7 @@ def _nearest(factory: Callable) -> str:
     return "nearest-exact" if factory in (Resized, Zoomd) else "nearest"
 
 
-class OnChannelsd(MapTransform):
+class OnChannelsd(EachKeyd):
     """An intensity transform on some channels (numbers from 0) of an image; the others stay as they are.
 
     >>> double = monai.transforms.ScaleIntensityRanged("image", 0, 1, 0, 2)
@@ -222,15 +223,12 @@ class OnChannelsd(MapTransform):
             raise InputError(f"channels is {channels!r}; expected a list of numbers from 0")
         self.transform, self.channels = transform, list(channels)
 
-    def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            image = data[key].clone()
-            if max(self.channels) >= len(image):
-                raise InputError(f"a transform of channels {self.channels} meets an image of {len(image)}")
-            image[self.channels] = self.transform({key: image[self.channels]})[key].to(image.dtype)
-            data[key] = image
-        return data
+    def changed(self, given: torch.Tensor) -> torch.Tensor:
+        image, (key,) = given.clone(), self.keys
+        if max(self.channels) >= len(image):
+            raise InputError(f"a transform of channels {self.channels} meets an image of {len(image)}")
+        image[self.channels] = self.transform({key: image[self.channels]})[key].to(image.dtype)
+        return image
 
 
 def kind_of_transform(target: Any) -> str | None:

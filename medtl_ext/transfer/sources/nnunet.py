@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
+from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import CropForegroundd, InvertibleTransform, MapTransform
+from monai.transforms import CropForegroundd, InvertibleTransform
 from monai.transforms.utils import scale_affine
 from monai.utils import convert_to_dst_type, convert_to_numpy
 from scipy.ndimage import binary_fill_holes, gaussian_filter
@@ -24,6 +24,7 @@ from torch import nn
 from medtl_ext._validation import InputError, require_choice
 from medtl_ext.networks import read_checkpoint
 from medtl_ext.transfer.sources.allowed import inside, read_mapping
+from medtl_ext.transforms import EachKeyd
 
 PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "NaturalImage2DIO", "Tiff3DIO")
@@ -281,7 +282,7 @@ def _not_zero(image: torch.Tensor) -> torch.Tensor:
     return image != 0 if image.any() else image == 0
 
 
-class NormalizeNonzerod(MapTransform):
+class NormalizeNonzerod(EachKeyd):
     """Give channels mean 0 and standard deviation 1 where any channel is not zero, holes in that included.
 
     Args:
@@ -298,19 +299,16 @@ class NormalizeNonzerod(MapTransform):
         super().__init__(keys)
         self.only = only
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            image = convert_to_numpy(data[key]).astype(np.float32)
-            body = binary_fill_holes((image != 0).any(0))
-            for channel in (image[place] for place in self.only):
-                values = channel[body]
-                channel[body] = (values - values.mean()) / max(values.std(), 1e-8) if values.size else values
-            data[key] = convert_to_dst_type(image, data[key], dtype=torch.float32)[0]
-        return data
+    def changed(self, given: NdarrayOrTensor) -> NdarrayOrTensor:
+        image = convert_to_numpy(given).astype(np.float32)
+        body = binary_fill_holes((image != 0).any(0))
+        for channel in (image[place] for place in self.only):
+            values = channel[body]
+            channel[body] = (values - values.mean()) / max(values.std(), 1e-8) if values.size else values
+        return convert_to_dst_type(image, given, dtype=torch.float32)[0]
 
 
-class ResampleSpacingd(MapTransform, InvertibleTransform):
+class ResampleSpacingd(EachKeyd, InvertibleTransform):
     """Resample to a spacing as nnU-Net does; its inverse interpolates linearly, as nnU-Net does with predictions.
 
     Unlike MONAI's `Spacingd` the sizes alone set the scale, so that the borders stay where they are. Where the spacing,
@@ -334,19 +332,17 @@ class ResampleSpacingd(MapTransform, InvertibleTransform):
         super().__init__(keys)
         self.pixdim, self.separate, self.order = pixdim, separate, 0 if mode == "nearest" else mode
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            image, size = data[key], data[key].shape[1:]
-            found = image.pixdim if isinstance(image, MetaTensor) else [1.0] * len(size)
-            before = [float(f"{value:.6g}") for value in found]  # from the affine, so 0.5 is 0.50000001
-            after = [new if new > 0 else old for new, old in zip(self.pixdim, before, strict=False)]
-            new_size = [round(old / new * n) for old, new, n in zip(before, after, size, strict=True)]
-            data[key] = self._resampled(image, new_size, self.order, self._axis(before, after))
-            back = {"order": min(self.order, 1), "axis": self._axis(after, before)}
-            affine = scale_affine(list(size), new_size)
-            self.push_transform(data[key], orig_size=tuple(size), affine=affine, extra_info=back)
-        return data
+    def changed(self, image: torch.Tensor) -> torch.Tensor:
+        size = image.shape[1:]
+        found = image.pixdim if isinstance(image, MetaTensor) else [1.0] * len(size)
+        before = [float(f"{value:.6g}") for value in found]  # from the affine, so 0.5 is 0.50000001
+        after = [new if new > 0 else old for new, old in zip(self.pixdim, before, strict=False)]
+        new_size = [round(old / new * n) for old, new, n in zip(before, after, size, strict=True)]
+        resampled = self._resampled(image, new_size, self.order, self._axis(before, after))
+        back = {"order": min(self.order, 1), "axis": self._axis(after, before)}
+        affine = scale_affine(list(size), new_size)
+        self.push_transform(resampled, orig_size=tuple(size), affine=affine, extra_info=back)
+        return resampled
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)

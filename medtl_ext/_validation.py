@@ -204,10 +204,8 @@ def check_labels_of(name: str, samples: Tensor, target_labels: Any, *, ignore_in
     if tuple(labels.shape) == (expected[0], 1, *expected[1:]):
         labels = labels.squeeze(1)
     if tuple(labels.shape) != expected:
-        raise InputError(
-            f"target_labels has shape {tuple(labels.shape)}, which does not fit {name} {tuple(samples.shape)}; "
-            f"expected {expected} (class indices, not one-hot)."
-        )
+        fit = f"does not fit {name} {tuple(samples.shape)}; expected {expected} (class indices, not one-hot)"
+        raise InputError(f"target_labels has shape {tuple(labels.shape)}, which {fit}.")
     return labels.to(samples.device)
 
 

@@ -193,10 +193,8 @@ class ResumableCheckpoint:
         """
         weights = _unwrapped(self.save_dict["network"]).state_dict().values()
         if not all(bool(value.isfinite().all()) for value in weights):
-            raise InputError(
-                f"the training broke down in epoch {engine.state.epoch}: its weights are not finite, and are not kept; "
-                "lower --learning_rate, or check the intensities of your images (`python -m medtl_ext.data check`)."
-            )
+            advice = "lower --learning_rate, or check your images (`python -m medtl_ext.data check`)"
+            raise InputError(f"the training broke down in epoch {engine.state.epoch}: weights not finite; {advice}.")
         epoch, value, better = engine.state.epoch, 0.0, self.evaluator is None
         if self.evaluator is not None and self.evaluator.state.epoch == epoch:  # validated in this epoch
             value = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])

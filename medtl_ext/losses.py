@@ -358,10 +358,8 @@ def _without_channel(name: str, pixels: torch.Tensor, logits: torch.Tensor) -> t
     expected = (len(logits), *logits.shape[2:])
     found = pixels.squeeze(1) if pixels.ndim == logits.ndim and pixels.shape[1] == 1 else pixels
     if found.shape != expected:
-        raise InputError(
-            f"{name} has shape {tuple(pixels.shape)}, which does not fit logits of {tuple(logits.shape)}; expected one "
-            f"number a pixel, {expected} or with a channel axis of length one."
-        )
+        what = f"shape {tuple(pixels.shape)}, which does not fit logits of {tuple(logits.shape)}"
+        raise InputError(f"{name} has {what}; expected one number a pixel, {expected} or with a channel.")
     return found
 
 

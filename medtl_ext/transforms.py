@@ -269,10 +269,8 @@ class CleanSegmentationd(EachKeyd):
     def __init__(self, keys: KeysCollection, how: str | float | None = None, split: str | None = None) -> None:
         super().__init__(keys)
         if how == "validation" and split in (None, "train", "test"):
-            raise InputError(
-                "clean 'validation' chooses on validation patients, and here are none; give what a training on such "
-                "patients said (clean.txt in its folder): largest, a number of ml, or nothing."
-            )
+            advice = "give what a training on such patients said (clean.txt in its folder), or nothing"
+            raise InputError(f"clean 'validation' chooses on validation patients, and here are none; {advice}.")
         if isinstance(how, str) and how not in ("largest", "validation"):
             raise InputError(f"clean is {how!r}; expected largest, a number of ml, or validation.")
         if not isinstance(how, str | None):

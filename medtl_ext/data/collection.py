@@ -213,10 +213,8 @@ def _settle_splits(subjects: list[Subject]) -> list[Subject]:
     for subject in subjects:
         patient, split = subject.group, subject.split
         if written.setdefault(patient, split) != split:
-            raise InputError(
-                f"patient '{patient}' (subject '{subject.id}') is in splits '{written[patient]}' and '{split}'; keep "
-                "all of a patient in one split."
-            )
+            splits = f"'{written[patient]}' and '{split}'; keep all of a patient in one split"
+            raise InputError(f"patient '{patient}' (subject '{subject.id}') is in splits {splits}.")
         if subject.id in ids:
             raise InputError(f"subject '{subject.id}' is listed twice; give every subject its own id, once.")
         ids.add(subject.id)
@@ -225,10 +223,8 @@ def _settle_splits(subjects: list[Subject]) -> list[Subject]:
     if not without:
         return subjects
     if len(without) < len(subjects):
-        raise InputError(
-            f"{len(without)} of {len(subjects)} subjects have no 'split' (first: '{without[0]}'); write it for all of "
-            "them, or for none to have one drawn."
-        )
+        some = f"{len(without)} of {len(subjects)} subjects have no 'split' (first: '{without[0]}')"
+        raise InputError(f"{some}; write it for all of them, or for none to have one drawn.")
     drawn: dict[str, str] = {}  # a patient seen at two institutions stays where it was drawn first
     for patients in institutions.values():
         drawn = dict(zip(shuffled(patients), cycle(("train", "val", "test", "train")), strict=False)) | drawn
@@ -272,10 +268,8 @@ class Collection(BaseModel, frozen=True):
             self.objectives[name] = objective.model_copy(update={"values": groups})
             values = [value for group in groups for value in group]
             if not set(values) <= set(declared.values()) or len(set(values)) < len(values):
-                raise InputError(
-                    f"{where}: values must be declared for label '{objective.label}' ({declared}), and each be there "
-                    f"once, such as [1, [2, 3]], or by their names; found {objective.values}."
-                )
+                known = f"for label '{objective.label}' ({declared}), each once, such as [1, [2, 3]], or by their names"
+                raise InputError(f"{where}: values must be declared {known}; found {objective.values}.")
         for subject in self.subjects:
             for label in subject.labels:
                 require_choice(f"subject '{subject.id}': label", label, self.labels)
@@ -340,20 +334,16 @@ class Collection(BaseModel, frozen=True):
                 partly.append(f"subject '{subject.id}' has no {' and no '.join(sorted(missing))}")
         if partly and self.missing == "refuse":
             more = f" (and {len(partly) - 1} more are without a channel)" if len(partly) > 1 else ""
-            raise InputError(
-                f"{partly[0]}, which task {task} needs{more}; add the files to {self.path}, choose other channels, or "
-                'write "missing": "skip" there to leave such subjects out.'
-            )
+            advice = f'add the files to {self.path}, or write "missing": "skip" there to leave such subjects out'
+            raise InputError(f"{partly[0]}, which task {task} needs{more}; {advice}.")
         return subjects
 
     def _require_channel(self, channel: str) -> None:
         known = self.modalities
         files = [] if channel in known else [name for name in self._names() if len(channel) == 1 and channel in name]
         if files:  # R of a file that is called RGB
-            raise InputError(
-                f"modality '{channel}' is unknown; the collection holds {', '.join(files)}: if that is one file of "
-                "several channels, name each in the collection, such as R+G+B."
-            )
+            advice = "if that is one file of several channels, name each, such as R+G+B"
+            raise InputError(f"modality '{channel}' is unknown; the collection holds {', '.join(files)}: {advice}.")
         require_choice("modality", channel, known)
 
     def datalist(self, task: Task | str, split: str) -> list[dict[str, str]]:
@@ -387,10 +377,8 @@ class Collection(BaseModel, frozen=True):
             if subject.split == split
         ]
         if not datalist:
-            raise InputError(
-                f"task {task} has no subject in split '{split}' of {self.path} (subjects with {task.modality} and "
-                f"label '{label}': {count_splits(subjects)}); choose another task or split, or add subjects."
-            )
+            has = f"of {self.path} (with {task.modality} and label '{label}': {count_splits(subjects)})"
+            raise InputError(f"task {task} has no subject in split '{split}' {has}; choose another, or add subjects.")
         return datalist
 
     def label_file(self, subject: Subject, label: str) -> str:

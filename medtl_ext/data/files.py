@@ -354,8 +354,8 @@ def _of_patient(name: str, files: dict[str | None, Path], channels: Sequence[str
         several = [f"{path}#{number}/{len(channels)}" for number in range(len(channels))]
         return several if len(several) > 1 else path
     if missing := [channel for channel in channels if channel not in files]:
-        raise InputError(
-            f"{name} has no file of {' and '.join(missing)} beside {next(iter(files.values()))}; a file's name ends in "
-            f"its channel ({', '.join(channels)}) or its number (0000, 0001, ...)."
+        names = (
+            f"{next(iter(files.values()))}; a name ends in its channel ({', '.join(channels)}) or number (0000, ...)"
         )
+        raise InputError(f"{name} has no file of {' and '.join(missing)} beside {names}.")
     return [str(files[channel]) for channel in channels]

@@ -73,10 +73,8 @@ class IntegrityReport:
     def raise_for_errors(self) -> None:
         """Raise an `InputError` of one line if there is any error; warnings pass."""
         if self.errors:
-            raise InputError(
-                f"{self.path}: the data check found errors ({len(self.errors)}), the first: {self.errors[0]}. "
-                f"See all of them: python -m medtl_ext.data check {self.path}"
-            )
+            first = f"found errors ({len(self.errors)}), the first: {self.errors[0]}"
+            raise InputError(f"{self.path}: the data check {first}. All: python -m medtl_ext.data check {self.path}")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the issues as a table: severity, subject, file, problem, advice."""

@@ -163,16 +163,12 @@ def read_output(output: Any, *keys: str) -> list[Any]:
     """What a MONAI engine's output has under each key: a batch, or the list of samples that decollation makes of it."""
     items = [output] if isinstance(output, Mapping) else output
     if not (isinstance(items, Sequence) and items and all(isinstance(item, Mapping) for item in items)):
-        raise InputError(
-            f"engine.state.output is {type(output).__name__}; expected MONAI's dictionaries with "
-            f"{' and '.join(map(repr, map(str, keys)))}: give an output_transform."
-        )
+        expected = f"MONAI's dictionaries with {' and '.join(map(repr, map(str, keys)))}"
+        raise InputError(f"engine.state.output is {type(output).__name__}; give an output_transform, or {expected}.")
     for key in keys:
         if missing := [item for item in items if item.get(key) is None]:
-            raise InputError(
-                f"engine.state.output has no '{key}', only {', '.join(sorted(map(str, missing[0])))}; "
-                "name the right keys by an output_transform."
-            )
+            there = ", ".join(sorted(map(str, missing[0])))
+            raise InputError(f"engine.state.output has no '{key}', only {there}; name keys by an output_transform.")
     return [output[key] if isinstance(output, Mapping) else [item[key] for item in items] for key in keys]
 
 
@@ -184,11 +180,8 @@ def _require_logits(sample: torch.Tensor) -> None:
     else:
         processed = ((pixels == 0) | (pixels == 1)).all()
     if bool(processed) or not sample.is_floating_point():
-        raise InputError(
-            "engine.state.output['pred'] holds probabilities or classes; expected the network's raw logits: take the "
-            "activation out of the evaluator's postprocessing, or give output_transform="
-            "monai.handlers.from_engine(['pred', 'label']) where they are probabilities."
-        )
+        advice = "take the activation out of the postprocessing, or give from_engine(['pred', 'label'])"
+        raise InputError(f"output 'pred' holds probabilities or classes; expected the network's raw logits: {advice}.")
 
 
 def _probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -169,10 +169,8 @@ class FeatureUpdate(TransferMetric):
                 loss = triplet_margin_loss(features, labels)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]
         if any(gradient is None for gradient in gradients):
-            raise InputError(
-                f"the features of layer {self.layer or 'penultimate'} do not depend on both convolutions "
-                f"({', '.join(self.convolutions)}); name an earlier pair by convolutions, or a later layer."
-            )
+            advice = f"({', '.join(self.convolutions)}); name an earlier pair by convolutions, or a later layer"
+            raise InputError(f"features of {self.layer or 'penultimate'} do not depend on both convolutions {advice}.")
         return torch.stack([gradient.double().norm() for gradient in gradients])
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -437,10 +437,8 @@ class TappedInferer(Inferer):
     def of(cls, engine: Engine) -> TappedInferer:
         """The tap of an engine, put in place when there is none yet."""
         if getattr(engine, "network", None) is None:
-            raise InputError(
-                f"{type(engine).__name__} has no network whose layers could be read; attach to a MONAI "
-                "SupervisedEvaluator, or give an output_transform that returns features and labels."
-            )
+            advice = "attach to a MONAI SupervisedEvaluator, or give an output_transform of features and labels"
+            raise InputError(f"{type(engine).__name__} has no network whose layers could be read; {advice}.")
         if not isinstance(engine.inferer, cls):
             engine.inferer = cls(engine.inferer or SimpleInferer())
         return engine.inferer
@@ -450,10 +448,8 @@ class TappedInferer(Inferer):
             result = self.inferer(inputs, network, *args, **kwargs)
         for layer in self.layers:
             if len(tapped[layer]) != 1 or len(tapped[layer][0]) != len(inputs):
-                raise InputError(
-                    f"layer {layer or 'penultimate'} ran {len(tapped[layer])} times for one batch: its features do not "
-                    "line up with the labels; use SimpleInferer (over slices or patches from the data loader)."
-                )
+                ran = f"ran {len(tapped[layer])} times for one batch, so labels do not line up"
+                raise InputError(f"layer {layer or 'penultimate'} {ran}; use SimpleInferer over slices or patches.")
             self.features[layer] = tapped[layer][0]
         return result
 

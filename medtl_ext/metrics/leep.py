@@ -314,10 +314,8 @@ def check_probabilities(name: str, value: Any) -> torch.Tensor:
     if probs.shape[1] == 1:
         return torch.cat([1 - probs, probs], dim=1).clamp_(min=0)
     if low_total < 1 - tolerance or high_total > 1 + tolerance:
-        raise InputError(
-            f"{name} sums to between {low_total:.4g} and {high_total:.4g} over its {probs.shape[1]} channels; "
-            "expected probabilities that sum to one (several independent sigmoids are several tasks)."
-        )
+        found = f"sums to between {low_total:.4g} and {high_total:.4g} over its {probs.shape[1]} channels"
+        raise InputError(f"{name} {found}; expected probabilities that sum to one, of one task (not several sigmoids).")
     return probs
 
 

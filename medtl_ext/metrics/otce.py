@@ -217,10 +217,8 @@ class OTCE(SampleMetric):
             if _on_a_line(source) and _on_a_line(target):
                 return "sorted"
             if self.solver == "sorted":
-                raise InputError(
-                    "solver 'sorted' needs one-dimensional features, D = 1 or the softmax of two channels; here D = "
-                    f"{source.shape[1]}, and source_features or target_features is neither (try 'emd')."
-                )
+                needs = "one-dimensional features, D = 1 or the softmax of two channels"
+                raise InputError(f"solver 'sorted' needs {needs}; here D = {source.shape[1]} (try 'emd').")
         if self.solver == "emd":
             return "emd"
         # The mean squared distance between the sides is that between their means plus their variances.

@@ -69,10 +69,8 @@ def first_share(source_patients: int | None, stage_patients: int, n_later: int) 
         return None
     left = source_patients - n_later * stage_patients
     if left < 1:
-        raise InputError(
-            f"source_patients is {source_patients}, of which {n_later} intermediate tasks of {stage_patients} patients "
-            "leave none to pre-train on; raise source_patients, or give null to use all."
-        )
+        stages = f"{n_later} intermediate tasks of {stage_patients} patients leave none to pre-train on"
+        raise InputError(f"source_patients is {source_patients}, of which {stages}; raise it, or give null to use all.")
     return left
 
 
@@ -125,10 +123,8 @@ class SourceGraph:
         if other := sorted(set(joined) ^ set(self.sources)):
             raise InputError(f"task graph {self.task_graph} and sources differ in {other[0]}; give its own tasks.")
         if joined.graph.get("affinity", name) != name:
-            raise InputError(
-                f"task graph {self.task_graph} was made with the affinity {joined.graph['affinity']}, whose costs are "
-                f"on another scale than those of {name}; give the affinity it was made with, or make the graph anew."
-            )
+            other = f"the affinity {joined.graph['affinity']}, whose costs are on another scale than those of {name}"
+            raise InputError(f"task graph {self.task_graph} was made with {other}; give that, or make the graph anew.")
         return joined
 
     def _joined_only(self, a: TaskVolumes, b: TaskVolumes) -> float:

@@ -98,9 +98,8 @@ def start() -> None:
     interval = parser.get_parsed_content("val_interval", default=None)
     epochs = None if interval is None else parser.get_parsed_content("epochs", default=None)
     if epochs is not None and interval > epochs > 0:  # it would end without a best network
-        raise InputError(
-            f"--val_interval is {interval}, --epochs {epochs}: no epoch would be validated; give at most --epochs."
-        )
+        asked = f"--val_interval is {interval}, --epochs {epochs}"
+        raise InputError(f"{asked}: no epoch would be validated; give at most --epochs.")
     if "RANK" not in os.environ and "init_process_group" in str(parser.get("initialize")):
         raise InputError("start a multi_gpu config by `torchrun --nproc_per_node=2 -m monai.bundle run ...`.")
 

@@ -156,10 +156,8 @@ class SegmentationTask:
             return items
         require_number("the number of patients to train on", self.train_patients, 1, whole=True)
         if (found := len(patients_of(items))) < self.train_patients:
-            raise InputError(
-                f"task {self.name} has {found} training patients, fewer than the {self.train_patients} that are to be "
-                f"spent on it; ask for {found} or less, or give null to use all there are."
-            )
+            fewer = f"fewer than the {self.train_patients} that are to be spent; ask for less, or give null to use all"
+            raise InputError(f"task {self.name} has {found} training patients, {fewer}.")
         return draw_patients(items, self.train_patients, seed=self.seed)
 
     def check(self, splits: Iterable[str]) -> None:

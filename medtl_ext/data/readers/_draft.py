@@ -183,10 +183,8 @@ class Draft:
         subjects = self._usable({"images": modalities, "labels": [*about["labels"]]})
         if not subjects:
             reasons = [f"{issue.subject}: {issue.problem}" for issue in self.left_out if issue.subject]
-            raise InputError(
-                f"no subject found below {self.root}; expected {layout}, found {self.found}"
-                f"{'; left out: ' + _first(reasons, 2) if reasons else ''}. Check the root and the reader's name."
-            )
+            found = f"{self.found}{'; left out: ' + _first(reasons, 2) if reasons else ''}. Check root and reader"
+            raise InputError(f"no subject found below {self.root}; expected {layout}, found {found}.")
         content = {"synthetic": False, **about, "subjects": subjects}
         draw = {"fractions": self.split, "folds": self.folds, "seed": self.seed, "keep_test": self.keep_test}
         paths = write_splits(content, self.out, self.root, **draw)

@@ -172,7 +172,5 @@ def _refuse_two_masks(
         start, end = (len("".join(tokens)) for tokens in (before, after))
         pattern = f"{first.text[:start]}*{first.text[len(first.text) - end :]}.*"
         more = f" (and {len(doubles) - 1} more like this)" if len(doubles) > 1 else ""
-        raise InputError(
-            f"{pairs[first].text} could go with {first.text} and with {name.text}{more}; leave one out, such as by a "
-            f"pattern of the masks: 'DIR/{pattern}'."
-        )
+        both = f"{first.text} and with {name.text}{more}"
+        raise InputError(f"{pairs[first].text} could go with {both}; leave one out, such as by 'DIR/{pattern}'.")

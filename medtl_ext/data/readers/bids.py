@@ -39,10 +39,8 @@ def read_bids(draft: Draft) -> Reading:
         of = {"institution": sites.get(file.scan[0], name), "patient": file.scan[0]}
         draft.add("_".join(filter(None, file.scan)), file.kind, file.name, file.path, **of)
         if file.kind == "labels" and (here := _values(file, tables)) != values.setdefault(file.name, here):
-            raise InputError(
-                f"{file.path}: the values of label '{file.name}' are {here}, and elsewhere {values[file.name]}; give "
-                "what differs a label or desc of its own."
-            )
+            both = f"{here}, and elsewhere {values[file.name]}; give what differs a label or desc of its own"
+            raise InputError(f"{file.path}: the values of label '{file.name}' are {both}.")
     about: dict[str, Any] = {"labels": {}, "objectives": {}}
     for label, named in values.items():
         part = objectives(label, named)

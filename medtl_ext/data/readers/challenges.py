@@ -77,10 +77,8 @@ def _read_tumours(
     present = {match["role"].lower() for match, _ in found}
     first, second = sorted(present & set(_FIRST)), sorted(present & set(_SECOND))
     if first and second:
-        raise InputError(
-            f"{draft.root} mixes the names of BraTS until 2022 ({', '.join(first)}) and from 2023 on "
-            f"({', '.join(second)}), whose labels differ; read one of them at a time."
-        )
+        both = f"until 2022 ({', '.join(first)}) and from 2023 on ({', '.join(second)})"
+        raise InputError(f"{draft.root} mixes the names of BraTS {both}, whose labels differ; read one at a time.")
     codes = set()
     for match, file in found:
         name, role = _NAME.fullmatch(match["subject"]), match["role"].lower()
@@ -114,19 +112,15 @@ def _values(draft: Draft, code: str, challenge: str | None, labels: Mapping[str,
     fits = [{name for name in known if values <= {*known[name].values()}} for values in held]
     if wrong := [place for place, names in enumerate(fits) if not names]:
         share = f"{len(wrong)} of {len(paths)} label files are none that is known"
-        raise InputError(
-            f"{paths[wrong[0]]} holds the values {sorted(held[wrong[0]])} ({share}), but those of such files are "
-            f"{told}; mend it or, if it is right, give what its values mean with labels, such as NCR=1 ED=2 ET=3."
-        )
+        here = f"the values {sorted(held[wrong[0]])} ({share}), but those of such files are {told}; mend it"
+        raise InputError(f"{paths[wrong[0]]} holds {here}, or give what they mean with labels, such as NCR=1 ED=2.")
     everywhere = [name for name in known if all(name in names for names in fits)]
     found, possible = set().union(*held), set().union(*fits)
     meanings = {(v, _SAME.get(k, k)) for name in possible for k, v in known[name].items() if v in found}
     proven = [name for name in everywhere if {name} in fits]
     if not everywhere or not (proven or len(meanings) == len(found)):
-        raise InputError(
-            f"the label files below {draft.root} hold the values {sorted(found)}, which do not say what they mean "
-            f"({told}); give the challenge, or labels if it is none of these."
-        )
+        hold = f"hold the values {sorted(found)}, which do not say what they mean ({told})"
+        raise InputError(f"the label files below {draft.root} {hold}; give the challenge, or labels.")
     return known[(proven or everywhere)[0]]
 
 

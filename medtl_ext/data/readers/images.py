@@ -61,10 +61,8 @@ def read_images(
     pairs = learn_pairs([*scans_by_name], [*masks_by_name], together=together)
     if not pairs.images:
         other = "another file there and something more" if together else f"an image in {images}"
-        raise InputError(
-            f"no mask in {labels}, such as {masks[0].path.name}, is named like {other}; a beginning or an ending, the "
-            "same in all names, may differ. Rename, or give the masks by a pattern, such as 'DIR/*_mask.png'."
-        )
+        advice = "a beginning or an ending, the same in all, may differ: rename, or give a pattern: 'DIR/*_mask.png'"
+        raise InputError(f"no mask in {labels}, such as {masks[0].path.name}, is named like {other}; {advice}.")
     draft.told += _tell(draft, pairs, scans_by_name, masks_by_name)
     taken = {*pairs.images, *pairs.alone} if together else set()
     scans = [file for name, channels in scans_by_name.items() if name not in taken for file in channels.values()]
@@ -236,10 +234,8 @@ def _only_value(masks: Sequence[Path]) -> int | list[int]:
     """The value, or colour, that is in all masks besides 0. Of several nobody but you knows what they mean."""
     of_colour = [_mode(path) in ("RGB", "RGBA") for path in masks]
     if len({*of_colour}) > 1:
-        raise InputError(
-            f"{masks[of_colour.index(True)]} is a mask in colours and {masks[of_colour.index(False)]} one of numbers; "
-            "save all in one way."
-        )
+        numbers = f"{masks[of_colour.index(False)]} one of numbers; save all in one way"
+        raise InputError(f"{masks[of_colour.index(True)]} is a mask in colours and {numbers}.")
     colours = any(of_colour)
     found = sorted(set().union(*for_each(held_values, [f"{path}#rgb" if colours else str(path) for path in masks])))
     if not found:
@@ -247,10 +243,8 @@ def _only_value(masks: Sequence[Path]) -> int | list[int]:
         raise InputError(f"no mask holds a value besides 0, such as {masks[0]}; give the folder of the masks.")
     if any(not float(value).is_integer() for value in found) or len(found) > _MOST_CLASSES:
         some = ", ".join(f"{value:g}" for value in found[:3])
-        raise InputError(
-            f"the masks hold {len(found)} values besides 0 ({some}, ...): smoothed, or numbered objects? Make masks "
-            "with a whole number for each class, or name all values."
-        )
+        advice = "smoothed, or numbered objects? Make masks with a whole number for each class, or name all"
+        raise InputError(f"the masks hold {len(found)} values besides 0 ({some}, ...): {advice}.")
     named = [[value >> 16, value >> 8 & 255, value & 255] if colours else int(value) for value in found]
     if len(named) > 1:
         asked = " ".join(f"NAME={str(value).strip('[]').replace(' ', '')}" for value in named)

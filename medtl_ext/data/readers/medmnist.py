@@ -87,7 +87,5 @@ def _refuse_volumes(path: Path) -> None:
         np.lib.format.read_magic(file)
         shape, *_ = np.lib.format.read_array_header_1_0(file)
     if len(shape) == 4 and shape[3] != 3:
-        raise InputError(
-            f"{path.name} holds volumes of {' x '.join(map(str, shape[1:]))}, but images of classification are 2D; "
-            "take a dataset in 2D (of organmnist3d: organamnist, organcmnist, organsmnist), or save slices, N x H x W."
-        )
+        advice = "take a dataset in 2D (of organmnist3d: organamnist, ...), or save slices, N x H x W"
+        raise InputError(f"{path.name} holds volumes of {' x '.join(map(str, shape[1:]))}, not 2D images; {advice}.")

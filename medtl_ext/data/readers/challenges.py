@@ -78,7 +78,7 @@ def _read_tumours(
     first, second = sorted(present & set(_FIRST)), sorted(present & set(_SECOND))
     if first and second:
         both = f"until 2022 ({', '.join(first)}) and from 2023 on ({', '.join(second)})"
-        raise InputError(f"{draft.root} mixes the names of BraTS {both}, whose labels differ; read one at a time.")
+        raise InputError(f"{draft.root} mixes the names of BraTS {both}; read one of them at a time.")
     codes = set()
     for match, file in found:
         name, role = _NAME.fullmatch(match["subject"]), match["role"].lower()

@@ -164,9 +164,7 @@ def read_output(output: Any, *keys: str) -> list[Any]:
     items = [output] if isinstance(output, Mapping) else output
     if not (isinstance(items, Sequence) and items and all(isinstance(item, Mapping) for item in items)):
         expected = f"MONAI's dictionaries with {' and '.join(map(repr, map(str, keys)))}"
-        raise InputError(
-            f"engine.state.output is {type(output).__name__}; expected {expected}: give an output_transform."
-        )
+        raise InputError(f"engine.state.output is {type(output).__name__}; expected {expected}: see output_transform.")
     for key in keys:
         if missing := [item for item in items if item.get(key) is None]:
             there = ", ".join(sorted(map(str, missing[0])))

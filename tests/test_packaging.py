@@ -140,7 +140,7 @@ def zips(checkout) -> Path:
 def images(tmp_path_factory) -> Path:
     """A volume for the bundles that segment, its middle slice for the one that classifies."""
     folder = tmp_path_factory.mktemp("phantom")
-    generate_phantom(folder / "c", institutions=["17"], subjects=1, modalities=["T2"], n_jobs=1, progress=False)
+    generate_phantom(folder / "c", institutions=["17"], subjects=1, n_jobs=1, progress=False)
     for kind in ("volumes", "pictures"):
         (folder / kind).mkdir()
     shutil.copy(next(folder.rglob("T2.nii.gz")), folder / "volumes" / "T2.nii.gz")

@@ -34,8 +34,8 @@ def phantom(tmp_path_factory):
 
 
 @cache
-def subject(institution, index=0, *, seed=0, modalities=MODALITIES):
-    return make_subject(load_atlas(), Institution(institution), index, seed=seed, modalities=modalities)
+def subject(institution, index=0, *, seed=0):
+    return make_subject(load_atlas(), Institution(institution), index, seed=seed)
 
 
 # --- the same subject, always
@@ -47,10 +47,12 @@ def test_another_seed_gives_another_subject():
 
 
 def test_files_depend_neither_on_the_company_nor_on_n_jobs(phantom, tmp_path):
-    how = {"institutions": ["17"], "subjects": 2, "modalities": ["FLAIR"], "n_jobs": 1, "progress": False}
+    how = {"institutions": ["17"], "subjects": 2, "n_jobs": 1, "progress": False}
     alone = generate_phantom(tmp_path / "alone", **how)
     files = sorted((alone.parent / "17-001").iterdir())
-    assert [file.name for file in files] == [f"{name}.nii.gz" for name in ("FLAIR", "tissue", "tumour", "wmh")]
+    assert [file.name for file in files] == [
+        f"{name}.nii.gz" for name in (*sorted(MODALITIES), "tissue", "tumour", "wmh")
+    ]
     for file in files:
         assert file.read_bytes() == (phantom.parent / "17-001" / file.name).read_bytes()
 
@@ -94,7 +96,7 @@ def test_an_atlas_overlay_lines_up(phantom):
 @pytest.mark.parametrize("institution", ["04", "20", "U"])
 def test_the_brain_is_within_the_field_of_view_in_plane(institution):
     for index in range(3):
-        brain = subject(institution, index, modalities=("T1",))["T1"] > 0
+        brain = subject(institution, index)["T1"] > 0
         assert brain.any(axis=2).sum() > 3000
         assert brain.sum() - brain[1:-1, 1:-1].sum() < 20
 
@@ -132,10 +134,10 @@ def test_each_lesion_shows_where_it_should():
 
 
 def test_lesion_volumes_are_plausible():
-    tumours = [subject(name, index, modalities=())["tumour"] for name in ("06", "17") for index in range(5)]
+    tumours = [subject(name, index)["tumour"] for name in ("06", "17") for index in range(5)]
     for value, low, high in ((1, 20, 70), (2, 6, 22), (3, 3, 16)):  # oedema, enhancing, necrosis
         assert low < np.mean([(label == value).sum() * MILLILITRES for label in tumours]) < high
-    hyperintense = [subject("U", index, modalities=())["wmh"].sum() * MILLILITRES for index in range(5)]
+    hyperintense = [subject("U", index)["wmh"].sum() * MILLILITRES for index in range(5)]
     assert 8 < np.mean(hyperintense) < 25
 
 
@@ -160,7 +162,7 @@ def test_infants_have_little_grey_white_contrast():
 def test_a_protocol_shifts_the_signal_of_a_tissue():
     shifted = Institution("13")
     shifted.scanners["T1"].protocol_shift["WM"] += 0.2
-    made = make_subject(load_atlas(), shifted, 0, seed=0, modalities=("T1",))
+    made = make_subject(load_atlas(), shifted, 0, seed=0)
     assert contrast(made) > 1.1 * contrast(subject("13"))
 
 
@@ -204,11 +206,11 @@ def test_collection_is_read_and_checked_like_any_other(phantom):
 
 
 def test_only_what_some_subject_has_is_declared(tmp_path):
-    path = generate_phantom(tmp_path / "infants", institutions=["I2"], subjects=1, modalities=["T2"], progress=False)
+    path = generate_phantom(tmp_path / "infants", institutions=["I2"], subjects=1, progress=False)
     content = json.loads(path.read_text())
     assert list(content["labels"]) == ["tissue"]
     assert set(content["objectives"]) == {"CSF", "GM", "WM"}
-    assert list(content["subjects"][0]["images"]) == ["T2"]
+    assert list(content["subjects"][0]["images"]) == list(MODALITIES)
 
 
 def test_splits_are_by_patient_and_every_beginning_has_all():
@@ -239,7 +241,6 @@ def test_a_folder_with_other_content_is_never_overwritten(tmp_path):
     ("change", "message"),
     [
         ({"institutions": ["13", "99"]}, "institution '99' is unknown.*Known: 01"),
-        ({"modalities": ["T1ce"]}, "modality 'T1ce' is unknown"),
         ({"institutions": []}, "at least one of 01"),
         ({"subjects": 0}, "subjects is 0"),
         ({"seed": -1}, "seed is -1"),
@@ -268,7 +269,7 @@ def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, interrupti
 
     monkeypatch.setattr(generate, "_write_nifti", fail_late)
     with pytest.raises(type(interruption)):
-        generate_phantom(tmp_path / "out", institutions=["I1"], subjects=3, modalities=["T1"], n_jobs=2, progress=False)
+        generate_phantom(tmp_path / "out", institutions=["I1"], subjects=3, n_jobs=2, progress=False)
     assert not under_way  # or a folder that is being removed gets new files
     assert not any(tmp_path.iterdir())
 
@@ -280,12 +281,12 @@ def test_cache_is_made_once_even_when_asked_for_twice_at_once(tmp_path, monkeypa
     monkeypatch.setattr(generate, "_write_subjects", lambda *args, **kwargs: (made.append(1), write(*args, **kwargs)))
 
     def ask(_):
-        return cached_phantom(institutions=["I1"], subjects=1, modalities=["T1"], progress=False)
+        return cached_phantom(institutions=["I1"], subjects=1, progress=False)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(ask, range(2))
     assert first == second
-    assert first.parent == tmp_path / "phantom" / "I1_1-subjects_seed-0_c098eb46"  # or caches are made anew
+    assert first.parent == tmp_path / "phantom" / "I1_1-subjects_seed-0_a1f56cca"  # or caches are made anew
     assert first.is_file()
     assert len(made) == 1
 

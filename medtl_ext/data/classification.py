@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from medtl_ext._validation import InputError, require_choice, require_name
 from medtl_ext.data.collection import SPLITS, Name, read_arrays
+from medtl_ext.data.files import PICTURES
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SPLIT_WORDS = ("train", "training", "val", "valid", "validation", "test", "testing")
 # 16 bit images have no range that can be told from one of them.
 MODES = {"L": "L", "1": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
@@ -225,7 +225,7 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int | None = None) 
         for root in roots
         for label, name in enumerate(classes)
         for file in sorted((root / name).glob("**/*"))
-        if file.suffix.lower() in SUFFIXES
+        if file.suffix.lower() in PICTURES
     ]
     labels = np.array([label for _, label, _ in files], dtype=np.int64)
     splits = np.array([split for *_, split in files], dtype=str) if has_splits else _drawn_splits(labels)

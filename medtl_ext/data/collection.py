@@ -143,10 +143,6 @@ def _beside_the_collection(file: Any, info: Any) -> Path:
     return Path(os.path.join(info.context, file))  # in half the time of `/`, which counts in 100,000 files
 
 
-def _as_group(values: Any) -> Any:
-    return values if isinstance(values, list | tuple) else [values]
-
-
 def _of_different_values(label: dict[str, int]) -> dict[str, int]:
     if len(set(label.values())) < len(label):
         raise ValueError(f"two names share a value in {label}; give every name its own.")
@@ -155,17 +151,16 @@ def _of_different_values(label: dict[str, int]) -> dict[str, int]:
     return label
 
 
-def _name_or(value: Any, number: Callable[[Any], int]) -> int | str:
-    return value if isinstance(value, str) else number(value)
-
-
 _Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, AfterValidator(partial(require_name, "the name"))]
 _Part = Annotated[Name, AfterValidator(_part_of_a_task)]
 _File = Annotated[Path, BeforeValidator(_beside_the_collection)]
 _Value = Annotated[StrictInt, Field(ge=1)]  # 0 is background
-_ValueOrName = Annotated[_Value, WrapValidator(_name_or)]
-_Group = Annotated[list[_ValueOrName], BeforeValidator(_as_group), Field(min_length=1)]
+_ValueOrName = Annotated[
+    _Value, WrapValidator(lambda value, number: value if isinstance(value, str) else number(value))
+]
+_AsGroup = BeforeValidator(lambda values: values if isinstance(values, list | tuple) else [values])
+_Group = Annotated[list[_ValueOrName], _AsGroup, Field(min_length=1)]
 _Declared = Annotated[_Value, WrapValidator(_colour_or)]
 _Label = Annotated[dict[Name, _Declared], Field(min_length=1), AfterValidator(_of_different_values)]
 

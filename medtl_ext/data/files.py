@@ -200,7 +200,7 @@ def _nifti(path: str, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
     if not abs(np.linalg.det(image.affine)) > 0:
         raise Unusable(path, "has an affine without a volume", "correct its header")
     if not np.allclose(sizes[: len(header)], header, rtol=SAME_AFFINE_MM, atol=SAME_AFFINE_MM):
-        said = f"says voxels of {_times(header)} mm (pixdim) and of {_times(sizes)} mm (affine)"
+        said = f"says voxels of {in_times(header)} mm (pixdim) and of {in_times(sizes)} mm (affine)"
         raise Unusable(path, said, "correct the header that is wrong")
     if every_byte and suffix_of(path).endswith(".gz"):  # nibabel stops at the last voxel
         most = image.dataobj.offset + voxels * image.get_data_dtype().itemsize + MOST_BEHIND
@@ -214,7 +214,7 @@ def _nifti(path: str, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
     return reader.get_data(image)
 
 
-def _times(numbers: Iterable[float]) -> str:
+def in_times(numbers: Iterable[float]) -> str:
     return " x ".join(f"{number:.4g}" for number in numbers)
 
 

@@ -30,13 +30,13 @@ from monai.transforms import (
     RandFlipd,
     Transform,
 )
-from monai.utils import instantiate
+from monai.utils import ensure_tuple, instantiate
 from scipy.ndimage import label as connected_parts
 from torch.nn.functional import adaptive_avg_pool3d, cosine_similarity, interpolate
 
 from medtl_ext._io import write_json
 from medtl_ext._validation import InputError
-from medtl_ext.data.files import affine_of, read_channels, shape_of
+from medtl_ext.data.files import affine_of, in_times, read_channels, shape_of
 
 AUTO = "auto"
 MULTIPLE = 16
@@ -239,8 +239,8 @@ def plan_grid(
         spacing = np.median(sizes, 0).round(4).tolist()
         same = np.ptp(sizes, 0).max() < SAME_SPACING
         those = f"of all {len(some)} training images" if same else f"the median of {len(some)} training images"
-        between = "" if same else f", which are from {_times(sizes.min(0))} to {_times(sizes.max(0))} mm"
-        why.append(f"spacing {_times(spacing)} mm: {those}{between}")
+        between = "" if same else f", which are from {in_times(sizes.min(0))} to {in_times(sizes.max(0))} mm"
+        why.append(f"spacing {in_times(spacing)} mm: {those}{between}")
     spacing = _numbers("spacing", spacing, (3,))
     native = bool(np.abs(sizes - spacing).max() < SAME_SPACING)
     shapes = [np.round((shape - 1) * size / spacing + 1) for size, shape in found]  # as MONAI's Spacing has them
@@ -251,7 +251,7 @@ def plan_grid(
         whole = "whole images" if (window >= frame[:dims]).all() else "patches: more would take too long a step"
         memory = prod(window) * (8 if dims == 2 else 2) * STEP_BYTES / 2**20
         why.append(f"{dims}D, {reason}")
-        why.append(f"windows of {_times(window)} voxels, {whole}; a training step holds about {memory:.0f} MiB")
+        why.append(f"windows of {in_times(window)} voxels, {whole}; a training step holds about {memory:.0f} MiB")
         roi_size = window.tolist()
     roi_size = tuple(int(size) for size in _numbers("roi_size", roi_size, (2, 3)))
     if normalize == AUTO:
@@ -326,7 +326,7 @@ def grid_steps(grid: Grid, *, label_values: Sequence[Sequence[int]]) -> list[Cal
 
 def _voxels(names: str | Sequence[str], axcodes: str) -> tuple[np.ndarray, np.ndarray]:
     """Size (mm) and number of an image's voxels along the axes of the grid, from its header."""
-    first = names if isinstance(names, str) else names[0]
+    first = ensure_tuple(names)[0]
     try:
         affine, shape = affine_of(first), shape_of(first)
     except Exception:  # a broken file fails in a dozen ways
@@ -364,7 +364,7 @@ def _intensities(
     items: Sequence[Mapping[str, Any]], channels: Sequence[str], label_values: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Any], str]:
     scale = {"_target_": "ScaleIntensityRanged", "keys": "image"}
-    first, _ = read_channels(_files(items[0]["image"]))
+    first, _ = read_channels(ensure_tuple(items[0]["image"]))
     if tuple(channels) == ("R", "G", "B"):
         high = next((high for high in (1, 255, 65535) if first.max() <= high), float(first.max()))
         return scale | {"a_min": 0, "a_max": high, "b_min": 0, "b_max": 1}, f"of colours from 0..{high} to 0..1"
@@ -372,7 +372,7 @@ def _intensities(
         foreground = []
         values = [value for group in label_values for value in np.atleast_1d(group)]
         for item in items[:SAMPLE]:
-            image, label = (read_channels(_files(item[key]))[0] for key in ("image", "label"))
+            image, label = (read_channels(ensure_tuple(item[key]))[0] for key in ("image", "label"))
             if image.shape != label.shape:
                 raise InputError(f"{item['label']} has another size than its image; give them on one grid.")
             foreground.append(image[np.isin(label, values)])
@@ -411,10 +411,6 @@ def _flip_axes(items: Sequence[Mapping[str, Any]], axcodes: str, dims: int) -> t
     return axes, f"flips: {said}; images are alike by {plain:.2f}, and by {of_each} when one is mirrored"
 
 
-def _files(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
 def _numbers(name: str, values: Any, counts: tuple[int, ...]) -> tuple[float, ...]:
     try:
         found = tuple(float(value) for value in values)
@@ -423,7 +419,3 @@ def _numbers(name: str, values: Any, counts: tuple[int, ...]) -> tuple[float, ..
     if len(found) not in counts or min(found) <= 0:
         raise InputError(f"{name} is {values!r}; expected {' or '.join(map(str, counts))} positive numbers, or 'auto'.")
     return found
-
-
-def _times(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:.4g}" for number in numbers)

@@ -39,6 +39,7 @@ OF_CHOICE = [*OF_RUN, "steps", "how"]
 PAIR = ["source", "target"]
 CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]
 HEAD = ": head of its path"
+DRAWN = "Of paths only these and the chosen ones were trained; the best in hindsight is the best of them."
 
 PAIRS = [
     (("path", "{}"), ("single", "{}")),
@@ -202,14 +203,7 @@ def study_text(
         "# Sequential transfer: is a second step worth it?",
         f"Mean Dice of test patients over {targets} targets and {seeds} seeds, {trained}.{warned}",
         _means_table(choices),
-        *(
-            []
-            if draws is None
-            else [
-                f"random: the mean of {draws} draws. Of paths only these and the chosen ones were "
-                "trained; the best in hindsight is the best of them."
-            ]
-        ),
+        *([f"random: the mean of {draws} draws. {DRAWN}"] if draws else []),
         f"pairs: target-seed pairs that a row stands for, of {seeds * targets}. Rows with fewer, where a way to choose "
         "has no path, are means over other targets or seeds and do not compare; the differences below do.",
         "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "

@@ -20,7 +20,6 @@ from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_collection, load_collection
 from medtl_ext.data.classification import (
-    SUFFIXES,
     load_classification,
     pool_datasets,
     read_image,
@@ -369,7 +368,7 @@ def content_of(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
     for file in sorted(path.glob("**/*")):
-        if file.suffix.lower() in SUFFIXES and file.is_file():
+        if file.suffix.lower() in PICTURES and file.is_file():
             digest.update(str(file.relative_to(path)).encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -409,9 +408,9 @@ def images_to_classify(
     if input_dir is None or str(input_dir).endswith(".npz"):
         where = ClassificationTask(input_dir or task, in_channels=in_channels, phantom_subjects=phantom_subjects)
         return where.datalist("test")
-    files = sorted(path for path in Path(input_dir).glob("**/*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in Path(input_dir).glob("**/*") if path.suffix.lower() in PICTURES)
     if not files:
-        raise InputError(f"no image ({', '.join(SUFFIXES)}) in {input_dir}; give their folder with --input_dir.")
+        raise InputError(f"no image ({', '.join(PICTURES)}) in {input_dir}; give their folder with --input_dir.")
     items = []
     for file in files:
         image = read_image(file, image_size)

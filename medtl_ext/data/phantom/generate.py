@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from medtl_ext._io import atomic_path, cache_root, write_json
-from medtl_ext._validation import InputError, require_choice, require_choices, require_number
+from medtl_ext._validation import InputError, require_choices, require_number
 from medtl_ext.data.phantom.anatomy import TISSUE_LABELS, deform, grow_brain
 from medtl_ext.data.phantom.atlas import Atlas, load_atlas
 from medtl_ext.data.phantom.contrast import acquire, render
@@ -59,7 +59,6 @@ def generate_phantom(
     institutions: Sequence[str],
     subjects: int,
     seed: int = 0,
-    modalities: Sequence[str] | None = None,
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> Path:
@@ -67,7 +66,7 @@ def generate_phantom(
 
     Images are skull-stripped, 96 x 96 x 28 voxels of 2 x 2 x 4 mm in RAS orientation and MNI position, int16 in raw
     scanner units (0 outside the brain, up to about 1000); labels are uint8. A subject depends on the seed, its
-    institution and its number alone: the same whatever else is generated with it, and in however many modalities.
+    institution and its number alone: the same whatever else is generated with it.
 
     =========================================  ===============================================  ======================
     institutions                               who                                              label files
@@ -86,20 +85,19 @@ def generate_phantom(
         institutions: names from the table.
         subjects: how many of each institution. About 40 % are for training, 25 % validation and 35 % testing.
         seed: draws other subjects; the institutions keep their character.
-        modalities: of T1, T1CE, T2 and FLAIR; all by default.
         n_jobs: subjects made at a time (threads); by default as many as there are cores.
         progress: show a progress bar.
 
     Raises:
-        InputError: an institution or modality is unknown, nothing is asked for, or ``out`` holds something else.
+        InputError: an institution is unknown, nothing is asked for, or ``out`` holds something else.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
-    >>> path = generate_phantom(folder, institutions=["I1"], subjects=1, modalities=["T1"], progress=False)
+    >>> path = generate_phantom(folder, institutions=["I1"], subjects=1, progress=False)
     >>> sorted(file.name for file in (path.parent / "I1-000").iterdir())
-    ['T1.nii.gz', 'tissue.nii.gz']
+    ['FLAIR.nii.gz', 'T1.nii.gz', 'T1CE.nii.gz', 'T2.nii.gz', 'tissue.nii.gz']
     """
-    content = _collection(institutions, subjects, seed, modalities)
+    content = _collection(institutions, subjects, seed)
     out = Path(out)
     if _already_made(out, content["generator"]):
         return out / "collection.json"
@@ -116,7 +114,7 @@ def cached_phantom(*, institutions: Sequence[str], subjects: int, seed: int = 0,
     The cache is the folder ``phantom`` of ``$MONAI_DATA_DIRECTORY``, else ``$XDG_CACHE_HOME/medtl`` or
     ``~/.cache/medtl``. Processes that ask for the same phantom at once wait for the first of them to make it.
     """
-    settings = _collection(institutions, subjects, seed, how.get("modalities"))["generator"]
+    settings = _collection(institutions, subjects, seed)["generator"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{'+'.join(settings['institutions'])}_{subjects}-subjects_seed-{seed}_{digest}"
     folder = cache_root() / "phantom"
@@ -125,16 +123,12 @@ def cached_phantom(*, institutions: Sequence[str], subjects: int, seed: int = 0,
         return generate_phantom(folder / name, institutions=institutions, subjects=subjects, seed=seed, **how)
 
 
-def _collection(
-    institutions: Sequence[str], subjects: int, seed: int, modalities: Sequence[str] | None
-) -> dict[str, Any]:
+def _collection(institutions: Sequence[str], subjects: int, seed: int) -> dict[str, Any]:
     """The content of ``collection.json``, with the labels and objectives that some subject has.
 
     The ``generator`` is the checked request, in the phantom's own order: what a phantom is recognised by.
     """
     institutions = require_choices("institution", institutions, INSTITUTIONS)
-    for name in modalities or ():
-        require_choice("modality", name, MODALITIES)
     require_number("subjects", subjects, 1, whole=True)
     require_number("seed", seed, 0, whole=True)
     settings = {
@@ -142,14 +136,14 @@ def _collection(
         "institutions": [name for name in INSTITUTIONS if name in institutions],
         "subjects": int(subjects),
         "seed": int(seed),
-        "modalities": [name for name in MODALITIES if name in (modalities or MODALITIES)],
+        "modalities": list(MODALITIES),
     }
     entries = [
         {
             "id": f"{institution}-{index:03d}",
             "institution": institution,
             "split": SPLIT_CYCLE[index % len(SPLIT_CYCLE)],
-            "images": {name: f"{institution}-{index:03d}/{name}.nii.gz" for name in settings["modalities"]},
+            "images": {name: f"{institution}-{index:03d}/{name}.nii.gz" for name in MODALITIES},
             "labels": {name: f"{institution}-{index:03d}/{name}.nii.gz" for name in INSTITUTIONS[institution].labels},
         }
         for institution in settings["institutions"]
@@ -190,12 +184,12 @@ def _write_subjects(folder: Path, content: dict[str, Any], *, n_jobs: int | None
     end before the error is raised, so that none writes into a folder that is being removed.
     """
     atlas, settings, subjects = load_atlas(), content["generator"], content["subjects"]
-    how = {"seed": settings["seed"], "modalities": settings["modalities"]}
 
     def write(entry: dict[str, Any], index: int) -> None:
         target = folder / entry["id"]
         target.mkdir()
-        for name, values in make_subject(atlas, Institution(entry["institution"]), index, **how).items():
+        made = make_subject(atlas, Institution(entry["institution"]), index, seed=settings["seed"])
+        for name, values in made.items():
             _write_nifti(target / f"{name}.nii.gz", values)
 
     # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.
@@ -213,9 +207,7 @@ def _write_nifti(path: Path, values: np.ndarray) -> None:
     nibabel.save(image, path)
 
 
-def make_subject(
-    atlas: Atlas, institution: Institution, index: int, *, seed: int, modalities: Sequence[str]
-) -> dict[str, np.ndarray]:
+def make_subject(atlas: Atlas, institution: Institution, index: int, *, seed: int) -> dict[str, np.ndarray]:
     """Images (int16, by modality) and labels (uint8, by label file) of subject ``index`` of an institution.
 
     Every part has a random stream of its own, so that none disturbs another.
@@ -241,7 +233,7 @@ def make_subject(
     texture = stream("texture")
     textures = [smooth_noise(texture, length) for length in (4, 7)]
     images = {}
-    for modality in modalities:
+    for modality in MODALITIES:
         noise = stream(modality)
         ideal = render(anatomy, institution, modality, textures, noise)
         images[modality] = acquire(ideal, anatomy.brain, institution.scanners[modality], noise)

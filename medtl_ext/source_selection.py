@@ -187,10 +187,7 @@ class SelectSource(RankSources):
     def __post_init__(self) -> None:
         self.decide_by = self.decide_by or METHODS[require_choice("method", self.method, METHODS)]
         self._similar: dict[Any, dict[str, float]] = {}
-
-    @property
-    def filters(self) -> dict[str, Any]:
-        return {"minimum_ssim": self.minimum_ssim, "top_k": self.top_k}
+        self.filters = {"minimum_ssim": self.minimum_ssim, "top_k": self.top_k}
 
     def check(self) -> None:
         super().check()

@@ -84,7 +84,7 @@ class TestCollection:
         assert collection.class_names("13-T1-FeTS") == ["ED", "ET", "NCR"]
         assert collection.class_names("13-T1-Nested") == ["ED", "ET+NCR"]
         assert collection.label_values("13-T1-Nested") == [[1], [2, 3]]
-        assert collection.n_classes("13-T1-FeTS") == 4
+        assert len(collection.label_values("13-T1-FeTS")) == 3
 
     def test_tasks_have_a_subject_with_both_files(self, content, load):
         found = {str(task) for task in load(content).tasks()}

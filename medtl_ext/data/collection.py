@@ -389,10 +389,6 @@ class Collection(BaseModel, frozen=True):
         names = {value: name for name, value in self.labels[objective.label].items()}
         return ["+".join(names[value] for value in group) for group in objective.values]
 
-    def n_classes(self, task: Task | str) -> int:
-        """Number of classes including the background."""
-        return len(self._objective(task).values) + 1
-
     def label_values(self, task: Task | str) -> list[list[int]]:
         """For every foreground class its values in the label file, as `SelectLabelsd` takes them."""
         return [list(group) for group in self._objective(task).values]

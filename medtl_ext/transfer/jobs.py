@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
@@ -295,21 +294,13 @@ class Run:
     config: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.config = current_config()
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.output_dir)
+        self.config, self.folder = current_config(), Path(self.output_dir)
+        self.configs = Path(self.config["bundle_root"]) / "configs"  # of the bundle
 
     @property
     def leads(self) -> bool:
         """Whether this is the first of several processes, or the only one."""
         return idist.get_rank() == 0
-
-    @cached_property
-    def configs(self) -> Path:
-        """The folder of the bundle's configs."""
-        return Path(self.config["bundle_root"]) / "configs"
 
     def start(self) -> None:
         """Claim the output folder; see `medtl_ext.transfer.config.claim_output`.

@@ -58,6 +58,8 @@ class SegmentationTask:
         collection: the `medtl_ext.data.Collection`.
         institution, modality, objective: the parts of its name.
         class_names, label_values, n_classes, n_channels: of the foreground; with the background; of an image.
+        channels, answers: names of an image's channels, and of all classes, the background first.
+        folder: where its collection lies.
         synthetic: no patient was scanned.
     """
 
@@ -86,8 +88,9 @@ class SegmentationTask:
         self.collection = load_collection(collection)
         self.institution, self.modality, self.objective = task.institution, task.modality, task.objective
         self.class_names, self.label_values = self.collection.class_names(task), self.collection.label_values(task)
-        self.n_classes, self.n_channels = len(self.label_values) + 1, len(task.channels)
-        self.synthetic = self.collection.synthetic
+        self.channels, self.answers = task.channels, ("background", *self.class_names)
+        self.n_classes, self.n_channels = len(self.answers), len(self.channels)
+        self.folder, self.synthetic = str(self.collection.path.parent), self.collection.synthetic
 
     def other(self, name: str, *, collection: str | None = None, train_patients: int | None = None) -> Self:
         """Another task, of this collection file or of another one."""
@@ -95,25 +98,10 @@ class SegmentationTask:
         return SegmentationTask(name, collection=collection, phantom_subjects=self.phantom_subjects, **drawn)
 
     @property
-    def folder(self) -> str:
-        """Where its collection lies."""
-        return str(self.collection.path.parent)
-
-    @property
     def photographs(self) -> bool:
         """Its images are pictures, not scans: they have no patient's right and left."""
         files = (name for subject in self.collection.subjects_of(self.name) for name in subject.channels().values())
         return suffix_of(Part.parse(next(files)).path) in PICTURES
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """Names of an image's channels."""
-        return Task(self.name).channels
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """Names of all classes, the background first."""
-        return ("background", *self.class_names)
 
     @cached_property
     def flat(self) -> bool:
@@ -246,6 +234,7 @@ class ClassificationTask:
     Attributes:
         name: what tables call it; ``where`` is what was given.
         class_names, n_classes, synthetic, size: of the dataset; training images.
+        channels, n_channels, answers, folder: see `SegmentationTask`.
     """
 
     outcome, unit, counted = "auc", "AUC", "test_images"
@@ -269,7 +258,8 @@ class ClassificationTask:
         if in_channels not in (1, 3):
             raise InputError(f"in_channels is {in_channels}; expected 1 for grey images or 3 for RGB.")
         self.where, self.phantom_subjects = name, phantom_subjects
-        self.image_size, self.in_channels = image_size, in_channels
+        self.image_size, self.in_channels, self.n_channels = image_size, in_channels, in_channels
+        self.channels = ("R", "G", "B") if in_channels == 3 else ("grey",)
         self.path, *others = (_dataset_path(one, collection, phantom_subjects) for one in name.split(POOLED))
         dataset = load_classification(self.path, size=image_size)
         self.name = dataset.name if self.path.is_dir() and not others else dataset_name(name)
@@ -278,6 +268,7 @@ class ClassificationTask:
             named = zip(parts, name.split(POOLED), strict=True)
             dataset = pool_datasets([replace(one, name=dataset_name(where)) for one, where in named], size=image_size)
         self.class_names, self.n_classes, self.synthetic = dataset.class_names, dataset.n_classes, dataset.synthetic
+        self.answers, self.folder = tuple(self.class_names), str(self.path.parent)
         self.size = sum(dataset.counts("train"))
         self._all = replace(dataset, name=self.name)
         self._drawn = {"train": train_per_class, "val": val_per_class, "seed": seed}
@@ -291,24 +282,6 @@ class ClassificationTask:
         """Another dataset, all of it."""
         how = {"image_size": self.image_size, "in_channels": self.in_channels}
         return ClassificationTask(name, collection=collection, phantom_subjects=self.phantom_subjects, **how)
-
-    @property
-    def folder(self) -> str:
-        return str(self.path.parent)
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """Names of an image's channels."""
-        return ("R", "G", "B") if self.in_channels == 3 else ("grey",)
-
-    @property
-    def n_channels(self) -> int:
-        return self.in_channels
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """Names of all classes."""
-        return tuple(self.class_names)
 
     def is_same(self, name: str) -> bool:
         """Whether a name or path means the same images, if only by another path, a copy or a description."""

@@ -176,6 +176,10 @@ class SourceGraph:
             yield graph, {a: redrawn(costs, tasks[a], target, draw) for a, costs in leading.items()}
 
     @property
+    def synthetic(self) -> bool:
+        return self.open(self.sources[0]).synthetic
+
+    @property
     def text(self) -> str:
         """The graph in words."""
         clusters = [
@@ -212,7 +216,7 @@ class SourceGraph:
         ]
         write_csv(folder / "clusters.csv", pd.DataFrame(rows))
         if self.here.figures:
-            shown = {"title": "Task graph", "synthetic": self.open(self.sources[0]).synthetic} | shown
+            shown = {"title": "Task graph", "synthetic": self.synthetic} | shown
             figure = plot_task_graph(self.graph, self.clusters, representatives=self.representatives, **shown)
             save_figure(figure, folder / "task_graph.png")
         print(self.text)

@@ -295,12 +295,16 @@ class Run:
 
     def __post_init__(self) -> None:
         self.config, self.folder = current_config(), Path(self.output_dir)
-        self.configs = Path(self.config["bundle_root"]) / "configs"  # of the bundle
 
     @property
     def leads(self) -> bool:
         """Whether this is the first of several processes, or the only one."""
         return idist.get_rank() == 0
+
+    @property
+    def configs(self) -> Path:
+        """The folder of the bundle's configs."""
+        return Path(self.config["bundle_root"]) / "configs"
 
     def start(self) -> None:
         """Claim the output folder; see `medtl_ext.transfer.config.claim_output`.

@@ -432,11 +432,11 @@ def deep(depth: int = 100_000) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read as JSON"),
-        (b"\xff\xfe\x00", "cannot be read as JSON"),
-        (deep(), "cannot be read as JSON"),
+        ("{", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (deep(), "is JSON within JSON"),
         (deep(600), "Invalid JSON: recursion limit exceeded"),
-        ("[]", "must be one JSON object; found list"),
+        ("[]", "must hold an object of JSON; found a list"),
         ('{"chanels": ["R"]}', "key 'chanels' is unknown; did you mean 'channels'?"),
         ('{"trusted": true}', "key 'trusted' is unknown"),
         ('{"output": "probabilities"}', "output must be 'logits', 'softmax' or 'sigmoid'; found \"probabilities\""),

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from medtl_ext._validation import InputError, require_choice, require_name
+from medtl_ext.data.collection import read_json
 from medtl_ext.networks import read_weights
 
 TAGS = ("institution", "modality", "objective")
@@ -125,13 +126,7 @@ def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: 
     if isinstance(source, Mapping):
         where, content, folder = f"source {source.get('name', dict(source))}", dict(source), folder or Path()
     else:
-        where, folder = str(source), source.parent
-        try:
-            content = json.loads(source.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"card {source} cannot be read as JSON ({error}).") from error
-        if not isinstance(content, dict):
-            raise InputError(f"card {source} must be one JSON object; found {type(content).__name__}.")
+        where, folder, content = str(source), source.parent, read_json(source)
         content.setdefault("name", source.stem)
         if isinstance(content.get("checkpoint"), str):
             content["checkpoint"] = str(folder / content["checkpoint"])

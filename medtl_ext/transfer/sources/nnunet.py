@@ -29,6 +29,12 @@ from medtl_ext.transforms import EachKeyd
 PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "NaturalImage2DIO", "Tiff3DIO")
 RESAMPLING_ORDER = {"resample_data_or_seg_to_shape": 3, "resample_torch_fornnunet": 1}
+NORMALISATIONS = {
+    "ZScoreNormalization": {"_target_": "NormalizeIntensityd"},
+    "RescaleTo01Normalization": {"_target_": "ScaleIntensityd"},
+    "RGBTo01Normalization": {"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1},
+    "NoNormalization": None,
+}
 ANISOTROPIC = 3.0  # more than this between the largest and the smallest spacing: slices are resampled by themselves
 WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
 
@@ -184,17 +190,12 @@ def _normalisation(plans: dict, configuration: dict, channels: int) -> list[dict
             )
             limits = {"b_min": (low - mean) / max(std, 1e-8), "b_max": (high - mean) / max(std, 1e-8)}
             step = {"_target_": "ScaleIntensityRanged", "a_min": low, "a_max": high, **limits, "clip": True}
-        elif scheme == "ZScoreNormalization":
-            step = {"_target_": "NormalizeIntensityd"}
-        elif scheme == "RescaleTo01Normalization":
-            step = {"_target_": "ScaleIntensityd"}
-        elif scheme == "RGBTo01Normalization":
-            step = {"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}
-        elif scheme == "NoNormalization":
-            continue
+        elif scheme in NORMALISATIONS:
+            step = NORMALISATIONS[scheme]
         else:
             raise InputError(f"it normalises by {scheme}, which is not known here")
-        steps.append(step | {"channels": [channel]})
+        if step is not None:
+            steps.append(step | {"channels": [channel]})
     return steps
 
 

@@ -15,25 +15,24 @@ The samples are looked at four times (means, covariance, covariance of the mixed
 The streaming class asks the network once and puts the samples aside in a `PredictionSpool`, which moves to disk.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from numpy.typing import ArrayLike
 from scipy.linalg import cho_factor, cho_solve
 
 from medtl_ext._validation import warn
-from medtl_ext.metrics.base import TransferMetric, all_reduce_sums
+from medtl_ext.metrics.base import all_reduce_sums
 from medtl_ext.metrics.features import (
     MomentMetric,
     SampleMetric,
-    check_counts,
     feature_sums,
     require_samples,
 )
 
-# Samples, labels and the index of each sample's patient.
-Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Samples and labels; what gives those of this process every time it is called.
+Block = tuple[torch.Tensor, torch.Tensor]
+Batches = Callable[[], Iterable[Sequence[torch.Tensor]]]
 
 # Adds named sums up over all processes.
 Reduction = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -93,110 +92,50 @@ class SFDA(SampleMetric):
     """
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        batch = features, labels, torch.zeros_like(labels)
-        posterior, count = _posterior_sums(lambda: [batch], n_owners=1, reduce=dict)[0]
-        return posterior / count
-
-    @property
-    def patients(self) -> tuple[Hashable, ...]:
-        """The patients seen by all processes, in the order of ``counts``; call it on all of them."""
-        return tuple(self._by_patient())
+        return self._mean_posterior(lambda: [(features, labels)], reduce=dict)
 
     def compute(self) -> torch.Tensor:
         """Return the value over everything seen by all processes; updates may go on afterwards."""
-        posterior, count = torch.stack(list(self._by_patient().values())).sum(0)
-        return posterior / count
+        drawn = all_reduce_sums({"drawn": torch.tensor([float(self._samples.limit is not None)])})["drawn"]
+        # Of what is drawn every process has the samples of all.
+        return super().compute() if drawn > 0 else self._mean_posterior(self._samples.batches, all_reduce_sums)
 
-    def resampled(self, counts: ArrayLike) -> torch.Tensor:
-        """The mean posterior of patients as often as ``counts`` says, under the discriminants of all patients.
+    def _mean_posterior(self, batches: Batches, reduce: Reduction) -> torch.Tensor:
+        """Of the true class, by the second discriminant."""
+        means = self._require_seen(reduce(_sums(batches())))
+        n, present = means["count"].sum(), means["count"] > 0
+        centre, position, n_classes = means["total"].sum(0) / n, present.cumsum(0) - 1, int(present.sum())
+        require_samples(n)
+        if n_classes == 1:
+            warn("target_labels holds one class only, so SFDA is 1, its best value, and says nothing about transfer.")
 
-        These stay as they are, because they would need another look at all samples for every resample: the values tell
-        how much the score depends on which patients are judged, not on which ones the discriminants come from.
+        def centred() -> Iterator[Block]:
+            for rows, labels, *_ in batches():
+                for part, of_part in zip(rows.split(BLOCK), labels.split(BLOCK), strict=True):
+                    yield part.double() - centre, position[of_part]
 
-        Args:
-            counts: one integer for each of `patients`, or resamples x patients.
+        first = Discriminant(**reduce(_sums(centred(), "gram")))
+        others = (first.means.sum(0) - first.means) / max(n_classes - 1, 1)
+        shares = []
 
-        Returns:
-            The value, or one for each resample.
+        def mixed() -> Iterator[Block]:
+            for rows, labels in centred():
+                shares.append(first.scores(rows).softmax(1).softmax(1).gather(1, labels[:, None]))
+                yield others[labels].lerp_(rows, shares[-1]), labels
 
-        Raises:
-            InputError: counts has another length than `patients`, is negative, or draws nobody.
-        """
-        sums = torch.stack(list(self._by_patient().values()))
-        posterior, count = (check_counts(counts, len(sums)).to(sums) @ sums).unbind(-1)
-        return posterior / count
-
-    def reset(self) -> None:
-        super().reset()
-        self._result: dict[str, torch.Tensor] | None = None
-
-    def merge(self, other: TransferMetric) -> None:
-        super().merge(other)
-        self._result = None
-
-    def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
-        super()._take(features, labels, groups)
-        self._result = None
-
-    def _by_patient(self) -> dict[str, torch.Tensor]:
-        """Patient -> sum of the posteriors and number of samples, kept until any process has new samples."""
-        state = {"drawn": self._samples.limit is not None, "stale": self._result is None}
-        state = all_reduce_sums({name: torch.tensor([float(value)]) for name, value in state.items()})
-        if state["stale"] > 0:
-            batches, names, reduce = self._samples.batches, self._samples.names, all_reduce_sums
-            if state["drawn"] > 0:  # every process then has the samples of all
-                *drawn, names = self.samples()
-                batches, reduce = lambda: [drawn], dict
-            sums = _posterior_sums(batches, len(names), reduce)
-            by_name = reduce({str(name): row for name, row in zip(names, sums, strict=True)})
-            self._result = dict(sorted(by_name.items()))
-        return self._require_seen(self._result)
+        second = Discriminant(**reduce(_sums(mixed(), "gram")), shrinkage=first.shrinkage)
+        total = first.means.new_zeros(())
+        # Scores are linear, so that those of a mixture are the mixture of scores.
+        for (rows, labels), share in zip(centred(), shares, strict=True):
+            scores = torch.lerp(second.scores(others)[labels], second.scores(rows), share)
+            total += scores.softmax(1).gather(1, labels[:, None]).sum()
+        return reduce({"total": total[None]})["total"].squeeze(0) / n
 
 
-def _posterior_sums(batches: Callable[[], Iterable[Block]], n_owners: int, reduce: Reduction) -> torch.Tensor:
-    """Sum of the second discriminant's posteriors of the true class and number of samples, for each patient.
-
-    Args:
-        batches: gives this process's samples every time it is called.
-        n_owners: how many patients this process has samples of.
-        reduce: see `Reduction`.
-    """
-    if not (means := reduce(_sums(batches()))):
-        return torch.zeros(0, 2)
-    n, present = means["count"].sum(), means["count"] > 0
-    centre, position, n_classes = means["total"].sum(0) / n, present.cumsum(0) - 1, int(present.sum())
-    require_samples(n)
-    if n_classes == 1:
-        warn("target_labels holds one class only, so SFDA is 1, its best value, and says nothing about transfer.")
-
-    def centred() -> Iterator[Block]:
-        for batch in batches():
-            for rows, labels, owners in zip(*(part.split(BLOCK) for part in batch), strict=True):
-                yield rows.double() - centre, position[labels], owners
-
-    first = Discriminant(**reduce(_sums(centred(), "gram")))
-    others = (first.means.sum(0) - first.means) / max(n_classes - 1, 1)
-    shares = []
-
-    def mixed() -> Iterator[Block]:
-        for rows, labels, owners in centred():
-            shares.append(first.scores(rows).softmax(1).softmax(1).gather(1, labels[:, None]))
-            yield others[labels].lerp_(rows, shares[-1]), labels, owners
-
-    second = Discriminant(**reduce(_sums(mixed(), "gram")), shrinkage=first.shrinkage)
-    result = first.means.new_zeros(n_owners, 2)
-    # Scores are linear, so that those of a mixture are the mixture of scores.
-    for (rows, labels, owners), share in zip(centred(), shares, strict=True):
-        scores = torch.lerp(second.scores(others)[labels], second.scores(rows), share)
-        posterior = scores.softmax(1).gather(1, labels[:, None])
-        result.index_add_(0, owners, torch.cat([posterior, torch.ones_like(posterior)], 1))
-    return result
-
-
-def _sums(blocks: Iterable[Block], *needs: str) -> dict[str, torch.Tensor]:
+def _sums(blocks: Iterable[Sequence[torch.Tensor]], *needs: str) -> dict[str, torch.Tensor]:
     """`feature_sums` over blocks; none without samples."""
     metric = MomentMetric()
-    for rows, labels, _ in blocks:
+    for rows, labels, *_ in blocks:
         metric._add(**feature_sums(rows, labels, needs))
     return metric._sums
 

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine
@@ -201,13 +200,22 @@ def _batches(values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
     return zip(*([item.unsqueeze(0) for item in column] for column in columns), strict=True)
 
 
+def all_gathered(own: Any) -> list[Any]:
+    """What each process of torch.distributed has, in the order of their ranks; without it, that of this one alone."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [own]
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, own)
+    return shares
+
+
 def all_reduce_sums(sums: Mapping[str, torch.Tensor], *, growing_axes: int = 1) -> dict[str, torch.Tensor]:
     """Return the named sums added up over all processes of torch.distributed, or as they are without it.
 
     Processes may hold different names and shapes (fewer classes, no data at all): the result has all names, in the
     largest shape. ``sums`` is left unchanged.
     """
-    shapes = idist.all_gather({name: tuple(value.shape) for name, value in sums.items()})
+    shapes = all_gathered({name: tuple(value.shape) for name, value in sums.items()})
     if len(shapes) == 1:
         return dict(sums)
     # NCCL only moves GPU memory, and a process without data has no device of its own to go by.

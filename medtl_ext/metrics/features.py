@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -33,7 +32,7 @@ from medtl_ext._validation import (
     require_number,
 )
 from medtl_ext.metrics._spool import PredictionSpool
-from medtl_ext.metrics.base import TransferMetric, read_output
+from medtl_ext.metrics.base import TransferMetric, all_gathered, read_output
 
 # Rows that are worked on at a time, so that float64 copies stay small.
 BLOCK = 2**16
@@ -385,7 +384,7 @@ class SampleStore:
 
     def gathered(self) -> Samples | None:
         """The samples of all processes in canonical order, None where there are none."""
-        store, shares = self, idist.all_gather(self)
+        store, shares = self, all_gathered(self)
         if len(shares) > 1:
             store = SampleStore(None, self.seed)
             for share in shares:

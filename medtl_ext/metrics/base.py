@@ -180,7 +180,7 @@ def _require_logits(sample: torch.Tensor) -> None:
     else:
         processed = ((pixels == 0) | (pixels == 1)).all()
     if bool(processed) or not sample.is_floating_point():
-        advice = "take the activation out of the postprocessing, or give from_engine(['pred', 'label'])"
+        advice = "take the activation out of the postprocessing, or give an output_transform of probabilities"
         raise InputError(f"output 'pred' holds probabilities or classes; expected the network's raw logits: {advice}.")
 
 

@@ -73,7 +73,7 @@ def _counts(source_labels: Any, target_labels: Any, ignore_index: int | None) ->
     # One of the two may carry a channel axis of length one.
     if [n for n in source.shape if n != 1] != [n for n in target.shape if n != 1]:
         raise InputError(
-            f"target_labels has shape {tuple(target.shape)}; expected {tuple(source.shape)}, the source's."
+            f"target_labels has shape {tuple(target.shape)}; expected source_labels' {tuple(source.shape)}."
         )
     source, target = source.flatten(), target.flatten()
     if ignore_index is not None:

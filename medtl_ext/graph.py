@@ -380,4 +380,5 @@ def _check_graph(graph: nx.Graph, weight: str | None = "weight") -> None:
 def _check_clusters(graph: nx.Graph, clusters: Sequence[Collection[Hashable]]) -> None:
     members = [node for cluster in clusters for node in cluster]
     if not all(clusters) or len(set(members)) < len(members) or not set(members) <= set(graph):
-        raise InputError(f"clusters is {list(clusters)}; expected sets of its tasks, none empty, no task in two.")
+        rule = "expected sets of the graph's tasks, none empty, no task in two"
+        raise InputError(f"clusters is {list(clusters)}; {rule}.")

@@ -263,10 +263,8 @@ class Collection(BaseModel, frozen=True):
             self.objectives[name] = objective.model_copy(update={"values": groups})
             values = [value for group in groups for value in group]
             if not set(values) <= set(declared.values()) or len(set(values)) < len(values):
-                known = f"for label '{objective.label}' ({declared}), each be there once, such as [1, [2, 3]]"
-                raise InputError(
-                    f"{where}: values must be declared {known}, or by their names; found {objective.values}."
-                )
+                rule = f"for label '{objective.label}' ({declared}), and each be there once, or by their names"
+                raise InputError(f"{where}: values must be declared {rule}; found {objective.values}.")
         for subject in self.subjects:
             for label in subject.labels:
                 require_choice(f"subject '{subject.id}': label", label, self.labels)

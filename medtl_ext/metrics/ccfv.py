@@ -210,20 +210,16 @@ class CCFV(TransferMetric):
         consistency = _consistency(cases, self.include_background)
         if variety > 0 and consistency > 0:
             return torch.log(variety / consistency)
-        warn(
-            "no two cases share a class of two voxels or more, or no case differs from another: such a layer counts 0 "
-            "in CC-FV, which says nothing about transfer."
-        )
+        what = "no two cases share a class of two voxels or more, or no case differs from another"
+        warn(f"{what}: such a layer counts 0 in CC-FV, which says nothing about transfer.")
         return torch.zeros_like(variety)
 
     def _variety_of_cases(self, cases: Sequence[Case]) -> torch.Tensor:
         means = torch.stack([features.mean(0) for features, _ in cases])
         spread = torch.pdist(means).square().mean()
         if self.eps > spread:
-            warn(
-                f"the mean squared distance between cases is {float(spread):.1e}, eps {self.eps:g}: the variety in "
-                "CC-FV hardly heeds the features; give eps=0 or scale the features up."
-            )
+            what = f"the mean squared distance between cases is {float(spread):.1e}, eps {self.eps:g}"
+            warn(f"{what}: the variety in CC-FV hardly heeds the features; give eps=0 or scale the features up.")
         return 1 / _energy(means, self.eps)
 
     def _variety_of_voxels(self, cases: Sequence[Case]) -> torch.Tensor:

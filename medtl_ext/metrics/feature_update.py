@@ -176,10 +176,8 @@ class FeatureUpdate(TransferMetric):
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
         first, second = sums["gradient"]
         if bool(first < LEAST_GRADIENT * sums["batches"]):
-            warn(
-                f"the first convolution gets no gradient (norm {float(first / sums['batches']):.1e}), so FU is NaN: "
-                "look for one class only, images in the order of their labels, or a network without signal."
-            )
+            what = f"the first convolution gets no gradient (norm {float(first / sums['batches']):.1e}), so FU is NaN"
+            warn(f"{what}: look for one class only, images in the order of their labels, or a network without signal.")
             return torch.full_like(first, math.nan)
         return second / first
 

@@ -149,10 +149,8 @@ class HScore(MomentMetric):
             return n.new_zeros(())
         if self.shrinkage is None:
             if n <= width:
-                warn(
-                    f"features holds {int(n)} samples of {width} dimensions, so the H-score is K - 1 whatever they "
-                    "are; use shrinkage='ledoit_wolf', or more samples."
-                )
+                what = f"features holds {int(n)} samples of {width} dimensions, so the H-score is K - 1"
+                warn(f"{what} whatever they are; use shrinkage='ledoit_wolf', or more samples.")
             value = _quadratic_forms(scatter[None] / (n - 1), offsets[None], CUTOFF)
         else:
             alpha = _ledoit_wolf(sums, scatter / n, mean, n)

@@ -95,10 +95,8 @@ class NLEEP(SampleMetric):
             return compute_leep(torch.ones(len(labels), 1), labels.cpu()).to(labels.device)
         n_gaussians = min(GAUSSIANS_PER_CLASS * n_classes, len(labels) // 2)
         if n_gaussians < GAUSSIANS_PER_CLASS * n_classes:
-            warn(
-                f"features holds {len(labels)} samples for {n_classes} classes: NLEEP has {n_gaussians} Gaussians in "
-                f"place of {GAUSSIANS_PER_CLASS * n_classes}, and they fit so few samples too well."
-            )
+            few = f"NLEEP has {n_gaussians} Gaussians in place of {GAUSSIANS_PER_CLASS * n_classes}, too good a fit"
+            warn(f"features holds {len(labels)} samples for {n_classes} classes: {few}.")
         scores /= np.sqrt(scores.var(0).mean())
         values = [
             compute_leep(_responsibilities(scores, n_gaussians, self.seed * MIXTURES + start), labels.cpu())

@@ -227,10 +227,8 @@ class OTCE(SampleMetric):
         if self.solver == "auto" and self.epsilon < 1e-4 * cost:
             return "emd"
         if cost < 1e-3 * self.epsilon:
-            warn(
-                f"the mean cost of transport is {cost:.1e}, epsilon {self.epsilon:g}: the plan hardly heeds the "
-                "features and OTCE is close to -H(Y_t), its worst value; lower epsilon or scale the features up."
-            )
+            what = f"the mean cost of transport is {cost:.1e}, epsilon {self.epsilon:g}: the plan"
+            warn(f"{what} hardly heeds the features, OTCE is close to its worst value; lower epsilon or scale them up.")
         return "sinkhorn"
 
     def _draws(self, *sides: Side) -> Iterator[Sequence[Side]]:
@@ -332,11 +330,8 @@ def _sinkhorn(
     )
     misplaced = float((plan.sum(1) - source_weights).abs().sum() + (plan.sum(0) - target_weights).abs().sum())
     if not misplaced < 2 * TOLERANCE:
-        warn(
-            f"Sinkhorn did not converge at epsilon {epsilon:g}: after {log['niter'] + 1} iterations {misplaced:.1e} of "
-            f"the mass is misplaced (tolerance {TOLERANCE:g}); raise epsilon, scale the features down, or take "
-            "solver='emd'."
-        )
+        what = f"after {log['niter'] + 1} iterations {misplaced:.1e} of the mass is misplaced (tolerance {TOLERANCE:g})"
+        warn(f"Sinkhorn did not converge at epsilon {epsilon:g}: {what}; raise it, scale down, or take solver='emd'.")
     return plan
 
 
@@ -345,7 +340,5 @@ def _warn_of_one_class(tables: Sequence[torch.Tensor]) -> None:
         lone = sum(int((table.sum(axis) > 0).sum()) < 2 for table in tables)
         if lone:
             where = "" if lone == len(tables) else f" in {lone} of {len(tables)} draws"
-            warn(
-                f"{side}_labels holds one class only{where}, so OTCE is {value}, and says nothing about transfer; "
-                "draw more samples or look for missing foreground."
-            )
+            said = f"{side}_labels holds one class only{where}, so OTCE is {value}, and says nothing about transfer"
+            warn(f"{said}; draw more samples or look for missing foreground.")

@@ -23,12 +23,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from medtl_ext._validation import warn
 from medtl_ext.metrics.base import all_reduce_sums
-from medtl_ext.metrics.features import (
-    MomentMetric,
-    SampleMetric,
-    feature_sums,
-    require_samples,
-)
+from medtl_ext.metrics.features import MomentMetric, SampleMetric, feature_sums, require_samples
 
 # Samples and labels; what gives those of this process every time it is called.
 Block = tuple[torch.Tensor, torch.Tensor]

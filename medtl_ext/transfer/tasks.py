@@ -19,12 +19,7 @@ import pandas as pd
 from medtl_ext._io import suffix_of
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import ClassificationDataset, Task, cached_phantom, check_collection, load_collection
-from medtl_ext.data.classification import (
-    load_classification,
-    pool_datasets,
-    read_image,
-    sample_per_class,
-)
+from medtl_ext.data.classification import load_classification, pool_datasets, read_image, sample_per_class
 from medtl_ext.data.collection import SPLITS, shuffled
 from medtl_ext.data.files import PICTURES, Part, find_images, require_readable, shape_of
 from medtl_ext.data.plan import AUTO, Grid, no_grid, plan_grid, stored_options

@@ -33,6 +33,7 @@ PHANTOM_SUBJECTS = 24
 N_RESAMPLES = 500
 POOLED = " + "
 """Between the names of the datasets on which one network is trained."""
+ENDINGS = (".npz", ".json", ".pt", ".pth", ".safetensors", ".ts", ".pt2")
 PROBABILITIES = r"^p\d+$"
 """Columns of a table of predictions that hold the probability of each class."""
 
@@ -320,9 +321,9 @@ def _dataset_path(where: str, collection: str | None, subjects: int) -> Path:
 
 
 def dataset_name(where: str) -> str:
-    """What tables call it: the task, or the name of the file or folder; of several, all of these."""
+    """What tables call data or weights: the task, or the name of the file or folder; of several, all of these."""
     paths = [Path(one) for one in where.split(POOLED)]
-    return "+".join(path.stem if path.suffix in (".npz", ".json") else path.name for path in paths)
+    return "+".join(path.stem if path.suffix in ENDINGS else path.name for path in paths)
 
 
 def content_of(path: Path) -> str:

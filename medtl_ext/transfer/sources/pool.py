@@ -195,12 +195,7 @@ def source_name() -> str:
     entry = current_config().get("source")
     if isinstance(entry, Mapping):
         entry = entry.get("name") or entry.get("task") or entry.get("card") or entry.get("checkpoint")
-    if isinstance(entry, list):
-        entry = POOLED.join(entry)
-    if POOLED in str(entry):
-        return dataset_name(entry)
-    path = Path(str(entry).rstrip("/\\"))
-    return path.stem if path.suffix in (*WEIGHTS, ".json", ".npz") else path.name
+    return dataset_name((POOLED.join(entry) if isinstance(entry, list) else str(entry)).rstrip("/\\"))
 
 
 def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str | None, trust: bool) -> list[Source]:

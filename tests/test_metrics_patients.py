@@ -1,6 +1,5 @@
-"""Sums by patient: the same values as from all samples, for everybody and for every resample; SFDA's shares of them."""
+"""Sums by patient: the same values as from all samples, for everybody and for every resample; SFDA of drawn pixels."""
 
-import numpy as np
 import pytest
 import torch
 from metric_cases import CASES, draw
@@ -105,61 +104,19 @@ def test_bad_input():
             scores.resampled(counts)
 
 
-class TestSFDA:
-    def fed(self, **options):
-        features, _ = draw((4,), n=12)
-        labels = (torch.arange(12)[:, None] // 3 + torch.arange(4)) % 3  # five of each class or more for each patient
-        metric, names = SFDA(**options), ["bob", "ann", "cid"] * 4
+def test_sfda_of_drawn_pixels():
+    features, _ = draw((4,), n=12)
+    labels = (torch.arange(12)[:, None] // 3 + torch.arange(4)) % 3  # five of each class or more for each patient
+    metric, other = SFDA(pixels=3), SFDA(pixels=3)
+    for one in (metric, other):
         for part in (slice(0, 5), slice(5, 12)):
-            metric.update(features[part], labels[part], names[part])
-        return metric, features, labels, names
-
-    def test_resampled(self):
-        metric, features, labels, _ = self.fed()
-        assert metric.patients == ("ann", "bob", "cid")
-        assert metric.resampled([1, 1, 1]).item() == pytest.approx(compute_sfda(features, labels).item(), abs=1e-9)
-        alone = metric.resampled(np.eye(3, dtype=int))
-        assert metric.resampled([2, 0, 5]).item() == pytest.approx((2 * alone[0] + 5 * alone[2]).item() / 7, abs=1e-12)
-
-    def test_a_patients_own_share(self):
-        metric, features, labels, names = self.fed()
-        own = torch.tensor([name == "cid" for name in names])
-        # How the others are divided into patients and batches makes no difference.
-        divided = SFDA()
-        for kept, name in ((own, "cid"), (~own, "rest")):
-            divided.update(features[kept], labels[kept], [name] * int(kept.sum()))
-        assert divided.resampled([1, 0]).item() == pytest.approx(metric.resampled([0, 0, 1]).item(), abs=1e-12)
-        assert divided.resampled([1, 1]).item() == pytest.approx(compute_sfda(features, labels).item(), abs=1e-12)
-
-    def test_nothing_is_kept_from_before_an_update(self):
-        metric, features, labels, _ = self.fed()
-        before = metric.resampled([1, 0, 0])
-        metric.update(features[:1] + 9, labels[:1], ["dan"])
-        assert metric.patients == ("ann", "bob", "cid", "dan")
-        assert metric.resampled([1, 0, 0, 0]) != before
-        other = SFDA()
-        other.update(features[:1] - 9, labels[:1], ["eve"])
-        metric.merge(other)
-        assert metric.patients == ("ann", "bob", "cid", "dan", "eve")
-        metric.reset()
-        with pytest.raises(InputError, match="has seen no sample"):
-            metric.resampled([1])
-
-    def test_counts_that_do_not_fit(self):
-        metric, *_ = self.fed()
-        with pytest.raises(InputError, match="counts"):
-            metric.resampled([1, 1])
-
-    def test_drawn_pixels(self):
-        metric, *_ = self.fed(pixels=3)
-        samples = metric.samples()
-        assert len(samples.labels) == 27
-        expected = compute_sfda(samples.features, samples.labels).item()
-        assert metric.compute().item() == pytest.approx(expected, abs=1e-12)
-        assert metric.resampled([1, 1, 1]).item() == pytest.approx(expected, abs=1e-12)
-        other, *_ = self.fed(pixels=3)
-        total = SFDA(pixels="auto")  # as a worker's that has not seen a grid yet
-        total.merge(metric)
-        total.merge(other)
-        assert len(total.samples().labels) == 27
-        assert 0 < total.compute() < 1
+            one.update(features[part], labels[part], (["bob", "ann", "cid"] * 4)[part])
+    samples = metric.samples()
+    assert len(samples.labels) == 27
+    expected = compute_sfda(samples.features, samples.labels).item()
+    assert metric.compute().item() == pytest.approx(expected, abs=1e-12)
+    total = SFDA(pixels="auto")  # as a worker's that has not seen a grid yet
+    total.merge(metric)
+    total.merge(other)
+    assert len(total.samples().labels) == 27
+    assert 0 < total.compute() < 1

@@ -112,7 +112,7 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
     for channel in channels:
         require_choice("modality", channel, MODALITIES)
     if len(looks[0]) not in (1, 3):
-        raise InputError(f"task {task} has {len(channels)} channels; an image to classify has one, or three.")
+        raise InputError(f"{task} has {len(channels)} channels; an image to classify has one, or three as colours.")
     needed = {objective.label} - {None}
     held: dict[str, list[np.ndarray]] = defaultdict(list)
     for subject in collection.subjects:

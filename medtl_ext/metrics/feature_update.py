@@ -268,7 +268,8 @@ def _first_convolutions(network: nn.Module, images: torch.Tensor) -> tuple[str, 
 
 def _one_output(outputs: Sequence[torch.Tensor], n_images: int) -> torch.Tensor:
     if len(outputs) != 1 or outputs[0].ndim < 2 or len(outputs[0]) != n_images:
-        raise InputError(f"the layer gave {len(outputs)} outputs for {n_images} images; name one that gives one each.")
+        expected = "expected one, with a vector or a grid of vectors for each image: name another by layer"
+        raise InputError(f"the features' layer gave {len(outputs)} outputs for {n_images} images; {expected}.")
     features = outputs[0] if outputs[0].ndim == 2 else outputs[0].flatten(2).mean(2)
     if not bool(torch.isfinite(features).all()):
         raise InputError("features of the network hold NaN or Inf; look for broken weights or a float16 overflow.")

@@ -200,7 +200,8 @@ class OTCE(SampleMetric):
 
     def _require_width(self, features: torch.Tensor) -> None:
         if (width := self._source[0].shape[1]) != features.shape[1]:
-            raise InputError(f"target_features has {features.shape[1]} channels; expected the source's {width}.")
+            found = f"target_features has {features.shape[1]} channels, source_features {width}"
+            raise InputError(f"{found}; expected the same layer of the same network.")
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         source, target = tuple(value.to(features.device) for value in self._source), (features, labels)

@@ -275,8 +275,11 @@ class SelectSource(RankSources):
         means = {name: float(np.mean(list(values.values()))) for name, values in dice.items()}
         return {"source": verdict.recommendation or verdict.default, "text": verdict.text, "dice": means}
 
-    def command(self, source: Source) -> str:
-        """``risk_map`` with the winner."""
+    def command(self, source: Source | None) -> str:
+        """``risk_map`` with the winner; None: the training from scratch."""
+        if source is None:
+            files = [self.here.configs / name for name in ("train.json", "scratch.json")]
+            return run_command(files, {"target_task": self.target.name} | self.changed())
         options = {"target_task": self.target.name, "source": source.option} | self.changed()
         options |= {"trust_sources": True} if self.trust_sources and source.card.foreign else {}
         return run_command([self.here.configs.parent.parent / "risk_map" / "configs" / "train.json"], options)

@@ -213,12 +213,17 @@ def test_an_audit_says_what_to_type_next(recommendation, why, options, audited):
 
 
 def test_a_report_in_markdown_is_shown_as_one(finished):
-    lines = ["# Methods", "Means over **3** runs.", "## What it shows", "- a | b is best", "- **c** is not"]
+    lines = ["# Methods", "Means over **3** runs. More.", "To go on:\npython -m x", "## What it shows"]
+    lines += ["- a | b is best", "- **c** is not"]
     lines += ["## The pair", "| method | Dice |\n|---|---|\n| full | **0.5 ± 0.1** |\n| none |  |"]
     (finished / "comparison.md").write_text("\n\n".join(lines) + "\n")
     (finished / "comparison.csv").write_text("method,mean\nfull,0.5\n")
+    (finished / "answer.txt").unlink()
     page = page_of(finished)
     text = body(page)
+    (lead,) = page.findall(".//section/div")
+    assert "".join(lead.itertext()).strip() == "Means over 3 runs."
+    assert texts(page, "code")[0] == "python -m x"
     assert tables(page)[0] == [["method", "Dice"], ["full", "0.5 ± 0.1"], ["none", ""]]
     assert texts(page, "li") == ["a | b is best", "c is not"]
     assert texts(page, "strong")[:2] == ["3", "c"]

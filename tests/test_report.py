@@ -329,6 +329,35 @@ def test_a_comparison_says_what_the_numbers_show(change, said, never, compared, 
     assert never not in page
 
 
+@pytest.mark.parametrize(
+    ("change", "preferred", "verdict"),
+    [
+        (
+            lambda rows: rows.assign(dice=rows["dice"] + 0.05 * rows["method"].eq("risk_map")),
+            "risk_map",
+            "Prefer risk_map to vanilla, by mean Dice of test patients (all pairs, 50 slices: risk_map is best, 0.",
+        ),
+        (
+            lambda rows: rows.replace({"method": {"risk_map": "placebo"}}).query("method in ('placebo', 'vanilla')"),
+            None,
+            "No evidence to prefer one method to vanilla, by mean Dice of test patients (all pairs, 50 slices: placebo",
+        ),
+        (
+            lambda rows: rows.assign(dice=rows["dice"] + 0.5 * rows["method"].eq("vanilla")),
+            None,
+            "No evidence to prefer one method to vanilla, by mean Dice of test patients (all pairs, 50 slices: vanilla",
+        ),
+    ],
+    ids=["firm", "a placebo", "the reference"],
+)
+def test_the_verdict_of_a_comparison_is_first_and_then_what_to_type(change, preferred, verdict, compared, report):
+    _, page = report(change(compared), what_next=lambda method: f"To go on with {method}:\npython -m x")
+    title, first, then, *_ = page.split("\n\n")
+    assert title == "# Methods compared"
+    assert first.startswith(verdict)
+    assert then == f"To go on with {preferred}:\npython -m x"
+
+
 def test_the_files_of_a_comparison(compared, report, tmp_path):
     table, page = report(compared)
     assert sorted(file.stem for file in (tmp_path / "out").iterdir()) == ["comparison"] * 3

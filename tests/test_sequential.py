@@ -272,7 +272,7 @@ class TestPlans:
         made.write()
         folder = made.here.folder
         names = {file.name for file in folder.iterdir()}
-        assert names == {"task_graph.json", "task_graph.graphml", "clusters.csv", "task_graph.png"}
+        assert names == {"answer.txt", "task_graph.json", "task_graph.graphml", "clusters.csv", "task_graph.png"}
         file = {"task_graph": str(folder / "task_graph.json")}
         with pytest.raises(InputError, match="made with the affinity seqtran, whose costs are on another scale"):
             assert graph(affinity="context", **file).graph

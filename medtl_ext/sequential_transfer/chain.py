@@ -176,7 +176,7 @@ class FollowPath:
             said = {"title": f"Ways to {target.name}, {spent}", "synthetic": target.synthetic}
             verdict = audit_report(rows, here.folder, method=method, margin=MARGIN, **said)
             answer = f"{second_step_text(rows, plan)} {verdict.text}"
-        write_text(here.folder / "answer.txt", f"{plan.graph.text} {plan.text} {answer}")
+        write_text(here.folder / "answer.txt", f"{answer} {plan.text} {plan.graph.text}")
         shown = table[table["split"] == "test"].drop(columns="split")
         print(f"On the test patients, {spent}:\n{shown.to_string(index=False, float_format='{:.3f}'.format)}\n{answer}")
 

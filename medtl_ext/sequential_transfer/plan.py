@@ -13,7 +13,7 @@ import pandas as pd
 from monai.utils import ensure_tuple
 
 from medtl_ext import graph as graphs
-from medtl_ext._io import write_csv, write_json
+from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_number, warn
 from medtl_ext.data import Task
 from medtl_ext.sequential_transfer.affinities import (
@@ -200,7 +200,8 @@ class SourceGraph:
     def write(self, **shown: Any) -> None:
         """Write ``task_graph.json``, ``task_graph.graphml``, ``clusters.csv`` and ``task_graph.png``, and say it.
 
-        The picture shows clusters in colours, sizes of tasks, and what else is given to be ``shown`` in it.
+        Without more, ``answer.txt`` too. The picture shows clusters in colours, sizes of tasks, and what else is given
+        to be ``shown`` in it.
         """
         if not self.here.leads:
             return
@@ -216,9 +217,11 @@ class SourceGraph:
         ]
         write_csv(folder / "clusters.csv", pd.DataFrame(rows))
         if self.here.figures:
-            shown = {"title": "Task graph", "synthetic": self.synthetic} | shown
-            figure = plot_task_graph(self.graph, self.clusters, representatives=self.representatives, **shown)
+            how = {"title": "Task graph", "synthetic": self.synthetic} | shown
+            figure = plot_task_graph(self.graph, self.clusters, representatives=self.representatives, **how)
             save_figure(figure, folder / "task_graph.png")
+        if not shown:  # alone, it is the answer
+            write_text(folder / "answer.txt", self.text)
         print(self.text)
 
 
@@ -362,7 +365,7 @@ class PlanPath:
             "paths": [path._asdict() | {"chosen_again": self._chosen_again(path)} for path in paths],
             "single": self.single,
             "no_path": self.no_path,
-            "text": f"{self.graph.text} {self.text}",
+            "text": f"{self.text} {self.graph.text}",
             "synthetic": target.synthetic,
         }
         write_json(folder / "plan.json", content)

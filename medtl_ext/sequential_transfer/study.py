@@ -199,8 +199,10 @@ def study_text(
     """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
     seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
     warned = " **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""
+    compared = differences(scores, affinities)
     return page(
         "# Sequential transfer: is a second step worth it?",
+        _verdict(compared, affinities),
         f"Mean Dice of test patients over {targets} targets and {seeds} seeds, {trained}.{warned}",
         _means_table(choices),
         *([f"random: the mean of {draws} draws. {DRAWN}"] if draws else []),
@@ -209,13 +211,24 @@ def study_text(
         "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "
         "that one who is a patient of several targets counts once), with 95 % t intervals; p: Wilcoxon, not corrected; "
         "left out: what one of the two lacks:",
-        differences(scores, affinities),
+        compared,
         "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
         "its two sources alone. The interval is of the gain against the first source: 95 % t, over patients, "
         "each averaged over the paths, targets and seeds of the row:",
         gains(table, patients),
         *ideal_modality(_best_of_both(choices)),
     )
+
+
+def _verdict(compared: pd.DataFrame, affinities: Sequence[str]) -> str:
+    """One sentence, from each affinity's path against its single source."""
+    asked = [(f"path, {name}", f"single, {name}") for name in affinities]
+    ours = pd.DataFrame([row for row in compared.to_dict("records") if (row["first"], row["second"]) in asked])
+    if ours.empty:
+        return "No path of two sources was found, so nothing is said of a second step."
+    worth = ours["interval"].str.match(r"\+.* to \+")
+    said = "; ".join(f"{row.first} against {row.second} {row.difference} ({row.interval})" for row in ours.itertuples())
+    return f"{'A second step is worth it' if worth.all() else 'No evidence that a second step is worth it'}: {said}."
 
 
 def _means_table(choices: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from medtl_ext import __version__
 from medtl_ext._io import write_text
 from medtl_ext._validation import InputError
-from medtl_ext.ranking import listed
+from medtl_ext.ranking import bootstrap_interval, listed
 from medtl_ext.transfer.config import on_command_line
 from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word, short_path
 
@@ -124,6 +124,7 @@ def _html(text: str, level: int = 3) -> str:
     text = re.sub(r"^#+ ", "#" * level + " ", text, flags=re.MULTILINE)
     rules = ["heading", "list", "table", "fence", "emphasis", "balance_pairs", "fragments_join"]
     page = MarkdownIt("zero").enable(rules, ignoreInvalid=True).render(text)
+    page = re.sub(r"<td>(?=[^<]{40})", '<td class="long">', page)
     page = page.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
     return page.replace("<th>", '<th scope="col">')
 
@@ -140,9 +141,7 @@ def texts_of(folder: Path) -> tuple[str, str, str]:
         text = content.get("text") if isinstance(content, dict) and path.name != "config.json" else None
         if isinstance(text, str) and not any(text in other for other in answers):
             answers.append(text)
-    answer = "\n\n".join([*answers, *(text for text in said if text not in answers)])
-    lead = re.match(r"[^#|*\n-].*?[.?!](?=\s|$)", answer)
-    verdict = answer[lead.end() if lead else 0 :]
+    answer = "\n\n".join([*(answers or _scored(folder)), *(text for text in said if text not in answers)])
     details = ""
     for path in sorted(folder.glob("*.md")):
         blocks = re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip())
@@ -151,9 +150,22 @@ def texts_of(folder: Path) -> tuple[str, str, str]:
         # A table belongs to the heading above it, or to the line that leads to it.
         above = [place for place in range(table) if blocks[place].startswith("#")]
         cut = table if table == len(blocks) else (above or [max(table - 1, 0)])[-1]
-        verdict += "\n\n" + "\n\n".join(blocks[:cut])
+        answer += "\n\n" + "\n\n".join(blocks[:cut])
         details += "\n\n" + "\n\n".join(blocks[cut:])
-    return lead[0] if lead else "", verdict.strip(), details.strip()
+    answer = answer.strip()
+    lead = re.match(r"[^#|*\n-].*?[.?!](?=\s|$)", answer)
+    return lead[0] if lead else "", answer[lead.end() if lead else 0 :].strip(), details.strip()
+
+
+def _scored(folder: Path) -> list[str]:
+    """How good a network is on the test patients, where that is all that a run says."""
+    table = read_table(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else pd.DataFrame()
+    if not {"dice", "split"} <= set(table) or "test" not in set(table["split"]):
+        return []
+    dice = table[table["split"] == "test"].groupby("patient" if "patient" in table else "subject")["dice"].mean()
+    low, high = bootstrap_interval(dice)
+    sure = "" if np.isnan(low) else f" (95 % interval {low:.3f} to {high:.3f})"
+    return [f"Mean Dice {dice.mean():.3f}{sure} on {len(dice)} test patient{'s' * (len(dice) > 1)}."]
 
 
 def _commands(verdict: str) -> tuple[str, list[tuple[str, str]]]:

@@ -237,7 +237,7 @@ class RankSources:
             sentences.append(f"Settled by fine-tuning: {settled['text']}")
             winner = settled["source"]
         answer = " ".join(filter(None, sentences))
-        command = None if winner in (None, "scratch") else self.command(self.pool[winner])
+        command = None if winner is None else self.command(self.pool.get(winner))
         table, folder = self.ranking_table(table, ranking), self.here.folder
         if self.here.figures:
             figure = plot_ranking(

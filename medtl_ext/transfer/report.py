@@ -9,7 +9,7 @@ and tests go too.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,7 @@ def compare_report(
     *,
     reference: str = "vanilla",
     synthetic: bool = False,
+    what_next: Callable[[str | None], str] | None = None,
 ) -> pd.DataFrame:
     """Compare methods over pairs, sample sizes, seeds and source checkpoints, by `medtl_ext.ranking.paired_comparison`.
 
@@ -173,6 +174,8 @@ def compare_report(
         output_dir: folder to write to.
         reference: the method all others are compared with.
         synthetic: the data are synthetic, which text and figure then say.
+        what_next: what to type next, after a colon what for, given the method to prefer, None where there is none. The
+            page says it below the verdict.
 
     Returns:
         One row per pair, slices and method: ``mean, sd, iou, runs, run_means, patients``, then against the reference
@@ -200,7 +203,9 @@ def compare_report(
     table = pd.concat({cell: of for cell, (of, _) in cells.items()}, names=["pair", "slices"])
     table = table.reset_index(["pair", "slices"]).reset_index(drop=True)
     shows = "\n".join(f"- {line}" for line in _what_it_shows(cells, reference))
-    parts = ["# Methods compared", _caption(rows, patients, synthetic), "## What it shows", shows]
+    verdict, preferred = _verdict(cells, reference)
+    parts = ["# Methods compared", verdict, *([what_next(preferred)] if what_next else [])]
+    parts += ["## What it shows", shows, _caption(rows, patients, synthetic)]
     for (pair, slices), (cell, _) in cells.items():
         parts += [f"## {pair}, {slices} slices", markdown_table(_in_words(cell, reference))]
     output_dir = Path(output_dir)
@@ -260,6 +265,8 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 Scores = dict[str, pd.DataFrame]
 """Method -> Dice, a row per subject and a column per training: what of `RUN` it depends on, ANY where it does not."""
 ANY = -1
+PLACEBO = "placebo"
+"""The method that all others are compared with once more, with other seeds: what chance alone does."""
 
 
 def _scores(patients: pd.DataFrame) -> Scores:
@@ -348,13 +355,37 @@ def _against(patients: pd.DataFrame, scores: Scores, reference: str) -> pd.DataF
     return table.assign(differs=table["p_holm"] < 0.05)
 
 
-def _what_it_shows(cells: Mapping[tuple[str, Any], tuple[pd.DataFrame, Scores]], reference: str) -> list[str]:
-    """Sentences drawn from the numbers: what beats what over all pairs, and in which pairs not to transfer."""
+Cells = Mapping[tuple[str, Any], tuple[pd.DataFrame, Scores]]
+"""(pair, slices) -> how the methods compare there, and their Dice."""
+
+
+def _judged(cells: Cells) -> list[tuple[str, Any]]:
+    """Those that decide: all pairs of a number of slices together, where there are several."""
     pooled = {slices for pair, slices in cells if pair == ALL_PAIRS}
-    lines, alone = [], []
+    return [(pair, slices) for pair, slices in cells if pair == ALL_PAIRS or slices not in pooled]
+
+
+def _verdict(cells: Cells, reference: str) -> tuple[str, str | None]:
+    """One sentence, and the method that it prefers to the reference: the best one, if it differs in every cell."""
+    said, firm = [], set()
+    for pair, slices in _judged(cells):
+        table = cells[pair, slices][0]
+        best = table.loc[table["mean"].idxmax()]
+        firm.add(best["method"] if best["differs"] and best["method"] != PLACEBO else None)
+        ahead = f"{best['difference']:.3f}{_range(best['difference_low'], best['difference_high'])} ahead"
+        what = f"{best['method']} is best, {ahead}" if best["method"] != reference else f"{reference} is best itself"
+        said.append(f"{pair}, {slices} slices: {what}")
+    method = firm.pop() if len(firm) == 1 else None
+    first = f"No evidence to prefer one method to {reference}" if method is None else f"Prefer {method} to {reference}"
+    return f"{first}, by mean Dice of test patients ({'; '.join(said)}).", method
+
+
+def _what_it_shows(cells: Cells, reference: str) -> list[str]:
+    """Sentences drawn from the numbers: what beats what over all pairs, and in which pairs not to transfer."""
+    lines, alone, judged = [], [], _judged(cells)
     for (pair, slices), (table, scores) in cells.items():
         where = f"{pair}, {slices} slices: "
-        if pair == ALL_PAIRS or slices not in pooled:
+        if (pair, slices) in judged:
             lines += [where + line for line in (_against_reference(table, reference), *_against_controls(scores))]
         alone += [where + line for line in _scratch(scores)]
     return lines + alone

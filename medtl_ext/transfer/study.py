@@ -201,10 +201,11 @@ class SourceStudy(Study):
         plain = mean[(mean["prior"] == EVERY) & (mean["ranker"] != CEILING)].fillna({"tau": 0.0})
         test = friedman_nemenyi(plain.pivot(index="target", columns="ranker", values="tau"))
         verdicts = {key: json.loads((job.output_dir / "ranking.json").read_text()) for key, job in jobs.items()}
+        verdict, baselines = _baseline_claim(plain, kind)
         claims = [
             reach,
             f"**Do the rankers differ?** By weighted Kendall: {test.text}",
-            _baseline_claim(plain, kind),
+            baselines,
             *self.claims(table, mean, jobs),
             _scratch_claim(table, kind),
             verdict_claim(sources, verdicts, outcome=kind.outcome, unit=kind.unit),
@@ -215,7 +216,8 @@ class SourceStudy(Study):
         outcome = table.groupby(["source", "target"], sort=False)[kind.outcome].mean().unstack()
         head = self.head.format(**sources[["target", "source", "seed"]].nunique().add_suffix("s"))
         head += " **Synthetic phantom: these numbers say nothing about a clinic.**" if self.synthetic else ""
-        parts = [f"# {self.title}", head, *[f"- {claim}" for claim in claims], "## Rankers, mean over targets"]
+        parts = [f"# {self.title}", verdict, head, *[f"- {claim}" for claim in claims]]
+        parts.append("## Rankers, mean over targets")
         parts += [f"{NOTE} over the candidates left. Empty: fewer candidates than k.", summary]
         parts += [f"## {kind.unit}, mean over seeds", outcome.reset_index()]
         write_text(folder / "study.md", page(*parts))
@@ -226,8 +228,8 @@ class SourceStudy(Study):
         print("\n".join(claims))
 
 
-def _baseline_claim(plain: pd.DataFrame, target: type[TargetTask]) -> str:
-    """Which score, if any, beats the baselines."""
+def _baseline_claim(plain: pd.DataFrame, target: type[TargetTask]) -> tuple[str, str]:
+    """Which score, if any, beats the baselines, in a sentence and with the numbers."""
     means = plain.groupby("ranker")[["tau", "regret"]].mean()
     tau = plain.pivot(index="target", columns="ranker", values="tau")
     scores = [score.label for score in SCORES.values() if score.label in tau]
@@ -236,7 +238,8 @@ def _baseline_claim(plain: pd.DataFrame, target: type[TargetTask]) -> str:
     winners = ", ".join(f"{score} ({means.loc[score, 'tau']:.2f})" for score in ahead)
     best, least = means.loc[scores, "tau"].idxmax(), means.loc[scores, "regret"].idxmin()
     said = ", ".join(f"{name} {means.loc[name, 'tau']:.2f} ({means.loc[name, 'regret']:.3f})" for name in baselines)
-    return (
+    verdict = f"{', '.join(ahead) or 'No score'} is ahead of every baseline on every target."
+    return verdict, (
         f"**Does a score beat the baselines?** Best mean tau: {best}, {means.loc[best, 'tau']:.2f} (regret "
         f"{means.loc[best, 'regret']:.3f}); least regret: {least}, {means.loc[least, 'regret']:.3f} {target.unit}. "
         f"Baselines, tau and regret: {said}. Ahead of every baseline on every target: {winners or 'no score'}."

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,32 +12,27 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from monai.data import MetaTensor
-from monai.engines import SupervisedEvaluator
-from monai.transforms import LoadImage, Orientation
 from torch import nn
-from torch.utils.data import Dataset
 
-from medtl_ext._io import atomic_path, write_csv, write_json, write_text
-from medtl_ext._validation import InputError, require_choice, require_number
-from medtl_ext.data import SliceDataset, Task
+from medtl_ext._io import atomic_path, write_csv, write_text
+from medtl_ext._validation import InputError, require_choice
+from medtl_ext.data import SliceDataset
 from medtl_ext.losses import risk_map
 from medtl_ext.metrics import LEEPMap, compute_leep_map
-from medtl_ext.networks import load_weights, read_weights
+from medtl_ext.networks import load_weights
 from medtl_ext.ranking import bootstrap_interval
-from medtl_ext.transfer import Arm, Run, SegmentationTask, Source, Study, compare_report, patient_table
+from medtl_ext.transfer import Arm, Run, Source, Study, compare_report, patient_table
 from medtl_ext.transfer.evaluate import own_weights
-from medtl_ext.transfer.jobs import read_table
+from medtl_ext.transfer.jobs import run_command, short_path
+from medtl_ext.transfer.pictures import N_PATIENTS, Pictures
 from medtl_ext.transfer.rank import SYNTHETIC
+from medtl_ext.transfer.report import PLACEBO
 from medtl_ext.transfer.sources.pool import pretraining_job, source_collection
 from medtl_ext.transfer.study import Arms, require_lists
 from medtl_ext.transfer.truth import page
-from medtl_ext.transfer.viewer import MOST, packed
-from medtl_ext.visualize import plot_montage, plot_overlay, plot_risk_maps, save_figure
+from medtl_ext.transfer.viewer import MOST
+from medtl_ext.visualize import plot_montage, plot_risk_maps, save_figure
 
-N_PATIENTS = 3
-PLACEBO = "placebo"
-"""The method that all others are compared with once more, with other seeds: what chance alone does."""
 OTHER_SEED = 1000
 RISKS = {"loss (-LEEP)": torch.neg, "weight (eq. 5)": risk_map}
 """What is called risk, from a LEEP map."""
@@ -47,115 +42,26 @@ TO = " -> "
 
 
 @dataclass(kw_only=True, eq=False)
-class Pictures:
-    """A step that shows the weights of the loss and what is segmented of test patients.
-
-    Writes ``maps.png``, ``overlay.png`` and ``viewer.json``, the volumes of the viewer in the report.
+class MapPictures(Pictures):
+    """The same with the weights of the loss, in ``maps.png`` and, where they are a map of all images, in the viewer.
 
     Args:
-        here, target: the run, and the target task.
-        evaluator: its network and inferer segment the patients, with the weights of this run and of its audit.
-        postprocessing: the evaluator's: makes one-hot ``pred`` and ``label`` of an item, on the grid that is scored.
         training: the slices trained on, with their weight maps if they have their own; None: nothing was trained.
-        dataset: of the test patients: its datalist's ``image`` and ``subject`` as ``data``, and its items as the
-            evaluator takes them.
-        patients: how many are shown, on their own images: the worst, the median and the best by the Dice of the arm
-            that is advised (else of this run), then the others, worst first. The first three are drawn, each in the
-            slice that holds most foreground across the axis of the largest voxels.
+        options: see `medtl_ext.transfer.Pictures`.
     """
 
-    here: Run
-    target: SegmentationTask
-    evaluator: SupervisedEvaluator
-    postprocessing: Callable
     training: SliceDataset | None
-    dataset: Dataset
-    patients: int = N_PATIENTS
 
-    def run(self) -> None:
-        """Draw, unless the run is to leave no figures."""
-        if not (self.here.leads and self.here.figures):
-            return
-        require_number("patients", self.patients, 1, whole=True)
-        said = {"synthetic": self.target.synthetic, "photographs": self.target.photographs}
-        maps = self._draw_maps({"title": self.here.config["method"], **said})
-        folder = self.here.folder
-        arms = {path.parent.name: path for path in sorted(folder.glob("audit/*/model.pt"))}
-        method = self.here.config["method"]
-        arms[method] = arms.pop(method, folder / "model.pt")
-        dice = pd.DataFrame({arm: _dice(path.with_name("metrics.csv")) for arm, path in arms.items()})
-        ranks = self._ranks(dice)
-        entries = [self.dataset.data[place] for place in ranks]
-        items = [self.dataset[place] for place in ranks]
-        found = {arm: done for arm, path in arms.items() if (done := self._segment(path, items))}
-        files, subjects = ([entry[key] for entry in entries] for key in ("image", "subject"))
-        volumes = [self._volume(*one) for one in zip(files, items, *found.values(), strict=True)]
-        views = self._views(dict(zip(subjects, ranks.values(), strict=True)), volumes, dice[list(found)])
-        content = {"classes": list(self.target.class_names), "photographs": self.target.photographs}
-        write_json(folder / "viewer.json", content | {"views": [*views, *maps]})
-
-        rows = [self._row(*volume) for volume in volumes[:N_PATIENTS]]
-        images, truths, aspects, sides, *segmented = zip(*rows, strict=True)
-        options = {"subjects": subjects[:N_PATIENTS], "class_names": self.target.class_names}
-        options |= {"aspects": aspects, "sides": sides, **said}
-        figure = plot_overlay(images, truths, dict(zip(found, segmented, strict=True)), **options)
-        save_figure(figure, folder / "overlay.png")
-
-    def _views(
-        self, ranks: Mapping[str, str], volumes: Sequence[tuple[MetaTensor, int]], dice: pd.DataFrame
-    ) -> Iterator[dict[str, Any]]:
-        """Each patient for the viewer; the columns of ``dice`` are the arms that were segmented."""
-        most = min(MOST["patient"], MOST["report"] // len(ranks))
-        for (subject, rank), (volume, channels) in zip(ranks.items(), volumes, strict=True):
-            image, labels = np.split(volume.numpy(), [channels])
-            layers = dict(zip(["truth", *dice], labels.astype(np.uint8), strict=True))
-            image = image if self._in_colour else image[:1]
-            view = packed(image, layers, spacing=volume.pixdim.tolist(), most=most)
-            for layer in view["layers"][1:]:
-                layer["dice"] = round(float(dice.loc[subject, layer["name"]]), 4)
-            yield {"name": subject, "rank": rank} | view
-
-    def _ranks(self, dice: pd.DataFrame) -> dict[int, str]:
-        """Place of each patient that is shown, and in words where they stand among all, the worst first."""
-        audit, arm = self.here.folder / "audit.json", self.here.config["method"]
-        if audit.is_file():
-            arm = json.loads(audit.read_text(encoding="utf-8"))["default"] or arm
-        known = [dice.loc[entry["subject"], arm] for entry in self.dataset.data]
-        ranked = np.argsort(known, kind="stable").tolist()
-        first = {ranked[-1]: "best", ranked[len(ranked) // 2]: "median", ranked[0]: "worst"}
-        places = [*dict.fromkeys([*reversed(first), *ranked])][: self.patients]
-        words = {place: first.get(place, f"number {ranked.index(place) + 1}") for place in places}
-        return {place: f"{word} of {len(ranked)} by Dice of {arm}" for place, word in words.items()}
-
-    def _volume(self, file: Any, item: Mapping[str, Any], *done: Mapping[str, MetaTensor]) -> tuple[MetaTensor, int]:
-        """Image, truth and segmentations as the channels of one volume in RAS, and how many are the image's."""
-        truth = done[0]["label"]
-        image = LoadImage(reader="medtl_ext.data.ChannelReader", ensure_channel_first=True)(file)
-        if image.shape[1:] != truth.shape[1:]:  # scored on the grid of the training
-            image = item["image"]
-        parts = [one.as_subclass(torch.Tensor).float() for one in (image, truth, *(arm["pred"] for arm in done))]
-        return Orientation("RAS", labels=None)(MetaTensor(torch.cat(parts), affine=truth.affine)), len(image)
-
-    def _row(self, volume: MetaTensor, channels: int) -> tuple[Any, ...]:
-        """Image, truth, how much higher than wide a pixel is, sides, and segmentations of one slice of a patient."""
-        sizes = volume.pixdim.numpy().round(3)
-        axis = 2 - int(np.where(np.array(volume.shape[1:]) == 1, np.inf, sizes)[::-1].argmax())
-        image, labels = volume.as_tensor().movedim(axis + 1, -1).tensor_split([channels])
-        shown = next((label for label in labels if label.any()), labels[0])
-        z = int(shown.gt(0).sum((0, 1)).argmax()) if shown.any() else labels.shape[-1] // 2
-        width, height = np.delete(sizes, axis)
-        truth, *segmented = labels[..., z].int()
-        return self._shown(image[..., z]), truth, height / width, "RL" if axis else "AP", *segmented
-
-    def _draw_maps(self, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def maps(self) -> list[dict[str, Any]]:
         """Draw; a map of all images can be looked at too, over the mean of the images that it was made of."""
         folder, views = self.here.folder, []
+        options = {"title": self.here.config["method"], **self.said}
         if self.training is None:
             return views
         plain = self.training.plain()
         maps = [folder / f"leep_{when}.nii.gz" for when in ("before", "after")]
         if all(path.is_file() for path in maps):
-            image = torch.stack([self._shown(item["image"]) for item in plain]).mean(0)
+            image = torch.stack([self.slice(item["image"]) for item in plain]).mean(0)
             before, after = (nib.load(path).get_fdata() for path in maps)
             views.append(self._view_of_maps(before=before, after=after))
             worst = _worst(before)  # a map of slices is the same in all of them
@@ -166,7 +72,7 @@ class Pictures:
             items = [plain[place] for place in np.linspace(0, len(plain) - 1, N_PATIENTS).astype(int)]
             rows = {}
             for item in items:
-                image, label, weight = self._shown(item["image"]), item["label"][0].int(), item["weight"][0]
+                image, label, weight = self.slice(item["image"]), item["label"][0].int(), item["weight"][0]
                 if label.ndim == 3:  # of a whole volume the slice that holds most foreground
                     item["slice"] = place = int(label.gt(0).sum((0, 1)).argmax())
                     image, label, weight = image[..., place], label[..., place], weight[..., place]
@@ -182,46 +88,11 @@ class Pictures:
         image = image[..., None] if image.ndim == 3 else image  # a map of slices is the same in all of them
         values = torch.stack([torch.as_tensor(one[..., : image.shape[-1]]) for one in maps.values()])
         affine = next(iter(self.training.geometry.values()))[0]
-        volume = Orientation("RAS", labels=None)(MetaTensor(torch.cat([image, values]).float(), affine=affine))
+        volume = self.upright(torch.cat([image, values]).float(), affine)
         image, values = np.split(volume.numpy(), [len(image)])
         names = [f"LEEP {when} the training" for when in maps]
-        image = image if self._in_colour else image[:1]
-        view = packed(image, {}, maps=dict(zip(names, values, strict=True)), spacing=volume.pixdim.tolist())
+        view = self.view(image, {}, volume.pixdim, dict(zip(names, values, strict=True)), MOST["patient"])
         return {"name": "The images trained on", "rank": "their mean, and how transferable each pixel is"} | view
-
-    def _shown(self, image: torch.Tensor) -> torch.Tensor:
-        """The first channel, or all three of a colour image last."""
-        return image.as_subclass(torch.Tensor).movedim(0, -1) if self._in_colour else image[0]
-
-    @property
-    def _in_colour(self) -> bool:
-        return Task(self.target.name).channels == ("R", "G", "B")
-
-    def _segment(self, path: Path, items: Sequence[Any]) -> list[dict[str, MetaTensor]] | None:
-        """``pred`` and ``label`` of each patient, as the evaluator scores a checkpoint, if it fits its network.
-
-        An arm may have a network of its own, as the untouched source with another head.
-        """
-        network, device = self.evaluator.network, self.evaluator.state.device
-        weights = read_weights(path)  # a damaged file is none that does not fit
-        try:
-            load_weights(network, weights, min_share=1.0, name=str(path))
-        except InputError:
-            return None
-        network.eval()
-        found = []
-        for item in items:
-            with torch.no_grad():
-                logits = self.evaluator.inferer(item["image"][None].to(device), network)[0].cpu()
-            done = self.postprocessing({**item, "pred": logits})
-            found.append({key: done[key].argmax(0, keepdim=True).to(torch.uint8) for key in ("pred", "label")})
-        return found
-
-
-def _dice(metrics: Path) -> pd.Series:
-    """Mean Dice over the classes of each subject that was tested, as it was scored."""
-    table = read_table(metrics)
-    return table[table["split"] == "test"].groupby("subject")["dice"].mean()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -314,7 +185,22 @@ class CompareMethods(Study):
             write_matrix(dice, self.here.folder, reference=self.reference, synthetic=self.synthetic)
             parts = table["pair"].str.rpartition(TO)
             table = table.assign(pair=parts[2], source=parts[0].where(parts[0] != "").astype(object))
-        compare_report(table, self.here.folder, reference=self.reference, synthetic=self.synthetic)
+        said = {"reference": self.reference, "synthetic": self.synthetic}
+        compare_report(table, self.here.folder, what_next=self._what_next, **said)
+
+    def _what_next(self, preferred: str | None) -> str:
+        """The run of what is preferred; or compare again with more trainings, which finds these done."""
+        record, configs = self.here.folder / "settings.json", self.here.configs
+        settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        if preferred is not None:
+            (source, target), files = self.pairs[0], [configs / f"{name}.json" for name in ("train", preferred)]
+            options = {"source": source, "target_task": target, "train_slices": self.train_slices[-1], **settings}
+            return f"To run it:\n{run_command(files, options)}"
+        seed = 1 + max(run["seed"] for run in self.runs)
+        runs = [*self.runs, *({"seed": more, "source_seed": more} for more in (seed, seed + 1))]
+        options = {name: getattr(self, name) for name in ("pairs", "methods", "reference", "train_slices", "overlays")}
+        options |= {"runs": runs, "settings": settings, "output_dir": str(short_path(self.here.folder))}
+        return f"To train each method twice more:\n{run_command([configs / 'compare.json'], options)}"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -428,6 +314,7 @@ class CompareMaps(CompareMethods):
         for (pair, slices, risk, split), of in found.groupby(keys, sort=False):
             parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condenses(of, self.reference)]
             parts.append(_condensed_in_words(of, self.reference))
+        parts.insert(1, parts[3])  # the verdict first: of the first table
         write_text(folder / "condensation.md", page(*parts))
         first, maps = arms[0][0], {}
         for columns, arm in arms:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
@@ -122,6 +122,17 @@ SOURCE_SELECTION = Bundle(
     },
     whole={"figures": True, "check_data": True},
 )
+SETTLED = replace(
+    SOURCE_SELECTION,
+    whole={
+        "figures": True,
+        "settle": True,
+        "minimum_gap": 1.0,
+        "metrics": ["h_score"],
+        "sources": ["14-T2-ED", "14-FLAIR-ED"],
+    },
+)
+"""Its sources are tied, so that they and scratch are fine-tuned."""
 SEQUENTIAL = Bundle(
     "sequential_transfer",
     SEGMENTATION

@@ -19,7 +19,7 @@ from monai.bundle import ConfigWorkflow
 from monai.transforms import RandomizableTrait
 
 from medtl_ext import InputError, risk_map
-from medtl_ext.transfer import SegmentationTask, TransferAudit, images_to_segment
+from medtl_ext.transfer import SegmentationTask, TransferAudit, images_to_segment, pictures
 
 CONFIGS = RISK_MAP.configs
 METHODS = [
@@ -348,13 +348,13 @@ def test_the_whole_run_has_scores_of_all_arms_and_maps_on_the_grid(whole_run):
 
 def test_pictures_show_a_network_that_evaluates(options, monkeypatch):
     """In train mode its layers would normalise by the one patient that is drawn."""
-    modes, load_weights = [], risk_map.load_weights
+    modes, load_weights = [], pictures.load_weights
 
     def in_train_mode(network, *where, **how):
         load_weights(network, *where, **how)
         network.train().register_forward_hook(lambda module, *_: modes.append(module.training))
 
-    monkeypatch.setattr(risk_map, "load_weights", in_train_mode)
+    monkeypatch.setattr(pictures, "load_weights", in_train_mode)
     run("vanilla", **options | {"figures": True})
     assert modes
     assert not any(modes)

@@ -11,6 +11,7 @@ import torch
 from bundle_runs import (
     RISK_MAP,
     SEGMENTATION,
+    SETTLED,
     SOURCE_SELECTION,
     Bundle,
     bundle_of_a_stranger,
@@ -87,15 +88,17 @@ def test_the_paper_runs_a_few_iterations(options, in_this_process):
     assert table.loc["14-T2-ED", "status"] == "ranked"
 
 
-def test_ties_are_settled_by_finished_fine_tunings(options, in_this_process):
-    run(**options, settle=True, sources=SOURCES[:2], minimum_gap=1.0, metrics=["h_score"])
-    content = read_json(Path(options["output_dir"]) / "ranking.json")
+def test_ties_are_settled_by_finished_fine_tunings(whole_run):
+    folder = whole_run(SETTLED)
+    content = read_json(folder / "ranking.json")
     assert set(content["settled"]["dice"]) == {*content["tied"], "scratch"}
     assert "Settled by fine-tuning" in content["answer"]
+    winner = content["settled"]["source"]
+    assert ("scratch.json" if winner == "scratch" else f"--source {winner}") in content["command"]
     encoder = "conv_0.conv_0.conv.weight"
     for name in content["tied"]:  # the encoder is frozen
-        tuned = torch.load(Path(options["output_dir"]) / "settle" / name / "model.pt", weights_only=True)
-        row = ranking_of(options["output_dir"]).loc[name]
+        tuned = torch.load(folder / "settle" / name / "model.pt", weights_only=True)
+        row = ranking_of(folder).loc[name]
         assert torch.equal(tuned[encoder], torch.load(row["checkpoint"], weights_only=True)[encoder])
 
 

@@ -3,12 +3,14 @@
 import base64
 import gzip
 import json
+import shutil
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from bundle_runs import RISK_MAP
+import torch
+from bundle_runs import RISK_MAP, SEQUENTIAL, SETTLED
 
 from medtl_ext.transfer.viewer import packed
 
@@ -64,6 +66,41 @@ def test_a_map_tells_its_range_and_where_it_is_not(volume):
     assert (view["layers"][0]["low"], view["layers"][0]["high"]) == pytest.approx((-2, 0), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("bundle", "folder", "without"),
+    [
+        (SEQUENTIAL, "arms", {"scratch", "single", "sequential_full"}),
+        (SETTLED, "settle", {"14-T2-ED", "14-FLAIR-ED", "scratch"}),
+    ],
+    ids=["sequential_transfer", "source_selection"],
+)
+def test_arms_of_other_bundles_are_shown_too(bundle, folder, without, whole_run):
+    run = whole_run(bundle)
+    content = json.loads((run / "viewer.json").read_text())
+    arms = {path.parent.name for path in (run / folder).glob("*/model.pt")}
+    assert arms >= without
+    assert content["left_out"] == []
+    assert (run / "overlay.png").is_file()
+    for view in content["views"]:
+        shown = {layer["name"]: layer["dice"] for layer in view["layers"] if "dice" in layer}
+        assert set(shown) == arms
+        for arm, dice in shown.items():
+            scores = pd.read_csv(run / folder / arm / "metrics.csv", dtype={"subject": str}).query("split == 'test'")
+            assert dice == pytest.approx(scores.set_index("subject").loc[view["name"], "dice"], abs=1e-4)
+
+
+def test_an_arm_that_was_scored_otherwise_is_named_and_not_shown(whole_run, places, tmp_path):
+    """Its picture would not be what its Dice is of; nor is one of another network shown."""
+    whole = whole_run(SETTLED)
+    shutil.copytree(whole, run := tmp_path / "run")
+    scores = pd.read_csv(run / "settle" / "scratch" / "metrics.csv")
+    scores.assign(dice=(scores["dice"] + 0.3) % 1).to_csv(run / "settle" / "scratch" / "metrics.csv", index=False)
+    torch.save({"other": torch.zeros(3)}, run / "settle" / "14-FLAIR-ED" / "model.pt")
+    workflow = SETTLED.workflow(**places | SETTLED.whole | {"output_dir": str(run)})
+    workflow.parser.get_parsed_content("pictures").run()
+    assert json.loads((run / "viewer.json").read_text())["left_out"] == ["14-FLAIR-ED", "scratch"]
+
+
 def test_what_a_run_shows_is_what_it_scored(whole_run):
     """Worst, median and best by the arm that is advised; the Dice of what is shown is that of the tables."""
     folder = whole_run(RISK_MAP)
@@ -79,8 +116,12 @@ def test_what_a_run_shows_is_what_it_scored(whole_run):
     assert patients[0]["rank"] == f"worst of {len(ranked)} by Dice of {advised}"
     for view in patients:
         _, layers = unpacked(view)
-        assert set(layers) == {"truth", *places}
+        assert set(layers) == {"truth", *places, "LEEP of zero_shot"}
         assert view["step"] == [1, 1, 1]
+        leep = view["layers"].pop()
+        assert (leep["kind"], leep["low"] < leep["high"] <= 0) == ("map", True)
+        foreground = layers["truth"] > 0
+        assert layers[leep["name"]][foreground].mean() < layers[leep["name"]][~foreground].mean()  # where it is hard
         for layer in view["layers"][1:]:
             truth, segmented = layers["truth"] > 0, layers[layer["name"]] > 0
             whole = segmented.sum() / max(1 - layer["outside"], 1e-9)

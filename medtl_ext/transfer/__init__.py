@@ -5,7 +5,8 @@
 - `sources`, `scores`: networks to transfer from, and transferability scores from one pass of each.
 - `rank`: the ranking and its verdict. `arms`: ways to use the labels, and the audit that compares them.
 - `truth`, `study`: every source fine-tuned, and what the rankings were worth, on one target and on several.
-- `evaluate`: steps around a training. `report`, `page`: tables and figures of a run, and ``report.html``.
+- `evaluate`: steps around a training. `report`, `pictures`, `page`: tables and figures of a run, its test patients, and
+  ``report.html``.
 """
 
 from medtl_ext.transfer.arms import TransferAudit
@@ -13,6 +14,7 @@ from medtl_ext.transfer.config import bundle_root, start
 from medtl_ext.transfer.evaluate import DataCheck, ScoreImages, ScorePatients, StoppedTraining
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.page import Report
+from medtl_ext.transfer.pictures import Pictures
 from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
@@ -39,6 +41,7 @@ __all__ = [
     "FineTuneSources",
     "Job",
     "KeepPixels",
+    "Pictures",
     "Predictions",
     "RankSources",
     "Report",

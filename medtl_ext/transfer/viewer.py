@@ -10,8 +10,8 @@ from skimage.measure import block_reduce
 
 __all__ = ["MOST", "packed"]
 
-MOST = {"patient": 300_000, "report": 12_000_000}
-"""Characters that the volumes of a patient, and those of all patients, may take on a page."""
+MOST = {"patient": 300_000, "report": 10_000_000}
+"""Characters that the volumes of a patient, and those of all patients, may take on a page of 12 MB with its figures."""
 MARGIN = 8
 """Voxels around what is labelled, at least; or a quarter of its length."""
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from bundle_runs import DATASETS, RISK_MAP, SEQUENTIAL, SETTLED
 from PIL import Image
 
 from medtl_ext.report import write_index
@@ -18,6 +19,7 @@ from medtl_ext.transfer.viewer import packed
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'medtl[browser]'")
 EVIL = "<script>document.title='evil'</script><img src=x onerror=\"document.title='evil'\">"
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core: pip install 'medtl[browser]'")
 SIZES = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 
 
@@ -43,7 +45,7 @@ def opened(browser):
         pages.append((page, errors := []))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"file://{path}")
+        page.goto(path.as_uri())
         return page
 
     yield visit
@@ -79,6 +81,12 @@ def run(tmp_path_factory):
 def pixels(page, place: int) -> np.ndarray:
     address = page.locator("#viewer canvas").nth(place).evaluate("canvas => canvas.toDataURL()")
     return np.asarray(Image.open(BytesIO(base64.b64decode(address.split(",")[1]))).convert("RGB")).astype(int)
+
+
+def faults(page) -> list[tuple[str, str]]:
+    """What axe-core calls serious or critical, and where first."""
+    found = axe.Axe().run(page).response["violations"]
+    return [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")]
 
 
 @pytest.mark.parametrize(("width", "theme"), SIZES)
@@ -141,9 +149,38 @@ def test_an_index_leads_to_reports_and_can_be_filtered(width, theme, run, opened
     (run.parent / EVIL.replace("/", "")).mkdir(exist_ok=True)
     (run.parent / EVIL.replace("/", "") / "settings.json").write_text("{}")
     page = opened(write_index(run.parent).resolve(), width, theme)
+    assert faults(page) == []
     assert page.locator("tbody tr:visible").count() == 2
     page.get_by_label("Show runs with").fill("risk_map prefer")
     assert page.locator("tbody tr:visible").count() == 1
     assert page.locator("#shown").inner_text() == "1 of 2"
     page.get_by_role("link", name="one").click()
     page.wait_for_selector("#viewer canvas")
+
+
+# The reports of the bundles, by the runs that the tests of all bundles look at too
+
+WITH_PATIENTS = [RISK_MAP, SEQUENTIAL, SETTLED]
+
+
+@pytest.mark.usefixtures("no_determinism_left_behind")
+@pytest.mark.parametrize("bundle", [*WITH_PATIENTS, DATASETS], ids=str)
+def test_the_report_of_a_bundle_works_at_all_widths_and_themes(bundle, whole_run, opened, tmp_path):
+    report = whole_run(bundle) / "report.html"
+    assert report.stat().st_size < 12e6
+    for width, theme in (SIZES[0], SIZES[-1]):
+        page = opened(report, width, theme)
+        first = page.locator("main > *:not(.synthetic)").first
+        assert first.get_attribute("class") == "verdict"
+        assert page.locator("h2").first.inner_text() == "What to do next"
+        page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
+        page.locator("th button").first.click()
+        assert page.locator("th[aria-sort=ascending]").count() == 1
+        if bundle in WITH_PATIENTS:
+            page.wait_for_selector("#viewer canvas")
+            before = pixels(page, 0)
+            assert np.ptp(before) > 200
+            page.get_by_role("slider", name="slice").first.press("ArrowRight")
+            assert (pixels(page, 0) != before).any()
+        page.screenshot(path=tmp_path / f"{width}_{theme}.png", full_page=True)
+        assert faults(page) == []

@@ -498,8 +498,11 @@ def test_evaluation_repeats_the_scores_of_training_in_a_folder_of_its_own(option
     run("vanilla", **options)
     ckpt, trained = str(Path(options["output_dir"]) / "model.pt"), table(options["output_dir"])
     assert "holds a run with" in refused(lambda: run("vanilla", "evaluate", **options, ckpt=ckpt))
-    run("vanilla", "evaluate", **options | {"ckpt": ckpt, "output_dir": str(tmp_path / "again")})
+    run("vanilla", "evaluate", **options | {"ckpt": ckpt, "output_dir": str(tmp_path / "again"), "figures": True})
     pd.testing.assert_frame_equal(table(tmp_path / "again"), trained[trained.split == "test"], check_exact=False)
+    shown = read_json(tmp_path / "again" / "viewer.json")
+    assert ({layer["name"] for layer in shown["views"][0]["layers"]}, shown["left_out"]) == ({"truth", "vanilla"}, [])
+    assert '<div class="lead"><p>Mean Dice 0.' in (tmp_path / "again" / "report.html").read_text()
 
 
 def test_a_source_is_scored_where_all_patients_are_tested(options, collection, source, tmp_path, no_training):

@@ -120,7 +120,7 @@ def whole_run(kept, places, in_this_process) -> Callable[[Bundle], Path]:
     """The folder of a bundle's ``train.json`` with nothing left out, run once; beside it what was printed."""
 
     def run(bundle: Bundle) -> Path:
-        folder = kept / "_".join([bundle.name, *bundle.whole])
+        folder = kept / "_".join([bundle.name, *bundle.whole]).replace("#", "_")  # which MONAI reads as ::
         if not folder.with_suffix(".txt").exists():
             with redirect_stdout(StringIO()) as printed:
                 bundle.run(**places | bundle.whole | {"output_dir": str(folder)})

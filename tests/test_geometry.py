@@ -16,8 +16,8 @@ from nibabel.affines import apply_affine, voxel_sizes
 from PIL import Image
 from scipy import ndimage
 
-from medtl_ext import risk_map
 from medtl_ext.data import generate_phantom, write_collection
+from medtl_ext.transfer import pictures
 from medtl_ext.transforms import AreaSpacingd
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
@@ -44,7 +44,7 @@ def obliquely(image: nib.Nifti1Image) -> nib.Nifti1Image:
 @pytest.fixture(scope="module")
 def oblique(tmp_path_factory) -> Path:
     """A collection of one patient a split, every file of which was stored obliquely."""
-    how = {"modalities": ["T2"], "n_jobs": 1, "progress": False}
+    how = {"n_jobs": 1, "progress": False}
     path = generate_phantom(tmp_path_factory.mktemp("oblique") / "data", institutions=["17"], subjects=3, **how)
     for file in path.parent.rglob("*.nii.gz"):
         nib.save(obliquely(nib.load(file)), file)
@@ -233,7 +233,7 @@ def test_contours_lie_on_the_patients_own_image(stored, tmp_path, monkeypatch):
     asked |= {"target_task": "A-T2-ED", "network_def": network, "figures": True}
     asked |= {"spacing": [1.5 * sizes[0], 1.5 * sizes[1], sizes[2]], "roi_size": [72, 88]}
     drawn = []
-    monkeypatch.setattr(risk_map, "plot_overlay", lambda *given, **named: drawn.append((given, named)) or Figure())
+    monkeypatch.setattr(pictures, "plot_overlay", lambda *given, **named: drawn.append((given, named)) or Figure())
     Bundle(RISK_MAP.name, plain).run("zero_shot", **asked)
     ((((image,), (truth,), segmented), named),) = drawn
     axis = int(np.argmax(np.add(sizes, [0, 0, 1e-3])))

@@ -113,7 +113,7 @@ def test_a_config_for_several_processes_says_how_to_start_it(bundle):
 def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
     """Options of each workflow for data and weights that are there: to check a property is to build it."""
     folder = tmp_path_factory.mktemp("small")
-    settings = {"subjects": 7, "modalities": ["T1", "T2"], "n_jobs": 1, "progress": False}  # three to train on
+    settings = {"subjects": 7, "n_jobs": 1, "progress": False}  # three to train on
     collection = generate_phantom(folder / "phantom", institutions=["17"], **settings)
     torch.save(BasicUNet(2, 1, 2, features=[4] * 6, norm="batch").state_dict(), folder / "source.pt")
     train = {"collection": str(collection), "source": str(folder / "source.pt")}

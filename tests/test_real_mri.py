@@ -17,7 +17,7 @@ BUNDLES = {
     "source_selection": {"sources": SOURCES[:2], "pool_epochs": 1, "n_resamples": 20, "pixels": 40, "train_slices": 8},
     "sequential_transfer": {"sources": SOURCES, "affinity": "context", "n_clusters": 1, "pool_epochs": 1},
 }
-BUNDLES["sequential_transfer"] |= {"source_patients": None, "stage_patients": 1}
+BUNDLES["sequential_transfer"] |= {"source_patients": None, "stage_patients": 1, "score_space": "training"}
 
 
 @pytest.mark.parametrize("name", BUNDLES)

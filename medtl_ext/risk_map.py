@@ -311,10 +311,13 @@ class CompareMaps(CompareMethods):
             "Entropy: 1 where the risk is everywhere the same, 0 in one pixel. Top 5 %: the share of the risk in the "
             "pixels that have most, 0.05 where it is everywhere the same." + f" {SYNTHETIC}" * self.synthetic,
         ]
+        lead: list[str] = []
         for (pair, slices, risk, split), of in found.groupby(keys, sort=False):
             parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condenses(of, self.reference)]
             parts.append(_condensed_in_words(of, self.reference))
-        parts.insert(1, parts[3])  # the verdict first: of the first table
+            if split == "test" and not lead:  # the verdict first, of patients that no network saw
+                lead = [f"{pair}, {slices} slices, {split} patients, {risk}: {parts[-2]}"]
+        parts[1:1] = lead
         write_text(folder / "condensation.md", page(*parts))
         first, maps = arms[0][0], {}
         for columns, arm in arms:

@@ -484,6 +484,7 @@ def test_where_the_risk_is_before_and_after_each_method(collection, tmp_path, in
     low, high = row[["top_less_vanilla_low", "top_less_vanilla_high"]]
     more, less = ("risk_map" if low > 0 else "after no method"), ("risk_map" if high < 0 else "after none")
     text = (folder / "condensation.md").read_text()
+    assert text.split("\n\n")[1].startswith("14-FLAIR-ED -> 17-T2-ED, 8 slices, test patients, loss (-LEEP): The worst")
     said = text[text.index("## weight (eq. 5): 14-FLAIR-ED -> 17-T2-ED, 8 slices, test") :]
     assert f"after vanilla. More than that: {more}; less: {less} (95" in said.partition("|")[0]
 

@@ -4,6 +4,7 @@ import json
 import os
 import pydoc
 import re
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from bundle_runs import (
     start,
     trainings,
 )
+from fire.parser import DefaultParseValue
 
 from medtl_ext.transfer import Job, SegmentationTask
 from medtl_ext.transfer.config import identity
@@ -226,7 +228,8 @@ def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_
     assert in_this_process == trained
 
 
-def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, in_this_process):
+def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, in_this_process, monkeypatch):
+    monkeypatch.setattr("medtl_ext.transfer.report._verdict", lambda *_: ("No evidence.", None))  # whatever was trained
     runs = [{"seed": seed, "source_seed": 0} for seed in (0, 1)]
     whole = {"pairs": [["14-FLAIR-ED", "17-T2-ED"]], "methods": ["vanilla", "zero_shot", "scratch"], "runs": runs}
     whole |= {"train_slices": [8], "output_dir": options["output_dir"]}
@@ -241,6 +244,13 @@ def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, i
     assert shared != {"auto"}
     RISK_MAP.run(base="compare", **whole, settings=settings)
     assert in_this_process == trained
+    page = (folder / "comparison.md").read_text()
+    words = shlex.split(next(line for line in page.splitlines() if line.startswith("python -m monai.bundle run")))
+    given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
+    RISK_MAP.run(base=Path(words[5]).stem, **given)  # what the page says to type next: each method twice more
+    table = pd.read_csv(folder / "comparison.csv").set_index("method")
+    assert table["runs"].to_dict() == {"vanilla": 4, "zero_shot": 3, "scratch": 4}
+    assert in_this_process[: len(trained)] == trained
 
 
 def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):

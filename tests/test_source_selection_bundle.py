@@ -1,7 +1,9 @@
 """What is particular to the bundle source_selection: rankings, filters, settling, candidates, what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +23,7 @@ from bundle_runs import (
     refused,
 )
 
+from medtl_ext.transfer import rank
 from medtl_ext.transfer.sources.allowed import built_network
 
 SOURCES = SOURCE_SELECTION.tiny["sources"]
@@ -116,6 +119,30 @@ def test_the_evaluation_compares_rankings_with_the_truth(options, in_this_proces
     assert set(agreement["prior"]) == {"none", "modality", "modality + SSIM"}
     assert (folder / "agreement.png").is_file()
     assert "| shrunk H-score | none |" in (folder / "agreement.md").read_text()
+
+
+def test_another_source_costs_one_pass(options, in_this_process, tmp_path, monkeypatch):
+    """What a pass gave is found by its content in any later ranking, unless its file was damaged."""
+    passes, pool = Mock(wraps=rank.observe), tmp_path / "pool"
+    monkeypatch.setattr(rank, "observe", passes)
+    run(**options, metrics=["h_score"])  # trains what is not there yet
+    shutil.copytree(options["source_dir"], pool, ignore=shutil.ignore_patterns("passes"))
+    seen = {}
+    for name, sources, seed, expected in [
+        ("two", SOURCES[:2], 0, 2),
+        ("three", SOURCES, 0, 1),
+        ("again", SOURCES, 0, 0),
+        ("other patients", SOURCES[:1], 1, 1),
+        ("damaged", SOURCES, 0, 3),
+    ]:
+        if name == "damaged":
+            for file in (pool / "passes").iterdir():
+                file.write_bytes(file.read_bytes()[:-100])
+        passes.reset_mock()
+        run(**options | {"source_dir": str(pool), "output_dir": str(tmp_path / name)}, sources=sources, seed=seed)
+        assert passes.call_count == expected
+        seen[name] = [(tmp_path / name / file).read_bytes() for file in ("ranking.csv", "ranking.json")]
+    assert seen["three"] == seen["again"] == seen["damaged"]
 
 
 # Other candidates

@@ -1,32 +1,38 @@
 """Which source should I transfer from? One pass of each over the target, a ranking with intervals, and a verdict."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ignite.distributed as idist
 import numpy as np
 import pandas as pd
+import torch
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose
 from torch import nn
 from tqdm import tqdm
 
+from medtl_ext import __version__
 from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices, require_number
 from medtl_ext.data.plan import stored_options
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
 from medtl_ext.transfer.arms import finetuning_job
+from medtl_ext.transfer.config import identity
 from medtl_ext.transfer.jobs import Run, run_command
 from medtl_ext.transfer.report import records
 from medtl_ext.transfer.scores import (
     SCORES,
     Observation,
     TargetSlices,
+    kept_pass,
     observe,
     patients_of,
     resampled_scores,
@@ -46,6 +52,8 @@ from medtl_ext.visualize import plot_ranking, save_figure
 
 logger = logging.getLogger(__name__)
 
+# Settings of a ranking that a single pass does not depend on.
+OF_THE_LIST = ("sources", "metrics", "decide_by", "n_resamples", "minimum_win", "minimum_gap")
 SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
 
 
@@ -128,7 +136,11 @@ class RankSources:
         for source in tqdm(ready, "scoring", unit="source", disable=None if self.here.progress else True):
             try:
                 network = source.build(self.here.config["network_def"], self.target, self.image_shape)
-                seen[source.name] = self.observed(source, network, with_fu)
+                observed = partial(self.observed, source, network, with_fu)
+                # Several processes have to agree on who passes; what is code has no content that can be told.
+                kept = idist.get_world_size() == 1 and not source.card.trusted
+                file = kept and Path(self.source_dir, "passes", f"{self._content(source, network, with_fu)}.npz")
+                seen[source.name] = kept_pass(file, source, observed) if kept else observed()
             except InputError as error:
                 if not source.card.foreign:
                     raise
@@ -162,6 +174,25 @@ class RankSources:
             return observe(source, network, self.evaluator, with_fu=with_fu, onto=onto)
         finally:
             self._read(own)
+
+    def _content(self, source: Source, network: nn.Module, with_fu: bool) -> str:
+        """A hash of all that a pass depends on: images, weights, the source's card and the run's settings."""
+        config, card = self.here.config, source.card.model_dump(exclude={"name", "checkpoint"})
+        settings = [identity(config, without=OF_THE_LIST), config.get("score"), card, with_fu, __version__]
+        digest = hashlib.sha256(f"{json.dumps(settings)}{network}{self._images}".encode())
+        for tensor in network.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def _images(self) -> str:
+        """A hash of the images and labels that all sources are compared on."""
+        data, digest = self.evaluator.data_loader.dataset, hashlib.sha256()
+        for item in data if self.target.per_pixel else data.data:
+            for name, value in sorted(item.items()):
+                array = np.asarray(value)
+                digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def _read(self, loader: DataLoader) -> None:
         """Have the evaluator read from this loader."""

@@ -7,7 +7,8 @@ patients come from the same code.
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,11 +181,42 @@ def observe(
         InputError: FU finds no two convolutions in the network.
     """
     evaluator.onto = onto
-    found, pixels = _run(evaluator, network, source if with_fu else None), None
-    if source.job is not None and (file := source.job.output_dir / PIXELS_FILE).is_file():
+    found = _run(evaluator, network, source if with_fu else None)
+    seen = Observation(found["samples"], found["predictions"], found.get("fu", float("nan")))
+    return replace(seen, source_pixels=own_pixels(source))
+
+
+def own_pixels(source: Source) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Softmax and labels that `KeepPixels` left of a source's own data."""
+    if source.job is None or not (file := source.job.output_dir / PIXELS_FILE).is_file():
+        return None
+    content = read_arrays(file)
+    return torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
+
+
+def kept_pass(file: Path, source: Source, observed: Callable[[], Observation]) -> Observation:
+    """What a source makes of the target, from the file that an equal pass left, or by a pass that leaves one.
+
+    Args:
+        file: whose name says what the pass depends on, ``.npz``.
+        source: as for `observe`.
+        observed: makes the pass.
+    """
+    with suppress(InputError):  # there is none, or it was damaged since
         content = read_arrays(file)
-        pixels = torch.from_numpy(content["probs"]), torch.from_numpy(content["labels"]).long()
-    return Observation(found["samples"], found["predictions"], found.get("fu", float("nan")), pixels)
+        samples, maps = (
+            Samples(*(torch.from_numpy(content[f"{part} {name}"]) for name in Samples._fields[:3]), names)
+            for part in ("samples", "maps")
+            for names in [tuple(content[f"{part} names"].tolist())]
+        )
+        return Observation(samples, maps, float(content["fu"]), own_pixels(source))
+    seen, arrays = observed(), {}
+    for part in ("samples", "maps"):
+        for name, value in getattr(seen, part)._asdict().items():
+            arrays[f"{part} {name}"] = np.array(value) if name == "names" else value.cpu().numpy()
+    with suppress(OSError), atomic_path(file) as temporary:  # that it cannot be kept costs time only
+        np.savez(temporary, fu=seen.fu, **arrays)
+    return seen
 
 
 def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | None = None) -> dict[str, Any]:

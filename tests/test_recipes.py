@@ -19,9 +19,11 @@ from torch import nn
 
 from medtl_ext.engines import WeightedTrainer
 from medtl_ext.handlers import (
+    FeatureDistillation,
     LayerwiseRates,
     LinearProbe,
     ResumableCheckpoint,
+    SpectralShrinkage,
     StartingPoint,
     WeightAveraging,
     WeightInterpolation,
@@ -249,6 +251,50 @@ def test_weights_are_pulled_towards_the_start_and_the_head_towards_zero():
         for one in (plain, pulled)
     )
     assert near < far
+
+
+def features(network, images):
+    """What goes into the head of `unet`, computed once more."""
+    seen = []
+    handle = network.final_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network(images)
+    handle.remove()
+    return seen[0]
+
+
+def smallest_singular_value(network, untouched, images):
+    rows = features(network, images).movedim(1, -1).flatten(0, -2)
+    return torch.linalg.svdvals(rows)[-1] ** 2 / len(rows)
+
+
+def distance_of_features(network, untouched, images):
+    one, other = features(network, images), features(untouched.eval(), images)
+    return ((one - other) ** 2).sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "measure"),
+    [(SpectralShrinkage, smallest_singular_value), (FeatureDistillation, distance_of_features)],
+)
+def test_a_penalty_on_features_is_what_it_says_and_makes_them_smaller(recipe, measure):
+    network, found, losses = unet(), [], []
+    for strength in (0, 3):
+        one, images = copy.deepcopy(network), []
+        trainer = trainer_of(one, recipe(network=one, image=IMAGE, strength=strength), epochs=20)
+
+        def note(engine, images=images):
+            losses.append(float(engine.state.output[0]["loss"]))
+            images.append(torch.stack([item["image"] for item in engine.state.batch]))
+
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
+        trainer.run()
+        with torch.no_grad():
+            before, after = (
+                measure(copy.deepcopy(n).train(), copy.deepcopy(network), images[0]) for n in (network, one)
+            )
+        found.append(after)
+    assert losses[40] - losses[0] == pytest.approx(3 * float(before), rel=1e-3)
+    assert found[1] < found[0] / 2
 
 
 def test_the_point_on_the_way_that_validation_likes_is_kept_also_after_an_interruption(tmp_path):

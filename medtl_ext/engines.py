@@ -1,14 +1,18 @@
 """MONAI engines, where the stock ones lack what transfer needs."""
 
+from collections.abc import Sequence
 from functools import cache, partial
+from itertools import chain, combinations
 from typing import Any
 
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
-from monai.inferers import SimpleInferer
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from medtl_ext._validation import InputError
 
 
 class MixedPrecisionInferer(SimpleInferer):
@@ -51,6 +55,33 @@ def has_bfloat16() -> bool:
     """Whether this processor computes in bfloat16, and does not only store it."""
     able = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.6 does not tell
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+class MirroredInferer(Inferer):
+    """The mean of the logits over an image and its mirror images, each turned back.
+
+    Args:
+        inferer: predicts each of them.
+        axes: spatial axes to mirror along, in all combinations: two axes are four predictions.
+
+    Raises:
+        InputError: no axis.
+
+    >>> left = torch.eye(2)[None, None]
+    >>> MirroredInferer(SimpleInferer(), [1])(left, lambda image: image * torch.tensor([1.0, 0.0]))[0, 0].tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
+    """
+
+    def __init__(self, inferer: Inferer, axes: Sequence[int]) -> None:
+        super().__init__()
+        if not axes:
+            raise InputError("mirror is true, but flip_axes names no axis; give --flip_axes, or leave mirror out.")
+        sides = chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1))
+        self.inferer, self.sides = inferer, [[2 + axis for axis in side] for side in sides]
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        found = (self.inferer(inputs.flip(side), network, *args, **kwargs).flip(side) for side in self.sides)
+        return sum(found) / len(self.sides)
 
 
 class WeightedTrainer(SupervisedTrainer):

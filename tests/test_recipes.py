@@ -3,6 +3,7 @@
 import copy
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -331,3 +332,27 @@ def test_batch_norm_gets_the_statistics_of_the_target_and_weights_stay(caplog):
     torch.testing.assert_close(network[0].running_mean, expected[None])
     adapt_batch_norm(nn.Conv2d(1, 2, 1), batches, "cpu")
     assert "no batch norm" in caplog.text
+
+
+# What is done at inference
+
+
+def test_a_mirrored_image_gets_the_mirrored_answer_in_training_inference_and_evaluation(options, tmp_path):
+    given = options | {"grid#mirror": "true", "flip_axes": [0]}
+    RISK_MAP.workflow("full", **given).parser.get_parsed_content("grid").write(tmp_path / "grid.json")
+    ckpt, network, image = str(tmp_path / "source.pt"), unet().eval(), torch.rand(1, 1, 32, 32, 2)
+    parsers = {
+        "validate#inferer": [RISK_MAP.workflow("full", **options), RISK_MAP.workflow("full", **given)],
+        "inferer": [RISK_MAP.workflow(base="inference", ckpt=ckpt, mirror=how) for how in ("false", "auto")],
+    }
+    for key, workflows in parsers.items():
+        for workflow, same in zip(workflows, (False, True), strict=True):
+            if key == "inferer":
+                workflow.initialize()
+            inferer = workflow.parser.get_parsed_content(key)
+            with torch.no_grad():
+                one, other = inferer(image, network), inferer(image.flip(2), network).flip(2)
+            assert torch.allclose(one, other, atol=1e-6) == same
+    scored = RISK_MAP.workflow("evaluate", **options | {"ckpt": ckpt}).parser.get_parsed_content("grid")
+    assert scored.mirror
+    assert "flip_axes names no axis" in refused(lambda: replace(scored, flip_axes=()).inferer)

@@ -99,6 +99,7 @@ class Grid:
         flip_axes: along which a training may flip images at random.
         frame: voxels of the largest training image on this grid.
         native: it is the grid of all training images, so that nothing is resampled.
+        mirror: a prediction is the mean over images mirrored along ``flip_axes``.
         why: a line for each choice.
     """
 
@@ -110,6 +111,7 @@ class Grid:
     flip_axes: tuple[int, ...] = ()
     frame: tuple[int, ...] = ()
     native: bool = False
+    mirror: bool = False
     why: tuple[str, ...] = ()
 
     @property
@@ -148,9 +150,11 @@ class Grid:
     @property
     def inferer(self) -> Inferer:
         """Of whole volumes."""
+        inferer: Inferer = SlidingWindowInferer(self.roi_size, sw_batch_size=1, overlap=0.5, mode="gaussian")
         if self.dims == 2:
-            return SliceInferer(spatial_dim=2, roi_size=self.roi_size, sw_batch_size=16)
-        return SlidingWindowInferer(roi_size=self.roi_size, sw_batch_size=1, overlap=0.5, mode="gaussian")
+            inferer = SliceInferer(spatial_dim=2, roi_size=self.roi_size, sw_batch_size=16)
+        how = {"inferer": inferer, "axes": self.flip_axes}
+        return instantiate("medtl_ext.engines.MirroredInferer", "default", **how) if self.mirror else inferer
 
     @property
     def options(self) -> dict[str, Any]:
@@ -161,7 +165,7 @@ class Grid:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Leave it as a file, with the reasons."""
-        write_json(path, self.options | {"_why_": list(self.why)})
+        write_json(path, self.options | {"_why_": list(self.why), "_mirror_": self.mirror})
 
 
 def stored_options(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -173,7 +177,8 @@ def stored_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
         options = {name: value for name, value in stored.items() if not name.startswith("_")}
-        return Grid(**options).options if options else {}
+        mirror = {"mirror": True} if stored.get("_mirror_") else {}  # which no overlay can set
+        return Grid(**options).options | mirror if options else {}
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no grid.json of a training ({error}); put that one there.") from error
 
@@ -209,6 +214,7 @@ def plan_grid(
     background_share: float | str = AUTO,
     axcodes: str = AUTO,
     flip_axes: Sequence[int] | str = AUTO,
+    mirror: bool | str = False,
 ) -> Grid:
     """Plan what is not given from the images of a datalist, and say why.
 
@@ -224,6 +230,7 @@ def plan_grid(
         background_share: of training slices or patches; or "auto".
         axcodes: orientation of the grid; "auto": RAS.
         flip_axes: along which a training flips; "auto": where mirrored images look like the others.
+        mirror: true: predict mirrored images too; see `Grid`.
 
     Raises:
         InputError: no items, a file that cannot be read, or numbers that are no grid.
@@ -268,6 +275,7 @@ def plan_grid(
         flip_axes, reason = _flip_axes(some, axcodes, len(roi_size))
         why.append(reason)
     options = {"normalize": normalize, "background_share": background_share, "axcodes": axcodes}
+    options["mirror"] = mirror in (True, "true")  # a command line has words
     frame = tuple(frame.tolist())
     return Grid(spacing, roi_size, **options, flip_axes=tuple(flip_axes), frame=frame, native=native, why=tuple(why))
 

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
-from monai.data import set_rnd
+from monai.data import DataLoader, set_rnd
 from monai.engines import Evaluator, IterationEvents, Trainer
 from monai.handlers import TensorBoardStatsHandler, from_engine
 from monai.utils import evenly_divisible_all_gather, string_list_all_gather
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import ConcatDataset, Dataset
 
 from medtl_ext._io import atomic_path, write_csv
 from medtl_ext._validation import InputError
@@ -522,6 +523,30 @@ class FeatureDistillation(Penalty):
         with torch.no_grad():
             engine.inferer(engine.state.output["image"], self._source)
         return (self._features[0].float() - self._kept[0].float()).square().sum(1).mean()
+
+
+@dataclass(kw_only=True, eq=False)
+class JointTraining:
+    """Train on the source's images too: each batch is drawn from both.
+
+    Args:
+        source: its training set, whose items are as the target's, best as many of them.
+        seed: of the run.
+
+    Raises:
+        InputError: one of several processes trains, which would all draw the same.
+    """
+
+    source: Dataset
+    seed: int
+
+    def attach(self, engine: Trainer) -> None:
+        if idist.get_world_size() > 1:
+            raise InputError("joint trains in one process; start it without torchrun.")
+        target = engine.data_loader
+        how = {"batch_size": target.batch_size, "num_workers": target.num_workers, "shuffle": True}
+        engine.data_loader = DataLoader(ConcatDataset([target.dataset, self.source]), **how)
+        EpochSeed(dataset=self.source, seed=self.seed).attach(engine)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -101,7 +101,7 @@ SEGMENTATION = {
 }
 ARMS = ["zero_shot", "scratch", "full"]
 RECIPES = ["warmup", "discriminative", "surgical_first", "surgical_last", "affine", "adabn", "lp_ft", "ema", "swa"]
-RECIPES += ["l2_sp", "bss", "distillation", "wise_ft", "tversky", "focal"]
+RECIPES += ["l2_sp", "bss", "distillation", "joint", "wise_ft", "tversky", "focal"]
 """Overlays of risk_map that are ways of the field to fine-tune."""
 RISK_MAP = Bundle(
     "risk_map",

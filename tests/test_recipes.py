@@ -64,7 +64,11 @@ def test_the_next_overlay_undoes_a_recipe(recipe):
 @pytest.fixture
 def options(options, tmp_path):
     torch.save(unet().state_dict(), tmp_path / "source.pt")
-    return options | {"network_def#features": FEATURES, "source": str(tmp_path / "source.pt"), "train_slices": 4}
+    return (
+        options
+        | {"network_def#features": FEATURES, "train_slices": 4}
+        | {"source": {"task": "14-FLAIR-ED", "checkpoint": str(tmp_path / "source.pt")}}
+    )
 
 
 def train(recipe, folder, options, dies_at=None):
@@ -83,7 +87,7 @@ def train(recipe, folder, options, dies_at=None):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["warmup", "discriminative", "lp_ft", "ema"])
+@pytest.mark.parametrize("recipe", ["warmup", "discriminative", "lp_ft", "ema", "joint"])
 def test_an_interrupted_recipe_gives_what_it_gives_in_one_go(recipe, options, tmp_path):
     whole = train(recipe, tmp_path / "whole", options)
     train(recipe, tmp_path / "parts", options, dies_at=3)
@@ -124,6 +128,25 @@ def test_a_recipe_takes_somebody_elses_network(recipe, dimensions, options, tmp_
         assert {name.rpartition(".")[2] for name in trained} == {"running_mean", "running_var", "num_batches_tracked"}
     else:
         assert trained == set(before)
+
+
+def test_joint_training_sees_as_many_slices_of_the_source_with_the_classes_of_its_own_task(options):
+    given = options | {"target_task": "17-T2-ED", "source": {**options["source"], "task": "14-T2-ET"}}
+    parser = RISK_MAP.workflow("joint", **given).parser
+    dataset = parser.get_parsed_content("train#trainer").data_loader.dataset
+    assert [item["subject"][:2] for item in dataset] == ["17"] * 4 + ["14"] * 4
+    origin = parser.get_parsed_content("origin")
+    (selected,) = (
+        step for step in origin.relabelled(parser.get_parsed_content("train#steps")) if hasattr(step, "values")
+    )
+    assert selected.values == [(2,)]
+    assert (origin.target.label_values, origin.task.label_values) == ([[1]], [[2]])
+    for wrong, said in [
+        ({"source": options["source"]["checkpoint"]}, "give --source a task"),
+        ({"target_task": "17-T2-FeTS"}, "14-T2-ET has 2 classes, the target 4"),
+    ]:
+        parser = RISK_MAP.workflow("joint", **given | wrong).parser
+        assert said in refused(lambda parser=parser: parser.get_parsed_content("origin").task)
 
 
 # Layers, in the order in which they run

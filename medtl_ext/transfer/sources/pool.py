@@ -616,6 +616,27 @@ class SingleSource:
             return list(own)
         return source_transforms(self.card, self.target.channels, own, keys=keys_of(self.target))
 
+    @cached_property
+    def task(self) -> TargetTask:
+        """The task that it was trained on, for a training that goes on with its images.
+
+        Raises:
+            InputError: it is none, or asks for another number of classes.
+        """
+        name = None if self.given is None else self.given.task
+        if name is None:
+            raise InputError("joint trains on the source's images too; give --source a task, or a card with its task.")
+        task = self.target.other(name, collection=source_collection(self.here.config))
+        if task.n_classes != self.target.n_classes:
+            asked = f"{name} has {task.n_classes} classes, the target {self.target.n_classes}"
+            raise InputError(f"joint trains one head on both tasks: {asked}; take a source of the target's objective.")
+        return task
+
+    def relabelled(self, steps: Sequence[Callable]) -> list[Callable]:
+        """Transforms of the target's images as those of the source's task."""
+        own = SelectLabelsd("label", self.task.label_values)
+        return [own if isinstance(step, SelectLabelsd) else step for step in steps]
+
     def cropping(self, own: Sequence[Callable] = ()) -> list[Callable]:
         """What a training adds: the bundle's ``own``, or a random patch of the source's window."""
         if self.card is None or self.card.window is None:

@@ -311,7 +311,8 @@ class SelectionStudy(SourceStudy):
     def figures(self, sources: pd.DataFrame) -> None:
         shown = {"scores": SIMILARITIES, "outcome": "gain", "synthetic": self.synthetic}
         title = "Similarity of the region of interest and Dice after transfer"
-        figure = plot_scores_against_outcome(sources, title=title, **shown)
+        named = sources.set_index(sources["source"] + " to " + sources["target"])
+        figure = plot_scores_against_outcome(named, title=title, **shown)
         save_figure(figure, self.here.folder / "priors.png")
         keys = ["target", "source", "same_institution", "same_modality"]
         pairs = sources.groupby(keys, sort=False, dropna=False)[["dice", *SIMILARITIES]].mean().reset_index()

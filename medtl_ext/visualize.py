@@ -1,23 +1,26 @@
 """Figures: brain slices with labels, risk maps, overlays, and plots of audits, comparisons, rankings and their worth.
 
 Every function returns a `matplotlib.figure.Figure` made without pyplot, so it needs no display and leaves no global
-state; `save_figure` writes it. Slices come in as (X, Y) arrays in RAS (x to the patient's right, y to the front) and
-are shown the radiological way: front up, the patient's right on the left of the picture. Colours are those of Okabe and
-Ito, which readers with any colour vision tell apart.
+state; `save_figure` writes it, with values to point at. Slices come in as (X, Y) arrays in RAS (x to the patient's
+right, y to the front) and are shown the radiological way: front up, the patient's right on the left of the picture.
+Colours are those of Okabe and Ito, which readers with any colour vision tell apart.
 """
 
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from itertools import cycle, pairwise
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 import networkx as nx
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.collections import Collection, LineCollection
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,7 +28,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
-from medtl_ext._io import atomic_path
+from medtl_ext._io import atomic_path, write_text
 from medtl_ext._validation import InputError, require_choice
 
 CLASS_COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
@@ -56,6 +59,8 @@ _BASELINE_MARKS = [
 """Of different sizes: where two baselines agree, one shows inside the other."""
 _CLUSTER_COLOURS = (*CLASS_COLOURS, "#999999", "#8c510a", "#b2df8a")  # SeqTran's graph has nine clusters
 _MOST_EDGES = 400  # more would be a grey disc: then only the shortest are drawn
+_MOST_MARKS = 2000  # more would fill a page: then they are pixels, which say nothing
+_SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _RADIOLOGICAL = "radiological view: the patient's right (R) is on the left"
 _SIDES = {"RL": _RADIOLOGICAL, "AP": "seen from the side: the patient's front (A) is on the left", "": ""}
 _SMALL = 0.03  # foreground of less than this share of the body is zoomed in
@@ -71,9 +76,32 @@ def method_group(method: str) -> str:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure at 150 dots per inch, whole or not at all; the suffix of ``path`` chooses the format."""
+    """Write a figure at 150 dots per inch, whole or not at all; the suffix of ``path`` chooses the format.
+
+    A PNG without images in it has an SVG of its name beside it, whose marks say in a browser what they are.
+    """
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
+    if Path(path).suffix == ".png" and not any(panel.images for panel in figure.axes):
+        write_text(Path(path).with_suffix(".svg"), _svg(figure, Path(path).stem))
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """A figure as SVG, without a background. Ids are made from the name, so that several may stand on one page."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(drawn := StringIO(), format="svg", transparent=True, dpi=150, metadata={"Date": None})
+    for prefix, space in {"": _SVG, "xlink": _LINK}.items():
+        ElementTree.register_namespace(prefix, space)
+    root = ElementTree.fromstring(drawn.getvalue())
+    root.remove(root.find(f"{{{_SVG}}}metadata"))
+    root.set("xml:space", "preserve")  # a space keeps a word off a line
+    for group in root.iter(f"{{{_SVG}}}g"):
+        group.attrib.pop("id", None)
+    for mark in list(root.iter(f"{{{_SVG}}}a")):  # matplotlib's only way to attach words to each mark of many is a link
+        title = ElementTree.Element(f"{{{_SVG}}}title")
+        title.text, mark.tag, mark.attrib = mark.get(f"{{{_LINK}}}href"), f"{{{_SVG}}}g", {"role": "img"}
+        mark.insert(0, title)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def to_display(array: ArrayLike, *, photograph: bool = False) -> np.ndarray:
@@ -285,7 +313,8 @@ def plot_audit(
     for panel, split in zip([first, *others], tables, strict=True):
         dots = patients[(patients["split"] == split) & patients["method"].isin(arms)]
         heights = dots["method"].map(arms.index) + np.random.default_rng(0).uniform(0.1, 0.3, len(dots))
-        panel.scatter(dots["dice"], heights, s=11, color=_GREY, alpha=0.55, linewidths=0)
+        drawn = panel.scatter(dots["dice"], heights, s=11, color=_GREY, alpha=0.55, linewidths=0)
+        _say(drawn, dots.set_index("subject")[["method", "dice"]])
         _intervals(panel, tables[split].loc[arms, ["mean", "low", "high"]], rows - 0.08, colours)
         count = dots["subject"].nunique()
         panel.set_title(f"{SPLIT_NAMES.get(split, split)}: {count} patient{'s' if count > 1 else ''}")
@@ -328,10 +357,13 @@ def plot_comparison(
         strength, mean, spread = cells["slices"].map(strengths), cells["mean"], cells["sd"]
         heights = cells["method"].map(rows.index) + (0.34 * (strength - 0.5) if several else 0.0)
         colours = [GROUP_COLOURS[method_group(method)] for method in cells["method"]]
-        panel.hlines(heights, mean - spread, mean + spread, colours, linewidth=1.3)
-        for height, colour, runs in zip(heights, colours, cells["run_means"], strict=True):
-            panel.plot(runs, np.full(len(runs), height), "|", color=colour, markersize=7, markeredgewidth=0.8)
-        panel.scatter(mean, heights, s=24, c=list(map(_tint, colours, strength)), edgecolors=colours, zorder=3)
+        bars = panel.hlines(heights, mean - spread, mean + spread, colours, linewidth=1.3)
+        runs = cells.assign(run=cells["run_means"], height=heights, colour=colours).explode("run").set_index("method")
+        ticks = {"marker": "|", "s": 49, "c": runs["colour"], "linewidths": 0.8}
+        _say(panel.scatter(runs["run"].astype(float), runs["height"], **ticks), runs[["slices", "run"]])
+        dots = panel.scatter(mean, heights, s=24, c=list(map(_tint, colours, strength)), edgecolors=colours, zorder=3)
+        for drawn in (bars, dots):
+            _say(drawn, cells.set_index("method")[["slices", "mean", "sd"]])
         ends = pd.DataFrame({"end": mean + spread.fillna(0), "height": heights})
         for end in ends[cells["differs"]].to_numpy():
             panel.annotate("*", end, xytext=(2, -4), textcoords="offset points")
@@ -364,8 +396,8 @@ def plot_ranking(ranking: Any, *, metric: str = "score", title: str = "", synthe
     >>> [axes.get_title(loc="left") for axes in figure.axes]
     ['LEEP', 'rank', 'ranked first']
     """
-    table, tied = ranking.table, ranking.tied if ranking.resamples else ()
-    names, places = list(table["source"]), table.index.to_numpy()
+    table, tied = ranking.table.set_index("source"), ranking.tied if ranking.resamples else ()
+    names, places = list(table.index), np.arange(len(table))
     marks = dict(zip(table.filter(like="_rank"), cycle(_BASELINE_MARKS), strict=False))
     figure, (scores, ranks, firsts) = _row_panels(names, 3, (9.2, 1.9 + 0.3 * len(names)), set(tied), [3, 3, 1.3])
     colours = [_LEADING_COLOURS[name in tied] for name in names]
@@ -373,10 +405,13 @@ def plot_ranking(ranking: Any, *, metric: str = "score", title: str = "", synthe
     _intervals(scores, scored[["score", "low", "high"]], places, colours)
     _intervals(ranks, scored[["rank", "rank_low", "rank_high"]], places - (0.15 if marks else 0), colours)
     for column, style in marks.items():
-        ranks.plot(table[column], places + 0.2, **style)
+        mark = {"marker": style["marker"], "s": style["markersize"] ** 2, "facecolors": "none", "edgecolors": _GREY}
+        _say(ranks.scatter(table[column], places + 0.2, **mark), table[[column]])
     for place in places[table["score"].isna()]:
         scores.text(0.02, place, "no score", transform=scores.get_yaxis_transform(), va="center", color=_GREY)
-    firsts.barh(places, table["p_best"].fillna(0), height=0.55, color=colours)
+    bars = firsts.barh(places, table["p_best"].fillna(0), height=0.55, color=colours)
+    for bar, name, share in zip(bars, names, table["p_best"], strict=True):
+        bar.set_url(f"{name}: first in {share:.1%} of the resamples")
     scores.set(title=metric, xlabel="higher is better")
     ranks.set(title="rank", xlabel="1 is best", xlim=(0.4, len(names) + 0.6))
     ranks.locator_params(axis="x", integer=True, nbins=10)
@@ -429,6 +464,12 @@ def plot_critical_difference(test: Any, *, title: str = "", synthetic: bool = Fa
         crossbar_props={"color": _GREY, "linewidth": 4, "solid_capstyle": "round"},
     )
     drawn["labels"][0].set_fontweight("bold")
+    for dot, elbow, label in zip(drawn["markers"], drawn["elbows"], drawn["labels"], strict=True):
+        dot.set_urls([label.get_text().strip()])
+        elbow.set_url(label.get_text().strip())
+    for (bar,) in drawn["crossbars"]:
+        joined = ranks.index[ranks.between(min(bar.get_xdata()), max(bar.get_xdata()))]
+        bar.set_url(f"cannot be told apart: {', '.join(joined)}")
     end = 1 + critical_difference
     panel.set(xlim=(1, max(len(ranks), end)), ylim=(None, 2.3), xticks=range(1, len(ranks) + 1))
     panel.spines["top"].set(visible=True, bounds=(1, len(ranks)))
@@ -451,7 +492,8 @@ def plot_scores_against_outcome(
     """A panel for each score: score (x) against what fine-tuning gave (y), one dot per source.
 
     Args:
-        table: one row per source with the scores and the outcome; with ``same_modality``, that is the colour.
+        table: one row per source (the index) with the scores and the outcome; with ``same_modality``, that is the
+            colour.
         scores: column -> what it is called. One without a value, or not in the table, gets no panel.
         outcome: column of the truth, ``dice`` or ``auc``; or ``gain``, the Dice less its mean over the sources of the
             same ``target`` and ``seed``.
@@ -480,7 +522,8 @@ def plot_scores_against_outcome(
     if scratch is not None:
         notes.append("dashed: training from scratch")
     for panel, (column, name) in zip(panels.flat, found.items(), strict=False):
-        panel.scatter(table[column].astype(float), table[outcome], s=22, color=colours, alpha=0.8, linewidths=0)
+        values = table[[column, outcome]].astype(float)
+        _say(panel.scatter(*values.to_numpy().T, s=22, color=colours, alpha=0.8, linewidths=0), values)
         panel.set_title(name)
         if scratch is not None:
             panel.axhline(scratch, color=_GREY, linestyle="--", linewidth=0.8)
@@ -522,23 +565,29 @@ def plot_task_graph(
     axes = figure.subplots()
     axes.axis("off")
     edges = sorted(graph.edges(data="weight"), key=lambda edge: edge[2])[:_MOST_EDGES]
-    nx.draw_networkx_edges(graph, places, edgelist=[e[:2] for e in edges], ax=axes, edge_color=_GREY, alpha=0.15)
+    pairs = [edge[:2] for edge in edges]
+    lines = nx.draw_networkx_edges(graph, places, edgelist=pairs, ax=axes, edge_color=_GREY, alpha=0.15)
+    if pairs:
+        _say(lines, pd.DataFrame({"cost": [edge[2] for edge in edges]}, [" - ".join(pair) for pair in pairs]))
     largest = max(size for _, size in graph.nodes(data="size"))
     for number, cluster in enumerate(clusters):
         colour = _CLUSTER_COLOURS[number % len(_CLUSTER_COLOURS)]
         ringed = np.isin(list(cluster), list(representatives))
         ring = {"edgecolors": np.where(ringed, "black", "white"), "linewidths": np.where(ringed, 1.6, 0.6)}
-        sizes = [60 + 340 * graph.nodes[task]["size"] / largest for task in cluster]
-        axes.scatter(*np.transpose([places[task] for task in cluster]), s=sizes, c=colour, zorder=2, **ring)
+        samples = np.array([graph.nodes[task]["size"] for task in cluster])
+        ring |= {"s": 60 + 340 * samples / largest, "c": colour}
+        dots = axes.scatter(*np.transpose([places[task] for task in cluster]), zorder=2, **ring)
+        _say(dots, pd.DataFrame({"cluster": number, "labelled samples": samples}, list(cluster)))
         axes.scatter([], [], s=64, c=colour, label=f"cluster {number}")
     if target is not None:
-        axes.scatter(*places[target], s=480, c="black", marker="*", zorder=2)
+        axes.scatter(*places[target], s=480, c="black", marker="*", zorder=2).set_urls([f"{target}: the target"])
         axes.scatter([], [], s=121, c="black", marker="*", label="target")
     if path:
         axes.plot([], [], color="black", linewidth=2.4, label="best path")
     arrow = {"arrowstyle": "-|>", "linewidth": 2.4, "shrinkA": 9, "shrinkB": 9, "mutation_scale": 16}
     for a, b in pairwise([*(path or ()), *([target] if path and target else [])]):
-        axes.annotate("", xy=places[b], xytext=places[a], arrowprops={"color": "black", **arrow})
+        drawn = axes.annotate("", xy=places[b], xytext=places[a], arrowprops={"color": "black", **arrow})
+        drawn.arrow_patch.set_url(f"best path: {a} to {b}")
     outline = [withStroke(linewidth=2.5, foreground="white")]
     style = {"textcoords": "offset points", "ha": "center", "fontsize": 7, "path_effects": outline}
     for task, place in places.items():
@@ -642,8 +691,17 @@ def _row_panels(
 def _intervals(panel: Axes, table: pd.DataFrame, heights: np.ndarray, colours: Sequence[str]) -> None:
     """Of three columns the first as diamonds, the others as ends of bars; NaN is not drawn."""
     centre, low, high = table.to_numpy(dtype=float).T
-    panel.hlines(heights, low, high, colours, linewidth=2, capstyle="round")
-    panel.scatter(centre, heights, s=40, marker="D", c=colours, edgecolors="white", linewidths=0.6, zorder=3)
+    diamond = {"s": 40, "marker": "D", "edgecolors": "white", "linewidths": 0.6, "zorder": 3}
+    _say(panel.hlines(heights, low, high, colours, linewidth=2, capstyle="round"), table)
+    _say(panel.scatter(centre, heights, c=colours, **diamond), table)
+
+
+def _say(marks: Collection, table: pd.DataFrame) -> None:
+    """What each mark says where the pointer is: its name, which is the index, and the values of its row."""
+    rows = table.rename(columns=lambda column: column.replace("_", " ")).to_dict("records")
+    words = [[f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items() if v == v] for row in rows]
+    marks.set_urls([f"{name}: {', '.join(of)}" for name, of in zip(table.index, words, strict=True)])
+    marks.set_rasterized(len(table) > _MOST_MARKS)
 
 
 def _tint(colour: str, strength: float) -> tuple[float, ...]:

@@ -52,19 +52,21 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 # The whole of train.json
 
 LEFT = {"config.json", "report.html"}
-LEFT_BY_RANKERS = LEFT | {"ranking.csv", "ranking.json", "ranking.png", "answer.txt"}
+LEFT_BY_RANKERS = LEFT | {"ranking.csv", "ranking.json", "ranking.png", "ranking.svg", "answer.txt"}
 LEFT_BY_RISK_MAP = LEFT | {"curve.csv", "metrics.csv", "model.pt", "last.pt", "grid.json", "maps.png", "overlay.png"}
 LEFT_BY_RISK_MAP |= {"viewer.json", "weight.nii.gz", "audit", "MODEL_CARD.md"}
-LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "audit.json", "audit.png"}
+LEFT_BY_RISK_MAP |= {"leep_before.nii.gz", "leep_after.nii.gz", "audit.csv", "audit.json", "audit.png", "audit.svg"}
 LEFT_BY_SEQUENTIAL = LEFT | {"plan.json", "paths.csv", "clusters.csv", "task_graph.json", "task_graph.graphml", "arms"}
 LEFT_BY_SEQUENTIAL |= {
     "overlay.png",
     "viewer.json",
     "task_graph.png",
+    "task_graph.svg",
     "stages",
     "audit.csv",
     "audit.json",
     "audit.png",
+    "audit.svg",
     "arms.csv",
     "answer.txt",
 }
@@ -87,7 +89,9 @@ def test_the_whole_run_leaves_what_it_promises(bundle, files, title, whole_run):
     page = (folder / "report.html").read_text()
     assert title in page
     assert "Synthetic data." in page
-    assert page.count("<img ") == len(list(folder.glob("*.png")))
+    drawn = {path.stem for path in folder.glob("*.svg")}
+    assert page.count("<svg ") == len(drawn)
+    assert page.count('src="data:image/png') == len({path.stem for path in folder.glob("*.png")} - drawn)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from medtl_ext.transfer import Report
 from medtl_ext.visualize import save_figure
 
+SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 EVIL = "<script>alert('\"&')</script>"
 CONFIG = {"epochs": 3, "task": "17-T2-ED", "roi": [8, 8], "off": None, "same": "@epochs", "run": ["x"]}
 CONFIG |= {"built": "$1 + 1", "network": {"_target_": "UNet"}, "list": ["$x"]}
@@ -50,9 +51,10 @@ def tables(page: ElementTree.Element) -> list[list[list[str]]]:
 def finished(tmp_path) -> Path:
     """What a run leaves: text, figure, table, config."""
     (tmp_path / "answer.txt").write_text("No evidence to prefer.\n\nTo use it:\npython -m monai.bundle run --x 'y'\n")
-    figure = Figure(figsize=(1, 1))
-    figure.subplots().plot([0, 1])
-    save_figure(figure, tmp_path / "ranking.png")
+    for name, draw in {"ranking": "plot", "overlay": "imshow"}.items():
+        figure = Figure(figsize=(1, 1))
+        getattr(figure.subplots(), draw)([[0, 1], [1, 2]])
+        save_figure(figure, tmp_path / f"{name}.png")
     (tmp_path / "scores.csv").write_text("source,rank,score\na,1,0.12345\nb,,0.5\n")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path
@@ -82,6 +84,7 @@ def test_the_page_needs_nothing_else(finished):
     addresses = [value for name, value in attributes if name in ("src", "href", "srcset")]
     assert addresses
     assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert all(value.startswith("#") for name, value in attributes if name == f"{{{LINK}}}href")
     (style,) = texts(page, "style")
     assert not [word for word in ("url(", "@import") if word in style]
     assert all(word in style for word in ("prefers-color-scheme: dark", "@media print"))
@@ -118,9 +121,11 @@ def test_what_an_answer_quotes_is_not_said_twice(finished):
 
 def test_figure_command_and_options_are_shown(finished):
     page = page_of(finished)
-    (image,) = page.iter("img")
-    assert base64.b64decode(image.get("src").split(",")[1]) == (finished / "ranking.png").read_bytes()
+    (image,), (drawn,) = page.iter("img"), page.iter(f"{{{SVG}}}svg")
+    assert base64.b64decode(image.get("src").split(",")[1]) == (finished / "overlay.png").read_bytes()
     assert image.get("alt")
+    drawn.tail = None
+    assert ElementTree.tostring(drawn) == ElementTree.tostring(ElementTree.parse(finished / "ranking.svg").getroot())
     again = f"python -m monai.bundle run --config_file {finished / 'config.json'} --output_dir again"
     assert texts(page, "code") == ["python -m monai.bundle run --x 'y'", again]
     assert tables(page)[-1] == [["option", "value"], ["epochs", "3"], ["task", "17-T2-ED"], ["roi", "[8, 8]"]]
@@ -250,7 +255,7 @@ def test_everything_is_escaped(finished, monkeypatch):
     (finished / "viewer.json").write_text(json.dumps({"classes": [EVIL], "views": [{"name": EVIL}]}))
     (finished / "study.md").write_text(f"# x\n\n- {EVIL}\n\n## **{EVIL}**\n\n| {EVIL} |\n|---|\n| **{EVIL}** |\n")
     pd.DataFrame({EVIL: [EVIL]}).to_csv(finished / "scores.csv", index=False)
-    (finished / "ranking.png").rename(finished / "a\" onerror='x'.png")
+    (finished / "overlay.png").rename(finished / "a\" onerror='x'.png")
     monkeypatch.setitem(CONFIG, EVIL, EVIL)
     page = page_of(finished, title=EVIL, question=EVIL)
     assert [script.attrib for script in page.iter("script")] == [{"type": "application/json", "id": "volumes"}, {}]

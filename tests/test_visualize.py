@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -222,16 +223,15 @@ class TestComparison:
         assert titles(figure) == ["A", "B"]
         panel = figure.axes[0]
         assert rows_named(panel) == {"vanilla": "bold", "risk_map": "normal", "prior_image": "normal"}
-        bars, dots = panel.collections
+        bars, runs, dots = panel.collections
         assert across(bars)[0] + across(bars)[3] == pytest.approx([0.03, 0.07, 0.18, 0.22])
         assert across(dots) == pytest.approx([0.05, 0.15, 0.25, 0.2, 0.3, 0.4])
         heights = dots.get_offsets()[:, 1].tolist()  # blank rows between the groups, and few slices above many
         assert heights == pytest.approx([1.83, -0.17, 3.83, 2.17, 0.17, 4.17])
         assert [tuple(dots.get_facecolors()[i]) for i in (0, 3)] == [to_rgba("white"), to_rgba(ORANGE)]
-        reference, runs = panel.lines[:2], panel.lines[2:]
-        assert [line.get_xdata()[0] for line in reference] == pytest.approx([0.15, 0.3])
-        assert list(runs[0].get_xdata()) == pytest.approx([0, 0.1])
-        assert [line.get_ydata()[0] for line in runs] == pytest.approx(heights)
+        assert [line.get_xdata()[0] for line in panel.lines] == pytest.approx([0.15, 0.3])  # of the reference
+        assert across(runs)[:2] == pytest.approx([0, 0.1])
+        assert runs.get_offsets()[::2, 1].tolist() == pytest.approx(heights)
         stars = [(text.get_text(), text.xy[0]) for text in panel.texts]  # the risk map, at both slice numbers
         assert stars == [("*", pytest.approx(0.05 + 0.02)), ("*", pytest.approx(0.2 + 0.02))]
         assert legend(figure) == ["baseline", "weighting", "control", "50 slices", "200 slices"]
@@ -239,7 +239,7 @@ class TestComparison:
     def test_one_slice_number_needs_no_key(self):
         figure = comparison(50)
         assert legend(figure) == ["baseline", "weighting", "control"]
-        assert figure.axes[0].collections[1].get_offsets()[:, 1].tolist() == [2, 0, 4]
+        assert figure.axes[0].collections[2].get_offsets()[:, 1].tolist() == [2, 0, 4]
 
     def test_groups(self):
         groups = {"vanilla": "baseline", "full": "baseline", "trs_map": "weighting", "frequency": "control"}
@@ -268,13 +268,12 @@ class TestRanking:
         assert across(bars)[:2] == [[0.5, 0.75], [0.45, 0.55]]
         assert across(diamonds)[:2] == [0.6, 0.5]
         assert [(text.get_text(), text.get_position()[1]) for text in scores.texts] == [("no score", 2)]
-        bars, diamonds = ranks.collections
+        bars, diamonds, by_chance, by_size = ranks.collections
         assert across(bars)[:2] == [[1, 2], [1, 2]]
         assert across(diamonds)[:2] == [1, 2]
         assert np.isnan(across(diamonds)[2])
-        marks = {line.get_marker(): line.get_xdata().tolist() for line in ranks.lines}
-        assert marks == {"s": [3, 1, 2], "o": [2, 3, 1]}  # random, source size
-        assert ranks.lines[0].get_ydata().round().tolist() == [0, 1, 2]  # in the row of their source
+        assert [across(by_chance), across(by_size)] == [[3, 1, 2], [2, 3, 1]]
+        assert by_chance.get_offsets()[:, 1].round().tolist() == [0, 1, 2]  # in the row of their source
         assert [bar.get_width() for bar in firsts.patches] == [0.8, 0.2, 0]
         assert [bar.get_facecolor() for bar in firsts.patches] == [to_rgba(c) for c in (ORANGE, ORANGE, BLUE)]
         assert rows_named(scores) == {"ED": "bold", "ET": "bold", "NCR": "normal"}
@@ -370,7 +369,11 @@ FIGURES = {
     "ranking": lambda **options: plot_ranking(ranking(TestRanking.TABLE), **options),
     "critical difference": lambda **options: diagram(RANKS, 1.6, **options),
     "outcome": lambda **options: plot_scores_against_outcome(
-        TestOutcome.TABLE, scores={"leep": "LEEP"}, outcome="auc", scratch=0.5, **options
+        TestOutcome.TABLE.assign(leep=0.4).rename({0: '<b>"&'}),
+        scores={"leep": "LEEP"},
+        outcome="auc",
+        scratch=0.5,
+        **options,
     ),
 }
 
@@ -382,6 +385,41 @@ def test_title_and_origin_of_the_data_stand_on_every_figure_and_nothing_is_cut_o
     assert figure.get_supxlabel().startswith("synthetic phantom; ")
     assert "synthetic" not in draw().get_supxlabel()
     assert outside(figure) == []
+
+
+MARKS = {
+    "audit": ["val0: method full, dice 0.4", "full: mean 0.6, low 0.5, high 0.7", "full: difference 0"],
+    "comparison": [
+        "risk_map: slices 50, mean 0.05, sd 0.02",
+        "vanilla: slices 50, mean 0.15",
+        "risk_map: slices 50, run 0",
+    ],
+    "ranking": ["ED: score 0.6, low 0.5, high 0.75", "ED: random rank 3", "ED: first in 80.0% of the resamples"],
+    "critical difference": ["LEEP  1.50", "3.50  PARC"],
+    "outcome": ['<b>"&: leep 0.4, auc 0.9'],
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_marks_say_their_names_and_values_in_a_browser(name, tmp_path):
+    texts, ids = [], []
+    for place in ("one", "two"):
+        save_figure(FIGURES[name](), tmp_path / f"{place}.png")
+        if (drawn := tmp_path / f"{place}.svg").is_file():
+            elements = list(ElementTree.parse(drawn).iter())
+            assert not [one for one in elements if one.tag.endswith("}a")]
+            texts += [one[0].text for one in elements if one.get("role") == "img"]
+            ids += [one.get("id") for one in elements if "id" in one.attrib]
+    assert set(MARKS.get(name, [])) <= set(texts)
+    assert len(ids) == len(set(ids))
+
+
+def test_too_many_marks_are_pixels(tmp_path):
+    table = pd.DataFrame({"leep": np.arange(3000), "auc": np.arange(3000)})
+    save_figure(plot_scores_against_outcome(table, scores={"leep": "LEEP"}, outcome="auc"), tmp_path / "many.png")
+    text = (tmp_path / "many.svg").read_text()
+    assert "<image" in text
+    assert len(text) < 50_000
 
 
 def test_saved_whole_or_not_at_all(tmp_path):

@@ -46,9 +46,9 @@ class Report:
     figures, tables that sort, and how it was made.
 
     Everything is read from the run's own folder (not from folders in it): texts (``answer.txt``, ``audit.json`` and
-    other JSON with a ``text``, Markdown pages), the volumes of ``viewer.json``, PNG figures, CSV tables,
-    ``config.json``. A CSV beside a Markdown page of its name is left out, for the page holds its tables. The page needs
-    no other file and no network.
+    other JSON with a ``text``, Markdown pages), the volumes of ``viewer.json``, PNG figures or the SVG beside them,
+    whose marks say their values, CSV tables, ``config.json``. A CSV beside a Markdown page of its name is left out, for
+    the page holds its tables. The page needs no other file and no network.
 
     Args:
         here: whose folder it is of; without figures there is no report.
@@ -83,7 +83,7 @@ class Report:
         views = folder / "viewer.json"
         if {**self.here.config.get("settings", {}), **self.here.config}.get("score_space") == "training":
             verdict += "\n\nScores are measured on the training grid, not in the patients' own space."
-        images = {path: base64.b64encode(path.read_bytes()).decode() for path in sorted(folder.glob("*.png"))}
+        images = sorted(folder.glob("*.png"))
         tables = [t for p in sorted(folder.glob("*.csv")) if not p.with_suffix(".md").is_file() for t in _tables(p)]
         if not (lead or verdict or details or images or tables):
             raise InputError(f"{folder} holds no text, table or figure to report; give the folder of a finished run.")
@@ -97,7 +97,7 @@ class Report:
             steps=[*steps, *_after_audit(folder)],
             viewer=json.loads(views.read_text(encoding="utf-8")) if views.is_file() else None,
             details=details,
-            figures=[(path.name, _caption(path), image) for path, image in images.items()],
+            figures=[(path.name, _caption(path), *_drawn(path)) for path in images],
             tables=tables,
             command=_command(folder),
             options=_options(self.here.config),
@@ -247,6 +247,14 @@ def _rounded(column: pd.Series) -> list[str]:
 
 def _is_number(text: str) -> bool:
     return re.match(r"[*<\s]*[-+]?\.?\d[\d.]*(e[-+]\d+)?[*]*(\s*[±(].*)?$", text) is not None
+
+
+def _drawn(path: Path) -> tuple[str, str]:
+    """The SVG beside a PNG, or else the PNG in base64, and an empty text for the other."""
+    drawn = path.with_suffix(".svg")
+    if drawn.is_file():
+        return drawn.read_text(encoding="utf-8"), ""
+    return "", base64.b64encode(path.read_bytes()).decode()
 
 
 def _caption(path: Path) -> str:

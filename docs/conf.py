@@ -13,7 +13,14 @@ html_static_path = html_css_files = ["site.css"]
 
 # The source folder is the repository, so that links between pages work here as they do on a code host.
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**.md", "docs/**.rst", "bundles/*/docs/README.md", "tutorials/README.md"]
+include_patterns = [
+    "*.md",
+    "docs/**.md",
+    "docs/**.rst",
+    "bundles/*/docs/README.md",
+    "tutorials/README.md",
+    "benchmarks/real/README.md",
+]
 exclude_patterns = ["docs/build/html", "docs/build/api/modules.rst"]
 myst_heading_anchors = 3
 

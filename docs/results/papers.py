@@ -22,10 +22,10 @@ HEAD = """# Published numbers beside baselines
 python docs/results/papers.py > docs/results/papers.md
 ```
 
-Recomputed from the papers' own tables, as printed, a CSV each in the folder `papers` beside this page; no network was
-trained for it. A paper compares its method with other methods; a user may as well choose another source, label more
-slices, or take one step instead of two. What the same tables say of that stands beside each claim. They hold one number
-a cell and no spread over trainings: what is small may be chance."""
+We recomputed these numbers from the printed tables of the papers, without training a network. Each table is a CSV file
+in the folder `papers` beside this page. A paper compares its method with other methods. You may as well choose another source, label more
+slices, or take one step instead of two. So each claim stands here beside what the same tables say of these choices. The
+tables hold one number for each cell and no spread over trainings: small differences may be chance."""
 
 
 def read(name: str) -> pd.DataFrame:
@@ -128,14 +128,14 @@ def risk_map_part(title: str, name: str) -> str:
 
 {shown(pd.concat([by_target, means.to_frame("mean").T]), "target")}
 
-Dice gained over vanilla from a random source:
+Gain in Dice over vanilla from a random source:
 
-- by the risk map, from a random source: **{gained["risk map, random source"]}**
-- by choosing the best source for vanilla, which is known only afterwards: **{gained["vanilla, best source"]}**
-- by choosing the one that is best on the other targets, without a look at this one: {gained["vanilla, best elsewhere"]}
-- by both, the best source and the risk map: {gained["risk map, best source"]}
+- with the risk map, from a random source: **{gained["risk map, random source"]}**
+- with vanilla from its best source, which is known only afterwards: **{gained["vanilla, best source"]}**
+- with vanilla from the source that is best on the other targets: {gained["vanilla, best elsewhere"]}
+- with the risk map from its best source: {gained["risk map, best source"]}
 
-Vanilla from the best source beats the risk map from a random one on **{better} of {len(by_target)}** targets."""
+Vanilla from its best source is ahead of the risk map from a random one on **{better} of {len(by_target)}** targets."""
 
 
 def sequential_part() -> str:
@@ -149,31 +149,32 @@ Dice in percent:
 
 {shown(selection().T, "choice")}
 
-What the path that the method chooses (`multi, ours`) gains over each of them, and on how many data sets it is ahead:
+The gain of the path that the method chooses (`multi, ours`) over each other choice, and the data sets on which it is
+ahead:
 
 {shown(gains, "over")}
 
-The headline of +2.58 % is the mean of the gains over `direct`, the path's own first task: **{mean["direct"]}** before
-it is cut off. Over the single source that the same method calls nearest (`single, ours`) it is
-**{mean["single, ours"]}**. Taken from the means, the two are {of_means["direct"]} and {of_means["single, ours"]}.
-For a user who can already rank single sources, the second number is what a path adds.
+The paper's headline of +2.58 % is the mean of the gains over `direct`, the path's own first task: **{mean["direct"]}**
+when it is rounded. The gain over the single source that the same method calls nearest (`single, ours`) is
+**{mean["single, ours"]}**. Computed from the means, the two gains are {of_means["direct"]} and {of_means["single, ours"]}.
+If you can already rank single sources, the second number is what a path adds.
 
 ### The best path and the best single source of each target (Table 3)
 
 {shown(best, "data set")}
 
-The best path is ahead on {best["path ahead"].sum()} of {best["targets"].sum()} targets; both are known only afterwards.
-The means of Table 3 are not all those that Table 4 prints as `best`."""
+The best path is ahead on {best["path ahead"].sum()} of {best["targets"].sum()} targets. Both are known only afterwards.
+Some means of Table 3 differ from those that Table 4 prints as `best`."""
 
 
 def page() -> str:
     few = slices()
     parts = [HEAD, "## Transfer risk map (Duan et al.)", *(risk_map_part(*one) for one in RISK_MAP.items())]
     parts += [
-        "The paper prints +4.37 % and +1.81 %: the averages, rounded to four digits before they are divided.",
+        "The paper prints +4.37 % and +1.81 %. It rounded the averages to four digits before dividing.",
         "### Fewer slices (Table III, iSeg, mean of five targets)",
         shown(few, "slices"),
-        f"The risk map with 100 slices ({few.loc[100, 'ours']:.3f}) has what vanilla has with 400 "
+        f"The risk map with 100 slices ({few.loc[100, 'ours']:.3f}) is level with vanilla with 400 "
         f"({few.loc[400, 'vanilla']:.3f}).",
     ]
     return "\n\n".join([*parts, sequential_part()])

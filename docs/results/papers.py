@@ -22,10 +22,11 @@ HEAD = """# Published numbers beside baselines
 python docs/results/papers.py > docs/results/papers.md
 ```
 
-We recomputed these numbers from the printed tables of the papers, without training a network. Each table is a CSV file
-in the folder `papers` beside this page. A paper compares its method with other methods. You may as well choose another source, label more
-slices, or take one step instead of two. So each claim stands here beside what the same tables say of these choices. The
-tables hold one number for each cell and no spread over trainings: small differences may be chance."""
+We recomputed these numbers from the printed tables of the papers, without training a network. Each table is a CSV
+file in the folder `papers` beside this page. A paper compares its method with other methods. You may as well choose
+another source, label more slices, or take one step instead of two. So each claim stands here beside what the same
+tables say of these choices. The tables hold one number for each cell and no spread over trainings: small differences
+may be chance."""
 
 
 def read(name: str) -> pd.DataFrame:
@@ -156,7 +157,7 @@ ahead:
 
 The paper's headline of +2.58 % is the mean of the gains over `direct`, the path's own first task: **{mean["direct"]}**
 when it is rounded. The gain over the single source that the same method calls nearest (`single, ours`) is
-**{mean["single, ours"]}**. Computed from the means, the two gains are {of_means["direct"]} and {of_means["single, ours"]}.
+**{mean["single, ours"]}**. Computed from the means, they are {of_means["direct"]} and {of_means["single, ours"]}.
 If you can already rank single sources, the second number is what a path adds.
 
 ### The best path and the best single source of each target (Table 3)

@@ -5,6 +5,7 @@ import pydoc
 import re
 
 project = "MedTL"
+project_copyright = "MedTL contributors, Apache-2.0"
 release = importlib.metadata.version("medtl")
 extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 html_theme = "alabaster"
@@ -39,6 +40,15 @@ def escape_axes(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"(?<![`\\])\*(?=(spatial|cells|grid)\b)", r"\\*", line) for line in lines]
 
 
+def short_types(app, what, name, obj, options, signature, returns):
+    """NumPy's ArrayLike is printed as the union that it is."""
+    short = [
+        text and re.sub(r"[~.\w]*_Buffer \| .*?\[complex \| bytes \| str\]", "ArrayLike", text)
+        for text in (signature, returns)
+    ]
+    return tuple(short)
+
+
 def where_defined(app, env, node, contnode):
     """Link `medtl_ext.metrics.LEEP`, as it is imported, to where it is documented: in `medtl_ext.metrics.leep`."""
     found = pydoc.locate(node.get("reftarget", ""))
@@ -50,4 +60,5 @@ def where_defined(app, env, node, contnode):
 
 def setup(app):
     app.connect("autodoc-process-docstring", escape_axes)
+    app.connect("autodoc-process-signature", short_types)
     app.connect("missing-reference", where_defined)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and known by what is in them."""
+"""Write files atomically, and identify files by their content."""
 
 import glob
 import hashlib
@@ -17,15 +17,15 @@ from zlib import crc32
 
 import pandas as pd
 
-MUCH = 2**27  # bytes to read, after which hashes are worth keeping
+MUCH = 2**27  # from so many bytes read on, hashes are cached on disk
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, renamed to it when the block succeeds and removed when it does not.
+    """Yield a temporary path beside ``path``. It is renamed to ``path`` if the block succeeds, and deleted if it fails.
 
-    The temporary name keeps the suffixes (``.nii.gz``), which writers choose their format by. What a process that was
-    killed left of the same path is cleared away.
+    The temporary name keeps the suffixes (``.nii.gz``), because writers choose the format by them. Temporary files that
+    a killed process left for the same path are deleted.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -51,22 +51,22 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of somebody else
+    except PermissionError:  # it runs, and belongs to another user
         pass
     return True
 
 
 def cache_root() -> Path:
-    """Where what is expensive to make is kept: ``$MONAI_DATA_DIRECTORY``, or ``medtl`` in the user's cache."""
+    """Folder for what is expensive to compute: ``$MONAI_DATA_DIRECTORY``, or ``medtl`` in the user's cache."""
     if data := os.environ.get("MONAI_DATA_DIRECTORY"):
         return Path(data)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medtl"
 
 
 def content_hashes(paths: Iterable[Path]) -> dict[Path, list[str]]:
-    """What each path holds, as SHA-256: of a file, of both of an Analyze pair, of all in a folder; none of no file.
+    """SHA-256 hashes of each path: of the file, of both files of an Analyze pair, or of all files in a folder.
 
-    A file is read again only where its size, times or inode have changed.
+    A missing path has no hash. A file is read again only if its size, times or inode have changed.
 
     >>> content_hashes([Path("no such file")])
     {PosixPath('no such file'): []}
@@ -84,7 +84,7 @@ def content_hashes(paths: Iterable[Path]) -> dict[Path, list[str]]:
                 bytes_read += of.st_size
             found[path].append(known[name][1])
     if bytes_read > MUCH:
-        with suppress(OSError):  # a cache that cannot be written to costs time only
+        with suppress(OSError):  # without a writable cache, the next call only takes longer
             write_json(record, {name: kept for name, kept in known.items() if os.path.exists(name)})
     return found
 
@@ -100,30 +100,29 @@ def _known_hashes(record: Path) -> dict[str, list[Any]]:
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file())
-    if suffix_of(path) in (".hdr", ".img", ".mhd"):  # the voxels are in another one
+    if suffix_of(path) in (".hdr", ".img", ".mhd"):  # header and voxels are two files
         return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
     return [path] if path.is_file() else []
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:
-    """The ending that says what format a file has, in lower case: ``.nii.gz`` is one."""
+    """The extension of a file in lower case; ``.nii.gz`` counts as one extension."""
     name = Path(path).name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write ``content`` as indented JSON, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write ``content`` as indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` and one line end, whole or not at all."""
+    """Write ``text`` and one line end, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def write_csv(path: str | os.PathLike[str], table: pd.DataFrame, *, digits: int | None = 6) -> None:
-    """Write a table without its index, whole or not at all; numbers with so many digits, or (None) in full."""
+    """Write a table without its index, atomically. Numbers get so many significant digits; None writes them in full."""
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, float_format=digits and f"%.{digits}g")

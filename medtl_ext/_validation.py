@@ -1,4 +1,4 @@
-"""What every room needs to refuse bad input in one clear line."""
+"""Checks of input: each raises an `InputError` that says in one line what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-# Torch and MONAI take seconds to import, which the modules without tensors need not wait for.
+# Importing torch and MONAI takes seconds. Modules without tensors do not wait for them.
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: What `check_labels` writes wherever a label equals ``ignore_index``.
 IGNORED = -1
 
-# Labels are kept as int16 between the two looks a metric takes at them.
+# Metrics store labels as int16.
 LARGEST_LABEL = 2**15 - 1
 
-# What a label's value may be off a whole number: a header's scale factor, or 32 bits, leave less than this.
+# Largest distance of a label's value from a whole number. Scale factors in headers and 32-bit rounding stay below it.
 _ROUNDING = 0.01
 
-# Bytes of a file's name are 255 at most, and ours add to it.
+# File systems allow names of 255 bytes, and we append to names.
 LONGEST_NAME = 200
 shown = reprlib.Repr()
-"""Writes what somebody gave on one line of a message, however long it is: ``shown.repr(name)``."""
+"""Shortens a user's value so that it fits on one line of a message: ``shown.repr(name)``."""
 shown.maxstring = LONGEST_NAME
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: the message says what was found, what was expected and what to do.
+    """The user's input cannot be used. The message says what was found, what was expected and what to do.
 
-    The bundles print it as one line on the command line, without the traceback.
+    On the command line the bundles print it as one line, without a traceback.
     """
 
 
 def require_choice(name: str, value: str, choices: Iterable[str]) -> str:
-    """Return ``value`` if it is one of ``choices``, else raise an `InputError` that names the nearest one.
+    """Return ``value`` if it is one of ``choices``, else raise an `InputError` that suggests the most similar one.
 
     >>> require_choice("direction", "hardness", ["hardness", "literal"])
     'hardness'
@@ -58,7 +58,7 @@ def require_choice(name: str, value: str, choices: Iterable[str]) -> str:
 
 
 def require_choices(name: str, values: Sequence[str], choices: Iterable[str]) -> list[str]:
-    """The values, none twice, if there is one and all are among ``choices``; see `require_choice`.
+    """Return the values without duplicates if there is at least one and all are in ``choices``; see `require_choice`.
 
     >>> require_choices("metric", ["leep", "leep"], ["leep", "h_score"])
     ['leep']
@@ -72,9 +72,9 @@ def require_choices(name: str, values: Sequence[str], choices: Iterable[str]) ->
 def require_number(
     name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False, above: bool = False
 ) -> Any:
-    """Return ``value`` if it is a finite number from ``least`` (with ``above``: more) to ``most``, whole if asked for.
+    """Return ``value`` if it is a finite number in [least, most].
 
-    True and false are no numbers.
+    ``above`` excludes ``least``, and ``whole`` asks for an integer. Booleans do not count as numbers.
 
     >>> require_number("stride", 4, 1, whole=True)
     4
@@ -90,7 +90,7 @@ def require_number(
 
 
 def require_name(what: str, name: str) -> str:
-    """Return a name that can be part of a path, a table and a page on every system, and is no expression in any.
+    """Return ``name`` if it is safe as part of a file name, in a table and in an HTML page, on every operating system.
 
     Names come from collections, cards and options, which other people may have written.
 
@@ -115,7 +115,7 @@ def require_name(what: str, name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says in one line, or else its kind.
+    """First line of an error's message, or the error's class name if the message is empty.
 
     >>> first_line(ValueError("too small\\nat line 3"))
     'too small'
@@ -124,7 +124,7 @@ def first_line(error: BaseException) -> str:
 
 
 def warn(message: str) -> None:
-    """Issue a `UserWarning` that points at the line outside this package which led here."""
+    """Issue a `UserWarning` that points to the caller's line outside this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "medtl_ext":
         frame, level = frame.f_back, level + 1
@@ -150,7 +150,7 @@ def as_plain_tensor(name: str, value: Any) -> Tensor:
 
 
 def check_samples(name: str, value: Any, *, channels: str) -> Tensor:
-    """Return N x channels (x *spatial) real numbers in a floating dtype; ``channels`` is the letter for their number.
+    """Return N x channels (x *spatial) real numbers as floating point; messages call the channel axis ``channels``.
 
     >>> check_samples("features", [[1, 2]], channels="D")
     tensor([[1., 2.]], dtype=torch.float64)
@@ -167,7 +167,7 @@ def check_samples(name: str, value: Any, *, channels: str) -> Tensor:
 
 
 def check_labels(name: str, value: Any, *, ignore_index: int | None = None) -> Tensor:
-    """Return integer class labels as int64, `IGNORED` wherever they equal ``ignore_index``.
+    """Return integer class labels as int64, with `IGNORED` where they equal ``ignore_index``.
 
     >>> check_labels("target_labels", [0.0, 2.0, 255.0], ignore_index=255)
     tensor([ 0,  2, -1])
@@ -190,14 +190,15 @@ def check_labels(name: str, value: Any, *, ignore_index: int | None = None) -> T
         )
         raise InputError(f"{name} holds the negative label {low}; expected class indices 0, 1, 2, ... ({hint}).")
     if high > LARGEST_LABEL:
-        raise InputError(f"{name} holds the label {high}; at most {LARGEST_LABEL} is supported (is this an image?).")
+        hint = f"expected class indices up to {LARGEST_LABEL} (did you pass an image?)"
+        raise InputError(f"{name} holds the label {high}; {hint}.")
     return labels if ignore_index is None else labels.masked_fill_(ignored, IGNORED)
 
 
 def check_labels_of(name: str, samples: Tensor, target_labels: Any, *, ignore_index: int | None) -> Tensor:
-    """Return the N x *spatial labels of N x channels x *spatial samples, called ``name``, on their device.
+    """Return labels N x *spatial that fit samples N x channels x *spatial, on the device of the samples.
 
-    Labels may carry a channel axis of length one, as MONAI's do.
+    Messages call the samples ``name``. Labels may have a channel axis of length one, as in MONAI.
     """
     labels = check_labels("target_labels", target_labels, ignore_index=ignore_index)
     expected = (len(samples), *samples.shape[2:])
@@ -210,14 +211,16 @@ def check_labels_of(name: str, samples: Tensor, target_labels: Any, *, ignore_in
 
 
 def whole_labels(label: np.ndarray) -> tuple[np.ndarray, tuple[str, str, str] | None]:
-    """A label as whole numbers: values within 0.01 of one are that one, and NaN, as outside of a scan, is 0.
+    """Round a label map to whole numbers.
+
+    Values within 0.01 of a whole number are rounded. NaN, which some files hold outside the scan, becomes 0.
 
     Args:
         label: of any shape and real dtype.
 
     Returns:
-        The label, and what there is to say of it, if anything: ``warning`` or ``error``, the problem, and what to do.
-        It is an error that values are further from a whole number; these are left as they are.
+        The label, and a note or None: its severity (``warning`` or ``error``), the problem, and what to do. Values
+        farther from a whole number are an error and stay as they are.
 
     >>> whole_labels(np.array([0, 0.99998, 2]))[0]
     array([0., 1., 2.])
@@ -233,7 +236,7 @@ def whole_labels(label: np.ndarray) -> tuple[np.ndarray, tuple[str, str, str] | 
     if (odd := off > _ROUNDING).any():
         value = label[odd].min()
         fractional = f"fractional values, such as {value:g}, which is more than {_ROUNDING:g} off {value:.0f}"
-        advice = "resample labels with nearest-neighbour interpolation, and cut probabilities"
+        advice = "resample labels with nearest-neighbour interpolation, and threshold probabilities"
         return np.where(odd, label, whole), ("error", f"the label holds {fractional}", advice)
     shares = {f"up to {off.max():.1g} off a whole number": off > 0, "NaN, which counts as background": outside}
     found = [f"{100 * where.mean():.2g} % of the label are {what}" for what, where in shares.items() if where.any()]

@@ -1,4 +1,4 @@
-"""MONAI engines, where the stock ones lack what transfer needs."""
+"""MONAI trainer and inferer, extended by what transfer learning needs."""
 
 from collections.abc import Sequence
 from functools import cache, partial
@@ -16,12 +16,12 @@ from medtl_ext._validation import InputError
 
 
 class MixedPrecisionInferer(SimpleInferer):
-    """The forward pass of a training on a processor in bfloat16, where it computes in that; its logits are float32.
+    """Forward pass in bfloat16 on CPUs that compute in it; the logits are returned in float32.
 
-    Twice as many steps a second on processors with AVX-512 BF16 or AMX. Weights, loss and optimizer stay in float32. On
-    other processors, and on a GPU, where the trainer's own ``amp`` decides, it is a `SimpleInferer`. A 3D convolution
-    over fewer slices than its kernel spans stays in float32: in bfloat16 its weights' gradient reads memory that nobody
-    wrote (PyTorch 2.13, oneDNN; now and then not a number).
+    This doubles the steps per second on CPUs with AVX-512 BF16 or AMX. Weights, loss and optimizer stay in float32. On
+    other CPUs, and on a GPU (where the trainer's own ``amp`` decides), it is a `SimpleInferer`. A 3D convolution over
+    fewer slices than its kernel spans stays in float32: in bfloat16 the gradient of its weights reads uninitialised
+    memory, and is sometimes NaN (PyTorch 2.13, oneDNN).
 
     Example:
         In a bundle config: ``"inferer": {"_target_": "medtl_ext.engines.MixedPrecisionInferer"}`` of a trainer.
@@ -37,7 +37,7 @@ class MixedPrecisionInferer(SimpleInferer):
             return super().__call__(inputs, network, *args, **kwargs).float()
 
 
-DILATION = {torch.conv3d: 5, torch.conv_transpose3d: 7}  # its place among the arguments
+DILATION = {torch.conv3d: 5, torch.conv_transpose3d: 7}  # position of this argument
 
 
 class _ThinMapsInFloat32(TorchFunctionMode):
@@ -52,8 +52,8 @@ class _ThinMapsInFloat32(TorchFunctionMode):
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether this processor computes in bfloat16, and does not only store it."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.6 does not tell
+    """Whether this CPU computes in bfloat16, rather than only storing it."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.6 lacks this function
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
@@ -85,10 +85,10 @@ class MirroredInferer(Inferer):
 
 
 class WeightedTrainer(SupervisedTrainer):
-    """A `SupervisedTrainer` whose loss also gets the per-pixel weights of the batch, when the batch has them.
+    """A `SupervisedTrainer` that passes the batch's per-pixel weights, if it has any, to the loss.
 
-    A weight map per image has to follow the image through flips and rotations, so it travels in the batch under the
-    key ``weight`` and reaches the loss as its keyword argument of that name. Everything else (mixed precision,
+    A weight map per image must follow its image through flips and rotations. It is therefore part of the batch, under
+    the key ``weight``, and reaches the loss as the keyword argument ``weight``. Everything else (mixed precision,
     gradient accumulation, compilation) is the stock iteration.
 
     Example:
@@ -99,7 +99,7 @@ class WeightedTrainer(SupervisedTrainer):
     weight_key = "weight"
 
     def run(self) -> None:
-        """Train; with ``max_epochs=0`` the network stays the untouched source, and only ``COMPLETED`` is fired."""
+        """Train. With ``max_epochs=0`` the network stays as it is, and only ``COMPLETED`` is fired."""
         if self.state.max_epochs == 0:
             self.fire_event(Events.COMPLETED)
         else:

@@ -1,9 +1,9 @@
 r"""Task graph, its clusters, and the best path of sources to a target task (SeqTran).
 
-A node is a task ``institution-modality-objective`` with the number of its labelled samples, an edge joins two tasks
-that share the modality or the objective, and its weight is a cost such as `medtl_ext.affinity.task_affinity` gives:
->= 0, lower is nearer. Graphs are `networkx.Graph`, never changed here, and every result is the same in every run: ties
-are broken by name, unless they are asked to be broken at random.
+A node is a task ``institution-modality-objective`` with the number of its labelled samples. An edge joins two tasks
+that share the modality or the objective. Its weight is a cost >= 0, such as that of `medtl_ext.affinity.task_affinity`;
+lower means more similar. Graphs are `networkx.Graph` and are never changed here. All results are reproducible: ties are
+broken by name, or at random with a seed.
 
 Reference: Yang et al., *Selecting the Best Sequential Transfer Path for Medical Image Segmentation with Limited Labeled
 Data*.
@@ -27,9 +27,9 @@ from medtl_ext._io import atomic_path, write_json
 from medtl_ext._validation import InputError, require_choice, require_number
 
 RULES = ("size", "weighted_centroid")
-# Shortest paths whose lengths differ by less, relatively, are equally short; betweennesses, equally high.
+# Relative differences below which two paths are equally short, and two betweennesses are equal.
 SAME, TIE = 1e-12, 1e-9
-# Least length of an edge, relative to the longest: far above what counts as the same.
+# Smallest length of an edge, relative to the longest: far above `SAME`.
 LEAST = 1e-6
 
 
@@ -38,11 +38,11 @@ class NoPathError(InputError):
 
 
 class TransferPath(NamedTuple):
-    """A path of sources to the target, which is not named in it.
+    """A path of sources that leads to the target. The target itself is not in it.
 
     Attributes:
         cost: see `optimal_transfer_path`.
-        tasks: what to train on before the target, in this order: first a representative, then intermediate tasks.
+        tasks: the tasks to train on before the target, in order: first a representative, then intermediate tasks.
     """
 
     cost: float
@@ -50,20 +50,20 @@ class TransferPath(NamedTuple):
 
 
 def task_graph(tasks: Sequence[str], costs: ArrayLike, *, sizes: Mapping[str, int]) -> nx.Graph:
-    """Join the tasks that share the modality or the objective, at the given costs.
+    """Join the tasks that share the modality or the objective, with the given costs.
 
     Args:
         tasks: n names ``institution-modality-objective``.
-        costs: n x n, symmetric, >= 0, lower is nearer; the diagonal is not looked at. Pairs that share neither modality
-            nor objective are not joined and may be NaN.
+        costs: n x n, symmetric, >= 0, lower means more similar; the diagonal is not used. Pairs that share neither
+            modality nor objective are not joined, and may be NaN.
         sizes: task -> number of its labelled samples, 1 or more.
 
     Returns:
         A graph with ``institution, modality, objective, size`` at its nodes and ``weight`` at its edges.
 
     Raises:
-        InputError: a name of another form or given twice, a task without size, costs of another shape, not symmetric,
-            negative, or not finite where two tasks are joined.
+        InputError: a name of another form or given twice, a task without size, or costs that have another shape, are
+            not symmetric, negative, or not finite where two tasks are joined.
 
     >>> costs = [[0, 1, 5], [1, 0, 2], [5, 2, 0]]
     >>> graph = task_graph(["13-T1-ED", "13-T2-ED", "13-T2-ET"], costs, sizes=dict.fromkeys(
@@ -95,25 +95,26 @@ def task_graph(tasks: Sequence[str], costs: ArrayLike, *, sizes: Mapping[str, in
 def girvan_newman_clusters(
     graph: nx.Graph, n_clusters: int, *, weight: str | None = "weight", rng: np.random.Generator | None = None
 ) -> list[set[Hashable]]:
-    """Clusters that are left when the edges most shortest paths run through are removed, one after the other.
+    """Girvan-Newman clustering: remove the edge of highest betweenness until the graph has ``n_clusters`` components.
 
-    Removes the edge of highest betweenness, counts betweenness again, and so on, until the graph has fallen into
-    ``n_clusters`` parts or more. 84 tasks and 1,722 edges take about a second.
+    Betweenness (the number of shortest paths along an edge) is computed again after every removal. 84 tasks and 1,722
+    edges take about a second.
 
     Args:
-        graph: undirected; may have several components, which are clusters to begin with.
-        n_clusters: parts to reach, from 1 to the number of nodes. A graph can fall into more at once only if it had
-            more from the start.
-        weight: the edges' attribute that is a distance, >= 0; None counts edges, as SeqTran's code does. A weight
-            below a millionth of the largest, such as 0, counts as that.
-        rng: breaks ties between edges at random; None: by name. Edges tie often, also where no two weights are equal,
-            for betweenness counts paths: see `tied_clusterings`.
+        graph: undirected. Its components, if there are several, are separate clusters from the start.
+        n_clusters: number of clusters, from 1 to the number of nodes. There are more only if the graph has more
+            components from the start.
+        weight: the edges' attribute that is a distance, >= 0. None counts edges, as SeqTran's code does. A weight below
+            a millionth of the largest, such as 0, counts as a millionth.
+        rng: breaks ties between edges at random; None breaks them by name. Ties are frequent even if all weights
+            differ, because betweenness counts paths: see `tied_clusterings`.
 
     Returns:
-        The clusters, the largest first, those of one size by name.
+        The clusters, largest first; clusters of equal size by name.
 
     Raises:
-        InputError: no undirected simple graph, ``n_clusters`` out of range, a weight that is missing, negative or NaN.
+        InputError: not an undirected simple graph, ``n_clusters`` out of range, or a weight that is missing, negative
+            or NaN.
 
     >>> graph = nx.barbell_graph(3, 0)
     >>> girvan_newman_clusters(graph, 2, weight=None)
@@ -127,14 +128,14 @@ def girvan_newman_clusters(
 def tied_clusterings(
     graph: nx.Graph, n_clusters: int, *, weight: str | None = "weight", draws: int = 100
 ) -> list[list[set[Hashable]]]:
-    """What `girvan_newman_clusters` gives with ties between edges broken at random, so many times.
+    """Results of `girvan_newman_clusters` with ties between edges broken at random, ``draws`` times.
 
     Args:
-        graph, n_clusters, weight: as there.
-        draws: each with a seed of its own, from 0.
+        graph, n_clusters, weight: as in `girvan_newman_clusters`.
+        draws: number of draws, with the seeds 0, 1, 2, ...
 
     Returns:
-        The clusters of every draw, or the only ones, once, where no two edges ever tie.
+        The clusters of every draw. If no two edges ever tie, there is one result only.
 
     >>> [len(tied_clusterings(graph, 2, weight=None)) for graph in (nx.cycle_graph(4), nx.barbell_graph(3, 0))]
     [100, 1]
@@ -148,7 +149,7 @@ def tied_clusterings(
 def _clustered(
     graph: nx.Graph, n_clusters: int, weight: str | None, rng: np.random.Generator | None = None
 ) -> tuple[list[set[Hashable]], bool]:
-    """The clusters, and whether two edges tied for the highest betweenness on the way there."""
+    """The clusters, and whether two edges tied for the highest betweenness at any step."""
     _check_graph(graph, weight)
     require_number("n_clusters", n_clusters, 1, len(graph), whole=True)
     names, tied = sorted(graph, key=str), False
@@ -157,29 +158,30 @@ def _clustered(
     lengths = np.maximum(lengths / longest, LEAST)
     flow = _flow(lengths, np.arange(len(names)))
     while (found := connected_components(np.isfinite(lengths), directed=False))[0] < n_clusters:
-        betweenness = np.triu(flow.sum(axis=0))  # along an edge as many run in either direction
+        betweenness = np.triu(flow.sum(axis=0))  # the matrix is symmetric
         highest = np.argwhere(betweenness >= betweenness.max() * (1 - TIE))
         tied |= len(highest) > 1
         u, v = highest[0 if rng is None else rng.integers(len(highest))]
         lengths[u, v] = lengths[v, u] = np.inf
-        changed = np.flatnonzero(flow[:, u, v] + flow[:, v, u])  # a few: no other shortest path ran along the edge
+        changed = np.flatnonzero(flow[:, u, v] + flow[:, v, u])  # sources with a shortest path along this edge
         flow[changed] = _flow(lengths, changed)
     parts = [{names[place] for place in np.flatnonzero(found[1] == part)} for part in range(found[0])]
     return sorted(parts, key=lambda part: (-len(part), min(map(str, part)))), tied
 
 
 def _flow(lengths: np.ndarray, sources: np.ndarray) -> np.ndarray:
-    """How many shortest paths from each source run along each edge (sources x n x n), by Brandes' dependencies.
+    """Number of shortest paths from each source along each edge (sources x n x n), by Brandes' dependencies.
 
-    Those of networkx, from all sources at once: a hundred times faster, and without the order of its dictionaries.
+    As in networkx, but for all sources at once. It is a hundred times faster, and does not depend on the order of
+    nodes.
     """
     n = len(lengths)
     reach = dijkstra(lengths, indices=sources)
     tails, heads = np.nonzero(np.isfinite(lengths))
-    # No path leads between components, where both sides are infinite.
+    # Infinite on both sides, and so False, between components.
     on_path = reach[:, tails] + lengths[tails, heads] < reach[:, heads] * (1 + SAME)
     source, edge = np.nonzero(on_path)
-    # A node of the paths from each source has a place of its own.
+    # One index for each pair of source and node.
     before, after = source * n + tails[edge], source * n + heads[edge]
     starts = np.eye(n)[sources].ravel()
     counts = _settled(lambda paths: starts + np.bincount(after, paths[before], starts.size), starts)
@@ -191,31 +193,31 @@ def _flow(lengths: np.ndarray, sources: np.ndarray) -> np.ndarray:
 
 
 def _settled(step: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """Repeat ``step`` until it changes nothing: as often as the longest path has edges."""
+    """Repeat ``step`` until nothing changes: as many times as the longest path has edges."""
     while not np.array_equal(values, changed := step(values)):
         values = changed
     return values
 
 
 def _rounded(cost: float) -> float:
-    """A cost as far as it can be compared: sums in another order differ in their last bits."""
+    """Round a cost for comparisons: sums in another order differ in their last bits."""
     return float(f"{cost:.12g}")
 
 
 def cluster_representatives(
     graph: nx.Graph, clusters: Sequence[Collection[Hashable]], *, rule: str = "size"
 ) -> list[Hashable]:
-    """One task of every cluster to start a path from, in the order of the clusters.
+    """Select the task of every cluster from which paths start, in the order of the clusters.
 
     Args:
-        graph: of `task_graph`: ``size`` at its nodes, ``weight`` at its edges.
-        clusters: of `girvan_newman_clusters`.
-        rule: "size" takes the task with most samples. Of equals it takes the one with least mean cost to the tasks of
-            its cluster that it is joined to, then the first by name. "weighted_centroid", as in SeqTran's code, takes
-            the task with least mean cost to the others of its cluster, weighted by their sizes, then the first by name.
+        graph: from `task_graph`, with ``size`` at its nodes and ``weight`` at its edges.
+        clusters: from `girvan_newman_clusters`.
+        rule: "size" takes the task with most samples. Among equal sizes it takes the smallest mean cost to its
+            neighbours in the cluster, then the first name. "weighted_centroid", as in SeqTran's code, takes the
+            smallest mean cost to its neighbours in the cluster, weighted by their sizes, then the first name.
 
     Raises:
-        InputError: an unknown rule, an empty cluster, or a task that is not in the graph, in two clusters, or without
+        InputError: an unknown rule, an empty cluster, or a task that is not in the graph, is in two clusters, or has no
             size.
 
     >>> graph = nx.Graph([("a", "b", {"weight": 1.0}), ("b", "c", {"weight": 2.0})])
@@ -251,25 +253,25 @@ def optimal_transfer_path(
 ) -> list[TransferPath]:
     r"""The cheapest paths from a representative r over intermediate tasks of its cluster to the target t.
 
-    A path r -> i -> t costs ``w(r, t) + w(r, i) + w(i, t)``; one over more intermediate tasks, w(r, t) and the sum of
-    all its edges. No edge is an infinite cost. As every path's cost begins with w(r, t), none is cheaper than going
-    straight to the target: whether a detour pays is for fine-tuning, not for this sum, to say.
+    The cost of a path r -> i -> t is ``w(r, t) + w(r, i) + w(i, t)``. With more intermediate tasks it is w(r, t) plus
+    the sum of all edges. A missing edge has infinite cost. Every cost contains w(r, t), so a path is never cheaper than
+    the direct step to the target. Only fine-tuning can show whether an intermediate step helps.
 
     Args:
-        graph: of `task_graph`; the target is not in it.
-        target_costs: task -> cost to the target, >= 0; a task left out, or with an infinite cost, is not joined to it.
-        clusters: of `girvan_newman_clusters`.
+        graph: from `task_graph`, without the target.
+        target_costs: task -> cost to the target, >= 0. A task that is missing, or has infinite cost, is not joined to
+            the target.
+        clusters: from `girvan_newman_clusters`.
         representatives: one task of each cluster, in the same order.
-        max_intermediates: paths have 1 to so many intermediate tasks; 0: none, straight from a representative.
-        k: how many paths at most.
+        max_intermediates: largest number of intermediate tasks; paths have at least one. 0 allows direct steps only.
+        k: largest number of paths.
 
     Returns:
         The cheapest paths, at most ``k``, best first, ties by name.
 
     Raises:
-        NoPathError: no path at all, with the reason.
-        InputError: a negative or NaN cost; representatives that are not of their
-            clusters.
+        NoPathError: there is no path; the message says why.
+        InputError: a negative or NaN cost, or representatives that do not fit the clusters.
 
     >>> graph = nx.Graph([("a", "b", {"weight": 1.0}), ("b", "c", {"weight": 2.0})])
     >>> optimal_transfer_path(graph, {"a": 3.0, "b": 0.5, "c": 0.1}, [{"a", "b", "c"}], ["a"])
@@ -289,10 +291,10 @@ def optimal_transfer_path(
         if not cost >= 0:
             raise InputError(f"target_costs says {cost} for {task}; expected a cost of 0 or more.")
         if task not in graph:
-            raise InputError(f"target_costs names {task}, which is not in the graph.")
+            raise InputError(f"target_costs names {task}, which is not in the graph; expected a task of the graph.")
 
     cluster_of = dict(zip(representatives, clusters, strict=True))
-    # Costs only grow along a path, so the first complete ones to come off the heap are the cheapest.
+    # Costs grow along a path, so the first complete paths from the heap are the cheapest.
     heap: list[tuple[float, bool, tuple[str, ...], tuple[Hashable, ...], float]] = []
 
     def push(tasks: tuple[Hashable, ...], cost: float, *, complete: bool) -> None:
@@ -314,9 +316,9 @@ def optimal_transfer_path(
                 push((*tasks, task), cost + graph[tasks[-1]][task]["weight"], complete=False)
     if not found:
         raise NoPathError(
-            "there is no path to the target: it is joined to no representative that is joined, within its cluster, to "
-            "another task which the target is joined to; clusters of one task each have no such task. Use the nearest "
-            "single source, or more source tasks, or ask for fewer clusters."
+            "there is no path to the target: it is joined to no representative whose cluster has an intermediate task "
+            "that is joined to both (clusters of one task each have none). Use the nearest single source, add source "
+            "tasks, or ask for fewer clusters."
         )
     return found
 
@@ -327,9 +329,9 @@ def write_task_graph(
     """Write the graph as GraphML (``.graphml``, for Gephi, Cytoscape, yEd) or as node-link JSON (``.json``).
 
     Args:
-        graph: of `task_graph`.
-        path: of the file; written whole or not at all.
-        clusters: each task's place among them is written as its ``cluster``, from 0.
+        graph: from `task_graph`.
+        path: of the file, which is written atomically.
+        clusters: the index of a task's cluster, from 0, is written as its attribute ``cluster``.
 
     Raises:
         InputError: another ending, or a cluster with a task that is not in the graph.
@@ -348,7 +350,7 @@ def write_task_graph(
 
 
 def read_task_graph(path: str | os.PathLike[str]) -> nx.Graph:
-    """The graph of a ``.json`` file that `write_task_graph` wrote.
+    """Read the graph from a ``.json`` file of `write_task_graph`.
 
     Raises:
         InputError: the file is missing, or holds no task graph.

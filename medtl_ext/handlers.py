@@ -1,4 +1,4 @@
-"""Ignite handlers of the bundles: the weight map before training, resumable checkpoints, scores per patient."""
+"""Ignite handlers for training: weight maps, resumable checkpoints, fine-tuning recipes, scores per patient."""
 
 import copy
 import logging
@@ -36,25 +36,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, eq=False)
 class WeightMap:
-    """Weigh the loss by a map that is computed when training starts, from the frozen source or from the labels.
+    """Weight the loss by a map that is computed when training starts, from the frozen source or from the labels.
 
-    At `Events.STARTED` an evaluator passes once over the target's training images with the frozen source network. Its
-    metric (such as `medtl_ext.metrics.LEEPMap`) gives the transferability of each pixel. ``to_weight`` (such as
-    `medtl_ext.losses.risk_map`) turns that into weights. One map for all images becomes a buffer of the loss. One map
-    per image becomes the key ``weight`` of the dataset, so that it follows its image through flips and rotations.
-    At `Events.COMPLETED` the same pass with the fine-tuned network shows what training changed (RiskMap, Fig. 2).
+    At `Events.STARTED` an evaluator runs once over the target's training images with the frozen source network. Its
+    metric (such as `medtl_ext.metrics.LEEPMap`) measures the transferability of each pixel, and ``to_weight`` (such as
+    `medtl_ext.losses.risk_map`) turns it into weights. One map for all images becomes a buffer of the loss. Maps per
+    image become the key ``weight`` of the dataset, so that they follow their images through flips and rotations. At
+    `Events.COMPLETED` the same pass with the fine-tuned network shows what training changed (RiskMap, Fig. 2).
 
-    In a distributed run every process makes the whole pass, and so holds the same map without sending it around.
+    In a distributed run every process makes the whole pass, so all have the same map without communication.
 
     Args:
-        dataset: the training set, a `medtl_ext.data.SliceDataset` for maps per image.
+        dataset: the training set; a `medtl_ext.data.SliceDataset` for maps per image.
         loss: gets the map if there is one for all images.
-        to_weight: from the metric's value (or from the labels, N x *spatial) to weights of the same spatial shape.
-        evaluator: a MONAI evaluator over the training images without random transforms. None: the weights come from
-            the labels alone, as in the controls that never see the source.
+        to_weight: function of the metric's value (or of the labels, N x *spatial) that returns weights of the same
+            spatial shape.
+        evaluator: a MONAI evaluator over the training images without random transforms. None computes the weights from
+            the labels only, as in the controls without source.
         metric: name of the metric in ``evaluator.state.metrics``.
-        output_dir: gets ``leep_before.nii.gz``, ``weight.nii.gz`` and ``leep_after.nii.gz`` of a map for all images,
-            ``weight_<subject>.nii.gz`` of maps per image. None writes nothing.
+        output_dir: folder for ``leep_before.nii.gz``, ``weight.nii.gz`` and ``leep_after.nii.gz`` (one map for all
+            images) or ``weight_<subject>.nii.gz`` (maps per image). None writes nothing.
     """
 
     dataset: Any
@@ -70,14 +71,14 @@ class WeightMap:
             engine.add_event_handler(Events.COMPLETED, self.after)
 
     def before(self, engine: Trainer) -> None:
-        """Compute the map and hand it to the loss or to the dataset."""
+        """Compute the map and pass it to the loss or to the dataset."""
         labels = torch.stack([torch.as_tensor(item["label"])[0] for item in self.dataset.plain()])
         value = labels if self.evaluator is None else self._transferability()
         weight = self.to_weight(value)
         if isinstance(weight, Tensor) and weight.ndim == labels.ndim - 1:
             if self.dataset[0]["label"].shape[1:] == labels.shape[1:]:
                 self.loss.set_weight(weight.to(engine.state.device))
-            else:  # the training draws patches, each of which needs its part of the map
+            else:  # training draws patches, which need their part of the map
                 self.dataset.set_map("weight", repeat_cells(weight, labels.shape[1:]).expand_as(labels))
             self._save("weight.nii.gz", weight)
             if self.evaluator is not None:
@@ -89,7 +90,7 @@ class WeightMap:
         logger.info("weights: mean %.2f, from %.2f to %.2f", flat.mean(), flat.min(), flat.max())
 
     def after(self, engine: Trainer) -> None:
-        """The same pass with the network as it is after training."""
+        """Make the same pass with the trained network."""
         source, self.evaluator.network = self.evaluator.network, engine.network
         try:
             value = self._transferability()
@@ -103,14 +104,14 @@ class WeightMap:
         return self.evaluator.state.metrics[self.metric]
 
     def _save(self, name: str, values: Tensor) -> None:
-        """Write a map as NIfTI on the grid of the first training volume; a 2D map is repeated along its slices."""
+        """Write a map as NIfTI on the grid of the first training volume. A 2D map is repeated along the slices."""
         subject = self.dataset[0]["subject"]
         shape = self.dataset.geometry[subject][1]
-        array = repeat_cells(values.detach().cpu(), shape[: values.ndim]).numpy()  # of a map with a stride
+        array = repeat_cells(values.detach().cpu(), shape[: values.ndim]).numpy()  # undo a stride
         self._write(name, np.broadcast_to(array[..., None] if array.ndim == 2 else array, shape), subject)
 
     def _save_per_subject(self, weights: Tensor) -> None:
-        """Write each patient's weights as a volume on the patient's grid, 1 where no slice was trained on."""
+        """Write each patient's weights as a volume on the patient's grid, with 1 in slices that are not trained on."""
         volumes: dict[str, np.ndarray] = {}
         for item, weight in zip(self.dataset.plain(), weights, strict=True):
             shape = self.dataset.geometry[item["subject"]][1]
@@ -127,18 +128,18 @@ class WeightMap:
 
 @dataclass(kw_only=True, eq=False)
 class ResumableCheckpoint:
-    """Keep the best network as ``model.pt`` and everything needed to go on as ``last.pt``; go on from it when there.
+    """Save the best network as ``model.pt`` and the state of the training as ``last.pt``; resume from it if it exists.
 
-    ``model.pt`` is a plain ``state_dict`` of the network that is validated. It is replaced only by one of a better key
-    metric, and the best value so far is kept in ``last.pt`` too: a resumed run knows it. Files are written whole or not
-    at all, ``last.pt`` first, which holds what ``model.pt`` is made of: a run may be killed at any time. List it after
-    the validation handler in ``train#handlers``.
+    ``model.pt`` is a plain ``state_dict`` of the validated network. It is replaced only if the key metric improves. The
+    best value is also in ``last.pt``, so that a resumed run knows it. A run may be killed at any time: files are
+    written atomically, and ``last.pt``, from which ``model.pt`` can be restored, is written first. List this handler
+    after the validation handler in ``train#handlers``.
 
     Args:
-        save_dir: where the two files are.
+        save_dir: folder of the two files.
         evaluator: the validation engine whose key metric decides. None: every epoch's network replaces the last.
-        save_dict: what to go on with beside the engine's own epoch, by name: network, optimizer, schedule. What has no
-            ``state_dict`` has nothing to go on with, as a recipe that only asks which step it is.
+        save_dict: name -> object whose state is saved: network, optimizer, schedule. Objects without ``state_dict`` are
+            ignored, such as recipes without a state.
     """
 
     save_dir: str | Path
@@ -148,7 +149,7 @@ class ResumableCheckpoint:
     best_epoch: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
-        # Of a handler without a state, such as MONAI's of a schedule, the schedule's.
+        # MONAI's handler of a schedule has no state; its schedule has.
         items = {name: getattr(item, "lr_scheduler", item) for name, item in self.save_dict.items()}
         items |= {name: item for name, item in self.save_dict.items() if hasattr(item, "state_dict")}
         self.save_dict = {name: item for name, item in items.items() if hasattr(item, "state_dict")}
@@ -159,7 +160,7 @@ class ResumableCheckpoint:
         engine.add_event_handler(Events.COMPLETED, self.keep_untrained)
 
     def keep_untrained(self, engine: Trainer) -> None:
-        """A run of no epochs, which scores the source as it is, leaves its network like any other."""
+        """Save the network of a run without epochs, which scores the untouched source."""
         if engine.state.epoch == 0 and idist.get_rank() == 0:
             self._save_network()
 
@@ -171,7 +172,7 @@ class ResumableCheckpoint:
         try:
             state = read_checkpoint(last)
         except InputError as error:
-            raise InputError(f"{last} is damaged; delete it, and the training begins anew.") from error
+            raise InputError(f"{last} is damaged; delete it to start the training again.") from error
         try:
             for name, item in self.save_dict.items():
                 _unwrapped(item).load_state_dict(state[name])
@@ -180,17 +181,17 @@ class ResumableCheckpoint:
             raise InputError(f"{last} is of another run ({reason}); give another --output_dir.") from error
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         if self.best_epoch == state["epoch"] and idist.get_rank() == 0:
-            self._save_network()  # which a run that was killed after last.pt has not done
+            self._save_network()  # the run may have been killed between both files
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
         if engine.state.epoch < engine.state.max_epochs:
             logger.info("resuming after epoch %d of %d", engine.state.epoch, engine.state.max_epochs)
 
     def save(self, engine: Trainer) -> None:
-        """Save the state after an epoch, and the network if it is the best yet.
+        """Save the state after an epoch, and the network if it is the best so far.
 
         Raises:
-            InputError: weights are not finite: what the epoch before left stays.
+            InputError: weights are not finite. The files of the epoch before are kept.
         """
         weights = _unwrapped(self.save_dict["network"]).state_dict().values()
         if not all(bool(value.isfinite().all()) for value in weights):
@@ -199,7 +200,7 @@ class ResumableCheckpoint:
         epoch, value, better = engine.state.epoch, 0.0, self.evaluator is None
         if self.evaluator is not None and self.evaluator.state.epoch == epoch:  # validated in this epoch
             value = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])
-            value = float("-inf") if np.isnan(value) else value  # no case could be scored
+            value = float("-inf") if np.isnan(value) else value  # no patient could be scored
             better = value > self.best or self.best_epoch < 0
         if better:
             self.best, self.best_epoch = value, epoch
@@ -225,10 +226,10 @@ def _unwrapped(item: Any) -> Any:
 
 @dataclass(kw_only=True, eq=False)
 class EpochSeed:
-    """Seed every epoch by its number, so that a run resumed after an epoch gives what it would have given in one go.
+    """Seed every epoch by its number, so that a resumed run gives the same result as an uninterrupted one.
 
     Args:
-        dataset: the training set, whose random transforms are seeded too.
+        dataset: the training set; its random transforms are seeded too.
         seed: of the run.
     """
 
@@ -242,25 +243,25 @@ class EpochSeed:
         seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
         torch.manual_seed(seed)
         set_rnd(self.dataset, seed)
-        engine.set_data(engine.state.dataloader)  # a new order of samples, from its beginning
+        engine.set_data(engine.state.dataloader)  # start the loader again, with a new order
 
 
 @dataclass(kw_only=True, eq=False)
 class TrainingLength:
-    """How long a training is, and when it validates: so many epochs, or as many as fit into some minutes here.
+    """Set the length of a training, in epochs or in minutes on this machine, and validate at intervals.
 
-    After the first epoch the log says how long the training takes on this machine. With ``minutes``, it then trains
-    for as many epochs as that time allows, validations apart, and the schedule is stretched to them. Writes
-    ``curve.csv``, a row for each validation: ``epoch, steps, minutes`` (of training) and the evaluator's key metric. It
-    belongs before `ResumableCheckpoint`, whose ``save_dict`` keeps it.
+    After the first epoch the log says how long the training takes on this machine. With ``minutes``, the number of
+    epochs is chosen to fit this time (without validations), and the schedule is adapted. Writes ``curve.csv`` with a
+    row for each validation: ``epoch, steps, minutes`` (of training) and the evaluator's key metric. List this handler
+    before `ResumableCheckpoint`, and add it to its ``save_dict``.
 
     Args:
         evaluator: MONAI engine that validates.
-        lr_scheduler: one with a number of epochs, ``total_iters``.
-        save_dir: of ``curve.csv``.
-        interval: epochs from one validation to the next; None: five times in all.
-        minutes: of training, at least one epoch; None: the trainer's own number of epochs.
-        settings: gets that number as ``epochs``, for the trainings that are compared with this one.
+        lr_scheduler: a schedule whose number of epochs is ``total_iters``.
+        save_dir: folder of ``curve.csv``.
+        interval: epochs between two validations. None validates five times in total.
+        minutes: of training, at least one epoch. None keeps the trainer's number of epochs.
+        settings: its ``epochs`` is set to the chosen number, for the trainings that are compared with this one.
     """
 
     evaluator: Evaluator
@@ -281,7 +282,7 @@ class TrainingLength:
         return copy.deepcopy(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as long as was decided before."""
+        """Resume with the length that was chosen before."""
         self.state = copy.deepcopy(dict(state))
         self._write_curve()
         if self.minutes is not None:
@@ -291,12 +292,12 @@ class TrainingLength:
         self._began, self._steps = perf_counter(), engine.state.epoch_length
 
     def skip_first(self, engine: Trainer) -> None:
-        """Do not count the first step of all, which sets up what the others use."""
+        """Do not count the very first step, which is slower because of initialisations."""
         if engine.state.iteration == 1 and self._steps > 1:
             self._began, self._steps = perf_counter(), self._steps - 1
 
     def end(self, engine: Trainer) -> None:
-        """Decide after the first epoch, and validate where that is due."""
+        """Choose the length after the first epoch, and validate if it is due."""
         seconds = (perf_counter() - self._began) / self._steps
         epoch, length = engine.state.epoch, engine.state.epoch_length
         self.state["minutes"] += seconds * length / 60
@@ -328,17 +329,17 @@ class TrainingLength:
             self.settings |= {"epochs": epochs, "minutes": None}
 
 
-# Recipes of fine-tuning: what the option ``recipe`` adds to a training
+# Recipes of fine-tuning: handlers that the option ``recipe`` adds to a training
 
 
 @dataclass(kw_only=True, eq=False)
 class LayerwiseRates:
-    """A learning rate for each layer, which falls by the same factor from one layer to the next towards the image.
+    """One learning rate per layer: it decreases from layer to layer, by a constant factor, from the head to the input.
 
     Args:
-        network, optimizer: of the training; the optimizer has all parameters in one group.
+        network, optimizer: of the training. The optimizer must have one group with all parameters.
         image: a training image, see `medtl_ext.networks.layers`.
-        lowest: the rate of the first layer as a share of that of the head, which is the optimizer's.
+        lowest: learning rate of the first layer as a share of the head's, which is the optimizer's.
 
     Reference: Howard and Ruder, *Universal Language Model Fine-tuning for Text Classification*, ACL 2018.
     """
@@ -360,15 +361,15 @@ class LayerwiseRates:
 
 @dataclass(kw_only=True, eq=False)
 class LinearProbe:
-    """Train the head alone for the first part of the steps, then everything (LP-FT).
+    """Train only the head in the first part of the steps, then everything (LP-FT).
 
-    Meanwhile the rest is as if frozen: no parameter moves, and no statistics of batch norm. Its gradients are computed
-    and dropped, so that several processes agree on what they exchange.
+    In the first part the rest is frozen: parameters and statistics of batch normalisation do not change. Its gradients
+    are computed and dropped, because all processes must exchange the same gradients.
 
     Args:
-        network: that is trained, all of it.
+        network: the trained network, without frozen parts.
         image: a training image, see `medtl_ext.networks.layers`.
-        share: of the training's steps.
+        share: length of the first part, as a share of the training's steps.
 
     Reference: Kumar et al., *Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution*, ICLR
     2022.
@@ -388,7 +389,7 @@ class LinearProbe:
         return _in_first(self.share, self._engine)
 
     def drop_gradients(self, engine: Trainer) -> None:
-        """An optimizer passes over a parameter without a gradient."""
+        """Optimizers skip parameters without gradient."""
         for name, parameter in self.network.named_parameters():
             if self.probing and re.match(self._pattern, name):
                 parameter.grad = None
@@ -400,14 +401,14 @@ class LinearProbe:
 
 @dataclass(kw_only=True, eq=False)
 class WeightAveraging:
-    """Average the weights over the steps of a training; the average is what is validated, saved and used.
+    """Average the weights over the steps of a training. The averaged network is validated and saved.
 
-    The running statistics of batch norm are averaged alike. The training itself is unchanged.
+    The running statistics of batch normalisation are averaged too. The training itself does not change.
 
     Args:
-        network, evaluator: that is trained, and what validates it.
-        decay: what of the average each step keeps (EMA); None: all steps weigh the same (SWA).
-        start: share of the training's steps before the average begins; until then it is the network itself.
+        network, evaluator: the trained network, and the engine that validates it.
+        decay: share of the average that each step keeps (EMA). None gives all steps the same weight (SWA).
+        start: share of the training's steps before averaging begins. Until then, the network itself is used.
 
     Reference: Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*, UAI 2018.
     """
@@ -430,18 +431,18 @@ class WeightAveraging:
         self._average.load_state_dict(state)
 
     def update(self, engine: Trainer) -> None:
-        """Take the network of this step in."""
+        """Include the network of this step."""
         if _in_first(self.start, engine):
-            self._average.n_averaged.zero_()  # the next network is copied
+            self._average.n_averaged.zero_()  # then the network is copied
         self._average.update_parameters(self.network)
 
 
 @dataclass(kw_only=True, eq=False)
 class Penalty:
-    """The form of a recipe that adds ``strength`` times a penalty to the loss, before the backward pass.
+    """Base class of recipes that add ``strength`` times a penalty to the loss, before the backward pass.
 
     Args:
-        network: that is trained; has the source's weights when the trainer is made.
+        network: the trained network. It must have the source's weights when the trainer is made.
         image: a training image, see `medtl_ext.networks.layers`.
         strength: 0 or more.
     """
@@ -458,7 +459,7 @@ class Penalty:
         engine.state.output["loss"] = engine.state.output["loss"] + self.strength * self.penalty(engine)
 
     def features_of(self, network: nn.Module) -> list[Tensor]:
-        """From now on what went into the network's head last, N x C x *spatial."""
+        """A list that holds the latest input of the network's head, N x C x *spatial."""
         seen: list[Tensor] = []
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -469,9 +470,10 @@ class Penalty:
 
 
 class StartingPoint(Penalty):
-    """Pull the weights towards those that the training starts from, and the head's towards 0 (L2-SP).
+    """Penalise the distance of the weights from their initial values, and of the head's weights from 0 (L2-SP).
 
-    The penalty is ``(||w - w0||^2 + ||h||^2) / 2``, h the head: the target's classes may be its own.
+    The penalty is ``(||w - w0||^2 + ||h||^2) / 2``, where h are the weights of the head, because the target may have
+    other classes.
 
     Reference: Li et al., *Explicit Inductive Bias for Transfer Learning with Convolutional Networks*, ICML 2018.
     """
@@ -487,10 +489,10 @@ class StartingPoint(Penalty):
 
 
 class SpectralShrinkage(Penalty):
-    """Shrink the smallest singular value of each batch's features, which is said to transfer worst (BSS).
+    """Penalise the smallest singular value of each batch's features, which transfers worst by the paper (BSS).
 
-    Features are what goes into the head, pixels x channels. The penalty is the square of the value, over the number of
-    pixels. The paper has a vector an image and no such divisor: its 0.001, of 48 images, is 0.05 here.
+    Features are the input of the head, pixels x channels. The penalty is the squared singular value divided by the
+    number of pixels. The paper has one vector per image and no divisor: its strength 0.001 for 48 images is 0.05 here.
 
     Reference: Chen et al., *Catastrophic Forgetting Meets Negative Transfer: Batch Spectral Shrinkage for Safe Transfer
     Learning*, NeurIPS 2019, with k = 1.
@@ -506,10 +508,10 @@ class SpectralShrinkage(Penalty):
 
 
 class FeatureDistillation(Penalty):
-    """Keep what goes into the head near to what the untouched source has there, on the same images.
+    """Keep the input of the head close to that of the untouched source, on the same images.
 
-    The penalty is the squared distance of both at a pixel, the mean over pixels. This is DELTA without its attention,
-    which weighs channels by what the source loses without them, and without its decay of the head.
+    The penalty is the squared distance of both at a pixel, averaged over pixels. This is DELTA without attention (which
+    weights channels by the source's loss without them) and without weight decay of the head.
 
     Reference: Li et al., *DELTA: Deep Learning Transfer using Feature Map with Attention*, ICLR 2019.
     """
@@ -527,14 +529,14 @@ class FeatureDistillation(Penalty):
 
 @dataclass(kw_only=True, eq=False)
 class JointTraining:
-    """Train on the source's images too: each batch is drawn from both.
+    """Also train on the source's images: each batch is drawn from both training sets.
 
     Args:
-        source: its training set, whose items are as the target's, best as many of them.
+        source: the source's training set, with items like the target's, and best the same number.
         seed: of the run.
 
     Raises:
-        InputError: one of several processes trains, which would all draw the same.
+        InputError: there are several processes, which would all draw the same images.
     """
 
     source: Dataset
@@ -551,16 +553,16 @@ class JointTraining:
 
 @dataclass(kw_only=True, eq=False)
 class WeightInterpolation:
-    """After the training, keep the point between its start and its end that is best for the validation (WiSE-FT).
+    """Interpolate between the start and the end of a training, and keep what validates best (WiSE-FT).
 
-    Weights and statistics of batch norm alike are ``(1 - c) start + c end``, end being the best network of the
-    training, which stays as ``finetuned.pt``. Writes ``interpolation.csv``: ``coefficient`` and the evaluator's key
-    metric. Of a head that is fresh the start says nothing; then the end will be the best.
+    Weights and statistics of batch normalisation are ``(1 - c) start + c end``. The end is the best network of the
+    training; it is kept as ``finetuned.pt``. Writes ``interpolation.csv``: ``coefficient`` and the evaluator's key
+    metric. If the head starts from random weights, the end will be best.
 
     Args:
-        network, evaluator: that is trained, and what validates it.
-        save_dir: where `ResumableCheckpoint` keeps ``model.pt``, which is replaced.
-        coefficients: to try; of equal ones the first is kept.
+        network, evaluator: the trained network, and the engine that validates it.
+        save_dir: folder where `ResumableCheckpoint` saves ``model.pt``, which is replaced.
+        coefficients: values of c to try. If several validate equally well, the first is kept.
 
     Reference: Wortsman et al., *Robust Fine-Tuning of Zero-Shot Models*, CVPR 2022.
     """
@@ -575,7 +577,7 @@ class WeightInterpolation:
         engine.add_event_handler(Events.COMPLETED, self.choose)
 
     def choose(self, engine: Trainer) -> None:
-        """Validate each, and keep the best; a run that is killed meanwhile begins with the same end."""
+        """Validate each coefficient, and keep the best. If the run is killed here, it resumes with the same end."""
         model, end = (Path(self.save_dir, name) for name in ("model.pt", "finetuned.pt"))
         if engine.state.epoch == 0:
             return
@@ -591,7 +593,7 @@ class WeightInterpolation:
             rows.append({"coefficient": coefficient, name: float(self.evaluator.state.metrics[name])})
         table = pd.DataFrame(rows)
         best = float(table["coefficient"][table[name].fillna(-np.inf).idxmax()])
-        logger.info("%g of the way from the start to the end of the training is best for the validation", best)
+        logger.info("%g of the way from the start to the end of the training validates best", best)
         if idist.get_rank() == 0:
             with atomic_path(model) as temporary:
                 torch.save(self._between(tuned, best), temporary)
@@ -605,7 +607,7 @@ class WeightInterpolation:
 
 
 def _in_first(share: float, engine: Trainer) -> bool:
-    """Whether the step is in the first part of a training, which also one that is resumed knows."""
+    """Whether the current step is in the first part of the training; also correct in a resumed run."""
     return engine.state.iteration <= share * engine.state.max_epochs * engine.state.epoch_length
 
 
@@ -613,8 +615,8 @@ class TensorBoardCurves(TensorBoardStatsHandler):
     """A training's loss by iteration and its validation scores by epoch, for TensorBoard.
 
     Args:
-        log_dir: where TensorBoard finds them.
-        validator: the validation engine. What it scores after the training is no point of a curve.
+        log_dir: folder for TensorBoard.
+        validator: the validation engine. Its scores after the end of the training are not part of the curve.
     """
 
     def __init__(self, *, log_dir: str | Path, validator: Evaluator) -> None:
@@ -633,15 +635,15 @@ class TensorBoardCurves(TensorBoardStatsHandler):
 class SubjectTable:
     """Scores per patient and class of an evaluator's last pass, as the table ``evaluator.state.subject_table``.
 
-    Columns: subject, patient (where the data say whose scan it is), class, one per metric, those of
-    `medtl_ext.metrics.compute_segmentation_scores`, which states the rule for what is empty, and ``empty``: the class
-    is neither in the truth nor in the segmentation.
+    Columns: subject, patient (if the data name the patient of a scan), class, one per metric, those of
+    `medtl_ext.metrics.compute_segmentation_scores` (see there for empty masks), and ``empty``: the class is neither in
+    the truth nor in the segmentation.
 
-    The evaluator's output has ``pred`` and ``label``, one-hot and, as their spacing is in their affine, MetaTensors.
+    The evaluator's output must have ``pred`` and ``label``, one-hot MetaTensors, whose affine gives the spacing.
 
     Args:
         class_names: names of the foreground classes, in order.
-        metrics: names under which the evaluator's metrics keep their details per case.
+        metrics: names of the evaluator's metrics that have details per case.
     """
 
     class_names: Sequence[str]
@@ -658,7 +660,7 @@ class SubjectTable:
         self._scores: list[list[list[float]]] = []
 
     def collect(self, engine: Evaluator) -> None:
-        """Note who is in the batch, and score the foreground classes."""
+        """Store the subjects of the batch, and score the foreground classes."""
         self._subjects += [item["subject"] for item in engine.state.batch]
         self._patients += [item.get("patient", "") for item in engine.state.batch]
         for item in engine.state.output:
@@ -668,7 +670,7 @@ class SubjectTable:
             self._names = list(scores[0])
 
     def tabulate(self, engine: Evaluator) -> None:
-        """Join subjects and scores; with several processes the metrics' details come gathered in rank order."""
+        """Join subjects and scores. With several processes, both are gathered in the order of ranks."""
         subjects, patients = string_list_all_gather(self._subjects), string_list_all_gather(self._patients)
         scores = evenly_divisible_all_gather(torch.tensor(self._scores, dtype=torch.float64, device=idist.device()))
         known = [{"subject": s} | ({"patient": p} if p else {}) for s, p in zip(subjects, patients, strict=True)]

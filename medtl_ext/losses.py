@@ -1,4 +1,4 @@
-"""Risk-weighted fine-tuning: pixel weights from a LEEP map, the baselines' weights, and the loss that applies them."""
+"""Risk-weighted fine-tuning: pixel weights from a LEEP map, weights of baselines, and the weighted loss."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from medtl_ext._validation import IGNORED, InputError, as_plain_tensor, check_labels, require_choice, require_number
 
-# LEEP that differs by less than this share is the same up to rounding, which is no hardness.
+# Relative differences of LEEP below this are rounding errors.
 FLAT = 1e-9
 
 
@@ -23,27 +23,27 @@ def risk_map(
     clip: tuple[float, float] | None = None,
     size: Sequence[int] | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Pixel weights that grow, from 1 to ``base``, with how hard the transfer is at a pixel.
+    """Pixel weights from 1 to ``base`` that grow with the difficulty of the transfer at a pixel.
 
-    With t the LEEP map, h = (max t - t) / (max t - min t) and the weight is ``base ** h``. The range of t is taken over
-    everything that is given: maps per image (N x *spatial, or a list) are scaled together, so that a hard image weighs
-    more than an easy one.
+    Let t be the LEEP map. Then h = (max t - t) / (max t - min t), and the weight is ``base ** h``. Maps per image
+    (N x *spatial, or a list) share the same minimum and maximum, so that difficult images get larger weights than easy
+    ones.
 
     Args:
         leep_map: LEEP values of any shape (see `medtl_ext.metrics.LEEPMap` and `LEEPImageMaps`), or a list of maps.
         base: the largest weight, 1 or more.
-        direction: "hardness" gives the pixels of lowest LEEP the weight ``base``, which is what the paper's text and
-            figures say. "literal" is its eq. 5 as printed, with (t - min t), which weights the *easy* pixels.
-        clip: percentiles (low, high) of the LEEP values to clip at before scaling, e.g. (1, 99). Without it a single
-            outlier sets the scale and can flatten the rest of the map to weights near 1.
-        size: spatial size to repeat the cells of a strided map to, e.g. the images' (240, 240).
+        direction: "hardness" gives the pixels of lowest LEEP the weight ``base``, as in the paper's text and figures.
+            "literal" is its eq. 5 as printed, with (t - min t): it gives the *easy* pixels the large weights.
+        clip: percentiles (low, high), such as (1, 99), at which LEEP is clipped before scaling. Without clipping, one
+            outlier sets the scale and can push all other weights close to 1.
+        size: spatial size of the result, such as (240, 240): the cells of a map with stride are repeated.
 
     Returns:
-        Weights in [1, base], float64, of the map's shape (or ``size``). NaN cells, where the metric saw no valid pixel,
-        get 1; a constant map gives ones.
+        Weights in [1, base], float64, of the map's shape (or ``size``). They are 1 in NaN cells (without valid pixel),
+        and everywhere if the map is constant.
 
     Raises:
-        InputError: a ValueError; Inf in the map, an empty map, a setting out of range.
+        InputError: Inf in the map, an empty map, or a setting out of range.
 
     Example:
         >>> risk_map(torch.tensor([0.0, -0.5, -1.0, float("nan")]))
@@ -72,13 +72,13 @@ def trs_map(leep_map: torch.Tensor, *, size: Sequence[int] | None = None) -> tor
 
     Args:
         leep_map: LEEP values of any shape; the paper takes `LEEPMap` with ``stride=4``.
-        size: spatial size to repeat the cells of a strided map to, e.g. the images' (240, 240).
+        size: spatial size of the result, such as (240, 240): the cells of a map with stride are repeated.
 
     Returns:
-        Weights of 1 or more, float64, of the map's shape (or ``size``); NaN cells get 1.
+        Weights of 1 or more, float64, of the map's shape (or ``size``); 1 in NaN cells.
 
     Raises:
-        InputError: a ValueError; Inf in the map, an empty map, a size that no whole stride leads to.
+        InputError: Inf in the map, an empty map, or a size that does not fit the map with any stride.
 
     Example:
         >>> trs_map(torch.tensor([[0.0, -0.5]]), size=(2, 4))
@@ -92,20 +92,21 @@ def trs_map(leep_map: torch.Tensor, *, size: Sequence[int] | None = None) -> tor
 
 
 def frequency_map(target_labels: Any, *, base: float = 10.0, ignore_index: int | None = None) -> torch.Tensor:
-    """Pixel weights ``base ** f``, f the share of images that are foreground at the pixel: a control without a source.
+    """Pixel weights ``base ** f``, where f is the share of images with foreground at the pixel: a control without
+    source.
 
-    A risk map correlates with f above 0.9. Only what it gains over this map can be credited to the source model.
+    The correlation of a risk map with f is above 0.9. Only its gain over this map is due to the source model.
 
     Args:
         target_labels: N x *spatial or N x 1 x *spatial class indices (0 is background), or an iterable of N label maps.
         base: the weight of a pixel that is foreground in every image, 1 or more.
-        ignore_index: pixels with this label are left out; a pixel ignored in every image gets weight 1.
+        ignore_index: pixels with this label are left out. A pixel that is ignored in all images gets weight 1.
 
     Returns:
         Weights in [1, base], float64, *spatial.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> frequency_map(torch.tensor([[[0, 1, 2]], [[0, 0, 1]]]))
@@ -126,10 +127,10 @@ def frequency_map(target_labels: Any, *, base: float = 10.0, ignore_index: int |
 
 
 def prior_image_maps(target_labels: torch.Tensor, *, base: float = 10.0) -> torch.Tensor:
-    """Pixel weights per image from ``ln P(y)`` of each pixel's class: the control of per-image risk maps.
+    """Pixel weights per image from ``ln P(y)`` of each pixel's class: the control for per-image risk maps.
 
-    It is the per-image map of a source that tells nothing, whose ``P(y|z)`` is ``P(y)``: rare classes weigh most. Only
-    what a per-image risk map gains over it can be credited to the source model.
+    It is the risk map of an uninformative source, for which ``P(y|z)`` is ``P(y)``. Rare classes get the largest
+    weights. Only the gain of a per-image risk map over this map is due to the source model.
 
     Args:
         target_labels: N x *spatial or N x 1 x *spatial class indices (0 is background).
@@ -139,7 +140,7 @@ def prior_image_maps(target_labels: torch.Tensor, *, base: float = 10.0) -> torc
         Weights in [1, base], float64, N x *spatial.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> prior_image_maps(torch.tensor([[[0, 0, 1]], [[0, 0, 2]]])).squeeze(1)
@@ -153,10 +154,10 @@ def prior_image_maps(target_labels: torch.Tensor, *, base: float = 10.0) -> torc
 def class_weights(
     target_labels: Any, *, n_classes: int, power: float = 1.0, ignore_index: int | None = None
 ) -> torch.Tensor:
-    """Class weights proportional to ``frequency ** -power``, scaled so that their mean over all pixels is 1.
+    """Class weights proportional to ``frequency ** -power``, scaled to a mean of 1 over all pixels.
 
-    ``power=1`` is the inverse class frequency (scikit-learn's "balanced"), ``power=0.5`` its square root, often the
-    better choice for rare structures. In a bundle's JSON::
+    ``power=1`` is the inverse class frequency (scikit-learn's "balanced"). ``power=0.5`` is its square root, which is
+    often better for rare structures. In a bundle's JSON::
 
         "loss": {
             "_target_": "torch.nn.CrossEntropyLoss",
@@ -169,17 +170,17 @@ def class_weights(
         }
 
     Args:
-        target_labels: integer tensor of any shape, or an iterable of them (one pass, nothing is kept).
+        target_labels: integer tensor of any shape, or an iterable of them, which is read once.
         n_classes: number of classes including the background.
-        power: 0 gives ones.
+        power: 0 or more. 0 gives all classes the weight 1.
         ignore_index: pixels with this label are left out.
 
     Returns:
-        n_classes weights, float32 as losses need it. A class that does not occur gets the neutral weight 1: it never
-        meets these labels, and must not break the loss on others.
+        n_classes weights, float32 as losses need it. A class that does not occur gets weight 1, so that the loss stays
+        valid if it occurs in other labels.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> class_weights(torch.tensor([0, 0, 0, 1]), n_classes=3)
@@ -194,10 +195,10 @@ def class_weights(
 
 
 def log_prior(target_labels: Any, *, n_classes: int, ignore_index: int | None = None) -> torch.Tensor:
-    """Natural logarithm of the class frequencies, for the control that shifts a network's output bias.
+    """Natural logarithm of the class frequencies, for the control that shifts the bias of a network's output.
 
-    Subtracting it from the logits of a network trained by plain cross-entropy undoes the preference for common classes,
-    without any map or weight.
+    Subtract it from the logits of a network trained with plain cross-entropy: this removes the preference for frequent
+    classes, without any map or weight.
 
     Args:
         target_labels: integer tensor of any shape, or an iterable of them.
@@ -205,10 +206,10 @@ def log_prior(target_labels: Any, *, n_classes: int, ignore_index: int | None = 
         ignore_index: pixels with this label are left out.
 
     Returns:
-        n_classes values <= 0, float32. A class that does not occur counts as one pixel, so that the value is finite.
+        n_classes values <= 0, float32. A class that does not occur counts as one pixel, so that its value is finite.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> log_prior(torch.tensor([0, 0, 0, 1]), n_classes=2)
@@ -221,39 +222,39 @@ def log_prior(target_labels: Any, *, n_classes: int, ignore_index: int | None = 
 class RiskWeightedLoss(nn.Module):
     """A weighted sum of an elementwise loss over all pixels, divided by the number of foreground pixels in the batch.
 
-    ``sum_i w_i l_i / number of foreground pixels``, with w a map shared by all images or one map per sample. A batch of
-    healthy slices has none; it is divided by the number of its pixels, lest its loss be thousands of times another's.
-    In a bundle's JSON::
+    ``sum_i w_i l_i / number of foreground pixels``, with w a map shared by all images or one map per sample. A batch
+    without foreground is divided by its number of pixels; otherwise its loss would be thousands of times larger than
+    those of other batches. In a bundle's JSON::
 
         "loss": {
             "_target_": "medtl_ext.losses.RiskWeightedLoss",
             "base_loss": {"_target_": "torch.nn.CrossEntropyLoss", "reduction": "none"}
         }
 
-    followed by ``loss.set_weight(risk_map(leep_map))`` once the map is known, and ``loss.to(device)``.
+    When the map is known, call ``loss.set_weight(risk_map(leep_map))`` and ``loss.to(device)``.
 
-    The divisor sets the scale of the loss, here several times that of a mean. Adam divides the scale out again and
-    hardly notices it; with SGD it is a larger learning rate.
+    The divisor makes the loss several times larger than a mean. Adam is almost independent of the scale of the loss;
+    with SGD it has the effect of a larger learning rate.
 
-    The shared map is a buffer, so it follows ``.to(device)``, but is not part of the state dict: it is recomputed from
-    the frozen source when a run starts, and a checkpoint fits a loss with any map or none.
+    The shared map is a buffer, so ``.to(device)`` moves it. It is not part of the state dict: every run computes it
+    from the frozen source, and a checkpoint fits a loss with any map or none.
 
-    Under torch.distributed the divisor is that of the whole batch over all processes, scaled so that
-    DistributedDataParallel's averaged gradient is the one a single process would compute on the whole batch.
+    Under torch.distributed the divisor is computed over all processes. It is scaled so that the averaged gradient of
+    DistributedDataParallel equals that of a single process with the whole batch.
 
     Args:
-        base_loss: elementwise loss (``reduction="none"``) of logits N x C x *spatial that returns N x *spatial or
-            N x K x *spatial, which is summed over K. `CrossEntropyLoss` and `NLLLoss` are called with targets
-            N x *spatial (int64), any other with N x 1 x *spatial in the dtype of the logits, as MONAI's ``to_onehot_y``
-            losses and `BCEWithLogitsLoss` expect. Pixels with the label of its ``ignore_index`` count nowhere.
-        weight: pixel weights *spatial, shared by all images; None weighs all pixels alike until `set_weight`.
-        normalization: the divisor: "foreground" (the number of pixels with a label above 0: paper), "mean"
-            (the number of pixels), or "weights" (the sum of the weights).
-        region_loss: a loss that is no sum over pixels, such as MONAI's ``DiceLoss(to_onehot_y=True, softmax=True)``,
-            added unweighted. It is called with the logits and N x 1 x *spatial targets.
+        base_loss: elementwise loss (``reduction="none"``) of logits N x C x *spatial. It returns N x *spatial, or
+            N x K x *spatial, which is summed over K. `CrossEntropyLoss` and `NLLLoss` get targets N x *spatial (int64).
+            Other losses get N x 1 x *spatial in the dtype of the logits, as MONAI's ``to_onehot_y`` losses and
+            `BCEWithLogitsLoss` expect. Pixels with the loss's ``ignore_index`` are left out.
+        weight: pixel weights *spatial, shared by all images. None gives all pixels weight 1 until `set_weight`.
+        normalization: the divisor. "foreground": number of pixels with a label above 0, as in the paper. "mean": number
+            of pixels. "weights": sum of the weights.
+        region_loss: a loss that is not a sum over pixels, such as MONAI's ``DiceLoss(to_onehot_y=True, softmax=True)``.
+            It is added without weights, and gets the logits and N x 1 x *spatial targets.
 
     Raises:
-        InputError: a ValueError; a base loss that reduces, negative or infinite weights, shapes that do not fit.
+        InputError: a base loss with a reduction, negative or infinite weights, or shapes that do not fit.
 
     Example:
         >>> loss = RiskWeightedLoss(nn.CrossEntropyLoss(reduction="none"), torch.tensor([[1.0, 3.0]]))
@@ -276,7 +277,7 @@ class RiskWeightedLoss(nn.Module):
         super().__init__()
         reduction = getattr(base_loss, "reduction", "none")
         if reduction != "none":
-            raise InputError(f"base_loss has reduction='{reduction}'; expected 'none', since every pixel is weighted.")
+            raise InputError(f"base_loss has reduction='{reduction}'; set reduction='none', to weight every pixel.")
         self.base_loss = base_loss
         self.region_loss = region_loss
         self.normalization = require_choice("normalization", normalization, ["foreground", "mean", "weights"])
@@ -285,7 +286,7 @@ class RiskWeightedLoss(nn.Module):
             self.set_weight(weight)
 
     def set_weight(self, weight: Any) -> None:
-        """Share these pixel weights (*spatial, finite, 0 or more) among all images from now on."""
+        """Use these pixel weights (*spatial, finite, 0 or more) for all images from now on."""
         weight = as_plain_tensor("weight", weight).float()
         if weight.numel() == 0 or not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
             raise InputError("weight is empty, negative or not finite; expected pixel weights of 0 or more.")
@@ -297,7 +298,7 @@ class RiskWeightedLoss(nn.Module):
         Args:
             input: logits, N x C x *spatial.
             target: class indices of any dtype, N x *spatial or N x 1 x *spatial.
-            weight: weights of this batch's own pixels, N x *spatial or N x 1 x *spatial, in place of the shared map.
+            weight: weights of this batch, N x *spatial or N x 1 x *spatial, instead of the shared map.
         """
         logits = _plain(input)
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -312,7 +313,7 @@ class RiskWeightedLoss(nn.Module):
         return weighted
 
     def _weight_of(self, weight: Any | None, logits: torch.Tensor) -> torch.Tensor | None:
-        """The weights of this batch in the dtype of the loss, shaped to multiply N x *spatial; None for all alike."""
+        """The weights of this batch in the dtype of the loss, to multiply N x *spatial; None without weights."""
         if weight is None and self.weight is not None:
             weight = self.weight = self.weight.to(logits.device)
         if weight is None:
@@ -341,7 +342,7 @@ class RiskWeightedLoss(nn.Module):
             counted = valid & (labels.long() > 0) if self.normalization == "foreground" else valid
             total = counted.sum().to(torch.float32)
         totals, world = torch.stack([total, valid.sum().to(total)]), 1
-        # Only where a backward pass will follow: in an evaluation the processes may run different numbers of batches.
+        # Only in training: in an evaluation the processes may have different numbers of batches.
         if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
             world = dist.get_world_size()
@@ -349,17 +350,17 @@ class RiskWeightedLoss(nn.Module):
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without MONAI's metadata, which every operation would carry along, still a part of the graph."""
+    """The tensor without MONAI's metadata, which would slow down every operation; gradients still flow."""
     return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
 
 
 def _without_channel(name: str, pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """One number for each pixel, N x *spatial."""
+    """Return N x *spatial, one number per pixel."""
     expected = (len(logits), *logits.shape[2:])
     found = pixels.squeeze(1) if pixels.ndim == logits.ndim and pixels.shape[1] == 1 else pixels
     if found.shape != expected:
         what = f"shape {tuple(pixels.shape)}, which does not fit logits of {tuple(logits.shape)}"
-        raise InputError(f"{name} has {what}; expected one number a pixel, {expected} or with a channel.")
+        raise InputError(f"{name} has {what}; expected one number per pixel: {expected}, or with one channel.")
     return found
 
 
@@ -368,7 +369,7 @@ def _checked_map(leep_map: Any) -> torch.Tensor:
     if values.numel() == 0:
         raise InputError(f"leep_map is empty (shape {tuple(values.shape)}); expected LEEP values.")
     if bool(values.isinf().any()):
-        raise InputError("leep_map holds Inf; expected LEEP values (finite, or NaN where no pixel was valid).")
+        raise InputError("leep_map holds Inf; expected LEEP values: finite, or NaN in cells without valid pixel.")
     return values
 
 
@@ -382,19 +383,19 @@ def _range(maps: Sequence[torch.Tensor], clip: tuple[float, float]) -> tuple[flo
 
 
 def repeat_cells(cells: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Undo a map's stride: repeat each cell of the last axes over the pixels it was pooled from."""
+    """Undo a map's stride: repeat each cell of the last axes for all pixels that were pooled into it."""
     first_axis = cells.ndim - len(size)
     for axis, length in enumerate(size, start=first_axis):
         n_cells = cells.shape[axis] if first_axis >= 0 else 0
         stride = -(-length // n_cells) if n_cells else 0
         if stride < 1 or -(-length // stride) != n_cells:
-            raise InputError(f"size {tuple(size)} does not fit a map of {tuple(cells.shape)}; give the images' own.")
+            raise InputError(f"size {tuple(size)} does not fit a map of {tuple(cells.shape)}; give the images' size.")
         cells = cells.repeat_interleave(stride, axis).narrow(axis, 0, length)
     return cells
 
 
 def _label_maps(target_labels: Any, ignore_index: int | None) -> Iterator[torch.Tensor]:
-    """Yield the label map of each image without MONAI's channel axis, `IGNORED` where it is to be left out."""
+    """Yield the label map of each image without channel axis, `IGNORED` where it equals ``ignore_index``."""
     for labels in target_labels:
         labels = check_labels("target_labels", labels, ignore_index=ignore_index)
         yield labels.squeeze(0) if labels.ndim > 2 else labels

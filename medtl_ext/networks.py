@@ -1,4 +1,4 @@
-"""Start from somebody else's weights, and keep frozen what should stay frozen."""
+"""Load weights of a source, freeze parts of a network, and adapt its batch normalisation."""
 
 import logging
 import os
@@ -23,9 +23,10 @@ logger = logging.getLogger(__name__)
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 PASSES = 10
-"""Over the training images, of which each gives a random patch, for the statistics of batch norm."""
+"""Passes over the training images for the statistics of batch norm (an image may give another random patch each
+time)."""
 
-# Best scores and the like, which trainers keep beside the weights; a scalar of these types runs nothing.
+# Trainers store best scores and the like next to the weights. Loading NumPy scalars of these types runs no code.
 _scalar, _number_types = np.float64(0).__reduce__()[0], "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]
 NUMBERS = [np.dtype, *{type(np.dtype(code)) for code in _number_types}]
 NUMBERS += [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -34,16 +35,16 @@ READING_ERRORS += (safetensors.SafetensorError, zipfile.BadZipFile)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """Read all that a checkpoint file holds, without running any code the file may hold.
+    """Read the content of a checkpoint file without running any code that the file may hold.
 
     Args:
-        path: a file of `torch.save`, of tensors, plain values and NumPy's numbers; or of ``.safetensors``.
+        path: a ``.safetensors`` file, or a file of `torch.save` with tensors, plain Python values and NumPy numbers.
 
     Raises:
-        InputError: the file does not exist, is damaged, or holds more than that.
+        InputError: the file does not exist, is damaged, or holds other objects.
     """
     if not Path(path).is_file():
-        hint = "give a .pt file; if it is of a training that was finished, delete its folder and train it again"
+        hint = "give a .pt file; if a finished training lost its file, delete its folder and train again"
         raise InputError(f"checkpoint {path} does not exist; {hint}.")
     try:
         if Path(path).suffix == ".safetensors":
@@ -54,21 +55,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except READING_ERRORS as error:
         reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError):  # what torch says of it advises to read it unsafely
+        if isinstance(error, pickle.UnpicklingError):  # torch's own message recommends unsafe loading
             reason = "it is damaged, or holds more than tensors"
         expected = "expected a file written by torch.save(network.state_dict(), path)"
         raise InputError(f"checkpoint {path} cannot be read as weights ({reason}); {expected}.") from error
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of a network from a checkpoint file, without running any code the file may hold.
+    """Read the tensors of a network from a checkpoint file without running any code that the file may hold.
 
-    Understands a plain ``state_dict``, one under the key ``model``, ``network``, ``net``, ``state_dict`` or nnU-Net's
-    ``network_weights``, names with the ``module.`` prefix that `torch.nn.parallel.DistributedDataParallel` adds, and
+    Accepts a plain ``state_dict``, or one under the key ``model``, ``network``, ``net``, ``state_dict`` or nnU-Net's
+    ``network_weights``; names with the ``module.`` prefix of `torch.nn.parallel.DistributedDataParallel`; and
     ``.safetensors`` files.
 
     Raises:
-        InputError: of `read_checkpoint`, or the file holds no tensors.
+        InputError: as in `read_checkpoint`, or the file holds no tensors.
     """
     content = read_checkpoint(path)
     for key in ("model", "network", "net", "state_dict", "network_weights"):
@@ -86,22 +87,23 @@ def load_weights(
     min_share: float = 0.9,
     name: str = "the given weights",
 ) -> str:
-    """Copy every tensor that fits by name and shape into ``network``, say what was done, and refuse a poor fit.
+    """Copy every tensor with the same name and shape into ``network``, and report what was copied.
 
-    A head of another number of classes does not fit and keeps its fresh values: that is what transfer needs. Weights of
-    another architecture fit hardly anywhere: that is a mistake, and raises.
+    A head with another number of classes does not fit and keeps its initial values, as transfer learning requires.
+    Weights of another architecture hardly fit, and raise an error.
 
     Args:
-        network: the network to fill, in place.
+        network: changed in place.
         weights: a checkpoint file (see `read_weights`) or a ``state_dict``.
-        min_share: least share of the network's tensors that must have been copied, in [0, 1]. 1 asks for all of them.
-        name: what messages call a ``state_dict``.
+        min_share: smallest share of the network's tensors that must fit, in [0, 1]. 1 requires all.
+        name: name of a ``state_dict`` in messages.
 
     Returns:
-        What was done, in words: how many tensors were copied, are of another shape, missing, or without a place here.
+        A sentence: how many tensors were copied, have another shape, are missing, or have no counterpart in the
+            network.
 
     Raises:
-        InputError: fewer tensors fit than ``min_share`` asks for. The network is then unchanged.
+        InputError: fewer tensors fit than ``min_share`` requires. The network is then unchanged.
 
     >>> network, other = nn.Linear(2, 3), nn.Linear(2, 3)
     >>> print(load_weights(network, other.state_dict()))
@@ -109,7 +111,7 @@ def load_weights(
     """
     where = name if isinstance(weights, Mapping) else str(weights)
     found = weights if isinstance(weights, Mapping) else read_weights(weights)
-    # A counter of batch normalisation that no prediction needs, and which published weights often lack.
+    # Predictions do not need this counter of batch normalisation, and published weights often lack it.
     own = {k: v for k, v in network.state_dict().items() if k in found or not k.endswith("num_batches_tracked")}
     shared = {name: (tuple(found[name].shape), tuple(own[name].shape)) for name in own if name in found}
     fitting = {name: found[name] for name, (theirs, ours) in shared.items() if theirs == ours}
@@ -129,16 +131,16 @@ def load_weights(
 
 
 def freeze(network: nn.Module, pattern: str | Callable[[nn.Module], str] | None) -> nn.Module:
-    """Freeze every parameter whose name matches ``pattern``, so that training leaves no trace in that part.
+    """Freeze every parameter whose name matches ``pattern``: training does not change this part of the network.
 
-    Without gradients alone, batch normalisation would still move its running statistics, because a trainer calls
-    ``network.train()`` at each iteration: so the matching modules also stay in eval mode during every forward pass.
-    Their parameters and buffers are bit-identical after training.
+    Disabling gradients is not enough: a trainer calls ``network.train()`` at each iteration, and batch normalisation
+    would update its running statistics. So the matching modules also stay in eval mode during every forward pass. Their
+    parameters and buffers are bit-identical after training.
 
     Args:
         network: changed in place. Freeze before wrapping it in `DistributedDataParallel`.
-        pattern: regular expression, matched from the start of the names, e.g. ``"conv_0|down_"`` for the encoder of
-            MONAI's `BasicUNet`; or what gives it for a network, such as `all_but`. None freezes nothing.
+        pattern: regular expression, matched from the start of the names, such as ``"conv_0|down_"`` for the encoder of
+            MONAI's `BasicUNet`; or a function of the network that returns one, such as `all_but`. None freezes nothing.
 
     Returns:
         The same network.
@@ -166,25 +168,25 @@ def freeze(network: nn.Module, pattern: str | Callable[[nn.Module], str] | None)
 
 
 def keep_in_eval_mode(pattern: str, network: nn.Module, _: object) -> None:
-    """Before a forward pass, whatever ``network.train()`` did to the frozen modules."""
+    """Put the frozen modules into eval mode before a forward pass, because ``network.train()`` affects them too."""
     for name, module in network.named_modules():
         if re.match(pattern, name):
             module.training = False
 
 
 def layers(network: nn.Module, image: Tensor) -> list[list[str]]:
-    """Names of a network's modules, layer by layer in the order in which they run, which no naming tells.
+    """Names of a network's modules, grouped into layers in the order in which they run (their names do not tell it).
 
-    A layer begins with a convolution or a linear layer, and the normalisation behind it belongs to it: every module
-    with parameters or buffers of its own is in one layer. Those that never run, as heads for deep supervision, stand
-    with the module before them in the network's own order.
+    A layer begins with a convolution or a linear layer, and includes the normalisation after it. Every module with its
+    own parameters or buffers is in one layer. A module that never runs, such as a head for deep supervision, is in the
+    layer of the module before it in ``named_modules()``.
 
     Args:
-        network: it passes over the image once, in eval mode.
-        image: of a training, C x *spatial.
+        network: runs once on the image, in eval mode.
+        image: a training image, C x *spatial.
 
     Raises:
-        InputError: no layer can be told from another, as in a program.
+        InputError: no layers can be separated, as in a TorchScript program.
 
     >>> layers(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), torch.rand(1, 8, 8))
     [['0', '1'], ['2']]
@@ -211,7 +213,7 @@ def layers(network: nn.Module, image: Tensor) -> list[list[str]]:
             found.append([])
         found[-1].append(name)
     if len(found) < 2:
-        raise InputError(f"the layers of this {type(network).__name__} cannot be seen; fine-tune all of it (full).")
+        raise InputError(f"the layers of this {type(network).__name__} cannot be found; fine-tune all of it (full).")
     place = {name: number for number, names in enumerate(found) for name in names}
     before = 0
     for name in own:
@@ -222,15 +224,15 @@ def layers(network: nn.Module, image: Tensor) -> list[list[str]]:
 
 
 def all_but(image: Tensor, *, first: float = 0.0, last: float = 0.0, norms: bool = False) -> Callable[[nn.Module], str]:
-    """What `freeze` takes to leave only the head trained, and the first or last layers, or the normalisations.
+    """A pattern for `freeze` that freezes all but the head and, optionally, the first or last layers or normalisations.
 
-    The head, the last layer to run, is always trained: the target's classes may be its own.
+    The head (the last layer to run) is always trained, because the target may have other classes.
 
     Args:
         image: see `layers`.
-        first, last: shares of the layers, of those at the image and of those at the prediction; at least one layer each
-            unless 0.
-        norms: the affine parameters of all normalisations, which also follow the target's statistics.
+        first, last: share of the layers at the input, and at the output, that are trained. Unless 0, at least one
+            layer.
+        norms: train the affine parameters of all normalisations, which also adapt to the target's statistics.
 
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
     >>> _ = freeze(network, all_but(torch.rand(1, 8, 8), first=0.1))
@@ -253,11 +255,11 @@ def all_but(image: Tensor, *, first: float = 0.0, last: float = 0.0, norms: bool
 def adapt_batch_norm(
     network: nn.Module, batches: Iterable[Mapping[str, Tensor]], device: str | torch.device
 ) -> nn.Module:
-    """Give a network's batch normalisations the statistics of other images (AdaBN), and leave its weights as they are.
+    """Replace the statistics of a network's batch normalisations by those of other images (AdaBN). Weights stay as is.
 
     Args:
         network: changed in place, and moved to the device.
-        batches: ``image``, N x C x *spatial, as a training takes them; passed over several times.
+        batches: training batches with ``image``, N x C x *spatial; they are read several times.
         device: where to compute.
 
     Reference: Li et al., *Revisiting Batch Normalization for Practical Domain Adaptation*, 2016.
@@ -267,7 +269,7 @@ def adapt_batch_norm(
     3.0
     """
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-        logger.warning("this network has no batch norm whose statistics could be the target's: it stays as it is")
+        logger.warning("this network has no batch normalisation to adapt: it stays as it is")
     update_bn((batch["image"] for _ in range(PASSES) for batch in batches), network.to(device), device)
     return network
 
@@ -285,7 +287,7 @@ def prepared(
     min_share: float = 0.9,
     replace_head: bool = False,
 ) -> nn.Module:
-    """The network as a config needs it: with its weights, frozen where it should be, on the device.
+    """Prepare a network in one call, for a config: load weights, freeze, move to the device.
 
     In a bundle's JSON, with ``"$import medtl_ext.networks as networks"`` among the imports::
 
@@ -293,19 +295,19 @@ def prepared(
 
     Args:
         network: changed in place.
-        weights: see `load_weights`; None keeps the fresh ones, to train from scratch.
-        freeze: the pattern of `freeze`; None freezes nothing.
-        device: where to move it.
-        memory_format: such as ``torch.channels_last``, in 3D its like; None leaves it as it is.
-        min_share: least share of the network's tensors that must have been copied; 1 for a source as it is.
-        replace_head: keep the head fresh, whatever its size: the target has classes of its own. The head is the last
-            linear or convolution layer.
+        weights: see `load_weights`. None keeps the initial weights, to train from scratch.
+        freeze: the pattern of `freeze`. None freezes nothing.
+        device: where to move the network.
+        memory_format: such as ``torch.channels_last`` (for 3D networks, its 3D version is used). None changes nothing.
+        min_share: smallest share of the network's tensors that must fit; 1 for a source that is used untouched.
+        replace_head: keep the initial values of the head (the last linear or convolution layer), even if the source's
+            head would fit, because the target has other classes.
 
     Returns:
         The same network.
 
     Raises:
-        InputError: of `load_weights` and `freeze`.
+        InputError: as in `load_weights` and `freeze`.
 
     >>> source, target = (nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)) for _ in range(2))
     >>> _ = prepared(target, weights=source.state_dict(), freeze="0", min_share=0.5, replace_head=True)
@@ -324,5 +326,5 @@ def prepared(
 
 
 def trainable_parameters(network: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters an optimizer should get: those that are not frozen."""
+    """The parameters for the optimizer: those that are not frozen."""
     return (parameter for parameter in network.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""A conformance suite for transferability metrics: hold your own `TransferMetric` against it, as ours are held.
+"""A conformance suite for transferability metrics: test your own `TransferMetric` with it, as we test ours.
 
 In pytest::
 
@@ -23,20 +23,20 @@ from ignite.engine import Engine
 
 from medtl_ext.metrics.base import TransferMetric
 
-# How far values may lie apart: the same sums in another order; the same input in single and in half precision.
+# Tolerances: for the same sums in another order, and for the same input in single and in half precision.
 EXACT, SINGLE, HALF = 1e-9, 1e-4, 0.05
 
 SIZE = 48
 
 
 def check_metric(metric: type[TransferMetric], **options: Any) -> None:
-    """Raise an AssertionError that says which promise of a transferability metric is broken, and how.
+    """Check a transferability metric; raise an AssertionError that says which requirement fails, and how.
 
-    Any division into batches, merged in any order, must give the one-shot value to 1e-9. So must another order of the
-    samples, other names of the classes, a gap in the labels, a copy through pickle and an Ignite engine. Lower
-    precision and CUDA (where there is one) must come close. Bad input is refused with a ValueError that leaves the
-    metric as it was. Degenerate input gives finite values; one class alone also gives a warning. Inputs are left
-    unchanged. The docstrings say what they should.
+    Any division into batches, merged in any order, must give the one-shot value to 1e-9. The same holds for another
+    order of the samples, other names of the classes, a gap in the labels, a copy through pickle, and an Ignite engine.
+    Lower precision and CUDA (if available) must give similar values. Invalid input must raise a ValueError and leave
+    the metric as it was. Degenerate input must give finite values, and one class only must also give a warning. Inputs
+    must stay unchanged. The docstring must explain the arguments and show an example.
 
     Args:
         metric: the class.
@@ -56,13 +56,13 @@ def metric_checks(
     grid: Sequence[int] = (),
     per_sample: bool = False,
 ) -> list[tuple[str, Callable[[], None]]]:
-    """The checks of `check_metric` with their names, to run (and to fail) one by one.
+    """The checks of `check_metric` with their names, to run them one by one.
 
     Args:
         metric: the class.
-        make: makes a metric; by default the class without arguments.
-        grid: size of the images, e.g. ``(6, 5)``, for a metric that needs pixels; samples by default.
-        per_sample: the value holds one entry for each sample, in their order.
+        make: function that makes a metric; by default the class without arguments.
+        grid: size of the images, such as ``(6, 5)``, for a metric that needs pixels. Default: samples without grid.
+        per_sample: the value has one entry for each sample, in their order.
 
     >>> from medtl_ext.metrics import LEEP
     >>> [name for name, _ in metric_checks(LEEP)][:3]
@@ -73,7 +73,7 @@ def metric_checks(
 
 
 def example(inputs: Sequence[str], *, grid: Sequence[int] = (), n: int = SIZE, seed: int = 0) -> list[torch.Tensor]:
-    """Arguments of `update` for ``n`` samples (or images) of three classes, told apart in part, in float64."""
+    """Arguments of `update` for ``n`` samples (or images) of three overlapping classes, in float64."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (n, *grid), generator=generator) if grid else torch.arange(n) % 3
     centres = torch.randn(3, 5, generator=generator, dtype=torch.float64) * 2
@@ -116,7 +116,7 @@ class _Suite:
             self.make().merge(Other.__new__(Other))
 
     def check_same_samples(self) -> None:
-        """In another order, by other names, in another dtype, memory layout or device."""
+        """The same samples in another order, with other class names, in another dtype, memory layout or device."""
         order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(1))
         turned = self._value([value[order] for value in self.example])
         self._same(turned[order.argsort()] if self.per_sample else turned, "another order of the samples")
@@ -237,7 +237,7 @@ class _Suite:
         return value
 
     def _same(self, value: Any, what: str, expected: Any = None, *, tolerance: float = EXACT) -> None:
-        """Hold a value against another one, or that of all samples in one batch."""
+        """Compare a value with another one, or with that of all samples in one batch."""
         expected = self._whole if expected is None else expected
         how = {"rtol": tolerance, "atol": tolerance, "equal_nan": True, "check_device": False}
         message = f"{self.metric.__name__}: {what} gives another value. {{}}".format

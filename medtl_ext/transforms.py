@@ -1,4 +1,4 @@
-"""Dictionary transforms: label values to a task's classes, a coarser grid, intensities to a scale networks share."""
+"""Dictionary transforms: select a task's classes, resample to a coarser grid, normalise intensities, save results."""
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -19,21 +19,21 @@ from scipy.ndimage import label as connected_parts
 from medtl_ext._io import atomic_path, suffix_of
 from medtl_ext._validation import InputError, require_number, warn, whole_labels
 
-# Measured on eight brain-extracted clinical MRI volumes, where resampling left values of either sign around the brain.
-# 2 % and 5 % select the same brain to within 3 % of its voxels, while 10 % loses up to 7 %, mostly cerebrospinal fluid.
+# Chosen on eight brain-extracted clinical MRI volumes with small positive and negative values around the brain, from
+# resampling. 2 % and 5 % give the same brain to within 3 % of its voxels; 10 % loses up to 7 %, mostly CSF.
 _BODY_SHARE, _BODY_PERCENTILE = 0.05, 99.0
-# Standard scores that are kept, so that a few bright vessels do not set the range.
+# Standard scores are clipped here, so that a few bright vessels do not set the range.
 _LOWEST, _HIGHEST = -4.0, 6.0
 
 
 def body_mask(image: NdarrayOrTensor) -> np.ndarray:
-    """Where the body is: every voxel whose magnitude exceeds 5 % of the image's 99th percentile, and enclosed holes.
+    """Mask of the body: voxels whose magnitude exceeds 5 % of the image's 99th percentile, with holes filled.
 
-    Suits images whose background is zero or nearly so: brain-extracted MRI (small values of either sign remain around
-    the brain after resampling) and the phantom. The percentile is taken over the magnitudes of non-zero voxels, so it
-    does not depend on how much background surrounds the body. Filling brings back dark ventricles. Separate parts are
-    all kept, as a low slice of a brain has several. Of an image that was standardised before, the tissue near zero can
-    be missed (up to 15 % of the brain was): standardise once.
+    For images whose background is (almost) zero: brain-extracted MRI (resampling leaves small positive and negative
+    values around the brain) and the phantom. The percentile is over the magnitudes of non-zero voxels, so the amount of
+    background does not matter. Filling the holes adds dark ventricles. All separate parts are kept, because low slices
+    of a brain have several. Do not standardise an image twice: in a standardised image, tissue near zero can be missed
+    (up to 15 % of the brain).
 
     Args:
         image: one channel, X x Y (x Z).
@@ -56,24 +56,24 @@ def body_mask(image: NdarrayOrTensor) -> np.ndarray:
 
 
 class EachKeyd(MapTransform):
-    """A transform that makes something of each of its keys, whatever else there is: its ``changed`` says what."""
+    """Base class of transforms that change each key independently, by their method ``changed``."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         return dict(data) | {key: self.changed(data[key]) for key in self.key_iterator(data)}
 
 
 class NormalizeBodyd(EachKeyd):
-    """Standardise intensities inside the body: mean 0 and standard deviation 1 there, exactly 0 outside.
+    """Standardise intensities inside the body to mean 0 and standard deviation 1; outside they are exactly 0.
 
-    Scores are clipped to -4 and 6, so that a few bright vessels do not set the range.
-    Every channel has its own `body_mask`, mean and deviation. A channel that is constant inside the body becomes zeros.
+    Values are clipped to [-4, 6], so that a few bright vessels do not set the range. Every channel has its own
+    `body_mask`, mean and deviation. A channel that is constant inside the body becomes 0.
 
     Args:
         keys: images, C x *spatial.
         allow_missing_keys: do not raise when a key is missing.
 
     Raises:
-        InputError: an image with a NaN or infinite value, whose body cannot be found.
+        InputError: an image with NaN or infinite values.
 
     >>> image = torch.zeros(1, 4, 4)
     >>> image[0, 1:3, 1:3] = torch.tensor([[90.0, 110.0], [90.0, 110.0]])
@@ -85,7 +85,7 @@ class NormalizeBodyd(EachKeyd):
         image = convert_to_numpy(given)
         if not np.isfinite(image).all():
             where = getattr(given, "meta", {}).get("filename_or_obj", "the image")
-            raise InputError(f"{where} holds NaN or infinite values; mend it, a network would see nothing there.")
+            raise InputError(f"{where} holds NaN or infinite values; expected finite intensities: repair the file.")
         channels = np.stack([self._normalize(channel) for channel in image])
         return convert_to_dst_type(channels, given, dtype=np.float32)[0]
 
@@ -99,18 +99,18 @@ class NormalizeBodyd(EachKeyd):
 
 
 class AreaSpacingd(Spacingd):
-    """Resample to a voxel size as MONAI's `Spacingd` does, without aliasing where an axis gets coarser.
+    """Resample to a voxel size as MONAI's `Spacingd`, but without aliasing if an axis becomes coarser.
 
-    There an image is first averaged over what a new voxel covers (at the border over what is there of it), and each
-    label voxel gets the class that covers most of it, on a tie the rarer class of this label. Where no axis gets
-    coarser it is `Spacingd`: images are interpolated linearly; a label keeps at each point what the file says there
-    (nearest neighbour), since a majority between finer voxels would only round off corners and cut thin lines.
-    Grid, record and inverse are those of `Spacingd`; labels are brought back by nearest neighbour.
+    Then an image is first averaged over the area of a new voxel (at the border, over the part inside the image). Each
+    label voxel gets the class that covers most of it; on a tie, the rarer class of this label. If no axis becomes
+    coarser, it is `Spacingd`: images are interpolated linearly, and labels by nearest neighbour (a majority over finer
+    voxels would only round corners and cut thin lines). Grid, record and inverse are those of `Spacingd`. The inverse
+    resamples labels by nearest neighbour.
 
     Args:
-        keys: C x *spatial with an affine; without one voxels are of size 1.
-        pixdim: millimetres along each axis, the last for all further ones; 0 or less keeps that of the image.
-        labels: those of the keys that hold whole numbers, each 1 x *spatial: they keep their dtype.
+        keys: C x *spatial with an affine. Without an affine voxels have size 1.
+        pixdim: millimetres along each axis; the last value is used for further axes. 0 or less keeps the image's value.
+        labels: the keys that hold class numbers, each 1 x *spatial. They keep their dtype.
         allow_missing_keys: do not raise when a key is missing.
 
     >>> label = MetaTensor(torch.tensor([[[0, 0, 1, 1, 0, 0, 0]]], dtype=torch.uint8), affine=torch.eye(3))
@@ -140,21 +140,21 @@ class AreaSpacingd(Spacingd):
         return done
 
     def _factors(self, image: torch.Tensor) -> np.ndarray:
-        """How much coarser each axis gets; 1 where it does not, by MONAI's own tolerance."""
+        """How much coarser each axis becomes; 1 if it does not (within MONAI's tolerance)."""
         before = convert_to_numpy(image.pixdim) if isinstance(image, MetaTensor) else np.ones(image.ndim - 1)
         after = np.ravel(self.spacing_transform.pixdim)[: len(before)]
         after = np.pad(after, (0, len(before) - len(after)), mode="edge")
         return np.where(after > before + AFFINE_TOL, after / before, 1.0)
 
     def _averaged(self, image: torch.Tensor) -> torch.Tensor:
-        """Each voxel the mean of the box around it that is as wide as a new voxel."""
+        """Replace each voxel by the mean over a box around it that is as wide as a new voxel."""
         factors = self._factors(image)
         if factors.max() == 1:
             return image
         mean = convert_to_numpy(image).astype(np.float32)
         for axis, factor in enumerate(factors, start=1):
             reach = int(np.ceil((factor - 1) / 2))
-            box = ((factor + 1) / 2 - np.abs(np.arange(-reach, reach + 1))).clip(0, 1)  # of the ends only a part
+            box = ((factor + 1) / 2 - np.abs(np.arange(-reach, reach + 1))).clip(0, 1)  # partial weights at its ends
             if reach:
                 inside = convolve1d(np.ones(mean.shape[axis], dtype=np.float32), box, mode="constant")
                 mean = convolve1d(mean, box, axis=axis, mode="constant")
@@ -162,26 +162,26 @@ class AreaSpacingd(Spacingd):
         return convert_to_dst_type(mean, image, dtype=torch.float32)[0]
 
     def _majority(self, label: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
-        """The label on the new grid, in place of that by nearest neighbour."""
+        """The label on the new grid by majority; ``nearest`` is the one by nearest neighbour."""
         found = nearest.to(label.dtype)
         if self._factors(label).max() == 1:
             return found
         classes, counts = np.unique(convert_to_numpy(label), return_counts=True)
         most = torch.zeros(found.shape, device=found.device)
-        for number in classes[np.lexsort((-classes.astype(int), counts))]:  # the rarer first, which keeps ties
+        for number in classes[np.lexsort((-classes.astype(int), counts))]:  # rare classes first: they win ties
             one = self._averaged((label == number).float())
             share = self.spacing_transform(one, output_spatial_shape=found.shape[1:])
-            more = share > most + 1e-5  # a tie, but for rounding
+            more = share > most + 1e-5  # smaller differences are ties up to rounding
             most[more], found[more] = share[more].float(), number.item()
         return found
 
 
 class PickChannelsd(EachKeyd):
-    """Put the channels of an image into the order in which a network takes them.
+    """Put the channels of an image into the order that a network expects.
 
     Args:
         keys: images, C x *spatial.
-        channels: place of each in the image; None stands for a constant, the mean of the image.
+        channels: index in the image of each channel. None gives a constant channel, the mean of the image.
         allow_missing_keys: do not raise when a key is missing.
 
     >>> image = torch.tensor([[1.0], [3.0]])
@@ -200,21 +200,20 @@ class PickChannelsd(EachKeyd):
 
 
 class SelectLabelsd(EachKeyd):
-    """Turn the values of a label file into the classes of an objective: 1 to k, and 0 for every other value.
+    """Turn the values of a label file into the classes 1 to k of an objective; all other values become 0.
 
-    The first label that holds no whole numbers but for rounding, or NaN, is named in a warning; see `whole_labels`.
+    The first label with values that are not whole numbers, or NaN, is named in a warning; see `whole_labels`.
 
     Args:
         keys: labels of integer value, 1 x *spatial, of any dtype.
         values: the values of each class in the label file, in order, as `Collection.label_values` gives them:
-            ``[[1], [2, 3]]`` makes value 1 class 1, and values 2 and 3 class 2. A class of one value may be given
-            bare: ``[1, [2, 3]]``.
+            ``[[1], [2, 3]]`` makes value 1 class 1, and values 2 and 3 class 2. ``[1, [2, 3]]`` means the same.
         allow_missing_keys: do not raise when a key is missing.
 
-    The result is an unsigned 8-bit tensor, a `MetaTensor` with the label's own metadata while MONAI tracks it.
+    The result is an unsigned 8-bit tensor: a `MetaTensor` with the label's metadata if MONAI tracks metadata.
 
     Raises:
-        InputError: ``values`` is empty, or a value belongs to two classes; a label with fractional values.
+        InputError: ``values`` is empty, a value belongs to two classes, or a label has fractional values.
 
     >>> SelectLabelsd("label", [[1], [2, 3]])({"label": torch.tensor([[0, 1, 2, 3, 4]])})["label"]
     metatensor([[0, 1, 2, 2, 0]], dtype=torch.uint8)
@@ -228,7 +227,7 @@ class SelectLabelsd(EachKeyd):
         self.values = [ensure_tuple(group) for group in values]
         flat = [value for group in self.values for value in group]
         if not flat or len(set(flat)) < len(flat):
-            raise InputError(f"values must name every label value once, such as [[1], [2, 3]]; got {values}.")
+            raise InputError(f"values is {values}; expected every label value once, such as [[1], [2, 3]].")
 
     def changed(self, given: NdarrayOrTensor) -> torch.Tensor:
         given = convert_to_tensor(given, track_meta=get_track_meta())
@@ -248,16 +247,16 @@ class SelectLabelsd(EachKeyd):
 
 
 class CleanSegmentationd(EachKeyd):
-    """Remove connected parts (corners connect) of each class of a segmentation: what is removed becomes background.
+    """Remove connected components (corners connect) of each class of a segmentation; they become background.
 
     Args:
-        keys: segmentations by class number, 1 x *spatial, MetaTensors whose affine takes voxels to mm.
-        how: None removes nothing, ``"largest"`` all parts but the largest, a number those smaller than so many ml.
-            ``"validation"`` leaves the choice to `medtl_ext.transfer.ScorePatients`, and removes nothing before.
-        split: whose patients choose; None: there is nobody to choose.
+        keys: segmentations by class number, 1 x *spatial, MetaTensors whose affine maps voxels to mm.
+        how: None removes nothing. ``"largest"`` keeps the largest component only. A number removes components smaller
+            than so many ml. ``"validation"`` removes nothing here: `medtl_ext.transfer.ScorePatients` chooses later.
+        split: the split whose patients are used for this choice. None: there is none.
 
     Raises:
-        InputError: another ``how``, or nobody to choose but who was trained on or is there to measure.
+        InputError: another ``how``, or ``"validation"`` without validation patients.
 
     >>> found = MetaTensor(torch.tensor([[1, 1, 0, 1, 0, 2]]), affine=torch.eye(4))
     >>> CleanSegmentationd("pred", "largest")({"pred": found})["pred"].tolist()
@@ -269,8 +268,8 @@ class CleanSegmentationd(EachKeyd):
     def __init__(self, keys: KeysCollection, how: str | float | None = None, split: str | None = None) -> None:
         super().__init__(keys)
         if how == "validation" and split in (None, "train", "test"):
-            advice = "give what a training on such patients said (clean.txt in its folder), or nothing"
-            raise InputError(f"clean 'validation' chooses on validation patients, and here are none; {advice}.")
+            advice = "give the choice of a training with such patients (clean.txt in its folder), or leave clean out"
+            raise InputError(f"clean 'validation' chooses on validation patients, and there are none; {advice}.")
         if isinstance(how, str) and how not in ("largest", "validation"):
             raise InputError(f"clean is {how!r}; expected largest, a number of ml, or validation.")
         if not isinstance(how, str | None):
@@ -287,24 +286,24 @@ class CleanSegmentationd(EachKeyd):
             sizes = np.bincount(parts.ravel())
             sizes[0] = 0
             largest = np.arange(len(sizes)) == sizes.argmax()
-            # A part of just this size may come out a little smaller, by the rounding of the affine.
+            # The tolerance covers the rounding of the affine for a component of exactly this size.
             kept = largest if self.how == "largest" else sizes * voxel_ml > self.how * (1 - 1e-6)
             classes[(parts > 0) & ~kept[parts]] = 0
         return convert_to_dst_type(classes[None], found)[0]
 
 
 class SaveSegmentationd(MapTransform):
-    """Write a segmentation in the format, size and affine of the image it is of.
+    """Write a segmentation in the format, size and affine of its image.
 
-    NIfTI keeps what else the header says of its space (codes and units; MONAI's own writer does not). Of a PNG, BMP or
-    TIFF the pixels are class numbers, shown in colours; of a JPEG, which would change them, a PNG is written, of
-    a DICOM series a NIfTI file. A file is written whole or not at all.
+    NIfTI files keep the header's codes and units (MONAI's own writer does not). In a PNG, BMP or TIFF the pixels are
+    class numbers, displayed in colours. For a JPEG, whose compression would change them, a PNG is written; for a DICOM
+    series, a NIfTI file. Files are written atomically.
 
     Args:
-        keys: segmentations, 1 x X x Y x Z on the grid of the image, whose file MONAI's metadata name.
-        output_dir: gets ``NAME_seg.ENDING``, with the item's ``name`` or, if it has none, the name of its image.
-        probabilities: the keys hold probabilities of C classes, C x X x Y x Z; written as ``NAME_prob.nii.gz``,
-            X x Y x Z x C, float32.
+        keys: segmentations, 1 x X x Y x Z on the grid of the image, with the image's file in MONAI's metadata.
+        output_dir: folder for ``NAME_seg.ENDING``, where NAME is the item's ``name`` or else the name of its image.
+        probabilities: the keys hold probabilities of C classes, C x X x Y x Z. They are written as
+            ``NAME_prob.nii.gz``, X x Y x Z x C, float32.
     """
 
     def __init__(self, keys: KeysCollection, output_dir: str, probabilities: bool = False) -> None:
@@ -321,7 +320,7 @@ class SaveSegmentationd(MapTransform):
             how = {"output_ext": ending, "output_dtype": dtype, "writer": WRITERS.get(ending), "print_log": False}
             with atomic_path(self.folder / f"{name}_{kind}{ending}") as temporary:
                 save, path = SaveImage(self.folder, **how), str(temporary)[: -len(ending)]
-                # The writer drops the channel; said to have one, MONAI would take the last axis for it.
+                # The writer drops the channel. Without this, MONAI would take the last axis for a channel.
                 meta = {**data[key].meta, "original_channel_dim": float("nan")}
                 save(MetaTensor(data[key].as_tensor(), meta=meta), filename=path)
         return dict(data)
@@ -333,7 +332,7 @@ WRITTEN_AS = {"": ".nii.gz", ".dcm": ".nii.gz", ".hdr": ".nii.gz", ".img": ".nii
 
 
 class HeaderWriter(NibabelWriter):
-    """Keeps what else the input's NIfTI header says of its space: MONAI's own writes both codes as 1 and no units."""
+    """Keeps the codes and units of the input's NIfTI header. MONAI's writer sets both codes to 1, and no units."""
 
     KEPT = ("sform_code", "qform_code", "xyzt_units")
 
@@ -349,7 +348,7 @@ class HeaderWriter(NibabelWriter):
 
 
 class ClassWriter(PILWriter):
-    """A picture whose pixels are class numbers, with colours to see them by."""
+    """Writes a picture whose pixels are class numbers, with a colour palette."""
 
     COLOURS = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0, 204, 121, 167)
 

@@ -195,7 +195,7 @@ PARC_STAYS = SAME | {"scale": 1e-6, "extreme scale": 1e-6, "constant feature": 1
 NEIGHBOURS = {"invariant": {"order": 1e-12, "names": 1e-12}, "one_class": 1, "constant_warns": "features are constant"}
 LEEP = {"kind": "probabilities", "invariant": TWICE | {"channels": 1e-9}, "bounds": (-torch.inf, 0), "one_class": 0}
 
-CCFV = {"n": 12, "grid": (6, 5), "minimum": 2, "constant": 0, "constant_warns": "no case differs from another"}
+CCFV = {"n": 12, "grid": (6, 5), "minimum": 2, "constant": 0, "constant_warns": "all cases have equal features"}
 
 CASES = [
     case(

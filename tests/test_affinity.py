@@ -473,7 +473,7 @@ class TestShapeSimilarity:
         a, b = rng.normal(0, 1, (3, 6)), rng.normal(0, 1, (2, 6))
         with_empty = np.vstack([a, np.full((1, 6), np.nan)])
         assert shape_similarity(with_empty, b) == shape_similarity(a, b)
-        with pytest.warns(UserWarning, match="descriptors_b describes no shape"):
+        with pytest.warns(UserWarning, match="descriptors_b has NaN in every row"):
             assert shape_similarity(a, with_empty[3:]) == 0
 
 
@@ -614,7 +614,12 @@ class TestBadInput:
             (image_quantiles, ([IMAGE],), {"size": 8.0}, "size is 8.0"),
             (image_quantiles, ([IMAGE],), {"variance": 0}, "variance is 0"),
             (pairwise_wasserstein, ([IMAGE], [EYE]), {"variance": 1.1}, "variance is 1.1"),
-            (quantile_distance, (np.zeros((2, 3)), np.zeros((2, 2))), {}, r"\(2, 2\); expected as many columns"),
+            (
+                quantile_distance,
+                (np.zeros((2, 3)), np.zeros((2, 2))),
+                {},
+                r"\(2, 2\); expected the same number of columns",
+            ),
             (quantile_distance, (np.zeros(3), np.zeros((2, 3))), {}, "quantiles_a has shape"),
             (quantile_distance, ([[np.nan]], [[1.0]]), {}, "quantiles_a holds nan"),
             (task_affinity, ([1.0], [0.5]), {"alpha": -1}, "alpha is -1"),
@@ -629,7 +634,12 @@ class TestBadInput:
             (shape_descriptors, ([EYE], 0), {}, "spacing is 0"),
             (shape_descriptors, ([EYE], (1, 1, 1)), {}, "spacing is .*a row of 2 for each"),
             (shape_descriptors, ([EYE, EYE], [(1, 1)]), {}, "spacing is"),
-            (shape_similarity, (np.zeros((1, 6)), np.zeros((1, 8))), {}, r"\(1, 8\); expected as many columns"),
+            (
+                shape_similarity,
+                (np.zeros((1, 6)), np.zeros((1, 8))),
+                {},
+                r"\(1, 8\); expected the same number of columns",
+            ),
             (shape_similarity, (np.zeros((1, 5)), np.zeros((1, 5))), {}, "descriptors_a has 5 columns"),
             (shape_similarity, (np.zeros((1, 6)), np.full((1, 6), np.inf)), {}, "descriptors_b holds inf"),
             (task_context, ([IMAGE, IMAGE], [EYE]), {}, r"labels\[0\] has shape \(4, 4\), images\[0\] \(20, 20\)"),

@@ -276,7 +276,7 @@ def test_a_score_that_is_nan_is_worse_than_any(slices, tmp_path, scores, best):
 def test_a_damaged_checkpoint_says_what_to_do(slices, tmp_path):
     train_with_scores(slices[0], tmp_path, [0.1], epochs=1)
     (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"last.pt is damaged; delete it, and the training begins anew\."):
+    with pytest.raises(InputError, match=r"last.pt is damaged; delete it to start the training again\."):
         train_with_scores(slices[0], tmp_path, [0.1, 0.2], epochs=2)
 
 

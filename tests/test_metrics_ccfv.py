@@ -14,7 +14,7 @@ from scipy.spatial.distance import pdist
 from medtl_ext import InputError
 from medtl_ext.metrics import CCFV, FeatureSamples, compute_ccfv
 
-NOTHING = "no two cases share a class of two voxels or more, or no case differs from another"
+NOTHING = "no two cases share a class of two voxels or more, or all cases have equal features"
 
 
 def draw(widths=(5, 3), n_cases=4, n_classes=3, sizes=(30, 60)):
@@ -161,7 +161,7 @@ class TestDegenerateInput:
 
     def test_tiny_scale_warns(self):
         features, labels = draw()
-        with pytest.warns(UserWarning, match=r"eps 0.001: the variety in CC-FV hardly heeds the features"):
+        with pytest.warns(UserWarning, match=r"eps 0.001: the variety in CC-FV hardly depends on the features"):
             assert compute_ccfv(each(lambda case: case * 1e-8, features), labels).isfinite()
 
 

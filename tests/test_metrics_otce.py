@@ -97,7 +97,7 @@ class TestReferenceVectors:
         assert value.item() >= data["minus_H_yt"]
 
     def test_much_entropy_is_the_lower_bound(self, data):
-        with pytest.warns(UserWarning, match="hardly heeds the features"):
+        with pytest.warns(UserWarning, match="hardly depends on the features"):
             value = compute_otce(data["xs"], data["ys"], data["xt"], data["yt"], epsilon=1e6)
         assert value.item() == pytest.approx(data["minus_H_yt"], abs=1e-6)
 

@@ -90,7 +90,7 @@ def test_a_patient_without_a_labelled_sample_is_none():
 def test_bad_input():
     with pytest.raises(InputError, match="metrics is empty"):
         PatientScores({})
-    with pytest.raises(InputError, match="leep is no MomentMetric"):
+    with pytest.raises(InputError, match="leep is not a MomentMetric"):
         PatientScores({"leep": LEEP()})
     with pytest.raises(InputError, match="has seen no sample"):
         PatientScores(metrics()).compute()
@@ -100,7 +100,7 @@ def test_bad_input():
     with pytest.raises(InputError, match="4 numbers, one per patient"):
         scores.resampled([1, 1])
     for counts in ([1, -1, 1, 1], [0, 0, 0, 0], [0.5, 1, 1, 1]):
-        with pytest.raises(InputError, match="not whole, negative ones, or draws nobody"):
+        with pytest.raises(InputError, match="fractions or negative numbers, or is all 0"):
             scores.resampled(counts)
 
 

@@ -292,7 +292,7 @@ def test_validation_patients_choose_and_test_patients_cannot(lesions, specks, ch
 def test_nobody_but_validation_patients_may_choose(tmp_path):
     given = patients(tmp_path / "data", val=1, test=2, specks=True)
     for split in ("train", "test"):
-        with pytest.raises(InputError, match="clean 'validation' chooses on validation patients, and here are none"):
+        with pytest.raises(InputError, match="clean 'validation' chooses on validation patients, and there are none"):
             CleanSegmentationd("pred", "validation", split)
     said = refused(lambda: scored(tmp_path / "a", given, clean="validation", val_split="test"))
     assert "clean 'validation' chooses on validation patients" in said
@@ -308,7 +308,7 @@ def test_inference_takes_what_was_chosen_and_chooses_nothing(tmp_path):
     options = {"base": "inference", "ckpt": given["source"], "output_dir": str(tmp_path / "out"), **GRID}
     options |= {"datalist": [{"image": str(tmp_path / "data" / "test_T2.nii.gz")}]}
     said = refused(lambda: RISK_MAP.run(clean="validation", **options))
-    assert "give what a training on such patients said" in said
+    assert "give the choice of a training with such patients" in said
     assert "expected largest, a number of ml" in refused(lambda: RISK_MAP.run(clean="big", **options))
 
 

@@ -201,7 +201,7 @@ def test_a_part_is_trained_with_its_statistics_and_the_rest_not():
 
 
 def test_a_network_without_layers_to_tell_apart_says_so():
-    assert "the layers of this Conv2d cannot be seen" in refused(lambda: layers(nn.Conv2d(1, 2, 1), IMAGE))
+    assert "the layers of this Conv2d cannot be found" in refused(lambda: layers(nn.Conv2d(1, 2, 1), IMAGE))
 
 
 # What the handlers do

@@ -1,16 +1,16 @@
-r"""How near two tasks are, from their labels and images alone: no network is trained or run.
+r"""How similar two tasks are, from their labels and images only. No network is trained or run.
 
-- `labels`: structural similarity of label volumes, all pairs as one matrix product (SeqTran, PriorSel), the Dice of two
-  tasks' mean label maps, and descriptors of the regions of interest (RoI) of two tasks with their similarity.
-- `images`: distance of image volumes through their principal components (SeqTran), with one principal component
-  analysis and one sort per image, not per pair.
-- `tasks`: the two put into one cost, lower is nearer, and its weights fitted to transfers that were measured.
-- `context`: a cost that looks at intensities in and around the RoI, at its shape, and at the body.
+- `labels`: structural similarity of label volumes, all pairs as one matrix product (SeqTran, PriorSel); Dice of two
+  tasks' mean label maps; shape descriptors of the regions of interest (RoI) of two tasks, and their similarity.
+- `images`: distance of image volumes by their principal components (SeqTran), with one principal component analysis and
+  one sort per image, not per pair.
+- `tasks`: combines both into one cost (lower means more similar), and fits its weights to measured transfers.
+- `context`: a cost from intensities in and around the RoI, its shape, and intensities of the body.
 
-Volumes are X x Y x Z or X x Y, arrays or tensors, all of one call in 2D or all in 3D; a channel axis of length one in
-front is dropped. A set of volumes is any iterable; one that reads from disk as it goes, such as a generator, never has
-more than one image in memory. Voxels are compared by their index, so volumes should be oriented alike. Labels hold 0
-and 1 only, one class at a time: SSIM takes their range to be 1.
+Volumes are X x Y x Z or X x Y, arrays or tensors, all 2D or all 3D in one call. A leading channel axis of length one is
+dropped. A set of volumes is any iterable; with a generator that reads from disk, only one image is in memory at a time.
+Voxels are compared by index, so all volumes should have the same orientation. Labels hold 0 and 1 only, one class at a
+time: SSIM assumes the range 1.
 
 SeqTran: Yang et al., *Selecting the Best Sequential Transfer Path for Medical Image Segmentation with Limited Labeled
 Data*. PriorSel: Li et al., *Finding the Most Transferable Tasks for Brain Image Segmentation*, BIBM 2022.

@@ -1,4 +1,4 @@
-"""How arguments are read, and what is asked of volumes, the same in every function of the package."""
+"""Reading and checking the arguments of all functions of this package."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
@@ -15,13 +15,13 @@ NamedVolume = tuple[str, np.ndarray]
 
 
 class Reader:
-    """Reads the arguments of one call; remembers what its volumes must share, and the device they came from."""
+    """Reads the arguments of one call. It remembers the dimension of the volumes and their device."""
 
     _device = torch.device("cpu")
     _first: tuple[str, int] | None = None
 
     def arrays(self, *, rows: bool = False, allow_nan: bool = False, **given: ArrayLike) -> list[np.ndarray]:
-        """Float64 arrays, all of one shape or, with ``rows``, matrices that have as many columns."""
+        """Float64 arrays of the same shape or, with ``rows``, matrices with the same number of columns."""
         arrays = {name: self._numbers(name, value).astype(np.float64) for name, value in given.items()}
         for name, array in arrays.items():
             bad = np.isinf(array) if allow_nan else ~np.isfinite(array)
@@ -31,12 +31,12 @@ class Reader:
                 raise InputError(f"{name} has shape {array.shape}; expected at least one row and one column.")
         if len({array.shape[int(rows) :] for array in arrays.values()}) > 1:
             shapes = ", ".join(str(array.shape) for array in arrays.values())
-            expected = "as many columns" if rows else "the same"
+            expected = "the same number of columns" if rows else "the same shape"
             raise InputError(f"{', '.join(given)} have the shapes {shapes}; expected {expected}.")
         return list(arrays.values())
 
     def volumes(self, name: str, volumes: Any) -> Iterator[NamedVolume]:
-        """One volume after the other, with its name."""
+        """Yield the volumes one by one, each with its name."""
         if isinstance(volumes, (str, bytes, Mapping)) or not isinstance(volumes, Iterable):
             raise InputError(f"{name} is {type(volumes).__name__}; expected a list, or any iterable, of volumes.")
         index = -1
@@ -46,15 +46,15 @@ class Reader:
             raise InputError(f"{name} is empty; expected at least one volume.")
 
     def pairs(self, **given: Any) -> Iterator[tuple[NamedVolume, NamedVolume]]:
-        """Volumes of two arguments, which come in the same order and are of the same shapes."""
+        """Yield pairs of volumes of two arguments, in the same order and with the same shapes."""
         (a, volumes_a), (b, volumes_b) = given.items()
         for first, second in zip_longest(self.volumes(a, volumes_a), self.volumes(b, volumes_b)):
             if first is None or second is None:
                 more, fewer = (a, b) if second is None else (b, a)
-                raise InputError(f"{more} has more volumes than {fewer}; expected as many, in the same order.")
+                raise InputError(f"{more} has more volumes than {fewer}; expected the same number and order.")
             if first[1].shape != second[1].shape:
                 found = f"{second[0]} has shape {second[1].shape}, {first[0]} {first[1].shape}"
-                raise InputError(f"{found}; expected the same.")
+                raise InputError(f"{found}; expected the same shape.")
             yield first, second
 
     def tensor(self, values: Any) -> torch.Tensor:
@@ -65,7 +65,7 @@ class Reader:
             if self._device.type == "cpu":
                 self._device = value.device
             if value.dtype == torch.bfloat16:
-                value = value.float()  # numpy has no such type
+                value = value.float()  # NumPy has no bfloat16
         try:
             array = np.asarray(convert_to_numpy(value, wrap_sequence=True))
         except (TypeError, ValueError, RuntimeError) as error:
@@ -87,7 +87,7 @@ class Reader:
 
 
 def voxel_size(spacing: ArrayLike, index: int, ndim: int) -> np.ndarray:
-    """In mm along each axis, of volume ``index``."""
+    """Voxel size of volume ``index`` in mm along each axis."""
     sizes = np.asarray(spacing, dtype=np.float64)
     if sizes.ndim == 2 and index < len(sizes):
         sizes = sizes[index]
@@ -98,7 +98,7 @@ def voxel_size(spacing: ArrayLike, index: int, ndim: int) -> np.ndarray:
 
 
 def binary(name: str, volume: np.ndarray) -> np.ndarray:
-    """The volume as uint8; no copy is made of what is that, or bool, already."""
+    """The volume as uint8, without a copy if it is uint8 or bool."""
     if volume.dtype == bool:
         return volume.view(np.uint8)
     if volume.dtype == np.uint8 and volume.max() <= 1:
@@ -119,12 +119,12 @@ def finite(name: str, image: np.ndarray) -> np.ndarray:
 
 
 def standardized(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """In standard deviations of the reference, from its mean."""
+    """The values' distance from the mean of the reference, in standard deviations of the reference."""
     return (values - reference.mean()) / (reference.std() if np.ptp(reference) > 0 else 1.0)
 
 
 def bounding_box(mask: np.ndarray, margin: ArrayLike = 0) -> tuple[slice, ...] | None:
-    """Around what is not zero, and so many voxels more on each side, where there are any."""
+    """The box around the non-zero voxels plus a margin (in voxels, cut at the border); None if all are zero."""
     box = []
     for axis, more in enumerate(np.broadcast_to(margin, mask.ndim)):
         occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))

@@ -1,4 +1,4 @@
-"""A cost between tasks that looks at intensities in and around the region of interest, its shape, and the body."""
+"""A cost between tasks from intensities in and around the region of interest, its shape, and the body."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from medtl_ext.affinity.images import mass_quantiles, mean_distances
 from medtl_ext.affinity.labels import soft_dice
 from medtl_ext.transforms import body_mask
 
-CONTEXT_QUANTILES = 256  # parts of equal mass in which intensities in a task's context are kept
-RING, CROP = 6.0, 96.0  # mm around an RoI, and a side of the box around its centre of mass
+CONTEXT_QUANTILES = 256  # number of parts of equal mass that describe a distribution of intensities
+RING, CROP = 6.0, 96.0  # mm: width of the ring around an RoI, and side of the box around its centre of mass
 CROP_SAMPLES = 48  # along each side of the box
 
 
 @dataclass(frozen=True, eq=False)
 class TaskContext:
-    """What `pairwise_context` knows of a task: means over its patients, made by `task_context`.
+    """Summary of a task for `pairwise_context`: means over its patients, made by `task_context`.
 
     Attributes:
-        roi, ring, body: 256 quantiles each of the intensity in the RoI, in the body up to 6 mm around it, and in the
-            whole body, as distance from the body's mean in standard deviations of the body.
-        crop: how often each place in a box around the RoI's centre of mass belongs to the RoI: 96 mm or 48 samples a
-            side. What lies outside it is not seen.
+        roi, ring, body: 256 quantiles each of the intensities in the RoI, in the body up to 6 mm around it, and in the
+            whole body. Intensities are standardised by mean and standard deviation of the body.
+        crop: how often each place in a box around the RoI's centre of mass belongs to the RoI. A side has 96 mm or 48
+            samples; voxels outside are not used.
     """
 
     roi: np.ndarray
@@ -37,22 +37,21 @@ class TaskContext:
 
 
 def task_context(images: Iterable[ArrayLike], labels: Iterable[ArrayLike], *, spacing: ArrayLike = 1.0) -> TaskContext:
-    """Intensities in and around the RoI, its shape, and intensities of the body: means over a task's patients.
+    """Summarise a task by means over its patients: intensities in and around the RoI, its shape, and the body.
 
     Intensities are standardised by their mean and standard deviation inside `medtl_ext.transforms.body_mask`. In one
     dimension the mean of quantiles is the Wasserstein barycentre: the distribution of a typical patient.
 
     Args:
-        images: N images of one modality, 2D or 3D, zero or nearly so outside the body. Read one at a time.
+        images: N images of one modality, 2D or 3D, (almost) zero outside the body. They are read one at a time.
         labels: N label volumes of 0 and 1, of the same shapes.
-        spacing: size of a voxel in mm: a number, one per axis, or N rows of one per axis.
+        spacing: size of a voxel in mm: one number, one per axis, or N rows with one per axis.
 
     Returns:
-        The task's summary, some hundred kilobytes. A patient without RoI counts for the body only.
+        The task's summary, about a hundred kilobytes. A patient without RoI is used for the body only.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it; no patient has an RoI, or none has
-            body around it; an image is zero everywhere.
+        InputError: invalid input; no patient has an RoI, or none has body around it; an image is zero everywhere.
 
     Example:
         >>> image = np.arange(1.0, 82.0).reshape(9, 9)
@@ -69,7 +68,7 @@ def task_context(images: Iterable[ArrayLike], labels: Iterable[ArrayLike], *, sp
     if not found["roi"]:
         raise InputError("labels has no labelled voxel in any volume; expected a task with an RoI.")
     if not found["ring"]:
-        raise InputError(f"labels has no RoI with body within {RING:g} mm around it; is spacing, in mm, right?")
+        raise InputError(f"labels has no RoI with body within {RING:g} mm around it; check spacing, which is in mm.")
     return TaskContext(**{part: np.mean(values, axis=0) for part, values in found.items()})
 
 
@@ -79,27 +78,29 @@ def pairwise_context(
     *,
     weights: Sequence[float] = (0.5, 0.25, 0.25),
 ) -> torch.Tensor:
-    """Cost between every task of one list and every one of another from the context of their RoI; lower is nearer.
+    """Cost between all tasks of two lists, from the context of their RoI; lower means more similar.
 
-    The weighted sum of three terms, each 0 between a task and itself:
+    It is the weighted sum of three terms. Each is 0 between a task and itself:
 
-    1. intensity: the Wasserstein distance between intensities inside the two RoI, and that between intensities in rings
-       around them, halved. Bright in dark is far from dark in bright. In standard deviations of the body;
-    2. shape: 1 - Dice (as in `mean_label_dice`) of the mean RoI, each centred on its centre of mass: the same size and
-       shape, wherever in the body. In [0, 1];
-    3. body: the Wasserstein distance between intensities in the whole body: the same modality. In standard deviations.
+    1. intensity: mean of two Wasserstein distances: between intensities inside the two RoI, and between intensities in
+       the rings around them. It separates bright RoI in dark tissue from dark RoI in bright tissue. In standard
+       deviations of the body;
+    2. shape: 1 - Dice (as in `mean_label_dice`) of the mean RoI, each centred on its centre of mass. It compares size
+       and shape, independent of the place in the body. In [0, 1];
+    3. body: Wasserstein distance between intensities in the whole body. It separates modalities. In standard
+    deviations.
 
     Args:
         contexts_a: Na tasks, from `task_context`.
         contexts_b: Nb tasks, made with the same settings.
-        weights: of intensity, shape and body, >= 0. The default served well in a small study on synthetic MRI and was
+        weights: of intensity, shape and body, >= 0. The default worked well in a small study on synthetic MRI; it was
             not tuned.
 
     Returns:
-        Na x Nb costs, float64, >= 0. The order of two tasks does not matter.
+        Na x Nb costs, float64, >= 0, symmetric in both tasks.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> image = np.arange(1.0, 82.0).reshape(9, 9)
@@ -116,7 +117,7 @@ def pairwise_context(
         if not contexts or not all(isinstance(context, TaskContext) for context in contexts):
             raise InputError(f"{name} must list at least one task, each as task_context returns it.")
     if len({context.crop.ndim for contexts in sides.values() for context in contexts}) > 1:
-        raise InputError("contexts_a and contexts_b mix tasks in 2D and in 3D; expected one of the two.")
+        raise InputError("contexts_a and contexts_b mix tasks in 2D and in 3D; expected all in 2D or all in 3D.")
 
     def stacked(part: str) -> list[np.ndarray]:
         return [np.stack([getattr(context, part) for context in contexts]) for contexts in sides.values()]
@@ -127,7 +128,7 @@ def pairwise_context(
 
 
 def _parts(named_image: NamedVolume, named_label: NamedVolume, spacing: ArrayLike, index: int) -> dict[str, np.ndarray]:
-    """One patient's share in each part of a `TaskContext`."""
+    """The parts of a `TaskContext` for one patient."""
     scores, label = finite(*named_image), binary(*named_label)
     body = body_mask(scores)
     if not body.any():
@@ -148,7 +149,7 @@ def _parts(named_image: NamedVolume, named_label: NamedVolume, spacing: ArrayLik
 
 
 def _cropped(label: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """The label around its centre of mass, a sample each so many voxels; there is none beyond the volume's border."""
+    """The label around its centre of mass, sampled every ``step`` voxels; 0 beyond the volume's border."""
     start = np.argwhere(label).mean(axis=0) - step * (CROP_SAMPLES - 1) / 2
     grid = {"offset": start, "output_shape": (CROP_SAMPLES,) * label.ndim, "order": 1, "mode": "grid-constant"}
     return ndimage.affine_transform(label.astype(np.float64), np.diag(step), **grid)

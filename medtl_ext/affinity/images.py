@@ -1,4 +1,4 @@
-"""Images compared by the distribution of their principal component scores, found once per image, not per pair."""
+"""Compare images by the distributions of their principal component scores, computed once per image, not per pair."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -14,8 +14,8 @@ from skimage.transform import resize
 from medtl_ext._validation import require_number, warn
 from medtl_ext.affinity._volumes import Reader, bounding_box, finite, standardized
 
-QUANTILES = 2**14  # numbers in which the distribution of an image's scores is kept
-EXACT = 2000  # scores of an image, of more of which transport in several dimensions is sliced
+QUANTILES = 2**14  # number of parts that describe the distribution of an image's scores
+EXACT = 2000  # up to so many points an image, transport in several dimensions is exact; above, sliced
 
 
 def pairwise_wasserstein(
@@ -27,34 +27,33 @@ def pairwise_wasserstein(
     standardize: bool = True,
     multivariate: bool = False,
 ) -> torch.Tensor:
-    """Wasserstein distance between the principal component scores of every image of one set and of another.
+    """Wasserstein distance between the principal component scores of all images of one set and all of another.
 
-    Each volume is resized to ``size`` voxels a side and read as a matrix of size * size rows and size columns, the last
-    axis. The scores of the rows on the leading components are pooled into one distribution. The result is the distance
-    between two such distributions. With ``multivariate``, each row is a point with a coordinate per component, and the
-    distance is that of optimal transport between two clouds of points. Everything that an image needs for that is done
-    once per image. Where the same images come up in several calls, keep their `image_quantiles` and compare these by
-    `quantile_distance`.
+    Each volume is resized to ``size`` voxels per side, and becomes a matrix of size * size rows and size columns (the
+    last axis). The scores of the rows on the leading components are pooled into one distribution per image; the result
+    is the distance of two distributions. With ``multivariate``, each row is a point with one coordinate per component;
+    the result is the optimal transport between two clouds of points. Most of the work is done once per image. If the
+    same images are used in several calls, keep their `image_quantiles`, and compare them by `quantile_distance`.
 
     Args:
-        images_a: Na images, 2D or 3D, each of any size, read one at a time.
+        images_a: Na images, 2D or 3D, of any size. They are read one at a time.
         images_b: Nb images.
-        size: voxels a side that every image is resized to: linearly, after a Gaussian filter if it shrinks.
-        variance: the components kept are the fewest that explain more than this share of the image's variance, above 0
-            and at most 1, which keeps all.
-        standardize: bring the non-zero voxels of each image to mean 0 and standard deviation 1 first; zero ones stay 0.
-            False compares raw intensities, as the paper does, in which scanners differ for reasons of their own.
-        multivariate: the paper's eq. 2; the default is its public code. Components meet by their rank, and one that an
-            image lacks is 0 there. Exact up to 2,000 points an image (44 voxels a side); of more the transport is
-            sliced, as `image_quantiles` says.
+        size: voxels per side to which every image is resized: linearly, after a Gaussian filter if it becomes smaller.
+        variance: keep the fewest components that explain more than this share of the image's variance, above 0 and at
+            most 1 (which keeps all).
+        standardize: first standardise the non-zero voxels of each image to mean 0 and standard deviation 1; zeros stay
+            0. False compares raw intensities, as in the paper; these also differ between scanners.
+        multivariate: False is the paper's public code, True its eq. 2. Components are matched by rank; a missing
+            component is 0. It is exact up to 2,000 points per image (44 voxels per side); above, the transport is
+            sliced, see `image_quantiles`.
 
     Returns:
-        Na x Nb, float64, >= 0, lower is nearer; in units of intensity, or of standard deviations of an image. An image
-        has distance 0 to itself, order does not matter, and the triangle inequality holds. An image without contrast
-        counts as all zeros, with a `UserWarning`.
+        Na x Nb, float64, >= 0, lower means more similar; in units of intensity, or in standard deviations of an image.
+        It is a metric: 0 for equal images, symmetric, with the triangle inequality. An image without contrast counts as
+        all zeros, with a `UserWarning`.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> ramp = np.arange(64.0).reshape(4, 4, 4)
@@ -62,7 +61,7 @@ def pairwise_wasserstein(
         tensor([[ 0.0000],
                 [39.9515]], dtype=torch.float64)
 
-    Reference: SeqTran, eq. 2. Either form depends on the signs of the components, which an eigensolver leaves open:
+    Reference: SeqTran, eq. 2. Both forms depend on the signs of the components, which an eigensolver does not define:
     here the loading of largest magnitude is positive.
     """
     reader, settings = Reader(), {"size": size, "variance": variance, "standardize": standardize}
@@ -84,22 +83,23 @@ def image_quantiles(
     standardize: bool = True,
     multivariate: bool = False,
 ) -> torch.Tensor:
-    """What `pairwise_wasserstein` has to know of each image: the distribution of its scores in 16,384 equal parts.
+    """Summary of each image for `pairwise_wasserstein`: the distribution of its scores in 16,384 equal parts.
 
-    128 KiB an image whatever its size, so that of 84 tasks of 60 volumes all fit in 630 MiB.
+    It needs 128 KiB per image of any size: 630 MiB for 84 tasks of 60 volumes.
 
     Args:
         images, size, variance, standardize, multivariate: as in `pairwise_wasserstein`.
 
     Returns:
-        N x 16384, float64: row i holds the mean of each successive 16,384th of the sorted scores of image i. They
-        average to 0. With ``multivariate`` (N x Q, Q at most 16384) those parts are shared by ``size`` directions at
-        right angles, drawn once for all images; the points are projected along each. The distance of projections is
-        averaged over directions, and scaled so that it is exact for images of one component. With more components it is
-        below the exact one, apart from the drawing of directions. It equals it where all mass moves along rays.
+        N x 16384, float64: row i holds the means of 16,384 successive parts of the sorted scores of image i. Their mean
+        is 0. With ``multivariate`` (N x Q, Q at most 16384) the parts are divided among ``size`` orthogonal random
+        directions, the same for all images, on which the points are projected. The distance of projections is averaged
+        over directions, and scaled so that it is exact for images of one component. With more components it is a lower
+        bound of the exact distance, up to the randomness of the directions; both are equal if all mass moves along
+        rays.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> image_quantiles([np.arange(64.0).reshape(4, 4, 4)]).shape
@@ -113,19 +113,19 @@ def image_quantiles(
 def quantile_distance(quantiles_a: ArrayLike, quantiles_b: ArrayLike) -> torch.Tensor:
     """One-dimensional Wasserstein distances between distributions that are given by their quantiles.
 
-    In one dimension the distance is the mean difference between quantile functions. Means over parts of equal mass give
-    it exactly, but for parts in which the two functions cross, where they fall short: with 16,384 parts by at most 2e-5
-    of the distance on six brain MRI volumes, raw and standardised.
+    In one dimension the distance is the mean absolute difference of the quantile functions. Means over parts of equal
+    mass give it exactly, except in parts where the two functions cross; there they are too small. With 16,384 parts the
+    error was at most 2e-5 of the distance on six brain MRI volumes, raw and standardised.
 
     Args:
         quantiles_a: Na x Q, from `image_quantiles`.
         quantiles_b: Nb x Q, made with the same settings.
 
     Returns:
-        Na x Nb, float64, >= 0, lower is nearer.
+        Na x Nb, float64, >= 0, lower means more similar.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> quantile_distance([[0.0, 1.0, 2.0]], [[0.0, 1.0, 2.0], [0.5, 1.5, 4.0]])
@@ -138,7 +138,7 @@ def quantile_distance(quantiles_a: ArrayLike, quantiles_b: ArrayLike) -> torch.T
 def _scores_of(
     reader: Reader, name: str, images: Iterable[ArrayLike], *, size: int, variance: float, standardize: bool
 ) -> Iterator[np.ndarray]:
-    """Of each image points x components."""
+    """Yield the scores of each image, points x components."""
     require_number("size", size, 2, whole=True)
     require_number("variance", variance, 0, 1, above=True)
     for named in reader.volumes(name, images):
@@ -146,7 +146,7 @@ def _scores_of(
 
 
 def _kept(scores: np.ndarray, size: int, multivariate: bool) -> np.ndarray:
-    """A row whose mean absolute difference from that of another image is their distance."""
+    """A row per image; the mean absolute difference of two rows is the distance of the images."""
     if not multivariate:
         return mass_quantiles(scores, QUANTILES)
     along = (scores @ _directions(size)[: scores.shape[1]]).T
@@ -155,9 +155,9 @@ def _kept(scores: np.ndarray, size: int, multivariate: bool) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _directions(size: int) -> np.ndarray:
-    """In columns, for so many components as there can be; what moves along the first one keeps its length in the mean.
+    """Orthogonal random directions in columns, scaled so that a shift along one component keeps its length on average.
 
-    At right angles they fill the space more evenly than drawn one by one.
+    Orthogonal directions cover the space more evenly than independent ones.
     """
     directions = ortho_group.rvs(size, random_state=0)
     return directions / np.abs(directions[0]).mean()
@@ -174,7 +174,7 @@ def _transport(a: np.ndarray, b: np.ndarray) -> float:
 def _scores(name: str, image: np.ndarray, size: int, variance: float, standardize: bool) -> np.ndarray:
     box, scores = bounding_box(image != 0), None
     if box is not None:
-        part = finite(name, image[box])  # zeros around the body add nothing to what follows
+        part = finite(name, image[box])  # zeros around the body do not change the result
         if standardize:
             body = part != 0
             values = part[body]
@@ -188,7 +188,7 @@ def _scores(name: str, image: np.ndarray, size: int, variance: float, standardiz
 
 
 def _leading_scores(part: np.ndarray, resizing: list[sparse.csr_array], variance: float) -> np.ndarray | None:
-    """Scores of the resized image's rows on its leading components, None if it has no contrast."""
+    """Scores of the resized image's rows on its leading components; None if it has no contrast."""
     *leading, last = resizing
     rows = _resized(part, leading)
     peak = np.abs(rows).max()
@@ -205,15 +205,15 @@ def _leading_scores(part: np.ndarray, resizing: list[sparse.csr_array], variance
 
 @lru_cache(maxsize=256)
 def _resizing(old: int, new: int) -> sparse.csr_array:
-    """Resizing along one axis as a matrix: what scikit-image makes of the identity."""
+    """Resizing along one axis as a matrix, by resizing the identity with scikit-image."""
     return sparse.csr_array(resize(np.eye(old), (new, old), order=1))
 
 
 def _resized(part: np.ndarray, leading: list[sparse.csr_array]) -> np.ndarray:
-    """A matrix of the image resized along all axes but the last, which becomes its columns.
+    """The image resized along all axes but the last, as a matrix whose columns are the last axis.
 
-    Interpolation, and the filter before it, are linear and treat one axis after the other. So the last axis, which
-    would cost as much as the others, can stay as it is: its matrix goes into the covariance and into the loadings.
+    Filter and interpolation are linear, and separate for each axis. So the last axis, which would take as much time as
+    the others, is not resized here: its matrix is applied to the covariance and to the loadings.
     """
     first, *second = leading
     image = (first @ part.reshape(len(part), -1)).reshape(-1, *part.shape[1:])
@@ -223,7 +223,7 @@ def _resized(part: np.ndarray, leading: list[sparse.csr_array]) -> np.ndarray:
 
 
 def mass_quantiles(values: np.ndarray, parts: int) -> np.ndarray:
-    """Means of successive parts of equal mass of the sorted values, of which there may be fewer than parts."""
+    """Means of ``parts`` successive parts of equal mass of the sorted values. There may be fewer values than parts."""
     values = np.sort(values, axis=None)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     edges = np.linspace(0, len(values), parts + 1)

@@ -1,4 +1,4 @@
-"""Label volumes compared: all pairs by SSIM, two sets by the Dice of their mean maps, or by their shape and place."""
+"""Compare label volumes: all pairs by SSIM, two sets by the Dice of their mean maps, or by shape and position."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -14,8 +14,8 @@ from medtl_ext.affinity._volumes import Reader, binary, bounding_box, voxel_size
 
 Volumes = list[np.ndarray]
 
-# 16 MiB of float32 labels at a time: enough for the matrix product to be fast, and it stays near the processor. Beyond
-# 2**24 voxels in one block float32 would no longer count exactly.
+# Numbers per block (16 MiB of float32): enough for a fast matrix product. Above 2**24 voxels per block, float32 would
+# no longer count exactly.
 BLOCK = 2**22
 GAUSSIAN, GAUSSIAN_SIDE = 1.5, 11  # standard deviation and side of Wang's windows, in pixels
 
@@ -25,8 +25,8 @@ SHAPE_DESCRIPTORS = {
     3: ("log_volume", "log_components", "elongation", "flatness", "compactness", "centre_0", "centre_1", "centre_2"),
 }
 
-#: The difference in each descriptor that counts as one in `shape_similarity`: on 38 tasks of the phantom, the standard
-#: deviation between the means of tasks or that between the patients of one task, whichever is larger, rounded.
+#: The unit of each descriptor in `shape_similarity`: on 38 tasks of the phantom, the larger of two standard deviations
+#: (between the means of tasks, and between the patients of a task), rounded.
 SHAPE_SCALES = {"log_volume": 2.0, "log_components": 1.5, "elongation": 0.1, "flatness": 0.1, "compactness": 1.5}
 SHAPE_SCALES |= dict.fromkeys(("centre_0", "centre_1", "centre_2"), 0.1)
 
@@ -45,32 +45,31 @@ def pairwise_ssim(
         \mathrm{SSIM} = \frac{(2 \mu_a \mu_b + k_1^2)(2 \sigma_{ab} + k_2^2)}
         {(\mu_a^2 + \mu_b^2 + k_1^2)(\sigma_a^2 + \sigma_b^2 + k_2^2)}
 
-    over whole volumes (the global form), or in a window around every voxel and then averaged. For labels of 0 and 1
-    means and variances follow from the number of labelled voxels, covariances from the number labelled in both. For all
-    pairs that is one matrix product. Counts are exact, however large the volumes are.
+    over whole volumes (the global form), or averaged over windows around every voxel. For labels of 0 and 1, means and
+    variances follow from the number of labelled voxels, and covariances from the number of voxels labelled in both. All
+    pairs take one matrix product. Counts are exact for volumes of any size.
 
     Args:
         labels_a: Na label volumes of 0 and 1, 2D or 3D.
-        labels_b: Nb label volumes. If shapes differ, all are resampled, nearest neighbour, to the largest extent found
-            along each axis, with a `UserWarning`.
-        k1, k2: stabilisers of the means and of the variances, > 0. SeqTran has 0.3; scikit-image, and the paper that
-            introduced SSIM, have 0.01 and 0.03.
+        labels_b: Nb label volumes. If shapes differ, all are resampled by nearest neighbour to the largest extent along
+            each axis, with a `UserWarning`.
+        k1, k2: stabilisers of the means and of the variances, > 0. SeqTran uses 0.3; scikit-image and the paper that
+            introduced SSIM use 0.01 and 0.03.
         window: None for the global form; ``"gaussian"`` for the local windows of Wang 2004, 11 x 11 pixels weighted by
             a Gaussian of 1.5, in each slice along the last axis of a volume; an odd number, such as 7, for plain
             windows of so many voxels a side.
 
     Returns:
-        Na x Nb, float64, > -1, higher is more alike; 1 for two empty volumes. With k1 = k2 = 0.3 labels that fill
-        little of their volume are all alike, wherever they lie: lesion maps of 0.02 % and of 0.7 % of the voxels have
-        0.93. SeqTran's code divides variances by the number of voxels N, but covariances by N - 1. So in the global
-        form the similarity v of a volume with itself is not 1 but ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, where s
-        is its variance: 1 <= v <= 1 + 1 / (N - 1). With windows it is 1. The same pair gives the same value in either
-        order.
+        Na x Nb, float64, > -1, higher means more similar; 1 for two empty volumes. With k1 = k2 = 0.3, small labels are
+        similar wherever they are: lesion maps of 0.02 % and of 0.7 % of the voxels have 0.93. SeqTran's code divides
+        variances by the number of voxels N, but covariances by N - 1. So in the global form the similarity v of a
+        volume with itself is not 1 but ``(2 s N / (N - 1) + k2^2) / (2 s + k2^2)``, where s is its variance:
+        1 <= v <= 1 + 1 / (N - 1). With windows it is 1. The matrix is symmetric.
 
-        Memory: one byte per voxel of every volume, and nothing beyond the input where that is uint8 or bool.
+        Memory: one byte per voxel of every volume; nothing besides the input if it is uint8 or bool.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> labels = [np.array([[1, 1], [0, 0]]), np.array([[1, 0], [0, 0]]), np.array([[0, 0], [0, 0]])]
@@ -95,7 +94,8 @@ def pairwise_ssim(
         return reader.tensor(_global_ssim(a, b, c1, c2))
     if window == "gaussian":
         if min(grid[:2]) < GAUSSIAN_SIDE:
-            raise InputError(f"slices of {grid[:2]} are smaller than the window of {GAUSSIAN_SIDE} x {GAUSSIAN_SIDE}.")
+            hint = f"expected at least {GAUSSIAN_SIDE} x {GAUSSIAN_SIDE}, the size of the window"
+            raise InputError(f"labels_a and labels_b have slices of {grid[:2]}; {hint}.")
         return reader.tensor(_windowed_ssim(a, b, c1, c2, window, (GAUSSIAN_SIDE, GAUSSIAN_SIDE, 1)[: len(grid)]))
     if require_number("window", window, 3, min(grid), whole=True) % 2 == 0:
         raise InputError(f"window is {window}; expected an odd number.")
@@ -103,24 +103,24 @@ def pairwise_ssim(
 
 
 def mean_label_dice(labels_a: Iterable[ArrayLike], labels_b: Iterable[ArrayLike]) -> torch.Tensor:
-    r"""Dice of two mean label maps: do two tasks label the same place, in the same shape, as often?
+    r"""Dice of two mean label maps: do two tasks label the same voxels with the same frequency?
 
     With m(x) the share of a set's volumes that are labelled at x,
 
     .. math:: \mathrm{Dice} = 2 \sum_x m_a(x)\, m_b(x) / \textstyle\sum_x (m_a(x)^2 + m_b(x)^2)
 
-    which for one volume a side is the usual Dice, and is 1 for equal maps only.
+    For one volume on each side this is the usual Dice. It is 1 for equal maps only.
 
     Args:
         labels_a: label volumes of 0 and 1, 2D or 3D, of images that are registered to each other.
-        labels_b: the same of another task. Different shapes are resampled as in `pairwise_ssim`.
+        labels_b: label volumes of another task. Different shapes are resampled as in `pairwise_ssim`.
 
     Returns:
-        A float64 scalar in [0, 1], higher is more alike. With no labelled voxel in either set it is 1, with a
-        `UserWarning`: that says nothing about transfer. Memory: one map for each shape that occurs.
+        A float64 scalar in [0, 1], higher means more similar. Without any labelled voxel in both sets it is 1, with a
+        `UserWarning`, and says nothing about transfer. Memory: one map for each shape.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> mean_label_dice([[[1, 1], [0, 0]], [[1, 0], [0, 0]]], [[[1, 0], [0, 0]]])  # means 1, 0.5 and 1, 0
@@ -130,7 +130,7 @@ def mean_label_dice(labels_a: Iterable[ArrayLike], labels_b: Iterable[ArrayLike]
     a = _shares(reader, "labels_a", labels_a)
     b = a if labels_b is labels_a else _shares(reader, "labels_b", labels_b)
     grid = _common_grid({*a, *b})
-    # Picking voxels commutes with adding volumes, so it could wait until all shapes were known.
+    # Resampling by nearest neighbour commutes with addition, so it is done after summing the volumes of each shape.
     mean_a, mean_b = (np.sum(_on_grid(shares.values(), grid), axis=0) for shares in (a, b))
     if not mean_a.any() and not mean_b.any():
         warn("labels_a and labels_b hold no labelled voxel, so their Dice is 1 and says nothing about transfer.")
@@ -138,29 +138,29 @@ def mean_label_dice(labels_a: Iterable[ArrayLike], labels_b: Iterable[ArrayLike]
 
 
 def shape_descriptors(labels: Iterable[ArrayLike], spacing: ArrayLike = 1.0) -> torch.Tensor:
-    r"""A few numbers on the shape and place of what each volume labels, in columns that `SHAPE_DESCRIPTORS` names.
+    r"""Shape and position of the labelled region of each volume, in the columns of `SHAPE_DESCRIPTORS`.
 
-    With :math:`\lambda_1 \ge \lambda_2 \ge \lambda_3` the principal variances of its extent in mm (each voxel a box):
+    Let :math:`\lambda_1 \ge \lambda_2 \ge \lambda_3` be the principal variances of the region in mm (voxels are boxes):
 
     - ``log_volume``: ln of the volume in mm3 (in 2D, of the area in mm2);
     - ``log_components``: ln of the number of connected components; voxels that share a corner are connected;
     - ``elongation``: :math:`\ln \sqrt{\lambda_1 / \lambda_2}`, 0 for a ball or a disc;
     - ``flatness``, in 3D: :math:`\ln \sqrt{\lambda_2 / \lambda_3}`, 0 for a ball or a rod;
-    - ``compactness``: ln of the volume over that of the solid ellipsoid with the same variances: 0 for that ellipsoid,
-      -0.12 for a cube, lower for a shell, and lowest for scattered parts;
-    - ``centre_0`` and so on: where the centre of mass is along each axis, from the middle of the volume, in units of
+    - ``compactness``: ln of the volume divided by that of the solid ellipsoid with the same variances. 0 for an
+      ellipsoid, -0.12 for a cube, lower for a shell, and lowest for scattered parts;
+    - ``centre_0`` and so on: position of the centre of mass along each axis, from the middle of the volume, in units of
       the volume's extent.
 
     Args:
-        labels: N label volumes of 0 and 1, 2D or 3D, read one at a time.
-        spacing: size of a voxel in mm: a number, one per axis, or N rows of one per axis.
+        labels: N label volumes of 0 and 1, 2D or 3D. They are read one at a time.
+        spacing: size of a voxel in mm: one number, one per axis, or N rows with one per axis.
 
     Returns:
-        N x 6 (2D) or N x 8 (3D), float64. A volume without labelled voxel has no shape: its row is NaN, with a
-        `UserWarning`, and `shape_similarity` leaves it out.
+        N x 6 (2D) or N x 8 (3D), float64. The row of a volume without labelled voxel is NaN, with a `UserWarning`;
+        `shape_similarity` ignores it.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> label = np.zeros((8, 8))
@@ -177,27 +177,28 @@ def shape_descriptors(labels: Iterable[ArrayLike], spacing: ArrayLike = 1.0) -> 
             rows.append(np.full(len(SHAPE_DESCRIPTORS[label.ndim]), np.nan))
             empty.append(name)
     if empty:
-        warn(f"Nothing is labelled in {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}: no shape there, NaN.")
+        names = f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
+        warn(f"Nothing is labelled in {names}: the shape descriptors are NaN.")
     return reader.tensor(np.stack(rows))
 
 
 def shape_similarity(descriptors_a: ArrayLike, descriptors_b: ArrayLike) -> torch.Tensor:
-    r"""How alike the mean shapes of two tasks are.
+    r"""Similarity of the mean shapes of two tasks.
 
     .. math:: \exp \left( -\tfrac1D \textstyle\sum_j |\bar a_j - \bar b_j| / s_j \right)
 
     with the scales s of `SHAPE_SCALES`.
 
     Args:
-        descriptors_a: Na x D, from `shape_descriptors`. Rows with NaN, of volumes without RoI, are left out.
+        descriptors_a: Na x D, from `shape_descriptors`. Rows with NaN, of volumes without RoI, are ignored.
         descriptors_b: Nb x D.
 
     Returns:
-        A float64 scalar in (0, 1], higher is more alike, 1 for equal means; 0, with a `UserWarning`, if a side has no
-        shape at all.
+        A float64 scalar in (0, 1], higher means more similar, 1 for equal means. 0 with a `UserWarning` if all rows of
+        one side are NaN.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> cube, rod = np.zeros((9, 9, 9)), np.zeros((9, 9, 9))
@@ -213,7 +214,7 @@ def shape_similarity(descriptors_a: ArrayLike, descriptors_b: ArrayLike) -> torc
         raise InputError(f"descriptors_a has {a.shape[1]} columns; expected those of shape_descriptors.")
     a, b = (rows[~np.isnan(rows).any(axis=1)] for rows in (a, b))
     if not len(a) or not len(b):
-        warn(f"descriptors_{'b' if len(a) else 'a'} describes no shape at all, so the similarity is 0.")
+        warn(f"descriptors_{'b' if len(a) else 'a'} has NaN in every row, so the similarity is 0.")
         return reader.tensor(0.0)
     scales = [SHAPE_SCALES[name] for name in names]
     return reader.tensor(np.exp(-np.mean(np.abs(a.mean(axis=0) - b.mean(axis=0)) / scales)))
@@ -231,7 +232,7 @@ def _on_grid(volumes: Iterable[np.ndarray], grid: tuple[int, ...]) -> list[np.nd
 
 
 def _nearest(volume: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """What lies at the centres of the new voxels."""
+    """Resample by nearest neighbour: the values at the centres of the new voxels."""
     sides = zip(volume.shape, grid, strict=True)
     return volume[np.ix_(*(((np.arange(new) + 0.5) * (old / new)).astype(np.intp) for old, new in sides))]
 
@@ -242,7 +243,7 @@ def _nearest(volume: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
 def _ssim(
     mean_a: np.ndarray, mean_b: np.ndarray, both: np.ndarray, c1: float, c2: float, factors: tuple[float, float]
 ) -> np.ndarray:
-    """From the shares of voxels labelled in a, in b, and in both; factors are those of covariances and of variances."""
+    """SSIM from the shares of voxels labelled in a, in b, and in both. ``factors`` scale covariances and variances."""
     covariance = (both - mean_a * mean_b) * factors[0]
     variances = (mean_a * (1 - mean_a) + mean_b * (1 - mean_b)) * factors[1]
     return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * (2 * covariance + c2) / (variances + c2)
@@ -255,7 +256,7 @@ def _global_ssim(a: Volumes, b: Volumes, c1: float, c2: float) -> np.ndarray:
 
 
 def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
-    """Number of voxels labelled in both, for every pair: one matrix product, a block of voxels at a time."""
+    """Number of voxels labelled in both volumes of every pair: a matrix product, block by block."""
     rows_a, rows_b = ([volume.reshape(-1) for volume in side] for side in (a, b))
     step = max(1, BLOCK // (len(a) + len(b)))
     total = np.zeros((len(a), len(b)))
@@ -269,7 +270,7 @@ def _overlaps(a: Volumes, b: Volumes) -> np.ndarray:
 def _windowed_ssim(
     a: Volumes, b: Volumes, c1: float, c2: float, window: int | str, sides: tuple[int, ...]
 ) -> np.ndarray:
-    # A window that sees no label has SSIM 1, so only what is near the labels need be looked at.
+    # The SSIM of a window without label is 1, so only windows near labels are computed.
     margin = np.subtract(sides, 1)
     near_a, near_b = ([bounding_box(volume, margin=margin) for volume in side] for side in (a, b))
     windows = np.prod(np.subtract(a[0].shape, margin))
@@ -283,7 +284,7 @@ def _windowed_ssim(
 
 
 def _missing(a: np.ndarray, b: np.ndarray, c1: float, c2: float, window: int | str, sides: tuple[int, ...]) -> float:
-    """What all windows together lack of an SSIM of 1 each."""
+    """Sum of 1 - SSIM over all windows."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     inner = tuple(slice(side // 2, size - side // 2) for side, size in zip(sides, a.shape, strict=True))
     if window == "gaussian":
@@ -291,7 +292,7 @@ def _missing(a: np.ndarray, b: np.ndarray, c1: float, c2: float, window: int | s
         factor = 1.0
     else:
         smooth = partial(ndimage.uniform_filter, size=window)
-        factor = window**a.ndim / (window**a.ndim - 1)  # of sample covariances, as scikit-image has them
+        factor = window**a.ndim / (window**a.ndim - 1)  # unbiased covariances, as in scikit-image
     shares = (smooth(labelled)[inner] for labelled in (a, b, a * b))
     return float((1 - _ssim(*shares, c1, c2, (factor, factor))).sum())
 
@@ -303,7 +304,7 @@ def _union(first: tuple[slice, ...] | None, second: tuple[slice, ...] | None) ->
 
 
 def _shares(reader: Reader, name: str, labels: Iterable[ArrayLike]) -> dict[tuple[int, ...], np.ndarray]:
-    """For every shape that occurs, the share of all volumes that have it and label a voxel."""
+    """Shape -> for each voxel, the share of all volumes that have this shape and label the voxel."""
     totals: dict[tuple[int, ...], np.ndarray] = {}
     count = 0
     for item, volume in reader.volumes(name, labels):
@@ -313,9 +314,9 @@ def _shares(reader: Reader, name: str, labels: Iterable[ArrayLike]) -> dict[tupl
 
 
 def soft_dice(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dice of every map in ``a`` with every one in ``b``, which are stacked along the first axis."""
+    """Dice of all pairs of maps, which are stacked along the first axis of ``a`` and ``b``."""
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    # 2 ab = a^2 + b^2 - (a - b)^2, so that equal maps have exactly 1, two empty ones as well.
+    # 2 ab = a^2 + b^2 - (a - b)^2, so that equal maps have exactly 1, also two empty ones.
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)
     return np.maximum(1 - cdist(a, b, "sqeuclidean") / np.where(squares > 0, squares, 1), 0)
 

@@ -1,4 +1,4 @@
-"""Transferability metrics: one file a metric, a pure ``compute_*`` function and the streaming class beside it."""
+"""Transferability metrics. Each file has one metric: a pure ``compute_*`` function and a streaming class."""
 
 from medtl_ext.metrics.base import TransferMetric, probabilities_and_labels
 from medtl_ext.metrics.ccfv import CCFV, compute_ccfv

@@ -1,4 +1,4 @@
-"""Batches of tensors put aside for a second look: in memory while they are few, on disk once they are many."""
+"""Storage for batches of tensors that are needed again: in memory while it is small, on disk when it grows."""
 
 import tempfile
 from collections.abc import Iterator
@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 
-#: Bytes one spool may hold in memory before it moves to a temporary file.
+#: Bytes that one spool holds in memory before it moves to a temporary file.
 MEMORY_LIMIT = 256 * 2**20
 
 
 class PredictionSpool:
     """A queue of tensor batches that can be read any number of times and keeps each tensor's dtype and shape.
 
-    The file is temporary and anonymous: it disappears with the spool, or with the process. Spools can be pickled,
-    which is how a metric travels back from a worker process.
-
-    Beyond `MEMORY_LIMIT` everything moves to a file in the system's temporary folder (`TMPDIR` chooses another).
+    Beyond `MEMORY_LIMIT` everything moves to a file in the system's temporary folder (`TMPDIR` chooses another). The
+    file has no name: it disappears with the spool, or with the process. Spools can be pickled, so that a worker process
+    can return its metric.
 
     >>> spool = PredictionSpool()
     >>> spool.append(torch.tensor([0.5, 0.5]), torch.tensor([1]))
@@ -33,7 +32,7 @@ class PredictionSpool:
         batch = []
         offset = self._file.seek(0, 2)
         for tensor in tensors:
-            # Bytes, because numpy has no bfloat16.
+            # As bytes, because NumPy has no bfloat16.
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             self._file.write(data)
             batch.append((offset, tensor.dtype, tensor.shape))
@@ -41,14 +40,14 @@ class PredictionSpool:
         self._batches.append(batch)
 
     def close(self) -> None:
-        """Forget everything and free the memory or the file."""
+        """Delete everything and free the memory or the file."""
         self._file.close()
         self._batches = []
 
     __del__ = close
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for batch in list(self._batches):  # a copy, so that a spool can be extended by itself
+        for batch in list(self._batches):  # a copy: a metric may be merged with itself
             yield [self._read(*entry) for entry in batch]
 
     def _read(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:

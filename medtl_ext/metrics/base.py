@@ -1,4 +1,4 @@
-"""The class all transferability metrics share: sums that add up over batches, processes and machines."""
+"""The base class of all transferability metrics: sums that add up over batches, processes and machines."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from medtl_ext._validation import InputError, as_plain_tensor
 
 
 class TransferMetric(Metric):
-    """Base of the transferability metrics: streams over batches, merges, and adds up over all processes.
+    """Base class of the transferability metrics: takes batches, merges, and adds up over all processes.
 
-    A metric is used in one of three ways, which all give the value of its one-shot ``compute_*`` function:
+    A metric is used in one of three ways. All give the value of its one-shot ``compute_*`` function:
 
     - by hand: ``metric.update(source_probs, target_labels)`` for every batch, then ``metric.compute()``;
     - split over workers: each fills its own metric, then ``metric.merge(other)`` in any order (metrics can be pickled);
-    - attached to an Ignite engine, which a MONAI evaluator is. In a bundle's JSON the class name is enough::
+    - attached to an Ignite engine, such as a MONAI evaluator. In a bundle's JSON the class name is enough::
 
         "evaluator": {
             "_target_": "SupervisedEvaluator",
@@ -31,14 +31,14 @@ class TransferMetric(Metric):
         }
 
     Attached, it reads the network's raw logits and the labels from ``engine.state.output`` (see
-    `probabilities_and_labels`), so the evaluator needs no postprocessing. Where `pred` holds probabilities already, say
-    so by ``"output_transform": "$monai.handlers.from_engine(['pred', 'label'])"``, which hands them over as they are.
+    `probabilities_and_labels`), so the evaluator needs no postprocessing. If `pred` already holds probabilities, give
+    ``"output_transform": "$monai.handlers.from_engine(['pred', 'label'])"``, which passes them on as they are.
 
-    Under torch.distributed every process sees its share of the data and ``compute()``, called on all of them, gives all
-    of them the value of the whole; processes without data take part. Let each sample be seen once: MONAI's
+    Under torch.distributed every process sees its share of the data. Call ``compute()`` on all processes, also on those
+    without data: each gets the value over all data. Each sample must be seen once only: use MONAI's
     ``DistributedSampler(even_divisible=False)``.
 
-    A new metric declares what it sums and what it makes of the sums:
+    A new metric defines its sums in ``update`` and its value in ``_evaluate``:
 
     >>> class MeanConfidence(TransferMetric):
     ...     '''Mean over the samples of the highest probability.'''
@@ -54,13 +54,13 @@ class TransferMetric(Metric):
     Args:
         ignore_index: samples with this target label are left out.
         output_transform: turns ``engine.state.output`` into the arguments of `update`, as a tuple or as a mapping from
-            argument name to value; lists of tensors are stacked into a batch. None: the class's own default.
+            argument name to value. Lists of tensors are stacked into a batch. None uses the default of the class.
 
     Attributes:
-        higher_is_better: True when a higher value predicts better transfer.
+        higher_is_better: True if a higher value predicts better transfer.
         inputs: names of the arguments of `update`.
-        growing_axes: how many leading axes of the sums may differ between batches (a class that is not seen yet makes
-            them shorter); the others must agree.
+        growing_axes: how many leading axes of the sums may differ between batches (they are shorter while a class has
+            not been seen). The other axes must agree.
     """
 
     higher_is_better: bool = True
@@ -75,25 +75,25 @@ class TransferMetric(Metric):
 
     @staticmethod
     def default_output_transform(output: Any) -> tuple[Any, Any]:
-        """What is read from an engine when nothing else is said: `probabilities_and_labels`."""
+        """What an attached metric reads from the engine by default: `probabilities_and_labels`."""
         return probabilities_and_labels(output)
 
     @abstractmethod
     def update(self, source_probs: torch.Tensor, target_labels: torch.Tensor) -> None:
-        """Add one batch. A batch that is refused with an `InputError` leaves the metric as it was."""
+        """Add one batch. If it raises an `InputError`, the metric stays as it was."""
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
-        """Return the value that belongs to the sums over all batches of all processes, leaving the sums unchanged.
+        """Return the value for the sums over all batches of all processes, without changing the sums.
 
-        A metric whose state is more than sums overrides `compute` instead.
+        A metric that needs more than sums overrides `compute` instead.
         """
         raise NotImplementedError(f"{type(self).__name__} defines neither _evaluate() nor compute().")
 
     def compute(self) -> Any:
-        """Return the value over everything seen by all processes; updates may go on afterwards.
+        """Return the value over everything seen by all processes. Further updates are possible afterwards.
 
         Raises:
-            InputError: nothing was seen, by any process.
+            InputError: no process has seen a sample.
         """
         return self._evaluate(self._totals())
 
@@ -108,17 +108,17 @@ class TransferMetric(Metric):
         return seen
 
     def reset(self) -> None:
-        """Forget everything; an engine does this when an epoch starts."""
+        """Delete what was seen. An engine does this when an epoch starts."""
         self._sums: dict[str, torch.Tensor] = {}
 
     def merge(self, other: TransferMetric) -> None:
-        """Add everything another metric of the same class has seen; the other one stays as it is."""
+        """Add what another metric of the same class has seen. The other one stays as it is."""
         if type(other) is not type(self):
             raise InputError(f"other is {type(other).__name__}; expected {type(self).__name__} to merge with.")
         self._add(**other._sums)
 
     def _add(self, **sums: torch.Tensor) -> None:
-        """Add to the named sums (kept in float64 on the device of the first), which grow to hold new classes."""
+        """Add to the named sums, which grow with new classes; they are float64, on the device of the first batch."""
         shapes = {
             name: _common_shape(self.inputs[0], [self._sums.get(name, value).shape, value.shape], self.growing_axes)
             for name, value in sums.items()
@@ -132,7 +132,7 @@ class TransferMetric(Metric):
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
-        """Update from the engine's current output; attached to the engine by Ignite."""
+        """Update from the engine's current output. Ignite calls this after every iteration."""
         output = self._output_transform(engine.state.output)
         values = [output[name] for name in self.inputs] if isinstance(output, Mapping) else output
         for batch in _batches(values):
@@ -147,11 +147,11 @@ def probabilities_and_labels(output: Any) -> tuple[list[torch.Tensor], list[Any]
             (the network's raw logits, Z x *spatial per sample) and `label`.
 
     Returns:
-        Probabilities and labels, each a list of samples. The logits go through a softmax over the channels,
-        or through a sigmoid when there is one channel.
+        Probabilities and labels, each a list of samples. The probabilities are the softmax of the logits over the
+        channels, or their sigmoid if there is one channel.
 
     Raises:
-        InputError: `pred` or `label` is missing, or `pred` is not logits any more.
+        InputError: `pred` or `label` is missing, or `pred` does not hold raw logits.
     """
     logits, labels = read_output(output, CommonKeys.PRED, CommonKeys.LABEL)
     logits = [as_plain_tensor(CommonKeys.PRED, sample) for sample in logits]
@@ -160,20 +160,20 @@ def probabilities_and_labels(output: Any) -> tuple[list[torch.Tensor], list[Any]
 
 
 def read_output(output: Any, *keys: str) -> list[Any]:
-    """What a MONAI engine's output has under each key: a batch, or the list of samples that decollation makes of it."""
+    """The values of each key in a MONAI engine's output: a batch, or the list of samples that decollation makes."""
     items = [output] if isinstance(output, Mapping) else output
     if not (isinstance(items, Sequence) and items and all(isinstance(item, Mapping) for item in items)):
         expected = f"MONAI's dictionaries with {' and '.join(map(repr, map(str, keys)))}"
-        raise InputError(f"engine.state.output is {type(output).__name__}; expected {expected}: see output_transform.")
+        raise InputError(f"engine.state.output is {type(output).__name__}; expected {expected}: give output_transform.")
     for key in keys:
         if missing := [item for item in items if item.get(key) is None]:
             there = ", ".join(sorted(map(str, missing[0])))
-            raise InputError(f"engine.state.output has no '{key}', only {there}; name keys by an output_transform.")
+            raise InputError(f"engine.state.output has no '{key}', only {there}; give an output_transform.")
     return [output[key] if isinstance(output, Mapping) else [item[key] for item in items] for key in keys]
 
 
 def _require_logits(sample: torch.Tensor) -> None:
-    # A few pixels tell: logits that sum to exactly one everywhere, or are all 0 and 1, have been processed already.
+    # A few pixels are enough: values that sum to one everywhere, or are all 0 and 1, are not raw logits.
     pixels = sample.reshape(len(sample), -1)[:, :64]
     if len(pixels) > 1:
         processed = ((pixels >= 0) & ((pixels.sum(0) - 1).abs() < 1e-4)).all()
@@ -190,7 +190,7 @@ def _probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _batches(values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
-    """Stack lists of samples into one batch, or into batches of one where the samples' shapes differ."""
+    """Stack lists of samples into one batch, or into batches of one sample if their shapes differ."""
     values = list(values)
     if not all(isinstance(value, (list, tuple)) for value in values):
         return [tuple(values)]
@@ -201,7 +201,7 @@ def _batches(values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
 
 
 def all_gathered(own: Any) -> list[Any]:
-    """What each process of torch.distributed has, in the order of their ranks; without it, that of this one alone."""
+    """The objects of all processes of torch.distributed, by rank; without torch.distributed, only this one."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return [own]
     shares: list[Any] = [None] * dist.get_world_size()
@@ -210,21 +210,21 @@ def all_gathered(own: Any) -> list[Any]:
 
 
 def all_reduce_sums(sums: Mapping[str, torch.Tensor], *, growing_axes: int = 1) -> dict[str, torch.Tensor]:
-    """Return the named sums added up over all processes of torch.distributed, or as they are without it.
+    """Return the named sums over all processes of torch.distributed; without torch.distributed, the sums themselves.
 
-    Processes may hold different names and shapes (fewer classes, no data at all): the result has all names, in the
-    largest shape. ``sums`` is left unchanged.
+    Processes may hold different names and shapes (fewer classes, or no data). The result has all names, each in the
+    largest shape. ``sums`` stays unchanged.
     """
     shapes = all_gathered({name: tuple(value.shape) for name, value in sums.items()})
     if len(shapes) == 1:
         return dict(sums)
-    # NCCL only moves GPU memory, and a process without data has no device of its own to go by.
+    # NCCL sends GPU memory only, and a process without data has no tensor that names a device.
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
     reduced = {}
     for name in sorted(set().union(*shapes)):
         shape = _common_shape(name, [held[name] for held in shapes if name in held], growing_axes)
         own = sums.get(name, torch.zeros([0] * len(shape), device=device))
-        # Reduced in the order of memory, which must be the same for all.
+        # all_reduce adds in memory order, which must be the same in all processes.
         total = grown(own.to(device, torch.float64, copy=True), shape).contiguous()
         dist.all_reduce(total)
         reduced[name] = total.to(own.device)
@@ -240,6 +240,6 @@ def _common_shape(name: str, shapes: Sequence[Sequence[int]], growing_axes: int)
 
 
 def grown(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The tensor with zeros at the end of its axes, in a larger shape; itself where it has that shape."""
+    """Pad the axes of a tensor with zeros at their ends, up to a larger shape."""
     missing = [n for have, wanted in zip(tensor.shape, shape, strict=True) for n in (wanted - have, 0)]
     return pad(tensor, missing[::-1]) if any(missing) else tensor

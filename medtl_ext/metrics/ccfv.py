@@ -1,9 +1,10 @@
 r"""CC-FV, class consistency with feature variety, over several layers of a segmentation network.
 
 CC-FV (Yang et al., *Pick the best pre-trained model: Towards transferability estimation for medical image
-segmentation*, MICCAI 2023) asks two things of the features that a source network gives the target's cases, without any
-source data. A class should look alike in all cases, so the distance W between the Gaussians of one class in two cases
-should be small; and the cases should not all look the same, so the energy E of their features should be small:
+segmentation*, MICCAI 2023) needs no source data. It measures two properties of the features that a source network
+computes from the target's cases. Consistency: a class should look alike in all cases, so the distance W between the
+Gaussians of one class in two cases should be small. Variety: the cases should differ, so the energy E of their features
+should be small:
 
 .. math::
     W(i, j)^2 = \lVert m_i - m_j \rVert^2 + \mathrm{tr}\,A_i + \mathrm{tr}\,A_j
@@ -33,7 +34,7 @@ VARIETIES = ("cases", "voxels")
 # One case's features in one layer, n x D in float64, and its labels.
 Case = tuple[torch.Tensor, torch.Tensor]
 
-# Elements of the stack of matrices whose singular values are taken at a time.
+# Elements per stack of matrices for the singular values.
 BLOCK = 2**24
 
 
@@ -50,32 +51,30 @@ def compute_ccfv(
 ) -> torch.Tensor:
     """CC-FV of a source network's features of several target cases (patients), in one layer or more.
 
-    The public code draws about as many voxels of each class. Do so too (an attached `CCFV` does), or background decides
-    the mean of a case.
+    The public code draws about the same number of voxels per class. Do the same (an attached `CCFV` does); otherwise
+    the background dominates the mean of a case.
 
     Args:
         features: ``features[layer][case]``, n x D or n x D x *spatial (n slices, or one volume). D may differ between
-            layers, n and the grid between cases. A case without foreground is normal.
+            layers; n and the grid may differ between cases. Cases without foreground are allowed.
         target_labels: ``target_labels[layer][case]``, n or n x *spatial class indices, 0 for background.
-        include_background: compares class 0 between cases, too. It always counts in the variety.
-        variety: "cases" is the inverse energy E of the cases' mean features, as in the public code; "voxels" is the
-            mean over the cases of the inverse energy of each one's features on the unit sphere, as the paper's text
-            has it.
-        eps: softens the energy, in units of squared feature distance. With 0 and "cases" the score does not depend on
-            the scale of the features.
-        n_voxels: "voxels" draws so many of a case that has more.
+        include_background: also compare class 0 between cases. The variety always includes it.
+        variety: "cases" is the inverse energy E of the cases' mean features, as in the public code. "voxels" is the
+            inverse energy of a case's features on the unit sphere, averaged over the cases, as in the paper's text.
+        eps: softens the energy, in units of squared feature distance. With ``eps=0`` and "cases" the score does not
+            depend on the scale of the features.
+        n_voxels: "voxels" draws so many voxels from larger cases.
         seed: of that draw, which does not depend on the order of the voxels.
         ignore_index: voxels with this label are left out.
 
     Returns:
-        The score, a float64 scalar of either sign; higher predicts better transfer. A class counts in the cases that
-        hold two voxels of it or more, and all classes that two cases share count the same. A layer in which no class is
-        shared, or no case differs from another (constant features), has no ratio: it counts 0, with a `UserWarning`.
-        A `UserWarning` also tells when there is one class only, and when ``eps`` drowns the distances between cases.
+        The score, a float64 scalar, positive or negative; higher predicts better transfer. A class counts in a case
+        with two or more of its voxels. All classes that two cases share have equal weight. A layer in which no class is
+        shared, or all cases are equal (constant features), counts 0 with a `UserWarning`. There is also a `UserWarning`
+        for one class only, and if ``eps`` is large compared with the distances between cases.
 
     Raises:
-        InputError: a ValueError that names the argument, the layer and the case, and what is wrong with it; fewer than
-            two cases, too.
+        InputError: invalid input; the message names argument, layer and case. Also fewer than two cases.
 
     Example:
         >>> ann = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 2.0]])
@@ -83,11 +82,11 @@ def compute_ccfv(
         >>> compute_ccfv([[ann, bob]], [[[0, 1, 1], [0, 1, 1]]])
         tensor(-0.3081, dtype=torch.float64)
 
-    Reference: Yang et al., MICCAI 2023, section 2, and the authors' public code. Deviations from that code: the
-    distances are averaged over pairs and classes (there a mean is added to the running sum); the inverse of the energy
-    is in the numerator, as in the paper (there the energy); covariances may be singular (there the matrix root turns
-    complex); labels go to the grid of the features (there features to the grid of the labels). From the paper: see
-    ``variety``.
+    Reference: Yang et al., MICCAI 2023, section 2, and the authors' public code. Differences from that code: distances
+    are averaged over pairs and classes (the code adds a mean to the running sum); the numerator is the inverse energy,
+    as in the paper (in the code, the energy); covariances may be singular (in the code the matrix root becomes
+    complex); labels are resampled to the features' grid (in the code, features to the labels' grid). Difference from
+    the paper: see ``variety``.
     """
     metric = CCFV(include_background=include_background, variety=variety, eps=eps, n_voxels=n_voxels, seed=seed)
     layers = _checked_layers(features, target_labels, ignore_index)
@@ -97,18 +96,18 @@ def compute_ccfv(
 class CCFV(TransferMetric):
     """`compute_ccfv` over batches: ``compute()`` returns a float64 scalar, higher is better.
 
-    In a bundle's JSON it takes the layers from the evaluator's network as it runs, and the cases from `subject`::
+    In a bundle's JSON it reads the layers while the evaluator's network runs, and the cases from `subject`::
 
         "additional_metrics": {"ccfv": {"_target_": "medtl_ext.metrics.CCFV", "layers": ["upcat_2", "upcat_1"]}}
 
-    with labels taken to each layer's grid by nearest neighbour. Memory: the samples of every layer. When attached to
-    layers with a grid these are 400 voxels of each class of each case unless ``pixels`` says otherwise. See
-    `TransferMetric` for how to merge and distribute it, and `FeatureMetric` for how layers are read.
+    Labels are resampled to each layer's grid by nearest neighbour. Memory: the samples of every layer. If the layers
+    have a grid, these are 400 voxels per class and case, unless ``pixels`` is set. See `TransferMetric` for merging and
+    distributed runs, and `FeatureMetric` for reading layers.
 
     Args:
-        layers: names of the network's modules, or one name; None: the penultimate features.
+        layers: names of the network's modules, or one name. None takes the penultimate features.
         include_background, variety, eps, n_voxels: as in `compute_ccfv`.
-        output_transform: turns ``engine.state.output`` into the arguments of `update`, in place of reading layers.
+        output_transform: turns ``engine.state.output`` into the arguments of `update`. Then no layer is read.
         options: pixels, body, seed, ignore_index, see `FeatureMetric`.
 
     >>> metric = CCFV()
@@ -134,7 +133,7 @@ class CCFV(TransferMetric):
     ) -> None:
         names = [layers] if layers is None or isinstance(layers, str) else list(layers)
         if not names or len(set(names)) < len(names):
-            raise InputError(f"layers is {layers!r}; expected one name or more, each once.")
+            raise InputError(f"layers is {layers!r}; expected one or more different names of layers.")
         self._layers = [_LayerSamples(layer=name, **options) for name in names]
         self.include_background = include_background
         self.variety = require_choice("variety", variety, VARIETIES)
@@ -147,9 +146,9 @@ class CCFV(TransferMetric):
         """Add a batch.
 
         Args:
-            features: a list of tensors N x D (x *spatial), one for each layer; with one layer, its tensor will do.
-            target_labels: N (x *spatial) class indices, or a list of such tensors where the layers' grids differ.
-            groups: the case (patient) of each of the N; None: each image is a case of its own.
+            features: a list of tensors N x D (x *spatial), one per layer. For one layer, the tensor itself.
+            target_labels: N (x *spatial) class indices, or a list of such tensors if the layers' grids differ.
+            groups: the case (patient) of each of the N images. None makes each image a case.
         """
         features = list(features) if isinstance(features, (list, tuple)) else [features]
         listed = isinstance(target_labels, (list, tuple)) and not isinstance(target_labels[0], (int, float))
@@ -182,18 +181,18 @@ class CCFV(TransferMetric):
             layer.merge(part)
 
     def compute(self) -> torch.Tensor:
-        """Return the value over everything seen by all processes; updates may go on afterwards."""
+        """Return the value over everything seen by all processes. Further updates are possible afterwards."""
         return torch.stack([self._layer_score(layer.cases()) for layer in self._layers]).sum()
 
     def attach(self, engine: Engine, name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach to an engine (called by MONAI's evaluators), and tap its network."""
+        """Attach to an engine (MONAI's evaluators call this), and read its network's layers from then on."""
         super().attach(engine, name, *args, **kwargs)
         for layer in self._layers if self._tapped else ():
             TappedInferer.tap(engine, layer.layer)
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
-        """Update from the tapped layers and the engine's current output."""
+        """Update from the layers' outputs and the engine's current output."""
         if not self._tapped:
             self.update(*self._output_transform(engine.state.output))
             return
@@ -201,7 +200,7 @@ class CCFV(TransferMetric):
             layer.iteration_completed(engine)
 
     def _layer_score(self, cases: Sequence[Case]) -> torch.Tensor:
-        """ln(variety / consistency) of one layer, 0 where there is no such ratio."""
+        """ln(variety / consistency) of one layer, or 0 if the ratio is undefined."""
         if len(cases) < 2:
             raise InputError(f"features holds {len(cases)} case(s); CC-FV compares cases and needs two or more.")
         if len(torch.cat([labels for _, labels in cases]).unique()) == 1:
@@ -210,8 +209,8 @@ class CCFV(TransferMetric):
         consistency = _consistency(cases, self.include_background)
         if variety > 0 and consistency > 0:
             return torch.log(variety / consistency)
-        what = "no two cases share a class of two voxels or more, or no case differs from another"
-        warn(f"{what}: such a layer counts 0 in CC-FV, which says nothing about transfer.")
+        what = "no two cases share a class of two voxels or more, or all cases have equal features"
+        warn(f"{what}: the layer counts 0 in CC-FV, which says nothing about transfer.")
         return torch.zeros_like(variety)
 
     def _variety_of_cases(self, cases: Sequence[Case]) -> torch.Tensor:
@@ -219,7 +218,7 @@ class CCFV(TransferMetric):
         spread = torch.pdist(means).square().mean()
         if self.eps > spread:
             what = f"the mean squared distance between cases is {float(spread):.1e}, eps {self.eps:g}"
-            warn(f"{what}: the variety in CC-FV hardly heeds the features; give eps=0 or scale the features up.")
+            warn(f"{what}: the variety in CC-FV hardly depends on the features; give eps=0 or scale the features up.")
         return 1 / _energy(means, self.eps)
 
     def _variety_of_voxels(self, cases: Sequence[Case]) -> torch.Tensor:
@@ -233,19 +232,19 @@ class CCFV(TransferMetric):
 
 
 class _LayerSamples(SampleMetric):
-    """The samples of one layer, which know their cases."""
+    """The samples of one layer, with their cases."""
 
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
         if groups is None:
             if features.ndim < 3:
                 raise InputError("groups is missing; CC-FV compares cases: name the patients (`subject` in a batch).")
-            # Unlike a count, these stay apart when metrics are merged.
+            # Random names, so that images of two merged metrics stay different cases.
             groups = [uuid4().hex for _ in features]
         super()._take(features, labels, groups)
 
     def cases(self) -> list[Case]:
         features, labels, groups, _ = self.samples()
-        # In the order in which they turn up in the samples, which their names have no part in.
+        # In order of appearance, so that the names do not influence the value.
         return [(features[groups == group], labels[groups == group]) for group in dict.fromkeys(groups.tolist())]
 
 
@@ -271,7 +270,7 @@ def _checked_layers(features: Any, target_labels: Any, ignore_index: int | None)
 
 
 def _consistency(cases: Sequence[Case], include_background: bool) -> torch.Tensor:
-    """Mean over the classes of the mean distance between two cases' Gaussians; 0 where there are no two."""
+    """Mean over the classes of the mean distance between two cases' Gaussians; 0 if no class has two cases."""
     members: dict[int, list[torch.Tensor]] = {}
     for features, labels in cases:
         for label, count in enumerate(labels.bincount().tolist()):
@@ -291,7 +290,8 @@ def _pairwise_wasserstein(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     distances = []
     pairs = torch.tensor(list(combinations(range(len(parts)), 2)), device=means.device)
     for first, second in (block.T for block in pairs.split(max(1, BLOCK // roots[0].numel()))):
-        # The singular values of A^1/2 B^1/2 are the roots of the eigenvalues of A^1/2 B A^1/2, without squaring first.
+        # The singular values of A^1/2 B^1/2 are the square roots of the eigenvalues of A^1/2 B A^1/2, and more
+        # accurate.
         overlap = torch.linalg.svdvals(roots[first] @ roots[second]).sum(1)
         total = traces[first] + traces[second]
         squared = (means[first] - means[second]).square().sum(1) + total - 2 * overlap

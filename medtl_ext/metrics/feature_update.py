@@ -1,15 +1,15 @@
-r"""Feature update (FU): how much would the target change the source network's second convolution against its first?
+r"""Feature update (FU): ratio of the gradients in the second and the first convolution of the source network.
 
-Juodelyte et al. (*On dataset transferability in medical image classification*, arXiv 2412.20172) look at the gradient
-that the target's labels send back to the source network's early layers. The loss needs no classifier: over all
-triplets of an anchor a, a positive p of the same class and a negative n of another one, in a batch of penultimate
-features f that are scaled to unit length,
+Juodelyte et al. (*On dataset transferability in medical image classification*, arXiv 2412.20172) compute the gradient
+of a loss of the target's labels with respect to the source network's early layers. The loss needs no classifier. It is
+a mean over triplets in a batch: an anchor a, a positive p of the same class, and a negative n of another class. With
+the penultimate features f scaled to unit length,
 
 .. math::
     L = \underset{(a, p, n):\, \cdot > 0}{\mathrm{mean}} \big( \|f_a - f_p\| - \|f_a - f_n\| + 0.05 \big), \qquad
     \mathrm{FU} = \textstyle\sum_B \| \partial L_B / \partial W_2 \|\, \big/ \sum_B \| \partial L_B / \partial W_1 \|
 
-where W_1 and W_2 are the weights of the network's first two convolutions and B its batches, about six.
+where W_1 and W_2 are the weights of the network's first two convolutions, and B are the batches, about six.
 """
 
 import math
@@ -30,13 +30,13 @@ from medtl_ext.metrics.features import tap_features
 MARGIN = 0.05
 N_BATCHES = 6
 
-# With fewer images there is no triplet.
+# A batch of fewer images has no triplet.
 LEAST_BATCH = 3
 
-# A gradient of the first convolution below this is none, and nothing can be divided by it.
+# A smaller gradient of the first convolution counts as zero.
 LEAST_GRADIENT = 1e-12
 
-# Anchors whose triplets are counted at a time.
+# Anchors per block in which triplets are counted.
 ANCHORS = 1024
 
 
@@ -49,31 +49,31 @@ def compute_feature_update(
     layer: str | None = None,
     convolutions: Sequence[str] | None = None,
 ) -> torch.Tensor:
-    """FU: gradient norm of the network's second convolution over that of its first, on the target's images.
+    """FU: gradient norm of the network's second convolution divided by that of its first, on the target's images.
 
-    The network runs in eval mode, with its own device and dtype. It is left as it was: training flags,
+    The network runs in eval mode, on its own device and in its own dtype. Afterwards it is as before: training flags,
     ``requires_grad``, ``.grad`` and buffers.
 
     Args:
         network: a source network whose first two convolutions and penultimate features are used.
-        images: N x channels x *spatial, taken in the order given, which should be random (a batch of one class only has
-            no triplet); or an iterable of such batches.
-        labels: N class indices 0, 1, 2, ..., one for each image; or, an iterable of batches of them.
-        batch_size: images per batch, 3 or more; None makes six batches. Where ``images`` comes in batches it has no
-            meaning. The value depends on how the images are divided.
-        layer: name of the module (as in ``network.named_modules()``) whose output is the features, averaged over a
-            grid; None takes the input of the last linear (or convolution) layer.
-        convolutions: names of the two modules whose weights are compared; None takes the first two convolutions that
+        images: N x channels x *spatial, in random order (a batch with one class only has no triplet); or an iterable of
+            such batches.
+        labels: N class indices 0, 1, 2, ..., one for each image; or an iterable of batches of them.
+        batch_size: images per batch, 3 or more. None makes six batches. Leave it out if ``images`` comes in batches.
+            The value depends on the division into batches.
+        layer: name of the module (as in ``network.named_modules()``) whose output is the features; a grid is averaged.
+            None takes the input of the last linear (or convolution) layer.
+        convolutions: names of the two modules whose weights are compared. None takes the first two convolutions that
             run.
 
     Returns:
         The ratio, a float64 scalar >= 0 on the network's device; higher predicts better transfer (see `combine_lp_fu`).
-        NaN with a `UserWarning` where the first convolution gets no gradient, of a norm below 1e-12 on average: one
-        class only, no triplet in any batch, dead or saturated units.
+        NaN with a `UserWarning` if the mean gradient norm of the first convolution is below 1e-12. Causes: one class
+        only, no triplet in any batch, dead or saturated units.
 
     Raises:
-        InputError: fewer than two convolutions, an unknown layer, a convolution that the features do not depend on,
-            NaN or Inf in images or features, or labels that do not fit the images.
+        InputError: fewer than two convolutions, an unknown layer, features that do not depend on a convolution, NaN or
+            Inf in images or features, or labels that do not fit the images.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -83,8 +83,8 @@ def compute_feature_update(
         >>> bool(compute_feature_update(network, torch.rand(24, 1, 9, 9), torch.arange(24) % 2) > 0)
         True
 
-    Reference: Juodelyte et al., arXiv 2412.20172, in the form of the authors' code: the norms are averaged over the
-    batches before they are divided, and distances are Euclidean, not squared.
+    Reference: Juodelyte et al., arXiv 2412.20172, as in the authors' code: norms are averaged over the batches before
+    the division, and distances are Euclidean, not squared.
     """
     metric = FeatureUpdate(network, layer=layer, convolutions=convolutions)
     for batch in _batches(images, labels, batch_size):
@@ -95,13 +95,13 @@ def compute_feature_update(
 class FeatureUpdate(TransferMetric):
     """`compute_feature_update` over batches: ``compute()`` returns a float64 scalar >= 0, higher is better.
 
-    Other than the other metrics it runs the network itself, with gradients, and its value depends on how the images are
-    divided into batches, because triplets are formed within one: give it about six, of images in random order. Attached
-    to a MONAI evaluator it takes `image` and `label` from ``engine.state.output``, and the network runs a second time::
+    Unlike the other metrics it runs the network itself, with gradients. Its value depends on the batches, because
+    triplets are formed within a batch: give it about six batches, with the images in random order. Attached to a MONAI
+    evaluator it reads `image` and `label` from ``engine.state.output``, and runs the network a second time::
 
         "additional_metrics": {"fu": {"_target_": "medtl_ext.metrics.FeatureUpdate", "network": "@network"}}
 
-    Memory: two sums, and the graph of one batch. Batches of several processes and merged metrics add up.
+    Memory: two sums, and the graph of one batch. Merged metrics and several processes add up.
 
     Args:
         network, layer, convolutions: as in `compute_feature_update`.
@@ -126,7 +126,7 @@ class FeatureUpdate(TransferMetric):
         convolutions: Sequence[str] | None = None,
         output_transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        # The hooks of a wrapper for several processes do not go with torch.autograd.grad.
+        # The hooks of DistributedDataParallel do not work with torch.autograd.grad.
         wrapped = isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel))
         self.network = network.module if wrapped else network
         if convolutions is not None:
@@ -145,10 +145,10 @@ class FeatureUpdate(TransferMetric):
         """Add one batch: N x channels x *spatial images and N class indices."""
         images, labels = as_plain_tensor("images", images), _image_labels(labels)
         if images.numel() == 0 or images.ndim < 2 or not bool(torch.isfinite(images).all()):
-            raise InputError("images is empty, no batch, or holds NaN or Inf; look for a broken input image.")
+            raise InputError("images is empty, has no batch axis, or holds NaN or Inf; look for a broken image.")
         _require_one_each(len(images), labels)
         parameter = next(self.network.parameters())
-        # A copy, so that neither inference mode nor a first layer that works in place is in the way.
+        # A copy, because images may be inference tensors, and the first layer may work in place.
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
             images = images.to(parameter.device, parameter.dtype, copy=True)
             norms = self._gradient_norms(images, labels.to(parameter.device))
@@ -160,7 +160,7 @@ class FeatureUpdate(TransferMetric):
             if self.convolutions is None:
                 self.convolutions = _first_convolutions(self.network, images)
             modules = dict(self.network.named_modules())
-            # In place of the network's own weights, which may be frozen.
+            # Copies that require gradients, because the network's own weights may be frozen.
             weights = [modules[name].weight.detach().requires_grad_() for name in self.convolutions]
             named = {f"{name}.weight": weight for name, weight in zip(self.convolutions, weights, strict=True)}
             with tap_features(self.network, [self.layer]) as tapped:
@@ -169,7 +169,7 @@ class FeatureUpdate(TransferMetric):
                 loss = triplet_margin_loss(features, labels)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]
         if any(gradient is None for gradient in gradients):
-            advice = f"({', '.join(self.convolutions)}); name an earlier pair by convolutions, or a later layer"
+            advice = f"({', '.join(self.convolutions)}); set convolutions to an earlier pair, or layer to a later one"
             raise InputError(f"features of {self.layer or 'penultimate'} do not depend on both convolutions {advice}.")
         return torch.stack([gradient.double().norm() for gradient in gradients])
 
@@ -177,21 +177,21 @@ class FeatureUpdate(TransferMetric):
         first, second = sums["gradient"]
         if bool(first < LEAST_GRADIENT * sums["batches"]):
             what = f"the first convolution gets no gradient (norm {float(first / sums['batches']):.1e}), so FU is NaN"
-            warn(f"{what}: look for one class only, images in the order of their labels, or a network without signal.")
+            warn(f"{what}: look for one class only, images sorted by label, or dead units in the network.")
             return torch.full_like(first, math.nan)
         return second / first
 
 
 def triplet_margin_loss(features: torch.Tensor, labels: torch.Tensor, *, margin: float = MARGIN) -> torch.Tensor:
-    """Mean of ``|f_a - f_p| - |f_a - f_n| + margin`` over all triplets where it is positive; 0 where there is none.
+    """Mean of ``|f_a - f_p| - |f_a - f_n| + margin`` over all triplets for which it is positive; 0 if there is none.
 
-    A pair's distance counts once for each such triplet that it is part of. So N log N steps per anchor find the loss of
-    its triplets, which number up to N^2 / 4, and memory is that of the N x N distances.
+    The distance of a pair enters once for each such triplet that contains the pair. Sorting finds these numbers in
+    N log N steps per anchor, although an anchor has up to N^2 / 4 triplets. Memory: the N x N distances.
 
     Args:
         features: N x D; they are scaled to unit length.
         labels: N class indices.
-        margin: by how much a negative should be farther away than a positive.
+        margin: how much farther away a negative should be than a positive.
 
     >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01]])
     >>> triplet_margin_loss(features, torch.tensor([0, 0, 1]))
@@ -208,7 +208,7 @@ def triplet_margin_loss(features: torch.Tensor, labels: torch.Tensor, *, margin:
 
 
 def _pair_weights(distance: torch.Tensor, labels: torch.Tensor, anchors: torch.Tensor, margin: float) -> torch.Tensor:
-    """In how many triplets of positive loss each pair takes part, as a positive (> 0) or as a negative (< 0)."""
+    """Number of triplets with positive loss that contain each pair: > 0 as a positive, < 0 as a negative."""
     negative = labels[anchors, None] != labels
     positive = (~negative).scatter_(1, anchors[:, None], False)
     reach = distance + margin
@@ -227,7 +227,7 @@ def _batches(images: Any, labels: Any, batch_size: int | None) -> Iterator[tuple
         size = max(LEAST_BATCH, -(-len(images) // N_BATCHES)) if batch_size is None else batch_size
         images = images.split(require_number("batch_size", size, LEAST_BATCH, whole=True))
     elif batch_size is not None:
-        raise InputError("batch_size is given, but images comes in batches already; leave it out, or give one tensor.")
+        raise InputError("batch_size is given, but images comes in batches; leave batch_size out, or give one tensor.")
     start = 0
     for batch in images:
         yield batch, labels[start : start + len(batch)]
@@ -256,20 +256,20 @@ def _require_weights(convolutions: Sequence[str], modules: Mapping[str, nn.Modul
 
 
 def _first_convolutions(network: nn.Module, images: torch.Tensor) -> tuple[str, str]:
-    """Names of the first two convolutions in the order in which they run."""
+    """Names of the first two convolutions that run."""
     layers = [name for name, module in network.named_modules() if name and isinstance(module, nn.modules.conv._ConvNd)]
     with torch.no_grad(), tap_features(network, layers) as tapped:
         network(images[:1])
     names = list(tapped)
     if len(names) < 2:
-        raise InputError(f"network ran {len(names)} convolution(s); name two modules by convolutions=(first, second).")
+        raise InputError(f"network ran {len(names)} convolution(s); name two modules: convolutions=(first, second).")
     return names[0], names[1]
 
 
 def _one_output(outputs: Sequence[torch.Tensor], n_images: int) -> torch.Tensor:
     if len(outputs) != 1 or outputs[0].ndim < 2 or len(outputs[0]) != n_images:
-        expected = "expected one, with a vector or a grid of vectors for each image: name another by layer"
-        raise InputError(f"the features' layer gave {len(outputs)} outputs for {n_images} images; {expected}.")
+        expected = "expected one, with a vector or a grid of vectors for each image; set layer to another one"
+        raise InputError(f"the layer of the features gave {len(outputs)} outputs for {n_images} images; {expected}.")
     features = outputs[0] if outputs[0].ndim == 2 else outputs[0].flatten(2).mean(2)
     if not bool(torch.isfinite(features).all()):
         raise InputError("features of the network hold NaN or Inf; look for broken weights or a float16 overflow.")
@@ -278,7 +278,7 @@ def _one_output(outputs: Sequence[torch.Tensor], n_images: int) -> torch.Tensor:
 
 @contextmanager
 def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put all modules into eval mode, and each back into its own mode, which may differ from its parent's."""
+    """Put all modules into eval mode, and restore the mode of each one at the end."""
     modes = {module: module.training for module in network.modules()}
     try:
         network.eval()

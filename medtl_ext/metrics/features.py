@@ -1,8 +1,8 @@
-"""What the metrics of features share: a tap into a named layer, sums over classes, and samples of pixels.
+"""Shared parts of the feature metrics: reading a layer of the network, sums over classes, and samples of pixels.
 
-A feature metric asks how well the target's labels separate the features that a source network gives the target's
-images. Features are N x D, one vector a sample, or N x D x *spatial, one vector a pixel. `MomentMetric` needs sums
-only; `SampleMetric` needs the vectors themselves, all of them or a seeded sample of each patient's pixels.
+A feature metric measures how well the target's labels separate the features that a source network computes from the
+target's images. Features are N x D, one vector per sample, or N x D x *spatial, one vector per pixel. `MomentMetric`
+needs sums only. `SampleMetric` needs the vectors: all of them, or a seeded sample of each patient's pixels.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from medtl_ext._validation import (
 from medtl_ext.metrics._spool import PredictionSpool
 from medtl_ext.metrics.base import TransferMetric, all_gathered, read_output
 
-# Rows that are worked on at a time, so that float64 copies stay small.
+# Rows per block, so that float64 copies stay small.
 BLOCK = 2**16
 
-# What "auto" draws of each class of each patient where features lie on a grid.
+# How many samples "auto" draws per class and patient if features lie on a grid.
 DENSE_PIXELS = 400
 
 
@@ -57,7 +57,7 @@ class Samples(NamedTuple):
     names: tuple[Hashable, ...]
 
     def resampled(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features and labels with every patient as often as ``counts`` says, one number for each of ``names``.
+        """Features and labels with each patient repeated ``counts`` times, one count for each of ``names``.
 
         >>> samples = Samples(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]), ("ann", "bob"))
         >>> samples.resampled([0, 2])
@@ -69,17 +69,17 @@ class Samples(NamedTuple):
 
 
 def check_counts(counts: ArrayLike, n_patients: int) -> Tensor:
-    """Return whole numbers, ``n_patients`` of them or resamples x ``n_patients``, that draw somebody."""
+    """Return valid counts of a bootstrap: whole numbers, ``n_patients`` or resamples x ``n_patients``."""
     counts = torch.as_tensor(np.asarray(counts))
     if counts.shape[-1:] != (n_patients,):
         raise InputError(f"counts has shape {tuple(counts.shape)}; expected {n_patients} numbers, one per patient.")
     if counts.is_floating_point() or int(counts.min()) < 0 or not bool((counts.sum(-1) > 0).all()):
-        raise InputError("counts holds numbers that are not whole, negative ones, or draws nobody.")
+        raise InputError("counts holds fractions or negative numbers, or is all 0; expected whole numbers, 0 or more.")
     return counts
 
 
 def check_features(features: Any, target_labels: Any, *, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return M x D features in float64 and M labels, every pixel a sample, those with ``ignore_index`` left out.
+    """Return M x D features in float64 and M labels. Every pixel is a sample; ``ignore_index`` is left out.
 
     Args:
         features: N x D or N x D x *spatial, finite, of any dtype and layout.
@@ -87,7 +87,7 @@ def check_features(features: Any, target_labels: Any, *, ignore_index: int | Non
         ignore_index: label of samples to leave out.
 
     Raises:
-        InputError: NaN or Inf, nothing left, shapes that do not fit, bad labels.
+        InputError: NaN or Inf, no sample left, shapes that do not fit, or invalid labels.
 
     >>> features, labels = check_features([[1, 2], [3, 4], [5, 6]], [0, 1, 9], ignore_index=9)
     >>> features.dtype, labels
@@ -99,17 +99,17 @@ def check_features(features: Any, target_labels: Any, *, ignore_index: int | Non
 
 
 def require_samples(n: int | Tensor, minimum: int = 2) -> None:
-    """Raise an `InputError` where fewer than ``minimum`` samples are left."""
+    """Raise an `InputError` if there are fewer than ``minimum`` samples."""
     if n < minimum:
-        raise InputError(f"features holds {int(n)} sample(s) with a label to count; expected at least {minimum}.")
+        raise InputError(f"features holds {int(n)} sample(s) that are not ignored; expected at least {minimum}.")
 
 
 def content_keys(features: Tensor, *, seed: int = 0, exact: bool = False) -> Tensor:
-    """One pseudo-random int64 per row that depends on the row's values and the seed alone.
+    """One pseudo-random int64 per row that depends only on the row's values and the seed.
 
-    Rows are rounded to eight bits of precision first (unless ``exact``), so that the float noise between two batch
-    sizes or devices hardly ever changes a key. Sorting by keys shuffles the rows in a way that neither their order nor
-    their division into batches and processes has any part in.
+    Rows are first rounded to eight bits of precision (unless ``exact``), so that float noise between two batch sizes or
+    devices hardly ever changes a key. Sorting by keys shuffles the rows. The result does not depend on their order, nor
+    on how they were divided into batches and processes.
     """
     generator = torch.Generator().manual_seed(seed)
     odd = (torch.randint(2**62, (features.shape[1],), generator=generator) * 2 + 1).to(features.device)
@@ -122,10 +122,10 @@ def content_keys(features: Tensor, *, seed: int = 0, exact: bool = False) -> Ten
 
 
 def canonical_order(features: Tensor, labels: Tensor, *, seed: int = 0) -> Tensor:
-    """A pseudo-random permutation of the samples (M x D and M) that depends on their content alone.
+    """A pseudo-random permutation of the samples (M x D and M) that depends only on their content.
 
-    Whatever is random or depends on the order of the samples is done in this order, and so gives the same value for any
-    permutation of the samples, any division into batches, and any number of processes.
+    Computations that are random or depend on the order of the samples use this order. They then give the same value for
+    any permutation of the samples, any division into batches, and any number of processes.
 
     >>> features, labels = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0])
     >>> turned = features.flip(0), labels.flip(0)
@@ -133,7 +133,7 @@ def canonical_order(features: Tensor, labels: Tensor, *, seed: int = 0) -> Tenso
     True
     """
     order = torch.argsort(labels, stable=True)
-    for exact in (True, False):  # the rounded key last, which makes it the first to count
+    for exact in (True, False):  # stable sorts: the last key, the rounded one, decides first
         order = order[torch.argsort(content_keys(features[order], seed=seed, exact=exact), stable=True)]
     return order
 
@@ -144,9 +144,9 @@ def feature_sums(features: Tensor, labels: Tensor, needs: Iterable[str] = ()) ->
     Args:
         features: M x D.
         labels: M class indices; C is the largest plus one.
-        needs: which sums beside ``count`` (C) and ``total`` (C x D): ``"gram"`` (D x D, the sum of x x'), ``"squares"``
-            (C x D, of x ** 2), ``"class_gram"`` (C x D x D, x x' by class) and ``"norms"`` (``cubic``, D, the sum of
-            ||x||^2 x, and ``quartic``, 1, of ||x||^4).
+        needs: sums to compute besides ``count`` (C) and ``total`` (C x D): ``"gram"`` (D x D, the sum of x x'),
+            ``"squares"`` (C x D, of x ** 2), ``"class_gram"`` (C x D x D, x x' by class) and ``"norms"`` (``cubic``, D,
+            the sum of ||x||^2 x, and ``quartic``, 1, of ||x||^4).
 
     >>> sums = feature_sums(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 0]), ["gram"])
     >>> sums["count"].tolist(), sums["total"].tolist(), sums["gram"].tolist()
@@ -180,34 +180,35 @@ def gram(rows: Tensor) -> Tensor:
     if rows.is_cuda:
         return rows.T @ rows
     array = rows.detach().numpy()
-    return torch.from_numpy(array.T @ array)  # numpy sees that it is symmetric, and computes half of it
+    return torch.from_numpy(array.T @ array)  # NumPy computes only half of a symmetric product
 
 
 class FeatureMetric(TransferMetric):
-    """Base of the metrics of features: reads a layer of the network, flattens pixels, knows patients.
+    """Base class of the feature metrics: reads a layer of the network, flattens pixels, keeps track of patients.
 
-    By hand: ``metric.update(features, target_labels)``. Attached to a MONAI evaluator it takes the features from the
-    evaluator's network as it runs::
+    By hand: ``metric.update(features, target_labels)``. Attached to a MONAI evaluator, it reads the features while the
+    evaluator's network runs::
 
         "additional_metrics": {"h_score": {"_target_": "medtl_ext.metrics.HScore", "layer": "upcat_1"}}
 
-    and the labels from ``engine.state.output``. Where labels have no grid (classification) features are averaged over
-    theirs; where the two grids differ, labels are taken to the features' grid by nearest neighbour. The inferer has to
-    run the network once per batch (``SimpleInferer`` over slices, say): windows would not line up with the labels.
+    It reads the labels from ``engine.state.output``. If labels have no grid (classification), features are averaged
+    over their grid. If the two grids differ, labels are resampled to the features' grid by nearest neighbour. The
+    inferer must run the network once per batch (such as ``SimpleInferer`` over slices), because sliding windows do not
+    line up with the labels.
 
     Args:
-        layer: name of a module of the network (as in ``network.named_modules()``) whose output is the features; None:
-            the penultimate features, which are the input of the last linear or convolution layer.
-        pixels: keep at most so many samples of each class of each patient (`subject` in the engine's batch), drawn by
-            a seeded, streaming reservoir in which neither order nor batches nor processes play a part. None keeps all.
-            "auto" draws 400 when attached to an engine whose features lie on a grid, if the metric needs samples; else
-            it keeps all.
+        layer: name of the module (as in ``network.named_modules()``) whose output is the features. None takes the
+            penultimate features: the input of the last linear or convolution layer.
+        pixels: keep at most so many samples per class and patient (`subject` in the engine's batch). They are drawn by
+            a seeded reservoir; the draw does not depend on the order, the batches or the number of processes. None
+            keeps all. "auto" draws 400 if the metric needs samples and is attached to an engine whose features lie on a
+            grid; otherwise it keeps all.
         body: leave out background pixels where the image is exactly zero, as it is outside the body after
-            `medtl_ext.transforms.NormalizeBodyd`. When attached only.
+            `medtl_ext.transforms.NormalizeBodyd`. Only used when attached.
         seed: of the reservoir.
         ignore_index: samples with this label are left out.
-        output_transform: turns ``engine.state.output`` into features, labels and (or not) patients, in place of all
-            that.
+        output_transform: turns ``engine.state.output`` into features, labels and, optionally, patients. Then no layer
+            is read.
     """
 
     inputs = ("features", "target_labels")
@@ -229,11 +230,11 @@ class FeatureMetric(TransferMetric):
         super().__init__(ignore_index=ignore_index, output_transform=output_transform)
 
     def update(self, features: Any, target_labels: Any, groups: Sequence[Hashable] | None = None) -> None:
-        """Add a batch: N x D (x *spatial) features, N (x *spatial) labels, and the patient of each of the N or None."""
+        """Add a batch: features N x D (x *spatial), labels N (x *spatial), and N patients (``groups``) or None."""
         self._take(*checked_samples(features, target_labels, self.ignore_index), groups)
 
     def _take(self, features: Tensor, labels: Tensor, groups: Sequence[Hashable] | None) -> None:
-        """Add a batch that has been checked; labels are `IGNORED` where a pixel is left out."""
+        """Add a checked batch, whose labels are `IGNORED` where a pixel is left out."""
         if groups is not None and len(groups) != len(features):
             raise InputError(f"groups names {len(groups)} patients for {len(features)} samples; expected one for each.")
         rows, labels, owners = _rows(features, labels)
@@ -242,15 +243,15 @@ class FeatureMetric(TransferMetric):
             add(rows, labels, owners, [""] * len(features) if groups is None else groups)
 
     def of(self, features: Any, target_labels: Any) -> Any:
-        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
+        """The value of these samples alone, independent of earlier updates; arguments as in the one-shot function."""
         return self._score(*check_features(features, target_labels, ignore_index=self.ignore_index))
 
     def _score(self, features: Tensor, labels: Tensor) -> Any:
-        """Return the value for M x D features in float64 and M labels; in canonical order when they were streamed."""
+        """Return the value for M x D features in float64 and M labels."""
         raise NotImplementedError
 
     def compute(self) -> Any:
-        """Return the value over everything seen by all processes; updates may go on afterwards."""
+        """Return the value over everything seen by all processes. Further updates are possible afterwards."""
         return super().compute() if self._samples is None else self._score(*self.samples()[:2])
 
     def reset(self) -> None:
@@ -267,14 +268,14 @@ class FeatureMetric(TransferMetric):
         """The samples kept by all processes, in canonical order.
 
         Raises:
-            InputError: nothing was seen, or the metric keeps sums only (``pixels=None``).
+            InputError: no sample was seen, or the metric keeps sums only (``pixels=None``).
         """
         if self._samples is None:
-            raise InputError(f"{type(self).__name__} keeps sums, not samples; give pixels=... to draw samples.")
+            raise InputError(f"{type(self).__name__} keeps sums, not samples; set pixels to draw samples.")
         return self._require_seen(self._samples.gathered())
 
     def attach(self, engine: Engine, name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach to an engine (called by MONAI's evaluators), and tap its network."""
+        """Attach to an engine (MONAI's evaluators call this), and read its network's layer from then on."""
         super().attach(engine, name, *args, **kwargs)
         if self._tapped:
             TappedInferer.tap(engine, self.layer)
@@ -299,12 +300,12 @@ class FeatureMetric(TransferMetric):
 
 
 class MomentMetric(FeatureMetric):
-    """A feature metric of sums over classes, ``needs`` of `feature_sums`: memory does not grow with the samples."""
+    """A feature metric that needs sums over classes only (``needs`` of `feature_sums`): its memory stays constant."""
 
     needs: ClassVar[tuple[str, ...]] = ()
 
     def _score(self, features: Tensor, labels: Tensor) -> Any:
-        rows = features - features[0]  # makes constant features exactly zero
+        rows = features - features[0]  # so that constant features are exactly zero
         return self._evaluate(feature_sums(rows.sub_(rows.mean(0)), labels, self.needs))
 
     def _add_rows(self, rows: Tensor, labels: Tensor, owners: Tensor, groups: Sequence[Hashable]) -> None:
@@ -312,15 +313,15 @@ class MomentMetric(FeatureMetric):
 
 
 class SampleMetric(FeatureMetric):
-    """A feature metric of the samples themselves: memory grows with them, unless ``pixels`` draws some."""
+    """A feature metric that needs the samples: its memory grows with their number, unless ``pixels`` draws some."""
 
     keeps_samples = True
 
 
 class FeatureSamples(SampleMetric):
-    """The samples themselves, from which every ``compute_*`` function of features can be had without another pass.
+    """Collects the samples, so that every ``compute_*`` function of features can use them without another pass.
 
-    ``compute()`` returns `Samples`. Draw the same for every metric, and resample patients from them::
+    ``compute()`` returns `Samples`. All metrics can share them, and patients can be resampled from them::
 
         "key_val_metric": {"samples": {"_target_": "medtl_ext.metrics.FeatureSamples", "pixels": 400}}
 
@@ -339,10 +340,10 @@ class FeatureSamples(SampleMetric):
 
 
 class SampleStore:
-    """Samples of each class of each patient: all of them, or those with the ``limit`` lowest content keys.
+    """Samples per class and patient: all of them, or the ``limit`` samples with the lowest content keys.
 
-    The lowest keys of a union are among the lowest keys of its parts, so stores merge without any loss: every division
-    of the data gives the same sample. They lie in a `PredictionSpool`, in their own dtype.
+    The lowest keys of a union are among the lowest keys of its parts. So stores can be merged, and every division of
+    the data gives the same sample. The samples are kept in a `PredictionSpool`, in their own dtype.
     """
 
     def __init__(self, limit: int | None, seed: int) -> None:
@@ -354,7 +355,7 @@ class SampleStore:
         self._held = self._drawn_before = 0
 
     def add(self, rows: Tensor, labels: Tensor, owners: Tensor, groups: Sequence[Hashable]) -> None:
-        """Add M x D rows with labels; ``owners`` are their indices in ``groups``, the patients' names."""
+        """Add M x D rows with labels. ``owners`` are indices into ``groups``, the patients' names."""
         self.require_width(rows.shape[1])
         self.width, self.device = rows.shape[1], rows.device
         present, owners = owners.unique(return_inverse=True)
@@ -367,28 +368,28 @@ class SampleStore:
             self._append(*drawn)
 
     def require_width(self, width: int | None) -> None:
-        """Raise an `InputError` where rows of another width have been seen."""
+        """Raise an `InputError` if earlier rows have another width."""
         if None not in (width, self.width) and width != self.width:
-            raise InputError(f"features has {width} channels here, {self.width} before; use one layer.")
+            raise InputError(f"features has {width} channels here, {self.width} before; use one layer of one network.")
 
     def merge(self, other: SampleStore) -> None:
-        """Add all samples of another store, which may know already that features lie on a grid."""
+        """Add all samples of another store, and take over its limit if this store has none yet."""
         self.limit = self.limit or other.limit
         for batch in list(other.batches()) if other is self else other.batches():
             self.add(*batch, list(other.names))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All rows held, their labels, and the numbers of their patients in ``names``."""
+        """Yield the stored rows, their labels, and the indices of their patients in ``names``."""
         for rows, labels, owners in self._spool:
             yield rows.to(self.device), labels.to(self.device).long(), owners.to(self.device).long()
 
     def gathered(self) -> Samples | None:
-        """The samples of all processes in canonical order, None where there are none."""
+        """The samples of all processes in canonical order, or None if there are none."""
         store, shares = self, all_gathered(self)
         if len(shares) > 1:
             store = SampleStore(None, self.seed)
             for share in shares:
-                share.device = torch.device("cpu")  # of this process; the other's may be another GPU
+                share.device = torch.device("cpu")  # not the GPU of the other process
                 store.merge(share)
         if not store.names:
             return None
@@ -407,7 +408,7 @@ class SampleStore:
         return rows, labels, owners
 
     def _drawn(self, rows: Tensor, labels: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of each class of each patient with the lowest keys."""
+        """The samples with the lowest keys of each class of each patient."""
         if self.limit is None or len(rows) <= self.limit:
             return rows, labels, owners
         order = canonical_order(rows, labels, seed=self.seed)
@@ -418,7 +419,7 @@ class SampleStore:
 
 
 class TappedInferer(Inferer):
-    """An engine's inferer that also hands over what came out of some layers, for all metrics attached to the engine."""
+    """Wraps an engine's inferer and keeps the outputs of some layers for all metrics attached to the engine."""
 
     def __init__(self, inferer: Inferer) -> None:
         self.inferer = inferer
@@ -427,18 +428,15 @@ class TappedInferer(Inferer):
 
     @classmethod
     def tap(cls, engine: Engine, layer: str | None) -> None:
-        """Have the engine hand over a layer's output, from the start of its run on.
-
-        A MONAI engine has no network yet while it attaches its metrics.
-        """
+        """Keep the output of a layer from the start of the run on: while MONAI attaches metrics there is no network."""
         engine.add_event_handler(Events.STARTED, lambda: cls.of(engine).layers.add(layer))
 
     @classmethod
     def of(cls, engine: Engine) -> TappedInferer:
-        """The tap of an engine, put in place when there is none yet."""
+        """The wrapped inferer of an engine; it is wrapped at the first call."""
         if getattr(engine, "network", None) is None:
             advice = "attach to a MONAI SupervisedEvaluator, or give an output_transform of features and labels"
-            raise InputError(f"{type(engine).__name__} has no network whose layers could be read; {advice}.")
+            raise InputError(f"{type(engine).__name__} has no network to read layers from; {advice}.")
         if not isinstance(engine.inferer, cls):
             engine.inferer = cls(engine.inferer or SimpleInferer())
         return engine.inferer
@@ -448,23 +446,23 @@ class TappedInferer(Inferer):
             result = self.inferer(inputs, network, *args, **kwargs)
         for layer in self.layers:
             if len(tapped[layer]) != 1 or len(tapped[layer][0]) != len(inputs):
-                ran = f"ran {len(tapped[layer])} times for one batch, so labels do not line up"
+                ran = f"ran {len(tapped[layer])} times for one batch; expected once, to match the labels"
                 raise InputError(f"layer {layer or 'penultimate'} {ran}; use SimpleInferer over slices or patches.")
             self.features[layer] = tapped[layer][0]
         return result
 
 
 def checked_samples(features: Any, target_labels: Any, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Features N x D x *spatial, finite, and labels N x *spatial on their device, `IGNORED` where left out."""
+    """Finite features N x D x *spatial, and labels N x *spatial on their device, `IGNORED` where left out."""
     features = check_samples("features", features, channels="D")
-    # aminmax hands NaN on, and asks for the data once.
+    # aminmax keeps NaN, and reads the data once.
     if not bool(torch.isfinite(torch.stack(torch.aminmax(features))).all()):
         raise InputError("features holds NaN or Inf; look for a diverged network or a float16 overflow.")
     return features, check_labels_of("features", features, target_labels, ignore_index=ignore_index)
 
 
 def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """M x D rows of the valid pixels, their labels, and which of the N samples each belongs to."""
+    """M x D rows of the valid pixels, their labels, and the index of the sample (of N) that each belongs to."""
     owners = torch.arange(len(labels), device=labels.device)
     owners = owners.view(-1, *(1 for _ in labels.shape[1:])).expand(labels.shape)
     rows = features.movedim(1, -1).reshape(-1, features.shape[1])
@@ -481,13 +479,13 @@ def _mixed(keys: Tensor) -> Tensor:
 
 
 def _read(output: Any, key: str) -> Tensor:
-    """A batch of a MONAI engine's output."""
+    """One key of a MONAI engine's output, as a batch."""
     (values,) = read_output(output, key)
     return as_plain_tensor(key, values if isinstance(output, Mapping) else torch.stack([*map(torch.as_tensor, values)]))
 
 
 def _read_subjects(batch: Any) -> list[Hashable] | None:
-    """The patients' names in an engine's batch (of its scans where it names no patients), or None."""
+    """The patients' names in an engine's batch (or the names of the scans, without patients), or None."""
     if isinstance(batch, Mapping):
         subjects = batch.get("patient", batch.get("subject"))
     else:
@@ -497,7 +495,7 @@ def _read_subjects(batch: Any) -> list[Hashable] | None:
 
 
 def _aligned(features: Tensor, labels: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Features, labels, and the largest magnitude over the images' channels, on one grid."""
+    """Bring features, labels, and the largest magnitude over the images' channels to one grid."""
     if labels.ndim > 1 and labels.shape[1] == 1:
         labels = labels.squeeze(1)
     if labels.ndim == 1:
@@ -514,19 +512,19 @@ def _aligned(features: Tensor, labels: Tensor, images: Tensor | None) -> tuple[T
 
 @contextmanager
 def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[dict[str | None, list[Tensor]]]:
-    """Collect what comes out of some layers while the network runs; the hooks are gone when the block is left.
+    """Collect the outputs of some layers while the network runs. The hooks are removed at the end of the block.
 
     Args:
-        network: any module; the wrapper of `torch.nn.parallel.DistributedDataParallel` is looked through.
+        network: any module; a `torch.nn.parallel.DistributedDataParallel` wrapper is removed.
         layers: names as in ``network.named_modules()``. None stands for the penultimate features: the input of the last
-            linear or convolution layer that runs, or what goes through the network's own module ``penultimate``.
+            linear or convolution layer that runs, or the output of the network's own module ``penultimate``.
 
     Yields:
-        Layer -> its outputs, one for each time it ran (for None, one for each time the network ran), in the order in
-        which the layers ran.
+        Layer -> its outputs, one for each time it ran (for None: each time the network ran), in the order in which the
+        layers ran.
 
     Raises:
-        InputError: the network has no such layer, or a layer gave something else than a tensor.
+        InputError: the network has no such layer, or the output of a layer is not a tensor.
 
     >>> network = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 4))
     >>> with tap_features(network, ["1", None]) as tapped:
@@ -541,8 +539,8 @@ def tap_features(network: nn.Module, layers: Iterable[str | None]) -> Iterator[d
 
     def keep(layer: str | None, output: object) -> None:
         if not isinstance(output, Tensor):
-            raise InputError(f"layer {layer} gives {type(output).__name__}; choose one whose output is a tensor.")
-        # A copy: an activation that works in place may follow.
+            raise InputError(f"layer {layer} returns {type(output).__name__}; choose a layer that returns a tensor.")
+        # A copy, because an in-place activation may follow.
         tapped[layer].append(output if layer is None else output.clone())
 
     def note_input(_: nn.Module, inputs: tuple[object, ...]) -> None:

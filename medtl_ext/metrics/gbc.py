@@ -1,6 +1,6 @@
-r"""GBC: how much the classes overlap in feature space, each taken for a Gaussian.
+r"""GBC: how much the classes overlap in feature space, if each is modelled by a Gaussian.
 
-With class means m and variances v (a number per feature; for ``covariance="spherical"`` all are their mean), and with
+Let m be the class means and v the variances, one per feature (for ``covariance="spherical"``, their mean). With
 v = (v_i + v_j) / 2, the Bhattacharyya distance of two classes and the score are
 
 .. math::
@@ -19,27 +19,27 @@ from medtl_ext.metrics.features import MomentMetric, require_samples
 
 COVARIANCES = ("spherical", "diagonal")
 
-# Least variance of a feature in a class, in the units of the features.
+# Smallest variance of a feature in a class, in the units of the features.
 LEAST_VARIANCE = 1e-4
 
 
 def compute_gbc(
     features: Any, target_labels: Any, *, covariance: str = "spherical", ignore_index: int | None = None
 ) -> torch.Tensor:
-    """Gaussian Bhattacharyya coefficient: minus the summed overlap of all ordered pairs of classes.
+    """Gaussian Bhattacharyya coefficient: minus the sum of the overlaps of all ordered pairs of classes.
 
     Args:
         features: N x D, or N x D x *spatial, in which every pixel is a sample; at least two samples.
         target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
-        covariance: "spherical" gives each class one variance, the mean over its features; "diagonal" one per feature.
+        covariance: "spherical": one variance per class, the mean over the features. "diagonal": one per feature.
         ignore_index: samples with this label are left out.
 
     Returns:
         The score, a float64 scalar in [-K (K - 1), 0] for K classes; higher predicts better transfer. 0 with a
-        `UserWarning` when there is one class only. It depends on the number of classes: compare sources for one target.
+        `UserWarning` for one class only. It depends on the number of classes: compare sources for one target only.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [3.0, 1.0], [3.0, -1.0]])
@@ -47,9 +47,9 @@ def compute_gbc(
         tensor(-0.2108, dtype=torch.float64)
 
     Reference: Pándy et al., *Transferability estimation using Bhattacharyya class separability*, CVPR 2022.
-    Variances divide by the number of samples and are at least 1e-4 in every feature (a class of one sample has that);
-    features whose deviations are around 0.01 or less should be scaled up. A public version has the logarithm of the
-    spherical variances once, where the determinant has it D times.
+    Variances divide by the number of samples. They are at least 1e-4 in every feature, which is also the variance of a
+    class with one sample; scale features up if their standard deviations are around 0.01 or less. A public version
+    counts the logarithm of the spherical variance once, although the determinant contains it D times.
     """
     return GBC(covariance=covariance, ignore_index=ignore_index).of(features, target_labels)
 
@@ -57,8 +57,8 @@ def compute_gbc(
 class GBC(MomentMetric):
     """`compute_gbc` over batches: ``compute()`` returns a float64 scalar in [-K (K - 1), 0], higher is better.
 
-    Memory: C x D numbers. The sums are of raw features: features whose mean is s standard deviations away from zero
-    lose ``2 log10(s)`` of 16 digits, so take off a constant where s is in the thousands.
+    Memory: C x D numbers. The sums use raw features. If their mean is s standard deviations away from zero, the value
+    loses ``2 log10(s)`` of 16 digits: subtract a constant if s is in the thousands.
 
     Args:
         covariance: as in `compute_gbc`.

@@ -1,4 +1,4 @@
-r"""H-score: how far apart the classes lie in feature space, as one number and at every pixel of a grid.
+r"""H-score: how well features separate the classes, as one number and at every pixel of a grid.
 
 With f the features and g the mean feature of each sample's class (Bao et al., *An information-theoretic approach to
 transferability in task transfer learning*, ICIP 2019):
@@ -6,8 +6,8 @@ transferability in task transfer learning*, ICIP 2019):
 .. math::
     H = \mathrm{tr}\left(\mathrm{cov}(f)^{+}\, \mathrm{cov}(g)\right)
 
-Covariances need sums only: sum of x and number of samples by class, and the sum of x x' over all. With D dimensions and
-K classes, cov(g) has rank K - 1 at most, so H is a sum of K quadratic forms and takes one factorisation of cov(f).
+Covariances need sums only: the sum of x and the number of samples by class, and the sum of x x' over all samples. For K
+classes, cov(g) has rank K - 1 at most. So H is a sum of K quadratic forms and needs one factorisation of cov(f).
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ from medtl_ext.metrics.features import FeatureMetric, MomentMetric, checked_samp
 
 SHRINKAGES = ("ledoit_wolf",)
 
-# Directions of a smaller share of the largest variance are rounding noise of float32 features, which a pseudo-inverse
-# would blow up: a softmax of two channels has a covariance of rank one, and nothing else in the second direction.
+# Directions with a smaller share of the largest variance hold rounding noise of float32 features, which a
+# pseudo-inverse would amplify. Example: the covariance of a softmax of two channels has rank one; its second direction
+# is noise.
 CUTOFF = 1e-6
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -39,17 +40,17 @@ def compute_h_score(
         features: N x D, or N x D x *spatial, in which every pixel is a sample; at least two samples.
         target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
         shrinkage: None is the plain score. "ledoit_wolf" replaces cov(f) by ``(1 - a) cov(f) + a (tr cov(f) / D) I``
-            and cov(g) by ``(1 - a) cov(g)``, where a in [0, 1] is Ledoit and Wolf's shrinkage: take it when N is not
-            many times D.
+            and cov(g) by ``(1 - a) cov(g)``, where a in [0, 1] is Ledoit and Wolf's shrinkage. Use it unless N is many
+            times D.
         ignore_index: samples with this label are left out.
 
     Returns:
         The score, a float64 scalar in [0, min(K - 1, rank)] for K classes; higher predicts better transfer. 0 with a
-        `UserWarning` when there is one class only, or when all features are constant. With N <= D the plain score is
-        K - 1 whatever the features: also a `UserWarning`.
+        `UserWarning` for one class only, or if all features are constant. With N <= D the plain score is K - 1 for any
+        features, also with a `UserWarning`.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [3.0, 1.0], [3.0, -1.0], [0.5, 0.0]])
@@ -58,34 +59,34 @@ def compute_h_score(
 
     Reference: Bao et al., ICIP 2019; the shrinkage is Ibrahim et al., *Newer is not always better*, ECML PKDD 2022,
     with Ledoit and Wolf, J. Multivariate Anal. 88 (2004). The pseudo-inverse drops directions with less than 1e-6 of
-    the largest variance, where public code inverts rounding noise, and so leaves the bounds. As in public code cov(g)
-    divides by N - 1, and so does cov(f), but for the shrunk one, which divides by N.
+    the largest variance. Public code inverts the rounding noise there and leaves the bounds. As in public code, cov(g)
+    and cov(f) divide by N - 1; only the shrunk cov(f) divides by N.
     """
     return HScore(shrinkage=shrinkage, ignore_index=ignore_index).of(features, target_labels)
 
 
 def compute_h_score_map(features: Any, target_labels: Any, *, ignore_index: int | None = None) -> torch.Tensor:
-    """H-score at every pixel coordinate, over N images that share a grid (in 2D or 3D).
+    """H-score at every pixel coordinate, over N images on one grid (2D or 3D).
 
-    The score of the paper is the mean over all pixels. Most of them have one label in all images, and a zero, so the
-    mean also measures how large the target's structures are; the mean over the others does not::
+    The score of the paper is the mean over all pixels. Most pixels have the same label in all images, and score 0. So
+    this mean also depends on the size of the target's structures; the mean over the other pixels does not::
 
         h_map = compute_h_score_map(features, target_labels)
         h_map.mean()                                                          # over all pixels, as in the paper
         h_map[target_labels.amin(0) != target_labels.amax(0)].mean()          # over pixels of more than one label
 
     Args:
-        features: N x D x *spatial, D small (logits or probabilities, say): a pixel needs D x D numbers.
+        features: N x D x *spatial with small D, such as logits or probabilities: a pixel needs D x D numbers.
         target_labels: N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
         ignore_index: pixels with this label are left out.
 
     Returns:
-        The map, *spatial, float64, values in [0, K - 1] for a pixel's K labels; higher is easier to transfer to. 0
-        where only one label occurs or the features are constant, NaN where no pixel is valid. `UserWarning` when no
-        pixel has more than one label, or N <= D, where H is K - 1 whatever the features.
+        The map, *spatial, float64, values in [0, K - 1] for a pixel's K labels; higher is easier to transfer to. It is
+        0 where only one label occurs or the features are constant, and NaN where no pixel is valid. `UserWarning` if no
+        pixel has more than one label, and for N <= D, where H is K - 1 for any features.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> features = torch.tensor([[[[0.0, 1.0]]], [[[1.0, 0.0]]], [[[4.0, 2.0]]]])  # 3 images of 1 channel, 1 x 2
@@ -93,7 +94,7 @@ def compute_h_score_map(features: Any, target_labels: Any, *, ignore_index: int 
         tensor([[0.9423, 0.0000]], dtype=torch.float64)
 
     Reference: Li et al., *Finding the most transferable tasks for brain image segmentation*, BIBM 2022, eq. 3. Its
-    tables hold values from -3.2 to 40.7 for two classes, which eqs. 2 and 3 cannot give: see `CUTOFF`.
+    tables have values from -3.2 to 40.7 for two classes, outside the range of eqs. 2 and 3: see `CUTOFF`.
     """
     features, labels = checked_samples(features, target_labels, ignore_index)
     _require_images(features)
@@ -111,9 +112,9 @@ def compute_h_score_map(features: Any, target_labels: Any, *, ignore_index: int 
 class HScore(MomentMetric):
     """`compute_h_score` over batches: ``compute()`` returns a float64 scalar in [0, K - 1], higher is better.
 
-    Memory: D x D numbers and C x D. The sums are of raw features: features whose mean is s standard deviations away
-    from zero lose ``2 log10(s)`` of 16 digits (``4 log10(s)`` with shrinkage), so take off a constant where s is in
-    the thousands; their scale does not matter.
+    Memory: D x D and C x D numbers. The sums use raw features. If their mean is s standard deviations away from zero,
+    the value loses ``2 log10(s)`` of 16 digits (``4 log10(s)`` with shrinkage): subtract a constant if s is in the
+    thousands. The scale does not matter.
 
     Args:
         shrinkage: as in `compute_h_score`.
@@ -149,8 +150,8 @@ class HScore(MomentMetric):
             return n.new_zeros(())
         if self.shrinkage is None:
             if n <= width:
-                what = f"features holds {int(n)} samples of {width} dimensions, so the H-score is K - 1"
-                warn(f"{what} whatever they are; use shrinkage='ledoit_wolf', or more samples.")
+                what = f"features holds {int(n)} samples of {width} dimensions"
+                warn(f"{what}: the H-score is K - 1 for any features; set shrinkage='ledoit_wolf', or add samples.")
             value = _quadratic_forms(scatter[None] / (n - 1), offsets[None], CUTOFF)
         else:
             alpha = _ledoit_wolf(sums, scatter / n, mean, n)
@@ -161,18 +162,18 @@ class HScore(MomentMetric):
 
 
 class HScoreMap(FeatureMetric):
-    """`compute_h_score_map` over batches of images on one grid: ``compute()`` gives the float64 map, higher is better.
+    """`compute_h_score_map` over batches of images on one grid: ``compute()`` returns the float64 map.
 
-    Values are in [0, K - 1], 0 where only one label occurs, NaN where no pixel is valid::
+    Higher is better. Values are in [0, K - 1]; 0 where only one label occurs, NaN where no pixel is valid::
 
         h_map = metric.compute()
         h_map.nanmean()                        # over all pixels, as in the paper
         h_map[metric.multi_label()].mean()     # over pixels of more than one label
 
-    Memory: D x D + C x D numbers a pixel, for D channels of the features.
+    Memory: D x D + C x D numbers per pixel, for D channels of the features.
 
     Args:
-        body: leave out background pixels where the image is exactly zero; the paper does not.
+        body: leave out background pixels where the image is exactly zero. The paper does not do this.
         options: layer (the last one for the logits), ignore_index, output_transform, see `FeatureMetric`.
 
     >>> metric = HScoreMap()
@@ -188,11 +189,11 @@ class HScoreMap(FeatureMetric):
         super().__init__(pixels=None, body=body, **options)
 
     def multi_label(self) -> torch.Tensor:
-        """*spatial, True where more than one label was seen; under torch.distributed call it on all processes."""
+        """*spatial, True where more than one label was seen. Under torch.distributed, call it on all processes."""
         return (self._totals()["count"] > 0).sum(0) > 1
 
     def compute(self) -> torch.Tensor:
-        """Return the map over everything seen by all processes; updates may go on afterwards."""
+        """Return the map over everything seen by all processes. Further updates are possible afterwards."""
         sums = self._totals()
         own = {"scatter": _scatter_about(_mean(sums["count"], sums["total"]), **self._sums)} if self._sums else {}
         return self._evaluate(sums | all_reduce_sums(own))
@@ -203,11 +204,11 @@ class HScoreMap(FeatureMetric):
         self._add(**{name: value.unflatten(-1, labels.shape[1:]) for name, value in sums.items()})
 
     def _add(self, **sums: torch.Tensor) -> None:
-        # Scatter is kept about each pixel's own mean, because raw sums of a saturated softmax are all rounding.
+        # Scatter about each pixel's own mean: raw sums of a saturated softmax would hold rounding errors only.
         if self._sums and sums:
             held = self._sums
             if held["total"].shape[1:] != sums["total"].shape[1:]:
-                super()._add(count=sums["count"], total=sums["total"])  # raises, and says which shapes
+                super()._add(count=sums["count"], total=sums["total"])  # raises an error that names the shapes
             sums = {name: value.to(held["total"].device) for name, value in sums.items()}
             n = held["count"].sum(0) + sums["count"].sum(0)
             mean = (held["total"].sum(0) + sums["total"].sum(0)) / n.clamp(min=1)
@@ -233,7 +234,7 @@ def _ledoit_wolf(
     """Ledoit and Wolf's shrinkage intensity for a covariance that divides by n."""
     width = len(covariance)
     square = mean @ mean
-    # sum_i ||x_i - mean||^4 multiplied out, so that it needs sums of raw features only.
+    # sum_i ||x_i - mean||^4, expanded into sums of raw features.
     fourth = sums["quartic"].squeeze(0) - 4 * mean @ sums["cubic"] + 2 * square * sums["gram"].trace()
     fourth = fourth + 4 * mean @ sums["gram"] @ mean - 3 * n * square**2
     norm = covariance.square().sum()
@@ -245,12 +246,12 @@ def _ledoit_wolf(
 def _quadratic_forms(matrices: torch.Tensor, vectors: torch.Tensor, cutoff: float) -> torch.Tensor:
     """Sum over k of ``v_k' A^+ v_k`` for B x D x D positive semi-definite matrices A and B x K x D vectors.
 
-    Eigenvalues not above ``cutoff`` times the largest count as zero. A Cholesky factor costs a tenth of eigenvectors,
-    and gives the same number where there are no such eigenvalues, of which another Cholesky factor is the proof.
+    Eigenvalues up to ``cutoff`` times the largest count as zero. If there are none, a Cholesky factor gives the same
+    number in a tenth of the time of eigenvectors. A second Cholesky factor, of the lowered matrix, tells.
     """
     if matrices.shape[-1] == 2:
         return _forms_by_eigenvectors(matrices, vectors, cutoff)
-    bound = torch.linalg.matrix_norm(matrices)  # Frobenius' norm, never below the largest eigenvalue
+    bound = torch.linalg.matrix_norm(matrices)  # Frobenius norm: an upper bound of the largest eigenvalue
     lowered = matrices.clone()
     lowered.diagonal(dim1=1, dim2=2).sub_(cutoff * bound[:, None])
     solid = (torch.linalg.cholesky_ex(lowered).info == 0) & (bound > 0)
@@ -271,7 +272,7 @@ def _forms_by_eigenvectors(matrices: torch.Tensor, vectors: torch.Tensor, cutoff
 
 
 def _eigenvectors_2x2(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`torch.linalg.eigh` of B x 2 x 2, in any order, by one rotation each: a map has tens of thousands of them."""
+    """`torch.linalg.eigh` of B x 2 x 2, in any order, by one rotation each: fast for maps of many thousand pixels."""
     a, b, c = matrices[:, 0, 0], matrices[:, 0, 1], matrices[:, 1, 1]
     angle = torch.atan2(2 * b, a - c) / 2
     cos, sin = angle.cos(), angle.sin()
@@ -294,15 +295,15 @@ def _map(
     width: int,
     n_numbers: int,
 ) -> torch.Tensor:
-    """The scores of all pixels, from the sums of those with several labels, of ``n_numbers`` a pixel."""
+    """The scores of all pixels. ``sums_of`` gives the sums of some pixels, ``n_numbers`` per pixel."""
     if not bool(seen.any()):
         raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
     if not bool(several.any()):
         warn("target_labels holds one class only at every pixel, so the map is 0 and says nothing about transfer.")
     elif n_images <= width:
-        warn(f"{n_images} images of {width} channels make the H-score of every pixel K - 1; use more images.")
+        warn(f"{n_images} images of {width} channels give every pixel the H-score K - 1; use more images.")
     h_map = torch.where(seen, 0.0, torch.nan).double()
-    # So many pixels at a time that they stay in the processor's cache; as slices where possible.
+    # Blocks of pixels that fit into the processor's cache; a slice, where possible, avoids a copy.
     size = max(64, (2**24 if seen.is_cuda else 2**18) // n_numbers)
     for start in range(0, len(several), size):
         block = several[start : start + size]
@@ -341,18 +342,18 @@ def _mean(count: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 
 def _scatter_about(mean: torch.Tensor, count: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
-    """The scatter about another mean (D x *spatial) than the samples' own."""
+    """The scatter about ``mean`` (D x *spatial) instead of the samples' own mean."""
     shift = _mean(count, total) - mean.to(total.device)
     return scatter + count.sum(0) * shift[:, None] * shift
 
 
 def _pixel_scores(count: torch.Tensor, total: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
-    """H-score of P pixels, each with more than one label, from their sums."""
+    """H-score of P pixels with more than one label each, from their sums."""
     n = count.sum(0)
     mean = total.sum(0) / n
     offsets = (total / count.clamp(min=1)[:, None] - mean) * (count / (n - 1)).sqrt()[:, None]
     covariances = (scatter / (n - 1)).permute(2, 0, 1)
     values = _quadratic_forms(covariances, offsets.permute(2, 0, 1), CUTOFF)
-    # Of constant features there is nothing left but the rounding of their mean.
+    # For constant features only the rounding error of their mean is left.
     varied = covariances.diagonal(dim1=1, dim2=2).sum(1) > (16 * EPSILON) ** 2 * mean.square().sum(0)
     return torch.where(varied, values, 0).clamp(min=0).minimum((count > 0).sum(0) - 1.0)

@@ -1,16 +1,16 @@
 r"""LEEP, the log expected empirical prediction, as one number, as a map over a common grid, and as a map per image.
 
-LEEP (Nguyen et al., *LEEP: A new measure to evaluate transferability of learned representations*, ICML 2020) asks how
-well the labels y of the target can be told from the source network's class probabilities p(z), if all one may do is
-rename source classes to target classes:
+LEEP (Nguyen et al., *LEEP: A new measure to evaluate transferability of learned representations*, ICML 2020) measures
+how well the source network's class probabilities p(z) predict the target's labels y, if each source class z is only
+translated to target classes by P(y|z):
 
 .. math::
     J(y, z) = \sum_i 1[y_i = y]\, p_i(z), \qquad
     P(y | z) = J(y, z) / \textstyle\sum_y J(y, z), \qquad
     \mathrm{LEEP} = \tfrac1n \sum_i \ln \textstyle\sum_z P(y_i | z)\, p_i(z)
 
-Each sample's prediction is needed twice, for J and then under P(y|z). The streaming classes ask the network only once:
-they keep J in memory, and the predictions, in their own dtype, in a `PredictionSpool` that moves to disk when it grows.
+The predictions are needed twice: first for J, then with P(y|z). The streaming classes run the network only once. They
+keep J in memory, and the predictions, in their own dtype, in a `PredictionSpool` that moves to disk when it grows.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,8 +33,8 @@ from medtl_ext.metrics.base import TransferMetric, all_reduce_sums
 
 ESTIMATORS = ("local", "global")
 
-# One logarithm of a product is quicker than eight. No factor is below 1 / (Z N), see `_likelihoods`, so that no product
-# of eight leaves the range of float64 before Z N is 1e38.
+# One logarithm of a product of eight is faster than eight logarithms. Each factor is at least 1 / (Z N), see
+# `_likelihoods`, so a product stays within float64 unless Z N exceeds 1e38.
 FACTORS = 8
 
 # Probabilities N x Z x *spatial, labels N x *spatial, and whether some of them are `IGNORED`.
@@ -45,25 +45,25 @@ def compute_leep(source_probs: Any, target_labels: Any, *, ignore_index: int | N
     """LEEP of a source network's predictions on target samples; in segmentation every pixel is a sample.
 
     Args:
-        source_probs: N x Z, or N x Z x *spatial, the source's class probabilities (not logits). With Z = 1 they are a
-            sigmoid head's s, which counts as [1 - s, s].
+        source_probs: N x Z, or N x Z x *spatial, the source's class probabilities (not logits). Z = 1 is the output s
+            of a sigmoid head, and becomes [1 - s, s].
         target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
-        ignore_index: samples with this label are left out; their probabilities must be valid all the same.
+        ignore_index: samples with this label are left out; their probabilities must still be valid.
 
     Returns:
-        The score in nats, a float64 scalar <= 0; higher predicts better transfer. One label only gives 0 with a
-        `UserWarning`: it says nothing about transfer.
+        The score in nats, a float64 scalar <= 0; higher predicts better transfer. If there is one label only it is 0,
+        with a `UserWarning`, and says nothing about transfer.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> source_probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75], [0.25, 0.75]])
         >>> compute_leep(source_probs, torch.tensor([0, 0, 1, 1]))
         tensor(-0.4700, dtype=torch.float64)
 
-    Reference: Nguyen et al., ICML 2020, eq. 2. A source class that no sample is given any probability of is left out
-    (0/0 in the usual implementation).
+    Reference: Nguyen et al., ICML 2020, eq. 2. A source class with probability 0 for all samples is left out (in the
+    usual implementation it gives 0/0).
     """
     return LEEP(ignore_index=ignore_index).of(source_probs, target_labels)
 
@@ -77,25 +77,25 @@ def compute_leep_map(
     smoothing: float = 0.0,
     ignore_index: int | None = None,
 ) -> torch.Tensor:
-    """LEEP at every pixel coordinate, over N images that share a grid (in 2D or 3D).
+    """LEEP at every pixel coordinate, over N images on one grid (2D or 3D).
 
     Args:
         source_probs: N x Z x *spatial, the source's class probabilities (not logits); Z = 1 is a sigmoid head.
         target_labels: N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
-        stride: pools the pixels of stride x stride patches (x stride in 3D) into one map cell; patches at the far edges
-            are smaller where the grid is not divisible.
-        estimator: "local" estimates P(y|z) in each cell from its own pixels, as the paper does; "global" estimates it
-            once from all pixels.
-        smoothing: pseudo-counts of the global table added to each local one. With few images a local table fits its own
-            few pixels and the map is too optimistic; some 5 to 20 pull it back.
+        stride: pools patches of stride x stride (x stride in 3D) pixels into one map cell. Patches at the far edges are
+            smaller if the stride does not divide the grid.
+        estimator: "local" estimates P(y|z) in each cell from the cell's own pixels, as in the paper. "global" estimates
+            it once from all pixels.
+        smoothing: pseudo-counts of the global table that are added to each local one. With few images a local table
+            overfits its few pixels, and the map is too optimistic; 5 to 20 correct this.
         ignore_index: pixels with this label are left out.
 
     Returns:
         The map, float64, spatial size divided by the stride and rounded up; values <= 0, higher is easier to transfer
-        to, NaN where no pixel is valid. One label only gives zeros with a `UserWarning`.
+        to, NaN where no pixel is valid. If there is one label only the map is 0, with a `UserWarning`.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> source_probs = torch.tensor([[[0.75, 0.5]], [[0.25, 0.5]]])  # 2 images of 1 x 2 pixels, a sigmoid head
@@ -113,20 +113,20 @@ def compute_leep_image_maps(
 ) -> torch.Tensor | list[torch.Tensor]:
     """One map per image, ``ln sum_z P(y|z) p(z)`` at each of its pixels, with P(y|z) from all pixels of all images.
 
-    The mean of all maps over all pixels is `compute_leep`. Other than a `compute_leep_map` this needs no common grid.
+    The mean of all maps over all pixels is `compute_leep`. Unlike `compute_leep_map` this needs no common grid.
 
     Args:
-        source_probs: N x Z x *spatial, the source's class probabilities (not logits); Z = 1 is a sigmoid head. A list
-            of N tensors Z x *spatial where the images differ in size.
+        source_probs: N x Z x *spatial, the source's class probabilities (not logits); Z = 1 is a sigmoid head. If the
+            images differ in size, a list of N tensors Z x *spatial.
         target_labels: N x *spatial (a channel axis of length one is dropped), or a list of N tensors *spatial.
         ignore_index: pixels with this label are left out.
 
     Returns:
-        N x *spatial, float64, when all images have one size, else a list of N maps; values <= 0, higher is easier to
-        transfer to, NaN at ignored pixels. One label only gives zeros with a `UserWarning`.
+        N x *spatial, float64, if all images have the same size, else a list of N maps. Values <= 0, higher is easier to
+        transfer to, NaN at ignored pixels. If there is one label only the maps are 0, with a `UserWarning`.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> source_probs = torch.tensor([[[0.75, 0.25]], [[0.75, 0.75]]])
@@ -137,7 +137,8 @@ def compute_leep_image_maps(
     pairs = [(source_probs, target_labels)]
     if isinstance(source_probs, (list, tuple)):
         if not 0 < len(source_probs) == len(target_labels):
-            raise InputError(f"target_labels lists {len(target_labels)} images, source_probs {len(source_probs)}.")
+            found = f"{len(target_labels)} images, source_probs {len(source_probs)}"
+            raise InputError(f"target_labels lists {found}; expected one label map for each image.")
         probs = [as_plain_tensor("source_probs", image)[None] for image in source_probs]
         pairs = zip(probs, (as_plain_tensor("target_labels", image)[None] for image in target_labels), strict=True)
     batches, metric = [_checked(*pair, ignore_index) for pair in pairs], LEEPImageMaps()
@@ -149,8 +150,8 @@ def compute_leep_image_maps(
 class LEEP(TransferMetric):
     """`compute_leep` over batches: ``compute()`` returns a float64 scalar <= 0, higher is better.
 
-    Memory: the C x Z sums J, and 256 MiB of predictions, kept until P(y|z) is known, before they go to disk. See
-    `TransferMetric` for how to attach, merge and distribute it.
+    Memory: the C x Z sums J, and up to 256 MiB of predictions; more predictions go to disk. See `TransferMetric` for
+    how to attach, merge and distribute it.
 
     Args:
         ignore_index: samples with this label are left out.
@@ -168,7 +169,7 @@ class LEEP(TransferMetric):
         self._spool = PredictionSpool()
 
     def update(self, source_probs: Any, target_labels: Any) -> None:
-        """Add a batch: N x Z x *spatial probabilities and N x *spatial labels, as in the one-shot function."""
+        """Add a batch: probabilities N x Z x *spatial and labels N x *spatial, as in the one-shot function."""
         batch = probs, labels, _ = _checked(source_probs, target_labels, self.ignore_index)
         self._add(**self._batch_sums(*batch))
         self._spool.append(probs, labels.to(torch.int16))
@@ -179,12 +180,12 @@ class LEEP(TransferMetric):
             self._spool.append(*batch)
 
     def of(self, source_probs: Any, target_labels: Any) -> torch.Tensor:
-        """The value of these samples alone, whatever was seen before; arguments as of the one-shot function."""
+        """The value of these samples alone, independent of earlier updates; arguments as in the one-shot function."""
         batch = _checked(source_probs, target_labels, self.ignore_index)
         return _mean(self._log_sums(self._batch_sums(*batch), [batch]))
 
     def _evaluate(self, sums: dict[str, torch.Tensor]) -> Any:
-        # Those of the batches of this process, then those of all processes.
+        # First the batches of this process, then the sum over all processes.
         own = self._log_sums(sums, self._batches(sums["joint"].device))
         return _mean(all_reduce_sums({"log_sums": own} if isinstance(own, torch.Tensor) else {})["log_sums"])
 
@@ -192,7 +193,7 @@ class LEEP(TransferMetric):
         return ((probs.to(device), labels.to(device), bool(labels.min() < 0)) for probs, labels in self._spool)
 
     def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[Batch]) -> torch.Tensor | int:
-        """Sum of the log-likelihoods of all samples, and their number, 2 (x *cells); 0 without batches."""
+        """Sum of the log-likelihoods of all samples, and number of samples: 2 (x *cells), or 0 without batches."""
         table = _conditional(sums["joint"])
         return sum(_log_sums(*batch, table).sum(1) for batch in batches)
 
@@ -203,10 +204,10 @@ class LEEP(TransferMetric):
 class LEEPMap(LEEP):
     """`compute_leep_map` over batches of images on one grid: ``compute()`` returns the float64 map.
 
-    Memory: C x Z numbers a map cell, and 256 MiB of predictions before they go to disk.
+    Memory: C x Z numbers per map cell, and up to 256 MiB of predictions; more predictions go to disk.
 
-    A map is no scalar, so it cannot be an evaluator's key metric (MONAI warns and skips the comparison). Attach it
-    beside one, in a bundle's JSON::
+    A map is not a scalar, so it cannot be an evaluator's key metric (MONAI warns and skips the comparison). Add it to a
+    key metric in a bundle's JSON::
 
         "evaluator": {
             "_target_": "SupervisedEvaluator",
@@ -214,8 +215,8 @@ class LEEPMap(LEEP):
             "additional_metrics": {"leep_map": {"_target_": "medtl_ext.metrics.LEEPMap", "stride": 4}}
         }
 
-    after which the map is ``evaluator.state.metrics["leep_map"]``. MONAI takes additional metrics only beside a key
-    metric; without one, ``LEEPMap().attach(evaluator, "leep_map")`` does it.
+    The map is then ``evaluator.state.metrics["leep_map"]``. MONAI accepts additional metrics only together with a key
+    metric. Without one, call ``LEEPMap().attach(evaluator, "leep_map")``.
 
     Args:
         stride, estimator, smoothing: as in `compute_leep_map`.
@@ -233,7 +234,7 @@ class LEEPMap(LEEP):
         self.estimator = require_choice("estimator", estimator, ESTIMATORS)
         self.smoothing = require_number("smoothing", smoothing, 0)
         if smoothing and estimator == "global":
-            raise InputError("smoothing pulls local tables towards the global one; with estimator='global' leave it 0.")
+            raise InputError(f"smoothing is {smoothing}, but estimator='global' has no local tables; leave it 0.")
         super().__init__(**options)
 
     def _batch_sums(self, probs: torch.Tensor, labels: torch.Tensor, ignoring: bool) -> dict[str, torch.Tensor]:
@@ -241,7 +242,7 @@ class LEEPMap(LEEP):
             raise InputError(f"source_probs has shape {tuple(probs.shape)}; a map needs N x Z x *spatial.")
         cells, _ = self._cells(labels.shape[1:], labels.device)
         joint = _joint(probs, labels, ignoring, cells if self.estimator == "local" else None)
-        # Of no other use than its shape, which sums of other images must have, too.
+        # Only the shape of "grid" is used: images of another shape are then refused.
         return {"joint": joint, "grid": joint.new_zeros(1, *labels.shape[1:])}
 
     def _log_sums(self, sums: dict[str, torch.Tensor], batches: Iterable[Batch]) -> torch.Tensor | int:
@@ -259,7 +260,7 @@ class LEEPMap(LEEP):
         return total
 
     def _cells(self, grid: Sequence[int], device: torch.device) -> tuple[torch.Tensor, list[int]]:
-        """Which cell of the map each pixel is in, and the map's shape."""
+        """The index of each pixel's map cell, and the shape of the map."""
         cells, shape = torch.zeros((), dtype=torch.int64, device=device), []
         for length in grid:
             shape.append(-(-length // self.stride))
@@ -270,8 +271,8 @@ class LEEPMap(LEEP):
 class LEEPImageMaps(LEEP):
     """`compute_leep_image_maps` over batches: ``compute()`` returns one map per image, in the order they were seen.
 
-    N x *spatial, float64, when all images have one size, else a list. Under torch.distributed P(y|z) comes from all
-    processes, and each gets the maps of its own images. Memory: as `LEEP`, and the maps.
+    N x *spatial, float64, if all images have the same size, else a list. Under torch.distributed P(y|z) comes from all
+    processes, and each process gets the maps of its own images. Memory: as for `LEEP`, plus the maps.
 
     Args:
         ignore_index: pixels with this label are left out.
@@ -291,7 +292,7 @@ class LEEPImageMaps(LEEP):
 
 
 def check_probabilities(name: str, value: Any) -> torch.Tensor:
-    """Return N x Z x *spatial class probabilities in a floating dtype; one channel s of a sigmoid becomes [1 - s, s].
+    """Return class probabilities N x Z x *spatial as floating point; one sigmoid channel s becomes [1 - s, s].
 
     >>> check_probabilities("source_probs", [[0.25], [1.0]])
     tensor([[0.7500, 0.2500],
@@ -300,22 +301,22 @@ def check_probabilities(name: str, value: Any) -> torch.Tensor:
     probs = check_samples(name, value, channels="Z")
     tolerance = 1e-2 if torch.finfo(probs.dtype).bits < 32 else 2e-3
     if probs.shape[1] == 2 and probs.element_size() >= 4:
-        total = probs[:, 0] + probs[:, 1]  # a third of the time of a sum over an axis of two
+        total = probs[:, 0] + probs[:, 1]  # three times as fast as sum(1)
     else:
         total = probs.sum(1, dtype=torch.promote_types(probs.dtype, torch.float32))
-    # aminmax hands NaN on, so these four numbers decide everything with one wait for the device.
+    # aminmax keeps NaN, so these four numbers are enough for all checks; the device synchronises only once.
     low, high, low_total, high_total = (
         torch.stack([bound.to(total.dtype) for tensor in (probs, total) for bound in torch.aminmax(tensor)])
     ).tolist()
     if not (torch.finfo(total.dtype).min <= low <= high <= torch.finfo(total.dtype).max):
         raise InputError(f"{name} holds NaN or Inf; look for a diverged network or a broken input image.")
     if low < 0 or high > 1 + tolerance:
-        raise InputError(f"{name} ranges from {low:.4g} to {high:.4g}, not 0 to 1; logits need a softmax first.")
+        raise InputError(f"{name} ranges from {low:.4g} to {high:.4g}; expected 0 to 1: apply a softmax to logits.")
     if probs.shape[1] == 1:
         return torch.cat([1 - probs, probs], dim=1).clamp_(min=0)
     if low_total < 1 - tolerance or high_total > 1 + tolerance:
         found = f"sums to between {low_total:.4g} and {high_total:.4g} over its {probs.shape[1]} channels"
-        raise InputError(f"{name} {found}; expected probabilities that sum to one, of one task (not several sigmoids).")
+        raise InputError(f"{name} {found}; expected a softmax, which sums to 1 (several sigmoid outputs do not).")
     return probs
 
 
@@ -328,16 +329,16 @@ def _checked(source_probs: Any, target_labels: Any, ignore_index: int | None) ->
 def _blocks(
     probs: torch.Tensor, labels: torch.Tensor, ignoring: bool, cells: torch.Tensor | None
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield parts of a batch that are small enough to stay in the processor's cache while they are worked on.
+    """Yield parts of a batch that are small enough for the processor's cache.
 
-    Each is a slice of images and one of pixels; Z x samples probabilities in float64; where in a flattened C x cells
-    table each sample looks; and images x pixels, False where a label is ignored, or None where none is.
+    Each part has: a slice of the images and one of the pixels; the probabilities, Z x samples, in float64; the place of
+    each sample in a flattened C x cells table; and a mask, images x pixels, False where a label is ignored (or None).
     """
     probs = probs.reshape(*probs.shape[:2], -1)
     labels = labels.reshape(len(probs), -1)
     n_images, n_source, n_pixels = probs.shape
     n_samples = max(2**12, (2**24 if probs.is_cuda else 2**18) // n_source)
-    # Many images and few pixels: what is looked up in the tables, and added to them, stays in the cache too.
+    # Many images and few pixels, so that the used parts of the tables also stay in the cache.
     columns = max(1, min(n_pixels, n_samples // min(n_images, FACTORS)))
     rows = n_samples // columns
     for row in range(0, n_images, rows):
@@ -357,7 +358,7 @@ def _blocks(
 def _joint(
     probs: torch.Tensor, labels: torch.Tensor, ignoring: bool, cells: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum J(y, z) over the samples of each cell, C x Z x cells; without ``cells`` all pixels are in one."""
+    """Sum J(y, z) over the samples of each cell, C x Z x cells. Without ``cells`` there is one cell."""
     n_source, n_classes = probs.shape[1], max(int(labels.max()), 0) + 1
     n_cells = 1 if cells is None else int(cells[-1]) + 1
     joint = torch.zeros(n_source, n_classes * n_cells, dtype=torch.float64, device=probs.device)
@@ -371,7 +372,7 @@ def _joint(
 
 
 def _conditional(joint: torch.Tensor) -> torch.Tensor:
-    """P(y|z) from J, zero for a source class without mass (no sample that looks it up gives it any weight)."""
+    """P(y|z) from J. It is 0 for a source class without mass, whose probability is 0 in all samples."""
     samples = joint.flatten(1).sum(1)
     if not bool(samples.sum() > 0):
         raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
@@ -384,9 +385,9 @@ def _conditional(joint: torch.Tensor) -> torch.Tensor:
 def _likelihoods(
     probs: torch.Tensor, labels: torch.Tensor, ignoring: bool, table: torch.Tensor, cells: torch.Tensor | None = None
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
-    """Yield sum_z P(y|z) p(z) block by block, images x pixels; meaningless where a pixel is ignored.
+    """Yield sum_z P(y|z) p(z) block by block, images x pixels; the value at an ignored pixel has no meaning.
 
-    A sample is part of the table it looks in, so that P(y|z) >= p(z) / N and the sum is at least 1 / (Z N).
+    Each sample contributes to its own table, so P(y|z) >= p(z) / N, and the sum is at least 1 / (Z N).
     """
     rows = table.transpose(0, 1).flatten(1)
     for images, pixels, weights, places, valid in _blocks(probs, labels, ignoring, cells):
@@ -399,7 +400,7 @@ def _likelihoods(
 def _log_sums(
     probs: torch.Tensor, labels: torch.Tensor, ignoring: bool, table: torch.Tensor, cells: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Over the images of a batch, at each pixel: the sum of the log-likelihoods, and their number; 2 x pixels."""
+    """At each pixel, over the images of a batch: sum of the log-likelihoods, and number of images; 2 x pixels."""
     sums = torch.zeros(2, labels[0].numel(), dtype=torch.float64, device=table.device)
     for _, pixels, likelihood, valid in _likelihoods(probs, labels, ignoring, table, cells):
         if valid is None:
@@ -414,7 +415,7 @@ def _log_sums(
 
 
 def _image_maps(batches: Iterable[Batch], table: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-    """The log-likelihoods themselves, NaN where a pixel is ignored."""
+    """The log-likelihoods of each image, NaN at ignored pixels."""
     maps: list[torch.Tensor] = []
     for batch in batches:
         labels = batch[1]
@@ -428,6 +429,6 @@ def _image_maps(batches: Iterable[Batch], table: torch.Tensor) -> torch.Tensor |
 
 
 def _mean(log_sums: torch.Tensor) -> torch.Tensor:
-    # Probabilities that sum to a hair more than one can leave the score a hair above 0; 0/0 is the NaN of a cell
-    # without valid pixels.
+    # Rounding can make probabilities sum to slightly more than 1, and the score slightly positive. 0/0 gives the NaN of
+    # a cell without valid pixels.
     return (log_sums[0] / log_sums[1]).clamp(max=0)

@@ -1,15 +1,15 @@
-r"""LogME: how probable the labels are under a linear model of the features, with all weights integrated out.
+r"""LogME: the evidence of the labels under a linear model of the features, with the weights integrated out.
 
-For the 0/1 target y of one class, weights w ~ N(0, 1/alpha) and noise N(0, 1/beta), the evidence p(y | F) has a closed
-form. With the eigenvalues s_i > 0 of F'F and the coordinates x_i of y along the left singular vectors of F, alpha and
-beta are found by repeating
+Let y be the 0/1 target of one class, w ~ N(0, 1/alpha) the weights, and N(0, 1/beta) the noise. The evidence p(y | F)
+has a closed form. With the eigenvalues s_i > 0 of F'F and the coordinates x_i of y along the left singular vectors of
+F, alpha and beta are found by iterating
 
 .. math::
     \gamma = \sum_i \frac{s_i}{s_i + t}, \quad
     \alpha = \frac{\gamma}{\sum_i s_i x_i^2 / (s_i + t)^2}, \quad
     \beta = \frac{N - \gamma}{\sum_i x_i^2 t^2 / (s_i + t)^2 + |y|^2 - \sum_i x_i^2}, \quad t = \alpha / \beta
 
-until t settles, where the logarithm of the evidence is
+until t converges. The logarithm of the evidence is then
 
 .. math::
     \tfrac N2 \ln \beta - \tfrac12 \sum_i \ln(1 + s_i / t) - \tfrac N2 (1 + \ln 2 \pi)
@@ -26,15 +26,15 @@ from scipy.linalg import eigh_tridiagonal, lapack
 from medtl_ext._validation import warn
 from medtl_ext.metrics.features import MomentMetric, feature_sums, gram
 
-# The maximum is reached when ln t changes by less: Newton's last step is then right to the square of it.
+# The iteration stops when ln t changes by less. The error after Newton's last step is about its square.
 TOLERANCE = 1e-3
 MAX_ITERATIONS = 100
 
-# Where the iteration hardly slows down on its way, Newton's step is a wild guess: bounds to the guess.
+# Bounds of Newton's step, which is unreliable where the fixed point iteration hardly slows down.
 LEAST_SLOPE, LONGEST_STEP = 0.02, 3.0
 
-# Least squared error of a 0/1 target, unless the features have as many dimensions as there are samples: the evidence of
-# targets that are linear functions of fewer features has no upper bound otherwise.
+# Smallest squared error of a 0/1 target. Without it, the evidence has no upper bound if a target is a linear function
+# of the features. It does not apply if the features have at least as many dimensions as there are samples.
 LEAST_ERROR = 1e-5
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -44,18 +44,18 @@ def compute_logme(features: Any, target_labels: Any, *, ignore_index: int | None
     """Logarithm of the maximum evidence of the labels given the features, per sample and averaged over classes.
 
     Args:
-        features: N x D, or N x D x *spatial, in which every pixel is a sample. As they are: taking off their mean
-            changes the value, their scale does not.
+        features: N x D, or N x D x *spatial, in which every pixel is a sample. Do not centre them: subtracting the mean
+            changes the value. The scale does not matter.
         target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
         ignore_index: samples with this label are left out.
 
     Returns:
-        The score, a float64 scalar without bounds, of log densities in nats a sample (mostly between -1.5 and 1);
-        higher predicts better transfer. Classes without samples do not count. With one class only there is a
-        `UserWarning`: the value says nothing about transfer.
+        The score, a float64 scalar without bounds: a log density in nats per sample, mostly between -1.5 and 1. Higher
+        predicts better transfer. Classes without samples do not count. For one class only there is a `UserWarning`: the
+        value says nothing about transfer.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> features = torch.tensor([[1.0, 0.0], [2.0, 1.0], [-1.0, 0.0], [-2.0, 1.0]])
@@ -63,11 +63,12 @@ def compute_logme(features: Any, target_labels: Any, *, ignore_index: int | None
         tensor(-1.0196, dtype=torch.float64)
 
     Reference: You et al., *LogME: practical assessment of pre-trained models for transfer learning*, ICML 2021,
-    algorithm 1, from alpha = beta = 1 for features of mean square 1, and so at any scale. The iteration is accelerated,
-    and goes on to its limit. With D > N the factor ``alpha ** (D - N)`` of the evidence has to be there; it cancels in
-    the form above (a public version leaves it out: issue 23 of the authors' repository). The authors' code adds 1e-5 to
-    the squared error, and to the squared norm of the weights, which has the features' scale. Here a squared error below
-    1e-5 counts as 1e-5, and only where the evidence has no upper bound: a rank below N, and a perfect fit.
+    algorithm 1. Features are scaled to mean square 1, and the iteration starts from alpha = beta = 1. It is accelerated
+    by Newton's method and runs until it converges. For D > N the evidence has the factor ``alpha ** (D - N)``. It
+    cancels in the formula above; a public version leaves it out (issue 23 of the authors' repository). The authors'
+    code adds 1e-5 to the squared error and to the squared norm of the weights, which depends on the features' scale.
+    Here, a squared error below 1e-5 counts as 1e-5, and only if the evidence has no upper bound: a perfect fit of rank
+    below N.
     """
     return LogME(ignore_index=ignore_index).of(features, target_labels)
 
@@ -75,7 +76,7 @@ def compute_logme(features: Any, target_labels: Any, *, ignore_index: int | None
 class LogME(MomentMetric):
     """`compute_logme` over batches: ``compute()`` returns a float64 scalar without bounds, higher is better.
 
-    Memory: D x D numbers and C x D. See `FeatureMetric` for the options, and how to attach it to an engine.
+    Memory: D x D and C x D numbers. See `FeatureMetric` for the options, and how to attach it to an engine.
 
     >>> metric = LogME()
     >>> metric.update(torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([0, 0]))
@@ -102,8 +103,8 @@ class LogME(MomentMetric):
 def _spectrum(matrix: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues of a symmetric matrix (D), and squared coordinates of K vectors along its eigenvectors (K x D).
 
-    The vectors are turned into the basis in which the matrix is tridiagonal: to turn D eigenvectors back from there is
-    half of the work of `torch.linalg.eigh`.
+    The matrix is made tridiagonal, and the vectors are rotated with it. This saves rotating D eigenvectors back, which
+    is half of the work of `torch.linalg.eigh`.
     """
     if len(matrix) == 1:
         return matrix[0], vectors.square()
@@ -127,7 +128,7 @@ def _logme(eigenvalues: torch.Tensor, squares: torch.Tensor, count: torch.Tensor
 
 
 class _Evidence:
-    """Log evidence of K targets as a function of u = ln t, with beta at its best for that t.
+    """Log evidence of K targets as a function of u = ln t, with the best beta for that t.
 
     Args:
         eigenvalues: R, the positive ones, ascending.
@@ -137,15 +138,15 @@ class _Evidence:
 
     def __init__(self, eigenvalues: torch.Tensor, squares: torch.Tensor, count: torch.Tensor) -> None:
         self.eigenvalues, self.squares, self.n = eigenvalues, squares, count.sum()
-        full = len(eigenvalues) >= self.n  # every target is a linear function of the features, which is no merit
+        full = len(eigenvalues) >= self.n  # any target is then a linear function of the features
         self.outside = torch.zeros_like(count) if full else (count - squares.sum(1)).clamp(min=0)
         self.least_error = torch.finfo(count.dtype).tiny if full else LEAST_ERROR
 
     def maximum(self) -> torch.Tensor:
-        """The maximum that the fixed point iteration climbs to from t = 1, found by Newton's method."""
+        """The maximum that the fixed point iteration reaches from t = 1, found by Newton's method."""
         u = torch.zeros_like(self.outside)
         if len(self.eigenvalues):
-            # A maximum at infinity (no correlation to the features) or at zero (no noise) need not be gone to.
+            # Bounds for a maximum at infinity (no correlation with the features) or at zero (no noise).
             highest, lowest = (self.eigenvalues[-1] / EPSILON).log(), (self.eigenvalues[0] * EPSILON).log()
             for _ in range(MAX_ITERATIONS):
                 step = self._step(u)
@@ -169,7 +170,7 @@ class _Evidence:
         error, norm = self._error_and_norm(ratio)
         norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)
         gamma, rest = used.sum(1), unused.sum(1) + (self.n - len(self.eigenvalues)).clamp(min=0)
-        # How far one round of the fixed point iteration goes, and the derivative of that.
+        # The step of the fixed point iteration, and its derivative.
         far = (gamma * error / (rest * norm)).log() - u
         error_slope = 2 * (self.squares * used * unused.square()).sum(1) / error
         norm_slope = 2 * (self.squares * used.square() * unused / self.eigenvalues).sum(1) / norm

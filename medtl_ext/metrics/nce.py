@@ -12,16 +12,17 @@ def compute_nce(source_labels: Any, target_labels: Any, *, ignore_index: int | N
     """Negative conditional entropy ``-H(Y|Z)`` of the target labels given the source's predicted labels.
 
     Args:
-        source_labels: integer tensor of any shape, the class the source network predicts for each sample (or pixel).
+        source_labels: integer tensor of any shape, the class that the source network predicts for each sample (or
+            pixel).
         target_labels: integer tensor of the same shape, the target's class.
         ignore_index: samples with this target label are left out.
 
     Returns:
-        The score in nats, a float64 scalar in [-H(Y), 0]; higher predicts better transfer. One target label only gives
-        0 with a `UserWarning`.
+        The score in nats, a float64 scalar in [-H(Y), 0]; higher predicts better transfer. It is 0 with a `UserWarning`
+        if there is one target label only.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> compute_nce(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 2]))
@@ -35,7 +36,7 @@ def compute_nce(source_labels: Any, target_labels: Any, *, ignore_index: int | N
 class NCE(TransferMetric):
     """`compute_nce` over batches: ``compute()`` returns a float64 scalar <= 0, higher is better.
 
-    Attached to an engine it takes the most probable class of the network's logits (see `TransferMetric`).
+    Attached to an engine, it uses the most probable class of the network's logits (see `TransferMetric`).
 
     Args:
         ignore_index: samples with this target label are left out.
@@ -92,9 +93,9 @@ def _nce(counts: torch.Tensor) -> torch.Tensor:
 
 
 def negative_conditional_entropy(table: torch.Tensor) -> torch.Tensor:
-    """-H(Y_t | Y_s) of a table of masses, source classes x target classes, within its bounds whatever was rounded."""
+    """-H(Y_t | Y_s) of a table of masses, source classes x target classes, clamped to [-H(Y_t), 0]."""
     joint = table / table.sum()
     source, target = joint.sum(1), joint.sum(0)
-    # sum_st P(s, t) ln P(t|s), as a difference of two sums of p ln p so that empty cells need no care.
+    # sum_st P(s, t) ln P(t|s), as a difference of two sums of p ln p, in which empty cells are 0.
     value = torch.xlogy(joint, joint).sum() - torch.xlogy(source, source).sum()
     return value.clamp(torch.xlogy(target, target).sum(), torch.zeros_like(value))

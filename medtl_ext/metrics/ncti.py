@@ -1,16 +1,16 @@
-r"""NCTI, the neural collapse transferability index: how far are the features from those of a fully trained network?
+r"""NCTI, the neural collapse transferability index: how close the features are to those of a fully trained network.
 
-A network that is trained to the end makes the features of a class collapse onto their mean. NCTI (Wang et al., *How far
-pre-trained models are from neural collapse on the target dataset informs their transferability*, ICCV 2023) tells by
-three terms how near a source's features are to that. The features go through 64 principal components z, which are
-modelled by linear discriminant analysis (LDA): one Gaussian per class mu_c, with a common covariance,
+In a fully trained network the features of a class collapse onto their mean. NCTI (Wang et al., *How far pre-trained
+models are from neural collapse on the target dataset informs their transferability*, ICCV 2023) measures with three
+terms how close a source's features are to this state. The features are reduced to 64 principal components z. Linear
+discriminant analysis (LDA) models them by one Gaussian per class with mean mu_c and a common covariance,
 
 .. math::
     \Sigma = (1 - \lambda) S_W + \lambda \tfrac{\mathrm{tr} S_W}{d} I, \qquad
     \lambda = \max(e^{-(v_1 + \dots + v_{32})}, 10^{-10})
 
 with S_W the covariance within the classes and v the variances of the components. The fewer and weaker the components,
-the more it is shrunk. With the posteriors P of that model, and W its K - 1 discriminant directions (scaled so that
+the stronger the shrinkage. With the posteriors P of the model, and its K - 1 discriminant directions W (scaled so that
 W' Sigma W = I), the terms are
 
 .. math::
@@ -18,11 +18,11 @@ W' Sigma W = I), the terms are
     \mathrm{ncc} = \tfrac1n \textstyle\sum_i P(y_i | z_i), \qquad
     \mathrm{vc} = \ln \textstyle\sum_c \| P_c \|_*
 
-where ``||.||_*`` is the nuclear norm, the sum of the singular values, and P_c are the posteriors (n_c x K) of the
-samples of class c. seli measures how many directions the classes spread in and how far (the simplex-encoded-label
-interpolation that a trained network converges to has full rank), ncc how well the nearest class centre classifies, and
-vc how variable the samples of a class still are. They have different units: only `combine_ncti`, over several models,
-makes one score of them.
+where ``||.||_*`` is the nuclear norm (the sum of the singular values), and P_c are the posteriors (n_c x K) of the
+samples of class c. seli measures in how many directions the classes spread, and how far: a trained network converges to
+the simplex-encoded-label interpolation (SELI), which has full rank. ncc measures how well the nearest class centre
+classifies. vc measures the remaining variability within the classes. The terms have different units; `combine_ncti`
+combines them into one score over several models.
 """
 
 import math
@@ -43,7 +43,7 @@ N_COMPONENTS = 64
 N_SHRINKAGE = 32
 LEAST_SHRINKAGE = 1e-10
 
-# Classes that have collapsed to points have no covariance to divide by: it is kept above this share of the total.
+# Smallest share of the total variance within the classes. Without it, the covariance of collapsed classes is singular.
 LEAST_VARIANCE = 1e-12
 
 
@@ -53,7 +53,7 @@ class NCTITerms(NamedTuple):
     Attributes:
         seli: spread of the classes in units of the spread within them, >= 0; higher is better.
         ncc: mean posterior of the true class, in [0, 1]; higher is better.
-        vc: logarithm of the variability within classes; lower is better.
+        vc: logarithm of the variability within the classes; lower is better.
     """
 
     seli: torch.Tensor
@@ -65,17 +65,18 @@ def compute_ncti(features: Any, target_labels: Any, *, ignore_index: int | None 
     """The three terms of NCTI for one model.
 
     Args:
-        features: N x D, or N x D x *spatial with each pixel a sample. Their scale matters: the shrinkage depends on it.
+        features: N x D, or N x D x *spatial with each pixel a sample. The shrinkage depends on their scale.
         target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
         ignore_index: samples with this label are left out.
 
     Returns:
-        `NCTITerms`. They are finite, and come with a `UserWarning`, where they say nothing about transfer: one class
-        only (0, 1, half the log of the number of samples), constant features (posteriors are the class frequencies,
-        seli is 0), and fewer samples than components and classes, which are separated perfectly whatever the features.
+        `NCTITerms`, always finite. In three cases they say nothing about transfer, and there is a `UserWarning`: one
+        class only (the terms are 0, 1, and half the log of the number of samples); constant features (posteriors are
+        the class frequencies, and seli is 0); fewer samples than components and classes (any features separate the
+        classes perfectly).
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> features = torch.tensor([[0.0, 1.0], [1.0, 2.0], [0.0, 2.0], [4.0, 0.0], [5.0, 1.0], [4.0, 0.0]])
@@ -83,35 +84,33 @@ def compute_ncti(features: Any, target_labels: Any, *, ignore_index: int | None 
         >>> [round(term.item(), 3) for term in terms]
         [20.011, 1.0, 1.242]
 
-    Reference: Wang et al., ICCV 2023, in the form of the authors' code, which has the components, the shrinkage and the
-    logarithm in vc. Components are exact here (the code leaves the solver to a library, which approximates them where
-    there are many samples), and there may be fewer than 64 of them.
+    Reference: Wang et al., ICCV 2023. Components, shrinkage and the logarithm in vc are as in the authors' code. Here
+    the components are exact (in the code a library approximates them for many samples). There may be fewer than 64.
     """
     return NCTI(ignore_index=ignore_index).of(features, target_labels)
 
 
 def combine_ncti(terms: Mapping[str, NCTITerms]) -> dict[str, float]:
-    """NCTI of several models: each term is scaled to [0, 1] over them, then ``ncc + seli - vc``.
+    """NCTI of several models: each term is scaled to [0, 1] over the models, then ``ncc + seli - vc``.
 
     Args:
         terms: name of the model -> its `NCTITerms`.
 
     Returns:
-        Name -> score in [-1, 2], higher predicts better transfer. A term that is the same for all models counts 0.5 for
-        each.
+        Name -> score in [-1, 2], higher predicts better transfer. A term that is equal for all models counts 0.5.
 
     Raises:
-        InputError: no model, something else than three terms, or NaN or Inf among them.
+        InputError: no model, not three terms, or NaN or Inf in a term.
 
     Example:
         >>> combine_ncti({"mri": NCTITerms(30.0, 0.9, 2.0), "x-ray": NCTITerms(20.0, 0.6, 3.0)})
         {'mri': 2.0, 'x-ray': -1.0}
 
-    Reference: Wang et al., ICCV 2023. Juodelyte et al. (arXiv 2412.20172) add vc in their code; that sign is a
-    slip: more variability is farther from collapse.
+    Reference: Wang et al., ICCV 2023. The code of Juodelyte et al. (arXiv 2412.20172) adds vc. That sign is an error:
+    more variability means farther from collapse.
     """
     if not terms:
-        raise InputError("terms is empty; expected the NCTITerms of each model by its name.")
+        raise InputError("terms is empty; expected name of the model -> NCTITerms, for at least one model.")
     for name, values in terms.items():
         if len(values) != len(NCTITerms._fields) or not all(map(math.isfinite, values)):
             raise InputError(f"terms of {name} are {values!r}; expected three finite numbers, seli, ncc and vc.")
@@ -123,8 +122,8 @@ def combine_ncti(terms: Mapping[str, NCTITerms]) -> dict[str, float]:
 class NCTI(SampleMetric):
     """`compute_ncti` over batches: ``compute()`` returns the `NCTITerms`, float64 scalars.
 
-    Memory: the samples, of which `pixels` keeps some. Three terms are no scalar, so this cannot be an evaluator's key
-    metric: attach it beside one.
+    Memory: the samples; limit them by `pixels`. Three terms are not a scalar, so this cannot be an evaluator's key
+    metric: attach it as an additional metric.
 
     Args:
         options: layer, pixels, body, seed, ignore_index, output_transform, see `FeatureMetric`.
@@ -148,7 +147,8 @@ class NCTI(SampleMetric):
         elif width == 0:
             what = "features are constant"
         elif n_samples - len(classes) < width:
-            what = f"features holds {n_samples} samples, no more than their components and classes ({width} and more)"
+            found = f"{width} components and {len(classes)} classes"
+            what = f"features holds {n_samples} samples, no more than their {found} together"
         if what:
             warn(f"{what}, so the terms of NCTI say nothing about transfer.")
         if len(classes) == 1 or width == 0:
@@ -168,7 +168,7 @@ def _directions(model: Discriminant, prior: torch.Tensor) -> torch.Tensor:
     """D x (K - 1) directions in which the classes differ most, of variance 1 within them."""
     between = (model.means.T * prior) @ model.means
     width, spread = len(between), between.trace()
-    # The covariance between classes is shrunk like that within them, as scikit-learn does.
+    # Both covariances, between and within the classes, are shrunk alike, as in scikit-learn.
     between *= 1 - model.shrinkage
     between.diagonal().add_(model.shrinkage * spread / width)
     _, vectors = eigh(between.numpy(), model.covariance.numpy())

@@ -1,8 +1,8 @@
-r"""NLEEP: LEEP with the clusters of the features in place of the source's classes.
+r"""NLEEP: LEEP with clusters of the features instead of the source's classes.
 
-NLEEP (Li et al., *Ranking neural checkpoints*, CVPR 2021) needs no classifier head. Principal components that explain
-80 % of the variance are modelled by a mixture of Gaussians v, five for each target class, and each sample's
-responsibilities P(v | x) take the place of the source's class probabilities:
+NLEEP (Li et al., *Ranking neural checkpoints*, CVPR 2021) needs no classifier head. A mixture of Gaussians v, five for
+each target class, models the principal components that explain 80 % of the variance. The responsibilities P(v | x) of
+each sample replace the source's class probabilities:
 
 .. math::
     \mathrm{NLEEP} = \tfrac1n \sum_i \ln \textstyle\sum_v P(y_i | v)\, P(v | x_i)
@@ -25,7 +25,7 @@ EXPLAINED = 0.8
 GAUSSIANS_PER_CLASS = 5
 REGULARISATION = 1e-5
 
-# Where k-means starts moves the score of one mixture by 3 to 4 % on a few hundred samples, as much as models differ by.
+# On a few hundred samples, the start of k-means changes the score of one mixture by 3 to 4 %, as much as models differ.
 MIXTURES = 10
 
 
@@ -39,12 +39,12 @@ def compute_nleep(features: Any, target_labels: Any, *, seed: int = 0, ignore_in
         ignore_index: samples with this label are left out.
 
     Returns:
-        The score in nats, a float64 scalar <= 0; higher predicts better transfer. With a `UserWarning`: 0 when there is
-        one class only; -H(Y), which is that of no information, when the features are constant; and a value that is too
-        high when there are fewer than two samples a Gaussian, although their number is then reduced to that.
+        The score in nats, a float64 scalar <= 0; higher predicts better transfer. With a `UserWarning`: 0 for one class
+        only; -H(Y), the score without any information, for constant features; and a value that is too high if there are
+        fewer than two samples per Gaussian (the number of Gaussians is then reduced).
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -52,10 +52,10 @@ def compute_nleep(features: Any, target_labels: Any, *, seed: int = 0, ignore_in
         >>> compute_nleep(torch.randn(60, 8, generator=generator) + 9 * labels[:, None], labels).abs() < 1e-6
         tensor(True)
 
-    Reference: Li et al., CVPR 2021. The score is the mean over ten mixtures that start differently, where
-    the paper takes one, because where one starts moves its score by some percent. Covariances are diagonal (one public
-    implementation has spherical ones, and another forgets the logarithm) and regularised by 1e-5 of the mean variance,
-    so that the scale of the features makes hardly any difference (the starts of the mixture's fit may).
+    Reference: Li et al., CVPR 2021. The score is the mean over ten mixtures with different starts. The paper takes one,
+    whose start changes the score by some percent. Covariances are diagonal (one public implementation has spherical
+    ones, and another omits the logarithm). They are regularised by 1e-5 of the mean variance, so that the scale of the
+    features hardly matters.
     """
     return NLEEP(seed=seed, ignore_index=ignore_index).of(features, target_labels)
 
@@ -63,7 +63,7 @@ def compute_nleep(features: Any, target_labels: Any, *, seed: int = 0, ignore_in
 class NLEEP(SampleMetric):
     """`compute_nleep` over batches: ``compute()`` returns a float64 scalar <= 0, higher is better.
 
-    Memory: the samples, of which `pixels` keeps some.
+    Memory: the samples; limit them by `pixels`.
 
     Args:
         options: layer, pixels, body, ignore_index, output_transform, see `FeatureMetric`.
@@ -91,11 +91,11 @@ class NLEEP(SampleMetric):
             return torch.zeros((), dtype=torch.float64, device=labels.device)
         scores, _ = principal_components(features, EXPLAINED)
         if scores.shape[1] == 0:
-            warn("features are constant, so NLEEP is -H(Y), the score of no information at all.")
+            warn("features are constant, so NLEEP is -H(Y), the score without any information.")
             return compute_leep(torch.ones(len(labels), 1), labels.cpu()).to(labels.device)
         n_gaussians = min(GAUSSIANS_PER_CLASS * n_classes, len(labels) // 2)
         if n_gaussians < GAUSSIANS_PER_CLASS * n_classes:
-            few = f"NLEEP has {n_gaussians} Gaussians in place of {GAUSSIANS_PER_CLASS * n_classes}, too good a fit"
+            few = f"NLEEP has {n_gaussians} Gaussians instead of {GAUSSIANS_PER_CLASS * n_classes}, and is too high"
             warn(f"features holds {len(labels)} samples for {n_classes} classes: {few}.")
         scores /= np.sqrt(scores.var(0).mean())
         values = [
@@ -108,7 +108,7 @@ class NLEEP(SampleMetric):
 def _responsibilities(scores: np.ndarray, n_gaussians: int, seed: int) -> np.ndarray:
     mixture = GaussianMixture(n_gaussians, covariance_type="diag", reg_covar=REGULARISATION, random_state=seed)
     with warnings.catch_warnings():
-        # Fewer distinct samples than Gaussians, or a hundred iterations that moved the likelihood by a hair to the end,
-        # give responsibilities as good as any.
+        # scikit-learn warns if there are fewer distinct samples than Gaussians, and if the fit has not quite converged.
+        # The responsibilities are good enough in both cases.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit(scores).predict_proba(scores)

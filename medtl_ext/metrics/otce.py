@@ -1,17 +1,17 @@
 r"""OTCE, the conditional entropy of target labels given source labels under optimal transport of the features.
 
 OTCE (Tan et al., *OTCE: A transferability metric for cross-domain cross-task representations*, CVPR 2021; for
-segmentation *Efficient prediction of model transferability in semantic segmentation tasks*, ICIP 2023) moves the
-source's features onto the target's at least squared Euclidean cost, and asks how well the source's labels tell the
-target's in the plan P that does it:
+segmentation *Efficient prediction of model transferability in semantic segmentation tasks*, ICIP 2023) computes the
+optimal transport plan P from the source's to the target's features, at squared Euclidean cost. It measures how well the
+source's labels predict the target's labels under this plan:
 
 .. math::
     P = \arg\min_{P \ge 0} \sum_{ij} P_{ij} \lVert s_i - t_j \rVert^2 - \varepsilon H(P), \qquad
     P(y_s, y_t) = \sum_{ij} 1[y_i = y_s]\, 1[y_j = y_t]\, P_{ij}, \qquad
     \mathrm{OTCE} = -H(Y_t | Y_s)
 
-with uniform weights on both sides. In one dimension, and so for the softmax of two channels, the exact plan joins the
-quantiles of the two sides, and P(y_s, y_t) follows from sorting alone.
+with uniform weights on both sides. In one dimension (such as the softmax of two channels) the exact plan joins the
+quantiles of the two sides, so sorting gives P(y_s, y_t).
 """
 
 import re
@@ -27,11 +27,11 @@ from medtl_ext.metrics.nce import negative_conditional_entropy
 
 SOLVERS = ("auto", "sinkhorn", "emd", "sorted")
 
-# Mass that Sinkhorn may leave in the wrong place.
+# Largest error of the marginals, as a share of the mass, that Sinkhorn may leave.
 TOLERANCE = 1e-6
 ITERATIONS = 10_000
 
-# Rows of a plan, and pairs of one on a line, that are worked on at a time.
+# Block sizes: rows of a plan, and pairs of a plan in one dimension.
 PLAN_ROWS, PLAN_PAIRS = 32, 2**15
 
 # Features, N x D in float64, and labels, N, of the source or the target.
@@ -53,32 +53,33 @@ def compute_otce(
 ) -> torch.Tensor:
     """OTCE between a source's and a target's features, both from the source network; every pixel is a sample.
 
-    The score depends on how frequent the target's labels are, so it compares sources for one target, never targets.
+    The score depends on the frequencies of the target's labels. Use it to compare sources for one target, not targets.
 
     Args:
-        source_features: N x D or N x D x *spatial, the features of the source's own data; by the paper the softmax.
+        source_features: N x D or N x D x *spatial, the network's features of the source's data; in the paper, softmax.
         source_labels: N or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
-        target_features: M x D or M x D x *spatial, the features that the same network gives the target's data.
+        target_features: M x D or M x D x *spatial, the same network's features of the target's data.
         target_labels: M or M x *spatial class indices.
-        solver: "sinkhorn" is entropic transport at ``epsilon``; "emd" is exact; "sorted" is exact and fast for
-            one-dimensional features (D = 1, or two softmax channels), and takes all samples. "auto" takes "sorted"
-            where it can, else "emd" where the features are so large that ``epsilon`` is less than 1e-4 of the mean cost
-            and Sinkhorn would hardly converge, else "sinkhorn".
+        solver: "sinkhorn" is entropic transport with ``epsilon``. "emd" is exact. "sorted" is exact and fast for
+            one-dimensional features (D = 1, or two softmax channels), and uses all samples. "auto" takes "sorted" if
+            possible. Else it takes "emd" if ``epsilon`` is below 1e-4 of the mean cost, because Sinkhorn would hardly
+            converge, and otherwise "sinkhorn".
         epsilon: weight of the entropy, in units of squared feature distance.
-        n_samples: "sinkhorn" and "emd" draw so many samples of a side that has more. They hold a few n_samples x
-            n_samples tables of float64 (0.8 GB each at 10,000, which take some 15 s a draw on one core).
-        repeats: how often they are drawn; the score is the mean. Without a side to draw from there is one solution.
+        n_samples: "sinkhorn" and "emd" draw so many samples from a larger side. They hold a few n_samples x n_samples
+            tables of float64 (at 10,000: 0.8 GB each, and about 15 s per draw on one core).
+        repeats: number of draws; the score is their mean. If neither side is larger than n_samples, nothing is drawn.
         seed: of the draws, which do not depend on the order of the samples.
         ignore_index: samples with this label are left out, on both sides.
 
     Returns:
-        The score in nats, a float64 scalar in [-H(Y_t), 0]; higher predicts better transfer. One target label in a
-        sample (no foreground) gives 0, the best value, and one source label gives -H(Y_t), the worst: both with a
-        `UserWarning`, for they say nothing about transfer. Constant features give -H(Y_t). A `UserWarning` also tells
-        when Sinkhorn did not reach the marginals to 1e-6, and when ``epsilon`` drowns the cost.
+        The score in nats, a float64 scalar in [-H(Y_t), 0]; higher predicts better transfer. One target label only (no
+        foreground) gives 0, the best value. One source label only gives -H(Y_t), the worst. Both come with a
+        `UserWarning`, since they say nothing about transfer. Constant features give -H(Y_t). There is also a
+        `UserWarning` if Sinkhorn did not reach the marginals to 1e-6, and if ``epsilon`` is large compared with the
+        cost.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> source_features = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]])
@@ -87,9 +88,9 @@ def compute_otce(
         tensor(-0.3466, dtype=torch.float64)
 
     Reference: Tan et al., CVPR 2021; Li et al., *Finding the most transferable tasks for brain image segmentation*,
-    BIBM 2022, eq. 4. Deviations: the entropy is subtracted (eq. 4 prints a plus, whose minimum is not a smoothed plan);
-    samples with equal features share what they send and receive in equal parts, so that their order plays no part (the
-    entropic plan demands it, exact plans leave it open); Sinkhorn runs until the marginals are met.
+    BIBM 2022, eq. 4. Differences: the entropy is subtracted (eq. 4 prints a plus, which does not smooth the plan).
+    Samples with equal features share their mass equally, so that their order does not matter (the entropic plan
+    requires this, exact plans leave it open). Sinkhorn runs until it reaches the marginals.
     """
     metric = OTCE(
         (source_features, source_labels),
@@ -107,16 +108,16 @@ def label_transport(plan: Any, source_labels: Any, target_labels: Any) -> torch.
     """Sum a transport plan over the samples of each pair of labels: the table P(y_s, y_t) of OTCE.
 
     Args:
-        plan: N x M, the mass that goes from each source sample to each target sample.
+        plan: N x M, the mass that moves from each source sample to each target sample.
         source_labels: N class indices.
         target_labels: M class indices.
 
     Returns:
-        C_s x C_t, float64, on the plan's device, where C is the side's largest label plus one; it sums to what the plan
-        sums to.
+        C_s x C_t, float64, on the plan's device, where C is the side's largest label plus one. Its sum is that of the
+        plan.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> label_transport([[0.5, 0.0], [0.125, 0.375]], source_labels=[0, 1], target_labels=[1, 0])
@@ -126,39 +127,39 @@ def label_transport(plan: Any, source_labels: Any, target_labels: Any) -> torch.
     plan = as_plain_tensor("plan", plan).double()
     shape = tuple(plan.shape)
     if plan.ndim != 2 or plan.numel() == 0:
-        raise InputError(f"plan is not a transport plan: its shape is {shape}; expected N x M.")
+        raise InputError(f"plan is not a transport plan: it has shape {shape}; expected N x M.")
     source = check_labels("source_labels", source_labels).flatten().to(plan.device)
     target = check_labels("target_labels", target_labels).flatten().to(plan.device)
     if (len(source), len(target)) != shape:
         raise InputError(f"plan has shape {shape}; expected {len(source)} source_labels x {len(target)} target_labels.")
     rows, lowest = plan.new_zeros(int(source.max()) + 1, plan.shape[1]), []
-    # A few rows at a time, which are still in the processor's cache when they are added.
+    # A few rows at a time, so that they are still in the processor's cache when they are added.
     for part, labels in zip(plan.split(PLAN_ROWS), source.split(PLAN_ROWS), strict=True):
         lowest.append(part.amin())
         rows.index_add_(0, labels, part)
     if not bool((torch.stack(lowest) >= 0).all() & rows.isfinite().all()):
-        raise InputError("plan is not a transport plan; expected numbers that are finite and nowhere negative.")
+        raise InputError("plan is not a transport plan; expected finite numbers, none of them negative.")
     return plan.new_zeros(len(rows), int(target.max()) + 1).index_add_(1, target, rows)
 
 
 class OTCE(SampleMetric):
     """`compute_otce` over batches of the target: ``compute()`` returns a float64 scalar in [-H(Y_t), 0].
 
-    Attached to an engine it takes the softmax of the network's logits, as the paper does, unless ``layer`` names a
-    layer. The source's samples come from the same network and the same place. Softmax for softmax::
+    Attached to an engine, it uses the softmax of the network's logits, as in the paper, unless ``layer`` names a layer.
+    The source's samples must come from the same layer of the same network. For the softmax, attach ::
 
         source = FeatureSamples(output_transform=medtl_ext.metrics.base.probabilities_and_labels)
 
-    attached to the evaluator that runs over the source's data; after its run ``OTCE(source.compute())``.
+    to the evaluator that runs over the source's data. After its run, make ``OTCE(source.compute())``.
 
-    The score depends on how frequent the labels are, and ``pixels`` draws as many samples of a rare class as of a
-    frequent one: give the source the same ``pixels`` as the target.
+    The score depends on the frequencies of the labels, and ``pixels`` draws the same number from rare and frequent
+    classes: set the same ``pixels`` for source and target.
 
     Args:
-        source: the source's features and labels, a pair as in `compute_otce`, or `Samples`.
+        source: the source's features and labels: a pair as in `compute_otce`, or `Samples`.
         solver, epsilon, n_samples, repeats: as in `compute_otce`.
-        options: layer, pixels, body, seed, ignore_index, output_transform, see `FeatureMetric`; ``layer=None`` is the
-            softmax of the output, of which all pixels are kept unless ``pixels`` is a number of each class.
+        options: layer, pixels, body, seed, ignore_index, output_transform, see `FeatureMetric`. ``layer=None`` is the
+            softmax of the output; it keeps all pixels unless ``pixels`` is a number.
 
     >>> source_features = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]])
     >>> metric = OTCE((source_features, [0, 0, 1, 1]))
@@ -201,7 +202,7 @@ class OTCE(SampleMetric):
     def _require_width(self, features: torch.Tensor) -> None:
         if (width := self._source[0].shape[1]) != features.shape[1]:
             found = f"target_features has {features.shape[1]} channels, source_features {width}"
-            raise InputError(f"{found}; expected the same layer of the same network.")
+            raise InputError(f"{found}; use the same layer of the same network for both.")
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         source, target = tuple(value.to(features.device) for value in self._source), (features, labels)
@@ -219,21 +220,21 @@ class OTCE(SampleMetric):
                 return "sorted"
             if self.solver == "sorted":
                 needs = "one-dimensional features, D = 1 or the softmax of two channels"
-                raise InputError(f"solver 'sorted' needs {needs}; here D = {source.shape[1]} (try 'emd').")
+                raise InputError(f"solver 'sorted' needs {needs}; found D = {source.shape[1]}: try solver='emd'.")
         if self.solver == "emd":
             return "emd"
-        # The mean squared distance between the sides is that between their means plus their variances.
+        # The mean squared distance between the sides is the squared distance of their means plus their variances.
         distance = (source.mean(0) - target.mean(0)).square().sum()
         cost = float(distance + sum(features.var(0, correction=0).sum() for features in (source, target)))
         if self.solver == "auto" and self.epsilon < 1e-4 * cost:
             return "emd"
         if cost < 1e-3 * self.epsilon:
             what = f"the mean cost of transport is {cost:.1e}, epsilon {self.epsilon:g}: the plan"
-            warn(f"{what} hardly heeds the features, OTCE is close to its worst value; lower epsilon or scale them up.")
+            warn(f"{what} hardly depends on the features, and OTCE is close to its worst value; lower epsilon.")
         return "sinkhorn"
 
     def _draws(self, *sides: Side) -> Iterator[Sequence[Side]]:
-        """The two sides, or pairs of samples of them where they are larger than ``n_samples``."""
+        """Yield the two sides; if one is larger than ``n_samples``, yield ``repeats`` pairs of random subsets."""
         if all(len(labels) <= self.n_samples for _, labels in sides):
             yield sides
             return
@@ -258,13 +259,13 @@ def _checked(side: str, features: Any, labels: Any, ignore_index: int | None) ->
 def _on_a_line(features: torch.Tensor) -> bool:
     if features.shape[1] != 2:
         return features.shape[1] == 1
-    # Half-precision probabilities sum to one within about 0.01.
+    # Probabilities in half precision sum to 1 within about 0.01.
     low, high = torch.aminmax(features.sum(1))
     return bool((features.min() >= 0) & (low > 0.99) & (high < 1.01))
 
 
 def _points(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The K distinct feature vectors of a side, ascending; how many samples each has, and the classes' shares in it."""
+    """The K distinct feature vectors of a side, ascending; for each, the number of samples and the classes' shares."""
     points, index = torch.unique(features, dim=0 if features.ndim > 1 else None, return_inverse=True)
     present = labels.bincount() > 0
     n_classes = int(present.sum())
@@ -275,15 +276,14 @@ def _points(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _sorted_table(*sides: Side) -> torch.Tensor:
-    """P(y_s, y_t) of the exact plan on a line, which joins quantiles."""
+    """P(y_s, y_t) of the exact plan in one dimension, which joins quantiles."""
     from ot.lp import emd_1d_sorted
 
-    # Where samples lie on their line, up to a factor: only their order matters to the plan. The difference keeps apart
-    # what one channel rounds to 1 as well as what it rounds to 0.
+    # Only the order of the places matters. For a softmax, the difference of both channels is precise near 0 and near 1.
     places, counts, shares = zip(
         *(_points(x[:, 1] - x[:, 0] if x.shape[1] == 2 else x[:, 0], labels) for x, labels in sides), strict=True
     )
-    # In units of 1 / (n m) masses are whole numbers, so that quantiles which meet do so exactly.
+    # In units of 1 / (n m) masses are whole numbers, so that equal quantiles are exactly equal.
     masses = counts[0].mul_(len(sides[1][1])), counts[1].mul_(len(sides[0][1]))
     found = emd_1d_sorted(*(value.cpu().numpy() for value in (*masses, *places)))
     mass, pairs = (torch.from_numpy(value).to(places[0].device).split(PLAN_PAIRS) for value in found[:2])
@@ -294,16 +294,15 @@ def _sorted_table(*sides: Side) -> torch.Tensor:
 
 
 def _solved_table(source: Side, target: Side, solver: str, epsilon: float) -> torch.Tensor:
-    """P(y_s, y_t) of a plan between many dimensions."""
-    # Importing POT takes longer than most transports.
-    import ot
+    """P(y_s, y_t) of a plan in several dimensions."""
+    import ot  # here, because importing POT is slow
 
-    centre = source[0].mean(0)  # the cost is a difference of squares, which a large mean would drown
+    centre = source[0].mean(0)  # the cost is a difference of squares, which loses digits if the mean is large
     places, counts, shares = zip(*(_points(x - centre, labels) for x, labels in (source, target)), strict=True)
     weights = [count / count.sum() for count in counts]
     cost = ot.dist(*places)
     if solver == "emd":
-        # The simplex takes very small costs for zero.
+        # The simplex algorithm treats very small costs as zero.
         plan = ot.emd(*weights, cost / cost.max().clamp(min=1e-300), numItermax=10**7)
     else:
         plan = _sinkhorn(*weights, cost, epsilon)
@@ -320,11 +319,10 @@ def _sinkhorn(
         target_weights,
         cost,
         epsilon,
-        # exp(-cost / epsilon) and its scalings stay within float64 up to here, and one matrix product is many times
-        # faster than one log-sum-exp.
+        # Up to this cost, exp(-cost / epsilon) stays within float64, and is much faster than the log domain.
         method="sinkhorn" if float(cost.max()) < 300 * epsilon else "sinkhorn_log",
         numItermax=ITERATIONS,
-        # POT stops by the Euclidean norm of the marginals' error; this bounds the sum of its magnitudes.
+        # POT compares the Euclidean norm of the marginals' error; this bounds the sum of the absolute errors.
         stopThr=TOLERANCE / len(target_weights) ** 0.5,
         warn=False,
         log=True,
@@ -332,7 +330,7 @@ def _sinkhorn(
     misplaced = float((plan.sum(1) - source_weights).abs().sum() + (plan.sum(0) - target_weights).abs().sum())
     if not misplaced < 2 * TOLERANCE:
         what = f"after {log['niter'] + 1} iterations {misplaced:.1e} of the mass is misplaced (tolerance {TOLERANCE:g})"
-        warn(f"Sinkhorn did not converge at epsilon {epsilon:g}: {what}; raise it, scale down, or take solver='emd'.")
+        warn(f"Sinkhorn did not converge at epsilon {epsilon:g}: {what}; raise epsilon, or set solver='emd'.")
     return plan
 
 
@@ -342,4 +340,4 @@ def _warn_of_one_class(tables: Sequence[torch.Tensor]) -> None:
         if lone:
             where = "" if lone == len(tables) else f" in {lone} of {len(tables)} draws"
             said = f"{side}_labels holds one class only{where}, so OTCE is {value}, and says nothing about transfer"
-            warn(f"{said}; draw more samples or look for missing foreground.")
+            warn(f"{said}; raise n_samples, or look for missing foreground.")

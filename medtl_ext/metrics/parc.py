@@ -1,7 +1,7 @@
-r"""PARC, the Pearson annotated rank correlation: are samples of one class alike, and of different classes unlike?
+r"""PARC, the Pearson annotated rank correlation: do samples of one class have similar features?
 
-PARC (Bolya et al., *Scalable diverse model selection for accessible transfer learning*, NeurIPS 2021) correlates two
-distances over all pairs of samples, that of the features and that of the labels:
+PARC (Bolya et al., *Scalable diverse model selection for accessible transfer learning*, NeurIPS 2021) correlates the
+distance of the features with the distance of the labels, over all pairs of samples:
 
 .. math::
     d_{ij} = 1 - \mathrm{Pearson}(x_i, x_j), \qquad
@@ -9,7 +9,7 @@ distances over all pairs of samples, that of the features and that of the labels
     \mathrm{PARC} = 100\, \mathrm{Spearman}(d, e)
 
 A one-hot vector has the same distance to all others, so e only says whether two labels differ. The rank correlation
-with such a binary variable is a standardised difference of two mean ranks, for which the ranks of d are sorted once:
+with a binary variable is a standardised difference of two mean ranks, which needs one sort of d:
 
 .. math::
     \mathrm{PARC} = 100\, (\bar r_{\mathrm{different}} - \bar r_{\mathrm{same}}) \sqrt{p (1 - p)}\, / \,\sigma_r
@@ -26,13 +26,13 @@ from sklearn.decomposition import PCA
 from medtl_ext._validation import require_number, warn
 from medtl_ext.metrics.features import SampleMetric, canonical_order
 
-#: Most samples whose pairs are compared: 12.5 million pairs.
+#: Largest number of samples used: 12.5 million pairs.
 MAX_SAMPLES = 5000
 
-# Distances closer than this are the same number up to rounding, and rounding has no rank.
+# Distances that differ by less are equal up to rounding, and must be ties.
 RESOLUTION = 2.0**-40
 
-# A standard deviation below this share of the values, or a variance below this share of the largest one, is rounding.
+# A standard deviation below this share of the values, or a variance below this share of the largest, is rounding error.
 NEGLIGIBLE = 1e-12
 
 
@@ -44,29 +44,29 @@ def compute_parc(
     Args:
         features: N x D, or N x D x *spatial with each pixel a sample.
         target_labels: N, or N x *spatial (a channel axis of length one is dropped), class indices 0, 1, 2, ...
-        n_components: principal components the features are reduced to (no more than there are); None leaves them as
-            they are. Each component, or feature, is then standardised.
-        seed: of the 5,000 samples that are drawn when there are more.
+        n_components: number of principal components (or fewer, if there are fewer). None keeps the features. Each
+            component, or feature, is then standardised.
+        seed: for drawing 5,000 samples if there are more.
         ignore_index: samples with this label are left out.
 
     Returns:
-        The score, a float64 scalar in [-100, 100]; higher predicts better transfer. It does not change with the scale
-        of the features. 0 with a `UserWarning` when it is undefined: one class only, no two samples of one class, or
-        distances that are all the same (constant features, a single component).
+        The score, a float64 scalar in [-100, 100]; higher predicts better transfer. It does not depend on the scale of
+        the features. 0 with a `UserWarning` if it is undefined: one class only, no two samples of one class, or equal
+        distances only (constant features, a single component).
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> features = torch.tensor([[1.0, 0, 0], [2.0, 0, 1], [0, 3.0, 1], [0, 2.0, 0], [1.0, 2.0, 4.0]])
         >>> compute_parc(features, torch.tensor([0, 0, 1, 1, 1]), n_components=None)
         tensor(85.2803, dtype=torch.float64)
 
-    Reference: Bolya et al., NeurIPS 2021. Their code approximates the components by a randomised method with
-    one power iteration, which moves the score by several percent from seed to seed; here they are exact, and those
-    without variance are left out. The correlation of two rows changes with the signs of components, which are such that
-    the largest loading is positive. Their one-hot distances differ in the last bit, for three classes say, which breaks
-    ties at random; here equal distances are ties.
+    Reference: Bolya et al., NeurIPS 2021. Their code approximates the components by a randomised method with one power
+    iteration, whose seed changes the score by several percent. Here the components are exact, and those without
+    variance are left out. The correlation of two rows depends on the signs of the components; here the largest loading
+    is positive. Their one-hot distances differ in the last bit (for three classes, for example), which breaks ties at
+    random. Here equal distances are ties.
     """
     return PARC(n_components=n_components, seed=seed, ignore_index=ignore_index).of(features, target_labels)
 
@@ -74,7 +74,7 @@ def compute_parc(
 class PARC(SampleMetric):
     """`compute_parc` over batches: ``compute()`` returns a float64 scalar in [-100, 100], higher is better.
 
-    Memory: the samples; 5,000 of them take part.
+    Memory: the samples; at most 5,000 of them are used.
 
     Args:
         n_components: as in `compute_parc`.
@@ -105,42 +105,43 @@ class PARC(SampleMetric):
         n_different = int(different.sum())
         if n_different in (0, len(different)):
             which = "one class only" if n_different == 0 else "no two samples of one class"
-            return _undefined(labels, f"target_labels holds {which}, so PARC is undefined and given as 0")
-        # Distances count in steps of the resolution, with the label's bit below so that one sort carries both.
+            return _undefined(labels, f"target_labels holds {which}")
+        # Distances in steps of the resolution; the last bit says whether the labels differ, so that one sort is enough.
         distances = ((1 - _row_correlation(features))[upper] / RESOLUTION).round_().long()
         pairs = (distances * 2 + different).sort().values
         _, tie, count = torch.unique_consecutive(pairs >> 1, return_inverse=True, return_counts=True)
         if len(count) == 1:
-            return _undefined(labels, "features has the same distance between all samples, so PARC is undefined, 0")
+            return _undefined(labels, "features has the same distance between all samples")
         count = count.double()
-        rank = count.cumsum(0) - (count - 1) / 2 - (len(pairs) + 1) / 2  # of each tie, centred
+        rank = count.cumsum(0) - (count - 1) / 2 - (len(pairs) + 1) / 2  # centred rank of each group of ties
         share = n_different / len(pairs)
         mean_different = (torch.bincount(tie, weights=(pairs & 1).double()) @ rank) / n_different
-        # All ranks average 0, so those of pairs with the same label average -mean_different * share / (1 - share).
+        # The mean of all ranks is 0. So the mean rank of pairs with equal labels is -mean_different * share / (1 -
+        # share).
         spread = (count @ rank**2 / len(pairs)).sqrt()
         return (100 * mean_different / spread * (share / (1 - share)) ** 0.5).clamp(-100, 100)
 
 
 def principal_components(features: torch.Tensor, amount: int | float) -> tuple[np.ndarray, np.ndarray]:
-    """Exact principal components of M x D features, those without variance left out.
+    """Exact principal components of M x D features, without those of variance 0.
 
     Args:
         features: M x D, float64, on any device.
-        amount: how many at most (1 or more), or the share of the variance to explain (less than 1).
+        amount: the largest number of components (1 or more), or the share of the variance to explain (less than 1).
 
     Returns:
-        What each sample has of each component, M x k, centred; and their variances, k, descending, with M - 1 degrees
-        of freedom.
+        The centred scores of the samples, M x k; and the k variances, descending, with M - 1 degrees of freedom.
 
     >>> principal_components(torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]), 32)[0].round(6).tolist()
     [[-1.0], [0.0], [1.0]]
     """
-    # Centred here, because the library subtracts the mean's square from the squares, which a large mean drowns.
+    # Centred here: the library subtracts the square of the mean from the squares, which loses digits if the mean is
+    # large.
     centred = (features - features.mean(0)).cpu().numpy()
     magnitude = np.abs(centred).max()
     if magnitude <= NEGLIGIBLE * features.abs().max().item():
         return np.empty((len(features), 0)), np.empty(0)
-    # The covariance is far cheaper than the singular values, and its rounding is below what counts as no variance.
+    # The covariance is much faster than singular values, and accurate enough for `NEGLIGIBLE`.
     solver = "covariance_eigh" if len(features) >= features.shape[1] else "full"
     pca = PCA(min(amount, *features.shape), svd_solver=solver)
     scores = pca.fit_transform(centred / magnitude)
@@ -161,5 +162,5 @@ def _row_correlation(features: torch.Tensor) -> torch.Tensor:
 
 
 def _undefined(labels: torch.Tensor, reason: str) -> torch.Tensor:
-    warn(f"{reason}; it says nothing about transfer.")
+    warn(f"{reason}, so PARC is undefined. It is set to 0 and says nothing about transfer.")
     return torch.zeros((), dtype=torch.float64, device=labels.device)

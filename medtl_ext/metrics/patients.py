@@ -1,4 +1,4 @@
-"""Several feature metrics from one pass, with the sums of every patient: bootstraps need no second look at the data."""
+"""Several feature metrics in one pass, with sums per patient, so that bootstraps need no second pass over the data."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from torch.nn.utils.rnn import pad_sequence
 from medtl_ext._validation import InputError
 from medtl_ext.metrics.features import FeatureMetric, MomentMetric, Samples, check_counts, feature_sums
 
-# Between a patient's name and that of a sum: no name holds it.
+# Separates a patient's name from the name of a sum. No name contains it.
 SEPARATOR = "\x1f"
 
 
 @dataclass(frozen=True)
 class PatientSums:
-    """Class sums of each patient, and what metrics of sums say of any resample of the patients.
+    """Class sums of each patient, from which metrics are computed for any resample of the patients.
 
     Attributes:
-        metrics: name -> a `MomentMetric`, of which only what it makes of sums is used.
+        metrics: name -> a `MomentMetric`, of which only the value for given sums is used.
         names: the patients, in the order of ``counts``.
-        sums: those of `feature_sums`, patients first.
+        sums: the sums of `feature_sums`, stacked over patients.
 
     >>> from medtl_ext.metrics import GBC
     >>> features, labels = torch.tensor([[0.0], [1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1, 1])
@@ -38,7 +38,7 @@ class PatientSums:
 
     @classmethod
     def of(cls, samples: Samples, metrics: Mapping[str, MomentMetric]) -> Self:
-        """The sums of samples that are all at hand."""
+        """The sums per patient of the given samples."""
         held = {}
         for group, name in enumerate(samples.names):
             own = samples.groups == group
@@ -47,15 +47,15 @@ class PatientSums:
 
     @classmethod
     def stacked(cls, held: Mapping[Hashable, dict[str, torch.Tensor]], metrics: Mapping[str, MomentMetric]) -> Self:
-        """The sums of patients by their names, who may have seen different numbers of classes."""
+        """From name of the patient -> sums. Patients may have different numbers of classes."""
         columns = {what: [sums[what] for sums in held.values()] for what in next(iter(held.values()))}
-        # Classes are the first axis of those that have any.
+        # Sums by class have the classes as first axis, which is padded.
         return cls(metrics, tuple(held), {what: pad_sequence(sums, True) for what, sums in columns.items()})
 
     def resampled(self, counts: ArrayLike, *, n_jobs: int = 1) -> dict[str, torch.Tensor]:
-        """What the metrics say of the patients as often as ``counts`` says; see `PatientScores.resampled`."""
+        """The metrics' values if each patient is repeated ``counts`` times; see `PatientScores.resampled`."""
         counts = check_counts(counts, len(self.names))
-        # A few resamples at a time read the sums of the patients once for all of them.
+        # Several resamples at a time, so that the sums are read once for all of them.
         size = max(1, 2**25 // max(sums[0].numel() for sums in self.sums.values()))
         parts = counts.reshape(-1, len(self.names)).double().split(size)
         values = [value for part in parts for value in self._values(part, n_jobs)]
@@ -78,16 +78,16 @@ class PatientSums:
 
 def _needs(metrics: Mapping[str, MomentMetric]) -> set[str]:
     needs = {need for metric in metrics.values() for need in metric.needs}
-    # The sums by class hold the other two.
+    # The sums by class contain the other two.
     return needs - {"gram", "squares"} if "class_gram" in needs else needs
 
 
 class PatientScores(FeatureMetric):
-    """Metrics of class sums, together, from one pass, for all patients and for any resample of them.
+    """Several metrics of class sums in one pass, for all patients and for any resample of them.
 
     The sums of a resample are the sums of its patients, each as often as it was drawn. So ``resampled(counts)`` gives
-    exactly what the metrics would say of that resample, and a thousand of them cost no pass over the data. It is the
-    function of counts that `medtl_ext.ranking.bootstrap_ranking` asks for. In a bundle::
+    exactly the metrics' values for that resample, without a pass over the data. It is the function of counts that
+    `medtl_ext.ranking.bootstrap_ranking` takes. In a bundle::
 
         "key_val_metric": {"scores": {
             "_target_": "medtl_ext.metrics.PatientScores",
@@ -97,13 +97,13 @@ class PatientScores(FeatureMetric):
             }
         }}
 
-    ``compute()`` returns a dictionary, name -> value. Memory: for each patient O(D ** 2 + C D), times C with
+    ``compute()`` returns a dictionary, name -> value. Memory per patient: O(D ** 2 + C D), and C times as much with
     TransRate, whose sums are by class.
 
     Args:
-        metrics: name -> a `MomentMetric` (`HScore`, `LogME`, `GBC`, `TransRate` or your own), of which only what it
-            makes of sums is used.
-        options: see `FeatureMetric`; those of ``metrics`` are not used.
+        metrics: name -> a `MomentMetric` (`HScore`, `LogME`, `GBC`, `TransRate` or your own), of which only the value
+            for given sums is used.
+        options: see `FeatureMetric`; the options of ``metrics`` are not used.
 
     >>> from medtl_ext.metrics import GBC
     >>> scores = PatientScores({"gbc": GBC()})
@@ -119,20 +119,20 @@ class PatientScores(FeatureMetric):
 
     def __init__(self, metrics: Mapping[str, MomentMetric], **options: Any) -> None:
         if not metrics:
-            raise InputError("metrics is empty; name at least one metric of sums, such as HScore or LogME.")
+            raise InputError("metrics is empty; give at least one MomentMetric, such as HScore or LogME.")
         if others := [name for name, metric in metrics.items() if not isinstance(metric, MomentMetric)]:
-            raise InputError(f"{others[0]} is no MomentMetric; attach it by itself, or use FeatureSamples.")
+            raise InputError(f"{others[0]} is not a MomentMetric; attach it by itself, or use FeatureSamples.")
         self.metrics = dict(metrics)
         super().__init__(**options)
 
     @property
     def patients(self) -> tuple[Hashable, ...]:
-        """The patients seen by all processes, in the order of ``counts``; call it on all of them."""
+        """The patients seen by all processes, in the order of ``counts``. Call it on all processes."""
         return self._pooled().names
 
     def _take(self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence[Hashable] | None) -> None:
         if groups is None:
-            raise InputError("groups is missing; name each sample's patient (a data loader does, by 'subject').")
+            raise InputError("groups is missing; name the patient of each sample (in a data loader: key 'subject').")
         super()._take(features, labels, groups)
 
     def _add_rows(
@@ -150,22 +150,22 @@ class PatientScores(FeatureMetric):
         return pooled.resampled([1] * len(pooled.names))
 
     def resampled(self, counts: ArrayLike, *, n_jobs: int = 1) -> dict[str, torch.Tensor]:
-        """What the metrics say of the patients as often as ``counts`` says.
+        """The metrics' values if each patient is repeated ``counts`` times.
 
         Args:
             counts: one integer for each of `patients`, or resamples x patients.
-            n_jobs: threads that evaluate resamples at a time.
+            n_jobs: number of threads.
 
         Returns:
             Name -> value, or one value for each resample.
 
         Raises:
-            InputError: counts has another length than `patients`, is negative, or draws nobody.
+            InputError: counts has another length than `patients`, a negative number, or only zeros.
         """
         return self._pooled().resampled(counts, n_jobs=n_jobs)
 
     def _pooled(self) -> PatientSums:
-        """The sums of the patients of all processes."""
+        """The sums per patient over all processes."""
         if self._samples is not None:
             return PatientSums.of(self.samples(), self.metrics)
         held: dict[Hashable, dict[str, torch.Tensor]] = {}

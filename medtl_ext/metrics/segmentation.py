@@ -1,4 +1,4 @@
-"""How good the segmentation of one class of one patient is, besides Dice: surfaces, lesions and volumes."""
+"""Scores of the segmentation of one class of one patient, besides Dice: surfaces, lesions and volumes."""
 
 import numpy as np
 from monai.metrics.utils import get_mask_edges, get_surface_distance
@@ -9,22 +9,22 @@ from medtl_ext._validation import InputError
 
 
 def compute_segmentation_scores(segmentation: ArrayLike, truth: ArrayLike, affine: ArrayLike) -> dict[str, float]:
-    """Distances of the surfaces, connected parts found, and volumes, of one class of one patient.
+    """Surface distances, detected lesions, and volumes of one class of one patient.
 
-    One rule holds for what is empty; Dice and IoU follow it too (MONAI's ``ignore_empty=False``). If truth and
-    segmentation are both empty, every score is the best there is (1; distances 0). If one of them is empty, every score
-    is the worst (0; distances the diagonal of the image).
+    Empty masks follow one rule, also for Dice and IoU (MONAI's ``ignore_empty=False``). If truth and segmentation are
+    both empty, every score has its best value (1; distances 0). If only one is empty, every score has its worst value
+    (0; distances are the diagonal of the image).
 
     Args:
-        segmentation, truth: where the class is, *spatial; axes of one voxel have no surface and count for volume only.
-        affine: 4 x 4, from voxels to mm. A surface sees the spacing along each axis, a volume the determinant. The
-            identity, as pictures have it, makes mm pixels, and ml thousands of them.
+        segmentation, truth: masks of the class, *spatial. Axes of one voxel have no surface and count for volume only.
+        affine: 4 x 4, from voxels to mm. It gives the spacing along each axis for surfaces, and the determinant for
+            volumes. With the identity, as for pictures, mm are pixels, and ml are thousands of pixels.
 
     Returns:
-        ``hd95_mm``: Hausdorff distance by the 95th percentile, the larger of both directions; ``assd_mm``: average
-        symmetric surface distance, the mean over the voxels of both surfaces; ``lesion_recall``, ``lesion_precision``:
-        share of the connected parts (corners connect) of the truth, and of the segmentation, that overlap the other
-        by a voxel or more; ``volume_ml``, ``truth_ml``: volumes of segmentation and truth.
+        ``hd95_mm``: 95th percentile of the Hausdorff distance, the larger of both directions. ``assd_mm``: average
+        symmetric surface distance, the mean over the voxels of both surfaces. ``lesion_recall``, ``lesion_precision``:
+        share of the connected components (corners connect) of the truth, and of the segmentation, that overlap the
+        other mask by at least a voxel. ``volume_ml``, ``truth_ml``: volumes of segmentation and truth.
 
     Raises:
         InputError: segmentation and truth differ in shape.
@@ -41,7 +41,7 @@ def compute_segmentation_scores(segmentation: ArrayLike, truth: ArrayLike, affin
     """
     found, real, affine = np.asarray(segmentation) > 0, np.asarray(truth) > 0, np.asarray(affine, dtype=float)
     if found.shape != real.shape:
-        raise InputError(f"segmentation {found.shape} and truth {real.shape} differ in shape; give both on one grid.")
+        raise InputError(f"segmentation {found.shape} and truth {real.shape} differ in shape; expected the same grid.")
     axes = [axis for axis, size in enumerate(found.shape) if size > 1] or [0]
     spacing, shape = np.linalg.norm(affine[:-1, axes], axis=0), [found.shape[axis] for axis in axes]
     found, real = found.reshape(shape), real.reshape(shape)
@@ -62,6 +62,6 @@ def compute_segmentation_scores(segmentation: ArrayLike, truth: ArrayLike, affin
 
 
 def _share(mask: np.ndarray, other: np.ndarray) -> float:
-    """Share of the parts of a mask that overlap another one."""
+    """Share of the connected components of a mask that overlap the other mask."""
     parts, count = ndimage.label(mask, np.ones([3] * mask.ndim))
     return len(np.unique(parts[mask & other])) / count

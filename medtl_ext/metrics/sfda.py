@@ -1,18 +1,18 @@
-r"""SFDA: how well a linear discriminant still tells the classes after the easy samples were pulled towards the others.
+r"""SFDA: how well a linear discriminant separates the classes after samples were moved towards the other classes.
 
-With class means m_c, priors P_c = N_c / N and the covariance within the classes S (divided by N), a discriminant gives
+With class means m_c, priors P_c = N_c / N and the covariance S within the classes (divided by N), a discriminant gives
 
 .. math::
     \Sigma = (1 - \lambda) S + \lambda \tfrac{\mathrm{tr} S}{D} I, \quad
     p(c | x) = \mathrm{softmax}_c\left(m_c' \Sigma^{-1} x - \tfrac12 m_c' \Sigma^{-1} m_c + \ln P_c\right), \quad
     \lambda = \max(e^{-5 \sigma_{\max}(S)}, 10^{-10})
 
-Every sample x of class y is then mixed with the mean of the other classes' means, by the share p that the softmax of
-its posteriors gives y: ``p x + (1 - p) mean_{c != y} m_c``. A second discriminant, of the mixed samples with the same
-lambda, is the judge: the score is the mean posterior of the true class.
+Each sample x of class y is then mixed with the mean of the other classes' means: ``p x + (1 - p) mean_{c != y} m_c``,
+where p is the value of y in the softmax of the sample's posteriors. A second discriminant, with the same lambda, is
+fitted to the mixed samples. The score is its mean posterior of the true class.
 
-The samples are looked at four times (means, covariance, covariance of the mixed samples, posteriors), block by block.
-The streaming class asks the network once and puts the samples aside in a `PredictionSpool`, which moves to disk.
+The samples are read four times, block by block (means, covariance, covariance of the mixed samples, posteriors). The
+streaming class runs the network once and keeps the samples in a `PredictionSpool`, which moves to disk when it grows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,14 +25,14 @@ from medtl_ext._validation import warn
 from medtl_ext.metrics.base import all_reduce_sums
 from medtl_ext.metrics.features import MomentMetric, SampleMetric, feature_sums, require_samples
 
-# Samples and labels; what gives those of this process every time it is called.
+# Samples and labels; and a function that returns the batches of this process whenever it is called.
 Block = tuple[torch.Tensor, torch.Tensor]
 Batches = Callable[[], Iterable[Sequence[torch.Tensor]]]
 
-# Adds named sums up over all processes.
+# Adds up named sums over all processes.
 Reduction = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
-# Rows of a block: enough for a product of matrices, few enough for the cache.
+# Rows per block: enough for fast matrix products, and few enough for the cache.
 BLOCK = 2**12
 
 LEAST_SHRINKAGE = 1e-10
@@ -49,12 +49,12 @@ def compute_sfda(features: Any, target_labels: Any, *, ignore_index: int | None 
         ignore_index: samples with this label are left out.
 
     Returns:
-        The score, a float64 scalar in [0, 1]; higher predicts better transfer. 1 with a `UserWarning` when there is one
-        class only. Constant features give the sum of the squared class frequencies. The features' scale matters: lambda
-        is 1e-10 where their largest variance within a class is above 5, and near 1 where it is far below 1.
+        The score, a float64 scalar in [0, 1]; higher predicts better transfer. 1 with a `UserWarning` for one class
+        only. Constant features give the sum of the squared class frequencies. The features' scale matters: lambda is
+        1e-10 if their largest variance within the classes is above 5, and close to 1 if it is far below 1.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [3.0, 1.0], [3.0, -1.0], [1.6, 0.0]])
@@ -62,10 +62,10 @@ def compute_sfda(features: Any, target_labels: Any, *, ignore_index: int | None 
         tensor(0.8158, dtype=torch.float64)
 
     Reference: Shao et al., *Not all models are equal: predicting model transferability in a self-challenging Fisher
-    space*, ECCV 2022. The largest eigenvalue in lambda is what six steps of a power iteration from the row
-    sums of S make of it, as in the authors' code (the exact one moves the score by up to 1e-3 where variances are below
-    5); where the row sums vanish, as they do for probabilities, it is exact. A Cholesky factor in place of the authors'
-    eigenvectors gives the same posteriors.
+    space*, ECCV 2022. The largest eigenvalue in lambda is approximated by six power iterations from the row sums of S,
+    as in the authors' code (the exact one changes the score by up to 1e-3 if variances are below 5). It is exact if the
+    row sums are 0, as for probabilities. A Cholesky factor replaces the authors' eigenvectors, with the same
+    posteriors.
     """
     return SFDA(ignore_index=ignore_index).of(features, target_labels)
 
@@ -73,11 +73,11 @@ def compute_sfda(features: Any, target_labels: Any, *, ignore_index: int | None 
 class SFDA(SampleMetric):
     """`compute_sfda` over batches: ``compute()`` returns a float64 scalar in [0, 1], higher is better.
 
-    Memory: D x D numbers, C x D, a block of samples, 8 bytes for every sample, and 256 MiB of samples in their own
-    dtype before they go to disk.
+    Memory: D x D and C x D numbers, a block of samples, 8 bytes for every sample, and up to 256 MiB of samples in their
+    own dtype; more samples go to disk.
 
     Args:
-        options: see `FeatureMetric`; with ``pixels`` only the samples drawn count.
+        options: see `FeatureMetric`. With ``pixels`` only the drawn samples count.
 
     >>> metric = SFDA()
     >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, -1.0], [3.0, 1.0]]), torch.tensor([0, 0, 1]))
@@ -90,13 +90,13 @@ class SFDA(SampleMetric):
         return self._mean_posterior(lambda: [(features, labels)], reduce=dict)
 
     def compute(self) -> torch.Tensor:
-        """Return the value over everything seen by all processes; updates may go on afterwards."""
+        """Return the value over everything seen by all processes. Further updates are possible afterwards."""
         drawn = all_reduce_sums({"drawn": torch.tensor([float(self._samples.limit is not None)])})["drawn"]
-        # Of what is drawn every process has the samples of all.
+        # Drawn samples are gathered from all processes.
         return super().compute() if drawn > 0 else self._mean_posterior(self._samples.batches, all_reduce_sums)
 
     def _mean_posterior(self, batches: Batches, reduce: Reduction) -> torch.Tensor:
-        """Of the true class, by the second discriminant."""
+        """Mean posterior of the true class by the second discriminant."""
         means = self._require_seen(reduce(_sums(batches())))
         n, present = means["count"].sum(), means["count"] > 0
         centre, position, n_classes = means["total"].sum(0) / n, present.cumsum(0) - 1, int(present.sum())
@@ -120,7 +120,7 @@ class SFDA(SampleMetric):
 
         second = Discriminant(**reduce(_sums(mixed(), "gram")), shrinkage=first.shrinkage)
         total = first.means.new_zeros(())
-        # Scores are linear, so that those of a mixture are the mixture of scores.
+        # Scores are linear: the score of a mixture is the mixture of the scores.
         for (rows, labels), share in zip(centred(), shares, strict=True):
             scores = torch.lerp(second.scores(others)[labels], second.scores(rows), share)
             total += scores.softmax(1).gather(1, labels[:, None]).sum()
@@ -128,7 +128,7 @@ class SFDA(SampleMetric):
 
 
 def _sums(blocks: Iterable[Sequence[torch.Tensor]], *needs: str) -> dict[str, torch.Tensor]:
-    """`feature_sums` over blocks; none without samples."""
+    """`feature_sums` over blocks; empty without samples."""
     metric = MomentMetric()
     for rows, labels, *_ in blocks:
         metric._add(**feature_sums(rows, labels, needs))
@@ -140,9 +140,9 @@ class Discriminant:
 
     Args:
         count, total, gram: number of samples (K) and sum of x (K x D) by class, and sum of x x' (D x D).
-        shrinkage: lambda; None: from the largest variance within the classes.
-        least: share of the total variance that is added to every direction at least. Where every class is constant
-            there is no variance within: a ridge above the rounding then keeps the inverse.
+        shrinkage: lambda. None computes it from the largest variance within the classes.
+        least: smallest share of the total variance that is added to every direction. It keeps the covariance invertible
+            if every class is constant.
     """
 
     def __init__(
@@ -161,14 +161,14 @@ class Discriminant:
         self.covariance = (1 - self.shrinkage) * within
         self.covariance.diagonal().add_(torch.where(ridge > 0, ridge, 1))
         factor = cho_factor(self.covariance.cpu().numpy(), check_finite=False)
-        # A shift changes no posterior, and about the mean there is less to cancel.
+        # A shift does not change the posteriors, and centring about the mean avoids cancellation.
         centred = self.means - mean
         weights = cho_solve(factor, centred.T.cpu().numpy(), check_finite=False)
         self.weights = torch.from_numpy(weights).to(gram.device)
         self.offsets = (count / n).log() - (centred * self.weights.T).sum(1) / 2 - mean @ self.weights
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """M x K, the logarithms of the posteriors of M x D samples, up to a constant for each sample."""
+        """Logarithms of the posteriors of M x D samples, M x K, up to a constant for each sample."""
         return rows @ self.weights + self.offsets
 
 

@@ -1,9 +1,9 @@
-"""Statistics of rankings: patients compared in pairs, sources ranked for a target, methods compared over targets.
+"""Statistics: arms compared on the same patients, sources ranked for a target, methods compared over targets.
 
-- `paired`: arms of a transfer audit on the same patients, and its verdict.
-- `sources`: candidate sources ranked by a transferability score, with a patient bootstrap, baselines and a verdict.
-- `agreement`: how well a ranking agrees with the truth, whether methods differ over several targets, and what the
-  rankings of a study were worth.
+- `paired`: compares the arms of a transfer audit on the same patients, and gives a verdict.
+- `sources`: ranks candidate sources by a transferability score, with a patient bootstrap, baselines and a verdict.
+- `agreement`: how well a ranking agrees with the truth, whether methods differ over several targets, and how useful the
+  rankings of a study were.
 """
 
 from medtl_ext.ranking._words import listed

@@ -1,4 +1,4 @@
-"""Words that the sentences of several verdicts share."""
+"""Words shared by the sentences of several verdicts."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ SYNTHETIC = {True: " These are synthetic data, which say nothing about a clinic.
 
 
 def listed(parts: Iterable[object], most: int | None = None) -> str:
-    """Join with commas and an "and"; beyond ``most`` the rest is only counted.
+    """Join with commas and "and". Items beyond ``most`` are only counted.
 
     >>> listed(["a", "b", "c"]), listed(["a", "b", "c", "d"], 2)
     ('a, b and c', 'a, b and 2 more')

@@ -1,17 +1,17 @@
 r"""How well a ranking of sources agrees with the truth, and whether ranking methods differ over several targets.
 
-The truth is what every source really gave after fine-tuning (Dice, AUC). A ranking is judged by the order of its
-scores only, so scores of any unit can be compared:
+The truth is the performance of every source after fine-tuning (Dice, AUC). Only the order of the scores counts, so
+scores with different units can be compared:
 
-- `spearman_footrule` (PriorSel, Table VI) looks at the k sources it would pick first: 0 is a perfect choice.
-- `weighted_kendall` (DatasetTr, Table 2) looks at all pairs, the top ones most: 1 is perfect, 0 is chance.
-- `friedman_nemenyi` (Demšar, JMLR 2006) asks whether methods differ over targets, and which ones.
-- `ranker_table` has these for several rankers, with or without prior knowledge of the sources.
-- `agreement_over_targets` and `verdict_claim` say what rankings were worth over the targets and seeds of a study, once
-  every source was fine-tuned on every target; `known_elsewhere` is a ranking that ignores the target, and
-  `noise_ceiling` says what a ranking could reach, since the truth itself is another with other seeds.
+- `spearman_footrule` (PriorSel, Table VI) uses the first k sources: 0 is a perfect choice.
+- `weighted_kendall` (DatasetTr, Table 2) uses all pairs and weighs the top ones most: 1 is perfect, 0 is chance.
+- `friedman_nemenyi` (Demšar, JMLR 2006) tests whether methods differ over targets, and which ones.
+- `ranker_table` computes these for several rankers, with or without prior knowledge of the sources.
+- `agreement_over_targets` and `verdict_claim` evaluate rankings over the targets and seeds of a study in which every
+  source was fine-tuned on every target. `known_elsewhere` is a ranking that ignores the target. `noise_ceiling` is the
+  best that a ranking can reach, because the truth changes with the seed.
 
-In the first three a NaN score, which some metrics give where they cannot tell, ranks last.
+In the first three functions NaN, which some metrics give for an undefined score, ranks last.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,33 +30,33 @@ from medtl_ext.ranking.sources import mean_relative_rank
 
 ALPHA = 0.05
 TOP = (1, 2, 3, 4)
-"""Numbers of first places that the footrule is told of."""
+"""The values of k for which the footrule is computed."""
 CEILING = "other seeds (noise ceiling)"
-"""The ranker that knows what fine-tuning with the other seeds gave."""
+"""The ranker that knows the results of fine-tuning with the other seeds."""
 TRUSTED = 0.8
-"""From this weighted tau of the noise ceiling on a study can tell rankings apart."""
+"""A study can tell rankings apart if the weighted tau of its noise ceiling is at least this."""
 
 
 def spearman_footrule(scores: Mapping[str, float], truth: Mapping[str, float], k: int) -> float:
-    r"""Distance between the first k places of a ranking and the true ranks of the sources put there.
+    r"""Distance between the first k places of a ranking and the true ranks of the sources at these places.
 
     .. math:: F_k = \sum_{i=1}^{k} \left| i - \mathrm{rank}_{truth}(s_i) \right|
 
-    where :math:`s_i` is the i-th best candidate by score and its rank is among **all** sources by truth, the best
-    having rank 1, equal ones sharing the better rank.
+    where :math:`s_i` is the i-th best candidate by score. Its true rank is among **all** sources: the best has rank 1,
+    and equal sources share the better rank.
 
     Args:
-        scores: source -> predicted transferability, higher is better, NaN ranks last. Possibly only some of the
-            sources, such as those that prior knowledge has left.
+        scores: source -> predicted transferability, higher is better, NaN ranks last. It may hold only some of the
+            sources, such as those selected by prior knowledge.
         truth: source -> true performance, higher is better, for at least the sources of ``scores``.
-        k: how many places count, 1 to the number of candidates.
+        k: number of places, 1 to the number of candidates.
 
     Returns:
-        The distance, >= 0, lower is better. Candidates of equal score are taken in every order, and the mean is
-        returned: constant scores give what a random choice is expected to give.
+        The distance, >= 0, lower is better. If candidates have equal scores, it is the mean over their possible orders.
+        So constant scores give the expected distance of a random choice.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> truth = {"ED-T1": 0.66, "ED-T2": 0.70, "NCR-T1": 0.61, "NCR-T2": 0.68}
@@ -73,28 +73,28 @@ def spearman_footrule(scores: Mapping[str, float], truth: Mapping[str, float], k
     distance = 0.0
     for first, group in true_ranks.groupby(scores.rank(ascending=False, method="min", na_option="bottom")):
         places = np.arange(first, min(first + len(group), k + 1))
-        # Each of the group's equal scores is as likely as any other to stand at each of its places.
+        # Each source of a group of equal scores is equally likely at each place of the group.
         distance += np.abs(places[:, None] - group.to_numpy()).mean(axis=1).sum()
     return float(distance)
 
 
 def weighted_kendall(scores: Mapping[str, float], truth: Mapping[str, float]) -> float:
-    """Kendall's tau in which the top of the ranking weighs most (Vigna 2015): `scipy.stats.weightedtau` as it comes.
+    """Kendall's tau with the largest weights at the top of the ranking (Vigna 2015): `scipy.stats.weightedtau`.
 
-    A pair of sources weighs the sum of 1 / (rank + 1) of both, ranks from 0, and the mean is taken of ranking by score
-    and ranking by truth.
+    The weight of a pair of sources is the sum of 1 / (rank + 1) of both, with ranks from 0. The result is the mean of
+    two values, with ranks by score and with ranks by truth.
 
     Args:
-        scores: source -> predicted transferability, higher is better; NaN counts as the smallest. Possibly only some
+        scores: source -> predicted transferability, higher is better; NaN counts as the smallest. It may hold only some
             of the sources; the others are left out.
         truth: source -> true performance, higher is better, for at least the sources of ``scores``.
 
     Returns:
-        The correlation in [-1, 1], higher is better. NaN, not 0, when all scores or all truths are equal or there is
-        one source: nothing was ranked. `friedman_nemenyi` counts it as last.
+        The correlation in [-1, 1], higher is better. NaN (not 0) if nothing is ranked: all scores or all truths are
+        equal, or there is one source. `friedman_nemenyi` ranks NaN last.
 
     Raises:
-        InputError: a ValueError that names the argument and what is wrong with it.
+        InputError: invalid input; the message names the argument.
 
     Example:
         >>> truth = {"a": 0.90, "b": 0.80, "c": 0.70, "d": 0.60}
@@ -114,15 +114,15 @@ def weighted_kendall(scores: Mapping[str, float], truth: Mapping[str, float]) ->
 
 
 def mean_auc(labels: np.ndarray, probs: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Area under the ROC curve, one class against the rest, the mean over the classes that are there.
+    """Area under the ROC curve, one class against the rest, averaged over the classes that occur.
 
     Args:
         labels: M class indices.
-        probs: M x K class probabilities, higher for the class.
-        weights: M, how often each sample counts, 0 leaves it out; None: all alike.
+        probs: M x K class probabilities.
+        weights: M, how often each sample counts; 0 leaves it out. None gives all the same weight.
 
     Returns:
-        In [0, 1], higher is better, 0.5 by chance; NaN where there is one class only.
+        In [0, 1], higher is better, 0.5 is chance; NaN for one class only.
 
     >>> mean_auc(np.array([0, 0, 1, 1]), np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.5, 0.5]]))
     0.75
@@ -139,10 +139,10 @@ class FriedmanNemenyi:
     """The outcome of `friedman_nemenyi`.
 
     Attributes:
-        chi_square, p: Friedman's test that all methods rank alike.
-        critical_difference: average ranks that differ by less cannot be told apart (Nemenyi).
+        chi_square, p: Friedman's test of the hypothesis that all methods have the same rank.
+        critical_difference: methods whose average ranks differ by less cannot be told apart (Nemenyi).
         average_ranks: method -> average rank, best first (1 is best).
-        table: the rank of every method (columns) on every target (rows), equal values sharing their mean rank.
+        table: the rank of every method (columns) on every target (rows). Equal values share their mean rank.
     """
 
     chi_square: float
@@ -153,7 +153,7 @@ class FriedmanNemenyi:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The largest sets of methods that cannot be told apart, best first; a method in none is told from all."""
+        """The largest sets of methods that cannot be told apart, best first. A method in no set differs from all."""
         ranks, groups = self.average_ranks, []
         for best in ranks:
             group = tuple(ranks.index[(ranks >= best) & (ranks < best + self.critical_difference)])
@@ -190,16 +190,16 @@ def friedman_nemenyi(table: pd.DataFrame, *, higher_is_better: bool = True) -> F
     freedom) over :math:`\sqrt 2`.
 
     Args:
-        table: one row per target, one column per method; NaN counts as last.
-        higher_is_better: False for a table of ranks or of distances such as the footrule.
+        table: one row per target, one column per method; NaN ranks last.
+        higher_is_better: False for a table of ranks, or of distances such as the footrule.
 
     Returns:
-        The test, the ranks, and what they say. All ranks equal: chi-square 0, p 1. Fewer than about ten targets leave
-        the chi-square approximate.
+        The test, the ranks, and a text. If all ranks are equal, chi-square is 0 and p is 1. With fewer than about ten
+        targets, chi-square is only approximate.
 
     Raises:
-        InputError: fewer than two targets or three methods (compare two with `paired_comparison`), a name that is
-            there twice, or a value that is no number.
+        InputError: fewer than two targets or three methods (compare two with `paired_comparison`), a duplicate name, or
+            a value that is not a number.
 
     Example:
         >>> table = pd.DataFrame({"LEEP": [0.2, 0.3, 0.1, 0.4], "LogME": [0.5, 0.4, 0.6, 0.5], "SFDA": [0, 0, 0, 0.1]})
@@ -211,8 +211,8 @@ def friedman_nemenyi(table: pd.DataFrame, *, higher_is_better: bool = True) -> F
         >>> result.groups
         (('LogME', 'LEEP'), ('LEEP', 'SFDA'))
 
-    Reference: Demšar, *Statistical comparisons of classifiers over multiple data sets*, JMLR 7, 2006. DatasetTr prints
-    the critical difference 2.792 for 7 methods on 11 targets, which takes q for 8; it is 2.716.
+    Reference: Demšar, *Statistical comparisons of classifiers over multiple data sets*, JMLR 7, 2006. For 7 methods on
+    11 targets, DatasetTr prints the critical difference 2.792, with q for 8 methods; the correct value is 2.716.
     """
     ranks = _checked_table(table).rank(axis=1, ascending=not higher_is_better, na_option="bottom")
     n_targets, n_methods = ranks.shape
@@ -225,18 +225,18 @@ def friedman_nemenyi(table: pd.DataFrame, *, higher_is_better: bool = True) -> F
 
 
 def ranker_table(rankers: Mapping[str, pd.Series], truth: pd.Series, *, groups: Mapping[str, pd.Index]) -> pd.DataFrame:
-    """What each ranker's order of a target's sources is worth, of all or of those that prior knowledge leaves.
+    """How good each ranker's order of a target's sources is, with and without prior knowledge.
 
     Args:
-        rankers: ranker -> source -> value, higher is better. One that values all alike chooses at random, and its
-            regret and footrule are what a random order is expected to give.
+        rankers: ranker -> source -> value, higher is better. A ranker with equal values chooses at random: its regret
+            and footrule are the expected ones of a random order.
         truth: source -> outcome of fine-tuning, higher is better.
-        groups: kind of prior knowledge -> the sources that it leaves.
+        groups: kind of prior knowledge -> the sources that it selects.
 
     Returns:
-        Columns ``ranker, prior, candidates, pick, regret`` (what the first choice loses to the best of all sources,
-        the mean over sources of equal value), ``tau`` (weighted Kendall over the candidates; NaN where all values are
-        equal) and ``footrule_1`` to ``footrule_4`` (NaN where fewer candidates are left).
+        Columns ``ranker, prior, candidates, pick, regret`` (how far the first choice is below the best of all sources;
+        the mean over sources of equal value), ``tau`` (weighted Kendall over the candidates; NaN if all values are
+        equal) and ``footrule_1`` to ``footrule_4`` (NaN if there are fewer candidates).
 
     Example:
         >>> truth = pd.Series({"a": 0.9, "b": 0.8, "c": 0.7})
@@ -263,11 +263,12 @@ def ranker_table(rankers: Mapping[str, pd.Series], truth: pd.Series, *, groups: 
 
 
 def agreement_over_targets(sources: pd.DataFrame, judge: Callable[..., pd.DataFrame], *, outcome: str) -> pd.DataFrame:
-    """Every ranker held against the truth, for each target and seed of a study.
+    """Compare every ranker with the truth, for each target and seed of a study.
 
     Args:
         sources: a row per ``target``, ``seed`` and ``source``, with scores and the outcome of fine-tuning.
-        judge: from one target's sources, their outcome, and ``static`` (of `known_elsewhere`) to a row per ranker.
+        judge: function of one target's sources, their outcome, and ``static`` (from `known_elsewhere`). It returns a
+            table with a row per ranker.
         outcome: column of the truth, higher is better.
 
     Returns:
@@ -282,16 +283,16 @@ def agreement_over_targets(sources: pd.DataFrame, judge: Callable[..., pd.DataFr
 
 
 def known_elsewhere(sources: pd.DataFrame, target: str, seed: int, *, outcome: str) -> dict[str, float] | None:
-    """How well each source did on the study's other targets: what a ranker knows that ignores the target.
+    """How well each source did on the study's other targets: the values of a ranker that ignores the target.
 
     Args:
         sources: a row per ``target``, ``seed`` and ``source``, with the outcome of fine-tuning.
         target, seed: of the ranking.
-        outcome: its column, higher is better (``dice``, ``auc``).
+        outcome: column of the outcome, higher is better (``dice``, ``auc``).
 
     Returns:
-        Source -> minus its rank by the mean over them, equal ones sharing their mean rank; None where the seed has no
-        other target.
+        Source -> minus its rank by the mean over the other targets. Equal sources share their mean rank. None if the
+        seed has no other target.
 
     Example:
         >>> rows = [("t1", "a", 0.8), ("t1", "b", 0.6), ("t2", "a", 0.5), ("t2", "b", 0.7)]
@@ -304,20 +305,20 @@ def known_elsewhere(sources: pd.DataFrame, target: str, seed: int, *, outcome: s
     if not (known := {name: group.set_index("source")[outcome] for name, group in others}):
         return None
     costs = mean_relative_rank(sorted(set(sources.loc[sources["target"] == target, "source"])), known)
-    return (-costs.rank(na_option="bottom")).to_dict()  # on no other target: last
+    return (-costs.rank(na_option="bottom")).to_dict()  # sources on no other target rank last
 
 
 def noise_ceiling(sources: pd.DataFrame, *, outcome: str) -> tuple[pd.DataFrame, str]:
-    """How well the truth of one seed is ranked by the mean of the other seeds' truth: what a score can hope for.
+    """How well the mean truth of the other seeds ranks the truth of one seed: the best that a score can reach.
 
     Args:
         sources: see `known_elsewhere`.
         outcome: the column of the truth, higher is better.
 
     Returns:
-        The rows of `ranker_table` for this ranker, with ``target`` and ``seed``, none where a target has one seed; and
-        what they say, with the intraclass correlation ICC(1) of the outcomes: the share of their variance within a
-        target that is the sources', 1 where seeds do not matter.
+        The rows of `ranker_table` for this ranker, with ``target`` and ``seed`` (no rows for a target with one seed);
+        and a sentence, with the intraclass correlation ICC(1) of the outcomes. ICC is the share of the variance within
+        a target that is due to the sources: 1 if seeds do not matter.
 
     Example:
         >>> rows = [(seed, name, value + 0.01 * seed) for seed in (0, 1) for name, value in (("a", 0.8), ("b", 0.6))]
@@ -338,10 +339,10 @@ def noise_ceiling(sources: pd.DataFrame, *, outcome: str) -> tuple[pd.DataFrame,
         shares.append((between - within) / (between + (wide.shape[1] - 1) * within))
     lead = "**What could a ranking reach?** "
     if not parts:
-        return pd.DataFrame(), f"{lead}One seed: nothing says how well the truth agrees with itself."
+        return pd.DataFrame(), f"{lead}One seed: so it is not known how well the truth agrees with itself."
     rows = pd.concat(parts, ignore_index=True)
     tau = rows["tau"].mean()
-    said = f"{lead}The truth of one seed is ranked by that of the others with a mean weighted tau of {tau:.2f}; "
+    said = f"{lead}The other seeds rank the truth of one seed with a mean weighted tau of {tau:.2f}; "
     said += f"ICC {np.mean(shares):.2f}."
     return rows, said + (
         f" Below {TRUSTED}: this study cannot tell good rankings apart." if round(tau, 2) < TRUSTED else ""
@@ -351,13 +352,13 @@ def noise_ceiling(sources: pd.DataFrame, *, outcome: str) -> tuple[pd.DataFrame,
 def verdict_claim(
     sources: pd.DataFrame, verdicts: Mapping[tuple[str, int], Mapping[str, Any]], *, outcome: str, unit: str
 ) -> str:
-    """Whether the verdicts were right as often as they sounded, in a sentence.
+    """A sentence that says how often the verdicts were right.
 
     Args:
         sources: see `known_elsewhere`.
         verdicts: (target, seed) -> ``recommendation`` (None for no evidence), ``tied`` and ``default`` of its ranking.
         outcome: the column of the truth, higher is better.
-        unit: what it is called.
+        unit: name of the outcome in the sentence.
     """
     truth = {key: group.set_index("source")[outcome] for key, group in sources.groupby(["target", "seed"])}
     called = {key: verdict["recommendation"] for key, verdict in verdicts.items() if verdict["recommendation"]}
@@ -377,7 +378,7 @@ def _same_sources(scores: Mapping[str, float], truth: Mapping[str, float]) -> tu
     for name, values in (("scores", scores), ("truth", truth)):
         series = pd.Series({source: float(value) for source, value in dict(values).items()}, dtype=float)
         if series.empty:
-            raise InputError(f"{name} is empty; expected a value per source.")
+            raise InputError(f"{name} is empty; expected a value for each source.")
         bad = series[np.isinf(series) if name == "scores" else ~np.isfinite(series)]
         if len(bad):
             raise InputError(f"{name} of source {bad.index[0]} is {bad.iloc[0]}; expected a finite number.")
@@ -399,5 +400,5 @@ def _checked_table(table: pd.DataFrame) -> pd.DataFrame:
         if names.has_duplicates:
             raise InputError(f"table has {what} {names[names.duplicated()][0]} twice; keep one row per target.")
     if np.isinf(values).any(axis=None):
-        raise InputError("table holds an infinite value; give NaN for a method that has no value on a target.")
+        raise InputError("table holds an infinite value; give NaN for a method without a value on a target.")
     return values

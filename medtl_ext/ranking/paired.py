@@ -1,22 +1,22 @@
 """Paired statistics over patients, and the verdict of a transfer audit.
 
-The unit is the patient, never the slice: slices of one patient resemble each other, and counting them as independent
-makes every difference look certain. An arm is one training or several: then patients and trainings are two samples
-that cross, and a difference has to hold for other patients and for other trainings. With the handful of validation
-patients that transfer learning is made for, three facts decide which statistic is asked for what:
+The unit is the patient, not the slice. Slices of one patient are similar, and treating them as independent makes every
+difference look certain. An arm consists of one training or several. With several, patients and trainings are crossed
+random factors: a difference must hold for other patients and for other trainings. Transfer learning usually has few
+validation patients. Three facts then decide how each statistic is used:
 
-- A **bootstrap** of patients (and of trainings, where there are several) is over-confident: with 6 patients, 95 %
-  intervals hold the truth about 85-90 % of the time, with 2 or 3 trainings that spread widely 67-86 %. It is shown
-  (intervals that respect the range of Dice), and used only together with a test.
-- **Wilcoxon's** smallest two-sided p is ``2 / 2 ** n``: 0.031 for 6 patients, 0.094 after Holm's correction for three
-  comparisons. With fewer than 7 patients it can never decide an audit of four arms, so it is reported, not relied on.
-- The **paired t test** keeps its level with few patients and can still see a clear difference, so it decides. Over
-  several trainings it is that of the crossed analysis of variance, with Satterthwaite's degrees of freedom, as readers
-  and cases are treated in studies of diagnosis. In a simulation (4 to 12 patients, 2 to 5 trainings whose spread is 0
-  to 0.06 where that of patients' differences is 0.05) its 95 % intervals hold the truth 89-98 % of the time; averaging
-  the trainings first 41-96 %, one training 32-96 %.
+- A **bootstrap** of patients (and of trainings, if there are several) is over-confident. Its 95 % intervals contain the
+  truth about 85-90 % of the time with 6 patients, and 67-86 % with 2 or 3 trainings that spread widely. It is shown
+  (its intervals respect the range of Dice), but used only together with a test.
+- **Wilcoxon's** smallest two-sided p is ``2 / 2 ** n``: 0.031 for 6 patients, and 0.094 after Holm's correction for
+  three comparisons. With fewer than 7 patients it can never decide an audit of four arms. So it is only reported.
+- The **paired t test** keeps its level with few patients and detects clear differences. So it decides. With several
+  trainings it is the test of the crossed analysis of variance, with Satterthwaite's degrees of freedom, as for readers
+  and cases in diagnostic studies. In a simulation (4 to 12 patients; 2 to 5 trainings with a spread of 0 to 0.06, where
+  patients' differences have 0.05) its 95 % intervals contain the truth 89-98 % of the time. If trainings are averaged
+  first, it is 41-96 %; with one training, 32-96 %.
 
-One training per arm says nothing of the spread between trainings: its intervals are about patients alone.
+With one training per arm the spread between trainings is unknown: the intervals are then over patients only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,12 @@ from medtl_ext._validation import InputError
 from medtl_ext.ranking._words import SYNTHETIC, listed, number_of_patients
 
 MINIMUM_PATIENTS = 4
-"""With fewer validation patients no verdict is given: three differences agree in sign by chance once in four times."""
+"""With fewer validation patients there is no verdict: three differences have equal signs by chance in 25 % of cases."""
 CONFIDENCE = 0.95
 Scores = Mapping[str, float | Sequence[float]]
-"""Subject -> value of an arm (a dict or a pandas Series), higher is better; of several trainings one value each."""
+"""Subject -> value of an arm (a dict or a pandas Series), higher is better. For several trainings, one value each."""
 COST = {"zero_shot": 0, "scratch": 1}
-"""Nothing to train; nothing to obtain; all other arms have a source to obtain and to train on."""
+"""Order of costs: zero_shot needs no training, scratch needs no source, and all other arms need both."""
 ADVICE = {
     "zero_shot": "Use the source as it is",
     "scratch": "Do not transfer this source, training from scratch is better",
@@ -49,14 +49,14 @@ def bootstrap_interval(values: ArrayLike, *, n_resamples: int = 9999) -> tuple[f
 
     Args:
         values: one number per patient, shape (n,).
-        n_resamples: bootstrap samples drawn; the same values give the same interval.
+        n_resamples: number of bootstrap samples. The seed is fixed: equal values give equal intervals.
 
     Returns:
-        Lower and upper end; NaN below three values, of zero width when all are equal. With few patients the true
-        coverage is lower (about .88 at n = 6).
+        Lower and upper end. NaN for fewer than three values; zero width if all values are equal. With few patients the
+        true coverage is lower (about .88 for n = 6).
 
     Raises:
-        InputError: ``values`` is not one-dimensional, empty or not finite.
+        InputError: ``values`` is not one-dimensional, is empty, or is not finite.
 
     >>> low, high = bootstrap_interval([0.61, 0.55, 0.72, 0.64, 0.58, 0.70])
     >>> round(low, 2), round(high, 2)
@@ -75,17 +75,17 @@ def bootstrap_interval(values: ArrayLike, *, n_resamples: int = 9999) -> tuple[f
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """What the same patients say about two arms; differences are first minus second, so positive favours the first.
+    """Two arms compared on the same patients. Differences are first minus second: positive favours the first.
 
     Attributes:
         patients: number of patients.
         difference: mean difference.
         low, high: paired t interval of the difference over patients and trainings (NaN for one patient).
         p: two-sided paired t test.
-        p_wilcoxon: two-sided Wilcoxon signed-rank test of the patients' means over trainings, exact for few patients; 1
-            when no patient differs.
-        win: share of bootstraps (patients, and trainings where there are several) in which the first has the higher
-            mean, ties counted half (NaN below three patients).
+        p_wilcoxon: two-sided Wilcoxon signed-rank test of the patients' means over trainings, exact for few patients. 1
+            if all differences are 0.
+        win: share of bootstraps (of patients, and of trainings if there are several) in which the first arm has the
+            higher mean. Ties count half. NaN for fewer than three patients.
     """
 
     patients: int
@@ -98,15 +98,15 @@ class PairedComparison:
 
 
 def paired_comparison(a: Scores, b: Scores, *, n_resamples: int = 9999) -> PairedComparison:
-    """Compare two arms patient by patient, and training by training where there are several.
+    """Compare two arms patient by patient, and training by training if there are several.
 
     Args:
-        a, b: the same subjects in any order, and as many trainings, those of a seed at the same place; one of the two
-            may have a single one, as what is not trained has.
-        n_resamples: of the bootstrap behind ``win``.
+        a, b: the same subjects in any order, with the same number of trainings, in the same order of seeds. One of the
+            two may have a single value, such as a source that is not trained.
+        n_resamples: number of bootstraps for ``win``.
 
     Raises:
-        InputError: the subjects or the numbers of trainings differ, there are none, or a value is not finite.
+        InputError: the subjects or the numbers of trainings differ, there is no subject, or a value is not finite.
 
     >>> full = {"p1": 0.62, "p2": 0.58, "p3": 0.71, "p4": 0.66}
     >>> scratch = {"p4": 0.60, "p3": 0.66, "p2": 0.55, "p1": 0.55}
@@ -124,10 +124,10 @@ def paired_comparison(a: Scores, b: Scores, *, n_resamples: int = 9999) -> Paire
     first, second = (_patients_by_trainings("an arm of a comparison", [of[subject] for subject in a]) for of in (a, b))
     if len(counts := {first.shape[1], second.shape[1]} - {1}) > 1:
         raise InputError(f"expected as many trainings on both sides; found {listed(sorted(counts))}.")
-    differences = np.round(first - second, 12)  # float noise would break ties between equal differences
+    differences = np.round(first - second, 12)  # so that float noise does not break ties
     count, mean = len(differences), float(differences.mean())
     low = high = p = win = np.nan
-    if count > 1 and np.ptp(differences) == 0:  # the interval has no width and the sign is certain
+    if count > 1 and np.ptp(differences) == 0:  # no variance, so no t test
         low, high, p = mean, mean, float(mean == 0)
     elif count > 1:
         error, freedom = _standard_error(differences)
@@ -141,7 +141,7 @@ def paired_comparison(a: Scores, b: Scores, *, n_resamples: int = 9999) -> Paire
 
 
 def _standard_error(differences: np.ndarray) -> tuple[float, float]:
-    """Of the mean over patients and trainings, both drawn at random, with its degrees of freedom."""
+    """Standard error of the mean over patients and trainings, both random, and its degrees of freedom."""
     patients, trainings = differences.shape
     between = differences.mean(axis=1).var(ddof=1) / patients
     if trainings == 1:
@@ -149,21 +149,21 @@ def _standard_error(differences: np.ndarray) -> tuple[float, float]:
     again = differences.mean(axis=0).var(ddof=1) / trainings
     rest = differences - differences.mean(axis=1, keepdims=True) - differences.mean(axis=0) + differences.mean()
     cells = (patients - 1) * (trainings - 1)
-    within = (rest**2).sum() / cells / differences.size  # is in both of the others
+    within = (rest**2).sum() / cells / differences.size  # both other terms contain it
     variance = max(between + again - within, between, again, within)
     parts = between**2 / (patients - 1) + again**2 / (trainings - 1) + within**2 / cells
     return float(np.sqrt(variance)), float(variance**2 / parts)
 
 
 def _resampled_means(values: np.ndarray, n_resamples: int) -> np.ndarray:
-    """Bootstrap of the mean: patients and trainings are drawn anew, each on their own."""
+    """Bootstrap of the mean: patients and trainings are drawn independently."""
     rng = np.random.default_rng(0)
     patients, trainings = (rng.multinomial(n, np.full(n, 1 / n), n_resamples) / n for n in values.shape)
     return np.round((patients @ values * trainings).sum(axis=1), 12)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Holm's step-down adjusted p-values (Holm 1979), in the order given; NaN passes through and is not counted.
+    """Holm's step-down adjusted p-values (Holm 1979), in the given order. NaN stays NaN and is not counted.
 
     Args:
         p_values: raw p-values in [0, 1] or NaN, shape (n,).
@@ -188,10 +188,10 @@ class Verdict:
     """The outcome of `audit_verdict`.
 
     Attributes:
-        recommendation: the arm shown to be better than every other, or None.
-        tied: the arms that cannot be told from the best, cheapest first (the best alone when it is recommended).
-        default: the recommendation, else the best guess, however weak.
-        negative_transfer: fine-tuned arms that training from scratch beats on their own comparison.
+        recommendation: the arm with evidence that it is better than every other arm, or None.
+        tied: the arms that cannot be told from the best, cheapest first. Only the best, if it is recommended.
+        default: the recommendation, or else the best guess, even if it is weak.
+        negative_transfer: fine-tuned arms that are worse than training from scratch, each in its own comparison.
         text: one paragraph in plain English.
         table: one row per arm, best first: ``arm, patients, trainings, mean, low, high`` (bootstrap interval of the
             mean), ``spread`` (standard deviation of the mean over trainings), ``difference, difference_low,
@@ -216,25 +216,25 @@ def audit_verdict(
     synthetic: bool = False,
     n_resamples: int = 9999,
 ) -> Verdict:
-    """Say which arm of a transfer audit to use, if the patients can tell.
+    """Say which arm of a transfer audit to use, if there is enough evidence.
 
-    The arm with the highest mean is recommended if three things hold against **every** other arm: the Holm-adjusted
-    paired t test is below .05, it is ahead in at least 95 % of the bootstraps, and its mean is ahead by at least
-    ``margin``. An arm against which one of them fails is tied with it. Then there is no evidence to prefer. The best
-    guess is the highest mean, or the cheapest arm within ``margin`` of it (zero_shot, then scratch, then the others in
-    the order given). With fewer than four patients there is only that guess, and the text says how weak it is.
-    The winner has to beat all others, so choosing the best of several does not inflate the error: with 6 patients a
-    wrong preference comes up in under 1 % of audits of four equal arms, and in 5 % when two arms tie at the top.
+    The arm with the highest mean is recommended if three conditions hold against **every** other arm: the Holm-adjusted
+    p of the paired t test is below .05, it is ahead in at least 95 % of the bootstraps, and its mean is ahead by at
+    least ``margin``. If a condition fails for an arm, this arm is tied with the best, and there is no evidence to
+    prefer. The best guess is then the cheapest arm within ``margin`` of the highest mean (zero_shot, then scratch, then
+    the others in the given order). With fewer than four patients there is only a guess, and the text says how weak it
+    is. The winner must beat all others, so choosing the best of several arms does not inflate the error. With 6
+    patients a wrong preference occurs in under 1 % of audits of four equal arms, and in 5 % if two arms tie at the top.
 
     Args:
-        scores: arm -> subject -> value, higher is better (mean Dice over classes), or a value for each training of the
-            arm; see `paired_comparison`. With one training, the text says that seeds were not looked at. The arms
-            ``zero_shot`` and ``scratch`` have a meaning of their own; all others count as fine-tuned from the source.
-        margin: smallest difference in mean worth acting on, in units of the score.
-        split: what the patients are called in the text.
-        folds: of a cross-validation, whose trainings are several: the text says so; 0: there was none.
+        scores: arm -> subject -> value, higher is better (mean Dice over classes), or one value for each training of
+            the arm; see `paired_comparison`. With one training, the text says that the spread between seeds is unknown.
+            The arms ``zero_shot`` and ``scratch`` have a special meaning; all others are fine-tuned from the source.
+        margin: smallest relevant difference of means, in units of the score.
+        split: name of the patients' split in the text.
+        folds: number of folds of a cross-validation, for the text; 0 without cross-validation.
         synthetic: the text says that the data are synthetic.
-        n_resamples: of the bootstrap.
+        n_resamples: number of bootstraps.
 
     Raises:
         InputError: fewer than two arms, arms with different subjects or numbers of trainings, or a value that is not
@@ -259,7 +259,7 @@ def audit_verdict(
     by_cost = sorted(scores, key=lambda arm: COST.get(arm, 2))
     on_patients = number_of_patients(patients, split)
     recommendation, tied, harmed = None, tuple(by_cost), {}
-    # All arms are trained by now, so cost decides only between means that are alike for all practical purposes.
+    # All arms are already trained, so cost decides only between means that are practically equal.
     default = next(arm for arm in by_cost if arms["mean"].max() - arms.loc[arm, "mean"] <= margin)
     if patients < MINIMUM_PATIENTS:
         text = f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}, a fine one more. "
@@ -272,7 +272,7 @@ def audit_verdict(
         else:
             worse = [arm for arm in scores if is_beaten[arm]]
             text = _undecided_text(arms, arms.loc[list(tied)], arms.loc[worse], default, on_patients, margin)
-        if "scratch" in scores:  # each on its own comparison: a warning is not corrected for the others
+        if "scratch" in scores:  # a warning, so without correction for several comparisons
             tuned = [arm for arm in scores if arm not in COST]
             found = {arm: paired_comparison(scores["scratch"], scores[arm], n_resamples=n_resamples) for arm in tuned}
             harmed = {arm: comparison for arm, comparison in found.items() if comparison.low > 0}
@@ -308,7 +308,7 @@ def _patients_by_trainings(name: str, values: Sequence[float | Sequence[float]])
 
 
 def _audit_table(scores: Mapping[str, Scores], n_resamples: int) -> pd.DataFrame:
-    """A row per arm, the highest mean first; see `Verdict`."""
+    """A row per arm, highest mean first; see `Verdict`."""
     values = {a: _patients_by_trainings(f"the scores of {a}", list(dict(of).values())) for a, of in scores.items()}
     best = max(values, key=lambda arm: values[arm].mean())
     records = []
@@ -343,7 +343,7 @@ def _named(arms: pd.DataFrame) -> str:
 
 
 def _weak_guess(scores: Mapping[str, Scores], guess: str) -> str:
-    """What too few patients say all the same, and how little that is."""
+    """The guess from too few patients, and how weak it is."""
     means = pd.DataFrame({arm: pd.Series(dict(of)).map(np.mean) for arm, of in scores.items()})
     gaps, count = means.drop(columns=guess).rsub(means[guess], axis=0), len(means)
     said = listed(f"of {arm} in {(gap > 0).sum()} of {count} ({gap.mean():+.3f})" for arm, gap in gaps.items())
@@ -378,10 +378,10 @@ def _undecided_text(
 
 
 def late_gain(curve: pd.DataFrame) -> float:
-    """What the validation score gained in the last two fifths of a training; NaN with no validation before them.
+    """Gain of the validation score in the last two fifths of a training; NaN without a validation before them.
 
     Args:
-        curve: columns ``steps``, and last the score, as `medtl_ext.handlers.TrainingLength` writes it.
+        curve: ``steps``, and the score as last column, as `medtl_ext.handlers.TrainingLength` writes it.
 
     >>> late_gain(pd.DataFrame({"steps": [200, 600, 1000], "dice": [0.5, 0.75, 1.0]}))
     0.25

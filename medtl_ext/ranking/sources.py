@@ -1,20 +1,21 @@
 """Candidate sources ranked for one target, with a patient bootstrap, baseline rankers, and a verdict.
 
-A transferability score is computed from the target's patients, so another handful of patients would have given another
-ranking. `bootstrap_ranking` draws patients with replacement, the **same** draw for all sources, and ranks them anew.
-The draws are balanced: over all of them every patient comes up equally often.
+A transferability score depends on the target's patients: other patients would give another ranking.
+`bootstrap_ranking` draws patients with replacement, the **same** draw for all sources, and ranks the sources again. The
+draws are balanced: over all draws every patient occurs equally often.
 
-- Resamples hold patients twice, which inflates scores that grow as independent samples get fewer (H-score, LogME): the
-  more features, the more. Each source's resampled scores are therefore moved so that their mean is its score. In
-  simulated pairs of sources with 8 and 24 features this took wrong calls (win probability .95 or more for the worse
-  source) from 20 % to 9 % with 6 patients and from 8 % to 3 % with 12. A mean over patients is left as it is.
-- Even so a bootstrap over patients is over-confident: it knows nothing of what the score does not measure. In a study
-  of 16 brain segmentation sources it called 9 of 10 leaders, and fine-tuning bore out 4. The gap between two scores as
-  a share of the range of all candidates told right from wrong better: the order of pairs closer than .05 was chance,
-  that of pairs .15 to .3 apart right in 70 %, of pairs more than .6 apart in 90 %. So a source is preferred only when
-  **both** its win probability and its gap are large.
-- Literature and measurements agree that source size or a fixed "good source" is a hard baseline for many scores:
-  `baseline_rankings` puts what they would have picked beside every ranking.
+- A resample contains some patients several times. This inflates scores that grow if there are fewer independent samples
+  (H-score, LogME), more so with more features. So the resampled scores of each source are shifted: their mean becomes
+  the source's score. In simulated pairs of sources with 8 and 24 features, this reduced wrong decisions (a win
+  probability of .95 or more for the worse source) from 20 % to 9 % with 6 patients, and from 8 % to 3 % with 12. For a
+  mean over patients the shift is 0.
+- A bootstrap over patients is still over-confident, because the score does not measure everything that matters. In a
+  study of 16 brain segmentation sources it named a leader in 9 of 10 cases; fine-tuning confirmed 4. The gap between
+  two scores, as a share of the range of all candidates, was a better sign: the order of pairs closer than .05 was
+  chance, that of pairs .15 to .3 apart was right in 70 %, and that of pairs more than .6 apart in 90 %. So a source is
+  preferred only if **both** its win probability and its gap are large.
+- Source size, or a fixed "good source", is a strong baseline for many scores, in the literature and in our
+  measurements. `baseline_rankings` shows their choice next to every ranking.
 """
 
 import warnings
@@ -32,9 +33,9 @@ from medtl_ext.ranking._words import SYNTHETIC, listed, number_of_patients
 from medtl_ext.ranking.paired import CONFIDENCE, MINIMUM_PATIENTS
 
 ScoreOfCounts = Callable[[np.ndarray], Any]
-"""From how often each patient was drawn, an integer array, to one source's score."""
+"""Function of the counts (how often each patient was drawn, an integer array) that returns one source's score."""
 PoolOfCounts = Callable[[np.ndarray], Mapping[str, Any]]
-"""The same for all sources at once: source -> score."""
+"""Function of the counts that returns source -> score."""
 Scores = PoolOfCounts | Mapping[str, ScoreOfCounts | Mapping[str, float] | ArrayLike]
 COLUMNS = ["score", "low", "high", "rank", "rank_low", "rank_high", "rank_mean"]
 COLUMNS += ["p_best", "leader_wins", "gap", "undefined"]
@@ -45,20 +46,20 @@ class SourceRanking:
     """The outcome of `bootstrap_ranking`.
 
     Attributes:
-        recommendation: the source there is evidence to prefer, or None.
-        tied: the sources that cannot be told from the leader, which comes first (the leader alone when recommended):
-            the ones worth a short fine-tuning.
-        default: the recommendation, else the best guess; None with too few patients, without any score, or where
-            several have the highest.
+        recommendation: the source that there is evidence to prefer, or None.
+        tied: the sources that cannot be told from the leader, leader first: candidates for a short fine-tuning. Only
+            the leader, if it is recommended.
+        default: the recommendation, or else the best guess. None with too few patients, without any score, or if
+            several sources share the highest score.
         patients: number of patients.
-        resamples: number of resamples behind the intervals; 0 with fewer than 3 patients.
+        resamples: number of resamples for the intervals; 0 with fewer than 3 patients.
         text: one paragraph in plain English.
-        table: one row per source, best first: ``source, score, low, high`` (bootstrap interval), ``rank`` (1 is best,
+        table: one row per source, best first: ``source, score, low, high`` (bootstrap interval), ``rank`` (1 is best;
             equal scores share it), ``rank_low, rank_high, rank_mean`` over resamples, ``p_best`` (share of resamples
-            in which it ranks first, shared among equals), ``leader_wins`` (share in which the leader is ahead of it,
-            ties counted half), ``gap`` (leader's score minus its own over the range of all scores), ``undefined``
-            (share of resamples without a score), and ``<baseline>_rank`` for each baseline.
-        baselines: one row per baseline: ``baseline, pick``, and that source's ``score, rank, leader_wins, gap``.
+            in which it ranks first, divided among equals), ``leader_wins`` (share in which the leader is ahead of it;
+            ties count half), ``gap`` (leader's score minus its score, divided by the range of all scores),
+            ``undefined`` (share of resamples without a score), and ``<baseline>_rank`` for each baseline.
+        baselines: one row per baseline: ``baseline, pick``, and the ``score, rank, leader_wins, gap`` of the pick.
     """
 
     recommendation: str | None
@@ -78,23 +79,23 @@ def baseline_rankings(
     other_targets: Mapping[str, Mapping[str, float]] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How rankers that never look at the target would order the sources.
+    """The order of the sources by rankers that ignore the target.
 
     Args:
         sources: names of the candidates.
-        sizes: source -> its number of training subjects, largest first; NaN where it is not known, which comes last.
-        other_targets: other target -> source -> what the source gave there (Dice after fine-tuning, or a score),
-            higher is better. The static ranker sorts by the mean of a source's relative ranks, 0 for the best to 1 for
-            the worst candidate of each target; a source on no other target comes last. Leave the target itself out.
-        seed: of the random ranker, which also orders sources that are equal for the others.
+        sizes: source -> number of training subjects; the largest ranks first. NaN (unknown) ranks last.
+        other_targets: other target -> source -> its result there (Dice after fine-tuning, or a score), higher is
+            better. The static ranker sorts by a source's mean relative rank, from 0 for the best to 1 for the worst
+            candidate of each target. A source on no other target ranks last. Leave out the target itself.
+        seed: of the random ranker, which also breaks ties of the others.
 
     Returns:
-        A row per source and a column per ranker, ``random``, and ``source_size`` and ``static`` where their input is
-        given: the rank, 1 for the source it would pick. What a random choice is *expected* to give, rather than what
-        one draw gives, follows from constant scores in `spearman_footrule`.
+        A row per source and a column per ranker: ``random``, and ``source_size`` and ``static`` if their input is
+        given. Values are ranks; 1 is the ranker's pick. For the *expected* result of a random choice, give constant
+        scores to `spearman_footrule`.
 
     Raises:
-        InputError: no source, one named twice, or one without a size.
+        InputError: no source, a source named twice, or a source without an entry in ``sizes``.
 
     Example:
         >>> baseline_rankings(
@@ -110,12 +111,12 @@ def baseline_rankings(
     sources = list(sources)
     if not sources or len(set(sources)) < len(sources):
         raise InputError(f"sources must name at least one candidate, and none twice; found {listed(sources, 9)}.")
-    shuffled = np.random.default_rng(seed).permutation(sorted(sources))  # sorted: the order of the list decides nothing
+    shuffled = np.random.default_rng(seed).permutation(sorted(sources))  # sorted: the order of the list has no effect
     chance = pd.Series(np.arange(len(sources)), shuffled)[sources].to_numpy()
     costs = {"random": chance}
     if sizes is not None:
         if missing := [source for source in sources if source not in sizes]:
-            raise InputError(f"sizes has no entry for {listed(missing, 5)}; give NaN where the size is not known.")
+            raise InputError(f"sizes has no entry for {listed(missing, 5)}; give NaN if the size is unknown.")
         costs["source_size"] = np.array([-float(sizes[source]) for source in sources])
     if other_targets is not None:
         costs["static"] = mean_relative_rank(sources, other_targets)
@@ -135,36 +136,36 @@ def bootstrap_ranking(
     metric: str = "score",
     synthetic: bool = False,
 ) -> SourceRanking:
-    """Rank the candidate sources of one target, say how sure that is, and which one to prefer if any.
+    """Rank the candidate sources of one target, with uncertainty, and recommend one if there is enough evidence.
 
     Args:
-        scores: higher is better, in one of three forms. Source -> one value per patient, whose mean is the score: a
-            list in one order of patients, or patient -> value (a DataFrame of patients by sources will do). Or source
-            -> function of the counts, an integer array saying how often each patient was drawn. Or one function of the
-            counts that returns source -> score, for scores that depend on the whole pool (a mean of ranks, LP times
-            FU, NCTI). NaN is no score: the source ranks last, and is never preferred nor tied.
-        patients: number of patients; needed only when ``scores`` holds nothing but functions. They must all count the
-            patients in one order.
-        baselines: what `baseline_rankings` returned, or any table of ranks with a row per source and a column per
-            ranker; shown beside the ranking.
-        minimum_win: share of resamples in which the leader must be ahead of another source to be preferred to it.
-        minimum_gap: difference of their scores, as a share of the range of all scores, that it must have besides.
-        n_resamples: resamples of the patients.
-        seed: of the resampling; the same scores and seed give the same result.
-        metric: what the score is called in the text.
+        scores: higher is better, in one of three forms. (1) Source -> one value per patient, whose mean is the score: a
+            list with the same order of patients for all, or patient -> value (or a DataFrame, patients x sources). (2)
+            Source -> function of the counts: an integer array that says how often each patient was drawn. (3) One
+            function of the counts that returns source -> score, for scores that depend on all sources (a mean of ranks,
+            LP times FU, NCTI). NaN means no score: the source ranks last, and is never preferred or tied.
+        patients: number of patients. Needed only if ``scores`` holds functions only. All functions must use the same
+            order of patients.
+        baselines: from `baseline_rankings`, or any table of ranks with a row per source and a column per ranker. They
+            are shown next to the ranking.
+        minimum_win: share of resamples in which the leader must be ahead of another source.
+        minimum_gap: smallest gap between both scores, as a share of the range of all scores.
+        n_resamples: number of resamples of the patients.
+        seed: of the resampling.
+        metric: name of the score in the text.
         synthetic: the text says that the data are synthetic.
 
     Returns:
-        The ranking. A source is recommended when against every other scored one it wins at least ``minimum_win`` of
-        the resamples **and** leads by at least ``minimum_gap``. There is no verdict with fewer than 4 patients, with
-        one source, or with one scored source, and there are no intervals (NaN) with fewer than 3 patients. With two
-        sources the gap is the whole range and checks nothing, and the text says so: one of two sources that differ by
-        noise only is preferred about one time in five, one of four in 5 %, one of eight in 1 %.
-        Resamples that a function refuses with an `InputError` (say, all of their patients lack the region) are left
-        out for all sources; warnings about single resamples are not shown.
+        The ranking. A source is recommended if, against every other source with a score, it wins at least
+        ``minimum_win`` of the resamples **and** leads by at least ``minimum_gap``. There is no verdict with fewer than
+        4 patients or with fewer than two scores, and there are no intervals (NaN) with fewer than 3 patients. With two
+        sources the gap is the whole range and has no effect; the text says so. If sources differ by noise only, one of
+        two is preferred in about 20 % of cases, one of four in 5 %, one of eight in 1 %.
+        A function may refuse a resample with an `InputError` (for example if none of its patients has the region). The
+        resample is then left out for all sources. Warnings about single resamples are not shown.
 
     Raises:
-        InputError: no source, patients that differ between sources, a score that is infinite, ``patients`` missing,
+        InputError: no source, different patients for different sources, an infinite score, missing ``patients``,
             baselines for other sources, options out of range, or more than half of the resamples refused.
 
     Example:
@@ -180,7 +181,7 @@ def bootstrap_ranking(
         >>> ranking.table[["source", "rank_low", "rank_high"]].to_dict("list")
         {'source': ['13-T1-ED', '14-T2-ED', '17-T1-ET'], 'rank_low': [1.0, 1.0, 3.0], 'rank_high': [2.0, 2.0, 3.0]}
     """
-    # A win probability of one half or less would prefer the loser of a pair.
+    # With one half or less, the loser of a pair could be preferred.
     require_number("minimum_win", minimum_win, 0.5, 1, above=True)
     require_number("minimum_gap", minimum_gap, 0, 1)
     require_number("n_resamples", n_resamples, 1, whole=True)
@@ -197,7 +198,7 @@ def bootstrap_ranking(
     picks.insert(0, "baseline", list(ranks))
 
     scored = table[table["score"].notna()]
-    first = scored["score"] >= scored["score"].max() - 1e-12 * scored["score"].abs().max()  # equal but for rounding
+    first = scored["score"] >= scored["score"].max() - 1e-12 * scored["score"].abs().max()  # equal up to rounding
     alike = scored[(scored["leader_wins"] < minimum_win) | (scored["gap"] < minimum_gap) | first]
     recommendation, default, tied = None, None, tuple(scored.index)
     on_patients = number_of_patients(patients, "target")
@@ -215,7 +216,7 @@ def bootstrap_ranking(
         text = _preferred_text(scored, metric, on_patients)
     else:
         tied = tuple(alike.index)
-        default = tied[0] if first.sum() == 1 else None  # the order of the list is no reason
+        default = tied[0] if first.sum() == 1 else None  # the order of the list must not decide
         demanded = f"{_percent(minimum_win)} and {_percent(minimum_gap)}"
         text = _undecided_text(scored, alike, scored.index[first], metric, on_patients, demanded)
     refused = len(resampled) and n_resamples - len(resampled)
@@ -226,17 +227,17 @@ def bootstrap_ranking(
 
 
 def mean_relative_rank(sources: Sequence[str], other_targets: Mapping[str, Mapping[str, float]]) -> pd.Series:
-    """Mean over the other targets of each source's rank there, from 0, the best, to 1; NaN where it is on none."""
+    """Each source's mean relative rank on the other targets: 0 is best, 1 is worst, NaN if it is on none."""
     relative = []
     for values in other_targets.values():
         known = pd.Series({source: float(values[source]) for source in sources if source in values}, dtype=float)
-        if len(known) > 1:  # a source alone on a target was compared with nothing
+        if len(known) > 1:  # a single source has no rank
             relative.append((known.rank(ascending=False, na_option="bottom") - 1) / (len(known) - 1))
     return pd.DataFrame(relative).reindex(columns=sources).mean().astype(float).round(9)
 
 
 def _as_pool(scores: Scores, patients: int | None) -> tuple[PoolOfCounts, int]:
-    """One function of the counts to all scores, whatever form they came in, and the number of patients."""
+    """Turn any form of scores into one function of the counts, and find the number of patients."""
     if callable(scores):
         return scores, int(require_number("patients", patients, 1, whole=True))
     functions = dict(scores)
@@ -251,13 +252,13 @@ def _as_pool(scores: Scores, patients: int | None) -> tuple[PoolOfCounts, int]:
         if patients not in (None, len(vector)):
             raise InputError(f"scores of {source} are of {len(vector)} patients; patients says {patients}.")
         patients = len(vector)
-        functions[source] = partial(np.average, vector, None)  # by weight
+        functions[source] = partial(np.average, vector, None)  # the counts are the weights
     count = int(require_number("patients", patients, 1, whole=True))
     return lambda counts: {source: score(counts) for source, score in functions.items()}, count
 
 
 def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Series:
-    """The values in an order of patients that does not depend on the order they came in."""
+    """The values, sorted by patient if the patients are named."""
     keyed = hasattr(values, "keys")
     try:
         vector = pd.Series(dict(values) if keyed else np.asarray([*values]), dtype=float)
@@ -270,15 +271,14 @@ def _per_patient(source: str, values: Mapping[str, float] | ArrayLike) -> pd.Ser
 def _called(pool: PoolOfCounts, counts: np.ndarray) -> dict[str, float]:
     scores = {source: float(score) for source, score in pool(counts).items()}
     if infinite := [source for source, score in scores.items() if np.isinf(score)]:
-        raise InputError(f"the score of {infinite[0]} is infinite; expected a number, or NaN where there is none.")
+        raise InputError(f"the score of {infinite[0]} is infinite; expected a number, or NaN for no score.")
     return scores
 
 
 def _resampled(pool: PoolOfCounts, patients: int, observed: pd.Series, n_resamples: int, seed: int) -> pd.DataFrame:
-    """Scores of all sources (columns) in each usable resample (rows), each source's mean moved to its score.
+    """Scores of all sources (columns) in each usable resample (rows), shifted so that each mean is the source's score.
 
-    Over all resamples every patient is drawn equally often: the mean of a resampled mean is then exactly the mean, so
-    that moving resampled scores to their score leaves it be.
+    Every patient is drawn equally often over all resamples. So if the score is a mean over patients, the shift is 0.
     """
     drawn = np.random.default_rng(seed).permutation(np.tile(np.arange(patients), n_resamples))
     rows, refusal = [], None
@@ -294,7 +294,7 @@ def _resampled(pool: PoolOfCounts, patients: int, observed: pd.Series, n_resampl
     resampled = pd.DataFrame(rows, columns=observed.index, dtype=float)
     resampled.loc[:, observed.isna()] = np.nan
     resampled += observed - resampled.mean()
-    # Rounding keeps equal scores equal, which the last bit of the shift would tell apart.
+    # Rounding keeps equal scores equal, although the shifts differ in their last bits.
     unit = observed.abs().max() or 1.0
     return (resampled / unit).round(12) * unit
 
@@ -308,14 +308,13 @@ def _ranking_table(observed: pd.Series, resampled: pd.DataFrame) -> pd.DataFrame
         resampled, leader = resampled[observed.index], observed.index[0]
         ranks = resampled.rank(axis=1, ascending=False, na_option="bottom")
         first = ranks.eq(ranks.min(axis=1), axis=0)
-        # Half of what is left of the confidence, at either end.
         ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
         table["low"], table["high"] = resampled.quantile(ends).to_numpy()
         table["rank_low"], table["rank_high"] = np.quantile(ranks, ends, axis=0, method="inverted_cdf")
         table["rank_mean"] = ranks.mean()
         table["p_best"] = first.div(first.sum(axis=1), axis=0).mean()
         table["leader_wins"] = np.heaviside(ranks.sub(ranks[leader], axis=0), 0.5).mean()
-        table.loc[leader, "leader_wins"] = np.nan  # against itself
+        table.loc[leader, "leader_wins"] = np.nan  # compared with itself
         table["undefined"] = resampled.isna().mean()
     return table.reindex(columns=COLUMNS)
 
@@ -352,7 +351,7 @@ def _undecided_text(
 
 
 def _remarks(table: pd.DataFrame, picks: pd.DataFrame, patients: int, refused: str) -> str:
-    """What has to be known besides the verdict."""
+    """Remarks that follow the verdict."""
     unscored = table.index[table["score"].isna()]
     text = f" No score: {listed(unscored, 6)}." if 0 < len(unscored) < len(table) else ""
     if len(table) - len(unscored) == 2 and patients >= MINIMUM_PATIENTS:
@@ -372,10 +371,10 @@ def _named(scored: pd.DataFrame) -> str:
 
 
 def _number(value: float) -> str:
-    """Three decimals, or three digits where that would hide the number."""
+    """Three decimals, or three significant digits for very small and very large numbers."""
     return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
 
 
 def _percent(share: float) -> str:
-    """Whole per cents, rounded towards the middle: 100 % is said only of what never failed."""
+    """Whole per cents. 100 % is only written if the share is exactly 1."""
     return f"{min(100 * share, 99) if share < 1 else 100:.0f} %"

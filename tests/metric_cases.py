@@ -309,7 +309,6 @@ CASES = [
         one_class=0,
     ),
     case("ccfv", {}, ccfv_of_images, ccfv, invariant=SAME | {"rotation and shift": 1e-9}, **CCFV),
-    case("ccfv_of_voxels", {"variety": "voxels", "n_voxels": 20}, ccfv_of_images, ccfv, **CCFV),
     case("leep", {}, metrics.compute_leep, metrics.LEEP, vectors=[("leep", CLS, {"abs": 1e-12})], **LEEP),
     *(
         case(f"leep_map{options}", options, metrics.compute_leep_map, metrics.LEEPMap, n=12, grid=(6, 7), **LEEP)

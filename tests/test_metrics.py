@@ -267,7 +267,7 @@ NUMBERS = {
     "transrate": {"eps": (0, -1e-4, NAN, torch.inf)},
     "parc": {"n_components": (0, -1, 2.0, "all")},
     "nleep": {"seed": (-1, 1.5, None, 2**32)},
-    "ccfv": {"eps": (-1.0, NAN), "n_voxels": (1,)},
+    "ccfv": {"eps": (-1.0, NAN)},
     "otce": {"epsilon": (0.0, NAN), "n_samples": (0,), "repeats": (2.5,)},
     "leep_map{}": {"stride": (0, 1.5), "smoothing": (-1.0, NAN)},
 }
@@ -275,7 +275,6 @@ OPTIONS = [
     *((name, {key: bad}, f"{key} is ") for name, keys in NUMBERS.items() for key in keys for bad in keys[key]),
     ("h_score", {"shrinkage": "ledoitwolf"}, "did you mean 'ledoit_wolf'"),
     ("gbc", {"covariance": "diag"}, "did you mean 'diagonal'"),
-    ("ccfv", {"variety": "case"}, "did you mean 'cases'"),
     ("otce", {"solver": "sinkhorm"}, "did you mean 'sinkhorn'"),
     ("leep_map{}", {"estimator": "locl"}, "did you mean 'local'"),
     ("leep_map{}", {"smoothing": 1.0, "estimator": "global"}, "smoothing .* leave it 0"),

@@ -267,7 +267,7 @@ class TestBadInput:
             (lambda x, y: (x, y - 1), {}, "labels holds the negative label"),
             (lambda x, y: (x, x.long().clamp(0)), {}, "labels holds 1944 labels for 24 images"),
             (lambda x, y: (x, []), {}, "labels is empty"),
-            (lambda x, y: (list(x.split(6)), y), {"batch_size": 6}, "comes in batches already"),
+            (lambda x, y: (list(x.split(6)), y), {"batch_size": 6}, "but images comes in batches"),
             *((lambda *xy: xy, {"batch_size": value}, f"batch_size is {value}") for value in (2, 4.0)),
             (lambda *xy: xy, {"layer": "head"}, "layer 'head' is unknown"),
             (lambda *xy: xy, {"convolutions": ("0", "conv2")}, "convolutions 'conv2' is unknown"),

@@ -25,11 +25,9 @@ from uuid import uuid4
 import torch
 from ignite.engine import Engine
 
-from medtl_ext._validation import InputError, require_choice, require_number, warn
+from medtl_ext._validation import InputError, require_number, warn
 from medtl_ext.metrics.base import TransferMetric
-from medtl_ext.metrics.features import SampleMetric, TappedInferer, canonical_order, check_features
-
-VARIETIES = ("cases", "voxels")
+from medtl_ext.metrics.features import SampleMetric, TappedInferer, check_features
 
 # One case's features in one layer, n x D in float64, and its labels.
 Case = tuple[torch.Tensor, torch.Tensor]
@@ -43,10 +41,7 @@ def compute_ccfv(
     target_labels: Sequence[Sequence[Any]],
     *,
     include_background: bool = False,
-    variety: str = "cases",
     eps: float = 1e-3,
-    n_voxels: int = 2_000,
-    seed: int = 0,
     ignore_index: int | None = None,
 ) -> torch.Tensor:
     """CC-FV of a source network's features of several target cases (patients), in one layer or more.
@@ -59,12 +54,8 @@ def compute_ccfv(
             layers; n and the grid may differ between cases. Cases without foreground are allowed.
         target_labels: ``target_labels[layer][case]``, n or n x *spatial class indices, 0 for background.
         include_background: also compare class 0 between cases. The variety always includes it.
-        variety: "cases" is the inverse energy E of the cases' mean features, as in the public code. "voxels" is the
-            inverse energy of a case's features on the unit sphere, averaged over the cases, as in the paper's text.
-        eps: softens the energy, in units of squared feature distance. With ``eps=0`` and "cases" the score does not
-            depend on the scale of the features.
-        n_voxels: "voxels" draws so many voxels from larger cases.
-        seed: of that draw, which does not depend on the order of the voxels.
+        eps: softens the energy, in units of squared feature distance. With ``eps=0`` the score does not depend on the
+            scale of the features.
         ignore_index: voxels with this label are left out.
 
     Returns:
@@ -85,10 +76,11 @@ def compute_ccfv(
     Reference: Yang et al., MICCAI 2023, section 2, and the authors' public code. Differences from that code: distances
     are averaged over pairs and classes (the code adds a mean to the running sum); the numerator is the inverse energy,
     as in the paper (in the code, the energy); covariances may be singular (in the code the matrix root becomes
-    complex); labels are resampled to the features' grid (in the code, features to the labels' grid). Difference from
-    the paper: see ``variety``.
+    complex); labels are resampled to the features' grid (in the code, features to the labels' grid). As in the code,
+    the energy is that of the cases' mean features; the paper's text takes the features of one case's voxels, on the
+    unit sphere.
     """
-    metric = CCFV(include_background=include_background, variety=variety, eps=eps, n_voxels=n_voxels, seed=seed)
+    metric = CCFV(include_background=include_background, eps=eps)
     layers = _checked_layers(features, target_labels, ignore_index)
     return torch.stack([metric._layer_score(cases) for cases in layers]).sum()
 
@@ -106,7 +98,7 @@ class CCFV(TransferMetric):
 
     Args:
         layers: names of the network's modules, or one name. None takes the penultimate features.
-        include_background, variety, eps, n_voxels: as in `compute_ccfv`.
+        include_background, eps: as in `compute_ccfv`.
         output_transform: turns ``engine.state.output`` into the arguments of `update`. Then no layer is read.
         options: pixels, body, seed, ignore_index, see `FeatureMetric`.
 
@@ -125,9 +117,7 @@ class CCFV(TransferMetric):
         *,
         layers: Sequence[str | None] | str | None = None,
         include_background: bool = False,
-        variety: str = "cases",
         eps: float = 1e-3,
-        n_voxels: int = 2_000,
         output_transform: Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> None:
@@ -136,9 +126,7 @@ class CCFV(TransferMetric):
             raise InputError(f"layers is {layers!r}; expected one or more different names of layers.")
         self._layers = [_LayerSamples(layer=name, **options) for name in names]
         self.include_background = include_background
-        self.variety = require_choice("variety", variety, VARIETIES)
         self.eps = require_number("eps", eps, 0)
-        self.n_voxels = require_number("n_voxels", n_voxels, 2, whole=True)
         self._tapped = output_transform is None
         super().__init__(output_transform=output_transform)
 
@@ -205,7 +193,7 @@ class CCFV(TransferMetric):
             raise InputError(f"features holds {len(cases)} case(s); CC-FV compares cases and needs two or more.")
         if len(torch.cat([labels for _, labels in cases]).unique()) == 1:
             warn("target_labels holds one class only, so CC-FV compares whole cases and says nothing about transfer.")
-        variety = self._variety_of_cases(cases) if self.variety == "cases" else self._variety_of_voxels(cases)
+        variety = self._variety(cases)
         consistency = _consistency(cases, self.include_background)
         if variety > 0 and consistency > 0:
             return torch.log(variety / consistency)
@@ -213,22 +201,13 @@ class CCFV(TransferMetric):
         warn(f"{what}: the layer counts 0 in CC-FV, which says nothing about transfer.")
         return torch.zeros_like(variety)
 
-    def _variety_of_cases(self, cases: Sequence[Case]) -> torch.Tensor:
-        means = torch.stack([features.mean(0) for features, _ in cases])
-        spread = torch.pdist(means).square().mean()
-        if self.eps > spread:
-            what = f"the mean squared distance between cases is {float(spread):.1e}, eps {self.eps:g}"
+    def _variety(self, cases: Sequence[Case]) -> torch.Tensor:
+        """The inverse energy of the cases' mean features."""
+        squares = torch.pdist(torch.stack([features.mean(0) for features, _ in cases])).square()
+        if self.eps > squares.mean():
+            what = f"the mean squared distance between cases is {float(squares.mean()):.1e}, eps {self.eps:g}"
             warn(f"{what}: the variety in CC-FV hardly depends on the features; give eps=0 or scale the features up.")
-        return 1 / _energy(means, self.eps)
-
-    def _variety_of_voxels(self, cases: Sequence[Case]) -> torch.Tensor:
-        inverses = []
-        for features, labels in cases:
-            if len(features) > self.n_voxels:
-                features = features[canonical_order(features, labels, seed=self._layers[0].seed)[: self.n_voxels]]
-            if len(features) > 1:
-                inverses.append(1 / _energy(torch.nn.functional.normalize(features, eps=1e-300), self.eps))
-        return torch.stack(inverses).mean() if inverses else cases[0][0].new_zeros(())
+        return 1 / (squares + self.eps).rsqrt().mean()
 
 
 class _LayerSamples(SampleMetric):
@@ -298,8 +277,3 @@ def _pairwise_wasserstein(parts: Sequence[torch.Tensor]) -> torch.Tensor:
         rounding = 1e-14 * total + 1e-28 * (magnitudes[first] + magnitudes[second])
         distances.append(torch.where(squared > rounding, squared, 0).sqrt())
     return torch.cat(distances)
-
-
-def _energy(points: torch.Tensor, eps: float) -> torch.Tensor:
-    """Mean over all pairs of the inverse distance, softened by ``eps``."""
-    return (torch.pdist(points).square() + eps).rsqrt().mean()

@@ -1,4 +1,4 @@
-"""Every transferability metric as a row of one table, which `test_metrics.py` goes through; and inputs to draw."""
+"""A table of all transferability metrics for `test_metrics.py`, and random inputs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ CLS = ("cls_basic", "cls_smallD", "cls_binary")
 def draw(
     grid: Sequence[int] = (), *, n: int = 60, width: int = 5, n_classes: int = 3, signal: float = 1.0, generator=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features that tell the classes apart in part, and labels; every pixel sees every class twice or more."""
+    """Features of overlapping classes, and labels; every pixel has every class at least twice."""
     generator = generator or torch_generator()
     labels = torch.randint(n_classes, (n, *grid), generator=generator)
     first = min(2 * n_classes, n)
@@ -52,7 +52,7 @@ def evaluate(
     how: Mapping[str, Any] = MappingProxyType({}),
     **metrics: TransferMetric,
 ) -> SupervisedEvaluator:
-    """A MONAI evaluator that has run over the items; the first of the metrics is its key metric."""
+    """A MONAI evaluator after its run over the items; the first metric is its key metric."""
     first, *others = metrics
     evaluator = SupervisedEvaluator(
         device=torch.device("cpu"),
@@ -76,7 +76,7 @@ def rotation(width: int) -> torch.Tensor:
 
 
 def shares(labels: Any) -> torch.Tensor:
-    """How frequent each class is that occurs."""
+    """Frequencies of the classes that occur."""
     count = torch.as_tensor(labels).flatten().bincount().double()
     return count[count > 0] / count.sum()
 
@@ -87,7 +87,7 @@ def negative_entropy(labels: Any) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A metric with its options, and what holds for it.
+    """A metric with its options and properties.
 
     Attributes:
         compute: the one-shot function of (values, labels).
@@ -127,7 +127,7 @@ class Case:
 
 
 def ccfv_of_images(features: Any, labels: Any, ignore_index: int | None = None, **options: Any) -> torch.Tensor:
-    """CC-FV with each image for a case; one that is ignored is none."""
+    """CC-FV with each image as a case; ignored images are left out."""
     kept = [k for k in range(len(labels)) if ignore_index is None or bool((labels[k] != ignore_index).any())]
     images = kept if len(features) == len(labels) else range(len(features))
     sides = [features[k : k + 1] for k in images], [labels[k : k + 1] for k in kept]

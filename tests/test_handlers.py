@@ -1,4 +1,4 @@
-"""Weight maps before training, checkpoints that resume, scores per patient: on real engines."""
+"""Weight maps, resumable checkpoints and scores per patient, on real engines."""
 
 from contextlib import nullcontext
 from itertools import product
@@ -102,6 +102,7 @@ def test_the_shared_map_is_computed_at_the_start_and_lies_on_the_patients_grid(s
     leep = compute_leep_map(probs, torch.stack([item["label"] for item in dataset.plain()]))
     torch.testing.assert_close(loss.weight, risk_map(leep).to(loss.weight), atol=1e-5, rtol=0)
     assert all(torch.equal(a, b) for a, b in zip(before, source.parameters(), strict=True))
+    assert given["evaluator"].network is source  # also after the pass with the trained network
 
     written = nib.load(tmp_path / "leep_before.nii.gz")
     np.testing.assert_allclose(written.affine, affine)
@@ -176,7 +177,7 @@ def test_mixed_precision_rounds_the_forward_pass_and_nothing_else():
 @pytest.mark.parametrize("convolution", [nn.Conv3d, nn.ConvTranspose3d])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 def test_thin_maps_stay_in_float32(convolution, memory_format, monkeypatch):
-    """In bfloat16 the gradient of such a kernel's weights reads memory that nobody wrote."""
+    """In bfloat16 the gradient of such a kernel's weights reads uninitialised memory."""
     monkeypatch.setattr("medtl_ext.engines.has_bfloat16", lambda: True)
     seen = []
     for slices in (1, 2, 3):
@@ -191,7 +192,7 @@ def test_thin_maps_stay_in_float32(convolution, memory_format, monkeypatch):
 
 
 class Scripted:
-    """In place of an evaluator: validates every epoch with the score it was told."""
+    """Replaces an evaluator: its score in every epoch is given."""
 
     def __init__(self, scores):
         self.scores = dict(enumerate(scores, 1))
@@ -346,7 +347,7 @@ def test_scans_of_a_patient_are_kept_as_one_and_a_subject_without_a_patient_as_i
 class TestEpochSeed:
     @staticmethod
     def batches(*, epochs: int, resume_after: int = 0, seed: int = 7) -> dict[int, list[torch.Tensor]]:
-        """What a training sees, by epoch; the random state at its start is another each time."""
+        """The images of a training by epoch; the initial random state differs in each call."""
         shift = RandShiftIntensityd("image", offsets=5.0, prob=1.0).set_random_state(numpy_generator().integers(1000))
         data = [{"image": torch.full((1, 4, 4), float(n)), "label": torch.zeros(1, 4, 4)} for n in range(6)]
         dataset, seen = Dataset(data, shift), {}
@@ -390,7 +391,7 @@ class TestEpochSeed:
 class TestTrainingLength:
     @pytest.fixture
     def clock(self, monkeypatch):
-        """Tells seconds; the first step of a process takes 50 more."""
+        """A clock in seconds; the first step of a process takes 50 s more."""
         clock = SimpleNamespace(now=0.0)
         monkeypatch.setattr("medtl_ext.handlers.perf_counter", lambda: clock.now)
         return clock

@@ -1,4 +1,4 @@
-"""Files that are whole, and known by their content."""
+"""Atomic writes, and hashes of files."""
 
 import os
 import subprocess

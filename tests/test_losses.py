@@ -1,4 +1,4 @@
-"""Pixel weights and the weighted loss: against reference vectors, by hand, by gradient, and over two processes."""
+"""Pixel weights and the weighted loss: compared with reference vectors and formulas, also in two processes."""
 
 import math
 
@@ -249,10 +249,12 @@ class TestRiskWeightedLoss:
         assert loss.state_dict() == {}
         loss.load_state_dict({})
         assert loss.to("meta").weight.device.type == "meta"
-        again, given = RiskWeightedLoss(cross_entropy(), weights), torch.full_like(weights, 3)
+        given = torch.full_like(weights, 3)
+        first, again = (RiskWeightedLoss(cross_entropy(), map_) for map_ in (given, weights))
         again.set_weight(given)
-        given.zero_()  # which must not be the loss's own
-        assert_close(again(logits, labels), 3 * RiskWeightedLoss(cross_entropy())(logits, labels))
+        given.zero_()  # the loss keeps a copy
+        for one in (first, again):
+            assert_close(one(logits, labels), 3 * RiskWeightedLoss(cross_entropy())(logits, labels))
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
     def test_gpu(self):
@@ -273,11 +275,8 @@ def weighted(weight, *, channels=1):
         (lambda: risk_map(torch.tensor([0.0, -torch.inf])), "leep_map holds Inf"),
         (lambda: risk_map(torch.tensor([])), "leep_map is empty"),
         (lambda: risk_map(torch.zeros(3), base=0.5), "base is 0.5"),
-        (lambda: risk_map(torch.zeros(3), base=math.nan), "base is nan"),
-        (lambda: risk_map(torch.zeros(3), base=math.inf), "base is inf"),
         (lambda: risk_map(torch.zeros(3), direction="easiness"), "direction 'easiness' is unknown"),
         (lambda: risk_map(torch.zeros(3), clip=(99, 1)), "clip is"),
-        (lambda: risk_map(torch.zeros(3), clip=(0, 101)), "clip is"),
         (lambda: risk_map(torch.zeros(3, 3), size=(100, 2)), "size .* does not fit"),
         (lambda: risk_map(torch.zeros(3), size=(9, 9)), "size .* does not fit"),
         (lambda: frequency_map([torch.zeros(1, 4, 4), torch.zeros(1, 4, 5)]), "one grid"),
@@ -304,7 +303,7 @@ def test_bad_input(call, message):
 
 
 def distributed_batch():
-    """Five images, of which the first two, one process's share, have hardly any foreground."""
+    """Five images. The first two, which one process gets, have almost no foreground."""
     torch.manual_seed(0)
     images, labels = torch.randn(5, 1, 6, 7), torch.randint(2, (5, 1, 6, 7))
     labels[:2] = 0
@@ -313,7 +312,7 @@ def distributed_batch():
 
 
 def one_of_two_processes(rank, rendezvous, results):
-    """Its loss, as in an evaluation too, which does not wait for the other process, and the gradient of its logits."""
+    """Save the loss and the gradient of the logits, and the loss of an evaluation, which must not wait for others."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     images, labels, weights = (part.split([2, 3])[rank] for part in distributed_batch())

@@ -1,4 +1,4 @@
-"""What every metric inherits: sums that grow and merge, predictions put aside, engines."""
+"""The base class of all metrics: growing sums, merging, stored predictions, and engines."""
 
 import tempfile
 
@@ -27,7 +27,7 @@ from medtl_ext.metrics import (
 
 
 class Given(TransferMetric):
-    """Sums what it is given."""
+    """A metric that adds up its input."""
 
     def update(self, value):
         self._add(value=value)
@@ -81,14 +81,14 @@ def cases():
 
 @pytest.fixture(scope="module")
 def expected(network, cases):
-    """In one batch; a network's float32 output differs in the last bits between batch sizes, hence the 1e-6 below."""
+    """From one batch. The network's float32 output depends on the batch size in its last bits, hence the 1e-6 below."""
     with torch.no_grad():
         probs = network(torch.stack([case["image"].as_tensor() for case in cases])).softmax(1)
     return probs, torch.stack([case["label"].as_tensor() for case in cases])
 
 
 def attached(output, **metrics):
-    """What metrics say of an engine with this output."""
+    """The values of metrics attached to an engine with this output."""
     engine = Engine(lambda engine, data: output)
     for name, metric in metrics.items():
         metric.attach(engine, name)

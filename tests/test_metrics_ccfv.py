@@ -1,4 +1,4 @@
-"""CC-FV: against reference vectors, against the definition by other libraries, layer by layer and case by case."""
+"""CC-FV: compared with reference vectors and with the definition by other libraries."""
 
 from itertools import combinations
 
@@ -245,7 +245,7 @@ class TestEngine:
     @pytest.mark.parametrize("pixels", ["auto", 30])
     @pytest.mark.parametrize("named", [True, False], ids=["patients", "images"])
     def test_reads_several_layers(self, pixels, named):
-        """The cases are patients, or images where nobody names patients."""
+        """The cases are patients, or images if the batch names no patients."""
         kept = ("image", "label", *(["subject"] if named else []))
         items = [{key: item[key] for key in kept} for item in slices()]
         config = {"_target_": "medtl_ext.metrics.CCFV", "layers": ["upcat_2", "upcat_1"], "pixels": pixels}

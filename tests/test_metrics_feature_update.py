@@ -1,4 +1,4 @@
-"""Feature update: against reference vectors, loops over triplets and plain backward passes, and what must hold."""
+"""Feature update: compared with reference vectors, loops over triplets, and plain backward passes."""
 
 import copy
 import math
@@ -44,7 +44,7 @@ def draw(n=24, n_classes=3):
 
 
 def loop_loss(features, labels):
-    """The mean over triplets with a positive loss, one triplet after the other, by PyTorch's own loss of a triplet."""
+    """Mean loss over the triplets with positive loss, one by one, by PyTorch's triplet loss."""
     unit = features / features.norm(dim=1, keepdim=True)
     loss = nn.TripletMarginLoss(margin=0.05, eps=0)
     losses = [
@@ -88,6 +88,14 @@ def test_reference_vectors(vectors):
     # Without a head, when the features' layer is named.
     value = compute_feature_update(network[:7], images, labels, layer="6", convolutions=("0", "2"))
     assert value.item() == pytest.approx(data["fu"].item(), abs=1e-5)
+
+
+def test_memory_is_that_of_the_distances():
+    """The backward pass stores the distances of pairs, but no intermediate results of counting triplets."""
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda _: _):
+        triplet_margin_loss(torch.rand(100, 3, requires_grad=True), torch.arange(100) % 2)
+    assert sum(kept) < 3 * 8 * 100**2
 
 
 class TestAgainstLoops:
@@ -188,7 +196,7 @@ class TestWhatMustHold:
 class TestNetworkIsLeftAsItWas:
     @pytest.fixture
     def mixed(self):
-        """Some modules train and some do not, some weights are frozen, one has a gradient already."""
+        """A network with modules in both modes, frozen weights, and a weight with a gradient."""
         network = tiny_network().train()
         network[1].eval()
         network[0].weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the feature metrics share: sums over classes, samples drawn of pixels, the tap of a network's layers."""
+"""Shared parts of the feature metrics: sums over classes, samples of pixels, reading a network's layers."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from medtl_ext.metrics import FeatureSamples, HScore, MomentMetric, Samples
 
 
 class Sums(MomentMetric):
-    """The sums themselves."""
+    """A metric whose value is its sums."""
 
     def __init__(self, *needs, **options):
         self.needs = needs

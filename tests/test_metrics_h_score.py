@@ -1,4 +1,4 @@
-"""H-score and its map: against reference vectors, against canonical correlations, and in their limits."""
+"""H-score and its map: compared with reference vectors and canonical correlations, and in limiting cases."""
 
 import warnings
 

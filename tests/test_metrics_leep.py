@@ -1,4 +1,4 @@
-"""LEEP, its maps and NCE: against reference vectors, against the definition, and in their limits."""
+"""LEEP, its maps and NCE: compared with reference vectors and the definition, and in limiting cases."""
 
 import numpy as np
 import pytest
@@ -164,7 +164,7 @@ class TestLimits:
             torch.testing.assert_close(function(probs[:, 1:], labels), function(probs, labels))
 
     def test_the_smallest_likelihoods_there_are(self):
-        """A label of its own for every sample: each likelihood is 1 / N, and they are multiplied in groups."""
+        """If every sample has another label, each likelihood is 1 / N."""
         probs, labels = torch.full((3003, 2), 0.5), torch.arange(3003)
         for value in (compute_leep(probs, labels), streamed(LEEP(), probs, labels, 1001)):
             assert value.item() == pytest.approx(-np.log(3003), rel=1e-12)

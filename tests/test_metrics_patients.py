@@ -1,4 +1,4 @@
-"""Sums by patient: the same values as from all samples, for everybody and for every resample; SFDA of drawn pixels."""
+"""Sums by patient give the same values as all samples, for all patients and for resamples; SFDA of drawn pixels."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def problem():
 
 
 def filled(*sizes, **options):
-    """Scores of parts of these sizes, merged."""
+    """Merged scores of parts with these sizes."""
     features, labels, owners = problem()
     total = PatientScores(metrics(), **options)
     for part in torch.arange(200).split(sizes or 200):

@@ -1,4 +1,4 @@
-"""Metrics of features against a second computation each: by a library, by the definition, by numerical integrals."""
+"""Each feature metric compared with a second computation: a library, the definition, or numerical integration."""
 
 import math
 from functools import partial
@@ -21,7 +21,7 @@ from medtl_ext.metrics import FeatureSamples, compute_parc
 
 
 def by_singular_values(x, y, eps=1e-4):
-    """TransRate from the singular values of the N x D matrices, which see no D x D matrix."""
+    """TransRate from the singular values of the N x D matrices, without any D x D matrix."""
 
     def rate(rows):
         return 0.5 * np.log1p(np.linalg.svd(rows, compute_uv=False) ** 2 / (len(rows) * eps)).sum()
@@ -87,7 +87,7 @@ def mixtures(x, y, seed):
 
 
 def discriminants(x, y):
-    """NCTI's terms from scikit-learn's analysis, and singular values one matrix after the other."""
+    """NCTI's terms from scikit-learn's discriminant analysis, and singular values matrix by matrix."""
     pca = PCA(min(64, *x.shape), svd_solver="full")
     scores = pca.fit_transform(x)
     shrinkage = math.exp(-pca.explained_variance_[:32].sum())
@@ -139,7 +139,7 @@ def over_pairs(x, y, n_components=None):
 
 
 def neighbours(x, y, leave_one_out=False):
-    """LP with scikit-learn's map and neighbours; without each sample itself one after the other."""
+    """LP with scikit-learn's map and neighbours; leave-one-out sample by sample."""
     analysis = NeighborhoodComponentsAnalysis(min(50, x.shape[1]), random_state=42)
     mapped = analysis.fit_transform(x - x.mean(0), y)
     if not leave_one_out:
@@ -157,7 +157,7 @@ def scaled(x, y, factor=1.0):
 
 
 def uneven(x, y, factor=1.0):
-    """Classes of different sizes: in the second half every other sample is of the first one."""
+    """Classes of different sizes: in the second half, every second sample is moved to the first class."""
     place = torch.arange(len(y))
     return factor * x, y * ~((place >= len(y) // 2) & (place % 2 == 0))
 
@@ -172,7 +172,7 @@ def of_other_spread(x, y):
 
 
 def rounded(x, y):
-    """With few distinct rows."""
+    """Features with few distinct rows."""
     return x.round(), y
 
 
@@ -236,7 +236,7 @@ LONE = [
 REFERENCES = {"transrate": by_singular_values, "logme": dense, "gbc": integrated, "nleep": mixtures}
 REFERENCES |= {"ncti": discriminants, "sfda": shrunk_discriminants, "parc": over_pairs, "label_prediction": neighbours}
 BY_SUMS = {"transrate": metrics.TransRate, "logme": metrics.LogME, "sfda": metrics.SFDA}
-"""Whose class takes another way than the function."""
+"""Metrics whose class computes the value in another way than the function."""
 
 
 @pytest.mark.filterwarnings("ignore:Only one sample available")
@@ -254,7 +254,7 @@ def test_function_and_class_agree_with_the_second_computation(name, drawn, chang
 
 
 def test_sfda_of_probabilities():
-    """Whose covariance has no row sums for a power iteration to begin with."""
+    """The row sums of their covariance are 0, so a power iteration cannot start from them."""
     features, labels = draw()
     probs = features.softmax(1)
     expected = shrunk_discriminants(probs.numpy(), labels.numpy(), lambda within: np.linalg.eigvalsh(within)[-1])

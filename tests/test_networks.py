@@ -1,4 +1,4 @@
-"""Freezing leaves no trace; loading says what it did and refuses a poor fit."""
+"""Frozen parts do not change; loading reports what was copied, and raises if weights do not fit."""
 
 import copy
 import io
@@ -107,7 +107,7 @@ def truncated(network):
 
 
 def with_another_bit(network: nn.Module) -> bytes:
-    """Of its last tensor, which torch itself reads without a word."""
+    """A checkpoint with one changed bit in its last tensor, which torch itself does not notice."""
     torch.save(network.state_dict(), whole := io.BytesIO())
     raw, last = whole.getvalue(), [*network.state_dict().values()][-1].numpy().tobytes()
     at = raw.index(last)

@@ -1,4 +1,4 @@
-"""Scores of patients in their own space, against counts made here; what is empty; post-processing; probabilities."""
+"""Scores of patients in their own space, empty masks, post-processing, and probabilities."""
 
 import itertools
 import shutil
@@ -13,6 +13,9 @@ from bundle_runs import RISK_MAP, refused
 from monai.data import MetaTensor
 from monai.utils import ensure_tuple
 from PIL import Image
+from scipy.spatial.distance import cdist
+from skimage.measure import label, regionprops
+from skimage.segmentation import find_boundaries
 
 from medtl_ext import InputError
 from medtl_ext._io import suffix_of
@@ -35,47 +38,24 @@ AFFINES = {
 SHAPES = {"volume": (9, 8, 7), "one slice": (9, 8, 1), "sagittal slice": (1, 9, 8), "picture": (11, 9)}
 
 
-# Numbers, by brute force
+# Numbers, by scikit-image
 
 
 def surface(mask: np.ndarray) -> np.ndarray:
-    """Places of the voxels that touch by a face what is outside, of the mask or of the image; not along flat axes."""
-    places = []
-    for place in map(tuple, np.argwhere(mask)):
-        for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
-            beside = list(place)
-            beside[axis] += step
-            inside = 0 <= beside[axis] < mask.shape[axis]
-            if mask.shape[axis] > 1 and not (inside and mask[tuple(beside)]):
-                places.append(place)
-                break
-    return np.array(places, dtype=float)
+    """Voxels with a face to the outside of the mask or of the image; flat axes do not count."""
+    padded = np.pad(mask, [(int(size > 1),) * 2 for size in mask.shape])
+    return np.argwhere(find_boundaries(padded, connectivity=1, mode="inner")).astype(float)
 
 
-def parts_of(mask: np.ndarray) -> list[set[tuple[int, ...]]]:
-    """By walking from voxel to voxel, over corners too."""
-    left, parts = set(map(tuple, np.argwhere(mask))), []
-    while left:
-        part, waiting = set(), [left.pop()]
-        while waiting:
-            here = waiting.pop()
-            part.add(here)
-            near = {tuple(np.add(here, step)) for step in itertools.product((-1, 0, 1), repeat=mask.ndim)} & left
-            left -= near
-            waiting += near
-        parts.append(part)
-    return parts
-
-
-def by_brute_force(found: np.ndarray, real: np.ndarray, affine: np.ndarray) -> dict[str, float]:
+def by_scikit_image(found: np.ndarray, real: np.ndarray, affine: np.ndarray) -> dict[str, float]:
+    """All numbers from scikit-image's surfaces and components, and all distances of two voxels."""
     size = np.sqrt((affine[:3, :3] ** 2).sum(0))[: found.ndim]
-    surfaces = [surface(mask) * size for mask in (found, real)]
-    pairs = np.sqrt(((surfaces[0][:, None] - surfaces[1][None]) ** 2).sum(-1))
+    pairs = cdist(*(surface(mask) * size for mask in (found, real)))
     ways = [pairs.min(1), pairs.min(0)]
-    shares = []
-    for mask, other in ((real, found), (found, real)):
-        hits = set(map(tuple, np.argwhere(other)))
-        shares.append(np.mean([bool(part & hits) for part in parts_of(mask)]))
+    shares = [
+        np.mean([part.intensity_max for part in regionprops(label(mask), intensity_image=other)])
+        for mask, other in ((real, found), (found, real))
+    ]
     x, y, z = affine[:3, :3].T
     volumes = [mask.sum() * abs(np.dot(np.cross(x, y), z)) / 1000 for mask in (found, real)]
     values = [max(np.quantile(way, 0.95) for way in ways), np.concatenate(ways).mean(), *shares, *volumes]
@@ -84,17 +64,17 @@ def by_brute_force(found: np.ndarray, real: np.ndarray, affine: np.ndarray) -> d
 
 @pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_every_number_is_that_of_a_count_by_hand(shape, affine):
+def test_every_number_is_that_of_scikit_image(shape, affine):
     generator = np.random.default_rng(len(shape))
     for share in (0.1, 0.3):
         found, real = generator.random((2, *shape)) < share
-        expected = by_brute_force(found, real, affine)
+        expected = by_scikit_image(found, real, affine)
         assert compute_segmentation_scores(found, real, affine) == pytest.approx(expected, rel=1e-6)
         assert 0 < expected["lesion_recall"] <= 1
 
 
 def test_a_shift_is_as_far_as_the_voxel_is_long():
-    """The larger direction counts: a second part, 10 rows off, is 20 mm from the truth, and nothing of it is far."""
+    """hd95 is the larger of both directions: a second part is far from the truth, but the truth is near the first."""
     real = np.zeros((30, 10, 4), dtype=bool)
     real[2:6, 2:6, 1:3] = True
     affine = AFFINES["oblique"]
@@ -134,7 +114,7 @@ def test_two_grids_are_refused():
 
 
 def from_files(written: Path, label: Path, values: tuple[int, ...], number: int) -> dict[str, float]:
-    """All numbers of class ``number``, whose values in the label file are ``values``."""
+    """All scores of class ``number``, whose values in the label file are ``values``."""
     if label.suffix == ".png":
         found, real = (np.array(Image.open(path)) for path in (written, label))
         affine = np.eye(4)
@@ -148,7 +128,7 @@ def from_files(written: Path, label: Path, values: tuple[int, ...], number: int)
 
 
 def of_the_phantom(folder: Path, collection: Path) -> Path:
-    """Its files stored obliquely, with voxels of another size along each axis."""
+    """The phantom with oblique affines and anisotropic voxels."""
     made = shutil.copytree(collection.parent, folder / "phantom") / collection.name
     for file in made.parent.rglob("17-*/*.nii.gz"):
         image = nib.load(file)
@@ -228,7 +208,7 @@ def test_parts_go_by_class_by_size_in_ml_and_over_corners():
 
 
 def patients(folder: Path, *, val: int, test: int, specks: bool) -> dict[str, str]:
-    """A collection of bright lesions, so many a patient of each split, with bright specks that are none."""
+    """A collection with one patient per split, with so many bright lesions, and bright specks that are no lesions."""
     subjects = []
     for split, lesions in (("val", val), ("test", test)):
         label = np.zeros((24, 24, 8), dtype=np.uint8)
@@ -254,7 +234,7 @@ GRID = {"spacing": [2.0, 2.0, 4.0], "roi_size": [24, 24], "network_def": BRIGHT}
 
 
 def scored(folder: Path, given: dict[str, str], *overlays: str, **options) -> tuple[pd.Series, str]:
-    """Dice by split of a network that finds what is bright, and what was said of the post-processing."""
+    """Dice by split of a network that segments what is bright, and the content of ``clean.txt``."""
     steps = RISK_MAP.content("train")["train"]["deterministic_transforms"]
     plain = [step for step in steps if step != "$@grid.intensities"]
     asked = GRID | {"train#deterministic_transforms": plain, "target_task": "A-T2-ED", "output_dir": str(folder)}
@@ -267,7 +247,7 @@ def scored(folder: Path, given: dict[str, str], *overlays: str, **options) -> tu
     ("lesions", "specks", "chosen"), [(1, True, "largest"), (2, True, 0.1), (1, False, None), (0, True, 0.1)]
 )
 def test_validation_patients_choose_and_test_patients_cannot(lesions, specks, chosen, tmp_path, capfd):
-    """Two lesions of which one would go, or one among specks: what the test patients have makes no difference."""
+    """The lesions of the test patients have no influence on the choice."""
     said = {}
     for test in (1, 2):
         given = patients(tmp_path / str(test), val=lesions, test=test, specks=specks)
@@ -303,7 +283,7 @@ def test_nobody_but_validation_patients_may_choose(tmp_path):
 
 
 def test_inference_takes_what_was_chosen_and_chooses_nothing(tmp_path):
-    """The bundles that segment have the same ``inference.json``, as `test_bundles.py` sees to."""
+    """All bundles for segmentation have the same ``inference.json`` (see `test_bundles.py`)."""
     given = patients(tmp_path / "data", val=1, test=2, specks=True)
     options = {"base": "inference", "ckpt": given["source"], "output_dir": str(tmp_path / "out"), **GRID}
     options |= {"datalist": [{"image": str(tmp_path / "data" / "test_T2.nii.gz")}]}

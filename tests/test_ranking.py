@@ -1,4 +1,4 @@
-"""Paired statistics against scipy and hand counts, and the verdict's honesty by simulation."""
+"""Paired statistics compared with SciPy and with hand calculations, and error rates of the verdict by simulation."""
 
 from functools import partial
 
@@ -163,7 +163,7 @@ class TestAuditVerdict:
         assert len(verdict.table) == 2
 
     def test_a_lead_that_another_training_turns_round_is_no_evidence(self):
-        """Both trainings agree on which patients are easy; the second of full has not found anything."""
+        """The second training of full fails, so the lead of the first is no evidence."""
         arms = {"full": [[value, value - 0.3] for value in self.HIGH], "scratch": [[v, v + 0.01] for v in self.LOW]}
         once = audit_verdict({arm: scores([of[0] for of in values]) for arm, values in arms.items()})
         twice = audit_verdict({arm: scores(values) for arm, values in arms.items()})

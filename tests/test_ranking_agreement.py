@@ -1,4 +1,4 @@
-"""Footrule, weighted Kendall and Friedman/Nemenyi against brute force, textbook formulas and scipy, studies by hand."""
+"""Footrule, weighted Kendall, Friedman and Nemenyi compared with brute force, formulas and SciPy, and small studies."""
 
 from itertools import combinations, pairwise, permutations
 
@@ -208,7 +208,7 @@ def test_what_is_known_of_other_targets_leaves_this_one_and_other_seeds_out(sour
 
 
 def test_sources_that_are_alike_elsewhere_share_their_rank():
-    """No draw decides between them, which would be a ranking of nothing."""
+    """Ties are not broken at random."""
     rows = [("t1", "a", 0.8), ("t1", "b", 0.6), ("t2", "a", 0.6), ("t2", "b", 0.8), ("t2", "c", 0.1), ("t1", "c", 0.1)]
     rows += [("t3", name, 0.5) for name in "abcde"]
     table = pd.DataFrame(rows, columns=["target", "source", "dice"]).assign(seed=0)

@@ -1,4 +1,4 @@
-"""The conformance suite: broken metrics are caught (that ours pass is in `test_metrics.py`)."""
+"""The conformance suite finds broken metrics (`test_metrics.py` tests ours)."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Label values to classes, a coarser grid without aliasing, and intensities inside the body."""
+"""Label values to classes, resampling to a coarser grid, and intensities inside the body."""
 
 import warnings
 
@@ -9,6 +9,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd, Spacingd
 from scipy import ndimage
+from sklearn.metrics import f1_score
 
 from medtl_ext import InputError
 from medtl_ext.transforms import AreaSpacingd, NormalizeBodyd, PickChannelsd, SelectLabelsd, body_mask
@@ -93,7 +94,7 @@ class TestSelectLabels:
 
 
 class TestAreaSpacing:
-    """Voxels of 1 mm before, but where it is said otherwise."""
+    """Voxels have 1 mm before, unless stated otherwise."""
 
     @staticmethod
     def volume(values, spacing=(1, 1, 1)):
@@ -106,7 +107,7 @@ class TestAreaSpacing:
 
     @staticmethod
     def covered(array, factors):
-        """The mean of what each new voxel covers, voxel by voxel in tenths: the first lies on the first."""
+        """The mean over the area of each new voxel, on a grid of tenths of voxels; the first voxels coincide."""
         for axis, factor in enumerate(factors):
             size = array.shape[axis]
             fine = np.repeat(array, 10, axis)  # tenth i lies from i / 10 - 1 / 2 on
@@ -122,13 +123,6 @@ class TestAreaSpacing:
         image = np.random.default_rng(0).random((13, 9, 21))
         found = self.resampled(factors, image=image)["image"]
         np.testing.assert_allclose(found, self.covered(image, factors), atol=1e-5)
-
-    @pytest.mark.parametrize("factors", [(2, 2, 4), (2.5, 1, 1.4), (3, 3, 3)])
-    def test_the_mean_is_kept(self, factors):
-        image = np.pad(np.random.default_rng(0).random((14, 14, 14)), 8)
-        found = self.resampled(factors, image=image)["image"]
-        assert float(found.sum()) * np.prod(factors) == pytest.approx(image.sum(), rel=0.02)
-        assert torch.allclose(self.resampled(factors, image=np.full((5, 6, 7), 3.0))["image"], torch.tensor(3.0))
 
     @pytest.mark.parametrize(
         "image", [np.random.default_rng(0).random((6, 5, 8)), np.eye(6, dtype=np.uint8)[:, :, None]]
@@ -147,18 +141,12 @@ class TestAreaSpacing:
         ("size", "place", "expected"), [(2, 6, [3]), (2, 7, []), (2, 8, [4]), (4, 6, []), (4, 7, []), (4, 8, [])]
     )
     def test_a_plane_of_one_voxel_that_fills_half_of_one_survives(self, size, place, expected):
-        """Between two voxels it is a quarter of either, and lost; nearest neighbour would lose it too."""
+        """A plane between two voxels covers a quarter of both, and is lost, as by nearest neighbour."""
         label = np.zeros((8, 8, 17), np.uint8)
         label[:, :, place] = 1
         found = self.resampled([1, 1, size], label=label)["label"]
         assert [z for z in range(found.shape[2]) if found[..., z].all()] == expected
         assert found.sum() == 64 * len(expected)
-
-    def test_a_plane_of_an_image_is_never_lost(self):
-        for place in range(4, 12):
-            image = np.zeros((4, 4, 17))
-            image[:, :, place] = 1
-            assert float(self.resampled([1, 1, 4], image=image)["image"].sum()) == pytest.approx(16 / 4)
 
     @pytest.mark.parametrize("rarer", [1, 0])
     def test_a_tie_goes_to_the_rarer_class_of_the_label(self, rarer):
@@ -222,21 +210,16 @@ class TestAreaSpacing:
             found = AreaSpacingd("image", [1, 2])({"image": torch.arange(5.0).expand(1, 3, 5)})["image"]
         assert found[0, 0].tolist() == pytest.approx([1 / 3, 2, 11 / 3])
 
-    def test_what_the_grid_costs_real_lesions(self, shared_data):
-        """Dice of a label with itself after the grid and back: printed beside that of nearest neighbour."""
+    def test_real_lesions_lose_less_than_by_nearest_neighbour(self, shared_data):
+        """Dice of a label with itself after slices of 3 mm and back."""
         for patient in ("patient07", "patient19"):
             load = [LoadImaged("label", ensure_channel_first=True), Orientationd("label", "RAS", labels=None)]
             file = shared_data / f"open_ms/{patient}/lesion.nii.gz"
             item = Compose([*load, SelectLabelsd("label", [1])])({"label": file})
-            truth = item["label"][0].numpy() == 1
-            for pixdim in ([2, 2, 4], [3, 3, 4], [1, 1, 3]):
-                row = []
-                for step in (Spacingd("label", pixdim, mode="nearest"), AreaSpacingd("label", pixdim)):
-                    back = step.inverse(step(item))["label"][0].numpy() > 0.5
-                    row.append(2 * (truth & back).sum() / (truth.sum() + back.sum()))
-                print(patient, pixdim, "nearest {:.3f}, area {:.3f}".format(*row))
-                if pixdim == [1, 1, 3]:
-                    assert row[1] > row[0]
+            steps = Spacingd("label", [1, 1, 3], mode="nearest"), AreaSpacingd("label", [1, 1, 3])
+            back = [step.inverse(step(item))["label"].flatten() > 0.5 for step in steps]
+            nearest, area = (f1_score(item["label"].flatten(), one) for one in back)
+            assert area > nearest
 
 
 def brain(shape=(40, 40, 20)):

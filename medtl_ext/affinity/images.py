@@ -15,7 +15,7 @@ from medtl_ext._validation import require_number, warn
 from medtl_ext.affinity._volumes import Reader, bounding_box, finite, standardized
 
 QUANTILES = 2**14  # number of parts that describe the distribution of an image's scores
-EXACT = 2000  # up to so many points an image, transport in several dimensions is exact; above, sliced
+EXACT = 2000  # images with more points: transport in several dimensions is sliced, not exact
 
 
 def pairwise_wasserstein(

@@ -269,8 +269,7 @@ def _pairwise_wasserstein(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     distances = []
     pairs = torch.tensor(list(combinations(range(len(parts)), 2)), device=means.device)
     for first, second in (block.T for block in pairs.split(max(1, BLOCK // roots[0].numel()))):
-        # The singular values of A^1/2 B^1/2 are the square roots of the eigenvalues of A^1/2 B A^1/2, and more
-        # accurate.
+        # Singular values of A^1/2 B^1/2: square roots of the eigenvalues of A^1/2 B A^1/2, but more accurate.
         overlap = torch.linalg.svdvals(roots[first] @ roots[second]).sum(1)
         total = traces[first] + traces[second]
         squared = (means[first] - means[second]).square().sum(1) + total - 2 * overlap

@@ -21,9 +21,8 @@ from medtl_ext.metrics.features import FeatureMetric, MomentMetric, checked_samp
 
 SHRINKAGES = ("ledoit_wolf",)
 
-# Directions with a smaller share of the largest variance hold rounding noise of float32 features, which a
-# pseudo-inverse would amplify. Example: the covariance of a softmax of two channels has rank one; its second direction
-# is noise.
+# Directions with a smaller share of the largest variance hold rounding noise of float32 features. A pseudo-inverse
+# would amplify it. For example, the covariance of a softmax of two channels has rank one, and the rest is noise.
 CUTOFF = 1e-6
 
 EPSILON = torch.finfo(torch.float64).eps

@@ -94,7 +94,7 @@ class LabelPrediction(SampleMetric):
         super().__init__(**options)
 
     def _score(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # In canonical order, in which ties between neighbours are broken too.
+        # The canonical order also breaks ties between neighbours.
         drawn = canonical_order(features, labels, seed=self.seed)[:MAX_SAMPLES]
         rows, target = features[drawn].cpu().numpy(), labels[drawn].cpu().numpy()
         if (target == target[0]).all():

@@ -71,7 +71,7 @@ def _counts(source_labels: Any, target_labels: Any, ignore_index: int | None) ->
     """Number of samples of each target class (row) with each predicted source class (column)."""
     source = check_labels("source_labels", source_labels)
     target = check_labels("target_labels", target_labels, ignore_index=ignore_index).to(source.device)
-    # One of the two may carry a channel axis of length one.
+    # One of the two may have a channel axis of length one.
     if [n for n in source.shape if n != 1] != [n for n in target.shape if n != 1]:
         raise InputError(
             f"target_labels has shape {tuple(target.shape)}; expected source_labels' {tuple(source.shape)}."

@@ -116,8 +116,7 @@ class PARC(SampleMetric):
         rank = count.cumsum(0) - (count - 1) / 2 - (len(pairs) + 1) / 2  # centred rank of each group of ties
         share = n_different / len(pairs)
         mean_different = (torch.bincount(tie, weights=(pairs & 1).double()) @ rank) / n_different
-        # The mean of all ranks is 0. So the mean rank of pairs with equal labels is -mean_different * share / (1 -
-        # share).
+        # All ranks have mean 0, so ranks of pairs with equal labels have mean -mean_different * share / (1 - share).
         spread = (count @ rank**2 / len(pairs)).sqrt()
         return (100 * mean_different / spread * (share / (1 - share)) ** 0.5).clamp(-100, 100)
 
@@ -135,8 +134,7 @@ def principal_components(features: torch.Tensor, amount: int | float) -> tuple[n
     >>> principal_components(torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]), 32)[0].round(6).tolist()
     [[-1.0], [0.0], [1.0]]
     """
-    # Centred here: the library subtracts the square of the mean from the squares, which loses digits if the mean is
-    # large.
+    # Centred here, because the library subtracts the squared mean from the squares: a large mean would lose digits.
     centred = (features - features.mean(0)).cpu().numpy()
     magnitude = np.abs(centred).max()
     if magnitude <= NEGLIGIBLE * features.abs().max().item():

@@ -58,14 +58,14 @@ def has_bfloat16() -> bool:
 
 
 class MirroredInferer(Inferer):
-    """The mean of the logits over an image and its mirror images, each turned back.
+    """Average the logits over an image and its mirror images; each prediction is mirrored back first.
 
     Args:
-        inferer: predicts each of them.
-        axes: spatial axes to mirror along, in all combinations: two axes are four predictions.
+        inferer: makes each prediction.
+        axes: spatial axes to mirror, in all combinations: two axes need four predictions.
 
     Raises:
-        InputError: no axis.
+        InputError: ``axes`` is empty.
 
     >>> left = torch.eye(2)[None, None]
     >>> MirroredInferer(SimpleInferer(), [1])(left, lambda image: image * torch.tensor([1.0, 0.0]))[0, 0].tolist()

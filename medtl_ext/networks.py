@@ -160,7 +160,7 @@ def freeze(network: nn.Module, pattern: str | Callable[[nn.Module], str] | None)
     frozen = [parameter for name, parameter in network.named_parameters() if re.match(pattern, name)]
     if not frozen:
         children = ", ".join(name for name, _ in network.named_children())
-        raise InputError(f"freeze pattern '{pattern}' matches no parameter; the network's parts are: {children}.")
+        raise InputError(f"freeze pattern '{pattern}' matches no parameter; give a pattern of the parts: {children}.")
     for parameter in frozen:
         parameter.requires_grad_(False)
     network.register_forward_pre_hook(partial(keep_in_eval_mode, pattern))

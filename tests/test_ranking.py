@@ -153,9 +153,9 @@ class TestAuditVerdict:
     def test_three_patients_settle_nothing_and_give_a_weak_guess(self):
         verdict = audit_verdict({"scratch": scores([0.1, 0.1, 0.1]), "full": scores([0.9, 0.8, 0.0])})
         assert (verdict.recommendation, verdict.default, verdict.negative_transfer) == (None, "full", ())
-        assert verdict.text.startswith("3 validation patients cannot settle this: a verdict needs at least 4, a fine")
+        assert verdict.text.startswith("3 validation patients cannot settle this: a verdict needs at least 4, small")
         assert "Mean Dice was full 0.567 and scratch 0.100. The best guess is fine-tuning with full" in verdict.text
-        assert "which is weak: it is ahead of scratch in 2 of 3 (+0.467), and of two equal arms one is" in verdict.text
+        assert "which is weak: it is ahead of scratch in 2 of 3 (+0.467). Of two equal arms, one would" in verdict.text
         assert "in 25 % of cases" in verdict.text
         one = audit_verdict({"scratch": scores([0.5]), "full": scores([0.4]), "zero_shot": scores([0.495])})
         assert one.default == "zero_shot"

@@ -149,7 +149,7 @@ def test_a_cross_validated_audit_says_so_and_shows_what_the_arms_took(audited, t
     took = {"scratch": 12.0, "full": 8.0}
     text = audit_report(audited, tmp_path, method="risk_map", folds=5, minutes=took).text
     assert "on 5 labelled patients is 0.636" in text
-    assert "Cross-validation in 5 folds, 5 trainings an arm: none saw the patients it scored." in text
+    assert "Cross-validation in 5 folds, 5 trainings per arm: none saw the patients it scored." in text
     assert "One training run per arm" not in text
     table = pd.read_csv(tmp_path / "audit.csv")
     assert table[table["split"] == "val"].set_index("arm")["minutes"].dropna().to_dict() == took

@@ -296,7 +296,7 @@ def _map(
 ) -> torch.Tensor:
     """The scores of all pixels. ``sums_of`` gives the sums of some pixels, ``n_numbers`` per pixel."""
     if not bool(seen.any()):
-        raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
+        raise InputError("target_labels holds no valid sample: every label equals ignore_index; change ignore_index.")
     if not bool(several.any()):
         warn("target_labels holds one class only at every pixel, so the map is 0 and says nothing about transfer.")
     elif n_images <= width:

@@ -375,7 +375,7 @@ def _conditional(joint: torch.Tensor) -> torch.Tensor:
     """P(y|z) from J. It is 0 for a source class without mass, whose probability is 0 in all samples."""
     samples = joint.flatten(1).sum(1)
     if not bool(samples.sum() > 0):
-        raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
+        raise InputError("target_labels holds no valid sample: every label equals ignore_index; change ignore_index.")
     if int((samples > 0).sum()) == 1:
         warn("target_labels holds one class only, so LEEP is 0, its best value, and says nothing about transfer.")
     mass = joint.sum(0)

@@ -86,7 +86,7 @@ def _counts(source_labels: Any, target_labels: Any, ignore_index: int | None) ->
 
 def _nce(counts: torch.Tensor) -> torch.Tensor:
     if not bool(counts.sum() > 0):
-        raise InputError("target_labels holds no valid sample: every label equals ignore_index.")
+        raise InputError("target_labels holds no valid sample: every label equals ignore_index; change ignore_index.")
     if int((counts.sum(1) > 0).sum()) == 1:
         warn("target_labels holds one class only, so NCE is 0, its best value, and says nothing about transfer.")
     return negative_conditional_entropy(counts.T)

@@ -262,7 +262,9 @@ def audit_verdict(
     # All arms are already trained, so cost decides only between means that are practically equal.
     default = next(arm for arm in by_cost if arms["mean"].max() - arms.loc[arm, "mean"] <= margin)
     if patients < MINIMUM_PATIENTS:
-        text = f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}, a fine one more. "
+        text = (
+            f"{on_patients} cannot settle this: a verdict needs at least {MINIMUM_PATIENTS}, small differences more. "
+        )
         text += f"Mean Dice was {_named(arms)}. {_weak_guess(scores, default)}"
     else:
         tied = tuple(arm for arm in by_cost if not is_beaten[arm])
@@ -281,7 +283,9 @@ def audit_verdict(
         text += f" {listed(gaps)}: negative transfer."
     runs = int(arms["trainings"].max())
     if folds:
-        text += f" Cross-validation in {folds} folds, {runs * folds} trainings an arm: none saw the patients it scored."
+        text += (
+            f" Cross-validation in {folds} folds, {runs * folds} trainings per arm: none saw the patients it scored."
+        )
     elif runs == 1:
         text += " One training run per arm: the spread between seeds is not in these figures, which are over patients."
     else:
@@ -348,8 +352,8 @@ def _weak_guess(scores: Mapping[str, Scores], guess: str) -> str:
     gaps, count = means.drop(columns=guess).rsub(means[guess], axis=0), len(means)
     said = listed(f"of {arm} in {(gap > 0).sum()} of {count} ({gap.mean():+.3f})" for arm, gap in gaps.items())
     return (
-        f"The best guess is {GUESS.get(guess, f'fine-tuning with {guess}')}, which is weak: it is ahead {said}, and of "
-        f"two equal arms one is ahead in all of so few patients in {100 * 2 ** (1 - count):g} % of cases."
+        f"The best guess is {GUESS.get(guess, f'fine-tuning with {guess}')}, which is weak: it is ahead {said}. Of two "
+        f"equal arms, one would be ahead in all {count} in {100 * 2 ** (1 - count):g} % of cases."
     )
 
 

@@ -355,8 +355,9 @@ def _remarks(table: pd.DataFrame, picks: pd.DataFrame, patients: int, refused: s
     unscored = table.index[table["score"].isna()]
     text = f" No score: {listed(unscored, 6)}." if 0 < len(unscored) < len(table) else ""
     if len(table) - len(unscored) == 2 and patients >= MINIMUM_PATIENTS:
-        text += " With two scores the gap is all of the range and checks nothing: "
-        text += "the bootstrap alone, which is over-confident, decides."
+        text += (
+            " With two scores the gap is always the whole range: only the bootstrap decides, which is over-confident."
+        )
     if refused:
         text += f" {refused} resamples of the patients could not be scored."
     if len(picks) and len(table) > 1:

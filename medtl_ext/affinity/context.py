@@ -87,8 +87,8 @@ def pairwise_context(
        deviations of the body;
     2. shape: 1 - Dice (as in `mean_label_dice`) of the mean RoI, each centred on its centre of mass. It compares size
        and shape, independent of the place in the body. In [0, 1];
-    3. body: Wasserstein distance between intensities in the whole body. It separates modalities. In standard
-    deviations.
+    3. body: Wasserstein distance between intensities in the whole body. It separates modalities. In standard deviations
+       of the body.
 
     Args:
         contexts_a: Na tasks, from `task_context`.

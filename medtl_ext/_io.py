@@ -17,7 +17,7 @@ from zlib import crc32
 
 import pandas as pd
 
-MUCH = 2**27  # from so many bytes read on, hashes are cached on disk
+MUCH = 2**27  # bytes; if more are read, hashes are cached on disk
 
 
 @contextmanager
@@ -123,6 +123,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_csv(path: str | os.PathLike[str], table: pd.DataFrame, *, digits: int | None = 6) -> None:
-    """Write a table without its index, atomically. Numbers get so many significant digits; None writes them in full."""
+    """Write a table without its index, atomically. ``digits`` are significant digits; None writes numbers in full."""
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, float_format=digits and f"%.{digits}g")

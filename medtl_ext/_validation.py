@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What `check_labels` writes wherever a label equals ``ignore_index``.
+#: The value that `check_labels` writes where a label equals ``ignore_index``.
 IGNORED = -1
 
 # Metrics store labels as int16.

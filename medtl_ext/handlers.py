@@ -489,7 +489,7 @@ class StartingPoint(Penalty):
 
 
 class SpectralShrinkage(Penalty):
-    """Penalise the smallest singular value of each batch's features, which transfers worst by the paper (BSS).
+    """Penalise the smallest singular value of each batch's features, which, by the paper, transfers worst (BSS).
 
     Features are the input of the head, pixels x channels. The penalty is the squared singular value divided by the
     number of pixels. The paper has one vector per image and no divisor: its strength 0.001 for 48 images is 0.05 here.

@@ -251,8 +251,8 @@ class CleanSegmentationd(EachKeyd):
 
     Args:
         keys: segmentations by class number, 1 x *spatial, MetaTensors whose affine maps voxels to mm.
-        how: None removes nothing. ``"largest"`` keeps the largest component only. A number removes components smaller
-            than so many ml. ``"validation"`` removes nothing here: `medtl_ext.transfer.ScorePatients` chooses later.
+        how: None removes nothing. ``"largest"`` keeps the largest component only. A number removes components that are
+            smaller, in ml. ``"validation"`` removes nothing here: `medtl_ext.transfer.ScorePatients` chooses later.
         split: the split whose patients are used for this choice. None: there is none.
 
     Raises:

@@ -84,13 +84,6 @@ class TestReferenceVectors:
             metric.update([layer[k] for layer in features], labels[0][k], [k] * len(labels[0][k]))
         assert metric.compute().item() == pytest.approx(data["ccfv_inverse_energy_mean"], abs=2e-6)
 
-    @pytest.mark.parametrize("layer", [0, 1])
-    def test_terms(self, data, sides, layer):
-        features, labels = sides[0][layer], sides[1][layer]
-        # The vector named variety is the energy; the score has its inverse.
-        expected = -np.log(data[f"variety_l{layer}"] * data[f"pairwise_l{layer}"].mean())
-        assert compute_ccfv([features], [labels]).item() == pytest.approx(expected, abs=2e-6)
-
 
 class TestAgainstOtherRoutes:
     @pytest.mark.parametrize("eps", [1e-3, 0.0, 0.5])

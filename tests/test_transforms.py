@@ -87,11 +87,6 @@ class TestSelectLabels:
         with pytest.raises(InputError, match=f"^label: the label holds fractional values, such as {value:g}, which is"):
             SelectLabelsd("label", [[1]])({"label": torch.tensor([[0, 1, value]])})
 
-    def test_missing_key(self):
-        with pytest.raises(KeyError, match="label"):
-            SelectLabelsd("label", [[1]])({})
-        assert SelectLabelsd("label", [[1]], allow_missing_keys=True)({}) == {}
-
 
 class TestAreaSpacing:
     """Voxels have 1 mm before, unless stated otherwise."""

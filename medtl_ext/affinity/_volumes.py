@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from monai.utils import convert_to_numpy
 from numpy.typing import ArrayLike
-from scipy import ndimage
 
 from medtl_ext._validation import InputError
 
@@ -126,6 +125,10 @@ def standardized(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def bounding_box(mask: np.ndarray, margin: ArrayLike = 0) -> tuple[slice, ...] | None:
     """The box around the non-zero voxels plus a margin (in voxels, cut at the border); None if all are zero."""
-    (box,) = ndimage.find_objects(mask.astype(np.uint8), max_label=1)
-    pairs = zip(box or (), np.broadcast_to(margin, mask.ndim), strict=False)
-    return tuple(slice(max(side.start - int(more), 0), side.stop + int(more)) for side, more in pairs) or None
+    box = []
+    for axis, more in enumerate(np.broadcast_to(margin, mask.ndim)):
+        occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        if not occupied.size:
+            return None
+        box.append(slice(max(int(occupied[0] - more), 0), int(occupied[-1] + more) + 1))
+    return tuple(box)

@@ -42,7 +42,7 @@ def pairwise_wasserstein(
         variance: keep the fewest components that explain more than this share of the image's variance, above 0 and at
             most 1 (which keeps all).
         standardize: first standardise the non-zero voxels of each image to mean 0 and standard deviation 1; zeros stay
-            0. False compares raw intensities, as in the paper; these also differ between scanners.
+            0. False compares raw intensities, as in the paper; they also depend on the scanner.
         multivariate: False is the paper's public code, True its eq. 2. Components are matched by rank; a missing
             component is 0. It is exact up to 2,000 points per image (44 voxels per side); above, the transport is
             sliced, see `image_quantiles`.

@@ -19,7 +19,7 @@ Volumes = list[np.ndarray]
 BLOCK = 2**22
 GAUSSIAN, GAUSSIAN_SIDE = 1.5, 11  # standard deviation and side of Wang's windows, in pixels
 
-#: What `shape_descriptors` measures, in 2D and in 3D.
+#: The columns of `shape_descriptors`, in 2D and in 3D.
 SHAPE_DESCRIPTORS = {
     2: ("log_volume", "log_components", "elongation", "compactness", "centre_0", "centre_1"),
     3: ("log_volume", "log_components", "elongation", "flatness", "compactness", "centre_0", "centre_1", "centre_2"),
@@ -57,7 +57,7 @@ def pairwise_ssim(
             introduced SSIM use 0.01 and 0.03.
         window: None for the global form; ``"gaussian"`` for the local windows of Wang 2004, 11 x 11 pixels weighted by
             a Gaussian of 1.5, in each slice along the last axis of a volume; an odd number, such as 7, for plain
-            windows of so many voxels a side.
+            windows with this many voxels per side.
 
     Returns:
         Na x Nb, float64, > -1, higher means more similar; 1 for two empty volumes. With k1 = k2 = 0.3, small labels are

@@ -199,8 +199,8 @@ class FeatureMetric(TransferMetric):
     Args:
         layer: name of the module (as in ``network.named_modules()``) whose output is the features. None takes the
             penultimate features: the input of the last linear or convolution layer.
-        pixels: keep at most so many samples per class and patient (`subject` in the engine's batch). They are drawn by
-            a seeded reservoir; the draw does not depend on the order, the batches or the number of processes. None
+        pixels: keep at most this many samples per class and patient (`subject` in the engine's batch). They are drawn
+            by a seeded reservoir; the draw does not depend on the order, the batches or the number of processes. None
             keeps all. "auto" draws 400 if the metric needs samples and is attached to an engine whose features lie on a
             grid; otherwise it keeps all.
         body: leave out background pixels where the image is exactly zero, as it is outside the body after

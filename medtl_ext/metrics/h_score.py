@@ -246,7 +246,7 @@ def _quadratic_forms(matrices: torch.Tensor, vectors: torch.Tensor, cutoff: floa
     """Sum over k of ``v_k' A^+ v_k`` for B x D x D positive semi-definite matrices A and B x K x D vectors.
 
     Eigenvalues up to ``cutoff`` times the largest count as zero. If there are none, a Cholesky factor gives the same
-    number in a tenth of the time of eigenvectors. A second Cholesky factor, of the lowered matrix, tells.
+    number in a tenth of the time of eigenvectors. There are none if the lowered matrix also has a Cholesky factor.
     """
     if matrices.shape[-1] == 2:
         return _forms_by_eigenvectors(matrices, vectors, cutoff)

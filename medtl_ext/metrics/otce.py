@@ -65,7 +65,7 @@ def compute_otce(
             possible. Else it takes "emd" if ``epsilon`` is below 1e-4 of the mean cost, because Sinkhorn would hardly
             converge, and otherwise "sinkhorn".
         epsilon: weight of the entropy, in units of squared feature distance.
-        n_samples: "sinkhorn" and "emd" draw so many samples from a larger side. They hold a few n_samples x n_samples
+        n_samples: "sinkhorn" and "emd" draw this many samples from a larger side. They hold a few n_samples x n_samples
             tables of float64 (at 10,000: 0.8 GB each, and about 15 s per draw on one core).
         repeats: number of draws; the score is their mean. If neither side is larger than n_samples, nothing is drawn.
         seed: of the draws, which do not depend on the order of the samples.

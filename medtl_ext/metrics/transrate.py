@@ -118,8 +118,8 @@ def _log_determinant(matrix: torch.Tensor) -> torch.Tensor:
     """``ln det(I + A)`` of a positive semi-definite matrix A.
 
     Eigenvalues of A that are rounding errors count as zero; in a large matrix they may be larger than I. If there are
-    none, a Cholesky factor takes a third of the time of eigenvalues. A second Cholesky factor, of A minus the rounding
-    error, tells.
+    none, a Cholesky factor takes a third of the time of eigenvalues. There are none if A minus the rounding error also
+    has a Cholesky factor.
     """
     noise = len(matrix) * EPSILON * matrix.norm()
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

@@ -35,25 +35,26 @@ from medtl_ext.visualize import plot_montage, plot_risk_maps, save_figure
 
 OTHER_SEED = 1000
 RISKS = {"loss (-LEEP)": torch.neg, "weight (eq. 5)": risk_map}
-"""What is called risk, from a LEEP map."""
+"""Two definitions of risk, as functions of a LEEP map."""
 MEASURES = {"mean": "mean", "entropy": "entropy", "top": "top 5 %"}
 TO = " -> "
-"""Between a source and its target in the name of a pair."""
+"""Separates source and target in the name of a pair."""
 
 
 @dataclass(kw_only=True, eq=False)
 class MapPictures(Pictures):
-    """The same with the weights of the loss, in ``maps.png`` and, where they are a map of all images, in the viewer.
+    """`medtl_ext.transfer.Pictures`, and also the weights of the loss: in ``maps.png``, and in the viewer if one map is
+    for all images.
 
     Args:
-        training: the slices trained on, with their weight maps if they have their own; None: nothing was trained.
+        training: the training slices, with weight maps if each image has its own; None: nothing was trained.
         options: see `medtl_ext.transfer.Pictures`.
     """
 
     training: SliceDataset | None
 
     def maps(self) -> list[dict[str, Any]]:
-        """Draw; a map of all images can be looked at too, over the mean of the images that it was made of."""
+        """Draw the maps. A map for all images also goes to the viewer, over the mean of the training images."""
         folder, views = self.here.folder, []
         options = {"title": self.here.config["method"], **self.said}
         if self.training is None:
@@ -64,7 +65,7 @@ class MapPictures(Pictures):
             image = torch.stack([self.slice(item["image"]) for item in plain]).mean(0)
             before, after = (nib.load(path).get_fdata() for path in maps)
             views.append(self._view_of_maps(before=before, after=after))
-            worst = _worst(before)  # a map of slices is the same in all of them
+            worst = _worst(before)
             before, after = before[worst], after[worst]
             image = image[worst] if plain[0]["image"].ndim == 4 else image
             figure = plot_risk_maps(before, after, image=image, quantity="leep", **options)
@@ -73,7 +74,7 @@ class MapPictures(Pictures):
             rows = {}
             for item in items:
                 image, label, weight = self.slice(item["image"]), item["label"][0].int(), item["weight"][0]
-                if label.ndim == 3:  # of a whole volume the slice that holds most foreground
+                if label.ndim == 3:  # draw the slice of a volume with most foreground
                     item["slice"] = place = int(label.gt(0).sum((0, 1)).argmax())
                     image, label, weight = image[..., place], label[..., place], weight[..., place]
                 rows[f"{item['subject']}, slice {item['slice']}"] = {"image": image, "label": label, "weight": weight}
@@ -99,23 +100,24 @@ class MapPictures(Pictures):
 class CompareMethods(Study):
     """A study that fine-tunes with every method on every pair, sample size, source checkpoint and seed, and reports.
 
-    Training from scratch needs no source, and the untouched source no seed: they run once for each distinct result.
-    Writes the files of `medtl_ext.transfer.compare_report`, and every run below ``runs``. Where a target has several
-    sources, these are runs of it in that report, and ``matrix.csv`` and ``matrix.md`` have each, as the paper's tables.
+    Training from scratch does not depend on the source, and the untouched source does not depend on the seed, so they
+    run only once. Writes the files of `medtl_ext.transfer.compare_report`, and every run below ``runs``. If a target
+    has several sources, they count as runs of the target in this report; ``matrix.csv`` and ``matrix.md`` have each
+    source, as the paper's tables.
 
     Args:
         pairs: (source task, target task) each.
         methods: names of overlay configs beside ``train.json``.
-        reference: the method that all are compared with, which must be among them; "placebo" is the same once more with
-            other seeds.
-        runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. A seed draws target slices, fresh weights and
-            batches; a source seed stands for another pre-trained source checkpoint.
+        reference: the method with which all others are compared; it must be one of ``methods``. "placebo" is the
+            reference again with other seeds.
+        runs: the repetitions, ``{"seed": ..., "source_seed": ...}`` each. The seed draws target slices, fresh weights
+            and batches; another source seed gives another pre-trained source.
         train_slices: numbers of labelled target slices.
-        overlays: names of configs that every run shares, the sources' too, such as "paper"; the settings win over them.
+        overlays: names of configs for every run, also for the sources, such as "paper"; the settings win over them.
     """
 
     also: ClassVar[Sequence[str]] = ()
-    """Overlays that a kind of comparison needs."""
+    """Overlays that a kind of comparison needs in addition."""
 
     pairs: Sequence[Sequence[str]]
     methods: Sequence[str]
@@ -129,7 +131,7 @@ class CompareMethods(Study):
 
     @property
     def several(self) -> bool:
-        """Whether any target has more sources than one."""
+        """True if a target has several sources."""
         return len({target for _, target in self.pairs}) < len({tuple(pair) for pair in self.pairs})
 
     def check(self) -> dict[str, Any]:
@@ -143,12 +145,13 @@ class CompareMethods(Study):
         return {key: value for key, value in shared.items() if key[0] != "_" and key not in settings}
 
     def arms(self) -> Arms:
-        """Each distinct training once, after that of its source."""
+        """Every distinct training once, each after the training of its source."""
         here, config = self.here, self.here.config
         for method in self.methods:
             require_choice("method", method, [*sorted(path.stem for path in here.configs.glob("*.json")), PLACEBO])
         if self.reference not in self.methods:
-            raise InputError(f"methods is {list(self.methods)}; add {self.reference}, which all are compared with.")
+            problem = f"methods is {list(self.methods)}, without the reference {self.reference}"
+            raise InputError(f"{problem}; add it, or give another --reference.")
         for name in dict.fromkeys(target for _, target in self.pairs):
             self.open(name).check({"train", config["val_split"], "test"})
         tasks = dict.fromkeys(source for source, _ in self.pairs)
@@ -189,7 +192,7 @@ class CompareMethods(Study):
         compare_report(table, self.here.folder, what_next=self._what_next, **said)
 
     def _what_next(self, preferred: str | None) -> str:
-        """The run of what is preferred; or compare again with more trainings, which finds these done."""
+        """The command that runs the preferred method; or one that adds trainings and reuses the present ones."""
         record, configs = self.here.folder / "settings.json", self.here.configs
         settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
         if preferred is not None:
@@ -205,15 +208,15 @@ class CompareMethods(Study):
 
 @dataclass(kw_only=True, eq=False)
 class Condensation:
-    """A step that says where the risk is before and after fine-tuning, in ``risk.csv`` and ``risk.npz`` (Fig. 2).
+    """A step that measures where the risk is before and after fine-tuning, in ``risk.csv`` and ``risk.npz`` (Fig. 2).
 
-    Risk is what is lost, -LEEP, and beside it the weight of eq. 5, which every map's own extremes scale anew. The maps
-    of all images have P(y|z) at each pixel, as the paper's; of the first split they are ``before`` and ``after`` in
-    ``risk.npz``. A patient has too few slices for that: there it is over all pixels of the patient. A row without
-    ``patient`` is of the map of all.
+    Two kinds of risk are measured: -LEEP, and the weight of eq. 5, which is scaled by the extremes of each map. The map
+    of all images estimates P(y|z) at each pixel, as in the paper; for the first split it is ``before`` and ``after`` in
+    ``risk.npz``. A single patient has too few slices for this, so P(y|z) is estimated over all pixels of the patient. A
+    row without ``patient`` is about the map of all images.
 
     Args:
-        here: the run, whose own weights are what fine-tuning gave.
+        here: the run; its own weights are those after fine-tuning.
         source, network: the untouched source, and the network that was trained.
         slices: the slices of each split.
     """
@@ -224,7 +227,7 @@ class Condensation:
     slices: Mapping[str, SliceDataset]
 
     def run(self) -> None:
-        """Pass over the slices with both networks; of several processes each makes the whole pass."""
+        """Pass all slices through both networks; with several processes, each process does the whole pass."""
         load_weights(self.network, own_weights(self.here.folder, self.here.config["method"]), min_share=1.0)
         networks, maps = {"before": self.source, "after": self.network}, {}
         rows: list[dict[str, Any]] = []
@@ -257,21 +260,21 @@ def _patients(slices: SliceDataset) -> Iterator[tuple[str, torch.Tensor, torch.T
 
 
 def _predicted(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Class probabilities of images, one at a time, for whole volumes may be large."""
+    """Class probabilities of images, computed one at a time, because whole volumes may be large."""
     device = next(network.parameters()).device
     with torch.no_grad():
         return torch.cat([network.eval()(image[None].to(device)).float().softmax(1).cpu() for image in images])
 
 
 def concentration(risk: torch.Tensor) -> dict[str, float]:
-    """How much risk a map holds, and in how few pixels: its mean, its entropy, and the share of the top 5 %.
+    """How much risk a map holds and how concentrated it is: its mean, its entropy, and the share of the top 5 %.
 
     Args:
         risk: values of 0 or more, of any shape; NaN is left out.
 
     Returns:
-        ``mean``; ``entropy`` of the pixels' shares as a part of its maximum, 1 where all have the same risk, 0 where
-        one pixel has all; ``top``, the share of the 5 % of pixels that have most, 0.05 where all have the same.
+        ``mean``; ``entropy`` of the pixels' shares, divided by its maximum: 1 if all pixels have the same risk, 0 if
+        one pixel has it all; ``top``: the share of the risk in the 5 % of pixels with most risk, 0.05 if all are equal.
 
     >>> {name: round(value, 3) for name, value in concentration(torch.tensor([0.5] * 2 + [0.0] * 38)).items()}
     {'mean': 0.025, 'entropy': 0.188, 'top': 1.0}
@@ -284,11 +287,12 @@ def concentration(risk: torch.Tensor) -> dict[str, float]:
 
 
 class CompareMaps(CompareMethods):
-    """The comparison of where the risk is after each method, by runs with the overlay ``condensation`` too.
+    """Compares where the risk is after each method; its runs also use the overlay ``condensation``.
 
-    Writes ``condensation.csv`` (a row per pair, slices, kind of risk, split and network: what `concentration` says over
-    patients, its change from before and what it is less that of the reference, with 95 % bootstrap intervals over
-    patients, and of the map of all images), ``condensation.md`` and ``condensation.png``.
+    Writes ``condensation.csv`` (one row per pair, slices, kind of risk, split and network: the measures of
+    `concentration` over patients, their change from before, and their difference from the reference, with 95 %
+    bootstrap intervals over patients; and the measures of the map of all images), ``condensation.md`` and
+    ``condensation.png``.
     """
 
     reads = "risk.csv"
@@ -296,7 +300,7 @@ class CompareMaps(CompareMethods):
 
     def check(self) -> dict[str, Any]:
         if "zero_shot" in self.methods:
-            raise InputError("methods has zero_shot, which is what every map shows before fine-tuning; leave it out.")
+            raise InputError("methods has zero_shot, which every map shows as 'before'; leave it out.")
         return super().check()
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
@@ -307,15 +311,15 @@ class CompareMaps(CompareMethods):
         write_csv(folder / "condensation.csv", found.reset_index(keys))
         parts = [
             "# Does the risk condense?",
-            "Mean over patients with its 95 % bootstrap interval; in brackets of the map of all images, without one. "
-            "Entropy: 1 where the risk is everywhere the same, 0 in one pixel. Top 5 %: the share of the risk in the "
-            "pixels that have most, 0.05 where it is everywhere the same." + f" {SYNTHETIC}" * self.synthetic,
+            "Mean over patients with its 95 % bootstrap interval; in brackets: the map of all images. Entropy: 1 if "
+            "the risk is the same everywhere, 0 if it is in one pixel. Top 5 %: the share of the risk in the 5 % of "
+            "pixels with most risk, 0.05 if it is the same everywhere." + f" {SYNTHETIC}" * self.synthetic,
         ]
         lead: list[str] = []
         for (pair, slices, risk, split), of in found.groupby(keys, sort=False):
             parts += [f"## {risk}: {pair}, {slices} slices, {split} patients", _condenses(of, self.reference)]
             parts.append(_condensed_in_words(of, self.reference))
-            if split == "test" and not lead:  # the verdict first, of patients that no network saw
+            if split == "test" and not lead:  # the verdict on unseen patients comes first
                 lead = [f"{pair}, {slices} slices, {split} patients, {risk}: {parts[-2]}"]
         parts[1:1] = lead
         write_text(folder / "condensation.md", page(*parts))
@@ -331,12 +335,12 @@ class CompareMaps(CompareMethods):
 
 
 def _worst(leep: np.ndarray) -> tuple[Any, ...]:
-    """Where a map is cut to be drawn: that of volumes in its worst slice."""
+    """The index of what is drawn: for volumes the slice with most risk."""
     return (...,) if leep.ndim == 2 else (..., int(np.nanmean(leep, (0, 1)).argmin()))
 
 
 def _condensed(of: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Each measure of each network, of means over runs."""
+    """Each measure of each network, from means over runs."""
     whole = of[of["patient"].isna()].groupby("network", sort=False)[[*MEASURES]].mean()
     patients = of.groupby(["patient", "network"])[[*MEASURES]].mean().unstack("network")
     rows = []
@@ -354,21 +358,21 @@ def _condensed(of: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def _condenses(of: pd.DataFrame, reference: str) -> str:
-    """The paper's claim in one sentence: does more of the risk end in the worst pixels than after the reference?"""
+    """The paper's claim in one sentence: is more of the risk in the worst pixels than with the reference?"""
     top, less = of.set_index("network")["top"], of.set_index("network").drop(["before", reference])
     more = less.index[less[f"top_less_{reference}_low"] > 0]
     fewer = less.index[less[f"top_less_{reference}_high"] < 0]
     return (
         f"The worst 5 % of the pixels hold {top['before']:.3f} of the risk before and {top[reference]:.3f} after "
-        f"{reference}. More than that: {', '.join(more) or 'after no method'}; less: {', '.join(fewer) or 'after none'}"
-        " (95 % intervals over patients)."
+        f"{reference}. They hold more after: {', '.join(more) or 'no method'}; less after: "
+        f"{', '.join(fewer) or 'no method'} (95 % intervals over patients)."
     )
 
 
 def _condensed_in_words(of: pd.DataFrame, reference: str) -> pd.DataFrame:
     def words(row: Mapping[str, Any], name: str, sign: str = "") -> str:
         low, high = row[f"{name}_low"], row[f"{name}_high"]
-        if low == high == 0:  # against itself
+        if low == high == 0:  # compared with itself
             return ""
         return f"{row[name]:{sign}.3f}" + ("" if np.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})")
 
@@ -387,11 +391,11 @@ def write_matrix(dice: pd.DataFrame, folder: Path, *, reference: str = "vanilla"
     """Write the Dice of every source on every target, as in the paper's Tables I to III: ``matrix.csv``, ``matrix.md``.
 
     Args:
-        dice: columns ``slices, pair, method, dice``; a pair is "source -> target", or the target alone for what no
-            source has a part in, which then stands beside each of them.
-        folder: where to.
-        reference: the method that the others gain over.
-        synthetic: the data are synthetic, which the page then says.
+        dice: columns ``slices, pair, method, dice``. A pair is "source -> target", or only the target for a method
+            without source, which is then repeated for each source.
+        folder: folder of the files.
+        reference: the method with which the others are compared.
+        synthetic: the data are synthetic; then the page says so.
     """
     parts = dice["pair"].str.rpartition(TO)
     cells = dice.assign(source=parts[0], target=parts[2])
@@ -414,8 +418,10 @@ def write_matrix(dice: pd.DataFrame, folder: Path, *, reference: str = "vanilla"
     total["gain"], total["targets"] = total["mean"] / total["reference"] - 1, groups.size()
     parts = [
         "# Every source on every target",
-        f"Mean Dice of the test patients; in brackets the gain over {reference}, of the means; on how many pairs of a "
-        "source and a target it is ahead; and on how many targets from every source." + f" {SYNTHETIC}" * synthetic,
+        f"Mean Dice of the test patients; in brackets the relative gain of the mean over {reference}. Then the number "
+        "of pairs of source and target with a gain, and of targets with a gain from every source."
+        + f" {SYNTHETIC}"
+        * synthetic,
         _by_slices(total, ("ahead", "sources"), ("every", "targets")),
         "## Each target, mean over its sources",
         _by_slices(means, ("ahead", "sources")),
@@ -427,12 +433,12 @@ def write_matrix(dice: pd.DataFrame, folder: Path, *, reference: str = "vanilla"
 
 
 def _percent(gain: float, around: str = "{}") -> str:
-    """A gain as it is shown; over a mean of 0 there is none."""
+    """A gain as text; empty if the mean of the reference is 0."""
     return around.format(f"{gain:+.2%}") if np.isfinite(gain) else ""
 
 
 def _by_slices(means: pd.DataFrame, *counts: tuple[str, str]) -> pd.DataFrame:
-    """Mean, gain and counts in words, a column for each number of slices."""
+    """Mean, gain and counts as text, one column for each number of slices."""
     words = means["mean"].map("{:.3f}".format) + means["gain"].map(lambda gain: _percent(gain, " ({})"))
     for some, most in counts:
         words += ", " + means[some].astype(str) + " of " + means[most].astype(str)

@@ -1,6 +1,6 @@
-"""What is particular to the bundle ``source_selection``: prior knowledge of sources, PriorSel's filters, and settling.
+"""The parts of the bundle ``source_selection``: prior knowledge about sources, PriorSel's filters, and settling ties.
 
-What is known of a source before its network is looked at: its tags, its size, how alike the regions of interest are.
+Prior knowledge is what is known before a network is used: tags, size, and the similarity of the regions of interest.
 """
 
 import logging
@@ -33,21 +33,21 @@ from medtl_ext.visualize import plot_scores_against_outcome, save_figure
 logger = logging.getLogger(__name__)
 
 METHODS = {"pooled": "h_score", "paper": "h_score_map"}
-"""Method -> the score that decides unless ``decide_by`` says otherwise."""
+"""Method -> its deciding score, if ``decide_by`` is not given."""
 PUBLISHED = {"hscore": "H-score", "otce": "OTCE"}
-"""Columns of PriorSel's Table IV, and what its Table VI calls them."""
+"""Columns of PriorSel's Table IV -> their names in its Table VI."""
 SSIM: dict[str, dict[str, Any]] = {"global": {}, "local": {"k1": 0.01, "k2": 0.03, "window": "gaussian"}}
 PRIORS = ("none", "modality", "modality + SSIM")
-"""What is ranked: all sources, those of the target's modality, or what both of PriorSel's filters leave."""
+"""What is ranked: all sources, those of the target's modality, or those that pass both of PriorSel's filters."""
 SIMILARITIES = {"ssim": "label SSIM", "roi_dice": "Dice of mean label maps", "roi_shape": "shape descriptors"}
 
 
 def region_labels(
     task: SegmentationTask, *, spacing: Sequence[float], roi_size: Sequence[int], axcodes: str = "RAS"
 ) -> list[torch.Tensor]:
-    """The task's training labels on the common grid, bool, True in any foreground class.
+    """The task's training labels on the common grid, bool, True in the foreground classes.
 
-    Slices are as many as a volume has, where ``roi_size`` does not say.
+    With a ``roi_size`` of two numbers, the number of slices of each volume does not change.
     """
     prepare = Compose(
         [
@@ -65,15 +65,15 @@ def region_labels(
 def roi_similarity(
     source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], *, spacing: Sequence[float], ssim: str = "global"
 ) -> dict[str, float]:
-    """How alike two sets of label volumes (bool, of any number of slices) are, in three ways; higher is more alike.
+    """The similarity of two sets of label volumes (bool, any number of slices) by three measures; higher: more similar.
 
-    All volumes are laid centre on centre.
+    The centres of all volumes are aligned.
 
     Args:
         source, target: the label volumes.
-        spacing: mm of a voxel.
-        ssim: "global", over whole volumes with the constants of SeqTran, or "local", in the windows of each slice and
-            with the constants of Wang 2004, whom PriorSel cites; see `medtl_ext.affinity.pairwise_ssim`.
+        spacing: size of a voxel in mm.
+        ssim: "global": over whole volumes, with the constants of SeqTran; "local": in the windows of each slice, with
+            the constants of Wang 2004, which PriorSel cites; see `medtl_ext.affinity.pairwise_ssim`.
 
     Returns:
         ``ssim`` (mean over all pairs of volumes), ``roi_dice`` (Dice of the mean label maps) and ``roi_shape``
@@ -96,20 +96,20 @@ def roi_similarity(
 def filter_by_priors(
     table: pd.DataFrame, *, minimum_ssim: float | None = None, top_k: int | None = None
 ) -> pd.DataFrame:
-    """PriorSel's two filters: the target's modality, then the regions most alike; what is left is to be ranked.
+    """PriorSel's two filters: first by the target's modality, then by the similarity of the regions of interest.
 
     Args:
-        table: a row per source that can be used, with ``modality``, ``same_modality`` and ``ssim``.
+        table: one row per source that can be used, with ``modality``, ``same_modality`` and ``ssim``.
         minimum_ssim: keep sources with at least this SSIM of labels.
-        top_k: keep so many of these with the highest, and what is equal to the last of them. With neither, the better
-            half (rounded up) is kept.
+        top_k: keep this number of sources with the highest SSIM, and those equal to the last one. With neither option,
+            the better half (rounded up) is kept.
 
     Returns:
-        Columns ``kept`` (bool) and ``reason``, one row per source. A source of which a tag or the labels are not known
-        is kept. A filter that would leave nothing warns and filters nothing.
+        Columns ``kept`` (bool) and ``reason``, one row per source. A source with an unknown modality or unknown labels
+        is kept. A filter that would drop all sources is not applied, with a warning.
 
     Raises:
-        InputError: ``top_k`` would keep nothing.
+        InputError: ``top_k`` is below 1.
     """
     if top_k is not None:
         require_number("top_k", top_k, 1, whole=True)
@@ -144,13 +144,14 @@ def filter_by_priors(
 
 
 def _not_applied(why: str) -> str:
-    warnings.warn(f"{why}: this filter would leave nothing, so it is not applied.", UserWarning, stacklevel=3)
-    logger.warning("%s: this filter would leave nothing, so it is not applied", why)
+    said = f"{why}: this filter would drop all sources, so it is not applied"
+    warnings.warn(said, UserWarning, stacklevel=3)
+    logger.warning("%s", said)
     return f"filter not applied ({why})"
 
 
 def groups_by_priors(ready: pd.DataFrame, *, minimum_ssim: float | None, top_k: int | None) -> dict[str, pd.Index]:
-    """Kind of prior knowledge -> the sources that it leaves, where it leaves any."""
+    """Kind of prior knowledge -> the sources that it keeps, if it keeps any."""
     filtered = filter_by_priors(ready, minimum_ssim=minimum_ssim, top_k=top_k)
     right = ready.index[~ready["same_modality"].eq(False)]
     groups = dict(zip(PRIORS, (ready.index, right, ready.index[filtered["kept"]]), strict=True))
@@ -159,16 +160,16 @@ def groups_by_priors(ready: pd.DataFrame, *, minimum_ssim: float | None, top_k: 
 
 @dataclass(kw_only=True, eq=False)
 class SelectSource(RankSources):
-    """The ranking of `medtl_ext.transfer.RankSources` with prior knowledge beside it, or, as in PriorSel, before it.
+    """The ranking of `medtl_ext.transfer.RankSources` with prior knowledge: shown beside it, or used to filter first.
 
     Args:
-        method: "pooled" ranks all sources by the shrunk H-score; "paper" filters by modality and label SSIM first and
-            ranks what is left by the H-score map (PriorSel).
-        decide_by: the score that decides, in place of the method's own.
+        method: "pooled" ranks all sources by the shrunk H-score; "paper" (PriorSel) first filters by modality and label
+            SSIM, and ranks the others by the H-score map.
+        decide_by: the deciding score, instead of the method's own.
         minimum_ssim, top_k: see `filter_by_priors`.
-        grid: on which regions of interest are compared.
+        grid: the grid on which regions of interest are compared.
         ssim: which SSIM of labels, see `roi_similarity`.
-        settle: fine-tune the tied sources and train from scratch, and decide by the validation patients.
+        settle: fine-tune from the tied sources, train from scratch, and decide by the validation patients.
         options: see `medtl_ext.transfer.RankSources`.
     """
 
@@ -196,7 +197,7 @@ class SelectSource(RankSources):
             require_number("top_k", self.top_k, 1, whole=True)
         split = self.here.config["val_split"]
         if self.settle and split != "val":
-            raise InputError(f"--val_split {split} leaves no validation patients to settle by; give --settle false.")
+            raise InputError(f"--settle needs validation patients, but --val_split is {split}; give --settle false.")
 
     def facts(self, source: Source) -> dict[str, Any]:
         found = super().facts(source) | {key: getattr(source.card, key) for key in ("network", "n_classes", "encoder")}
@@ -216,7 +217,7 @@ class SelectSource(RankSources):
         return region_labels(self.target, **self._grid)
 
     def _similarity(self, task: str) -> dict[str, float]:
-        """Tasks of several modalities may have the same label files, though not need to."""
+        """The similarity of a source's regions; it is kept, because tasks of several modalities may share labels."""
         source = self.target.other(task, collection=source_collection(self.here.config))
         key = (tuple(item["label"] for item in source.datalist("train")), str(source.label_values))
         if key not in self._similar:
@@ -253,12 +254,12 @@ class SelectSource(RankSources):
                 text = f"there would be no best guess{' either' if first is None else ''}"
             said.append(f"Without prior knowledge {text}.")
         said.append(
-            "Training from scratch is a candidate that no score can judge: finish both runs and compare validation "
-            "patients (--settle true, or the audit of risk_map)."
+            "No score can judge training from scratch: train both and compare validation patients (--settle true, or "
+            "the audit of risk_map)."
         )
         known = [source for source in self.pool.values() if source.left_out is None and source.card.foreign]
         filled = [source.name for source in known if None in source.channels(self.target)[0]]
-        said += [f"A channel is a constant for {', '.join(filled)}."] if filled else []
+        said += [f"A missing channel is filled with a constant for {', '.join(filled)}."] if filled else []
         out = [f"{name} ({source.left_out})" for name, source in self.pool.items() if source.left_out]
         return said + ([f"Left out: {'; '.join(out)}."] if out else [])
 
@@ -276,7 +277,7 @@ class SelectSource(RankSources):
         return {"source": verdict.recommendation or verdict.default, "text": verdict.text, "dice": means}
 
     def command(self, source: Source | None) -> str:
-        """``risk_map`` with the winner; None: the training from scratch."""
+        """The command that runs ``risk_map`` from the winner; None: the training from scratch."""
         if source is None:
             files = [self.here.configs / name for name in ("train.json", "scratch.json")]
             return run_command(files, {"target_task": self.target.name} | self.changed())
@@ -291,8 +292,8 @@ class SelectSource(RankSources):
 class SelectionStudy(SourceStudy):
     """PriorSel's claims over several targets and seeds; see `medtl_ext.transfer.SourceStudy`.
 
-    A seed draws the pool's training too. Writes ``priors.png`` and ``roi_similarity.csv`` (a row per target and source,
-    the form of Tables II and III: Dice beside the similarities, seeds averaged) besides.
+    A seed also changes the training of the pool. Also writes ``priors.png`` and ``roi_similarity.csv`` (one row per
+    target and source as in Tables II and III: Dice and similarities, averaged over seeds).
     """
 
     title = "Source selection studied"
@@ -388,13 +389,13 @@ def _similarity_claim(sources: pd.DataFrame) -> str:
 
 @dataclass(kw_only=True, eq=False)
 class ReproduceTable6:
-    """A step that computes PriorSel's Table VI from its Table IV, with what a random order gives beside every cell.
+    """A step that computes PriorSel's Table VI from its Table IV, and compares every cell with a random order.
 
-    Writes ``table6.csv`` (a row per target, method and prior knowledge: footrule of the top 1 to 4, computed, printed
-    and expected of a random order of the sources that are left) and prints it.
+    Writes ``table6.csv`` (one row per target, method and prior knowledge: the footrule of the top 1 to 4, as computed,
+    as printed in the paper, and as expected for a random order of the kept sources) and prints it.
 
     Args:
-        here: where the file goes.
+        here: the run.
         scores: CSV with ``target, source, modality, target_modality, dice, hscore, otce, ssim``: its Table IV, with the
             similarity of the regions from its Table II.
         printed: CSV with ``target, method, top1`` to ``top4`` as printed.
@@ -425,9 +426,7 @@ class ReproduceTable6:
         both = table.dropna(subset=["top1"])
         agree = int((both[tops].to_numpy() == both[[f"top{k}" for k in TOP]].to_numpy()).sum())
         write_csv(self.here.folder / "table6.csv", table)
-        print(
-            f"{agree} of {len(both) * len(TOP)} printed cells agree. Footrule (that of a random order of what is left):"
-        )
+        print(f"{agree} of {len(both) * len(TOP)} printed cells agree. Footrule (expected for a random order):")
         for row in table.to_dict("records"):
             cells = [f"top {k}: {row[f'footrule_{k}']:g} ({row[f'random_footrule_{k}']:.1f})" for k in TOP]
             print(f"{row['target']}, {row['ranker']}, prior knowledge {row['prior']}: {', '.join(cells)}")

@@ -282,7 +282,7 @@ WRONG = [
     (SEQUENTIAL, {"sources": ["14-FLAIR-ET"]}, "no source shares modality or objective"),
     (SEQUENTIAL, {"target_task": "17-T2-EDD"}, "did you mean 'ED'"),
     (SEQUENTIAL, {"stage_patients": 0}, "expected a whole number, 1 or more"),
-    (SEQUENTIAL, {"stage_patients": 9, "source_patients": None}, "fewer than the 9 that are to be spent"),
+    (SEQUENTIAL, {"stage_patients": 9, "source_patients": None}, "fewer than the 9 that you ask for"),
     (SEQUENTIAL, {"train_patients": 9}, "task 17-T2-ED has 4 training patients, fewer than the 9"),
     (SEQUENTIAL, {"source_patients": 1}, "leave none to pre-train on"),
     (SEQUENTIAL, {"max_intermediates": 1, "representative_rule": "siz"}, "did you mean 'size'"),

@@ -196,11 +196,11 @@ class TestChannels:
     @pytest.mark.parametrize(
         ("images", "task", "message"),
         [
-            ({"R+R+B": "x.png"}, None, "channels R.R.B must each have a name, none twice"),
+            ({"R+R+B": "x.png"}, None, "channels R.R.B must each have a name of its own"),
             ({"R+": "x.png"}, None, "must each have a name"),
             ({"R+G": "x.png", "R": "y.png"}, None, "two files hold channel R"),
             ({"RGB": "x.png"}, "13-R+G-ED", "modality 'R' is unknown; the collection holds RGB: .* such as R.G.B"),
-            ({"R+G+B": "x.png"}, "13-R+R-ED", "none twice"),
+            ({"R+G+B": "x.png"}, "13-R+R-ED", "a name of its own"),
             ({"R+G+B": "x.png"}, "13-R+X-ED", "modality 'X' is unknown"),
         ],
     )
@@ -243,7 +243,9 @@ def test_what_is_no_name_of_a_file_is_refused_at_its_place(content, load, name):
 @pytest.mark.parametrize("text", ['{"a": 1, "name": "x", "name": "y"}', '{"x": ' + "[" * 10**5 + "]" * 10**5 + "}"])
 def test_json_that_is_no_data(tmp_path, text):
     (tmp_path / "odd.json").write_text(text)
-    with pytest.raises(InputError, match=r"odd\.json is (not valid JSON \(key 'name' is given twice|JSON within JSON)"):
+    with pytest.raises(
+        InputError, match=r"odd\.json is (not valid JSON \(key 'name' is given twice|JSON that is nested)"
+    ):
         load_collection(tmp_path / "odd.json")
 
 

@@ -92,14 +92,17 @@ def test_patients_and_class_names_where_the_file_has_them(write):
         ({"train_images": np.zeros((6, 28, 28, 3, 1), np.uint8)}, r"N x H x W x 3 \(2D\)"),
         ({"train_images": np.zeros((6, 28, 28), np.float32)}, "of float32"),
         ({"train_images": np.zeros((6, 28), np.uint8)}, r"uint8 and shape \(6, 28\)"),
-        ({"train_labels": np.zeros((6, 14), np.uint8)}, "multi-label data, as ChestMNIST"),
+        ({"train_labels": np.zeros((6, 14), np.uint8)}, "multi-label data such as ChestMNIST"),
         ({"train_labels": np.zeros((5, 1), np.uint8)}, "5 train_labels for 6 images"),
         ({"train_labels": np.full((6, 1), -1)}, "expected classes 0, 1, 2"),
         ({"train_labels": np.full((6, 1), 0.5)}, "float64 values"),
         ({"val_labels": np.array([[0], [1], [2], [0]])}, "has label 2, but 2 classes"),
         ({"class_names": np.array(["a"])}, "has label 1, but 1 classes"),
         ({"class_names": np.array(["a", "=b()"])}, r"class_names: '=b\(\)' cannot be part of a file's name"),
-        ({f"{split}_labels": np.zeros(n, int) for split, n in zip(SPLITS, (6, 4, 2), strict=True)}, "two or more"),
+        (
+            {f"{split}_labels": np.zeros(n, int) for split, n in zip(SPLITS, (6, 4, 2), strict=True)},
+            "at least two classes",
+        ),
         ({"train_labels": np.array([0, 2, 0, 2, 0, 2])}, "training images of 2 of its 3 class"),
         ({f"{split}_subjects": np.array(["a"]) for split in SPLITS}, "3 subjects for 12 images"),
     ],
@@ -181,7 +184,7 @@ def test_sizes_and_colours_are_brought_to_one_only_where_that_is_asked(tmp_path)
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "two or more"),
+        ([], "at least two classes"),
         (["cat/1.png"], "training images of 1 of its 1 class"),
         (["train/cat/1.png", "test/cat/1.png"], "test, train but not all splits; name the splits train, val, test"),
         (["train/cat/1.png", "valid/cat/1.png", "test/cat/1.png"], "but not all splits"),
@@ -196,7 +199,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, files, message):
     for file in files:
         put(tmp_path / file, 100, "I;16" if "deep" in file else "L")
         if "text" in file:
-            (tmp_path / file).write_text("no image")
+            (tmp_path / file).write_text("expected an image")
     with pytest.raises(InputError, match=message):
         load_image_folder(tmp_path)
 
@@ -327,7 +330,7 @@ def test_a_task_is_kept_whole_and_not_made_again(phantom, monkeypatch):
         ("17-T1-modality", "the modality is ALL for the objective 'modality'"),
         ("17-ALL-tumour", "the modality is ALL for the objective 'modality'"),
         ("17-T3-tumour", "modality 'T3' is unknown"),
-        ("17-T1+T2-tumour", "has 2 channels; an image to classify has one, or three as colours"),
+        ("17-T1+T2-tumour", "has 2 channels; give one modality, or three that become colours"),
         ("19-T1-tumour", "institution '19' is unknown"),
     ],
 )

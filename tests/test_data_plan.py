@@ -89,10 +89,10 @@ class TestWindow:
         ("shape", "sizes", "roi_size", "reason"),
         [
             ((20, 24, 18), (1, 1, 1), (32, 32, 32), "3D, volumes: there are up to 18 slices"),
-            ((20, 24, 18), (1, 1, 1.6), (32, 32), "2D, slice by slice: voxels are 1.6 times longer"),
+            ((20, 24, 18), (1, 1, 1.6), (32, 32), "2D, slice by slice: voxels are 1.6 times longer along one axis"),
             ((20, 24, 18), (1.6, 1, 1), (32, 32), "2D, slice by slice"),
             ((20, 24, 15), (1, 1, 1), (32, 32), "2D, slice by slice: there are 15 slices at most"),
-            ((300, 20, 1), (1, 1, 1), (304, 32), "2D, the images are"),
+            ((300, 20, 1), (1, 1, 1), (304, 32), "2D, as the images are"),
             ((90, 100, 70), (1, 1, 1), (64, 64, 64), "3D, volumes"),
             ((200, 20, 60), (1, 1, 1), (128, 32, 64), "3D, volumes"),
             ((700, 300, 2), (1, 1, 1), (512, 304), "2D, slice by slice"),
@@ -150,7 +150,7 @@ class TestFlips:
         grid = planned(self.bodies(tmp_path, *sided), roi_size="3d")
         assert grid.flip_axes == tuple(sorted({0, 1, 2} - set(sided)))
         assert [step.flipper.spatial_axis for step in grid.flips] == list(grid.flip_axes)
-        assert "images are alike by 0.9" in grid.why[-1]
+        assert "similarity of two patients: 0.9" in grid.why[-1]
 
     def test_axes_are_those_of_the_grid(self, tmp_path):
         assert planned(self.bodies(tmp_path, 0), roi_size="3d", axcodes="ARS").flip_axes == (0, 2)
@@ -179,7 +179,7 @@ class TestIntensities:
         expected = (image.clip(low, high) - inside.mean()) / inside.std()
         found = grid.intensities({"image": image[None]})["image"][0]
         np.testing.assert_allclose(found, expected, atol=1e-3)
-        assert "CT clipped to" in grid.why[-3]
+        assert "are CT, clipped to" in grid.why[-3]
 
     def test_a_label_of_another_size_is_named(self, tmp_path):
         item = saved(tmp_path, "a", label=np.ones((20, 24, 16), np.uint8))
@@ -244,7 +244,7 @@ class TestFile:
         assert read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size=[8, 8]).dims == 2
         with pytest.raises(InputError, match=r"roi_size is '3d'; expected 2 or 3 positive numbers"):
             read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size="3d")
-        with pytest.raises(InputError, match="is not there; put it there, or give --spacing and --roi_size"):
+        with pytest.raises(InputError, match="does not exist; copy it there, or give --spacing and --roi_size"):
             read_grid(tmp_path / "grid.json", spacing=[1, 1, 1], roi_size="auto")
 
     @pytest.mark.parametrize("text", ["[]", "{", '{"spacings": 1}'])
@@ -271,7 +271,7 @@ class TestCommand:
     def test_a_coarse_grid_is_told_by_the_exit_status(self, hippocampus, capsys):
         task = load_collection(hippocampus).tasks()[0]
         assert main(["plan", str(hippocampus), str(task), "--spacing", "4", "4", "8", "--roi_size", "2d"]) == 1
-        assert "2D, as it is asked for" in capsys.readouterr().out
+        assert "2D, as you asked" in capsys.readouterr().out
 
     def test_a_network_of_ours_costs_what_its_own_grid_does(self, hippocampus, tmp_path, capsys):
         torch.save({}, tmp_path / "model.pt")
@@ -305,13 +305,13 @@ def test_inference_wants_the_grid_of_the_training(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "model.pt")
     image = saved(tmp_path, "a")["image"]
     options = {"input_dir": image, "ckpt": str(tmp_path / "model.pt"), "output_dir": str(tmp_path / "out")}
-    assert "which a training leaves beside its network" in refused(lambda: RISK_MAP.run(base="inference", **options))
+    assert "which a training writes beside its network" in refused(lambda: RISK_MAP.run(base="inference", **options))
 
 
 def test_healthy_files_only(tmp_path):
     """A file that is no image is named when a grid is planned from it."""
     item = saved(tmp_path, "a")
-    Path(item["image"]).write_bytes(b"no image")
+    Path(item["image"]).write_bytes(b"expected an image")
     with pytest.raises(InputError, match=r"a\.nii\.gz"):
         planned([item])
 
@@ -340,8 +340,8 @@ def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
     path = write_collection(tmp_path / "collection.json", content | {"subjects": subjects})
     assert main(["check", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "warning: A-T1-It: spacing 1 x 1 x 4 mm: the median of 5 training images, which are from 1 x 1 x 1" in said
-    assert "connected parts vanish; give a finer grid" in said
+    assert "warning: A-T1-It: spacing 1 x 1 x 4 mm: the median of 5 training images, which have 1 x 1 x 1" in said
+    assert "connected parts disappear; give a finer grid" in said
 
 
 def test_a_network_of_ours_keeps_the_grid_that_it_has_seen(tmp_path):
@@ -371,4 +371,4 @@ def test_a_network_of_ours_whose_grid_is_not_known_is_not_given_another(config, 
     options |= {"ckpt" if config == "evaluate" else "source": str(tmp_path / "model.pt"), "spacing": "auto"}
     overlays = ["evaluate"] if config == "evaluate" else []
     workflow = RISK_MAP.workflow(*overlays, output_dir=str(tmp_path / "out"), **options)
-    assert "which a training leaves beside" in refused(lambda: workflow.parser.get_parsed_content("grid"))
+    assert "which a training writes beside" in refused(lambda: workflow.parser.get_parsed_content("grid"))

@@ -138,7 +138,7 @@ def test_datasets_of_several_forms_are_pooled(mnist):
 
 def test_a_pool_of_nothing_but_the_target_is_refused(options, no_training):
     message = refused(lambda: run(**options, sources=[["17-T2-tumour"], SOURCES[0]]))
-    assert "holds no dataset but the target's own" in message
+    assert "holds only the target's own dataset" in message
 
 
 # Real files

@@ -115,7 +115,7 @@ class TestReading:
         found, _ = read_channels([f"{tmp_path}/deep.tif#{number}/3" for number in range(3)])
         assert (found[..., 0] == deep.transpose(2, 1, 0)).all()
         itk.imwrite(itk.image_from_array(deep, is_vector=True), str(tmp_path / "deep.png"))
-        with pytest.raises(InputError, match=r"sixteen bits a colour, of which PIL would keep eight; save it as TIFF"):
+        with pytest.raises(InputError, match=r"16 bits per colour, but PIL would keep only 8; save it as TIFF"):
             read_channels([f"{tmp_path}/deep.png#{number}/3" for number in range(3)])
 
     def test_a_jpeg_and_a_2d_nifti(self, tmp_path):
@@ -177,16 +177,16 @@ def broken(folder):
     (folder / "empty.png").touch()
     return [
         (["none.nii"], "does not exist"),
-        (["a.docx"], "is of no format that is read here"),
-        (["v.nii", "small.nii"], r"has shape \(6, 9, 5\), .*v.nii \(7, 9, 5\); resample"),
+        (["a.docx"], "has no format that can be read"),
+        (["v.nii", "small.nii"], r"has shape \(6, 9, 5\), but .*v.nii has \(7, 9, 5\); resample"),
         (["v.nii", "shifted.nii"], "differ in their affines by up to 0.5 mm"),
         (["five.nii"], "store one 3D volume of numbers"),
         (["rgb.png"], 'has 3 channels where one is expected; name the channels of an image, such as "R.G.B"'),
-        (["rgb.png#0/2", "rgb.png#1/2"], "has 3 channels, and the collection names 2"),
-        (["v.nii#0/2"], "has 1 channel, and the collection names 2"),
+        (["rgb.png#0/2", "rgb.png#1/2"], "has 3 channels, but the collection names 2"),
+        (["v.nii#0/2"], "has 1 channel, but the collection names 2"),
         (["v.nii#rgb"], "is no colour file"),
         (["pages.tif"], "has 3 pages"),
-        (["turned.jpg"], "turned by its EXIF entry"),
+        (["turned.jpg"], "rotated by its EXIF entry"),
         (["cut.jpg"], "cannot be read .*truncated"),
         (["empty.png"], "cannot be read"),
     ]
@@ -217,14 +217,14 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path):
 def test_what_needs_itk_says_so(tmp_path, monkeypatch, name):
     monkeypatch.setattr(files, "_itk", lambda: None)
     (tmp_path / name).mkdir() if name == "series" else (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"is read by ITK, which is not installed; pip install 'medtl\[itk\]'"):
+    with pytest.raises(InputError, match=r"needs ITK, which is not installed; pip install 'medtl\[itk\]'"):
         read_channels([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda itk, folder: series(itk, folder, places=(0, 1, 2, 4)), "lacks slices: they are 4 mm apart, and 8 mm"),
+        (lambda itk, folder: series(itk, folder, places=(0, 1, 2, 4)), "lacks slices: they are 4 mm apart, but 8 mm"),
         (lambda itk, folder: series(itk, series(itk, folder), uid="1.9"), "holds 2 DICOM series"),
     ],
 )

@@ -200,20 +200,20 @@ PIXDIM, SHAPES, SFORM, CODES = 80, 42, 280, 252
 ODD = {
     "pixdim is not the affine's": (
         lambda path: header(path, PIXDIM, [2, 2, 3]),
-        "error: says voxels of 2 x 2 x 3 mm (pixdim) and of 2 x 2 x 4 mm (affine)",
+        "error: has voxels of 2 x 2 x 3 mm by pixdim, but of 2 x 2 x 4 mm by its affine",
     ),
-    "an affine without a volume": (lambda path: header(path, SFORM, [0] * 4), "error: has an affine without a volume"),
+    "an affine without a volume": (lambda path: header(path, SFORM, [0] * 4), "error: has a singular affine"),
     "more voxels than are sane": (
         lambda path: header(path, SHAPES, [30000] * 3, "<h"),
-        "error: claims 30000 x 30000 x 30000 voxels, and 536,870,912 are the most",
+        "error: claims 30000 x 30000 x 30000 voxels; at most 536,870,912 are allowed",
     ),
     "a gzip bomb": (
         lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**27))),
-        "error: goes on behind its last voxel",
+        "error: holds more data after its last voxel",
     ),
     "one voxel of 1e38": (
         lambda path: save(path, np.where(np.arange(720).reshape(SHAPE) == 5, 1e38, image(0)).astype(np.float32)),
-        "error: it holds values up to 1e+38, which nothing measures",
+        "error: it holds values up to 1e+38, which no scanner measures",
     ),
     "a label file": (
         lambda path: shutil.copy(path.with_name("tumour.nii.gz"), path),
@@ -296,11 +296,11 @@ class TestPictures:
     @pytest.mark.parametrize(
         ("name", "pixels", "mode", "expected"),
         [
-            ("0.png", mask(), "RGBA", "error: has an alpha channel; save it without"),
-            ("0.png", mask(), "L", "error: has 1 channel, and the collection names 3; name as many"),
+            ("0.png", mask(), "RGBA", "error: has an alpha channel; save it without alpha"),
+            ("0.png", mask(), "L", "error: has 1 channel, but the collection names 3; name as many"),
             ("0_mask.png", mask((0, 9, 255)), None, "error: the label holds undeclared values [0, 9, 255] (declared: "),
             ("0_mask.png", mask((0, 255, 0)), "P", "error: the label holds undeclared values [0, 255, 0] (declared: "),
-            ("0_mask.png", mask(), "L", "error: is no colour file, though its label is declared by colours"),
+            ("0_mask.png", mask(), "L", "error: is no colour file, but its label is declared by colours"),
             ("0_mask.png", mask()[:32], None, "error: image shape (64, 64, 1) differs from shape (64, 32, 1)"),
         ],
     )
@@ -353,8 +353,8 @@ class TestSizes:
     @pytest.mark.parametrize(
         ("sizes", "said"),
         [
-            ((2, 2, 60), "voxels of up to 60 mm, and 0.36 m from end to end; correct the header's units or spacing"),
-            ((400, 2, 4), "voxels of up to 400 mm, and 4.8 m from end to end; correct the header's units or spacing"),
+            ((2, 2, 60), "voxels of up to 60 mm, and a length of 0.36 m; correct the header's units or spacing"),
+            ((400, 2, 4), "voxels of up to 400 mm, and a length of 4.8 m; correct the header's units or spacing"),
         ],
     )
     def test_millimetres_that_cannot_be(self, collection, tmp_path, sizes, said):
@@ -368,16 +368,16 @@ class TestSizes:
         save(tmp_path / "s0/T1.nii.gz", image(0)[:, 3:4, 2:3].repeat(120, 0), sizes=(2.2, 2, 4))
         save(tmp_path / "s0/tumour.nii.gz", label()[:, 3:4, 2:3].repeat(120, 0), sizes=(2.2, 2, 4))
         (issue,) = check(collection, ["13-T1-ED"]).warnings
-        assert "and 3.17 m from end to end" in issue.problem
+        assert "and a length of 3.17 m" in issue.problem
 
     def test_patients_whose_voxels_differ(self, collection, tmp_path):
         self.resize(tmp_path, "s2", (2, 2, 12.1))
         issues = check(collection).issues
         assert [issue[:3] for issue in issues] == [("warning", "", "")] * 2
         for issue, name in zip(issues, ("T1", "T2"), strict=True):
-            said = f"institution 13: from bottom to top voxels of {name} are 4 mm in subject s0 and 12.1 mm in s2"
+            said = f"institution 13: from bottom to top, voxels of {name} are 4 mm in subject s0 and 12.1 mm in s2"
             assert issue.problem == said
-            assert issue.advice.startswith("correct the header that is wrong")
+            assert issue.advice.startswith("correct the wrong header")
 
     def test_neither_other_axes_nor_three_times_are_odd(self, collection, tmp_path):
         self.resize(tmp_path, "s1", (-2, 2, 4), turned=True)

@@ -387,7 +387,7 @@ class TestTumours:
 
 NCR_ED_ET = {"NCR": 1, "ED": 2, "ET": 3}
 NETC_SNFH_ET = {"NETC": 1, "SNFH": 2, "ET": 3}
-UNTOLD = "hold the values .* which do not say what they mean .*; give the challenge"
+UNTOLD = "hold the values .* whose meaning is ambiguous .*; give --challenge"
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ UNTOLD = "hold the values .* which do not say what they mean .*; give the challe
         ("GLI", [(1, 2, 3)], {"challenge": "PED-2024"}, "challenge of files with these names 'PED-2024' is unknown"),
         ("SSA", [(1, 2, 3)], {}, NCR_ED_ET),
         ("MEN", [(1, 2, 3)], {}, NETC_SNFH_ET),
-        ("MEN", [(1, 2, 3), (1, 2, 3, 4)], {}, r"holds the values \[1, 2, 3, 4\] .*, but those .* MEN-2023"),
+        ("MEN", [(1, 2, 3), (1, 2, 3, 4)], {}, r"holds the values \[1, 2, 3, 4\] .*, but expected .* MEN-2023"),
         ("MET", [(1, 2, 3)], {}, NETC_SNFH_ET),
         ("MET", [(1, 2, 3), (1, 4)], {}, NETC_SNFH_ET | {"RC": 4}),
         ("PED", [(1, 2, 3), (1, 2, 3, 4)], {}, {"ET": 1, "NET": 2, "CC": 3, "ED": 4}),
@@ -533,7 +533,7 @@ class TestNnUNet:
         assert list(reading.collection.objectives) == ["whole", "TZ"]
         assert reading.collection.labels["label"]["ignore"] == 3
         assert reading.check.errors == []
-        assert any("value 3 is to be ignored" in row for row in rows(reading))
+        assert any("value 3 is 'ignore'" in row for row in rows(reading))
 
     @pytest.mark.parametrize("ending", [".png", ".PNG", ".bmp", ".tif", ".nrrd"])
     def test_every_format_that_is_read(self, tmp_path, ending):
@@ -745,12 +745,17 @@ class TestImages:
         [
             ({"masks": "{}_gt.jpg"}, {}, {}, "_gt.jpg is a JPEG, which changes the values"),
             ({"values": ((255, 0, 0), (0, 9, 0))}, {}, {}, "--values NAME=0,9,0 NAME=255,0,0"),
-            ({"values": range(1, 30)}, {}, {}, "29 values besides 0 .1, 2, 3, ....: smoothed, or numbered objects"),
+            (
+                {"values": range(1, 30)},
+                {},
+                {},
+                "29 values besides 0 .1, 2, 3, ....: were they smoothed, or are objects numbered",
+            ),
             ({"values": [0]}, {}, {}, "no mask holds a value besides 0"),
-            ({}, {"labels/3_mask.png": [(0, 9, 0)]}, {}, "3_mask.png is a mask in colours and .* numbers"),
+            ({}, {"labels/3_mask.png": [(0, 9, 0)]}, {}, "3_mask.png is a mask in colours, but .* numbers"),
             ({}, {"labels/3_mask_1.png": [255]}, {}, r"3_mask and with 3_mask_1; .* 'DIR/\*_mask.\*'"),
             ({}, {"images/3.bmp": []}, {}, "3.bmp and .*3.png have one name"),
-            ({"colour": True}, {}, {"modalities": ["fundus"]}, "png has 3 channels; name them with modalities"),
+            ({"colour": True}, {}, {"modalities": ["fundus"]}, "png has 3 channels; name them with --modalities"),
             ({}, {}, {"labels": "none"}, "none is not a folder"),
             ({}, {}, {"labels": "labels/*.tif"}, "no mask .* in folder"),
             ({"masks": None}, {}, {"labels": "images"}, "no mask in images, .* is named like another file there"),
@@ -880,14 +885,14 @@ CASE = "training must hold the paths of 'image' and 'label' files"
     [
         ("fets", lost("partitioning_1.csv"), {}, "0 files partitioning_1.csv"),
         ("fets", rewritten(PARTITIONING, "Institution,Name\n1,a\n"), {}, "has no column 'subject'"),
-        ("fets", rewritten(PARTITIONING, TWICE), {}, "at two institutions"),
+        ("fets", rewritten(PARTITIONING, TWICE), {}, "for two institutions"),
         ("fets", lost("*seg*"), {}, "no subject found.*FeTS2022_00000: no label tumour"),
         ("brats2023", lost("*seg*"), {}, r"expected SUBJECT/SUBJECT_\{t1,.*found 20 image files"),
-        ("brats2023", brats2021, {}, "mixes the names of BraTS until 2022 .*read one of them at a time"),
+        ("brats2023", brats2021, {}, "mixes the names of BraTS until 2022 .*read one of the two at a time"),
         ("brats2023", pediatric, {}, "mixes files of GLI and PED"),
-        ("bids", other_meaning, {}, "values of label 'tissue' are {'CSF': 1}, and elsewhere {'GM': 1, 'WM': 2}"),
+        ("bids", other_meaning, {}, "values of label 'tissue' are {'CSF': 1}, but elsewhere {'GM': 1, 'WM': 2}"),
         ("msd", listed(labels=None), {}, "names no labels"),
-        ("msd", listed(modality=None), {"labels": {"LA": 1}}, "every modality"),
+        ("msd", listed(modality=None), {"labels": {"LA": 1}}, "every modality its own name"),
         ("msd", listed(training=[{"image": "a.nii.gz", "label": 3}]), {}, CASE),
         ("msd", listed(training=[{"image": [1]}]), {}, CASE),
         ("msd", listed(training=[{"image": []}]), {}, CASE),
@@ -896,8 +901,8 @@ CASE = "training must hold the paths of 'image' and 'label' files"
         ("msd", rewritten("dataset.json", "{"), {}, "dataset.json is not valid JSON"),
         ("msd", rewritten("dataset.json", "[]"), {}, "dataset.json must hold an object"),
         ("msd", listed(labels={"a": "b"}), {}, "dataset.json: labels must map names to whole numbers"),
-        ("nnunet", listed(file_ending=".gif"), {}, "file_ending is '.gif'; read are .nii, .* convert"),
-        ("nnunet", listed(channel_names={}), {}, "every modality"),
+        ("nnunet", listed(file_ending=".gif"), {}, "file_ending is '.gif'; expected one of .nii, .* convert"),
+        ("nnunet", listed(channel_names={}), {}, "every modality its own name"),
         ("bids", lost("*.tsv"), {}, "no dseg.tsv names the values"),
         ("csv", tabled(lambda frame: frame.drop(columns="Image")), {}, "no column 'image'"),
         ("csv", with_cell([0], "Split", "val"), {}, "subject 'p0' has several values of split"),
@@ -909,7 +914,7 @@ CASE = "training must hold the paths of 'image' and 'label' files"
         ("csv", lost("*.csv"), {}, "0 CSV files"),
         ("csv", lost("none"), {"labels": None}, "give labels"),
         ("csv", lost("none"), {"labels": {"left atrium": 1, "left-atrium": 2}}, "one name two values"),
-        ("csv", lost("none"), {"labels": {"background": 1, "lesion": 2}}, "or background one besides 0"),
+        ("csv", lost("none"), {"labels": {"background": 1, "lesion": 2}}, "or give background a value other than 0"),
         ("csv", lost("none"), {"labels": {"lesion": 1.7}}, "labels must map names to whole numbers"),
         ("iseg", lost("none"), {"labels": {"WM": 3}}, "option of reader 'iseg' 'labels' is unknown"),
         ("fest", lost("none"), {}, "reader 'fest' is unknown; did you mean 'fets'"),
@@ -947,10 +952,10 @@ class TestMedMNIST:
         ("options", "message"),
         [
             ({"file": "other.npz"}, "other.npz does not exist"),
-            ({"labels": {"ill": 2}, "file": "lung mnist.npz"}, "labels gives ill the number 2"),
+            ({"labels": {"ill": 2}, "file": "lung mnist.npz"}, "--labels gives ill the number 2"),
             ({"folds": 3}, "folds"),
-            ({"file": "organs3d.npz"}, "organs3d.npz holds volumes of 28 x 28 x 28, .*; take a dataset in 2D"),
-            ({"out": "lung mnist.npz"}, "is no description of a MedMNIST file, so it is not replaced"),
+            ({"file": "organs3d.npz"}, "organs3d.npz holds volumes of 28 x 28 x 28, .*; use a 2D dataset"),
+            ({"out": "lung mnist.npz"}, "is not a description of a MedMNIST file, so it is not replaced"),
             ({}, "should hold one .npz file; found lung mnist.npz, second.npz"),
         ],
     )
@@ -1003,7 +1008,10 @@ class TestCommandLine:
         assert main(command) == 0
         assert "were not checked" in capsys.readouterr().out
         assert {subject.split for subject in load_collection(root.parent / "c.json").subjects} == {"train", "val"}
-        for words_of_labels, message in (("lesion", "not of the form NAME=VALUE"), ("a=1 a=2", "a has two values")):
+        for words_of_labels, message in (
+            ("lesion", "not of the form NAME=VALUE"),
+            ("a=1 a=2", "a is given two values"),
+        ):
             assert main([*command, "--labels", *words_of_labels.split()]) == 2
             assert message in capsys.readouterr().err
         assert main(["read", "csv", "--out", str(root.parent / "d.json")]) == 2
@@ -1018,7 +1026,7 @@ class TestCommandLine:
         root, command = words("csv", "--labels", "lesion=1", "--csv")
         before = (root / "liste.csv").read_bytes()
         assert main([*command, str(root / "liste.csv")]) == 2
-        assert "is no report of issues" in capsys.readouterr().err
+        assert "is not a report of issues" in capsys.readouterr().err
         assert (root / "liste.csv").read_bytes() == before
         assert main([*command, str(root.parent / "c.json")]) == 2
         assert not (root.parent / "c.json").exists()

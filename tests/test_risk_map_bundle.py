@@ -202,13 +202,13 @@ def test_an_audit_of_several_seeds_grows_by_the_trainings_that_are_missing(optio
 @pytest.mark.parametrize(
     ("train", "val", "options", "said"),
     [
-        (8, 6, {}, "the audit takes 2 trainings besides this one"),
-        (8, 6, {"seeds": 3}, "the audit takes 8 trainings besides this one"),
+        (8, 6, {}, "the audit needs 2 trainings besides this one"),
+        (8, 6, {"seeds": 3}, "the audit needs 8 trainings besides this one"),
         (8, 3, {}, "17 trainings besides this one, 15 of them to cross-validate the arms over all 11 labelled"),
-        (2, 1, {}, "in 3 folds (fewer than 6 are left to validate on; --audit#folds 0 leaves it out)"),
+        (2, 1, {}, "in 3 folds (there are fewer than 6 validation patients; --audit#folds 0 turns this off)"),
         (2, 0, {"seeds": 2}, "17 trainings besides this one, 12 of them to cross-validate"),
-        (8, 3, {"folds": 0}, "the audit takes 2 trainings besides this one"),
-        (8, 9, {"folds": 3}, "in 3 folds (--audit#folds 0 leaves it out)"),
+        (8, 3, {"folds": 0}, "the audit needs 2 trainings besides this one"),
+        (8, 9, {"folds": 3}, "in 3 folds (--audit#folds 0 turns this off)"),
         (1, 0, {}, None),
         (2, 1, {"folds": 4}, "audit#folds is 4; expected a whole number from 2 to 3"),
         (2, 1, {"seeds": 0}, "audit#seeds is 0; expected a whole number, 1 or more"),
@@ -272,7 +272,7 @@ def test_the_card_of_somebody_elses_network_comes_along_with_the_advised_weights
         (folder / "audit" / arm / ".run.sums").unlink(missing_ok=True)  # by which it would be written again
     run("full", **options)
     assert (folder / "model.json").is_file() == (advised.name == "full")  # is not that of another network
-    assert ("take the source" in (folder / "MODEL_CARD.md").read_text()) == (advised.name == "zero_shot")
+    assert ("use the source itself" in (folder / "MODEL_CARD.md").read_text()) == (advised.name == "zero_shot")
 
 
 def test_three_dimensions(options, tmp_path):
@@ -374,7 +374,7 @@ def test_a_map_with_a_stride_lies_on_the_grid_and_is_drawn(options):
 def test_files_of_no_known_run_are_not_replaced(options, source, tmp_path):
     shutil.copy(source, tmp_path / "model.pt")
     message = refused(lambda: run("vanilla", **options | {"output_dir": str(tmp_path)}))
-    assert "holds model.pt of no run that is known here" in message
+    assert "holds a model.pt of an unknown run" in message
     assert (tmp_path / "model.pt").read_bytes() == source.read_bytes()
 
 
@@ -398,7 +398,7 @@ def test_the_settings_of_a_comparison_are_options_and_stay(collection, tmp_path)
     assert "method 'vanila' is unknown; did you mean 'vanilla'" in refused(lambda: run(**shared, settings=settings))
     assert "method 'vanila'" in refused(lambda: run(**shared, settings=settings | {"epochs": 2}))  # nothing ran yet
     (tmp_path / "out" / "runs").mkdir()
-    assert "holds a study with epochs=2, this one has 1" in refused(lambda: run(**shared, settings=settings))
+    assert "holds a study with epochs=2, but this one has 1" in refused(lambda: run(**shared, settings=settings))
 
 
 def test_a_matrix_has_every_source_of_every_target_with_gains_and_budgets(collection, tmp_path, in_this_process):
@@ -461,7 +461,7 @@ def test_where_the_risk_is_before_and_after_each_method(collection, tmp_path, in
     asked = {"pairs": [["14-FLAIR-ED", "17-T2-ED"]], "methods": ["vanilla", "risk_map"], "train_slices": [8]}
     asked |= {"runs": [{"seed": 0, "source_seed": 0}], "settings": settings, "output_dir": str(tmp_path / "out")}
     said = refused(lambda: run(base="figure2", **asked | {"methods": ["vanilla", "zero_shot"]}))
-    assert "methods has zero_shot, which is what every map shows before" in said
+    assert "methods has zero_shot, which every map shows as 'before'" in said
     run(base="figure2", **asked)
     folder = tmp_path / "out"
     assert {"condensation.md", "condensation.png", "report.html"} <= {path.name for path in folder.iterdir()}
@@ -482,11 +482,11 @@ def test_where_the_risk_is_before_and_after_each_method(collection, tmp_path, in
     assert row["top_change_low"] <= row["top_change"] <= row["top_change_high"]
     assert found.loc[("weight (eq. 5)", "test", "vanilla"), "top_less_vanilla"] == 0
     low, high = row[["top_less_vanilla_low", "top_less_vanilla_high"]]
-    more, less = ("risk_map" if low > 0 else "after no method"), ("risk_map" if high < 0 else "after none")
+    more, less = ("risk_map" if low > 0 else "no method"), ("risk_map" if high < 0 else "no method")
     text = (folder / "condensation.md").read_text()
     assert text.split("\n\n")[1].startswith("14-FLAIR-ED -> 17-T2-ED, 8 slices, test patients, loss (-LEEP): The worst")
     said = text[text.index("## weight (eq. 5): 14-FLAIR-ED -> 17-T2-ED, 8 slices, test") :]
-    assert f"after vanilla. More than that: {more}; less: {less} (95" in said.partition("|")[0]
+    assert f"after vanilla. They hold more after: {more}; less after: {less} (95" in said.partition("|")[0]
 
 
 def test_a_comparison_looks_at_its_targets_before_it_trains(collection, tmp_path, no_training):

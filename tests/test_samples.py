@@ -60,7 +60,7 @@ def test_source_selection_on_colour_photographs(retina, places):
     SOURCE_SELECTION.run(collection=str(retina), **options, **PHOTOGRAPHS, **places)
     table = pd.read_csv(Path(places["output_dir"]) / "ranking.csv").set_index("source")
     assert table.loc["Healthy-R+G+B-Vessel", "status"] == "ranked"
-    assert table.loc["green", "reason"] == "it is of G, the target's images are R+G+B"
+    assert table.loc["green", "reason"] == "it is for G, but the target's images are R+G+B"
     assert not list(Path(places["source_dir"]).glob("green*"))  # nor trained
 
 

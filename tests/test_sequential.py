@@ -207,7 +207,7 @@ class TestPlans:
         assert plan.single == "14-T2-ET"
         assert "For 17-T2-ED there is no path" in plan.text
         assert "ask for fewer clusters" in plan.text
-        assert second_step_text(pd.DataFrame(), plan) == "One step is all there is."
+        assert second_step_text(pd.DataFrame(), plan) == "There is no second step."
 
     def test_the_affinity_looks_at_joined_tasks_and_the_patients_that_are_trained_on(self, graph):
         pairs = []
@@ -225,7 +225,7 @@ class TestPlans:
         made = graph(affinity=lambda a, b: 1.0, n_clusters=2)
         assert len(made.clusterings) == 100
         assert max(made.kept) < 1
-        assert "Ties between edges decide: broken at random, not by name" in made.text
+        assert "Ties between edges matter: broken at random, they give" in made.text
         plan = self.plan(made)
         best = plan.survival.loc["path", "ties"]
         assert best.sum() == pytest.approx(1)
@@ -274,7 +274,7 @@ class TestPlans:
         names = {file.name for file in folder.iterdir()}
         assert names == {"answer.txt", "task_graph.json", "task_graph.graphml", "clusters.csv", "task_graph.png"}
         file = {"task_graph": str(folder / "task_graph.json")}
-        with pytest.raises(InputError, match="made with the affinity seqtran, whose costs are on another scale"):
+        with pytest.raises(InputError, match="made with the affinity seqtran, whose costs have another scale"):
             assert graph(affinity="context", **file).graph
         with pytest.raises(InputError, match="differ in 14-FLAIR-ET"):
             assert graph(TASKS[:3], affinity="seqtran", **file).graph
@@ -402,14 +402,14 @@ class TestArms:
         assert f"All parameters: {words}, the path against the better single source (single_full)" in text
         assert f"decoder only: {words}" in text
         one = second_step_text(self.rows(gain, 8, noise), self.plan(path=("A-T1-ED",)))
-        assert one == "One step is all there is: max_intermediates is 0."
+        assert one == "There is no second step: max_intermediates is 0."
 
     @pytest.mark.parametrize("patients", [1, 2, 3, 4])
     def test_few_patients_do_not_settle_it(self, patients):
         """Two patients with nearly the same large gain have a narrow interval."""
         text = second_step_text(self.rows(0.2, patients, 0.0001), self.plan())
         assert ("the second step helps" in text) == (patients == 4)
-        assert ("cannot settle whether a second step helps, which takes at least 4;" in text) == (patients < 4)
+        assert ("cannot decide whether a second step helps; this needs at least 4;" in text) == (patients < 4)
         assert "the path against the better single source (single_full) is +0.200 Dice" in text
 
 
@@ -577,8 +577,8 @@ class TestSeries:
     @pytest.mark.parametrize(
         ("config", "changed", "message"),
         [
-            ("fit", {"sources": TASKS[:1]}, "a fit needs three transfers or more; those from"),
-            ("fit", {"targets": ["14-T2-ED"], "sources": TASKS[:1]}, "to ['14-T2-ED'] are 0."),
+            ("fit", {"sources": TASKS[:1]}, "a fit needs at least three transfers; from"),
+            ("fit", {"targets": ["14-T2-ED"], "sources": TASKS[:1]}, "to ['14-T2-ED'] there are 0."),
             ("fit", {"sources": [*TASKS[:2], "14-T2-EDD"]}, "objective 'EDD' is unknown"),
             ("fit", {"source_patients": 99}, "task 14-T2-ED has 4 training patients, fewer than the 99"),
             ("fit", {"train_patients": 99}, "task 17-T2-ED has 4 training patients, fewer than the 99"),
@@ -591,7 +591,7 @@ class TestSeries:
             ("study", {"source_patients": None, "stage_patients": 99}, "task 14-T2-ED has 4 training patients, fewer"),
             ("study", {"source_patients": 3, "stage_patients": 3}, "3 patients leave none to pre-train on"),
             ("study", {"stage_patients": None}, "stage_patients is None; expected a whole number, 1 or more"),
-            ("study", {"max_intermediates": 2}, "max_intermediates, which is 1 in a study"),
+            ("study", {"max_intermediates": 2}, "max_intermediates, which must be 1 in a study"),
         ],
     )
     def test_what_makes_no_sense_is_refused_before_training(self, config, changed, message, series, no_training):
@@ -604,7 +604,7 @@ class TestSeries:
             ({"dice": [0.5, 55, 0.4]}, "line 3 has no dice between 0 and 1"),
             ({"dice": [0.5, "", 0.4]}, "line 3 has no dice between 0 and 1"),
             ({"target": ["17-T2-ED", TASKS[1], "17-T2-ED"]}, "line 3 is from a task to itself"),
-            ({"source": TASKS[:2], "dice": [0.5, 0.4]}, "needs three transfers or more"),
+            ({"source": TASKS[:2], "dice": [0.5, 0.4]}, "needs at least three transfers"),
         ],
     )
     def test_transfers_that_cannot_be_are_named(self, changed, message, series, tmp_path):
@@ -696,7 +696,7 @@ class TestFit:
         assert found["correlation"] < -0.99
         assert found["correlation_left_out"] < -0.99
         assert found["correlation"] < found["correlation_published"]
-        assert "of 3 targets left out, 3 have the predicting sign, and 3 are predicted better" in fit_text(found)
+        assert "of 3 targets left out, 3 have a negative correlation, and on 3 it is lower" in fit_text(found)
         assert "No evidence" in fit_text(found)
         assert "fewer than 5 cannot show it" in fit_text(found)
 
@@ -764,5 +764,5 @@ class TestFit:
         found = fit_to_transfers(table[table["target"] == "a"])
         assert found["correlation_left_out"] is None
         assert found["correlation"] < -0.99
-        assert "at unknown on targets left out" in fit_text(found)
+        assert "unknown on targets left out" in fit_text(found)
         assert "No evidence" in fit_text(found)

@@ -93,7 +93,7 @@ def test_without_a_path_one_step_is_taken(options, in_this_process, capsys, sour
     assert f"On the test patients, {spent}:" in capsys.readouterr().out
     assert "one task each" in read_json(folder / "plan.json")["no_path"]
     assert set(pd.read_csv(folder / "arms.csv")["method"]) == {"zero_shot", "scratch", "single", "single_full"}
-    assert "One step is all there is" in answered(folder)
+    assert "There is no second step" in answered(folder)
 
 
 def test_the_command_for_own_data_finds_a_path(options, collection):
@@ -161,7 +161,7 @@ def test_the_regime_of_the_paper_is_one_config(options, in_this_process, tmp_pat
     table = pd.read_csv(folder / "study.csv")
     assert table["arm"].str.contains(r" \+ ").any()  # joint training of a path's two tasks
     assert np.isfinite(table[["dice", "iou"]]).all(axis=None)
-    assert "the decoder alone trained at every step" in (folder / "study.md").read_text()
+    assert "only the decoder trained at every step" in (folder / "study.md").read_text()
     assert "Which modality is ideal for an objective?" in (folder / "study.md").read_text()
 
     step = read_json(next((folder / "runs" / "17-T2-ED" / "seed0").glob("*>*")) / "config.json")

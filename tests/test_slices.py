@@ -333,7 +333,7 @@ class TestMaps:
     @pytest.mark.parametrize(
         ("key", "n", "shape", "message"),
         [
-            ("image", 9, (8, 6), "'image' is taken"),
+            ("image", 9, (8, 6), "'image' is already used"),
             ("weight", 8, (8, 6), "8 maps for 9 slices"),
             ("weight", 9, (6, 8), r"map 0 has shape \(6, 8\); its slice needs \(1, 8, 6\)"),
             ("weight", 9, (2, 8, 6), r"its slice needs \(1, 8, 6\)"),

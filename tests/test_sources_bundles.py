@@ -154,8 +154,8 @@ def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "nested": ({"network_def": UNET | {"act": call}}, "not on the list"),
         "nested in a list": ({"network_def": UNET | {"norm": ["batch", call]}}, "not on the list"),
         "function": ({"network_def": {"_target_": f"{resnet}.get_pretrained_resnet_medicalnet"}}, "list"),
-        "script": ({"network_def": {"_target_": "scripts.net.Net"}}, "only --trust_sources true would do"),
-        "script by path": ({"network_def": {"_target_": "scripts/net.py:Net"}}, "only --trust_sources true would do"),
+        "script": ({"network_def": {"_target_": "scripts.net.Net"}}, "which needs --trust_sources true"),
+        "script by path": ({"network_def": {"_target_": "scripts/net.py:Net"}}, "which needs --trust_sources true"),
         "lambda": ({"preprocessing": [step | {"_target_": "Lambdad", "func": f"$lambda x: {code}"}]}, "Lambdad"),
         "step call": ({"preprocessing": [call | {"keys": "image"}]}, "os.system"),
         "step expression": ({"preprocessing": [step | {"minv": f"${code}"}]}, "evaluated"),
@@ -163,7 +163,10 @@ def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "preprocessing": ({"preprocessing": f"${code}"}, "would have to be evaluated"),
         "disabled": ({"preprocessing": [step | {"_disabled_": f"${code}"}]}, "evaluated"),
         "callable": ({"preprocessing": [step | {"_target_": "CropForegroundd", "select_fn": "eval"}]}, "called"),
-        "inferer": ({"inferer": {"_target_": "scripts.net.Inferer"}}, "no whole image or sliding window"),
+        "inferer": (
+            {"inferer": {"_target_": "scripts.net.Inferer"}},
+            "expected an inferer of whole images or sliding windows",
+        ),
         "window": ({"inferer": {"_target_": "SlidingWindowInferer", "roi_size": f"${code}"}}, "evaluated"),
         "another file": ({"network_def": "%../../other.json::network"}, "expression"),
         "circle": ({"a": "@b", "b": "@a", "network_def": UNET | {"features": "@a"}}, "RecursionError"),
@@ -174,8 +177,8 @@ def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
             {"preprocessing": [step | {"_target_": "SpatialPadd", "spatial_size": 4, "colour": 1}]},
             "unexpected keyword argument 'colour'",
         ),
-        "huge number": ({"network_def": UNET | {"out_channels": 10**100}}, "no number of a network"),
-        "no number": ({"network_def": UNET | {"dropout": float("nan")}}, "no number of a network"),
+        "huge number": ({"network_def": UNET | {"out_channels": 10**100}}, "is too large or no number"),
+        "no number": ({"network_def": UNET | {"dropout": float("nan")}}, "is too large or no number"),
     }
 
 
@@ -245,8 +248,8 @@ def test_deep_nesting(deep):
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"network_data_format": {"inputs": {"z": {"type": "noise"}}}}, "no image"),
-        (formats(scores={"type": "tuples", "format": "points"}), "no class scores"),
+        ({"network_data_format": {"inputs": {"z": {"type": "noise"}}}}, "expected an image"),
+        (formats(scores={"type": "tuples", "format": "points"}), "expected class scores"),
         ({"network_data_format": [1]}, "cannot be read as a bundle"),
         (formats(IMAGE | {"num_channels": 10**12}), "num_channels"),
     ],
@@ -263,14 +266,14 @@ def test_links_and_paths_that_leave_the_folder(bundle, tmp_path, mark):
         inner = folder / name
         inner.rename(outside / inner.name)
         inner.symlink_to(outside / inner.name)
-        assert f"{name} leads out of the source's folder" in refused(lambda: bundle_card(folder))
+        assert f"{name} is outside the source's folder" in refused(lambda: bundle_card(folder))
         inner.unlink()
         (outside / inner.name).rename(inner)
     bundle_card(folder)
     (folder / "net.py").symlink_to(outside / "net.py")
     for file in ("net.py", "../outside/net.py", str(outside / "net.py")):
         definition = {"_target_": f"{file}:Net"}
-        assert "leads out" in refused(lambda definition=definition: built_network(definition, folder, trust=True))
+        assert "is outside" in refused(lambda definition=definition: built_network(definition, folder, trust=True))
     assert inside(folder, "configs/../models/model.pt") == folder / "models" / "model.pt"
 
 
@@ -293,7 +296,7 @@ def test_weights_are_tensors(bundle, mark):
         file.writestr("archive/data.pkl", pickle.dumps(_Touch(mark)))
     assert "cannot be read as weights" in refused(lambda: read_weights(weights))
     weights.unlink()
-    assert "comes without weights" in refused(lambda: bundle_card(weights.parent.parent))
+    assert "has no weights" in refused(lambda: bundle_card(weights.parent.parent))
 
 
 def test_nothing_is_downloaded(monkeypatch):
@@ -319,7 +322,7 @@ def test_optional_packages(target):
 
 def test_a_network_that_is_too_large():
     large = UNET | {"features": [100_000] * 6}
-    assert "parameters; no more than" in refused(lambda: built_network(large))
+    assert "parameters; at most" in refused(lambda: built_network(large))
 
 
 # With trust
@@ -485,12 +488,12 @@ def test_channels_and_inferers_of_the_list():
         ("Spacingd", "not on the list"),
         ({"_target_": "RandFlipd"}, "RandFlipd is not on the list"),
         ({"_target_": ["Spacingd"]}, "not on the list"),
-        ({"_target_": "Flipd", "keys": "image"}, "has keys, which is set here"),
-        ({"_target_": "Flipd", "lazy": True}, "has lazy, which is set here"),
+        ({"_target_": "Flipd", "keys": "image"}, "has the argument keys, which is set elsewhere"),
+        ({"_target_": "Flipd", "lazy": True}, "has the argument lazy, which is set elsewhere"),
         ({"_target_": "Spacingd"}, "missing a required argument: 'pixdim'"),
         ({"_target_": "Orientationd", "axcodes": "@axes"}, "is an expression or reference"),
         ({"_target_": "ScaleIntensityd", "channels": [-1]}, "expected a list of numbers from 0"),
-        ({"_target_": "Resized", "spatial_size": [8], "size_mode": "x"}, "cannot be made of its arguments"),
+        ({"_target_": "Resized", "spatial_size": [8], "size_mode": "x"}, "cannot be built from its arguments"),
     ],
     ids=str,
 )
@@ -501,7 +504,7 @@ def test_steps_that_are_refused(step, reason):
 def test_preprocessing_is_a_list():
     assert "expected a list" in refused(lambda: transforms_of({"_target_": "Flipd"}))
     transform = transforms_of([{"_target_": "ScaleIntensityd", "channels": [2]}])[0]
-    assert "meets an image of 1" in refused(lambda: transform({"image": torch.rand(1, 2, 2)}))
+    assert "but the image has 1" in refused(lambda: transform({"image": torch.rand(1, 2, 2)}))
 
 
 # MONAI's zoo
@@ -514,9 +517,9 @@ ZOO = {
     "brats_mri_segmentation": (3, ["T1c", "T1", "T2", "FLAIR"], None),
 }
 LEFT_OUT = {
-    "mednist_gan": "its network takes latent (tuples), no image",
-    "lung_nodule_ct_detection": "no class scores",
-    "renalStructures_UNEST_segmentation": "scripts/networks/unest.py:UNesT is a program",
+    "mednist_gan": "its network takes latent (tuples); expected an image",
+    "lung_nodule_ct_detection": "expected class scores",
+    "renalStructures_UNEST_segmentation": "scripts/networks/unest.py:UNesT is code",
     "vista3d": "is the expression",
 }
 

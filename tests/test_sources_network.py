@@ -240,7 +240,7 @@ def test_classes_that_are_not_asked_for_are_background(make):
     torch.testing.assert_close(found[:, 1], probabilities[:, 2])
     torch.testing.assert_close(found[:, 0], 1 - probabilities[:, 2])
     message = refused(lambda: answering(card, ["background", "lesion"], channels=1))
-    assert message == "it knows wm, gm, csf, the target asks for lesion"
+    assert message == "it knows wm, gm, csf, but the target asks for lesion"
 
 
 # Fitted to a target
@@ -371,7 +371,7 @@ def test_inputs_keep_activations(kind, n, bias):
 def test_grouped_layers_are_refused():
     for change in (lambda layer: with_inputs(layer, 6), lambda layer: with_outputs(layer, [0])):
         message = refused(lambda change=change: change(nn.Conv2d(4, 4, 1, groups=2)))
-        assert "grouped, which cannot be given other channels" in message
+        assert "grouped convolution, whose channels cannot be changed" in message
 
 
 # Channels
@@ -398,11 +398,11 @@ def test_channels_are_found(wanted, given, fill, expected):
             ["T1", "T2"],
             ["T1"],
             None,
-            "it takes channels T1, T2, the target's images have T1: T2 is missing; "
+            "it takes channels T1, T2, but the target's images have T1: T2 is missing; "
             '"fill": "mean" in its card makes it a constant',
         ),
-        (["CT"], ["T1", "T2"], None, "it takes channel CT, the target's images have T1, T2: CT is missing"),
-        (["CT"], ["T1", "T2"], "mean", "it takes channel CT, the target's images have T1, T2: CT is missing"),
+        (["CT"], ["T1", "T2"], None, "it takes channel CT, but the target's images have T1, T2: CT is missing"),
+        (["CT"], ["T1", "T2"], "mean", "it takes channel CT, but the target's images have T1, T2: CT is missing"),
     ],
 )
 def test_channels_that_are_missing(wanted, given, fill, message):
@@ -434,7 +434,7 @@ def deep(depth: int = 100_000) -> str:
     [
         ("{", "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
-        (deep(), "is JSON within JSON"),
+        (deep(), "is JSON that is nested too deeply"),
         (deep(600), "Invalid JSON: recursion limit exceeded"),
         ("[]", "must hold an object of JSON; found a list"),
         ('{"chanels": ["R"]}', "key 'chanels' is unknown; did you mean 'channels'?"),
@@ -445,7 +445,7 @@ def deep(depth: int = 100_000) -> str:
         ('{"axes": [0, 0, 1]}', "axes must name spatial axes, each once"),
         ('{"mirror": [1, 1]}', "mirror must name spatial axes, each once"),
         ('{"window": [0, 8]}', "window must be two or three sizes in voxels; found [0, 8]"),
-        ('{"channels": ["R", "R"]}', "channels must be named once each"),
+        ('{"channels": ["R", "R"]}', "channels must have different names"),
         ('{"name": "../../elsewhere"}', "name '../../elsewhere' cannot be part of a file's name"),
         ('{"name": "=x"}', "name"),
         ('{"name": "a\\\\b"}', "name"),
@@ -471,23 +471,23 @@ def test_cards_that_are_none(text, message, tmp_path):
         ({"end": "none"}, "its network gives a NoneType"),
         ({"end": "scalar"}, "does not give one prediction per pixel"),
         ({"end": "image"}, "does not give one prediction per pixel"),
-        ({"classes": 5}, "its network gives 2 channels, its card names 5 classes"),
-        ({"classes": ["only"]}, "its network gives 2 channels, its card names 1 classes"),
-        ({"out": 2, "end": "softmax", "output": "softmax", "classes": 3}, "its network gives 2 channels, its card"),
-        ({"end": "sigmoid", "output": "softmax"}, "its card says softmax, but what comes out does not add up to 1"),
-        ({"end": "large", "output": "sigmoid"}, "its card says sigmoid, but what comes out lies from"),
-        ({"end": "large", "output": "softmax"}, "its card says softmax, but what comes out lies from"),
+        ({"classes": 5}, "its network gives 2 channels, but its card names 5 classes"),
+        ({"classes": ["only"]}, "its network gives 2 channels, but its card names 1 classes"),
+        ({"out": 2, "end": "softmax", "output": "softmax", "classes": 3}, "its network gives 2 channels, but its card"),
+        ({"end": "sigmoid", "output": "softmax"}, "its card says softmax, but its output does not add up to 1"),
+        ({"end": "large", "output": "sigmoid"}, "its card says sigmoid, but its output is from"),
+        ({"end": "large", "output": "softmax"}, "its card says softmax, but its output is from"),
         ({"end": "nan"}, "its network gives NaN or Inf"),
         ({"into": 3}, "its network refuses images of 1 x 224 x 224"),
         ({"mirror": [2]}, "gives a 2D network axes [0, 1] and mirror [2], which do not fit together"),
         ({"dims": 3, "axes": [1, 0]}, "gives a 3D network axes [1, 0] and mirror [], which do not fit together"),
-        ({"trust": False}, "net.py:Net is a program that would have to be run, which only --trust_sources true would"),
+        ({"trust": False}, "net.py:Net is code that would have to run, which needs --trust_sources true"),
         ({"weights": nn.Conv2d(1, 2, 1).state_dict()}, "does not fit this Net: 0 of 4 tensors copied"),
         ({"weights": Net(dims=3).state_dict()}, "does not fit this Net"),
         ({"weights": {"first.weight": torch.full((4, 1, 1, 1), torch.nan)}}, "its weights hold NaN or Inf (first.w"),
         ({"weights": {"first.weight": "text"}}, "holds no network weights"),
         ({"checkpoint": "nowhere.pt"}, "nowhere.pt does not exist"),
-        ({"checkpoint": None}, "it comes without weights"),
+        ({"checkpoint": None}, "it has no weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
@@ -513,7 +513,7 @@ def test_one_answer_an_image(end, make):
 def test_an_empty_field_of_view_is_named():
     steps = Compose(transforms_of([{"_target_": "CropForegroundd"}], ["image"]))
     image = steps({"image": MetaTensor(torch.zeros(1, 4, 4, 4))})["image"]
-    message = "the preprocessing of the source's card leaves nothing of an image: is it empty?"
+    message = "the preprocessing of the source's card cropped an image to nothing: is the image empty?"
     assert message in refused(lambda: of(conv(3), classes=2)(image[None]))
 
 
@@ -524,7 +524,7 @@ def test_an_empty_field_of_view_is_named():
         ({"preprocessing": [{"_target_": "Flipd", "axis": 0}]}, "got an unexpected keyword argument 'axis'"),
         ({"network": {"_target_": "os.system"}}, "os.system is not on the list"),
         ({"channels": ["CT", "PET"]}, "CT, PET are missing"),
-        ({"dims": 3, "trust": False}, "would have to be run"),
+        ({"dims": 3, "trust": False}, "would have to run"),
     ],
     ids=str,
 )

@@ -212,7 +212,7 @@ def test_other_readers_folds_and_resampling_are_told(tmp_path):
 def test_weights_of_another_network_are_refused(tmp_path):
     for other, message in (
         (weights_of(ARCHITECTURE["arch_kwargs"] | {"features_per_stage": [3, 5]}), "does not fit this PlainConvUNet"),
-        (weights_of(classes=5), "its network gives 5 channels, its card names 3 classes"),
+        (weights_of(classes=5), "its network gives 5 channels, but its card names 3 classes"),
     ):
         with pytest.raises(InputError, match=message):
             untouched(read_card(nnunet_card(write(tmp_path, weights=other))), channels=2)
@@ -227,12 +227,12 @@ HOSTILE = {
     "configurations/3d_fullres/architecture/network_class_name": ("os.system", "network os.system is not on the list"),
     "configurations/3d_fullres/preprocessor_name": ("Own", "preprocessor 'Own' is unknown. Known: DefaultPreprocessor"),
     "configurations/3d_fullres/resampling_fn_data": ("mine", "it resamples by mine"),
-    "configurations/3d_fullres/normalization_schemes": (["Own", "Own"], "it normalises by Own, which is not known"),
-    "configurations/3d_fullres/patch_size": (None, "is not as nnU-Net v2 writes it .lacks 'patch_size'"),
-    "configurations/3d_fullres/inherits_from": ("3d_lowres", "is not as nnU-Net v2 writes it .maximum recursion"),
+    "configurations/3d_fullres/normalization_schemes": (["Own", "Own"], "it normalises by Own; known: CT"),
+    "configurations/3d_fullres/patch_size": (None, "does not have nnU-Net v2's format .lacks 'patch_size'"),
+    "configurations/3d_fullres/inherits_from": ("3d_lowres", "does not have nnU-Net v2's format .maximum recursion"),
     "image_reader_writer": ("Own", "its reader 'Own' is unknown. Known: SimpleITKIO"),
-    "transpose_forward": ("abc", "is not as nnU-Net v2 writes it"),
-    "foreground_intensity_properties_per_channel": ({}, "is not as nnU-Net v2 writes it"),
+    "transpose_forward": ("abc", "does not have nnU-Net v2's format"),
+    "foreground_intensity_properties_per_channel": ({}, "does not have nnU-Net v2's format"),
 }
 
 
@@ -248,7 +248,7 @@ def test_plans_that_are_not_nnunets_own_are_refused(tmp_path, path):
     ("labels", "message"),
     [
         ({"organ": 1}, "gives label 0 to 0 classes"),
-        ({"background": 0, "organ": 2}, "expected 0, 1, 2, ... without a gap"),
+        ({"background": 0, "organ": 2}, "expected 0, 1, 2, ... without gaps"),
         (REGIONS, r"its regions_class_order is \(\); expected one label for each of \['whole', 'core'\]"),
     ],
 )
@@ -283,7 +283,7 @@ def test_missing_files_are_named(tmp_path):
         with pytest.raises(InputError, match=f"its {name} is no JSON"):
             nnunet_card(results)
         (results / name).unlink()
-        with pytest.raises(InputError, match=f"its {name} is no file|is no nnU-Net"):
+        with pytest.raises(InputError, match=f"its {name} does not exist|is no nnU-Net"):
             nnunet_card(results)
 
 
@@ -291,7 +291,7 @@ def test_a_link_that_leaves_the_folder_is_refused(tmp_path):
     results = write(tmp_path / "a")
     (results / "plans.json").rename(tmp_path / "elsewhere.json")
     (results / "plans.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(InputError, match="leads out of the source's folder"):
+    with pytest.raises(InputError, match="is outside the source's folder"):
         nnunet_card(results)
 
 
@@ -300,7 +300,7 @@ def test_a_folder_of_none_or_several_is_refused(tmp_path):
         nnunet_card(tmp_path)
     both = [write(tmp_path, configuration=configuration) for configuration in ("2d", "3d_fullres")]
     assert nnunet_folders(tmp_path) == both
-    with pytest.raises(InputError, match=r"holds several networks .*__2d, .*__3d_fullres\); give one of these"):
+    with pytest.raises(InputError, match=r"holds several networks .*__2d, .*__3d_fullres\): give one of these"):
         nnunet_card(tmp_path)
 
 

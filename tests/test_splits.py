@@ -183,7 +183,7 @@ class TestSplitCollection:
         [
             *(({"fractions": split}, "sum to 1") for split in [(0.5, 0.5), (1, 1, 1), (0, 0.5, 0.5), (1.5, -0.5, 0)]),
             ({"fractions": (float("nan"), 0, 0)}, "sum to 1"),
-            ({"folds": 2}, "2 folds cannot be drawn: at least 3"),
+            ({"folds": 2}, "2 folds cannot be drawn; give --folds from 3"),
             ({"folds": 9}, r"9 folds cannot be drawn.*\(8\)"),
             ({"folds": 3, "fractions": FRACTIONS}, "exclude each other"),
             ({"folds": 3, "seed": -1}, "seed must be at least 0"),
@@ -200,7 +200,7 @@ class TestSplitCollection:
             split_collection(collection, collection)
         other = tmp_path / "dataset.json"
         other.write_text('{"training": []}')
-        with pytest.raises(InputError, match="no collection, so it is not replaced; give another file"):
+        with pytest.raises(InputError, match="not a collection, so it is not replaced; give another file"):
             split_collection(collection, other)
         assert (other.read_text(), collection.read_bytes()) == ('{"training": []}', before)
         for _ in range(2):  # a collection of one's own may be drawn again

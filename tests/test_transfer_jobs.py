@@ -101,7 +101,7 @@ def test_the_root_is_found_from_anywhere(write, tmp_path, monkeypatch):
     [
         ("numbr", "option --numbr is not used by this bundle; did you mean --number?"),
         ("zzz", "see the bundle's docs"),
-        ("images", "option --images does nothing here; it is one of infer.json"),
+        ("images", "option --images has no effect here; it belongs to infer.json"),
     ],
 )
 def test_an_option_that_does_nothing_is_refused(option, message, write):
@@ -133,7 +133,7 @@ def test_options_are_read_as_json_words(text, value, write, tmp_path):
         (3, True, "expected a whole number"),
         (0.5, "x", "expected a number"),
         (0.5, [1], "expected a number"),
-        ({"_target_": "x"}, 3, "a part with settings of its own, such as --choice#NAME"),
+        ({"_target_": "x"}, 3, "a group of settings; give one of them, such as --choice#NAME"),
         (0.5, 1, None),
         (3, 4, None),
         (3, None, None),
@@ -177,8 +177,10 @@ def test_a_training_without_a_validation_is_refused(epochs, interval, shown, wri
     if shown is None:
         run(config)
     else:
-        message = "--val_interval is {}, --epochs {}: no epoch would be validated; give at most --epochs."
-        assert refusal(config) == message.format(*shown)
+        message = (
+            "--val_interval is {}, but --epochs is {}: no epoch would be validated; give --val_interval of at most {}."
+        )
+        assert refusal(config) == message.format(*shown, shown[1])
 
 
 # Whose folder it is
@@ -208,7 +210,7 @@ def test_a_run_is_continued_but_never_overwritten_by_another(write, tmp_path):
     config, result = write(), tmp_path / "eval" / "result.txt"
     run(config)
     run(config)
-    assert "holds a run with number=3, this one has 4" in refusal(config, number=4)
+    assert "holds a run with number=3, but this one has 4" in refusal(config, number=4)
     assert result.read_text() == "9"
     run(config, number=4, output_dir=str(tmp_path / "other"))
     assert (tmp_path / "other" / "result.txt").read_text() == "16"
@@ -351,7 +353,7 @@ def test_workers_end_with_their_parent(write, tmp_path, monkeypatch, number):
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), seconds=10)
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number
-        assert f"\nstopped by {number.name}; type the same command again to go on\n" in said
+        assert f"\nstopped by {number.name}; run the same command again to continue\n" in said
         assert "Traceback" not in said
 
 
@@ -381,11 +383,11 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     error.__cause__ = OSError(28, "No space left on device")
     error.__cause__.__cause__ = RuntimeError("what a worker's traceback was")
     sys.excepthook(RuntimeError, error, None)
-    assert capsys.readouterr().err.startswith("\nerror: [Errno 28] No space left on device; put that right")
+    assert capsys.readouterr().err.startswith("\nerror: [Errno 28] No space left on device; solve this")
 
 
 def test_a_killed_worker_is_one_line(job):
-    with pytest.raises(InputError, match=r"was killed, perhaps for its memory; type the same command again"):
+    with pytest.raises(InputError, match=r"was killed, perhaps because memory ran out; run the same command again"):
         run_jobs([job("one", run=["$os.kill(os.getpid(), 9)"])])
 
 

@@ -397,4 +397,5 @@ def test_a_source_of_another_grid_is_named(tmp_path, monkeypatch, caplog):
         assert "another grid" not in caplog.text
         ranking = SimpleNamespace(here=SimpleNamespace(config=options), evaluator=SimpleNamespace(data_loader=None))
         rank.RankSources.observed(ranking, source, None, False)
-    assert "source a was trained on another grid than it is scored on; give that by --spacing [1, 1, 1]" in caplog.text
+    assert "source a is scored on another grid than it was trained on" in caplog.text
+    assert "give it by --spacing [1, 1, 1]" in caplog.text

@@ -163,9 +163,9 @@ def test_the_targets_own_model_is_known_however_its_path_is_written(mnist, monke
         ([{"name": "scratch", "checkpoint": "x.pt"}], "named scratch, which means training without one"),
         ([{"name": "zero_shot", "checkpoint": "x.pt"}], "named zero_shot"),
         (["B-T2-ED", {"checkpoint": "full.pt"}], "named full"),
-        ([{"weights": "x.pt"}], "is no task"),
-        ([3], "is no task"),
-        ([{"bundles": "zoo"}], "is no task, no path"),
+        ([{"weights": "x.pt"}], "is unknown; expected a task"),
+        ([3], "is unknown; expected a task"),
+        ([{"bundles": "zoo"}], "is unknown; expected a task"),
         ([{"checkpoint": "x.pt", "modalty": "T2"}], "did you mean 'modality'"),
         ([{"checkpoint": "x.pt", "n_classes": 2}], "n_classes"),
         ([{"checkpoint": "x.pt", "classes": "two"}], "classes must be"),
@@ -176,7 +176,7 @@ def test_the_targets_own_model_is_known_however_its_path_is_written(mnist, monke
         ([{"card": "nowhere.json"}], "nowhere.json"),
         (["./nowhere"], "source nowhere does not exist"),
         (["nowhere.json"], "source nowhere.json does not exist"),
-        (["/proc/self/task"], "source /proc/self/task is no card, no checkpoint"),
+        (["/proc/self/task"], "source /proc/self/task is of no known kind; expected a card, a checkpoint"),
     ],
     ids=str,
 )
@@ -186,7 +186,7 @@ def test_sources_that_make_no_sense_are_refused(entries, message, find):
 
 def test_datasets_that_cannot_be_had_are_refused(mnist):
     assert ClassificationTask(mnist()).name == "tinymnist"
-    wrong = {"wrong.csv": "is no .npz file, no folder", "tinymnist": "not of the form", "x.npz": "exist"}
+    wrong = {"wrong.csv": "is of no known kind; expected a .npz", "tinymnist": "not of the form", "x.npz": "exist"}
     for where, message in wrong.items():
         assert message in refused(lambda where=where: ClassificationTask(where))
 
@@ -194,7 +194,7 @@ def test_datasets_that_cannot_be_had_are_refused(mnist):
 @pytest.mark.parametrize("channels", [["T1"], ["T1", "T2"]], ids=str)
 def test_a_task_of_other_channels_is_left_out(channels, find):
     (other, _) = find("B-T1+T2-ED", "B-T2-ED")
-    assert other.left_out == "it is of T1+T2, the target's images are T2"
+    assert other.left_out == "it is for T1+T2, but the target's images are T2"
 
 
 # What a network must fit
@@ -207,11 +207,11 @@ def test_a_task_of_other_channels_is_left_out(channels, find):
         (
             built_network(unet(in_channels=4)),
             {"network": unet(in_channels=4), "channels": ["a", "b", "c", "T2"]},
-            "takes channels a, b, c, T2, the target's images have T2: a, b, c are missing",
+            "takes channels a, b, c, T2, but the target's images have T2: a, b, c are missing",
         ),
         (built_network(unet(in_channels=4)), {"network": unet(in_channels=4)}, "refuses images of 1 x"),
         (ResNet("basic", [1] * 4, [4] * 4, 2, 1, num_classes=2), {"own": RESNET}, "one prediction per pixel"),
-        (own_unet(in_channels=3), {}, "takes 3 channels, the target's images have 1"),
+        (own_unet(in_channels=3), {}, "takes 3 channels, but the target's images have 1"),
         (BasicUNet(2, 1, 2, features=[8] * 6), {}, "does not fit this BasicUNet"),
     ],
     ids=lambda value: str(value)[:30],
@@ -235,7 +235,7 @@ def test_a_network_for_volumes_does_not_take_slices(weights, target, monkeypatch
     assert (one.left_out, one.card.dimensions) == (None, 3)  # the target's are volumes
     monkeypatch.setattr("medtl_ext.transfer.tasks.shape_of", lambda name: (8, 8, 1))
     (one,) = find_sources([entry], SegmentationTask(target.name, collection=target.collection.path))
-    assert one.left_out == "its network is 3D, the target's images are 2D"
+    assert one.left_out == "its network is 3D, but the target's images are 2D"
 
 
 def test_the_classes_of_a_network_of_the_bundles_own_are_read_from_its_weights(weights, target):
@@ -267,7 +267,9 @@ def test_a_classification_source_that_does_not_fit_is_refused_in_one_line(weight
 
     assert not build().training
     rgb = weights(built_network(RESNET | {"num_classes": 2, "n_input_channels": 3}), "rgb")
-    asked = "its network takes 3 channels, the target's images have 1; give --in_channels 3, which repeats grey images"
+    asked = (
+        "its network takes 3 channels, but the target's images have 1; give --in_channels 3, which repeats grey images"
+    )
     assert asked in refused(lambda: build(checkpoint=rgb))  # the definition takes its channels from the target
     assert "does not fit this ResNet" in refused(lambda: build(n_classes=3))
     dense = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": [4] * 6}

@@ -22,8 +22,8 @@ from medtl_ext.data.splits import FRACTIONS, split_collection
 def check(collection: str, task: Sequence[str] | None = None, csv: str | None = None) -> int:
     """Read every file of a collection and list what is wrong with it. Nothing is changed.
 
-    Where images differ in spacing it also says what the grid that is planned for a task would lose. Exit status: 0
-    without errors (warnings are allowed), 1 with errors, 2 when the collection cannot be used.
+    Where images differ in spacing, it also says how much of the labels would be lost on the grid that is planned for a
+    task. Exit status: 0 without errors (warnings are allowed), 1 with errors, 2 if the collection cannot be used.
     """
     _refuse_other_table(csv, collection)
     of = load_collection(collection)
@@ -50,7 +50,7 @@ def phantom(out: str, **options: Any) -> int:
 def read(name: str, out: str, root: str | None = None, csv: str | None = None, **options: Any) -> int:
     """Write a collection for a dataset in its own layout, then check every file of it. No image is copied or changed.
 
-    Exit status: 0 without errors, 1 with errors in the files, 2 when nothing can be written.
+    Exit status: 0 without errors, 1 if a file has errors, 2 if no collection can be written.
     """
     if root is None and name != "images":
         raise InputError("give the folder of the dataset with --root.")
@@ -66,8 +66,8 @@ def read(name: str, out: str, root: str | None = None, csv: str | None = None, *
 def plan(collection: str, task: str, out: str | None = None, source: str | None = None, **options: Any) -> int:
     """Choose spacing, slices or volumes, windows and intensities from a task's training images, and say why.
 
-    Also says what the grid leaves of the labels: the best Dice that any network could reach on it, and how many
-    connected parts vanish. The bundles plan the same when nothing is given. Exit status: 1 where much is lost.
+    Also says how much of the labels survives on this grid: the best Dice that any network could reach, and how many
+    connected parts disappear. The bundles make the same plan by themselves. Exit status: 1 if much is lost.
     """
     if len(options.get("roi_size", ())) == 1:
         options["roi_size"] = options["roi_size"][0]
@@ -87,12 +87,12 @@ def _planned(
     trust_sources: bool = False,
     **options: Any,
 ) -> tuple[Grid, Ceiling]:
-    """The grid of a task, and what it, or that of a source, leaves of the labels."""
+    """The grid of a task, and how much of the labels survives on it (or on the grid of a source)."""
     asked, splits = Task(task), {subject.split for subject in of.subjects_of(task)}
     items = of.datalist(task, next(split for split in SPLITS if split in splits))
     values, card = of.label_values(asked), None
     if source is not None:
-        above = "medtl_ext.transfer.sources.pool:"  # a program stands on the roof, whatever the room it is found in
+        above = "medtl_ext.transfer.sources.pool:"  # found at run time: this folder may not import a higher floor
         card_at, source_transforms = (resolve_name(above + name) for name in ("card_at", "source_transforms"))
         card = card_at(Path(source), trust_sources)
         options = stored_options(Path(source).with_name("grid.json")) | options
@@ -117,7 +117,7 @@ def sample(name: str, out: str) -> int:
 def split(path: str, out: str, split: Sequence[float] | None = None, **options: Any) -> int:
     """Draw patient-wise splits or folds, stratified by institution, and write the collection with them to a new file.
 
-    Who has the file trains on the same patients.
+    Everybody who uses this file trains on the same patients.
     """
     for written in split_collection(path, out, fractions=split, **options):
         print(f"Collection written to {written}: {count_splits(load_collection(written).subjects)}")
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Callable[..., int], summary: str) -> Callable[..., Any]:
-        """Add a command, whose options are the function's; returns what adds one."""
+        """Add a command that calls ``run``; returns the function that adds an option to it."""
         added = commands.add_parser(
             run.__name__,
             help=summary,
@@ -145,14 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     option("--task", nargs="+", metavar="TASK", help="check only these tasks' files, such as 13-T1-ED")
     option("--csv", metavar="FILE", help="also write the issues as a table")
 
-    option = command(plan, "choose the grid of a training from its images, and say what it costs")
+    option = command(plan, "choose the grid of a training from its images, and say what is lost on it")
     option("collection", metavar="COLLECTION.json", help="the collection file")
     option("task", metavar="TASK", help="such as 13-T1-ED")
-    option("--spacing", nargs=3, type=float, metavar="MM", help="of a voxel along each axis")
-    option("--roi_size", nargs="+", metavar="VOXELS", help="two of a slice, three of a volume; 2d, 3d")
+    option("--spacing", nargs=3, type=float, metavar="MM", help="size of a voxel along each axis")
+    option("--roi_size", nargs="+", metavar="VOXELS", help="two numbers for slices, three for volumes; or 2d, 3d")
     option("--axcodes", help="orientation of the grid (default: RAS)")
-    option("--source", metavar="PATH", help="say what the grid of this source costs: a card, bundle or nnU-Net folder")
-    option("--trust_sources", action="store_true", help="run what is code in the source")
+    what = "a card, bundle or nnU-Net folder: say what is lost on the grid of this source instead"
+    option("--source", metavar="PATH", help=what)
+    option("--trust_sources", action="store_true", help="allow code in the source to run")
     option("--out", metavar="FILE", help="write the plan as JSON")
 
     option = command(phantom, "generate a synthetic brain MRI collection")
@@ -163,19 +164,20 @@ def _parser() -> argparse.ArgumentParser:
 
     option = command(read, "write a collection for a public or your own dataset")
     option("name", metavar="NAME", help=f"the layout: {', '.join(READERS)}")
-    option("--root", metavar="DIR", help="folder of the dataset; of images the current folder if not given")
+    option("--root", metavar="DIR", help="folder of the dataset; for images, the current folder by default")
     option("--images", metavar="DIR", help="images: folder of the images, or a pattern such as 'scans/*_flair.nii.gz'")
     _add_split_options(option)
-    option("--institutions", metavar="FILE", help="CSV file with columns subject, institution and, if wanted, patient")
+    what = "CSV file with the columns subject and institution, and optionally patient"
+    option("--institutions", metavar="FILE", help=what)
     option("--file", metavar="FILE", help="csv, datalist, medmnist: the list or the .npz to read")
-    what = "what values mean, NAME=VALUE; not of all layouts. images: folder of the masks, or a pattern"
+    what = "what the label values mean, NAME=VALUE (not for every layout); images: folder or pattern of the masks"
     option("--labels", nargs="+", metavar="NAME=VALUE|DIR", help=what)
-    what = "images: what the masks' values mean, such as vessel=255, or colours, such as vessel=255,0,0"
+    what = "images: what the values in the masks mean, such as vessel=255, or a colour, such as vessel=255,0,0"
     option("--values", nargs="+", metavar="NAME=VALUE", help=what)
-    what = "datalist: of the images, in their order; images: what their names end in, or their channels in order"
+    what = "datalist: names of the images, in order; images: endings of the file names, or the channels in order"
     option("--modalities", nargs="+", metavar="NAME", help=what)
-    option("--institution", metavar="NAME", help="images: where all are from; else the name of their folder")
-    option("--challenge", choices=CHALLENGES, help="brats: whose labels they are, where files do not tell")
+    option("--institution", metavar="NAME", help="images: institution of all images (default: name of their folder)")
+    option("--challenge", choices=CHALLENGES, help="brats: which challenge's labels, if the files do not say")
     option("--no-check", dest="check", action="store_false", help="do not read every file")
     option("--csv", metavar="FILE", help="also write what was left out, and the issues, as a table")
 
@@ -190,22 +192,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_split_options(option: Callable[..., Any]) -> None:
-    fractions = f"fractions of patients; {' '.join(map(str, FRACTIONS))} where the data have no splits"
+    fractions = f"fractions of patients (default, for data without splits: {' '.join(map(str, FRACTIONS))})"
     option("--out", required=True, metavar="FILE", help="the collection file to write")
     option("--split", nargs=3, type=float, metavar=("TRAIN", "VAL", "TEST"), help=fractions)
-    option("--folds", type=int, metavar="K", help="draw folds instead, and write K files FILE_fold0, ...")
-    option("--seed", type=int, metavar="N", help="another seed is another draw (default: 0)")
-    option("--keep-test", action="store_true", help="leave the test set as it is")
+    option("--folds", type=int, metavar="K", help="draw K folds instead, and write K files FILE_fold0, ...")
+    option("--seed", type=int, metavar="N", help="seed of the draw (default: 0)")
+    option("--keep-test", action="store_true", help="keep the present test set")
 
 
 def _parse_folder(words: Sequence[str]) -> str:
     if len(words) > 1:
-        raise InputError("--labels is one folder of masks, or one pattern in quotes; what values mean is --values.")
+        raise InputError("give --labels one folder of masks, or one pattern in quotes; give the values with --values.")
     return words[0]
 
 
 def _parse_values(words: Sequence[str]) -> dict[str, int | list[int]]:
-    """Such as ``vessel=255``, or of a colour ``vessel=255,0,0``."""
+    """Names and values, such as ``vessel=255``, or for a colour ``vessel=255,0,0``."""
     values = {}
     for word in words:
         name, _, value = word.rpartition("=")
@@ -213,15 +215,15 @@ def _parse_values(words: Sequence[str]) -> dict[str, int | list[int]]:
         if not name or not all(number.isdecimal() for number in numbers):
             raise InputError(f"'{word}' is not of the form NAME=VALUE, such as lesion=1.")
         if name in values:
-            raise InputError(f"{name} has two values; give every value a name of its own.")
+            raise InputError(f"{name} is given two values; give every value its own name.")
         values[name] = [int(number) for number in numbers] if len(numbers) > 1 else int(value)
     return values
 
 
 def _refuse_other_table(csv: str | None, collection: str) -> None:
-    """A report replaces a report, and nothing else: ``--csv`` is easily taken for the table to read."""
+    """``--csv`` may replace an older report only: it is easily mistaken for the option of the table to read."""
     if csv and Path(csv).absolute() == Path(collection).absolute():
-        raise InputError(f"--csv {csv} is the collection; give another file for the report.")
+        raise InputError(f"--csv {csv} is the collection file itself; give another file for the report.")
     if csv:
         reports = (["severity", "subject"], ["class", "train"])
         refuse_to_replace(csv, lambda path: [*pd.read_csv(path, nrows=0)][:2] in reports, "report of issues")

@@ -24,7 +24,7 @@ from medtl_ext.data.files import PICTURES
 logger = logging.getLogger(__name__)
 
 SPLIT_WORDS = ("train", "training", "val", "valid", "validation", "test", "testing")
-# 16 bit images have no range that can be told from one of them.
+# A single 16-bit image does not tell which range of values the dataset has.
 MODES = {"L": "L", "1": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 
 
@@ -72,7 +72,7 @@ class ClassificationDataset:
         return np.bincount(self.labels[self.splits == split], minlength=self.n_classes).tolist()
 
     def select(self, rows: np.ndarray) -> Self:
-        """The dataset of some of the images, given by a mask or by indices in the order wanted."""
+        """A dataset of some of the images, given by a mask or by indices in the order wanted."""
         places = np.arange(len(self.labels))[rows]
         return replace(
             self,
@@ -159,7 +159,7 @@ def load_medmnist(path: str | os.PathLike[str]) -> ClassificationDataset:
 
 
 def _faults(content: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """What is wrong with the arrays of a MedMNIST file; what comes later holds only if nothing comes before."""
+    """What is wrong with the arrays of a MedMNIST file. Only the first fault is reliable: later checks assume it."""
     needed = [f"{split}_{what}" for split in SPLITS for what in ("images", "labels")]
     if missing := [key for key in needed if key not in content]:
         found = ", ".join(sorted(content)) or "none"
@@ -171,7 +171,7 @@ def _faults(content: Mapping[str, np.ndarray]) -> Iterator[str]:
             expected = "expected uint8, N x H x W or N x H x W x 3 (2D)"
             yield f"holds {split}_images of {images.dtype} and shape {images.shape}; {expected}"
         if len(part) != len(images):
-            expected = "expected one for each (of multi-label data, as ChestMNIST, give a checkpoint as a source)"
+            expected = "expected one for each (multi-label data such as ChestMNIST: give a checkpoint as a source)"
             yield f"holds {len(part)} {split}_labels for {len(images)} images; {expected}"
         if part.size and (not np.issubdtype(part.dtype, np.integer) or part.min() < 0):
             yield f"holds {split}_labels of {part.dtype} values from {part.min()}; expected classes 0, 1, 2, ..."
@@ -194,21 +194,21 @@ def _class_faults(training: np.ndarray, n_classes: int) -> Iterator[str]:
     present = len(np.unique(training))
     if not 2 <= present == n_classes:
         found = f"training images of {present} of its {n_classes} class(es)"
-        yield f"has {found}; expected all, and two or more to tell apart"
+        yield f"has {found}; expected images of every class, and at least two classes"
 
 
 def load_image_folder(path: str | os.PathLike[str], *, size: int | None = None) -> ClassificationDataset:
     """Read a folder ``split/class/image.png``, or ``class/image.png`` with a split drawn at random, always the same.
 
-    A drawn split is stratified: a half of each class's images to train, a quarter each to val and test. It knows
-    nothing of patients: if one has several images, sort them into split folders yourself.
+    A drawn split is stratified: half of each class's images to train, a quarter each to val and test. It does not know
+    the patients: if a patient has several images, sort the images into split folders yourself.
 
     Args:
-        path: folder of ``train``, ``val`` and ``test`` folders, or of classes. PNG, JPEG, BMP and TIFF of 8 bit.
-        size: bring all images to so many pixels square; None asks that they are of one size already.
+        path: folder of ``train``, ``val`` and ``test`` folders, or of classes. PNG, JPEG, BMP and TIFF with 8 bits.
+        size: resize all images to ``size`` x ``size`` pixels; None: they must all have one size already.
 
     Raises:
-        InputError: no such folder, fewer than two classes, an image that is damaged or not of 8 bit, or several sizes.
+        InputError: no such folder, fewer than two classes, a damaged image or one without 8 bits, or several sizes.
     """
     path = Path(path)
     if not path.is_dir():
@@ -233,7 +233,7 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int | None = None) 
         raise InputError(f"{path} {fault}.")
     images = [read_image(file, size) for file, *_ in tqdm(files, "reading images", disable=None)]
     if len({image.shape[:2] for image in images}) > 1:
-        raise InputError(f"{path} holds images of several sizes; give size=... to bring them to one.")
+        raise InputError(f"{path} holds images of several sizes; give size=... (--image_size of the bundle).")
     if len({image.ndim for image in images}) > 1:
         images = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in images]
     names = tuple(str(file.relative_to(path)) for file, *_ in files)
@@ -241,11 +241,11 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int | None = None) 
 
 
 def load_classification(path: str | os.PathLike[str], *, size: int | None = None) -> ClassificationDataset:
-    """A dataset of any form: a MedMNIST ``.npz``, a folder of images, or a ``.json`` that ``data read medmnist`` wrote.
+    """Load a MedMNIST ``.npz``, a folder of images, or a ``.json`` that ``data read medmnist`` wrote.
 
     Args:
         path: of the file or folder.
-        size: what images of a folder are brought to.
+        size: the images of a folder are resized to ``size`` x ``size`` pixels.
 
     Raises:
         InputError: what `load_medmnist` and `load_image_folder` refuse; a JSON file of another form.
@@ -268,13 +268,13 @@ def load_classification(path: str | os.PathLike[str], *, size: int | None = None
 
 
 def pool_datasets(datasets: Sequence[ClassificationDataset], *, size: int | None = None) -> ClassificationDataset:
-    """One dataset of several, whose classes are those of each: a network is trained on them jointly.
+    """Join several datasets, with all their classes, so that one network is trained on all of them.
 
-    Grey images are repeated where others are RGB. No class is shared: pneumonia in two datasets is two classes.
+    Grey images become RGB if any dataset is RGB. No class is shared: pneumonia in two datasets makes two classes.
 
     Args:
-        datasets: of different names.
-        size: what images are brought to if they are not of one size.
+        datasets: each with its own name.
+        size: images are resized to ``size`` x ``size`` pixels if they do not all have one size.
 
     Raises:
         InputError: images of several sizes, and no ``size``.
@@ -290,7 +290,7 @@ def pool_datasets(datasets: Sequence[ClassificationDataset], *, size: int | None
     images = [one.images for one in datasets]
     if len(shapes := {one.shape[1:3] for one in images}) > 1:
         if size is None:
-            raise InputError(f"the pooled datasets have images of {sorted(shapes)}; give size=... to bring all to one.")
+            raise InputError(f"the pooled datasets have images of {sorted(shapes)}; give size=... (--image_size).")
         images = [np.stack([_sized(image, size) for image in one]) for one in images]
     if len({one.ndim for one in images}) > 1:
         images = [np.repeat(one[..., None], 3, axis=-1) if one.ndim == 3 else one for one in images]
@@ -332,7 +332,7 @@ def _drawn_splits(labels: np.ndarray) -> np.ndarray:
 
 
 def read_image(file: Path, size: int | None = None) -> np.ndarray:
-    """An image file of 8 bit as H x W (grey) or H x W x 3, brought to ``size`` x ``size`` pixels if that is given."""
+    """Read an 8-bit image as H x W (grey) or H x W x 3, resized to ``size`` x ``size`` pixels if ``size`` is given."""
     try:
         with Image.open(file) as image:
             if image.mode not in MODES:
@@ -346,16 +346,16 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
 def sample_per_class(
     dataset: ClassificationDataset, *, train: int | None = 100, val: int | None = 25, seed: int = 0
 ) -> ClassificationDataset:
-    """Draw so many training and validation images of each class; all test images stay.
+    """Draw a number of training and validation images of each class; all test images stay.
 
-    The images come in random order, so that a batch holds several classes. Where patients are known, they take turns,
-    so that no patient gives a second image of a class before each gave a first. A class with fewer images gives all it
-    has, which is logged.
+    The images come in random order, so that a batch holds several classes. If patients are known, they take turns: no
+    patient gives a second image of a class before every patient gave one. A class with too few images gives all of
+    them, and the log says so.
 
     Args:
         dataset: what to draw from; it is not changed.
-        train, val: images of each class (100 and 25 in the paper); None keeps all.
-        seed: of the draw. A larger draw with the same seed contains the smaller one.
+        train, val: number of images of each class (100 and 25 in the paper); None keeps all.
+        seed: of the draw. With the same seed, a larger draw contains the smaller one.
 
     Raises:
         InputError: ``train`` or ``val`` is below 1; the validation or test images are of one class only.
@@ -371,7 +371,7 @@ def sample_per_class(
         present = [name for name, count in zip(dataset.class_names, dataset.counts(split), strict=True) if count]
         if len(present) == 1 < dataset.n_classes:
             found = f"{split} images of the class {present[0]} only"
-            raise InputError(f"{dataset.name} has {found}, so there is no AUC; give two classes or more.")
+            raise InputError(f"{dataset.name} has {found}, so AUC is not defined; give images of two classes or more.")
     chosen = [np.flatnonzero(dataset.splits == "test")]
     for split, number in (("train", train), ("val", val)):
         if number is not None and number < 1:

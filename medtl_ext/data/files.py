@@ -1,4 +1,4 @@
-"""Files of images and labels: channels on one grid, whatever the format, read by MONAI's own readers."""
+"""Image and label files of every format, read by MONAI's own readers as channels on one grid."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ LOSSY = (".jpg", ".jpeg")
 MODES = ("1", "L", "P", "I;16", "I;16B", "I", "F", "RGB")
 TURNED_BY = 0x0112  # EXIF's tag of the orientation
 SAME_AFFINE_MM = 1e-3  # headers keep affines in float32, so two tools rarely agree to the last digit
-MOST_VOXELS = 2**29  # of a file: 4 GiB as numbers of 64 bits
+MOST_VOXELS = 2**29  # in a file: 4 GiB as 64-bit numbers
 MOST_BEHIND = 2**20  # bytes that a compressed file may hold behind its voxels
-MAX_THREADS = 8  # every thread holds a volume or two: more would read no faster and could fill a large machine's memory
+MAX_THREADS = 8  # every thread holds one or two volumes: more threads fill the memory and read no faster
 
 
 class Unusable(InputError):
@@ -48,7 +48,7 @@ class Unusable(InputError):
 
 
 class Part(NamedTuple):
-    """Of what a datalist names: all of a file, one of its channels (``#1/3``) or its colours as numbers (``#rgb``)."""
+    """What a name in a datalist means: a whole file, one of its channels (``#1/3``), or its colours (``#rgb``)."""
 
     path: str
     channel: int | None = None
@@ -71,24 +71,25 @@ class Part(NamedTuple):
 class ChannelReader(ImageReader):
     """A reader for `monai.transforms.LoadImage` that gives channels x X x Y x Z from files of any format.
 
-    NIfTI and Analyze (`NibabelReader`), PNG, JPEG, BMP and TIFF (`PILReader`; X x Y x 1, rows along Y, voxels of 1),
-    NRRD, MetaImage and a folder of one DICOM series (`ITKReader`, which needs ``pip install 'medtl[itk]'``). Several
-    files are several channels of one grid. ``FILE#1/3`` is the second of three channels in a file, which a colour or
-    4D file has, and ``FILE#rgb`` the colours of a mask as one number, red x 65536 + green x 256 + blue. In a bundle::
+    Formats: NIfTI and Analyze (by `NibabelReader`); PNG, JPEG, BMP and TIFF (by `PILReader`; X x Y x 1, rows along Y,
+    voxels of 1 mm); NRRD, MetaImage and a folder with one DICOM series (by `ITKReader`, which needs ``pip install
+    'medtl[itk]'``). A list of files gives one channel per file, all on one grid. ``FILE#1/3`` is the second of three
+    channels of a colour or 4D file. ``FILE#rgb`` is a mask whose colours become numbers, red x 65536 + green x 256 +
+    blue. In a bundle::
 
         {"_target_": "LoadImaged", "keys": ["image", "label"], "reader": "medtl_ext.data.ChannelReader",
          "ensure_channel_first": true}
 
     Raises:
-        InputError: a file that is missing, broken, turned by EXIF, of several pages, with an alpha channel, or of other
-            channels than it should have; files on different grids.
+        InputError: a file is missing or broken, is rotated by EXIF, has several pages, an alpha channel, or another
+            number of channels than expected; or files lie on different grids.
     """
 
     def verify_suffix(self, filename: Any) -> bool:
         return all(suffix_of(Part.parse(str(name)).path) in FORMATS for name in ensure_tuple(filename))
 
     def read(self, data: Any, **kwargs: Any) -> tuple[str, ...]:
-        """The names: MONAI would hide what goes wrong here behind an error of its own."""
+        """Return the names only: MONAI would replace an error raised here by its own."""
         return tuple(map(str, ensure_tuple(data)))
 
     def get_data(self, img: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -96,11 +97,11 @@ class ChannelReader(ImageReader):
 
 
 def read_channels(names: Iterable[str], *, every_byte: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
-    """Channels x X x Y x Z of files, and MONAI's metadata of the first; see `ChannelReader`.
+    """Read files as channels x X x Y x Z, with MONAI's metadata of the first file; see `ChannelReader`.
 
     Args:
         names: as a datalist gives them.
-        every_byte: compare the checksum behind compressed voxels too.
+        every_byte: also check the checksum at the end of a compressed file.
     """
     channels, metas = [], []
     for path, parts in groupby(map(Part.parse, names), key=lambda part: part.path):
@@ -108,7 +109,7 @@ def read_channels(names: Iterable[str], *, every_byte: bool = False) -> tuple[np
         array, meta = _read(path, colour=parts[0].colours or parts[0].of > 1, every_byte=every_byte)
         if parts[0].colours:
             if len(array) != 3:
-                raise Unusable(path, "is no colour file, though its label is declared by colours", "declare numbers")
+                raise Unusable(path, "is no colour file, but its label is declared by colours", "declare numbers")
             array = (array[0].astype(np.int32) << 16 | array[1].astype(np.int32) << 8 | array[2])[None]
         elif len(array) != parts[0].of:
             raise Unusable(path, *_miscounted(len(array), parts[0].of))
@@ -122,13 +123,13 @@ def read_channels(names: Iterable[str], *, every_byte: bool = False) -> tuple[np
 
 
 def affine_of(name: str) -> np.ndarray:
-    """Voxels to mm, 4 x 4, of a file as a datalist names it; of NIfTI from its header alone."""
+    """The affine (voxels to mm, 4 x 4) of a file of a datalist; for NIfTI only the header is read."""
     path = Part.parse(name).path
     return nibabel.load(path).affine if suffix_of(path) in NIFTI else read_channels([name])[1]["affine"]
 
 
 def shape_of(name: str) -> tuple[int, ...]:
-    """X x Y x Z of a file as a datalist names it; of NIfTI from its header alone."""
+    """The shape X x Y x Z of a file of a datalist; for NIfTI only the header is read."""
     path = Part.parse(name).path
     if suffix_of(path) not in NIFTI:
         return tuple(map(int, read_channels([name])[1]["spatial_shape"]))
@@ -139,18 +140,20 @@ def shape_of(name: str) -> tuple[int, ...]:
 def _miscounted(found: int, expected: int) -> tuple[str, str]:
     if expected == 1:
         key = "R+G+B" if found == 3 else "T1+T2"
-        advice = f'name the channels of an image, such as "{key}" for its key in "images", or store one volume a file'
+        advice = f'name the channels of an image, such as "{key}" as its key in "images", or store one volume per file'
         return f"has {found} channels where one is expected", advice
-    return f"has {found} channel{'s'[: found != 1]}, and the collection names {expected}", "name as many"
+    return f"has {found} channel{'s'[: found != 1]}, but the collection names {expected}", "name as many"
 
 
 def _require_one_grid(path: str, meta: dict[str, Any], first: str, meta_of_first: dict[str, Any]) -> None:
     shape, expected = (tuple(map(int, one["spatial_shape"])) for one in (meta, meta_of_first))
     if shape != expected:
-        raise Unusable(path, f"has shape {shape}, {first} {expected}", "resample one onto the grid of the other")
+        problem = f"has shape {shape}, but {first} has {expected}"
+        raise Unusable(path, problem, "resample one onto the grid of the other")
     apart = float(np.abs(meta["affine"] - meta_of_first["affine"]).max())
     if apart > SAME_AFFINE_MM:
-        raise Unusable(path, f"and {first} differ in their affines by up to {apart:.3g} mm", "resample one")
+        problem = f"and {first} differ in their affines by up to {apart:.3g} mm"
+        raise Unusable(path, problem, "resample one onto the grid of the other")
 
 
 def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
@@ -161,7 +164,7 @@ def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dic
     if not folder and not os.path.isfile(path):
         raise Unusable(path, "is neither a file nor a folder", "correct its path")
     if suffix not in FORMATS and not folder:
-        raise Unusable(path, f"is of no format that is read here ({', '.join(FORMATS)})", "convert it")
+        raise Unusable(path, f"has no format that can be read ({', '.join(FORMATS)})", "convert it to one of these")
     try:
         if suffix in NIFTI:
             array, meta = _nifti(path, every_byte)
@@ -182,7 +185,7 @@ def _read(path: str, *, colour: bool, every_byte: bool) -> tuple[np.ndarray, dic
         array = array[..., None]
     if array.ndim != 4 or array.size == 0 or array.dtype.kind not in "biuf":
         problem = f"has shape {array.shape[1:]} and voxels of type {array.dtype}"
-        raise Unusable(path, problem, "store one 3D volume of numbers, or one 2D image, a file")
+        raise Unusable(path, problem, "store one 3D volume of numbers, or one 2D image, per file")
     affine = np.eye(4)
     given = np.asarray(meta.get("affine", affine))
     side = len(given) - 1
@@ -196,21 +199,21 @@ def _nifti(path: str, every_byte: bool) -> tuple[np.ndarray, dict[str, Any]]:
     voxels, sizes, header = prod(image.shape), voxel_sizes(image.affine), np.abs(image.header.get_zooms()[:3])
     if voxels > MOST_VOXELS:
         shape = " x ".join(map(str, image.shape))
-        raise Unusable(path, f"claims {shape} voxels, and {MOST_VOXELS:,} are the most", "crop or resample it")
+        raise Unusable(path, f"claims {shape} voxels; at most {MOST_VOXELS:,} are allowed", "crop or resample it")
     if not abs(np.linalg.det(image.affine)) > 0:
-        raise Unusable(path, "has an affine without a volume", "correct its header")
+        raise Unusable(path, "has a singular affine", "correct its header")
     if not np.allclose(sizes[: len(header)], header, rtol=SAME_AFFINE_MM, atol=SAME_AFFINE_MM):
-        said = f"says voxels of {in_times(header)} mm (pixdim) and of {in_times(sizes)} mm (affine)"
-        raise Unusable(path, said, "correct the header that is wrong")
+        problem = f"has voxels of {in_times(header)} mm by pixdim, but of {in_times(sizes)} mm by its affine"
+        raise Unusable(path, problem, "correct the one that is wrong")
     if every_byte and suffix_of(path).endswith(".gz"):  # nibabel stops at the last voxel
         most = image.dataobj.offset + voxels * image.get_data_dtype().itemsize + MOST_BEHIND
         with gzip.open(path) as file:
             content = file.read(most + 1)
         if len(content) > most:
-            raise Unusable(path, "goes on behind its last voxel", "copy or convert it again")
+            raise Unusable(path, "holds more data after its last voxel", "copy or convert it again")
         image = type(image).from_bytes(content)
     reader = NibabelReader()
-    reader.filenames = (path,)  # its `read` would take another affine than every viewer's, for a rounding in pixdim
+    reader.filenames = (path,)  # its `read` would change the affine if pixdim is rounded; viewers do not
     return reader.get_data(image)
 
 
@@ -222,18 +225,19 @@ def _picture(path: str, colour: bool) -> tuple[np.ndarray, dict[str, Any]]:
     image = Image.open(path)
     deep_colour = image.mode == "RGB" and any(";16" in str(tile[-1]) for tile in image.tile)  # gone once it is loaded
     if getattr(image, "n_frames", 1) > 1:
-        raise Unusable(path, f"has {image.n_frames} pages", "save each as a file of its own")
+        raise Unusable(path, f"has {image.n_frames} pages", "save each page as a file of its own")
     if image.getexif().get(TURNED_BY, 1) != 1:
-        raise Unusable(path, "is turned by its EXIF entry, which not every tool obeys", "save it turned and without")
+        advice = "rotate the pixels and remove the entry"
+        raise Unusable(path, "is rotated by its EXIF entry, which not every tool obeys", advice)
     if image.mode in ("LA", "RGBA", "PA"):
-        raise Unusable(path, "has an alpha channel", "save it without")
+        raise Unusable(path, "has an alpha channel", "save it without alpha")
     if image.mode not in MODES:
         raise Unusable(path, f"has pixels of mode {image.mode}", "save it as grey or RGB")
     if deep_colour and suffix_of(path) not in (".tif", ".tiff"):
-        raise Unusable(path, "has sixteen bits a colour, of which PIL would keep eight", "save it as TIFF")
+        raise Unusable(path, "has 16 bits per colour, but PIL would keep only 8", "save it as TIFF")
     if deep_colour:
         return imread(path).swapaxes(0, 1), {"original_channel_dim": -1}
-    image.load()  # a truncated file ends here
+    image.load()  # raises for a truncated file
     return PILReader().get_data(image.convert("RGB") if colour and image.mode == "P" else image)
 
 
@@ -245,20 +249,20 @@ def _itk() -> Any:
 
 def _by_itk(path: str, folder: bool) -> tuple[np.ndarray, dict[str, Any]]:
     if _itk() is None:
-        raise Unusable(path, "is read by ITK, which is not installed", "pip install 'medtl[itk]'")
+        raise Unusable(path, "needs ITK, which is not installed", "pip install 'medtl[itk]'")
     before = locale.setlocale(locale.LC_ALL)
     try:
         if folder:
             _require_one_series(path)
         reader = ITKReader()
         array, meta = reader.get_data(reader.read(path))
-    finally:  # what reads DICOM leaves the process in the locale C, where no text file is UTF-8
+    finally:  # GDCM leaves the process in the locale C, in which text files are no longer UTF-8
         locale.setlocale(locale.LC_ALL, before)
     return np.asarray(array), meta
 
 
 def _require_one_series(folder: str) -> None:
-    """A folder of one DICOM series without a gap."""
+    """Refuse a folder that does not hold exactly one DICOM series without gaps."""
     itk = _itk()
     names = itk.GDCMSeriesFileNames.New()
     names.SetUseSeriesDetails(True)
@@ -276,19 +280,19 @@ def _require_one_series(folder: str) -> None:
         places.append(float(np.dot(normal, [header.GetOrigin(axis) for axis in range(3)])))
     steps = np.diff(sorted(places))
     if len(steps) and steps.max() > 1.5 * np.median(steps):
-        gap = f"{np.median(steps):.3g} mm apart, and {steps.max():.3g} mm in one place"
+        gap = f"{np.median(steps):.3g} mm apart, but {steps.max():.3g} mm in one place"
         raise Unusable(folder, f"lacks slices: they are {gap}", "export the whole series again")
 
 
 def find_images(where: str, channels: Sequence[str]) -> list[dict[str, Any]]:
-    """The patients in a folder, or the one that a file is of: ``name`` and ``image``, as a datalist has it.
+    """List the patients in a folder (or the one patient of a file): ``name`` and ``image``, as in a datalist.
 
-    With several channels, each file's name ends in one (``p1_T1.nii.gz``, or nnU-Net's ``p1_0000.nii.gz``), or a file
-    holds them all, as a colour photograph does. Or each patient has a folder, whose files are named after the channels,
-    or end in them. A folder of ``.dcm`` files is one image.
+    With several channels there are three layouts. Each file name ends in a channel (``p1_T1.nii.gz``, or nnU-Net's
+    ``p1_0000.nii.gz``). Or one file holds all channels, such as a colour photograph. Or each patient has a folder, and
+    the file names in it are or end in a channel. A folder of ``.dcm`` files is one image.
 
     Raises:
-        InputError: nothing there can be read, a patient lacks a channel, or two would have one name.
+        InputError: there is no image to read, a patient lacks a channel, or two images would have one name.
     """
     path = Path(where)
     if not path.exists():
@@ -314,7 +318,7 @@ def find_images(where: str, channels: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def require_readable(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items, whose images were all read to their last byte, or the first thing that is wrong with them."""
+    """Read all images to the last byte; return the items, or raise the first fault."""
 
     def problem(item: dict[str, Any]) -> str | None:
         try:
@@ -329,7 +333,7 @@ def require_readable(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def for_each(read: Callable[[Any], Any], files: Sequence[Any], *, progress: bool = True) -> list[Any]:
-    """What ``read`` returns of each file, several read at a time."""
+    """Call ``read`` on every file, several at a time in threads, and return the results in order."""
     threads = joblib.Parallel(min(MAX_THREADS, joblib.cpu_count()), require="sharedmem", return_as="generator")
     jobs = threads(joblib.delayed(read)(file) for file in files)
     return list(tqdm(jobs, "checking files", total=len(files), unit="file", disable=None if progress else True))
@@ -340,7 +344,7 @@ def _is_series(path: Path) -> bool:
 
 
 def _named(stem: str, channels: Sequence[str]) -> tuple[str, str | None]:
-    """Whose file it is, and of which channel (None: of all, or of the only one)."""
+    """The patient and the channel of a file (None: it holds all channels, or there is only one)."""
     for number, channel in enumerate(channels if len(channels) > 1 else ()):
         for ending in (channel, f"{number:04d}"):
             if stem == ending or stem.endswith(f"_{ending}"):
@@ -354,8 +358,6 @@ def _of_patient(name: str, files: dict[str | None, Path], channels: Sequence[str
         several = [f"{path}#{number}/{len(channels)}" for number in range(len(channels))]
         return several if len(several) > 1 else path
     if missing := [channel for channel in channels if channel not in files]:
-        names = (
-            f"{next(iter(files.values()))}; a name ends in its channel ({', '.join(channels)}) or number (0000, ...)"
-        )
-        raise InputError(f"{name} has no file of {' and '.join(missing)} beside {names}.")
+        beside, rule = next(iter(files.values())), f"end in a channel ({', '.join(channels)}) or a number (0000, ...)"
+        raise InputError(f"{name} has no file of {' and '.join(missing)} beside {beside}; file names must {rule}.")
     return [str(files[channel]) for channel in channels]

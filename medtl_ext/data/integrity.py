@@ -21,18 +21,18 @@ from medtl_ext.data.duplicates import near_identical, thumbnail
 from medtl_ext.data.files import LOSSY, PICTURES, SAME_AFFINE_MM, Unusable, for_each, read_channels
 
 MOST_APART = 3.0
-"""Times that voxels of one patient may be as large as another's, of the same institution and modality."""
+"""The largest ratio of voxel sizes between patients of one institution and modality."""
 LARGEST_MM, LARGEST_VIEW_MM = 50.0, 3000.0
 NO_MM = (1e-6, 1000.0)
-"""Voxels smaller or larger than this would fill all memory when they are resampled with others."""
+"""Smaller or larger voxels would fill all memory when images are resampled to one grid."""
 LARGEST_VALUE = 1e15
 
 
 class Issue(NamedTuple):
     """One thing that is wrong with the data, and what to do about it.
 
-    An error spoils training or evaluation; a warning may be as it should be. ``subject`` and ``file`` are empty where
-    the issue is about more than one subject.
+    An error spoils training or evaluation; a warning may be harmless. ``subject`` and ``file`` are empty if the issue
+    is about several subjects.
     """
 
     severity: Literal["error", "warning"]
@@ -48,7 +48,7 @@ class Issue(NamedTuple):
 
 @dataclass(frozen=True)
 class IntegrityReport:
-    """What `check_collection` found; ``str()`` gives a line for every issue below a summary."""
+    """What `check_collection` found; ``str()`` gives a summary and then one line per issue."""
 
     path: Path
     n_subjects: int
@@ -86,13 +86,14 @@ def check_collection(
 ) -> IntegrityReport:
     """Read every file of a collection in full and report what would spoil training or evaluation.
 
-    Errors: a file that is missing, unreadable or truncated, or not what `ChannelReader` takes; NaN in an image,
-    infinity, values above 1e15; a label with fractional or undeclared values, in a lossy format, or on another grid
-    than an image; a label as an image; one image under two subjects of different splits; voxels above a metre; no
-    training subject with foreground. Warnings: labels that are rounded; one image under two subjects of the same split
-    or twice in a subject; almost the same image, perhaps mirrored, under patients of two splits; an image of one value,
-    a subject without foreground, millimetres that no scan has, patients of one institution and modality whose voxels
-    are more than three times apart.
+    Errors: a file that is missing, unreadable, truncated or refused by `ChannelReader`; NaN in an image, infinity,
+    values above 1e15; a label with fractional or undeclared values, in a lossy format, or on another grid than an
+    image; a label used as an image; the same image for subjects of different splits; voxels above a metre; no training
+    subject with foreground.
+
+    Warnings: labels that are rounded; the same image for two subjects of one split, or twice in a subject; almost the
+    same image (perhaps mirrored) for patients of two splits; an image of one value; a subject without foreground;
+    implausible voxel sizes; patients of one institution and modality whose voxel sizes differ by more than three times.
 
     Args:
         collection: from `load_collection`.
@@ -118,7 +119,7 @@ def check_collection(
 
 @dataclass
 class _Scan:
-    """A file of the collection and what is kept of it once it was read: never the voxels."""
+    """A file of the collection, and what is kept after it was read (never the voxels)."""
 
     subject: Subject
     kind: Literal["image", "label"]
@@ -127,10 +128,10 @@ class _Scan:
     parts: list[str]  # as `read_channels` takes them
     shown: str  # the path below the collection's folder
     issues: list[Issue] = field(default_factory=list)
-    shape: tuple[int, ...] | None = None  # of a 3D volume that could be read
+    shape: tuple[int, ...] | None = None  # None: the file could not be read
     affine: np.ndarray | None = None
     values: frozenset[float] | None = None  # of a label
-    digest: str | None = None  # unless it is constant
+    digest: str | None = None  # None: all voxels are equal
     thumbnail: np.ndarray | None = None
 
     def note(self, severity: Literal["error", "warning"], problem: str, advice: str) -> None:
@@ -193,7 +194,7 @@ def _scan(scan: _Scan, labels: Mapping[str, Mapping[str, int]]) -> _Scan:
         scan.note("warning", problem, "look at it, and leave the subject out if it is empty")
     else:
         if (largest := np.abs(voxels).max()) > LARGEST_VALUE:
-            scan.note("error", f"it holds values up to {largest:.3g}, which nothing measures", "correct the file")
+            scan.note("error", f"it holds values up to {largest:.3g}, which no scanner measures", "correct the file")
         scan.digest, scan.thumbnail = _digest(voxels), thumbnail(voxels.mean(0))
     return scan
 
@@ -220,7 +221,7 @@ def _compare_grids(scans: Sequence[_Scan]) -> None:
 
 
 def _find_twins(scans: Sequence[_Scan]) -> None:
-    """The same voxels twice, each later image against the first; almost the same in two splits."""
+    """Note images with the same voxels, and images of two splits that are almost the same."""
     labels = {scan.digest: scan for scan in scans if scan.kind == "label" and scan.digest}
     first: dict[str, _Scan] = {}
     for scan in scans:
@@ -247,11 +248,11 @@ def _find_twins(scans: Sequence[_Scan]) -> None:
                 where = f"{twin.shown} of subject {twin.subject.id} (in {twin.subject.split} and {scan.subject.split})"
                 how = f"thumbnails{', one mirrored,' if mirrored else ''} correlate by {correlation:.3f}"
                 problem = f"the image is almost the same as {where}; {how}"
-                scan.note("warning", problem, "look at both: if of one patient, name it as 'patient' of both")
+                scan.note("warning", problem, "look at both: if it is one patient, give both the same 'patient'")
 
 
 def _find_foreground(collection: Collection, tasks: Sequence[Task], scans: Sequence[_Scan]) -> Iterator[Issue]:
-    """Note subjects without foreground; yield the objectives that no training subject of an institution shows."""
+    """Note subjects without foreground; yield objectives that no training subject of an institution shows."""
     for institution, name in dict.fromkeys((task.institution, task.objective) for task in tasks):
         objective = collection.objectives[name]
         foreground = {value for group in objective.values for value in group}
@@ -269,7 +270,7 @@ def _find_foreground(collection: Collection, tasks: Sequence[Task], scans: Seque
 
 
 def _find_odd_sizes(scans: Sequence[_Scan]) -> Iterator[Issue]:
-    """Note millimetres that cannot be; yield axes along which patients differ much. Pictures have no millimetres."""
+    """Note impossible voxel sizes; yield axes along which the patients' sizes differ much. Pictures are skipped."""
     alike = defaultdict(list)
     for scan in scans:
         flat = scan.shape[2:] == (1,) and np.array_equal(scan.affine, np.eye(4))
@@ -279,7 +280,7 @@ def _find_odd_sizes(scans: Sequence[_Scan]) -> Iterator[Issue]:
         view = (sizes * scan.shape).max()
         impossible = not NO_MM[0] < sizes.min() <= sizes.max() < NO_MM[1]
         if impossible or sizes.max() > LARGEST_MM or view > LARGEST_VIEW_MM:
-            problem = f"its header says voxels of up to {sizes.max():.3g} mm, and {view / 1000:.3g} m from end to end"
+            problem = f"its header says voxels of up to {sizes.max():.3g} mm, and a length of {view / 1000:.3g} m"
             scan.note("error" if impossible else "warning", problem, "correct the header's units or spacing")
         along = sizes[io_orientation(scan.affine)[:, 0].argsort()]  # the axes of the body
         alike[scan.subject.institution, scan.name].append((along, scan.subject.id))
@@ -288,8 +289,7 @@ def _find_odd_sizes(scans: Sequence[_Scan]) -> Iterator[Issue]:
             by_size = sorted((along[axis], subject) for along, subject in found)
             (low, one), (high, other) = by_size[0], by_size[-1]
             if high > MOST_APART * low:
-                problem = (
-                    f"from {where} voxels of {name} are {low:.3g} mm in subject {one} and {high:.3g} mm in {other}"
-                )
-                advice = "correct the header that is wrong, or else list the two protocols as two institutions"
+                range_ = f"{low:.3g} mm in subject {one} and {high:.3g} mm in {other}"
+                problem = f"from {where}, voxels of {name} are {range_}"
+                advice = "correct the wrong header, or list the two protocols as two institutions"
                 yield Issue("warning", "", "", f"institution {institution}: {problem}", advice)

@@ -1,4 +1,4 @@
-"""Slices of volumes as a dataset: volumes are prepared once, and the chosen slices stay in memory."""
+"""A dataset of slices: each volume is prepared once, and the chosen slices stay in memory."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Stack:
-    """The chosen slices of one volume; every array is k x channels x X x Y (x Z if whole), one storage each."""
+    """The chosen slices of one volume; every array is k x channels x X x Y (x Z for whole volumes)."""
 
     position: int  # in the datalist
-    names: dict[str, str]  # of the subject and, where that is known, the patient
-    slices: np.ndarray
-    counts: np.ndarray  # of slices with foreground, which come first, and of those without, where they are asked for
+    names: dict[str, str]  # of the subject and, if known, the patient
+    slices: np.ndarray  # indices: first the slices with foreground, then those without
+    counts: np.ndarray  # number of slices of each kind; the second kind only if it is asked for
     arrays: dict[str, torch.Tensor]
     affine: np.ndarray
     shape: tuple[int, ...]
 
     def keep(self, counts: np.ndarray) -> _Stack:
-        """The first so many slices of each kind, in the order of the volume."""
+        """Keep the first ``counts`` slices of each kind, in the order of the volume."""
         kinds = np.split(np.arange(len(self.slices)), self.counts[:1])
         first = np.concatenate([kind[:count] for kind, count in zip(kinds, counts, strict=False)])
         order = first[np.argsort(self.slices[first])]
@@ -44,8 +44,8 @@ class _Stack:
         return replace(self, slices=self.slices[order], counts=counts, arrays=arrays)
 
     def framed(self, shape: Sequence[int]) -> _Stack:
-        """With zeros around every slice (or whole volume), so that it has this shape and its centre in the middle."""
-        held = len(shape)  # axes of what is kept: of slices two
+        """Pad every slice (or whole volume) with zeros to this shape, the centre in the middle."""
+        held = len(shape)  # number of spatial axes: two for slices
         low = [(most - size) // 2 for most, size in zip(shape, self.shape, strict=False)]
         sides = [(before, most - size - before) for before, most, size in zip(low, shape, self.shape, strict=False)]
         if not any(map(any, sides)):
@@ -58,12 +58,12 @@ class _Stack:
 
 
 def _draw(counts: np.ndarray, most: int | None, share: float) -> np.ndarray:
-    """How many slices of each kind every volume gives: one after the other, from the volume that gave fewest so far.
+    """How many slices of each kind every volume gives. The next slice comes from the volume that gave fewest so far.
 
     Args:
-        counts: volumes x kinds, how many there are with foreground and, perhaps, without.
+        counts: volumes x kinds: number of slices with foreground and, if asked for, without.
         most: draw at most this many.
-        share: at most so many of them without foreground.
+        share: the largest share of slices without foreground.
     """
     quotas = np.zeros_like(counts)
     for number in range(1, 1 + min(most or counts.sum(), counts.sum())):
@@ -80,31 +80,30 @@ class SliceDataset(Dataset):
     """2D slices of volumes, for training and evaluating slice by slice.
 
     Works like MONAI's `CacheDataset`: the transforms before the first random one run once on each volume, in threads.
-    The volume is then cut along its last axis, and the chosen slices are kept in memory as plain tensors (4 bytes for
-    each pixel of the image and one for each of the label: 40 MB for 1,000 slices of 96 x 80). The random transforms
-    that remain run on a slice whenever it is asked for, so they see 2D data. All are of the size of the largest, with
-    their centre in the middle and zeros around them.
+    The volume is then cut along its last axis, and the chosen slices are kept in memory as plain tensors (4 bytes per
+    pixel of the image and 1 per pixel of the label: 40 MB for 1,000 slices of 96 x 80). The remaining random transforms
+    run each time a slice is used, so they see 2D data. All slices are padded with zeros to the size of the largest.
 
     Args:
         data: a datalist; every entry has ``image``, usually ``label`` and ``subject``, perhaps ``patient``.
         transform: a MONAI `Compose` or a sequence of transforms; those before the first random one must load ``image``
             as C x X x Y x Z and ``label`` as 1 x X x Y x Z. Every other array of the same spatial shape is cut as well.
-        slices: ``"foreground"`` keeps the slices in which the label is above 0 anywhere, ``"all"`` keeps all;
-            ``"volume"`` does not cut and gives every volume with foreground whole, for training in 3D.
-        max_slices: draw at most this many slices, spread over the volumes as evenly as they allow: no volume gives a
-            second slice before every volume gave its first. A larger draw with the same seed contains the smaller one.
-        background_share: the largest share of slices (or volumes) without foreground among those drawn, 0 <= share < 1,
-            so that a network sees healthy tissue, as it will in whole volumes. They show some of the body: their image
-            is not constant. Without ``max_slices`` they come on top of all slices with foreground; where there are too
-            few of them, more with foreground are drawn. No use for ``"all"``.
-        seed: of that draw.
-        num_workers: threads that prepare volumes; each holds one volume in memory.
+        slices: ``"foreground"`` keeps the slices in which the label is above 0 anywhere; ``"all"`` keeps all slices;
+            ``"volume"`` does not cut: it keeps every volume with foreground whole, for training in 3D.
+        max_slices: draw at most this many slices, spread evenly over the volumes: no volume gives a second slice before
+            every volume gave its first. With the same seed, a larger draw contains the smaller one.
+        background_share: the largest share of slices (or volumes) without foreground among those drawn, 0 <= share < 1.
+            They teach a network healthy tissue, which it will see in whole volumes. Slices of constant intensity do not
+            count. Without ``max_slices`` they are added to all slices with foreground; if there are too few, more
+            slices with foreground are drawn. Not used for ``"all"``.
+        seed: of the draw.
+        num_workers: threads that prepare volumes; each keeps one volume in memory.
         progress: show a progress bar on a terminal.
 
     An item is a new dictionary: ``image`` (C x X x Y), ``label`` (1 x X x Y), ``subject`` (str), ``slice`` (int, the
-    index along the volume's last axis; 0 for a whole volume) and the maps given to `set_map`. Items are in the order of
-    ``data``, then of the slice. Seed the random transforms with `monai.utils.set_determinism`, and use
-    `monai.data.DataLoader`, which seeds them in its workers.
+    index along the volume's last axis; 0 for a whole volume) and the maps of `set_map`. Items are sorted as in
+    ``data``, then by slice. Seed the random transforms with `monai.utils.set_determinism`, and use
+    `monai.data.DataLoader`, which seeds its workers.
 
     Raises:
         InputError: no volume has foreground, an image is not C x X x Y x Z after the volume transforms, or an argument
@@ -150,7 +149,7 @@ class SliceDataset(Dataset):
         quotas = _draw(np.array([stack.counts for stack in stacks]), max_slices, background_share)
         stacks, quotas = [stacks[volume] for volume in np.flatnonzero(quotas.any(1))], quotas[quotas.any(1)]
         frame = np.max([stack.shape[: 3 if slices == "volume" else 2] for stack in stacks], axis=0).tolist()
-        for volume, stack in enumerate(stacks):  # one at a time, so that the memory of the others is free
+        for volume, stack in enumerate(stacks):  # in place, so that each old stack is freed at once
             stacks[volume] = stack.keep(quotas[volume]).framed(frame)
         self._stacks = sorted(stacks, key=lambda stack: stack.position)
         self._index = [(stack, place) for stack in self._stacks for place in range(len(stack.slices))]
@@ -162,10 +161,10 @@ class SliceDataset(Dataset):
     def _load_stacks(
         self, slices: str, most: int | None, healthy: bool, seed: int, num_workers: int, progress: bool
     ) -> Iterator[_Stack]:
-        """The volumes that have slices, in the random order in which they take turns, and no more than are needed."""
+        """The volumes that have slices, in random order, and no more volumes than the draw needs."""
         order = np.random.default_rng(seed).permutation(len(self.data)).tolist()
         given = np.zeros(1 + healthy, dtype=int)  # volumes with slices of each kind
-        needed = takewhile(lambda _: given.min() != most, order)  # one slice each is enough: spare a large collection
+        needed = takewhile(lambda _: given.min() != most, order)  # stop early: one slice per volume is enough
         load = joblib.delayed(self._load_stack)
         threads = joblib.Parallel(num_workers, require="sharedmem", return_as="generator")
         jobs = threads(load(position, slices, most, healthy, seed) for position in needed)
@@ -175,7 +174,7 @@ class SliceDataset(Dataset):
                 yield stack
 
     def _load_stack(self, position: int, slices: str, most: int | None, healthy: bool, seed: int) -> _Stack:
-        """Prepare one volume and keep the slices that may be drawn, in the order in which they would be."""
+        """Prepare one volume and keep the slices that may be drawn, in the order of the draw."""
         entry = self.data[position]
         names = {key: str(entry[key]) for key in ("subject", "patient") if entry.get(key) is not None}
         names.setdefault("subject", str(position))
@@ -192,7 +191,7 @@ class SliceDataset(Dataset):
             hint = "Load them with LoadImaged(ensure_channel_first=True)"
             whose = f"subject '{names['subject']}': {' and '.join(needed)}"
             raise InputError(f"{whose} {expected}; found {shapes or 'none'}. {hint}.")
-        if slices == "volume":  # one slice, as it were
+        if slices == "volume":  # the whole volume is treated as one slice
             arrays = {key: array[..., None] for key, array in arrays.items()}
         kinds = [torch.ones(shapes["image"][-1]) if slices == "all" else (arrays["label"] > 0).flatten(0, -2).any(0)]
         if healthy and slices != "all":
@@ -210,37 +209,37 @@ class SliceDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         stack, place = self._index[index]
-        # A transform may write in place, so it gets copies; it may also return MetaTensors, which are slow to batch.
+        # Copies, since a transform may write in place. MetaTensors become tensors, which are faster to batch.
         item = {key: array[place].clone() for key, array in stack.arrays.items()}
         item |= {**stack.names, "slice": int(stack.slices[place])}
         if self._random_start is not None:
             item = self.transform(item, start=self._random_start)
-            item = item[0] if isinstance(item, list) else item  # of a transform that crops patches
+            item = item[0] if isinstance(item, list) else item  # a transform that crops patches returns a list
         return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in item.items()}
 
     @property
     def geometry(self) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
-        """Affine (4 x 4, voxels to mm) and spatial shape of each subject's volume when it was cut."""
+        """Affine (4 x 4, voxels to mm) and spatial shape of each subject's volume, before it was cut into slices."""
         return {stack.names["subject"]: (stack.affine, stack.shape) for stack in self._stacks}
 
     def plain(self) -> SliceDataset:
-        """The same slices in the same order without the random transforms, for evaluation; no memory is copied."""
+        """The same slices in the same order without the random transforms, for evaluation; memory is shared."""
         view = copy.copy(self)
         view._random_start = None
         return view
 
     def set_map(self, key: str, maps: Sequence[np.ndarray | torch.Tensor]) -> None:
-        """Add one array a slice to the items, such as a weight map; it goes through the random transforms as well.
+        """Add one array per slice to the items, such as a weight map; the random transforms are applied to it too.
 
-        List ``key`` in the spatial transforms with ``allow_missing_keys=True`` so that it follows the image. A map set
-        again replaces the first, and a `plain` view has it too; `DataLoader` workers already running do not see it.
+        List ``key`` in the spatial transforms with ``allow_missing_keys=True``, so that it follows the image. Setting a
+        map again replaces it. A `plain` view has it too; `DataLoader` workers that already run do not see it.
 
         Args:
             key: the key in the items.
             maps: one array for every item in order, X x Y or 1 x X x Y (x Z for whole volumes).
 
         Raises:
-            InputError: a reserved key, another number of maps than slices, or a map of another shape than its slice.
+            InputError: a reserved key, a wrong number of maps, or a map whose shape is not that of its slice.
 
         >>> dataset = SliceDataset([{"image": torch.zeros(1, 2, 2, 1)}], [], slices="all")
         >>> dataset.set_map("weight", [np.ones((2, 2))])
@@ -248,9 +247,9 @@ class SliceDataset(Dataset):
         torch.Size([1, 2, 2])
         """
         if key in ("image", "label", "subject", "patient", "slice"):
-            raise InputError(f"map key '{key}' is taken by the slices themselves; choose another.")
+            raise InputError(f"map key '{key}' is already used by the slices; choose another key.")
         if len(maps) != len(self):
-            raise InputError(f"set_map got {len(maps)} maps for {len(self)} slices; give one for each, in order.")
+            raise InputError(f"set_map got {len(maps)} maps for {len(self)} slices; give one map per slice, in order.")
         tensors = [torch.as_tensor(one_map, dtype=torch.float32) for one_map in maps]
         for number, (stack, _) in enumerate(self._index):
             expected = (1, *stack.arrays["image"].shape[2:])

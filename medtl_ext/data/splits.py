@@ -1,4 +1,4 @@
-"""Patient-wise splits and folds, written into the collection: who has the file trains on the same patients."""
+"""Patient-wise splits and folds, written into the collection: everybody who uses the file has the same split."""
 
 import os
 import warnings
@@ -29,16 +29,16 @@ def draw_splits(
 ) -> list[dict[str, Any]]:
     """Draw a split for every subject, patient by patient, in the same proportions at every institution.
 
-    An institution with as many patients as there are splits is in all of them, however small the fraction: every task
-    needs patients to train, to choose and to test on. The rest follows the fractions. The draw depends on the seed and
-    the patients' names, not on their order, and drawing at one institution does not change another.
+    An institution with enough patients has at least one patient in every split, however small the fraction, because
+    every task needs patients for training, validation and test. The other patients follow the fractions. The draw
+    depends on the seed and the patients' names, not on their order. Institutions do not influence each other.
 
     Args:
         subjects: entries of a collection, each with ``id``, ``institution`` and, where a patient was scanned more than
-            once, ``patient``. Entries whose ``split`` is ``test`` keep it, and all scans of those patients; the others
-            are then shared out between train and val.
+            once, ``patient``. Patients with an entry whose ``split`` is ``test`` stay in test, with all their scans;
+            the other patients are then divided between train and val.
         fractions: of the patients in train, val and test; they sum to 1.
-        seed: another seed is another draw.
+        seed: of the draw.
 
     Returns:
         The entries in their order, each with its ``split``.
@@ -65,8 +65,8 @@ def draw_splits(
 def draw_folds(subjects: Sequence[Mapping[str, Any]], *, folds: int, seed: int = 0) -> list[list[dict[str, Any]]]:
     """Draw k folds of patients, stratified by institution, for cross-validation.
 
-    In turn k, fold k is the test set, the next fold is val and the others train: every patient is tested once. Where
-    entries are already in ``test`` they stay there, fold k is val, and the others train.
+    In turn k, fold k is the test set, the next fold is val, and the other folds are train: every patient is tested
+    once. If some entries are already in ``test``, they stay there; then fold k is val and the others are train.
 
     Args:
         subjects: entries of a collection, as `draw_splits` takes them.
@@ -74,7 +74,7 @@ def draw_folds(subjects: Sequence[Mapping[str, Any]], *, folds: int, seed: int =
         seed: another seed is another draw.
 
     Returns:
-        The entries of every turn, each with its ``split`` and its ``fold`` (None in a test set that was kept).
+        The entries of every turn, each with its ``split`` and its ``fold`` (None for a test set that was kept).
 
     Raises:
         InputError: too few folds, or more folds than the largest institution has patients.
@@ -88,7 +88,8 @@ def draw_folds(subjects: Sequence[Mapping[str, Any]], *, folds: int, seed: int =
     most = max(map(len, strata.values()), default=0)
     least = 2 if held_out else 3
     if not least <= folds <= most:
-        raise InputError(f"{folds} folds cannot be drawn: at least {least}, at most the patients of a site ({most}).")
+        limits = f"give --folds from {least} to the number of patients of the largest institution ({most})"
+        raise InputError(f"{folds} folds cannot be drawn; {limits}.")
     patients = [patient for members in strata.values() for patient in members]
     institutions = [institution for institution, members in strata.items() for _ in members]
     with warnings.catch_warnings():  # an institution with fewer patients than folds is documented, not an accident
@@ -111,21 +112,21 @@ def split_collection(path: PathLike, out: PathLike, **draw: Any) -> list[Path]:
 
     Args:
         path: a collection file; it is not changed.
-        out: the file to write. With ``folds``, one file each beside it: ``out_fold0.json``, ``out_fold1.json``, ...
-        **draw: ``fractions`` of train, val and test, as `draw_splits` takes them (a half and two quarters by default),
-            or ``folds``, as `draw_folds` does; ``seed`` (0), and ``keep_test`` (False), to leave the present test set.
+        out: the file to write. With ``folds``, one file per fold: ``out_fold0.json``, ``out_fold1.json``, ...
+        **draw: ``fractions`` of train, val and test, see `draw_splits` (default: 0.5, 0.25, 0.25); or ``folds``, see
+            `draw_folds`; ``seed`` (0); and ``keep_test`` (False), to keep the present test set.
 
     Returns:
-        The files written. ``drawn`` in each records how.
+        The files written. The key ``drawn`` in each file records the draw.
 
     Raises:
         InputError: the collection is broken, or the draw is impossible; nothing is written.
     """
     collection = load_collection(path)
     if draw.get("folds") is None and Path(out).exists() and os.path.samefile(out, collection.path):
-        raise InputError(f"{path} is the collection itself, which is not changed; give another file to write.")
+        raise InputError(f"{path} is the collection itself, which is never changed; give another file with --out.")
     content = read_json(collection.path)
-    drawn = {subject.id: subject.split for subject in collection.subjects}  # also where the file leaves them out
+    drawn = {subject.id: subject.split for subject in collection.subjects}  # also if the file has no splits
     content["subjects"] = [{**entry, "split": drawn[entry["id"]]} for entry in content["subjects"]]
     if draw.get("folds") is None:
         draw["fractions"] = draw.get("fractions") or FRACTIONS
@@ -142,23 +143,22 @@ def write_splits(
     seed: int = 0,
     keep_test: bool = False,
 ) -> list[Path]:
-    """Write a collection's content with splits or folds, and with paths that hold in the folder of ``out``.
+    """Write a collection's content with splits or folds, and with paths that are valid in the folder of ``out``.
 
-    Without ``fractions`` and ``folds``, splits that the content already has are kept: all of them, or a test set, and
-    then the others are drawn.
+    Without ``fractions`` and ``folds``, existing splits are kept. If only a test set exists, the others are drawn.
 
     Args:
         content: of a collection, in the documented format.
         out: as for `split_collection`.
-        folder: what relative paths in ``content`` start from. Files below the folder of ``out`` are written relative to
-            it, so that both can be moved together; others absolute.
+        folder: where relative paths in ``content`` start. Files below the folder of ``out`` are written relative to
+            it, so that data and collection can be moved together; other paths are absolute.
         fractions, folds, seed, keep_test: as for `split_collection`.
 
     Raises:
         InputError: fractions and folds are both given, or the draw is impossible; nothing is written.
     """
     if folds is not None and fractions is not None:
-        raise InputError("split fractions and folds exclude each other; give one of them.")
+        raise InputError("split fractions and folds exclude each other; give --split or --folds.")
     out = Path(os.path.abspath(out))
     subjects = [_relocate(entry, folder, out.parent) for entry in content["subjects"]]
     if fractions is not None or folds is not None:
@@ -169,7 +169,7 @@ def write_splits(
     elif {entry.get("split") for entry in subjects} in ({None}, {None, "test"}):
         fractions = FRACTIONS
     if keep_test and not any(entry.get("split") == "test" for entry in subjects):
-        raise InputError("there is no test set to keep; draw one with fractions, or do not ask to keep it.")
+        raise InputError("there is no test set to keep; draw one with --split, or leave out --keep-test.")
     drawn = [(out, {}, subjects)]
     if fractions is not None:
         how = {"fractions": list(fractions), "seed": seed}
@@ -184,11 +184,11 @@ def write_splits(
 
 
 def _relocate(entry: Mapping[str, Any], source: Path, folder: Path) -> dict[str, Any]:
-    """The entry with its paths, relative to ``source`` or absolute, as they are written beside ``folder``'s file."""
+    """The entry with paths that are valid in ``folder``; relative paths in it start from ``source``."""
 
     def rewrite(name: str) -> str:
         path = source / name
-        # What follows a link is not above the link: ".." means the folder that the link leads to.
+        # After a symbolic link, ".." means the folder above the link's target, so the link must be resolved.
         path = path.parent.resolve() / path.name if ".." in path.parts else Path(os.path.abspath(path))
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
@@ -201,9 +201,9 @@ def _patient(entry: Mapping[str, Any]) -> str:
 
 
 def _patients(subjects: Sequence[Mapping[str, Any]], seed: int) -> tuple[set[str], dict[str, list[str]]]:
-    """Patients whose split is fixed, which can only be test, and the others of every institution, shuffled by a hash.
+    """The patients fixed in test, and the other patients of every institution in an order given by hashes.
 
-    A patient seen at two institutions counts at the first by name.
+    A patient of two institutions belongs to the one whose name comes first.
     """
     if seed < 0:
         raise InputError(f"seed must be at least 0; got {seed}.")
@@ -214,7 +214,7 @@ def _patients(subjects: Sequence[Mapping[str, Any]], seed: int) -> tuple[set[str
 
 
 def _deal(count: int, shares: np.ndarray) -> list[str]:
-    """The splits of ``count`` patients: one each while they last, then always the one that lacks most.
+    """The splits of ``count`` patients: first one patient per split, then always the split that lacks most.
 
     >>> _deal(6, np.array([0.6, 0.2, 0.2]))
     ['train', 'val', 'test', 'train', 'train', 'train']

@@ -1,8 +1,8 @@
-"""Which path of sources leads to my target, and is it worth it? What the bundle ``sequential_transfer`` is made of.
+"""Which path of sources leads to my target, and is it worth it? The parts of the bundle ``sequential_transfer``.
 
-- `affinities`: how near two tasks are, a part that can be exchanged.
-- `plan`: source graph and path. `chain`: the trainings along it, and what they are compared with.
-- `study`: every path to several targets, and weights of the affinity fitted to transfers.
+- `affinities`: how similar two tasks are; you can replace it by a function of your own.
+- `plan`: source graph and path. `chain`: the trainings along the path, and those it is compared with.
+- `study`: every path to several targets, and weights of the affinity that are fitted to transfers.
 """
 
 from medtl_ext.sequential_transfer.affinities import TaskVolumes, affinity_name

@@ -1,4 +1,4 @@
-"""How near two tasks are, from the images and labels of their training patients: a part that can be exchanged."""
+"""How similar two tasks are, from images and labels of their training patients; you can use a function of your own."""
 
 import json
 import math
@@ -27,22 +27,22 @@ from medtl_ext.transforms import SelectLabelsd
 ALPHA, BETA = measures.PUBLISHED_WEIGHTS
 
 Affinity = Callable[["TaskVolumes", "TaskVolumes"], float]
-"""Cost between two tasks, >= 0, lower is nearer, the same in either order.
+"""Cost between two tasks, >= 0 and symmetric; lower is more similar.
 
-One that is the mean over pairs of patients may say what it is of each pair, in a method ``pairs(a, b)``: patients are
-then drawn anew, to see how firm a plan is.
+An affinity that is a mean over pairs of patients may have a method ``pairs(a, b)`` that returns the cost of each pair.
+Patients are then resampled, to see how stable a plan is.
 """
 
 
 @dataclass(frozen=True)
 class TaskVolumes:
-    """A task's training patients, whose volumes are read from disk whenever they are asked for.
+    """A task's training patients; their volumes are read from disk each time they are used.
 
     Attributes:
         name: of the task.
-        items: image files, one a channel, and label file of each patient, as in `medtl_ext.data.Collection.datalist`.
-        label_values: for every class its values in the label file.
-        size: how many labelled training patients the task has; `items` may be some of them.
+        items: image files (one per channel) and label file of each patient, see `medtl_ext.data.Collection.datalist`.
+        label_values: the values of each class in the label file.
+        size: number of labelled training patients of the task; `items` may be a part of them.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TaskVolumes:
 
     @property
     def regions(self) -> tuple[Any, ...]:
-        """What tells the labels of one task from those of another: other modalities of a patient have the same."""
+        """Identifies the labels of the task; tasks of other modalities may share them."""
         return tuple(label for _, label in self.items), self.label_values
 
     def images(self, channel: int = 0) -> Iterator[torch.Tensor]:
@@ -68,12 +68,12 @@ class TaskVolumes:
             yield self._load({"image": image})["image"][0]
 
     def labels(self) -> Iterator[torch.Tensor]:
-        """X x Y x Z, uint8, 1 in any foreground class."""
+        """X x Y x Z, uint8, 1 in the foreground classes."""
         for _, label in self.items:
             yield (self._load({"label": label})["label"][0] > 0).to(torch.uint8)
 
     def spacing(self) -> np.ndarray:
-        """Patients x 3, the size of a voxel of `images` in mm, from the files' headers."""
+        """Patients x 3: the voxel sizes of `images` in mm, from the files' headers."""
         affines = [affine_of(image) for image in self.image_files()]
         axes = (np.argsort(nib.io_orientation(affine)[:, 0]) for affine in affines)
         return np.stack([nib.affines.voxel_sizes(affine)[order] for affine, order in zip(affines, axes, strict=True)])
@@ -89,9 +89,10 @@ Tasks = Sequence[TaskVolumes]
 
 
 def mean_over_channels(a: TaskVolumes, b: TaskVolumes, cost: Callable[[int, int], ArrayLike]) -> np.ndarray:
-    """The mean cost of channels of two tasks: those of one name or, where the names differ, so that it is least.
+    """The mean cost over pairs of channels of two tasks.
 
-    Where the costs of channels are matrices, patients x patients, so is their mean.
+    Channels are paired by name, or, if the names differ, so that the mean is as small as possible. If the costs are
+    matrices (patients x patients), so is their mean.
     """
     if set(a.channels) == set(b.channels):
         pairs = [(place, b.channels.index(channel)) for place, channel in enumerate(a.channels)]
@@ -102,10 +103,11 @@ def mean_over_channels(a: TaskVolumes, b: TaskVolumes, cost: Callable[[int, int]
 
 
 def redrawn(costs: np.ndarray, a: TaskVolumes, b: TaskVolumes, draw: int) -> float:
-    """The mean of patients x patients costs in a draw of the Bayesian bootstrap, in which each counts more or less.
+    """The mean of costs (patients x patients) in one draw of the Bayesian bootstrap, with a random weight per patient.
 
-    All tasks of an institution that show as many patients show the same, who count alike. One is compared with himself
-    as often as without a draw: that costs next to nothing, and more of it would look like nearness.
+    Tasks of one institution with the same number of patients are assumed to have the same patients, with the same
+    weights. The total weight of pairs of a patient with himself or herself does not change: these pairs cost almost
+    nothing, so more weight on them would look like similarity.
 
     Reference: Rubin, *The Bayesian bootstrap*, Annals of Statistics 1981.
     """
@@ -124,13 +126,13 @@ def _shares(task: TaskVolumes, draw: int) -> np.ndarray:
 
 
 class SeqTranAffinity:
-    """The paper's: ``alpha W + beta (1 - SSIM)``, both means over all pairs of patients of the two tasks.
+    """The affinity of the paper: ``alpha W + beta (1 - SSIM)``, both means over all pairs of patients of the two tasks.
 
-    Images are read once for all tasks that share them, and so are labels; a pair of image sets, or of label sets, is
-    compared once, however many pairs of tasks it stands for.
+    Images and labels that several tasks share are read once. A pair of image sets, or of label sets, is compared once,
+    also if several pairs of tasks need it.
 
     Args:
-        alpha, beta: the published pair, or one of `medtl_ext.affinity.fit_affinity_weights`.
+        alpha, beta: the published weights, or those of `medtl_ext.affinity.fit_affinity_weights`.
         standardize, multivariate: see `medtl_ext.affinity.image_quantiles`; the published weights are for raw
             intensities.
     """
@@ -140,11 +142,11 @@ class SeqTranAffinity:
     ) -> None:
         self.alpha, self.beta = alpha, beta
         self.images = {"standardize": standardize, "multivariate": multivariate}
-        self._kept: dict[Any, Any] = {}  # what was read of images and of labels, and what was found for a pair of them
+        self._kept: dict[Any, Any] = {}  # what was read of images and labels, and the results for pairs of them
 
     @property
     def name(self) -> str:
-        """``seqtran``, with the weights where they are not the published ones, and how images are compared."""
+        """``seqtran``, with its weights if they are not the published ones, and with how images are compared."""
         weights = "" if (self.alpha, self.beta) == (ALPHA, BETA) else f"_{self.alpha:g}_{self.beta:g}"
         multivariate, standardized = (self.images[name] for name in ("multivariate", "standardize"))
         return f"seqtran{'_multivariate' * multivariate}{weights}{'_standardized' * standardized}"
@@ -153,7 +155,7 @@ class SeqTranAffinity:
         return float(self.pairs(a, b).mean())
 
     def pairs(self, a: TaskVolumes, b: TaskVolumes) -> np.ndarray:
-        """The cost between every patient of one task and every one of the other, whose mean is the tasks'."""
+        """The cost between each patient of one task and each of the other; its mean is the cost between the tasks."""
         weights = {"alpha": self.alpha, "beta": self.beta}
         return measures.task_affinity(self._distances(a, b), self._similarities(a, b), **weights).numpy()
 
@@ -180,7 +182,7 @@ class SeqTranAffinity:
         return self._once(files, lambda: measures.image_quantiles(task.images(channel), **self.images))
 
     def _labels(self, task: TaskVolumes) -> Iterator[np.ndarray]:
-        """One bit a voxel stays in memory: some 70 MB for 60 volumes of 240 x 240 x 155."""
+        """Labels are kept as one bit per voxel: about 70 MB for 60 volumes of 240 x 240 x 155."""
         packed = self._once(task.regions, lambda: [(tuple(one.shape), np.packbits(one)) for one in task.labels()])
         for shape, bits in packed:
             yield np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
@@ -219,7 +221,7 @@ def _context(task: TaskVolumes, channel: int) -> measures.TaskContext:
 
 
 def affinity_name(affinity: str | Affinity) -> str:
-    """For records and folders: equal for equal weights, wherever a file with them lies.
+    """The name of an affinity in records and folders; it depends on the weights, not on the place of their file.
 
     >>> affinity_name("seqtran"), affinity_name(SeqTranAffinity(alpha=0, beta=0.25))
     ('seqtran', 'seqtran_0_0.25')
@@ -237,14 +239,14 @@ AFFINITIES: dict[str, Callable[[], Affinity]] = {
 
 
 def find_affinity(affinity: str | Affinity) -> Affinity:
-    """The affinity of a name, of a file of fitted weights, of a function's import path, or the function itself.
+    """Find an affinity by its name, by a file of fitted weights, or by the import path of a function.
 
     Args:
-        affinity: "seqtran", "seqtran_multivariate", "context", an ``affinity_weights.json`` of `fit_weights`, or any
-            function of two `TaskVolumes`, such as ``"my_package.nearness"``.
+        affinity: "seqtran", "seqtran_multivariate", "context", an ``affinity_weights.json`` of `FitWeights`, or any
+            function of two `TaskVolumes`, or its import path such as ``"my_package.nearness"``.
 
     Raises:
-        InputError: neither a known name, nor a file with weights, nor a function that can be imported.
+        InputError: not a known name, a file with weights, or a function that can be imported.
     """
     if callable(affinity):
         return affinity
@@ -268,18 +270,18 @@ def _of_fitted_weights(path: Path) -> SeqTranAffinity:
         alpha, beta = float(content["alpha"]), float(content["beta"])
         if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
             raise ValueError(f"alpha {alpha}, beta {beta}")
-        # Files of before there were two forms of eq. 2 do not name theirs.
+        # Older files have no "multivariate": there was only one form of eq. 2.
         images = {"standardize": bool(content["standardize"]), "multivariate": bool(content.get("multivariate"))}
         return SeqTranAffinity(alpha=alpha, beta=beta, **images)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"holds no weights of an affinity ({error!r}); give the affinity_weights.json of fit.json"
-        raise InputError(f"{path} {what}.") from error
+        problem = f"{path} holds no weights of an affinity ({error!r})"
+        raise InputError(f"{problem}; give the affinity_weights.json that fit.json writes.") from error
 
 
 def affinity_costs(
     affinity: Affinity, tasks: Tasks, others: Tasks | None = None, *, progress: bool = True
 ) -> np.ndarray:
-    """Costs between every two tasks (n x n) or, with ``others``, between each of both (n x m).
+    """Costs between all pairs of tasks (n x n) or, with ``others``, between each task and each other (n x m).
 
     Raises:
         InputError: the affinity gave a cost that is negative or not finite.

@@ -1,4 +1,4 @@
-"""Fine-tuning along a path, as a chain of ordinary trainings of the bundle, and what it is worth beside one step."""
+"""Fine-tuning along a path as a chain of ordinary trainings, compared with fine-tuning in one step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,19 +18,19 @@ from medtl_ext.transfer.report import ALSO
 from medtl_ext.transfer.sources.pool import pretraining_job, source_collection
 
 MARGIN = 0.01
-"""The smallest difference in mean Dice worth acting on, of the audit and of a second step."""
+"""The smallest difference in mean Dice that matters, for the audit and for a second step."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Chains:
-    """Arms that lead to a target: each training once, in a folder of its own, however many arms share it.
+    """Arms that lead to a target. A training that several arms share runs once, in its own folder.
 
     Args:
-        here: its config's ``source_patients`` are spent on the sources of an arm in all, ``stage_patients`` of them on
-            each intermediate task; its seed is of every fine-tuning and draw of patients.
-        target: with the patients that it trains on.
-        folder, stage_dir: of the trainings on the target, and on intermediate tasks.
-        source_dir, pool_seed: of the pre-trainings, which later runs find there.
+        here: the run. ``source_patients`` of its config is the number of patients of all sources of an arm together;
+            ``stage_patients`` of them are for each intermediate task. Its seed is used for every fine-tuning and draw.
+        target: the target, with the patients to train on.
+        folder, stage_dir: folders of the trainings on the target, and on intermediate tasks.
+        source_dir, pool_seed: folder and seed of the pre-trainings, which later runs reuse.
     """
 
     here: Run
@@ -42,12 +42,12 @@ class Chains:
     _pretrainings: dict[tuple[str, int | None], Job] = field(default_factory=dict)
 
     def arm(self, name: str, *tasks: str, full: bool = True, joint: bool = False, **options: Any) -> Arm:
-        """Pre-train on the first task, fine-tune on the others in turn, then on the target.
+        """Pre-train on the first task, fine-tune on the other tasks in order, then on the target.
 
         Args:
             name: of the arm.
-            tasks: the sources, first to last; none to train from scratch.
-            full: train all parameters at every step, not the decoder alone.
+            tasks: the sources, first to last; without any, train from scratch.
+            full: train all parameters at every step, not only the decoder.
             joint: train on the two sources together, not one after the other.
             options: of the last step.
         """
@@ -71,7 +71,7 @@ class Chains:
         return finetuning_job(self.here, folder, source, overlay="stage", target_task=task, **options)
 
     def _pretraining(self, task: str, n_later: int) -> Job:
-        """Made once, as it looks at every file of a collection."""
+        """The pre-training on a task; it is kept, because making it reads every file of a collection."""
         config = self.here.config
         patients = first_share(config["source_patients"], config["stage_patients"], n_later)
         if (task, patients) not in self._pretrainings:
@@ -89,7 +89,7 @@ class Chains:
 
 
 def chains_to(study: Study, name: str, seed: int) -> Chains:
-    """Of a study all trainings lie below ``runs``, the pre-trainings in the pool of their seed."""
+    """The chains of a study: its trainings are below ``runs``, its pre-trainings in the pool of the seed."""
     run, runs = study.here.seeded(study.here.config, seed), study.here.folder / "runs"
     patients = run.config["train_patients"]
     patients = run.config["stage_patients"] if patients == "@stage_patients" else patients
@@ -99,7 +99,7 @@ def chains_to(study: Study, name: str, seed: int) -> Chains:
 
 
 def steps_of(arm: Arm) -> tuple[str, str]:
-    """Tasks of an arm's steps and the labelled patients of each training: ``a -> b -> target``, ``7 + 3 + 3``."""
+    """The tasks of an arm's steps, and the labelled patients of each: ``a -> b -> target``, ``7 + 3 + 3``."""
     settings = [{**job.config, **job.overrides} for job in arm.jobs]
     patients = [of["train_patients"] for of in settings if of["epochs"] != 0]
     path = " -> ".join(of["target_task"] for of in settings)
@@ -107,9 +107,9 @@ def steps_of(arm: Arm) -> tuple[str, str]:
 
 
 def arms_of(chains: Chains, plan: PlanPath, *, zero_shot: bool = True) -> list[Arm]:
-    """What a plan is compared by: one step and two, the decoder alone and all parameters, no step and no source.
+    """The arms that test a plan: one step and two, with the decoder only and with all parameters, and no source.
 
-    Without ``zero_shot`` the untouched source is left out, as it has to be where its classes are not the target's.
+    ``zero_shot`` adds the untouched source; it must be False if the source's classes are not the target's.
     """
     arms = [chains.arm("zero_shot", plan.single, epochs=0, val_interval=1)] if zero_shot else []
     arms.append(chains.arm("scratch"))
@@ -126,11 +126,11 @@ def arms_of(chains: Chains, plan: PlanPath, *, zero_shot: bool = True) -> list[A
 
 @dataclass(kw_only=True, eq=False)
 class NoteLEEP:
-    """A step that writes ``leep.json``: LEEP of the source network on the images that it will be fine-tuned on.
+    """A step that writes ``leep.json``: LEEP of the source network on the images of the fine-tuning.
 
     Args:
-        evaluator: whose metric ``leep`` it is.
-        output_dir: where it goes.
+        evaluator: with the metric ``leep``.
+        output_dir: folder of the file.
     """
 
     evaluator: Evaluator
@@ -144,14 +144,14 @@ class NoteLEEP:
 
 @dataclass(kw_only=True, eq=False)
 class FollowPath:
-    """A step that trains along the path, and all that it is compared with at as many labelled patients.
+    """A step that trains along the path, and all other arms with the same number of labelled patients.
 
     Writes the files of `medtl_ext.transfer.audit_report`, ``arms.csv`` (Dice and IoU of each arm) and ``answer.txt``,
-    and prints the answer. The folder of each training is kept, so that an interrupted run goes on where it stopped.
+    and prints the answer. The folder of each training is kept, so that an interrupted run continues where it stopped.
 
     Args:
-        plan: which path.
-        source_dir, pool_seed: where pre-trained networks are kept, and the seed of their training.
+        plan: has the path.
+        source_dir, pool_seed: folder of pre-trained networks, and the seed of their training.
     """
 
     plan: PlanPath
@@ -159,7 +159,7 @@ class FollowPath:
     pool_seed: int
 
     def run(self) -> None:
-        """Train, compare, and write it down."""
+        """Train, compare and write the results."""
         here, target, plan = self.plan.graph.here, self.plan.target, self.plan
         if not here.leads:
             return
@@ -170,7 +170,7 @@ class FollowPath:
         rows, spent = arm_rows(arms), spent_text(here.config["source_patients"])
         table = arms_table(rows, arms)
         write_csv(here.folder / "arms.csv", table)
-        answer = "No patient is left to validate on, so nothing is decided: --val_split val needs some."
+        answer = "There are no validation patients, so nothing is decided; give patients for --val_split val."
         if "val" in set(rows["split"]):
             method = "sequential_full" if "sequential_full" in set(rows["method"]) else "single_full"
             said = {"title": f"Ways to {target.name}, {spent}", "synthetic": target.synthetic}
@@ -182,14 +182,14 @@ class FollowPath:
 
 
 def spent_text(source_patients: int | None) -> str:
-    """What labelled patients of their sources arms spend, for a title."""
+    """The number of labelled source patients of each arm, for a title."""
     if source_patients is None:
         return "each with all patients of its first source"
     return f"at equal numbers of labelled patients ({source_patients} of sources)"
 
 
 def arms_table(rows: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
-    """Mean scores of every arm on each split, the best first, and the labelled patients that its steps spent."""
+    """Mean scores of every arm on each split, best first, and the labelled patients of its steps."""
     patients = patient_table(rows)
     measured = [name for name in ("dice", "iou", *ALSO) if name in patients]
     scores = patients.groupby(["split", "method"])[measured].mean()
@@ -199,17 +199,17 @@ def arms_table(rows: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
 
 
 def second_step_text(rows: pd.DataFrame, plan: PlanPath) -> str:
-    """Whether the intermediate task was worth it on the validation patients, against one step in the same way."""
+    """Whether the intermediate task was worth it on the validation patients, against one step of the same kind."""
     if plan.path is None:
-        return "One step is all there is."  # the plan says why
+        return "There is no second step."  # the plan says why
     if len(plan.path) == 1:
-        return "One step is all there is: max_intermediates is 0."
+        return "There is no second step: max_intermediates is 0."
     patients = patient_table(rows)
     patients = patients[patients["split"] == "val"].pivot_table(index="subject", columns="method", values="dice")
     sentences = []
     if len(patients) < MINIMUM_PATIENTS:
         count = f"{len(patients)} validation patient{'s' if len(patients) > 1 else ''}"
-        sentences = [f"{count} cannot settle whether a second step helps, which takes at least {MINIMUM_PATIENTS}"]
+        sentences = [f"{count} cannot decide whether a second step helps; this needs at least {MINIMUM_PATIENTS}"]
     for suffix, what in (("_full", "all parameters"), ("", "decoder only")):
         one = patients.filter([f"single{suffix}", f"direct{suffix}"]).mean().idxmax()
         gap = paired_comparison(patients[f"sequential{suffix}"].to_dict(), patients[one].to_dict(), n_resamples=999)
@@ -222,7 +222,7 @@ def second_step_text(rows: pd.DataFrame, plan: PlanPath) -> str:
 
 
 def _judgement(gap: PairedComparison) -> str:
-    """What the path's lead over one step says of the second step."""
+    """What the difference between the path and one step says about the second step."""
     if gap.low > 0 and gap.difference >= MARGIN:
         return "the second step helps"
     if gap.low > 0:

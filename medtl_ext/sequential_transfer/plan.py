@@ -31,19 +31,19 @@ from medtl_ext.transfer.tasks import draw_patients, patients_of
 from medtl_ext.visualize import plot_task_graph, save_figure
 
 DRAWS = 100
-"""Of ties between edges, and of patients, in which a plan is made again."""
+"""Number of random ways to break ties, and of resamples of patients, in which a plan is made again."""
 
 
 def shares(a: str, b: str) -> bool:
-    """Whether two tasks have the modality or the objective in common."""
+    """True if two tasks have the same modality or the same objective."""
     return Task(a).modality == Task(b).modality or Task(a).objective == Task(b).objective
 
 
 def joined_to(target: str, sources: Iterable[str]) -> list[str]:
-    """The sources, other than the target itself, that an edge joins to it.
+    """The sources, other than the target itself, that share its modality or objective.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such source.
     """
     near = [source for source in sources if shares(source, target) and source != target]
     if not near:
@@ -52,7 +52,7 @@ def joined_to(target: str, sources: Iterable[str]) -> list[str]:
 
 
 def task_volumes(task: SegmentationTask, *, patients: int | None = None) -> TaskVolumes:
-    """A task's training patients, at most ``patients`` of them, for its affinity to others."""
+    """A task's training patients, at most ``patients`` of them, for its affinity to other tasks."""
     items = task.datalist("train")
     drawn = draw_patients(items, patients, seed=0)
     files = tuple((ensure_tuple(item["image"]), item["label"]) for item in drawn)
@@ -60,31 +60,33 @@ def task_volumes(task: SegmentationTask, *, patients: int | None = None) -> Task
 
 
 def first_share(source_patients: int | None, stage_patients: int, n_later: int) -> int | None:
-    """Labelled patients of a path's first task: what the later ones leave, so that all arms spend as many.
+    """Number of labelled patients for the first task of a path: those that the later tasks leave.
+
+    So all arms use the same number of source patients.
 
     Raises:
-        InputError: they leave none.
+        InputError: no patient is left.
     """
     if source_patients is None:
         return None
     left = source_patients - n_later * stage_patients
     if left < 1:
-        stages = f"{n_later} intermediate tasks of {stage_patients} patients leave none to pre-train on"
-        raise InputError(f"source_patients is {source_patients}, of which {stages}; raise it, or give null to use all.")
+        stages = f"but {n_later} intermediate tasks of {stage_patients} patients leave none to pre-train on"
+        raise InputError(f"source_patients is {source_patients}, {stages}; raise it, or give null to use all.")
     return left
 
 
 @dataclass(kw_only=True, eq=False)
 class SourceGraph:
-    """The source tasks, joined where they share modality or objective, in clusters with a representative each.
+    """A graph of the source tasks, with an edge between tasks that share modality or objective, and its clusters.
 
     Args:
-        here: where it writes. Its config says what of each task the affinity looks at (``affinity_patients``), and how
-            clusters are found (``n_clusters``, ``cluster_weight``; of fewer tasks each is one) and represented
+        here: the run. Its config has the number of patients for the affinity (``affinity_patients``), and how clusters
+            are found (``n_clusters``, ``cluster_weight``; with fewer tasks, each task is a cluster) and represented
             (``representative_rule``): see `medtl_ext.graph`.
         sources: names of tasks.
         affinity: see `find_affinity`.
-        task_graph: a ``task_graph.json`` made before, for other targets: no cost between sources is computed then.
+        task_graph: an existing ``task_graph.json``; then no cost between sources is computed.
     """
 
     here: Run
@@ -99,12 +101,12 @@ class SourceGraph:
         return SegmentationTask(source, train_patients=train_patients, **where)
 
     def volumes(self, sources: Iterable[str]) -> list[TaskVolumes]:
-        """What the affinity looks at."""
+        """The patients of each source for the affinity."""
         return [task_volumes(self.open(source), patients=self.here.config["affinity_patients"]) for source in sources]
 
     @cached_property
     def cost(self) -> Affinity:
-        """Found once, as it keeps what it has read."""
+        """The affinity; the same object is used throughout, because it keeps what it has read."""
         return find_affinity(self.affinity)
 
     @cached_property
@@ -121,22 +123,23 @@ class SourceGraph:
             return joined
         joined = graphs.read_task_graph(self.task_graph)
         if other := sorted(set(joined) ^ set(self.sources)):
-            raise InputError(f"task graph {self.task_graph} and sources differ in {other[0]}; give its own tasks.")
+            problem = f"task graph {self.task_graph} and --sources differ in {other[0]}"
+            raise InputError(f"{problem}; give the graph's own tasks, or make the graph again.")
         if joined.graph.get("affinity", name) != name:
-            other = f"the affinity {joined.graph['affinity']}, whose costs are on another scale than those of {name}"
-            raise InputError(f"task graph {self.task_graph} was made with {other}; give that, or make the graph anew.")
+            other = f"the affinity {joined.graph['affinity']}, whose costs have another scale than those of {name}"
+            raise InputError(f"task graph {self.task_graph} was made with {other}; give that, or make the graph again.")
         return joined
 
     def _joined_only(self, a: TaskVolumes, b: TaskVolumes) -> float:
-        """Spare the pairs that no edge will join."""
+        """The cost, or 0 for a pair that gets no edge."""
         return self.cost(a, b) if shares(a.name, b.name) else 0.0
 
     @cached_property
     def how(self) -> dict[str, Any]:
-        """How it is cut into clusters."""
+        """How the graph is cut into clusters."""
         asked = self.here.config["n_clusters"]
         if asked > len(self.graph):
-            warn(f"n_clusters is {asked}, of {len(self.graph)} source tasks: each is its own cluster.")
+            warn(f"n_clusters is {asked}, but there are {len(self.graph)} source tasks: each is its own cluster.")
         return {"n_clusters": min(asked, len(self.graph)), "weight": self.here.config["cluster_weight"]}
 
     @cached_property
@@ -150,7 +153,7 @@ class SourceGraph:
 
     @cached_property
     def kept(self) -> list[float]:
-        """The share of `clusterings` that has each of the clusters: less than 1 where it rests on a tie."""
+        """For each cluster, the share of `clusterings` that contain it: below 1 if it depends on a tie."""
         return [float(np.mean([set(one) in found for found in self.clusterings])) for one in self.clusters]
 
     @cached_property
@@ -161,9 +164,9 @@ class SourceGraph:
         return graphs.cluster_representatives(graph, clusters, rule=self.here.config["representative_rule"])
 
     def draws(self, target: TaskVolumes) -> Iterator[tuple[nx.Graph, dict[str, float]]]:
-        """The graph and the costs to a target with the patients drawn anew, again and again.
+        """The graph and the costs to a target, for resamples of the patients.
 
-        Costs between sources are those of the graph where that was made before.
+        If the graph was read from a file, its costs between sources do not change.
         """
         tasks = {task.name: task for task in self.volumes(self.graph)}
         edges = [] if self.task_graph else list(self.graph.edges)
@@ -187,21 +190,19 @@ class SourceGraph:
             for cluster, first in zip(self.clusters, self.representatives, strict=True)
         ]
         ties = [
-            f"{first}'s in {share:.0%}"
-            for first, share in zip(self.representatives, self.kept, strict=True)
-            if share < 1
+            f"{first} in {share:.0%}" for first, share in zip(self.representatives, self.kept, strict=True) if share < 1
         ]
-        hung = f" Ties between edges decide: broken at random, not by name, they give {', '.join(ties)} of draws."
+        hung = f" Ties between edges matter: broken at random, they give the cluster of {', '.join(ties)} of draws."
         return (
             f"{len(self.graph)} source tasks, {self.graph.number_of_edges()} pairs joined, in {len(clusters)} "
             f"clusters: {'; '.join(clusters)}.{hung if ties else ''}"
         )
 
     def write(self, **shown: Any) -> None:
-        """Write ``task_graph.json``, ``task_graph.graphml``, ``clusters.csv`` and ``task_graph.png``, and say it.
+        """Write ``task_graph.json``, ``task_graph.graphml``, ``clusters.csv`` and ``task_graph.png``; print a summary.
 
-        Without more, ``answer.txt`` too. The picture shows clusters in colours, sizes of tasks, and what else is given
-        to be ``shown`` in it.
+        The figure shows the clusters in colours, the sizes of tasks, and the options ``shown`` of `plot_task_graph`.
+        Without these options, ``answer.txt`` is written too.
         """
         if not self.here.leads:
             return
@@ -220,7 +221,7 @@ class SourceGraph:
             how = {"title": "Task graph", "synthetic": self.synthetic} | shown
             figure = plot_task_graph(self.graph, self.clusters, representatives=self.representatives, **how)
             save_figure(figure, folder / "task_graph.png")
-        if not shown:  # alone, it is the answer
+        if not shown:  # no plan follows, so the graph is the answer
             write_text(folder / "answer.txt", self.text)
         print(self.text)
 
@@ -231,16 +232,16 @@ def _nearest(costs: Mapping[str, float]) -> str:
 
 @dataclass(kw_only=True, eq=False)
 class PlanPath:
-    """A step that finds the cheapest paths to the target, and beside them the nearest single source.
+    """A step that finds the cheapest paths to the target, and the nearest single source.
 
-    Writes ``plan.json`` and ``paths.csv``, and the files of `SourceGraph`, with the path in the picture.
+    Writes ``plan.json`` and ``paths.csv``, and the files of `SourceGraph`, with the path in the figure.
 
-    The config says how many intermediate tasks there may be (``max_intermediates``), and the labelled patients that
-    every arm is to spend on its sources in all (``source_patients``) and on an intermediate task (``stage_patients``).
+    The config says how many intermediate tasks are allowed (``max_intermediates``), and the number of labelled patients
+    of all sources of an arm (``source_patients``) and of each intermediate task (``stage_patients``).
 
     Args:
         graph: of the sources.
-        target: of its training patients only those that will be trained on are looked at.
+        target: the target; only the patients that will be trained on are used.
     """
 
     graph: SourceGraph
@@ -251,14 +252,14 @@ class PlanPath:
         """Refuse what cannot work before anything long runs.
 
         Raises:
-            InputError: no labelled training patient of the target, the target among the sources, numbers of patients
-                that leave none to pre-train on, or a task with fewer patients than it is to give.
+            InputError: the target has no labelled training patient or is one of the sources; no patient is left to
+                pre-train on; or a task has fewer patients than are asked for.
         """
         config, sources, target = self.graph.here.config, self.graph.sources, self.target
         in_all, stage, most = (config[name] for name in ("source_patients", "stage_patients", "max_intermediates"))
         require_lists(sources=sources)
         if target.name in sources:
-            raise InputError(f"the target {target.name} is one of the sources; leave it out of sources.")
+            raise InputError(f"the target {target.name} is one of the sources; leave it out of --sources.")
         require_number("max_intermediates", most, 0, whole=True)
         require_number("stage_patients", stage, 1, whole=True)
         first_share(in_all, stage, most)
@@ -268,10 +269,10 @@ class PlanPath:
 
     @cached_property
     def costs(self) -> dict[str, float]:
-        """Source -> affinity cost to the target, for those that share its modality or objective.
+        """Source -> affinity cost to the target, for sources that share its modality or objective.
 
         Raises:
-            InputError: there is none.
+            InputError: there is no such source.
         """
         near, goal = joined_to(self.target.name, self.graph.graph), [task_volumes(self.target)]
         progress = self.graph.here.progress
@@ -280,12 +281,12 @@ class PlanPath:
 
     @property
     def single(self) -> str:
-        """The one source with the least cost."""
+        """The source with the smallest cost."""
         return _nearest(self.costs)
 
     @cached_property
     def paths(self) -> list[graphs.TransferPath]:
-        """The best paths, best first; none where ``no_path`` then says why."""
+        """The best paths, best first; if there is none, ``no_path`` says why."""
         try:
             return self._paths(self.graph.graph, self.costs, self.graph.clusters)
         except graphs.NoPathError as reason:
@@ -309,8 +310,8 @@ class PlanPath:
     def survival(self) -> pd.DataFrame:
         """How often paths and single sources are chosen again, by ``kind`` and ``tasks`` as in ``paths.csv``.
 
-        In ``ties`` the share of random ways to break ties between edges; in ``patients`` that of draws of the patients,
-        ties broken at random too, unless the affinity does not say its cost of each pair of patients.
+        ``ties``: the share of random ways to break ties between edges. ``patients``: the share of resamples of the
+        patients, with ties broken at random too; only if the affinity gives its cost for each pair of patients.
         """
         cut = [self._best(self.graph.graph, self.costs, clusters) for clusters in self.graph.clusterings]
         chosen = {"ties": pd.Series(Counter(cut)) / len(cut)}
@@ -332,28 +333,28 @@ class PlanPath:
 
     @property
     def text(self) -> str:
-        """Paths, expected costs, how firm they are, and the nearest single source in words."""
+        """The paths, their costs, how stable they are, and the nearest single source, in words."""
         name = self.target.name
         best = zip(("Best path", "Next"), self.paths, strict=False)
         said = [f"{what}: {' -> '.join((*path.tasks, name))}, cost {path.cost:.3f}." for what, path in best]
         return (
             f"{' '.join(said) or f'For {name} {self.no_path}'} {self._firm()}Nearest single source: {self.single}, "
-            f"cost {self.costs[self.single]:.3f}. Costs rank paths among themselves and single sources among "
-            "themselves; whether a second step pays is settled by training."
+            f"cost {self.costs[self.single]:.3f}. Costs of paths and costs of single sources cannot be compared; "
+            "only training shows whether a second step pays."
         )
 
     def _firm(self) -> str:
-        """How often the best path is chosen again, and what that makes of it."""
+        """How often the best path is chosen again, and what follows from it."""
         if not self.paths:
             return ""
         shares = self._chosen_again(self.paths[0])
         of = {"ties": "random ways to break ties between edges", "patients": "draws of the patients"}
         said = " and in ".join(f"{share:.0%} of {of[what]}" for what, share in shares.items())
-        doubt = "" if min(shares.values()) > 0.5 else ", so that others may be as good"
+        doubt = "" if min(shares.values()) > 0.5 else ", so other paths may be as good"
         return f"The best is chosen again in {said}{doubt}. "
 
     def run(self) -> None:
-        """Find them, write them down, and say it."""
+        """Find the paths, write the files and print a summary."""
         if not self.graph.here.leads:
             return
         folder, target, paths = self.graph.here.folder, self.target, self.paths

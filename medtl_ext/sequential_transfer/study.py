@@ -1,7 +1,7 @@
-"""Studies of several targets: when a second step is worth it, and the two weights of SeqTran's affinity.
+"""Studies over several targets: when is a second step worth it, and which weights should SeqTran's affinity have?
 
-`StudyPaths` trains from every single source and along every path; `FitWeights` fits the weights to transfers, and says
-their worth on a target they have not seen.
+`StudyPaths` trains from every single source and along every path. `FitWeights` fits the weights to transfers, and tests
+them on targets that were not used in the fit.
 """
 
 import json
@@ -39,7 +39,7 @@ OF_CHOICE = [*OF_RUN, "steps", "how"]
 PAIR = ["source", "target"]
 CORRELATIONS = ["correlation", "correlation_left_out", "correlation_published"]
 HEAD = ": head of its path"
-DRAWN = "Of paths only these and the chosen ones were trained; the best in hindsight is the best of them."
+DRAWN = "Only these paths and the chosen ones were trained; the best in hindsight is the best of them."
 
 PAIRS = [
     (("path", "{}"), ("single", "{}")),
@@ -52,26 +52,26 @@ PAIRS = [
     (("single", "{}"), ("single", "random")),
     (("single", "{}"), ("none", "scratch")),
 ]
-"""What is compared with what, over the test patients of all targets; {} is each affinity in turn."""
+"""The comparisons, over the test patients of all targets; {} stands for each affinity in turn."""
 
 
 @dataclass(kw_only=True, eq=False)
 class StudyPaths(Study):
-    """A study that trains from every source, along every path of two, and on both sources of a path, for each target.
+    """A study that trains from every source, along every path of two sources, and on both sources of a path together.
 
-    From these, what every way to choose is worth: at random, by LEEP, by each affinity, in hindsight (the paper's
-    Table 4); scratch, one step and two (its Tables 1 and 3); and which modality is ideal for an objective (its Table
-    2). Writes ``study.csv`` (one row per target, seed and arm), ``patients.csv`` (one per patient of these),
-    ``choices.csv`` and ``study.md``.
+    It then compares the ways to choose: at random, by LEEP, by each affinity, and in hindsight (the paper's Table 4);
+    scratch, one step and two (its Tables 1 and 3); and the ideal modality for an objective (its Table 2). Writes
+    ``study.csv`` (one row per target, seed and arm), ``patients.csv`` (one row per patient of these), ``choices.csv``
+    and ``study.md``.
 
     Args:
-        targets, sources: tasks; sources that share neither modality nor objective with a target are trained for others
-            only, but are in the graph of all.
-        seeds: the repetitions: of the pool's training, the draw of patients and the fine-tuning.
+        targets, sources: tasks. A source that shares neither modality nor objective with a target is not used for it,
+            but it is in the graph of all targets.
+        seeds: the repetitions; a seed changes the training of the pool, the draw of patients and the fine-tuning.
         affinities: names or import paths.
-        draws: "at random" is the mean of so many single sources, and of so many paths, and no other path is trained but
-            those that an affinity chooses; None: of all.
-        full: train all parameters at every step, not the decoder alone.
+        draws: "at random" is the mean of this number of single sources and of paths; no other paths are trained, except
+            those that an affinity chooses. None: of all.
+        full: train all parameters at every step, not only the decoder.
     """
 
     targets: Sequence[str]
@@ -92,12 +92,13 @@ class StudyPaths(Study):
 
     def arms(self) -> Arms:
         if self.here.config["max_intermediates"] != 1:
-            raise InputError("settings holds max_intermediates, which is 1 in a study of all paths; leave it out.")
+            problem = "--settings holds max_intermediates, which must be 1 in a study of all paths"
+            raise InputError(f"{problem}; leave it out.")
         found = {name: find_affinity(name) for name in self.affinities}  # each reads a task's volumes once
         chains = {key: chains_to(self, *key) for key in product(self.targets, self.seeds)}
-        graphs: dict[tuple, SourceGraph] = {}  # one serves all targets
+        graphs: dict[tuple, SourceGraph] = {}  # shared by all targets with the same sources
         for (target, seed), of in chains.items():
-            joined_to(target, self.sources)  # raises where there is none
+            joined_to(target, self.sources)  # raises if there is none
             others = tuple(source for source in self.sources if source != target)
             made = {name: SourceGraph(here=of.here, sources=others, affinity=cost) for name, cost in found.items()}
             self.plans[target, seed] = {
@@ -112,7 +113,7 @@ class StudyPaths(Study):
         ]
 
     def _arms_to(self, key: Key, chains: Chains) -> list[Arm]:
-        """Every single source, paths of two joined ones, and joint training where an affinity chose the path."""
+        """Every single source, paths of two joined sources, and joint training for paths that an affinity chose."""
         sources, rng = joined_to(key[0], self.sources), np.random.default_rng(key[1])
         pairs = [(a, b) for a, b in product(sources, sources) if a != b and shares(a, b)]
         drawn = {"single": sources, "path": pairs}
@@ -127,7 +128,7 @@ class StudyPaths(Study):
         return arms + [chains.arm(" + ".join(path), *path, joint=True, **how) for path in chosen]
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
-        """Write what each arm, and each way to choose one, gave."""
+        """Write the results of each arm, and of each way to choose an arm."""
         patients = patient_table(table).rename(columns={"pair": "target", "method": "arm", "subject": "patient"})
         patients = patients.loc[patients["split"] == "test", [*OF_ARM, "patient", "dice", "iou"]]
         rows = pd.DataFrame([columns.values() for columns, _ in arms], columns=OF_ARM)
@@ -139,7 +140,7 @@ class StudyPaths(Study):
         patients = patients.drop(columns="iou")
         for name, of in {"study": rows, "choices": choices, "patients": patients}.items():
             write_csv(self.here.folder / f"{name}.csv", of)
-        trained = "all parameters trained" if self.full else "the decoder alone trained"
+        trained = "all parameters trained" if self.full else "only the decoder trained"
         trained += f" at every step, {spent_text(self.here.config['source_patients'])}"
         said = {"synthetic": self.synthetic, "trained": trained, "draws": self.draws}
         text = study_text(rows, patients, choices, scores, self.affinities, **said)
@@ -153,8 +154,8 @@ def _choices(
     plans: Mapping[Key, Mapping[str, PlanPath]],
     random: Mapping[Key, Mapping[str, Sequence[str]]],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What each way to choose picks for a target and seed and what that gives, the mean where it is several; and that
-    of each patient.
+    """What each way to choose picks for a target and seed, its score (the mean over several picks), and the score of
+    each patient.
     """
     rows = []
     for (target, seed), of in table.groupby(OF_RUN):
@@ -196,7 +197,7 @@ def study_text(
     trained: str,
     draws: int | None = None,
 ) -> str:
-    """The study as a Markdown page: Dice of every way to choose, and what all its paths of two sources gained."""
+    """The study as a Markdown page: Dice of every way to choose, and the gains of all paths of two sources."""
     seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
     warned = " **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""
     compared = differences(scores, affinities)
@@ -206,33 +207,33 @@ def study_text(
         f"Mean Dice of test patients over {targets} targets and {seeds} seeds, {trained}.{warned}",
         _means_table(choices),
         *([f"random: the mean of {draws} draws. {DRAWN}"] if draws else []),
-        f"pairs: target-seed pairs that a row stands for, of {seeds * targets}. Rows with fewer, where a way to choose "
-        "has no path, are means over other targets or seeds and do not compare; the differences below do.",
-        "Differences in Dice, paired over patients (each averaged over the targets and seeds that both sides have, so "
-        "that one who is a patient of several targets counts once), with 95 % t intervals; p: Wilcoxon, not corrected; "
-        "left out: what one of the two lacks:",
+        f"pairs: number of target-seed pairs in a row, of {seeds * targets}. A row has fewer if a way to choose has "
+        "no path there. Such a row is a mean over fewer targets or seeds: compare it only by the differences below.",
+        "Differences in Dice, paired over patients, with 95 % t intervals. Each patient is averaged over the targets "
+        "and seeds that both sides have, so a patient of several targets counts once. p: Wilcoxon, not corrected. "
+        "left out: pairs that one of the two sides lacks:",
         compared,
-        "Gain of every path of two, whoever would choose it, against its first source alone, and against the better of "
-        "its two sources alone. The interval is of the gain against the first source: 95 % t, over patients, "
-        "each averaged over the paths, targets and seeds of the row:",
+        "Gain of every path of two sources against its first source alone, and against the better of its two sources "
+        "alone. The interval belongs to the gain against the first source: 95 % t, over patients, each averaged over "
+        "the paths, targets and seeds of the row:",
         gains(table, patients),
         *ideal_modality(_best_of_both(choices)),
     )
 
 
 def _verdict(compared: pd.DataFrame, affinities: Sequence[str]) -> str:
-    """One sentence, from each affinity's path against its single source."""
+    """One sentence that compares the path of each affinity with its single source."""
     asked = [(f"path, {name}", f"single, {name}") for name in affinities]
     ours = pd.DataFrame([row for row in compared.to_dict("records") if (row["first"], row["second"]) in asked])
     if ours.empty:
-        return "No path of two sources was found, so nothing is said of a second step."
+        return "No path of two sources was found, so nothing can be said about a second step."
     worth = ours["interval"].str.match(r"\+.* to \+")
     said = "; ".join(f"{row.first} against {row.second} {row.difference} ({row.interval})" for row in ours.itertuples())
     return f"{'A second step is worth it' if worth.all() else 'No evidence that a second step is worth it'}: {said}."
 
 
 def _means_table(choices: pd.DataFrame) -> pd.DataFrame:
-    """Mean Dice of every way to choose per target and over them, and how many target-seed pairs that stands for."""
+    """Mean Dice of every way to choose, per target and over targets, and the number of target-seed pairs."""
     means = choices.pivot_table(index=["steps", "how"], columns="target", values="dice", sort=False)
     means["mean"] = means.mean(axis=1)
     by_seed = choices.pivot_table(index=["steps", "how", "target"], columns="seed", values="dice", sort=False)
@@ -245,12 +246,12 @@ def _means_table(choices: pd.DataFrame) -> pd.DataFrame:
 def differences(scores: pd.DataFrame, affinities: Sequence[str]) -> pd.DataFrame:
     """The comparisons of `PAIRS`, over the patients, targets and seeds that both sides have.
 
-    Targets of one institution share their test patients, so a patient's Dice is averaged over targets and seeds before
-    patients are compared: each counts once.
+    Targets of one institution share test patients. So the Dice of each patient is first averaged over targets and
+    seeds; then each patient counts once.
 
     Args:
         scores: columns ``target, seed, steps, how, patient, dice``.
-        affinities: names, for which {} stands.
+        affinities: names that replace {}.
 
     Returns:
         One row per comparison; ``pairs`` counts the target-seed pairs compared, ``left out`` names the others.
@@ -293,16 +294,16 @@ def _best_of_both(choices: pd.DataFrame) -> pd.DataFrame:
 
 
 def ideal_modality(best: pd.DataFrame) -> list[str | pd.DataFrame]:
-    """Which modality is ideal for an objective, and what a second step gains with it and with any other.
+    """Which modality is ideal for an objective, and what a second step gains with it and with other modalities.
 
-    The ideal one is that of the institution's target which the best single source serves best; where an institution has
-    an objective in one modality only, there is none.
+    The ideal modality of an objective at an institution is the one for which the best single source gives the highest
+    Dice. Objectives with one modality only are left out.
 
     Args:
-        best: per target, its index, the Dice of the best ``single`` source and of the best ``path``.
+        best: index: target; columns: Dice of the best ``single`` source and of the best ``path``.
 
     Returns:
-        Parts of a page; none where no objective has two modalities.
+        Parts of a page; empty if no objective has two modalities.
     """
     tasks = [Task(name) for name in best.index]
     found = best.assign(modality=[task.modality for task in tasks], gain=best["path"] - best["single"])
@@ -317,13 +318,13 @@ def ideal_modality(best: pd.DataFrame) -> list[str | pd.DataFrame]:
     return [
         "Which modality is ideal for an objective? Dice of the best single source by the target's modality:",
         found.pivot_table(index="objective", columns="modality", values="single", sort=False).reset_index(),
-        f"The best path is ahead of the best single source on {', on '.join(said)}. The ideal modality is found by the "
-        "very Dice that the gain is counted from: where targets differ by chance alone, it comes out behind.",
+        f"The best path is better than the best single source on {', on '.join(said)}. Note: the ideal modality is "
+        "chosen by the same Dice from which the gain is computed. So by chance alone, its gain tends to be smaller.",
     ]
 
 
 def _compared(first: pd.Series, second: pd.Series | float = 0.0) -> PairedComparison:
-    """Over patients, each averaged over targets, seeds and whatever else has him or her."""
+    """A comparison over patients, each averaged over targets, seeds and paths first."""
     mean = pd.DataFrame({"first": first, "second": second}).groupby("patient").mean()
     return paired_comparison(mean["first"].to_dict(), mean["second"].to_dict(), n_resamples=999)
 
@@ -333,7 +334,7 @@ def _interval(found: PairedComparison) -> str:
 
 
 def _pairs_text(pairs: pd.MultiIndex, asked: pd.MultiIndex) -> str:
-    """Target-seed pairs in words: a target's name alone where it is all its seeds."""
+    """Target-seed pairs in words; the target alone if all its seeds are there."""
     texts = []
     for target, seeds in pairs.to_frame(index=False).groupby("target")["seed"]:
         every = len(seeds) == (asked.get_level_values("target") == target).sum()
@@ -342,15 +343,15 @@ def _pairs_text(pairs: pd.MultiIndex, asked: pd.MultiIndex) -> str:
 
 
 def gains(table: pd.DataFrame, patients: pd.DataFrame) -> pd.DataFrame:
-    """What a second step gains, by whether it brings the target's modality to a network that has not seen it.
+    """The gain of a second step, by whether it adds the target's modality to a network that has not seen it.
 
     Args:
         table: columns ``target, seed, arm, steps, dice``.
         patients: columns ``target, seed, arm, patient, dice``.
 
     Returns:
-        One row per kind of path and target, and one over all targets: paths, mean gain over paths against the path's
-        first source and against the better of its two, and the interval of the former over patients.
+        One row per kind of path and target, and one over all targets: number of paths, mean gain over paths against the
+        first source with its interval over patients, and mean gain against the better of the two sources.
     """
     alone = table.set_index(OF_ARM)["dice"]
     dice = {key: of.set_index("patient")["dice"] for key, of in patients.groupby(OF_ARM)}
@@ -374,15 +375,15 @@ def gains(table: pd.DataFrame, patients: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(kw_only=True, eq=False)
 class FitWeights(Study):
-    """A study that fits ``alpha`` and ``beta`` of SeqTran's affinity to what transfers gave.
+    """A study that fits ``alpha`` and ``beta`` of SeqTran's affinity to the results of transfers.
 
-    An affinity is to rank the sources of one target, so distance, similarity and Dice each count less their mean over
-    the target's sources. Writes ``transfers.csv`` (source, target, distance, similarity, dice) and
-    ``affinity_weights.json``, which says too what the weights are worth on a target that is left out of the fit.
+    An affinity must rank the sources of one target. So the mean over the target's sources is subtracted from distance,
+    similarity and Dice. Writes ``transfers.csv`` (source, target, distance, similarity, dice) and
+    ``affinity_weights.json``, which also says how well the weights work on a target that is left out of the fit.
 
     Args:
         transfers: a CSV file with the columns ``source, target, dice``; None: fine-tune every source on every target.
-        targets, sources: tasks, where ``transfers`` is None.
+        targets, sources: tasks, used if ``transfers`` is None.
         standardize, multivariate: see `SeqTranAffinity`.
     """
 
@@ -401,7 +402,9 @@ class FitWeights(Study):
             self.table = _read_transfers(Path(self.transfers))
         if len(self.table) < 3:
             asked = self.transfers or f"{list(self.sources)} to {list(self.targets)}"
-            raise InputError(f"a fit needs three transfers or more; those from {asked} are {len(self.table)}.")
+            raise InputError(
+                f"a fit needs at least three transfers; from {asked} there are {len(self.table)}. Add some."
+            )
         return {}
 
     @cached_property
@@ -417,12 +420,12 @@ class FitWeights(Study):
         for name in self.sources:
             self.pool.open(name, train_patients=config["source_patients"]).datalist("train")
         for of in chains.values():
-            of.target.datalist("train")  # raises where there are fewer patients than are to be spent
+            of.target.datalist("train")  # raises if there are fewer patients than asked for
         pairs = self.table.itertuples(index=False)
         return [({"pair": target, "method": source}, chains[target].arm(source, source)) for source, target in pairs]
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
-        """Fit, write it down, and say it."""
+        """Fit, write the files and print the result."""
         config, folder, found = self.here.config, self.here.folder, self.table
         if arms:
             scores = patient_table(table)
@@ -442,17 +445,17 @@ class FitWeights(Study):
 
 
 def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
-    """The weights, and how cost and Dice correlate within targets (negative where the cost predicts).
+    """Fit the weights, and correlate cost and Dice within targets (negative if the cost predicts the Dice).
 
     Args:
-        table: a row per transfer with ``target, dice, distance, similarity``.
+        table: one row per transfer with ``target, dice, distance, similarity``.
 
     Returns:
         ``alpha``, ``beta``, the number of ``transfers``, and three correlations, each the mean over the same targets,
-        None where nothing varies: ``correlation`` with these weights, on the transfers they were fitted to;
-        ``correlation_left_out`` with weights fitted to the other targets' transfers; ``correlation_published``. Of the
-        ``targets_left_out``, ``targets_predicted`` have the predicting sign, and on ``targets_better`` the weights of
-        the others beat the published ones.
+        or None if nothing varies: ``correlation`` with these weights, on the transfers of the fit;
+        ``correlation_left_out`` with weights fitted to the other targets; ``correlation_published`` with the published
+        weights. ``targets_left_out`` is the number of targets tested; on ``targets_predicted`` of them the correlation
+        is negative, and on ``targets_better`` the weights of the other targets beat the published ones.
     """
     values = table.reset_index(drop=True).set_index("target", append=True)[["dice", "distance", "similarity"]]
     rows = values.groupby("target").transform(_within_target)
@@ -461,7 +464,7 @@ def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
     for _, own in rows.groupby("target", sort=False):
         others, left_out = rows.drop(own.index), np.nan
         if len(others) >= 3:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the whole fit it is said
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # the fit to all targets warns already
                 left_out = _correlation(own, _fit(others))
         found.append([_correlation(own, weights), left_out, _correlation(own, PUBLISHED_WEIGHTS)])
     compared = pd.DataFrame(found, columns=CORRELATIONS)
@@ -479,9 +482,9 @@ def fit_to_transfers(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _within_target(values: pd.Series) -> pd.Series:
-    """Without what differs between targets: how hard they are, how far from all sources.
+    """Subtract the mean over a target's sources: how hard the target is, and how far it is from all sources.
 
-    What is the same for all sources of a target becomes 0, not what rounding leaves of it.
+    Values that are equal for all sources become exactly 0, without rounding errors.
     """
     varies = values.max() - values.min() > ROUNDING * values.abs().max()
     return values - values.mean() if varies else 0.0 * values
@@ -492,26 +495,25 @@ def _fit(rows: pd.DataFrame) -> tuple[float, float]:
 
 
 def _correlation(rows: pd.DataFrame, weights: tuple[float, float]) -> float:
-    """Of cost and Dice within a target; NaN where either is constant."""
+    """Correlation of cost and Dice within a target; NaN if one of them is constant."""
     cost = weights[0] * rows["distance"] - weights[1] * rows["similarity"]
     return float(cost.corr(rows["dice"])) if cost.any() and rows["dice"].any() else np.nan
 
 
 def fit_text(content: Mapping[str, Any]) -> str:
-    """What `fit_to_transfers` says, and whether to prefer its weights."""
+    """The result of `fit_to_transfers` in words, and whether to prefer its weights."""
     said = ["unknown" if content[kind] is None else f"{content[kind]:+.2f}" for kind in CORRELATIONS]
     fitted, left_out, published = said
     targets, predicted, better = (content[f"targets_{kind}"] for kind in ("left_out", "predicted", "better"))
     text = (
-        f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g} of {content['transfers']} transfers. Cost and Dice "
-        f"of a target's sources correlate, in the mean over targets, at {fitted} with these weights, which have seen "
-        f"them; at {left_out} on targets left out of the fit; at {published} with the published weights. Lower is "
-        "better."
+        f"alpha {content['alpha']:.4g}, beta {content['beta']:.4g}, fitted to {content['transfers']} transfers. Mean "
+        f"correlation of cost and Dice over a target's sources (lower is better): {fitted} on the targets of the fit; "
+        f"{left_out} on targets left out of the fit; {published} with the published weights."
     )
-    found = f"of {targets} targets left out, {predicted} have the predicting sign, and {better} are predicted better"
-    found += " than by the published weights"
+    found = f"of {targets} targets left out, {predicted} have a negative correlation, and on {better} it is lower than "
+    found += "with the published weights"
     ahead = targets > 0 and content["correlation_left_out"] < content["correlation_published"]
-    # One-sided sign tests at 5 %: 5 of 5 targets, or 7 of 8, are more than chance.
+    # One-sided sign tests at 5 %: 5 of 5 targets, or 7 of 8, are significant.
     if ahead and all(stats.binomtest(n, targets, alternative="greater").pvalue <= 0.05 for n in (predicted, better)):
         return f"{text} Prefer these weights to the published ones for further targets of this kind: {found}."
     few = ", and fewer than 5 cannot show it" if targets < 5 else ""
@@ -526,5 +528,5 @@ def _read_transfers(path: Path) -> pd.DataFrame:
     for what, where in wrong.items():
         if where.any():
             line = where.argmax() + 2
-            raise InputError(f"transfers file {path}: line {line} {what}; mend it, or leave it out.")
+            raise InputError(f"transfers file {path}: line {line} {what}; correct it, or leave it out.")
     return table[[*PAIR, "dice"]]

@@ -1,4 +1,4 @@
-"""Arms: ways to use the labels that are trained to the end and compared; and the audit of the common ones."""
+"""Arms: ways to use the labels, each trained to the end and compared; and the audit of the common arms."""
 
 import logging
 import shutil
@@ -25,12 +25,12 @@ from medtl_ext.transfer.tasks import SegmentationTask, patients_of
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "zero_shot"
-"""The arm that is the source as it is: it has no seeds, no folds and no curve."""
+"""The arm that is the source as it is: it has no seeds, no folds and no learning curve."""
 NETWORK = ("grid.json", "model.json", "clean.txt", "model.pt")
-"""What it takes to use a network; the weights last, for where they are, all is."""
+"""The files of a network. The weights are written last: if they are there, everything is."""
 SCORED = ("metrics.csv", "curve.csv")
 ENOUGH, SOME = 6, 5
-"""With fewer validation patients all labelled ones are cross-validated, in so many folds if there are more than six."""
+"""With fewer validation patients than ENOUGH, all labelled ones are cross-validated, in SOME folds if they are more."""
 
 
 def finetuning_job(
@@ -44,29 +44,30 @@ def finetuning_job(
 
 
 def arm_rows(arms: Iterable[Arm]) -> pd.DataFrame:
-    """The scores of all arms in one table, whose column ``method`` is the arm."""
+    """The scores of all arms in one table; the column ``method`` is the arm."""
     return pd.concat([arm.last.read().assign(method=arm.name) for arm in arms], ignore_index=True)
 
 
 @dataclass(kw_only=True, eq=False)
 class TransferAudit:
-    """A step that finishes the other ways to use the labels, compares all on validation patients, and says what to do.
+    """A step that trains the other arms, compares all arms on validation patients, and says which one to use.
 
-    Few validation patients decide little: then each arm is cross-validated over all labelled patients besides. The last
-    network of each of these trainings is scored, for nobody is left to choose a better one by.
+    A few validation patients cannot decide. Then each arm is also cross-validated over all labelled patients. In a
+    fold, the last network is scored, because no patient is left to choose a better one.
 
-    Each training is a run of its own below ``audit`` in the output folder, and is kept: ``audit/ARM`` with the run's
-    own seed, ``audit/ARM/seed1`` with the next, ``audit/ARM/fold0of5`` of a fold. Writes the files of
-    `medtl_ext.transfer.audit_report`. From then on ``model.pt`` of the output folder is the network of the advised arm,
-    of several the best by validation, with a ``MODEL_CARD.md``, and the run's own is in ``audit/METHOD``.
+    Each training is a run below ``audit`` in the output folder and is kept: ``audit/ARM`` has the run's own seed,
+    ``audit/ARM/seed1`` the next seed, ``audit/ARM/fold0of5`` is a fold. Writes the files of
+    `medtl_ext.transfer.audit_report`. Afterwards ``model.pt`` of the output folder is the network of the advised arm
+    (of several seeds, the best by validation), with a ``MODEL_CARD.md``; the run's own network is in ``audit/METHOD``.
 
     Args:
         here, target: the run (its option ``method`` is one of the arms), and the target task.
-        source: where arms start from. The untouched source is left out where its classes are not the target's.
-        arms: names of overlay configs; none leaves the audit out.
-        seeds: trainings of each arm. With several, what is said of a difference holds for other trainings too.
-        folds: of the cross-validation; 0 leaves it out, so that without validation patients there is no audit. "auto":
-            with fewer than six of these, one for each of up to six labelled patients, five for more.
+        source: the source of the arms. The untouched source is left out if its classes are not the target's.
+        arms: names of overlay configs; an empty list turns the audit off.
+        seeds: number of trainings per arm. With several, the intervals also include differences between trainings.
+        folds: number of folds of the cross-validation; 0 turns it off, and then there is no audit without validation
+            patients. "auto": with fewer than six validation patients, one fold per labelled patient if these are at
+            most six, else five folds.
     """
 
     here: Run
@@ -77,19 +78,19 @@ class TransferAudit:
     folds: int | str = AUTO
 
     def check(self) -> None:
-        """Say what it will train, before anything is trained."""
+        """Log how many trainings it will run, before anything is trained."""
         if self._wanted:
             trained = len({*self._names, self.here.config["method"]} - {UNTRAINED}) * self.seeds
             count, few = trained * (self._folds + 1) - 1, ""
             if self._folds:
-                why = f"fewer than {ENOUGH} are left to validate on; " if self.folds == AUTO else ""
+                why = f"there are fewer than {ENOUGH} validation patients; " if self.folds == AUTO else ""
                 few = f", {trained * self._folds} of them to cross-validate the arms over all "
                 few += f"{len(patients_of(self.target.labelled))} labelled patients in {self._folds} folds "
-                few += f"({why}--audit#folds 0 leaves it out)"
-            logger.info("the audit takes %d training%s besides this one%s", count, "s" * (count != 1), few)
+                few += f"({why}--audit#folds 0 turns this off)"
+            logger.info("the audit needs %d training%s besides this one%s", count, "s" * (count != 1), few)
 
     def run(self) -> Verdict | None:
-        """Train, compare, and write it down; None where there is nothing to compare."""
+        """Train, compare and write the results; None if there is nothing to compare."""
         if not self._wanted:
             return None
         folder, method = self.here.folder, self.here.config["method"]
@@ -124,7 +125,7 @@ class TransferAudit:
 
     @cached_property
     def _folds(self) -> int:
-        """How many the cross-validation has; 0: there is none."""
+        """Number of folds of the cross-validation; 0: there is none."""
         count, validated = len(patients_of(self.target.labelled)), self.here.config["val_split"] == "val"
         if self.folds != AUTO:
             return require_number("audit#folds", self.folds, 2, count, whole=True) if self.folds else 0
@@ -142,11 +143,11 @@ class TransferAudit:
         return names
 
     def _jobs(self, name: str) -> tuple[list[Job], list[Job]]:
-        """The trainings of an arm on the split as it is, that of the run's own seed first; and those of the folds."""
+        """The trainings of an arm on the given split (the run's own seed first), and those of the folds."""
         own, trained, folder = name == self.here.config["method"], name != UNTRAINED, self.here.folder / "audit" / name
         overlays, options = [] if own else [name], {"audit#arms": [], "check_data": False}
         if name == "scratch" and not own and self.source.card is not None and self.source.card.is_program:
-            options["source"] = None  # a program has no fresh form
+            options["source"] = None  # a program cannot be trained from scratch: use the bundle's network
         held = {"val_split": "val", "evaluation#splits": ["val"], "evaluation#loaders": ["@validate#dataloader"]}
         held |= {"val_interval": "@epochs"} if trained else {}
         parts = self._folds if trained else min(self._folds, 1)
@@ -162,7 +163,7 @@ class TransferAudit:
 
 
 def _copy(origin: Path, folder: Path, *names: str) -> None:
-    """Put these files of a training, and the code that its card names, in the place of those of another one."""
+    """Replace these files in ``folder`` by those of another training, with the code that its card names."""
     for name in [*(path.name for path in origin.glob("*.py")), *names]:
         if not (origin / name).is_file():
             (folder / name).unlink(missing_ok=True)
@@ -172,6 +173,6 @@ def _copy(origin: Path, folder: Path, *names: str) -> None:
 
 
 def _curve(job: Job) -> pd.DataFrame:
-    """The learning curve of a training; of what was not trained one that took no time."""
+    """The learning curve of a training; for an arm without training, a curve that took no time."""
     found = (job.output_dir / "curve.csv").is_file()
     return job.read("curve.csv") if found else pd.DataFrame({"steps": [0], "minutes": [0.0], "dice": [0.0]})

@@ -1,4 +1,4 @@
-"""The model card of the network that an audit advises: what it is of, what it is worth, and what it is not for."""
+"""The model card of the network that an audit advises: its training data, its scores, and what it is not for."""
 
 import re
 
@@ -14,20 +14,20 @@ from medtl_ext.transfer.sources.pool import SingleSource, source_collection
 from medtl_ext.transfer.tasks import SegmentationTask, patients_of
 
 NOT_FOR = """\
-- Decisions about a patient: it is a result of research on few patients, and no medical device.
-- Images of another modality, institution or question than it was trained on: its scores say nothing of these.
-- What the licences above do not allow; weights are made of the images that they were trained on."""
+- Decisions about a patient: it is a result of research on few patients, not a medical device.
+- Images of another modality, institution or question than in its training: its scores do not apply to them.
+- Uses that the licences above do not allow: weights are derived from the training images."""
 SYNTHETIC = "- Anything but trying the software: no patient was scanned, the images are synthetic."
 
 
 def write_model_card(here: Run, target: SegmentationTask, source: SingleSource, verdict: Verdict, *, seed: int) -> None:
-    """Write ``MODEL_CARD.md`` beside the weights that an audit advises, from what the run says of itself.
+    """Write ``MODEL_CARD.md`` beside the weights that an audit advises.
 
     Args:
-        here: the run, whose ``audit.csv`` has the scores.
-        target, source: what it was trained to find, and where it started.
+        here: the run; its ``audit.csv`` has the scores.
+        target, source: the target task, and the source of the training.
         verdict: of the audit.
-        seed: of the training that was chosen.
+        seed: of the chosen training.
     """
     arm, collection = verdict.default, target.collection
     sentences = re.split(r"(?<=\.) ", verdict.text)
@@ -52,11 +52,11 @@ def write_model_card(here: Run, target: SegmentationTask, source: SingleSource, 
             known, licence = [*known, f"trained on this task of {of.name}"], of.license
         facts["source"] = _licensed("; ".join(filter(None, known)), licence)
         if source.card is not None and not (here.folder / "model.json").is_file():
-            facts["to use it"] = "take the source: weights alone do not say how its network is built"
+            facts["to use it"] = "use the source itself: the weights alone do not say how its network is built"
     scores = read_table(here.folder / "audit.csv").query("arm == @arm")
     scores = scores[["split", "patients", "trainings", "mean", "low", "high"]]
     parts = [f"# Model card of model.pt: {target.name}", "## The network"]
-    facts = {name: " ".join(text.split()).replace("|", "/") for name, text in facts.items()}  # others wrote some of it
+    facts = {name: " ".join(text.split()).replace("|", "/") for name, text in facts.items()}  # some texts are foreign
     parts += [markdown_table(pd.DataFrame(facts.items(), columns=["", ""]))]
     parts += ["## Dice of the arm, with 95 % intervals", markdown_table(scores), "## Not for"]
     parts += [NOT_FOR + f"\n{SYNTHETIC}" * target.synthetic]

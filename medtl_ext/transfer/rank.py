@@ -1,4 +1,4 @@
-"""Which source should I transfer from? One pass of each over the target, a ranking with intervals, and a verdict."""
+"""Which source should I transfer from? Score each source on the target, rank with intervals, and give a verdict."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
 
 @dataclass(kw_only=True, eq=False)
 class RankSources:
-    """A step that ranks the candidate sources of a target, says which to use and how sure that is, and writes it down.
+    """A step that ranks the candidate sources of a target, and says which source to use and how certain that is.
 
     The sources are those of the config's option ``sources``. Writes ``ranking.csv``, ``ranking.json``, ``ranking.png``
     and ``answer.txt``, and prints the answer.
@@ -68,15 +68,15 @@ class RankSources:
         here, target: the run, and the target task.
         evaluator: a MONAI evaluator over the target's training images, with the metrics ``samples`` and
             ``predictions``.
-        image_shape: channels x *spatial of the images that networks take.
+        image_shape: channels x *spatial of the images for the networks.
         metrics: names of scores, see `medtl_ext.transfer.SCORES`.
-        decide_by: the score that decides. One that cannot be resampled has no interval, and so no verdict.
+        decide_by: the score that decides. A score that cannot be resampled has no interval, and so gives no verdict.
         n_resamples, minimum_win, minimum_gap: see `medtl_ext.ranking.bootstrap_ranking`.
-        source_dir, pool_seed: where the sources' networks are kept, and the seed of their training.
+        source_dir, pool_seed: folder of the sources' networks, and the seed of their training.
         check_data: read every file of a source task before it is trained on.
-        trust_sources: run what is code in a source; see `medtl_ext.transfer.sources.pool.find_sources`.
-        transforms: the bundle's deterministic transforms, of which a source that brings its own keeps the loading.
-        cross_domain: LP x FU is turned round, for sources of another domain than the target.
+        trust_sources: allow code in a source to run; see `medtl_ext.transfer.sources.pool.find_sources`.
+        transforms: the bundle's deterministic transforms; a source with its own preprocessing uses only their loading.
+        cross_domain: reverse FU in LP x FU, for sources of another domain than the target.
     """
 
     scores: ClassVar[Sequence[str]] = tuple(SCORES)
@@ -104,8 +104,7 @@ class RankSources:
         """Refuse what cannot work before anything long runs.
 
         Raises:
-            InputError: an unknown score, a number out of range, no labelled training image of the target, or sources
-                that cannot be had.
+            InputError: an unknown score, a number out of range, or no labelled training image of the target.
         """
         self.target.datalist("train")
         self.metrics = require_choices("metric", self.metrics, self.scores)
@@ -114,23 +113,23 @@ class RankSources:
         require_number("minimum_gap", self.minimum_gap, 0, 1)
         require_number("n_resamples", self.n_resamples, 1, whole=True)
 
-    # What is known, in the order in which it becomes known
+    # What is known about the sources, in the order in which it is computed
 
     @cached_property
     def pool(self) -> dict[str, Source]:
-        """The sources by name, trained where they can be used."""
+        """The sources by name; those that can be used are trained."""
         config = self.here.config
         where = {"collection": source_collection(config), "trust": self.trust_sources}
         found = find_sources(config["sources"], self.target, **where)
         if all(source.left_out for source in found):
             reasons = "; ".join(f"{source.name}: {source.left_out}" for source in found)
-            raise InputError(f"no source can be used ({reasons}).")
+            raise InputError(f"no source can be used ({reasons}); give other --sources.")
         how = {"folder": self.source_dir, "seed": self.pool_seed, "check": self.check_data}
         return {source.name: source for source in train_sources(found, self.here, self.target, **how)}
 
     @cached_property
     def seen(self) -> dict[str, Observation]:
-        """What each source makes of the target; those that turn out not to fit are left out of the pool."""
+        """The outputs of each source for the target; sources that turn out not to fit are left out of the pool."""
         seen, with_fu = {}, bool({"fu", "lp_fu"} & {*self.metrics, self.decide_by})
         ready = [source for source in self.pool.values() if source.left_out is None]
         for source in tqdm(ready, "scoring", unit="source", disable=None if self.here.progress else True):
@@ -148,17 +147,19 @@ class RankSources:
                 logger.warning("source %s is left out: %s", source.name, reason)
                 self.pool[source.name] = replace(source, left_out=reason)
         if not seen:
-            raise InputError("no source's network takes the target's images; see the warnings above.")
+            raise InputError(
+                "no source's network takes the target's images; see the warnings above, give other --sources."
+            )
         return seen
 
     def observed(self, source: Source, network: nn.Module, with_fu: bool) -> Observation:
-        """One pass of a source: on the grid it was made for, its probabilities brought to the target's slices."""
+        """One pass of a source on its own grid; its probabilities are then resampled to the target's slices."""
         own, onto = self.evaluator.data_loader, None
         if not source.card.foreign:
             stored, config = stored_options(Path(source.card.checkpoint).with_name("grid.json")), self.here.config
             if any(stored[name] != config[name] for name in {"spacing", "normalize"} & stored.keys()):
-                advice = f"give that by --spacing {stored['spacing']} and --normalize if all sources share it"
-                logger.warning("source %s was trained on another grid than it is scored on; %s.", source.name, advice)
+                advice = f"if all sources share its grid, give it by --spacing {stored['spacing']} and --normalize"
+                logger.warning("source %s is scored on another grid than it was trained on; %s.", source.name, advice)
             return observe(source, network, self.evaluator, with_fu=with_fu)
         keys = keys_of(self.target)
         transforms = source_transforms(source.card, self.target.channels, self.transforms, keys=keys)
@@ -195,18 +196,18 @@ class RankSources:
         return digest.hexdigest()
 
     def _read(self, loader: DataLoader) -> None:
-        """Have the evaluator read from this loader."""
+        """Let the evaluator read from this loader."""
         self.evaluator.data_loader = loader
         self.evaluator.state.epoch_length = len(loader)
 
     @property
     def ranked(self) -> list[str]:
-        """The sources that may be ranked: not the target's own model, which is scored only."""
+        """The sources that are ranked: all but the target's own model, which is only scored."""
         return [name for name in self.seen if not self.pool[name].own]
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row per source: what is known of it beforehand, every score, and why it was left out if it was."""
+        """One row per source: what is known beforehand, every score, and why the source was left out, if it was."""
         scores = self.values(self.ranked)
         if own := [name for name in self.seen if self.pool[name].own]:
             alone = [metric for metric in self.metrics if SCORES[metric].combine is None]
@@ -218,12 +219,12 @@ class RankSources:
         return table.assign(left_out=pd.Series(left_out, dtype=object))
 
     def values(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Score -> source -> value, where a pool's scores are of these sources."""
+        """Score -> source -> value; scores that are relative to a pool are computed for these sources."""
         how = {"seed": self.here.seed, "cross_domain": self.cross_domain}
         return score_values(self.metrics, {name: self.seen[name] for name in names}, **how)
 
     def facts(self, source: Source) -> dict[str, Any]:
-        """What is known of a source before its network is looked at."""
+        """What is known about a source before its network is used."""
         own = np.nan if source.job is None else self.target.own(source.job)
         known = {"source": source.name, "kind": source.kind, self.target.own_task: source.task}
         known |= {self.target.own_size: source.size, self.target.own_outcome: own}
@@ -232,7 +233,7 @@ class RankSources:
     # The ranking
 
     def rank(self, names: Sequence[str]) -> SourceRanking:
-        """The sources of these names by the score that decides, with the verdict."""
+        """Rank the sources of these names by the deciding score, with a verdict."""
         score, table = SCORES[self.decide_by], self.table.loc[list(names)]
         options = {"minimum_win": self.minimum_win, "minimum_gap": self.minimum_gap, "seed": self.here.seed}
         options |= {"metric": score.label, "synthetic": self.target.synthetic}
@@ -249,15 +250,15 @@ class RankSources:
         return bootstrap_ranking(scores, patients=patients_of(seen), n_resamples=resamples, **options)
 
     def candidates(self) -> list[str]:
-        """The sources that are ranked; a method may drop some."""
+        """The sources to rank; a method may drop some."""
         return self.ranked
 
     def groups(self, ready: pd.DataFrame) -> dict[str, pd.Index]:
-        """Kind of prior knowledge -> the sources that it leaves; see `medtl_ext.transfer.truth.agreement_table`."""
+        """Kind of prior knowledge -> the sources that it keeps; see `medtl_ext.transfer.truth.agreement_table`."""
         return {"none": ready.index}
 
     def run(self) -> SourceRanking | None:
-        """Rank, decide, and write it down; None in all but the first of several processes."""
+        """Rank, decide and write the results; only the first of several processes does it, the others return None."""
         table = self.table
         if not self.here.leads:
             return None
@@ -290,15 +291,15 @@ class RankSources:
         return ranking
 
     def remarks(self, ranking: SourceRanking) -> list[str]:
-        """What else the answer says."""
+        """Further sentences of the answer."""
         return []
 
     def settled(self, ranking: SourceRanking) -> dict[str, Any] | None:
-        """Decide what is tied by finished trainings, where that is asked for."""
+        """Decide between tied sources by finished trainings, if that is asked for."""
         return None
 
     def command(self, source: Source) -> str:
-        """What to type next: the fine-tuning from a source."""
+        """The command for the next step: a fine-tuning from a source."""
         overrides = finetuning_job(self.here, Path(), source).overrides
         options = {"target_task": self.here.config["target_task"]} | self.changed()
         options |= {name: value for name, value in overrides.items() if name not in ("check_data", "seed")}
@@ -306,13 +307,13 @@ class RankSources:
         return run_command([self.here.configs / name for name in ("train.json", "finetune.json")], options)
 
     def changed(self) -> dict[str, Any]:
-        """The options that a fine-tuning must share with the ranking and that are not as ``train.json`` has them."""
+        """The options that a fine-tuning must share with the ranking, if they differ from ``train.json``."""
         config = self.here.config
         default = json.loads((self.here.configs / "train.json").read_text(encoding="utf-8"))
         return {name: config[name] for name in self.carried if config[name] != default[name]}
 
     def ranking_table(self, table: pd.DataFrame, ranking: SourceRanking) -> pd.DataFrame:
-        """The ranked sources, best first, then those that were dropped or left out, and scratch."""
+        """The ranked sources, best first, then the dropped and left-out ones, then scratch."""
         table = ranking.table.set_index("source").join(table, how="right")
         status = {name: "left out" if source.left_out else "own model" for name, source in self.pool.items()}
         status |= dict.fromkeys(self.ranked, "dropped") | dict.fromkeys(ranking.table["source"], "ranked")
@@ -320,7 +321,7 @@ class RankSources:
         table.insert(1, "reason", self.reasons(table))
         table = table.sort_values("rank", kind="stable", na_position="last").drop(columns="left_out")
         table = table.reindex([*table.index, "scratch"])
-        why = "training from scratch has no score: settle it by training"
+        why = "training from scratch has no score: compare it by a training"
         table.loc["scratch", ["status", "reason"]] = ["no score", why]
         return table.rename_axis("source").reset_index()
 
@@ -334,7 +335,7 @@ class RankSources:
 
 
 def _without_interval(scores: Mapping[str, float], options: Mapping[str, Any]) -> SourceRanking:
-    """The order by a score that cannot be resampled, and no verdict."""
+    """The order by a score that cannot be resampled, without a verdict."""
     ranking = bootstrap_ranking({name: [score] for name, score in scores.items()}, **options)
     table = ranking.table
     first = list(table.loc[table["score"] == table["score"].max(), "source"])
@@ -345,7 +346,7 @@ def _without_interval(scores: Mapping[str, float], options: Mapping[str, Any]) -
         best = f"There is no best guess: {reason}."
     order = [f"{row.source} {row.score:.3f}" for row in table.itertuples()]
     text = (
-        f"No evidence to prefer: {options['metric']} has no interval over patients, so no verdict can be had from it. "
+        f"No evidence to prefer: {options['metric']} has no interval over patients, so it gives no verdict. "
         f"By its value the order is {listed(order, 8)}. {best} None of this says that a transfer beats training from "
         f"scratch.{f' {SYNTHETIC}' if options['synthetic'] else ''}"
     )

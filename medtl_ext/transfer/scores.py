@@ -1,7 +1,7 @@
-"""Transferability scores by name: one pass of each source over the target's training images, and all scores from it.
+"""Transferability scores by name, all from one pass of each source over the target's training images.
 
-A score is a function of how often each target patient counts, so that a table (everybody once) and a bootstrap over
-patients come from the same code.
+A score is a function of how often each target patient counts. So the same code gives the table (every patient once) and
+the bootstrap over patients.
 """
 
 import warnings
@@ -37,16 +37,16 @@ from medtl_ext.ranking import mean_auc
 from medtl_ext.transfer.sources.pool import Source
 
 PIXELS_FILE = "pixels.npz"
-# Enough for the ten samples of 10,000 that OTCE draws to differ.
+# Enough that the ten samples of 10,000 pixels that OTCE draws differ.
 KEPT_PIXELS = 50_000
 
 
 class Predictions(TransferMetric):
-    """Keeps the source's probabilities of every image, for scores that need them more than once.
+    """Keeps the source's probabilities for every image, for scores that need them more than once.
 
-    ``compute()`` returns `Samples` of all processes, in the order of subject and slice whatever the order they came in:
-    features are the probabilities, N x Z (x *spatial), float32, labels N (x *spatial). Memory: one float32 per class
-    and pixel of the training slices, which the dataset holds in memory as well.
+    ``compute()`` returns the `Samples` of all processes, sorted by subject and slice: features are the probabilities,
+    N x Z (x *spatial), float32; labels are N (x *spatial). Memory: one float32 per class and pixel of the training
+    slices.
     """
 
     def reset(self) -> None:
@@ -66,7 +66,7 @@ class Predictions(TransferMetric):
             batch = {key: [item[key] for item in batch] for key in ("subject", "patient", "slice") if key in batch[0]}
         subjects = batch.get("subject")
         if subjects is None:
-            raise InputError("the data loader's items have no 'subject'; scores are resampled by patient.")
+            raise InputError("the data loader's items have no 'subject'; add it: scores are resampled by patient.")
         probs, labels = probabilities_and_labels(engine.state.output)
         patients = batch.get("patient", subjects)
         if (onto := getattr(engine, "onto", None)) is not None:
@@ -85,7 +85,7 @@ class Predictions(TransferMetric):
         """The images of all processes."""
         kept = sorted((image for share in idist.all_gather(self._kept) for image in share), key=lambda image: image[:2])
         if not kept:
-            raise InputError("Predictions has seen no image; look for an empty data loader.")
+            raise InputError("Predictions has seen no image; check that the data loader is not empty.")
         _, _, patients, probs, labels = zip(*kept, strict=True)
         names, groups = np.unique(patients, return_inverse=True)
         return Samples(torch.stack(probs), torch.stack(labels), torch.from_numpy(groups), tuple(names.tolist()))
@@ -93,13 +93,13 @@ class Predictions(TransferMetric):
 
 @dataclass(frozen=True)
 class Observation:
-    """What one source makes of the target's training images.
+    """The outputs of one source for the target's training images.
 
     Attributes:
-        samples: penultimate features, of a segmentation those of balanced pixels.
-        maps: its probabilities of every image, see `Predictions`.
-        fu: its gradient ratio, NaN where nobody asked.
-        source_pixels: softmax and labels of pixels of the source's own data, None where there are none.
+        samples: penultimate features; for segmentation of a balanced sample of pixels.
+        maps: its probabilities for every image, see `Predictions`.
+        fu: its gradient ratio (FU); NaN if it was not asked for.
+        source_pixels: softmax and labels of pixels of the source's own data; None if not known.
     """
 
     samples: Samples
@@ -109,10 +109,10 @@ class Observation:
 
 
 class TargetSlices:
-    """Takes probabilities of a patient on the grid of a source to the target's slices, where all sources are compared.
+    """Resamples a patient's probabilities from a source's grid to the target's slices, where sources are compared.
 
     Args:
-        slices: the target's, with their labels.
+        slices: the target's slices, with labels.
     """
 
     def __init__(self, slices: SliceDataset) -> None:
@@ -124,16 +124,17 @@ class TargetSlices:
     def __call__(
         self, subject: str, probs: torch.Tensor, affine: torch.Tensor
     ) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """Which slices of the patient, N x Z (x *spatial) probabilities, and N x 1 (x *spatial) labels.
+        """The patient's slice numbers, N x Z (x *spatial) probabilities, and N x 1 (x *spatial) labels.
 
         Args:
-            subject: the patient's name in the datalist.
-            probs: Z x *spatial, on the grid whose ``affine`` (4 x 4) takes voxels to mm.
+            subject: the subject's name in the datalist.
+            probs: Z x *spatial, on the source's grid.
+            affine: of this grid, 4 x 4, voxels to mm.
         """
         wanted, shape = self.slices.geometry[subject]
         image = MetaTensor(probs.float().cpu(), affine=affine)
         moved = SpatialResample(padding_mode="zeros")(image, dst_affine=wanted, spatial_size=shape).as_tensor()
-        moved[0] += 1 - moved.sum(0)  # nothing is found outside the source's field of view
+        moved[0] += 1 - moved.sum(0)  # outside the source's field of view everything is background
         places, labels = zip(*self.items[subject], strict=True)
         whole = labels[0].ndim == moved.ndim
         found = [moved if whole else moved[..., place] for place in places]
@@ -148,10 +149,11 @@ class Score:
     """A transferability score.
 
     Attributes:
-        label: what tables and figures call it.
-        of: an observation's value as a function of how often each patient counts.
-        combine: scales the values over all sources, where a score is about a pool, told whether it is turned round.
-        resamples: at most so many resamples: few for what fits a model each time, 0 for what cannot be resampled.
+        label: its name in tables and figures.
+        of: gives an observation's value as a function of how often each patient counts.
+        combine: scales the values over all sources, for a score that is relative to a pool; its second argument is
+            ``cross_domain``.
+        resamples: the largest number of resamples: small if a model is fitted each time, 0 if it cannot be resampled.
     """
 
     label: str
@@ -171,14 +173,14 @@ def observe(
     """Pass a source over the target's training images, once, with the evaluator.
 
     Args:
-        source: whose training may have left pixels of its own data.
-        network: of `Source.build`.
+        source: the source; its training may have saved pixels of its own data.
+        network: from `Source.build`.
         evaluator: with the metrics ``samples`` and ``predictions``; its network is replaced.
-        with_fu: run the network backwards too, for FU.
-        onto: what the evaluator's images are on another grid than.
+        with_fu: also run the network backwards, for FU.
+        onto: resamples to the target's slices, if the evaluator's images are on another grid.
 
     Raises:
-        InputError: FU finds no two convolutions in the network.
+        InputError: FU does not find two convolutions in the network.
     """
     evaluator.onto = onto
     found = _run(evaluator, network, source if with_fu else None)
@@ -220,7 +222,7 @@ def kept_pass(file: Path, source: Source, observed: Callable[[], Observation]) -
 
 
 def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | None = None) -> dict[str, Any]:
-    """The evaluator's metrics of a network, and FU, which runs the network itself, forwards and backwards."""
+    """The evaluator's metrics of a network, and FU if asked for, which also runs the network backwards."""
     evaluator.network = network.eval().to(evaluator.state.device)
     update = None
     with warnings.catch_warnings():
@@ -247,11 +249,11 @@ def _run(evaluator: SupervisedEvaluator, network: nn.Module, for_fu: Source | No
 class KeepPixels:
     """A step that writes softmax and labels of pixels of a network's own training data to ``pixels.npz``, for OTCE.
 
-    The pixels are drawn from all pixels alike, for OTCE depends on how frequent labels are.
+    The pixels are drawn uniformly, because OTCE depends on the frequencies of the labels.
 
     Args:
         evaluator: with the metric ``predictions``, over the training images.
-        network, output_dir: what was trained, and where.
+        network, output_dir: the trained network, and the folder of the run.
         seed: of the draw.
     """
 
@@ -277,7 +279,7 @@ def _pixels(probs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _h_score_map(probs: torch.Tensor, labels: torch.Tensor) -> float:
-    """The mean of the map over all pixels; where one label only occurs the map is 0."""
+    """The mean of the map over all pixels; a pixel where only one label occurs counts as 0."""
     probs, labels = probs.flatten(2), labels.flatten(1)
     several = labels.amin(0) != labels.amax(0)
     if not bool(several.any()):
@@ -291,7 +293,7 @@ def _otce(seen: Observation, seed: int) -> ScoreOfCounts:
             return float("nan")
         probs, labels = _pixels(*seen.maps.resampled(counts))
         chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: len(seen.source_pixels[1])]
-        # Two channels of a softmax lie on a line, where transport is a matter of sorting; more take a plan.
+        # Two channels of a softmax lie on a line, so transport needs only sorting; more channels are slower.
         size = {"n_samples": 10_000, "repeats": 10} if probs.shape[1] == 2 else {"n_samples": 1_000, "repeats": 3}
         return float(metrics.compute_otce(*seen.source_pixels, probs[chosen], labels[chosen], **size))
 
@@ -299,18 +301,18 @@ def _otce(seen: Observation, seed: int) -> ScoreOfCounts:
 
 
 def _of_sums(metric: metrics.MomentMetric, seen: Observation, seed: int) -> ScoreOfCounts:
-    """Sums of every patient, added up as often as the patient counts, which costs next to nothing."""
+    """For scores of sums: the sums of every patient are added as often as the patient counts, which is fast."""
     sums = metrics.PatientSums.of(seen.samples, {"score": metric})
     return lambda counts: sums.resampled(counts)["score"]
 
 
 def _of(part: str, compute: Callable[..., Any]) -> Callable[[Observation, int], ScoreOfCounts]:
-    """What is computed anew of the ``samples`` or of the ``maps`` of every resample."""
+    """For scores that are computed anew from the ``samples`` or the ``maps`` of every resample."""
     return lambda seen, seed: lambda counts: compute(*getattr(seen, part).resampled(counts))
 
 
 def _probe_auc(seen: Observation, seed: int) -> ScoreOfCounts:
-    """AUC of a linear probe of the features, each patient's pixels by a probe that never saw the patient."""
+    """AUC of a linear probe of the features; each patient's pixels are predicted by a probe without this patient."""
     features, labels, groups = (tensor.cpu().numpy() for tensor in seen.samples[:3])
     classes, labels = np.unique(labels, return_inverse=True)
     probs = np.full((len(labels), len(classes)), np.nan)
@@ -357,7 +359,7 @@ SCORES: dict[str, Score] = {
     "nleep": Score("NLEEP", _nleep, resamples=FITTED),
     "parc": Score("PARC", _of("samples", metrics.compute_parc), resamples=FITTED),
     "ncti": Score("NCTI", _of("samples", metrics.compute_ncti), lambda terms, _: metrics.combine_ncti(terms), FITTED),
-    # LP learns a map of the features and FU runs the network backwards: no thousand resamples of that.
+    # LP learns a map of the features, and FU runs the network backwards: both are too slow for resampling.
     "lp": Score("LP", _of("samples", metrics.compute_label_prediction), resamples=0),
     "fu": Score("FU", lambda seen, seed: lambda counts: seen.fu, resamples=0),
     "lp_fu": Score("LP x FU", _lp_and_fu, _combine_lp_fu, 0),
@@ -371,10 +373,10 @@ def resampled_scores(
     """A score of all sources as a function of how often each target patient counts, for `bootstrap_ranking`.
 
     Args:
-        name: of `SCORES`.
-        seen: of `observe`.
-        seed: of NLEEP's mixtures.
-        cross_domain: of LP x FU.
+        name: a name in `SCORES`.
+        seen: source -> result of `observe`.
+        seed: of NLEEP's mixture models.
+        cross_domain: see `medtl_ext.metrics.combine_lp_fu`, for LP x FU.
     """
     score = SCORES[name]
     functions = {source: score.of(one, seed) for source, one in seen.items()}
@@ -389,12 +391,12 @@ def resampled_scores(
 
 
 def patients_of(seen: Mapping[str, Observation]) -> int:
-    """How many patients ``counts`` counts."""
+    """Number of patients, which is the length of ``counts``."""
     return len(next(iter(seen.values())).maps.names)
 
 
 def score_values(names: Sequence[str], seen: Mapping[str, Observation], **options: Any) -> dict[str, dict[str, float]]:
-    """Score -> source -> value with every patient once; for the options see `resampled_scores`."""
+    """Score -> source -> value, with every patient counted once; for the options see `resampled_scores`."""
     everybody = np.ones(patients_of(seen), dtype=int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

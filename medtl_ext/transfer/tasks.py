@@ -1,7 +1,7 @@
-"""A task as a config uses it: what is asked, of whose images, and how its patients are scored.
+"""Tasks as configs use them: the question, the images, and the score of a patient.
 
-Segmentation and classification differ in their dataset, in what a network must give for an image, and in the score of a
-patient: the two classes here say all of it, and the rest of the flow does not know which of them it has.
+Segmentation and classification differ in their dataset, in the output of a network and in the score of a patient. The
+two classes here hold all these differences; the rest of the flow works with either.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 PHANTOM_SUBJECTS = 24
 N_RESAMPLES = 500
 POOLED = " + "
-"""Between the names of the datasets on which one network is trained."""
+"""Separates the names of datasets on which one network is trained."""
 ENDINGS = (".npz", ".json", ".pt", ".pth", ".safetensors", ".ts", ".pt2")
 PROBABILITIES = r"^p\d+$"
 """Columns of a table of predictions that hold the probability of each class."""
@@ -43,28 +43,29 @@ class SegmentationTask:
 
     Args:
         name: such as ``17-T2-ED``.
-        collection: the collection's file; None: phantoms of the task's institution.
-        phantom_subjects: how many of these.
-        train_patients: labelled patients to train on, drawn with ``seed``; None: all. A larger draw with the same seed
-            holds the smaller one.
-        fold: ``[k, n]`` makes ``val`` the k-th (from 0) of n parts of all labelled patients, and ``train`` the others;
-            ``[0, 1]`` makes both all of them, for what is scored and not trained.
+        collection: the collection file; None: phantoms of the task's institution.
+        phantom_subjects: number of phantoms.
+        train_patients: number of labelled patients to train on, drawn with ``seed``; None: all. With the same seed, a
+            larger draw contains the smaller one.
+        fold: ``[k, n]``: ``val`` is the k-th (from 0) of n parts of all labelled patients, and ``train`` the others.
+            ``[0, 1]``: both are all labelled patients, for a network that is scored and not trained.
 
     Attributes:
         collection: the `medtl_ext.data.Collection`.
         institution, modality, objective: the parts of its name.
-        class_names, label_values, n_classes, n_channels: of the foreground; with the background; of an image.
-        channels, answers: names of an image's channels, and of all classes, the background first.
-        folder: where its collection lies.
+        class_names, label_values: of the foreground classes.
+        n_classes, n_channels: number of classes with the background, and of channels of an image.
+        channels, answers: names of the channels, and of all classes, the background first.
+        folder: folder of the collection.
         synthetic: no patient was scanned.
     """
 
     outcome, unit, counted = "dice", "Dice", "patients"
-    """Column of the score that a source is worth, what it is called, and the column of how many it is measured on."""
+    """Column of the score by which sources are compared, its name, and the column with the number of patients."""
     tags = ("institution", "modality", "objective")
     per_pixel = True
     own_task, own_size, own_outcome = "task", "size", "own_dice"
-    """Columns of what is known of a source: what and how many it was trained on, and how well it does its own task."""
+    """Columns of what is known about a source: its own task, its training size, and its score on its own task."""
 
     def __init__(
         self,
@@ -95,35 +96,35 @@ class SegmentationTask:
 
     @property
     def photographs(self) -> bool:
-        """Its images are pictures, not scans: they have no patient's right and left."""
+        """True if its images are pictures, not scans: they have no left and right of a patient."""
         files = (name for subject in self.collection.subjects_of(self.name) for name in subject.channels().values())
         return suffix_of(Part.parse(next(files)).path) in PICTURES
 
     @cached_property
     def flat(self) -> bool:
-        """Its images are 2D: of one slice."""
+        """True if its images are 2D: they have one slice."""
         subject = self.collection.subjects_of(self.name)[0]
         return shape_of(next(iter(subject.channels().values())))[-1] == 1
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that have a subject of it."""
+        """The splits in which the task has a subject."""
         found = {subject.split for subject in self.collection.subjects_of(self.name)}
         found |= set() if self.fold is None else {"train", "val"}
         return tuple(split for split in SPLITS if split in found)
 
     @property
     def size(self) -> int:
-        """Training scans."""
+        """Number of training scans."""
         return len(self.datalist("train"))
 
     def is_same(self, name: str) -> bool:
-        """Whether a source of this name has seen the target's own data."""
+        """True if a source of this name was trained on the target's own data."""
         return name == self.name
 
     @cached_property
     def labelled(self) -> list[dict[str, str]]:
-        """All that may be learnt from: the scans of the splits ``train`` and ``val``."""
+        """The scans of the splits ``train`` and ``val``."""
         there = {subject.split for subject in self.collection.subjects_of(self.name)} & {"train", "val"}
         return [item for split in sorted(there) for item in self.collection.datalist(self.name, split)]
 
@@ -139,14 +140,14 @@ class SegmentationTask:
             return items
         require_number("the number of patients to train on", self.train_patients, 1, whole=True)
         if (found := len(patients_of(items))) < self.train_patients:
-            fewer = f"fewer than the {self.train_patients} that are to be spent; ask for less, or give null to use all"
+            fewer = f"fewer than the {self.train_patients} that you ask for; ask for fewer, or give null to use all"
             raise InputError(f"task {self.name} has {found} training patients, {fewer}.")
         return draw_patients(items, self.train_patients, seed=self.seed)
 
     def check(self, splits: Iterable[str]) -> None:
-        """Read every file before anything long runs; raise on the first error, log the warnings."""
+        """Read every file before anything long runs; raise the first error, and log warnings."""
         for split in splits:
-            self.datalist(split)  # raises where a split has no subject
+            self.datalist(split)  # raises if a split has no subject
         report = check_collection(self.collection, [Task(self.name)], progress=False)
         report.raise_for_errors()
         for issue in report.warnings:
@@ -154,20 +155,20 @@ class SegmentationTask:
 
     @staticmethod
     def patients(job: Job, split: str) -> dict[str, float]:
-        """Patient -> Dice, averaged over classes, of a finished training."""
+        """Patient -> Dice of a finished training, averaged over classes."""
         patients = patient_table(job.read())
         return patients[patients["split"] == split].set_index("subject")["dice"].to_dict()
 
     @classmethod
     def measure(cls, job: Job, split: str) -> dict[str, float]:
-        """Mean Dice over the patients of a split with its bootstrap interval, and how many they are."""
+        """Mean Dice over the patients of a split, its bootstrap interval, and the number of patients."""
         values = list(cls.patients(job, split).values())
         low, high = bootstrap_interval(values)
         return {"dice": float(np.mean(values)), "dice_low": low, "dice_high": high, "patients": len(values)}
 
     @staticmethod
     def own(job: Job) -> float:
-        """Mean Dice of a source on the patients that its own training was validated on."""
+        """Mean Dice of a source on the validation patients of its own training."""
         table = patient_table(job.read().dropna(subset=["dice", "iou"]))
         record = job.output_dir / "config.json"
         split = json.loads(record.read_text(encoding="utf-8")).get("val_split", "val") if record.is_file() else "val"
@@ -175,17 +176,17 @@ class SegmentationTask:
 
 
 def planned_grid(here: Run, target: SegmentationTask, *, beside: str | None = None, **options: Any) -> Grid:
-    """The grid of a run, planned from the target's training patients or as it is given, which its trainings inherit.
+    """The grid of a run: given options, and the others planned from the target's training patients.
 
     Args:
-        here: whose config then has what was planned.
-        target: of its images, where it has none to train on those of another split.
-        beside: weights of the bundle's own network, which has seen one grid: what ``grid.json`` beside them says is not
-            planned.
+        here: the run; the plan is written into its config, so that its trainings use the same grid.
+        target: the target; without training patients, those of another split are used.
+        beside: weights of the bundle's own network. It must see the grid of its training again, so the values of
+            ``grid.json`` beside the weights are used instead of a plan.
         options: see `medtl_ext.data.plan.plan_grid`.
 
     Raises:
-        InputError: the grid of these weights is neither beside them nor given.
+        InputError: the grid of the weights is neither in ``grid.json`` nor given.
     """
     if beside is not None and Path(beside).is_file():
         stored = stored_options(path := Path(beside).with_name("grid.json"))
@@ -200,7 +201,7 @@ def planned_grid(here: Run, target: SegmentationTask, *, beside: str | None = No
 
 
 def draw_patients(items: Sequence[dict[str, str]], count: int | None, *, seed: int) -> list[dict[str, str]]:
-    """All scans of ``count`` patients of a datalist (None: of all), drawn at random; of fewer there are all."""
+    """All scans of ``count`` random patients of a datalist; of all patients if ``count`` is None or too large."""
     patients = patients_of(items)
     order = np.random.default_rng(seed).permutation(len(patients))
     drawn = {patients[place] for place in order[:count]}
@@ -208,7 +209,7 @@ def draw_patients(items: Sequence[dict[str, str]], count: int | None, *, seed: i
 
 
 def patients_of(items: Sequence[Mapping[str, str]]) -> list[str]:
-    """The patients of a datalist, each once."""
+    """The patients of a datalist, each one once."""
     return list(dict.fromkeys(map(_patient, items)))
 
 
@@ -217,19 +218,21 @@ def _patient(item: Mapping[str, str]) -> str:
 
 
 class ClassificationTask:
-    """Which class is this image of? A MedMNIST file, a folder of images, or a task of the phantom.
+    """Which class does this image have? A MedMNIST file, a folder of images, or a task of the phantom.
 
     Args:
         name: a ``.npz`` file, or the ``.json`` that describes one; a folder of images; or a task such as
-            ``17-T1-tumour``, which is cut from a collection. Several of these with `POOLED` between them are one task.
+            ``17-T1-tumour``, whose images are slices of a collection. Several of these, joined by `POOLED`, make one
+            task.
         collection, phantom_subjects: see `medtl_ext.data.phantom.classification.phantom_classification`.
-        image_size: what images of a folder are brought to.
-        in_channels: of the networks, 1 or 3; 3 repeats grey images.
-        train_per_class, val_per_class, seed: images drawn of each class, see `sample_per_class`; None: all.
+        image_size: images of a folder are resized to this number of pixels along each side.
+        in_channels: channels of the networks, 1 or 3; with 3, grey images are repeated.
+        train_per_class, val_per_class, seed: number of images drawn of each class, see `sample_per_class`; None: all.
 
     Attributes:
-        name: what tables call it; ``where`` is what was given.
-        class_names, n_classes, synthetic, size: of the dataset; training images.
+        name, where: its name in tables; the ``name`` that was given.
+        class_names, n_classes, synthetic: of the dataset.
+        size: number of training images.
         channels, n_channels, answers, folder: see `SegmentationTask`.
     """
 
@@ -252,7 +255,7 @@ class ClassificationTask:
         seed: int = 0,
     ) -> None:
         if in_channels not in (1, 3):
-            raise InputError(f"in_channels is {in_channels}; expected 1 for grey images or 3 for RGB.")
+            raise InputError(f"in_channels is {in_channels}; expected 1 (grey images) or 3 (RGB).")
         self.where, self.phantom_subjects = name, phantom_subjects
         self.image_size, self.in_channels, self.n_channels = image_size, in_channels, in_channels
         self.channels = ("R", "G", "B") if in_channels == 3 else ("grey",)
@@ -271,7 +274,7 @@ class ClassificationTask:
 
     @cached_property
     def dataset(self) -> ClassificationDataset:
-        """The images as they are drawn."""
+        """The drawn images."""
         return sample_per_class(self._all, **self._drawn)
 
     def other(self, name: str, *, collection: str | None = None) -> Self:
@@ -280,9 +283,9 @@ class ClassificationTask:
         return ClassificationTask(name, collection=collection, phantom_subjects=self.phantom_subjects, **how)
 
     def is_same(self, name: str) -> bool:
-        """Whether a name or path means the same images, if only by another path, a copy or a description."""
+        """True if a name or path means the same images, also by another path, a copy or a description."""
         if name == self.where or not all(Path(where).exists() for where in (name, self.where)):
-            return name == self.where  # a phantom task has one name
+            return name == self.where  # the name of a phantom task is unique
         return content_of(Path(name)) == content_of(Path(self.where))
 
     def datalist(self, split: str) -> list[dict[str, Any]]:
@@ -290,13 +293,13 @@ class ClassificationTask:
         return self.dataset.datalist(split, channels=self.in_channels)
 
     def check(self, splits: Iterable[str]) -> None:
-        """Refuse a split without an image, and images that the networks cannot take."""
+        """Refuse a split without images, and images that the networks cannot take."""
         for split in splits:
             self.datalist(split)
 
     @staticmethod
     def measure(job: Job, split: str) -> dict[str, float]:
-        """AUC of a split's images with its interval over patients, that of validation, and how many images they are."""
+        """AUC of a split with its interval over patients, the validation AUC, and the number of images."""
         predictions, metrics = job.read("predictions.csv"), job.read().set_index("split")["auc"]
         predictions = predictions[predictions["split"] == split]
         low, high = auc_interval(predictions)
@@ -314,25 +317,26 @@ def _dataset_path(where: str, collection: str | None, subjects: int) -> Path:
     if path.suffix in (".npz", ".json") or path.is_dir():
         return path
     if path.suffix or "/" in where or "\\" in where:
-        raise InputError(f"dataset {where} is no .npz file, no folder of images, and no task such as 17-T1-tumour.")
+        expected = "a .npz or .json file, a folder of images, or a task such as 17-T1-tumour"
+        raise InputError(f"dataset {where} is of no known kind; expected {expected}.")
     from medtl_ext.data.phantom.classification import phantom_classification  # brings nilearn
 
     return phantom_classification(where, collection=collection, subjects=subjects)
 
 
 def dataset_name(where: str) -> str:
-    """What tables call data or weights: the task, or the name of the file or folder; of several, all of these."""
+    """The name of data or weights in tables: the task, or the name of the file or folder; joined for several."""
     paths = [Path(one) for one in where.split(POOLED)]
     return "+".join(path.stem if path.suffix in ENDINGS else path.name for path in paths)
 
 
 def content_of(path: Path) -> str:
-    """A hash of a dataset's images and labels: of the file, of the one that a description names, of all in a folder."""
+    """A hash of a dataset: of the file, of the file that a description names, or of all images in a folder."""
     if path.suffix == ".json":
         try:
             path = path.parent / str(json.loads(path.read_text(encoding="utf-8"))["medmnist"])
         except (OSError, ValueError, KeyError, TypeError):
-            return str(path.resolve())  # what is wrong with it is said when it is read
+            return str(path.resolve())  # reading the dataset reports the fault
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
@@ -343,12 +347,12 @@ def content_of(path: Path) -> str:
 
 
 def image_auc(table: pd.DataFrame, weights: np.ndarray | None = None) -> float:
-    """`medtl_ext.ranking.mean_auc` of a table of predictions, its images weighted or alike."""
+    """`medtl_ext.ranking.mean_auc` of a table of predictions, with optional weights of the images."""
     return mean_auc(table["label"].to_numpy(), table.filter(regex=PROBABILITIES).to_numpy(), weights)
 
 
 def auc_interval(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of `image_auc` over patients, or over images where patients are not known."""
+    """95 % bootstrap interval of `image_auc` over patients, or over images if patients are not known."""
     groups, names = pd.factorize(table["subject"])
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), N_RESAMPLES)
     low, high = np.nanquantile([image_auc(table, counts[groups]) for counts in draws], [0.025, 0.975])
@@ -356,7 +360,7 @@ def auc_interval(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float]:
 
 
 def images_to_segment(input_dir: str | None, task: str) -> list[dict[str, Any]]:
-    """The images in a folder that ``task`` can be asked of, or (None) those of the phantom's test patients.
+    """The images in a folder with the channels of ``task``, or (None) those of the phantom's test patients.
 
     See `medtl_ext.data.files.find_images`. Every file is read before anything long runs.
     """
@@ -385,7 +389,7 @@ def images_to_classify(
         image = read_image(file, image_size)
         channels = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
         if len(channels) > in_channels:
-            raise InputError(f"{file} is RGB, the network takes grey images; convert it first.")
+            raise InputError(f"{file} is RGB, but the network takes grey images; convert it first.")
         name = str(file.relative_to(input_dir))
         items.append({"image": channels.repeat(in_channels // len(channels), axis=0), "name": name})
     return items

@@ -1,4 +1,4 @@
-"""One subject's healthy brain: the atlas deformed, and what share of every voxel each tissue fills."""
+"""One subject's healthy brain: the deformed atlas, and the share of every voxel that each tissue fills."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Anatomy:
     fractions: dict[str, np.ndarray]
 
     def replace(self, name: str, share: np.ndarray) -> None:
-        """Let class ``name`` take ``share`` (0 to 1) of every voxel from the classes already there."""
+        """Give class ``name`` a ``share`` (0 to 1) of every voxel, taken from the classes that are there."""
         for fraction in self.fractions.values():
             fraction *= 1 - share
         self.fractions[name] = self.fractions.get(name, 0) + share.astype(np.float32)
@@ -68,7 +68,7 @@ def grow_brain(atlas: Atlas, points: np.ndarray, stream: np.random.Generator, *,
 
     grey, white = atlas.grey.at(points), atlas.white.at(points)
     fluid = np.where(to_brain > 0, 1, np.clip(1 - grey - white, 0, 1))
-    # The atlas is an average with a blurred cortex: sharper posteriors and a subject's own noise bring back the folds.
+    # The atlas is an average, so its cortex is blurred. Sharper posteriors and noise of the subject restore the folds.
     sulci, cortex = smooth_noise(stream, 6), smooth_noise(stream, 10)
     scores = np.log(np.clip([fluid, grey, white], 0.005, 1))
     scores[0] += 0.25 * (atrophy - 1)

@@ -1,7 +1,7 @@
-"""Classification tasks cut from the phantom's slices: what is in this slice, where is it, how was it scanned?
+"""Classification tasks from slices of the phantom: what is in this slice, where is it, how was it scanned?
 
-The name of a task is *institution-modality-objective*, as everywhere. A task is written once, as a file of MedMNIST's
-form with the patients beside, and read back like any real one.
+A task is called *institution-modality-objective*, as for segmentation. It is written once, as a MedMNIST file that also
+names the patients, and read back like any real file.
 """
 
 import os
@@ -21,19 +21,19 @@ from medtl_ext.data.files import read_channels
 from medtl_ext.data.phantom.generate import cached_phantom
 from medtl_ext.data.phantom.scanner import MODALITIES
 
-VERSION = 2  # raise it when the same task gives other images or patients, so that no stale file is read
-ALL = "ALL"  # stands for the modality where the modality is the question
-# Slices that hold fewer pixels than this of what is asked for can hardly be judged, and are left out.
+VERSION = 2  # raise it when the same task gives other images or patients, so that no old file is read
+ALL = "ALL"  # the modality of a task that asks for the modality
+# Slices with fewer pixels of the class, or of brain, are hard to judge and left out.
 LEAST_PIXELS = 20
 LEAST_BRAIN = 400
-# Pixels of 4 square millimetres: a load above is large.
+# A lesion load of more pixels (4 square millimetres each) is large.
 LARGE_LOAD = 300
 
 
 class Objective(NamedTuple):
-    """What to ask of a slice: a label file (None: none is needed), the classes, and the class of each slice.
+    """What to ask of a slice: a label file (None: none is needed), the class names, and a function.
 
-    ``classes_of`` takes labels and images, X x Y x Z, and gives a class for each slice, -1 to leave it out.
+    ``classes_of`` takes a label and an image, X x Y x Z, and gives the class of each slice; -1 leaves the slice out.
     """
 
     label: str | None
@@ -42,7 +42,7 @@ class Objective(NamedTuple):
 
 
 def _amount(label: np.ndarray, image: np.ndarray, *, values: tuple[int, ...] = (), large: float = np.inf) -> np.ndarray:
-    """0 where there is none of the values (no values: of any), 1 where there is some, 2 where its area is large."""
+    """0: the slice has none of the ``values`` (default: of any foreground); 1: some; 2: a large area."""
     pixels = (np.isin(label, values) if values else label > 0).sum((0, 1))
     return np.select([pixels == 0, pixels < LEAST_PIXELS, pixels <= large], [0, -1, 1], 2)
 
@@ -65,7 +65,7 @@ OBJECTIVES = {
 
 
 def phantom_classification(task: str, *, collection: str | os.PathLike[str] | None = None, subjects: int = 24) -> Path:
-    """The ``.npz`` file of a classification task, made when it is first asked for and kept in the phantom's cache.
+    """The ``.npz`` file of a classification task, which is made on first use and kept in the phantom's cache.
 
     ============= ============================================== ========================================
     objective     question                                       institutions
@@ -78,17 +78,17 @@ def phantom_classification(task: str, *, collection: str | os.PathLike[str] | No
     ``modality``  which modality is it? (``17-ALL-modality``)    all
     ============= ============================================== ========================================
 
-    Three modalities are a colour image (``17-T1+T2+FLAIR-tumour``, with ``--in_channels 3``).
-    The slices are axial, 96 x 96 pixels of 2 mm, uint8 (each volume's own range), without those that hold hardly any
-    brain, or fewer than 20 pixels of what is asked for. A patient's slices are all in one split.
+    Three modalities become a colour image (``17-T1+T2+FLAIR-tumour``, with ``--in_channels 3``). The slices are axial,
+    96 x 96 pixels of 2 mm, uint8 (scaled to the range of each volume). Slices with hardly any brain, or with fewer than
+    20 pixels of the class, are left out. All slices of a patient are in one split.
 
     Args:
         task: such as ``17-T1-tumour``.
-        collection: a collection file with the label files ``tumour`` or ``wmh`` and such images; None: the phantom.
-        subjects: without a collection, phantoms of the institution.
+        collection: a collection file with these modalities and the label file ``tumour`` or ``wmh``; None: the phantom.
+        subjects: number of phantoms of the institution, if no collection is given.
 
     Raises:
-        InputError: an unknown task, or no subject that has what it needs.
+        InputError: an unknown task, or no subject with the images and labels it needs.
     """
     parts = Task(task)
     objective = OBJECTIVES[require_choice("objective", parts.objective, OBJECTIVES)]
@@ -112,7 +112,7 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
     for channel in channels:
         require_choice("modality", channel, MODALITIES)
     if len(looks[0]) not in (1, 3):
-        raise InputError(f"{task} has {len(channels)} channels; an image to classify has one, or three as colours.")
+        raise InputError(f"{task} has {len(channels)} channels; give one modality, or three that become colours.")
     needed = {objective.label} - {None}
     held: dict[str, list[np.ndarray]] = defaultdict(list)
     for subject in collection.subjects:
@@ -127,7 +127,7 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
             images, _ = read_channels([files[channel] for channel in look])
             classes = objective.classes_of(label, images[0])
             usable = (classes >= 0) & ((images[0] != 0).sum((0, 1)) >= LEAST_BRAIN)
-            if task.modality == ALL:  # each slice in one modality: the question is not who the patient is
+            if task.modality == ALL:  # each slice in one modality only, so that anatomy does not give the answer
                 usable &= np.arange(len(classes)) % len(looks) == place
                 classes = np.full(len(classes), place)
             slices = np.stack([_slices(image)[usable] for image in images], -1)
@@ -144,7 +144,7 @@ def _write(file: Path, collection: Collection, task: Task, objective: Objective)
 
 
 def _slices(image: np.ndarray) -> np.ndarray:
-    """Z x Y x X in 256 grey levels, as a radiologist sees a slice: the front is up."""
+    """Z x Y x X in 256 grey levels, turned as a radiologist sees a slice: the front is up."""
     inside = image[image != 0]
     low, high = np.percentile(inside, [0.5, 99.5]) if len(inside) else (0, 1)
     grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 254 + 1

@@ -1,4 +1,4 @@
-"""The images: how bright each tissue is in each modality, and what the scanner makes of it."""
+"""The images: how bright each tissue is in each modality, and what the scanner adds."""
 
 import numpy as np
 from scipy import ndimage
@@ -55,7 +55,7 @@ def render(
 
 
 def acquire(image: np.ndarray, brain: np.ndarray, scanner: Scanner, stream: np.random.Generator) -> np.ndarray:
-    """What the scanner makes of an ideal ``image``: raw int16 values, at least 1 in the brain and 0 outside it."""
+    """Scan an ideal ``image``: raw int16 values, at least 1 in the brain and 0 outside."""
     blur = scanner.blur / SPACING[0]
     image = ndimage.gaussian_filter(image, (blur, blur, 0.15))
     image = np.clip(image, 0, None) ** np.float32(scanner.gamma)

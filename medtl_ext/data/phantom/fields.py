@@ -19,7 +19,7 @@ def grid_points() -> np.ndarray:
 
 
 def random_stream(*key: int | str) -> np.random.Generator:
-    """A random generator that depends on ``key`` alone, on every machine and in every process.
+    """A random generator that depends only on ``key``: the same on every machine and in every process.
 
     >>> print(random_stream(0, "13", 2, "T1").integers(1000000))
     244045
@@ -31,12 +31,12 @@ def random_stream(*key: int | str) -> np.random.Generator:
 def smooth_noise(stream: np.random.Generator, length: float) -> np.ndarray:
     """Smooth Gaussian noise with features about ``length`` mm wide, mean 0 and standard deviation 1, float32.
 
-    White noise on knots ``length`` mm apart, spread by a Gaussian along each axis in turn: as smooth as a filtered
-    white image, at a fraction of the price for wide kernels.
+    White noise on knots ``length`` mm apart is spread by a Gaussian along each axis in turn. This is as smooth as
+    filtering a white image, and much faster for wide kernels.
     """
     kernels = [_knot_kernel(n, step, length) for n, step in zip(SHAPE, SPACING, strict=True)]
     field = stream.standard_normal([kernel.shape[1] for kernel in kernels], dtype=np.float32)
-    for kernel in kernels:  # takes the first axis (knots) and appends its voxels: three times restore the order
+    for kernel in kernels:  # contracts the first axis and appends the new one: after three, the order is restored
         field = np.tensordot(field, kernel, axes=(0, 1))
     return (field - field.mean()) / field.std()
 

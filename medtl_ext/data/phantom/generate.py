@@ -31,13 +31,13 @@ from medtl_ext.data.phantom.lesions import (
 )
 from medtl_ext.data.phantom.scanner import INSTITUTIONS, MODALITIES, Institution
 
-GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no stale cache is read
+GENERATOR_VERSION = 1  # raise it when the same settings give other images, so that no old cache is read
 
 LABELS = {"tumour": TUMOUR_LABELS, "tissue": TISSUE_LABELS, "wmh": WMH_LABELS}
 _ASKED = {label: {name: [value] for name, value in values.items()} for label, values in LABELS.items()}
 _ASKED["tumour"]["FeTS"] = [1, 2, 3]
 OBJECTIVES = {name: {"label": label, "values": v} for label, asked in _ASKED.items() for name, v in asked.items()}
-# 40 % train, 25 % val, 35 % test, in an order that spreads each evenly: three subjects already have all of them.
+# 40 % train, 25 % val, 35 % test, spread evenly: the first three subjects already cover all splits.
 SPLIT_CYCLE = ("train", "test", "val", "train", "test", "val", "train", "test", "train", "val",
                "test", "train", "test", "train", "val", "test", "train", "val", "test", "train")  # fmt: skip
 
@@ -65,8 +65,8 @@ def generate_phantom(
     """Write a synthetic collection of brain MRI and return the path of its ``collection.json``.
 
     Images are skull-stripped, 96 x 96 x 28 voxels of 2 x 2 x 4 mm in RAS orientation and MNI position, int16 in raw
-    scanner units (0 outside the brain, up to about 1000); labels are uint8. A subject depends on the seed, its
-    institution and its number alone: the same whatever else is generated with it.
+    scanner units (0 outside the brain, up to about 1000); labels are uint8. A subject depends only on the seed, its
+    institution and its number, not on what else is generated.
 
     =========================================  ===============================================  ======================
     institutions                               who                                              label files
@@ -81,11 +81,11 @@ def generate_phantom(
     tumour, tissue and wmh are 0. Every institution has its own contrast, blur, noise, bias field and annotators.
 
     Args:
-        out: folder to create. The same settings again return it as it is; a folder with other content is refused.
+        out: folder to create. If it holds a phantom of the same settings, it is reused; other content is refused.
         institutions: names from the table.
-        subjects: how many of each institution. About 40 % are for training, 25 % validation and 35 % testing.
+        subjects: number per institution. About 40 % are for training, 25 % for validation and 35 % for testing.
         seed: draws other subjects; the institutions keep their character.
-        n_jobs: subjects made at a time (threads); by default as many as there are cores.
+        n_jobs: number of subjects made at a time (threads); by default the number of cores.
         progress: show a progress bar.
 
     Raises:
@@ -126,7 +126,7 @@ def cached_phantom(*, institutions: Sequence[str], subjects: int, seed: int = 0,
 def _collection(institutions: Sequence[str], subjects: int, seed: int) -> dict[str, Any]:
     """The content of ``collection.json``, with the labels and objectives that some subject has.
 
-    The ``generator`` is the checked request, in the phantom's own order: what a phantom is recognised by.
+    The entry ``generator`` holds the checked settings; an existing phantom is recognised by it.
     """
     institutions = require_choices("institution", institutions, INSTITUTIONS)
     require_number("subjects", subjects, 1, whole=True)
@@ -163,7 +163,7 @@ def _collection(institutions: Sequence[str], subjects: int, seed: int) -> dict[s
 
 
 def _already_made(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether ``out`` is this very phantom; an InputError if it holds anything else."""
+    """Whether ``out`` holds a phantom of these settings; an InputError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
@@ -179,9 +179,9 @@ def _already_made(out: Path, settings: dict[str, Any]) -> bool:
 def _write_subjects(folder: Path, content: dict[str, Any], *, n_jobs: int | None, progress: bool) -> None:
     """Make all subjects, several at a time.
 
-    Threads, because nearly all the time is spent in NumPy, SciPy and zlib, which run side by side: they share the
-    atlas and start at once, where fresh processes would first import everything. When one fails, those under way
-    end before the error is raised, so that none writes into a folder that is being removed.
+    Threads, because nearly all the time is spent in NumPy, SciPy and zlib, which release the lock. Threads share the
+    atlas and start at once; processes would first import everything. When one fails, the others finish before the
+    error is raised, so that none writes into a folder that is being removed.
     """
     atlas, settings, subjects = load_atlas(), content["generator"], content["subjects"]
 
@@ -192,7 +192,7 @@ def _write_subjects(folder: Path, content: dict[str, Any], *, n_jobs: int | None
         for name, values in made.items():
             _write_nifti(target / f"{name}.nii.gz", values)
 
-    # With one thread in each matrix product, the images do not depend on how many subjects are made at a time.
+    # One thread per matrix product: then the images do not depend on the number of subjects made at a time.
     with threadpool_limits(1), ThreadPoolExecutor(n_jobs or joblib.cpu_count()) as pool:
         made = pool.map(write, subjects, cycle(range(settings["subjects"])))
         for _ in tqdm(made, "phantom", total=len(subjects), unit="subject", disable=None if progress else True):
@@ -210,7 +210,7 @@ def _write_nifti(path: Path, values: np.ndarray) -> None:
 def make_subject(atlas: Atlas, institution: Institution, index: int, *, seed: int) -> dict[str, np.ndarray]:
     """Images (int16, by modality) and labels (uint8, by label file) of subject ``index`` of an institution.
 
-    Every part has a random stream of its own, so that none disturbs another.
+    Every part has its own random stream, so that a change of one part leaves the others as they are.
     """
 
     def stream(part: str) -> np.random.Generator:
@@ -227,7 +227,7 @@ def make_subject(atlas: Atlas, institution: Institution, index: int, *, seed: in
         labels["wmh"] = add_white_matter_hyperintensities(anatomy, stream("wmh"), load=institution.wmh_load)
     if "tumour" in cohort.labels:
         labels["tumour"] = add_tumour(anatomy, *core, lesions, institution)
-        for name in ("tissue", "wmh"):  # what lies under a tumour cannot be seen: it is none of the healthy tissues
+        for name in ("tissue", "wmh"):  # tissue under a tumour cannot be seen, so it has no label
             labels[name][labels["tumour"] > 0] = 0
 
     texture = stream("texture")

@@ -1,4 +1,4 @@
-"""What is wrong with the brain: white-matter hyperintensities, and a tumour with oedema, enhancing rim and necrosis."""
+"""Lesions: white-matter hyperintensities, and a tumour with oedema, enhancing rim and necrosis."""
 
 import numpy as np
 from scipy import ndimage
@@ -71,8 +71,8 @@ def add_tumour(
 ) -> np.ndarray:
     """Grow the nested tumour into the brain and return its label (uint8, `TUMOUR_LABELS`).
 
-    Oedema creeps along the white matter around the core; the core is necrosis inside an enhancing rim with gaps. The
-    institution says how far each reaches and how wide its annotators draw; ``radius`` is of `place_tumour`.
+    Oedema spreads along the white matter around the core; the core is necrosis inside an enhancing rim with gaps. The
+    institution decides how far each part reaches and how wide its annotators draw; ``radius`` is of `place_tumour`.
     """
     lobes, crinkles, blobs = (smooth_noise(stream, length) for length in (12, 8, 14))
     room = anatomy.brain & (anatomy.to_brain < -1.5) & (anatomy.fractions["ventricle"] < 0.5)

@@ -11,7 +11,7 @@ CLASSES = ("CSF", "GM", "WM", "ventricle", "ED", "NCR", "ET", "WMH")
 
 @dataclass(frozen=True)
 class Cohort:
-    """Whom an institution scans. Ranges are (low, high), from which every institution draws its own value."""
+    """The patients of an institution. Ranges are (low, high); every institution draws its own value from them."""
 
     labels: tuple[str, ...]  # label files of each subject
     size: float  # mean brain length relative to the atlas
@@ -31,7 +31,7 @@ INSTITUTIONS = (
 
 
 class Institution:
-    """An institution's character, the same whatever the seed of the subjects; lengths in mm.
+    """The character of an institution, which does not depend on the seed of the subjects; lengths in mm.
 
     Raises:
         InputError: the phantom has no such institution.

@@ -21,21 +21,21 @@ __all__ = ["CHALLENGES", "READERS", "Reading", "read_collection"]
 def read_collection(name: str, root: PathLike, out: PathLike, **options: Any) -> Reading | ClassificationReading:
     """Write a collection for a dataset in its own layout, and check every file of it.
 
-    What does not fit is never passed over: a subject without label, or without files, is left out, one without some
-    modality is kept, and each is a row of the result with the reason.
+    Nothing is skipped silently. A subject without label or files is left out; a subject without one of the modalities
+    is kept. The result has a row with the reason for each.
 
     Args:
-        name: the layout, one of `READERS`; the function of that name tells what it expects.
+        name: the layout, one of `READERS`; the function of that name documents what it expects.
         root: the folder of the dataset.
         out: the collection file to write. Paths in it are relative if the files lie below its folder, else absolute.
-        **options: those of the reader, and of all readers:
-            ``institutions``, a CSV file with columns subject and institution, in place of the reader's own;
-            ``split``, fractions of train, val and test, or ``folds``, their number, both drawn patient-wise and
-            stratified by institution with ``seed`` (0): see `medtl_ext.data.splits`. Without either, the dataset's
-            own splits are kept, or a half, a quarter and a quarter drawn;
-            ``keep_test`` (False), to leave the dataset's own test set as it is when drawing;
-            ``check`` (True), to read every file and report what is wrong with it (of folds, in the first file);
-            ``progress`` (True), to show a progress bar on a terminal.
+        **options: those of the reader, and those of all readers:
+            ``institutions``: a CSV file with the columns subject and institution, which replaces the reader's own;
+            ``split`` (fractions of train, val and test) or ``folds`` (their number): drawn patient-wise and stratified
+            by institution with ``seed`` (0), see `medtl_ext.data.splits`. By default the dataset's own splits are kept,
+            or 0.5, 0.25 and 0.25 drawn;
+            ``keep_test`` (False): keep the dataset's own test set when drawing;
+            ``check`` (True): read every file and report what is wrong with it (with folds, for the first fold);
+            ``progress`` (True): show a progress bar on a terminal.
 
     Returns:
         The files written, what was left out and why, and the data check; ``str()`` of it is a report.

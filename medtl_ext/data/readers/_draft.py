@@ -1,4 +1,4 @@
-"""What every reader shares: finding files, noting what was left out, writing the collection and checking it."""
+"""Shared by all readers: find files, note what is left out, write the collection and check it."""
 
 import os
 import re
@@ -37,11 +37,11 @@ class Reading:
     paths: list[Path]
     left_out: list[Issue]
     check: IntegrityReport | None
-    told: Sequence[str] = ()  # what the reader learnt by itself, for you to look at
+    told: Sequence[str] = ()  # what the reader inferred, which the user should check
 
     @property
     def collection(self) -> Collection:
-        """The collection, of the first fold where folds were drawn."""
+        """The collection (with folds: of the first fold)."""
         return load_collection(self.paths[0])
 
     def __str__(self) -> str:
@@ -71,9 +71,9 @@ def _first(names: Sequence[str], most: int) -> str:
 
 @dataclass
 class Draft:
-    """A collection in the making: readers add one file at a time, and everything else about subjects is done here.
+    """A collection that is being written: readers add one file at a time, and this class does the rest.
 
-    Its options are those that every reader takes, as `read_collection` tells.
+    Its options are those of all readers, see `read_collection`.
     """
 
     root: PathLike
@@ -90,7 +90,7 @@ class Draft:
         self.subjects: dict[str, dict[str, Any]] = {}  # by their `comparable` names
         self.left_out: list[Issue] = []
         self.told: list[str] = []
-        self.found = "none"  # in a few words, for the message when no subject is
+        self.found = "none"  # what was found, in a few words, for the error if there is no subject
         self.root = Path(os.path.abspath(self.root))
         if not self.root.is_dir():
             raise InputError(f"root {self.root} is not a folder; give the folder of the dataset.")
@@ -102,15 +102,15 @@ class Draft:
         self.left_out.append(Issue("warning", subject, str(path), problem, consequence))
 
     def add(self, subject: str, kind: str, name: str, path: Path | None, place: str = "", **known: str | None) -> None:
-        """Add a file to a subject, unless it has that image or label already, which is noted.
+        """Add a file to a subject. If the subject has this image or label already, the file is noted and not used.
 
         Args:
-            subject: its name; the case makes no difference.
+            subject: its name; upper and lower case are the same.
             kind: ``images`` or ``labels``.
             name: of the modality, or of the label.
-            path: of the file; None where none was found.
-            place: files of one subject lie in one place, so that two copies of a subject are never mixed.
-            **known: the subject's ``institution`` and, where they are known, its ``patient`` and ``split``.
+            path: of the file; None if none was found.
+            place: all files of a subject must come from one place, so that two copies of a subject are never mixed.
+            **known: the subject's ``institution`` and, if known, its ``patient`` and ``split``.
         """
         known = {"id": subject} | {key: value for key, value in known.items() if value}
         entry = self.subjects.setdefault(
@@ -120,9 +120,9 @@ class Draft:
             self.note(subject, path or "", f"the subject has this {kind[:-1]} already", "the file is not used")
 
     def find_images(self, formats: Sequence[str] = NIFTI, below: Path | None = None) -> Iterator[Path]:
-        """The files of these formats below the root or another folder, of an Analyze pair the image; no hidden ones.
+        """The files of these formats below the root or another folder; hidden files are skipped.
 
-        A folder that holds a series of DICOM files is one image.
+        An Analyze pair is its ``.img`` file. A folder with a series of DICOM files is one image.
         """
 
         def unreadable(error: OSError) -> None:
@@ -147,17 +147,17 @@ class Draft:
     def match(
         self, pattern: str, ignore: str = "(?!)", formats: Sequence[str] = NIFTI
     ) -> list[tuple[re.Match[str], dict[str, Any]]]:
-        """The images whose names are the dataset's, by subject; those to prefer come first.
+        """The images whose names match a pattern, sorted by subject; ``.nii.gz`` comes before other formats.
 
         Args:
-            pattern: matches paths below the root without their suffix, in any case, from start to end, and names the
-                group ``subject``. Files of one subject have the same ``place``, if the pattern has such a group, or the
-                same beginning up to the subject.
-            ignore: matches files that belong to the dataset and are not wanted; all other files are noted.
-            formats: the endings of files to look at.
+            pattern: must match the whole path below the root, without suffix and in any case. It has the group
+                ``subject``. The ``place`` of a file (see `add`) is the group of this name, or the path up to the
+                subject.
+            ignore: matches files that belong to the dataset but are not wanted; other files are noted.
+            formats: file endings to look at.
 
         Returns:
-            For every file its match, and what `add` takes: its ``path`` and ``place``.
+            For every file the match, and the arguments ``path`` and ``place`` of `add`.
         """
         paths, found = list(self.find_images(formats)), []
         for path in sorted(paths, key=lambda path: [suffix_of(path) != suffix for suffix in _PREFERENCE]):
@@ -174,17 +174,17 @@ class Draft:
         """Split and write the collection, then check every file of it.
 
         Args:
-            layout: what the reader expects, in a few words, for the message when there is no subject.
-            modalities: what every subject should have, besides the images that were added.
-            **about: the collection but for its subjects.
+            layout: what the reader expects, in a few words, for the error if there is no subject.
+            modalities: those that every subject should have.
+            **about: the keys of the collection, without its subjects.
         """
         if self.institutions is not None:
             self._assign_institutions(Path(self.institutions))
         subjects = self._usable({"images": modalities, "labels": [*about["labels"]]})
         if not subjects:
             reasons = [f"{issue.subject}: {issue.problem}" for issue in self.left_out if issue.subject]
-            found = f"{self.found}{'; left out: ' + _first(reasons, 2) if reasons else ''}. Check root and reader"
-            raise InputError(f"no subject found below {self.root}; expected {layout}, found {found}.")
+            found = f"{self.found}{'; left out: ' + _first(reasons, 2) if reasons else ''}"
+            raise InputError(f"no subject found below {self.root}; expected {layout}, found {found}. Check --root.")
         content = {"synthetic": False, **about, "subjects": subjects}
         draw = {"fractions": self.split, "folds": self.folds, "seed": self.seed, "keep_test": self.keep_test}
         paths = write_splits(content, self.out, self.root, **draw)
@@ -192,12 +192,12 @@ class Draft:
         return Reading(paths, self.left_out, report, self.told)
 
     def _assign_institutions(self, path: Path) -> None:
-        """Take the institutions from a table of subjects; those listed without files are noted."""
+        """Take the institutions from a table of subjects; subjects of the table without files are noted."""
         table = read_table(path, ("subject", "institution"), ("patient",))
         key = table.subject.map(comparable)
         sites = table.institution.groupby(key).unique()
         if (sites.map(len) > 1).any():
-            raise InputError(f"{path} lists a subject at two institutions; list every subject once.")
+            raise InputError(f"{path} lists a subject for two institutions; list every subject once.")
         patients = dict(zip(key, table.patient, strict=True))
         for name, entry in self.subjects.items():
             entry["known"]["institution"] = sites[name][0] if name in sites else ""
@@ -208,7 +208,7 @@ class Draft:
             self.note(subject, "", f"listed in {path.name}, but has no files", LEFT_OUT)
 
     def _usable(self, expected: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-        """The subjects with an institution, an image and a label; what any of them lacks is noted."""
+        """The subjects with an institution, an image and a label; everything that is missing is noted."""
         usable = []
         for entry in self.subjects.values():
             known, wanted = entry["known"], {kind: entry[kind] for kind in expected}
@@ -231,18 +231,18 @@ class Draft:
 
 
 def comparable(name: str) -> str:
-    """A name as it is compared: in one case and one Unicode form, which file systems and tables do not share."""
+    """A name in one case and one Unicode form, for comparison: file systems and tables may differ in both."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def stem(path: Path) -> str:
-    """The name of a file without its suffix, or of a folder that is one image."""
+    """The name of a file without its suffix, or the name of a folder that is one image."""
     suffix = suffix_of(path)
     return path.name[: -len(suffix)] if suffix in FORMATS else path.name
 
 
 def held_values(name: str) -> set[int]:
-    """The values of a label file but 0; none of a broken one, which the data check names."""
+    """The values of a label file without 0; empty for a broken file, which the data check reports."""
     try:
         return {*np.unique(whole_labels(read_channels([name])[0])[0]).tolist()} - {0}
     except InputError:
@@ -250,7 +250,7 @@ def held_values(name: str) -> set[int]:
 
 
 def clean(name: str) -> str:
-    """A name that can be part of a task's: white space, hyphens and slashes become ``_``.
+    """Make a name that can be part of a task: white space, hyphens and slashes become ``_``.
 
     >>> clean("non-enhancing tumour ")
     'non_enhancing_tumour'
@@ -259,9 +259,9 @@ def clean(name: str) -> str:
 
 
 def objectives(label: str, values: Mapping[str, int | list[int]], together: str = "All") -> dict[str, Any]:
-    """The entries ``labels`` and ``objectives`` of a collection: each class, and all of them ``together``.
+    """The entries ``labels`` and ``objectives`` of a collection: one objective per class, and one for all ``together``.
 
-    A class of several values (a region) is one class of the objective; regions may overlap and stay apart.
+    A region (several values under one name) is one class. Regions may overlap, so they are not put together.
 
     >>> objectives("tissue", {"GM": 150, "WM": 250})["objectives"]["All"]
     {'label': 'tissue', 'values': [150, 250]}
@@ -279,7 +279,7 @@ def objectives(label: str, values: Mapping[str, int | list[int]], together: str 
 
 
 def parse_labels(labels: Any, path: Path) -> dict[str, int | list[int]]:
-    """Values by name, from either form: ``{"1": "tumour"}`` or ``{"tumour": 1}``, where a region lists its values."""
+    """Values by name, from ``{"1": "tumour"}`` or ``{"tumour": 1}``; a region has a list of values."""
     try:
         items = [(v, k) if str(k).isdigit() and isinstance(v, str) else (k, v) for k, v in labels.items()]
         values = [(clean(name), _CLASS_VALUES.validate_python(value)) for name, value in items]
@@ -287,14 +287,15 @@ def parse_labels(labels: Any, path: Path) -> dict[str, int | list[int]]:
         raise InputError(f"{path}: labels must map names to whole numbers; found {labels!r}.") from error
     foreground = [(name, value) for name, value in values if value != 0]
     if len(dict(foreground)) < len(foreground) or "background" in dict(foreground):
-        raise InputError(f"{path}: labels give one name two values, or background one besides 0: {labels!r}; rename.")
+        problem = "labels give one name two values, or give background a value other than 0"
+        raise InputError(f"{path}: {problem}: {labels!r}; rename one.")
     return dict(foreground)
 
 
 def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
-    """The columns asked for of a CSV or TSV file, as text; in any case, and under any of their usual names.
+    """Some columns of a CSV or TSV file, as text; column names may be in any case, and have the usual aliases.
 
-    An optional column that is not there is empty.
+    An optional column that is missing is empty.
     """
     if not path.is_file():
         raise InputError(f"table {path} does not exist; correct its path.")
@@ -305,7 +306,7 @@ def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()
     except ValueError as error:  # neither UTF-8 nor a table
         raise InputError(f"{path} cannot be read as a table ({error}); save it as UTF-8 with commas.") from error
     if not isinstance(table.index, pd.RangeIndex):
-        raise InputError(f"{path} has rows with more fields than its header, such as a last comma; remove them.")
+        raise InputError(f"{path} has rows with more fields than its header, such as a comma at the end; remove them.")
     table = table.rename(columns=lambda column: column.strip().lower()).apply(lambda column: column.str.strip())
     for name in (*required, *optional):
         aliases = _ALIASES.get(name, (name,))

@@ -1,4 +1,4 @@
-"""Which names belong together, where an image's and its mask's share all but a beginning or an ending."""
+"""Pair images with masks by their names, which differ only at the beginning or the end."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ _SAMPLE, _MOST_RULES = 10, 50  # names to learn from, and rules to try on all na
 
 @dataclass(frozen=True, order=True)
 class Name:
-    """A name in tokens, in one case, and the folder that a partner shares, where names alone do not tell."""
+    """A name as tokens in one case, and its folder, which a partner must share if names alone are not unique."""
 
     tokens: Tokens
     folder: str
@@ -29,7 +29,7 @@ class Name:
 
 
 class Rule(NamedTuple):
-    """What stands before and after what names share: in those of the images, and of the masks.
+    """What stands before and after the shared part of two names: in the image's name, and in the mask's.
 
     >>> rule = Rule(((), ("_", "training")), ((), ("_", "manual", "1")))
     >>> str(rule), rule.image_of(Name.of("21_manual1")).text
@@ -40,13 +40,13 @@ class Rule(NamedTuple):
     mask: tuple[Tokens, Tokens]
 
     def shared(self, mask: Name) -> Tokens | None:
-        """What is left of a mask's name; None where it is not named like this."""
+        """The shared part of a mask's name; None if the name does not follow the rule."""
         before, after = self.mask
         inner = mask.tokens[len(before) : len(mask.tokens) - len(after)]
         return inner if before + inner + after == mask.tokens and (inner or mask.folder) else None
 
     def image_of(self, mask: Name) -> Name | None:
-        """What the mask's image would be called."""
+        """The name that the mask's image must have."""
         inner = self.shared(mask)
         if inner is None:
             return None
@@ -63,7 +63,7 @@ _SAME = Rule(((), ()), ((), ()))
 
 
 class Pairs(NamedTuple):
-    """Of every mask that has one its image; of others what it would be called; and the masks named by each rule."""
+    """Mask -> image for every pair; mask -> expected image name for the others; and rule -> masks that follow it."""
 
     images: dict[Name, Name]
     alone: dict[Name, Name]
@@ -71,12 +71,12 @@ class Pairs(NamedTuple):
 
 
 def learn_pairs(images: Collection[Name], masks: Collection[Name], *, together: bool = False) -> Pairs:
-    """Pair masks with images by rules that hold for two or more of them, those first that hold for most.
+    """Pair masks with images by rules that hold for at least two pairs; rules that hold for most pairs come first.
 
     Args:
         images: each name once.
         masks: each name once.
-        together: the two are the same names, of which a mask's is that of its image and something more.
+        together: images and masks are in one list; the name of a mask is that of its image with something added.
 
     Raises:
         InputError: an image has two masks.
@@ -87,7 +87,7 @@ def learn_pairs(images: Collection[Name], masks: Collection[Name], *, together: 
     ([('p1', 'p1_seg'), ('P2', 'p2_seg')], ['p4_seg'])
     """
     pairs, alone, rules = {}, {}, {}
-    learnt: dict[tuple[str, Tokens], Name] = {}  # what the names of a pair share, and one of its masks
+    learnt: dict[tuple[str, Tokens], Name] = {}  # (folder, shared part of the names) -> mask
     images, masks = {image: image for image in images}, {*masks}
     least = 1 if min(len(images), len(masks)) <= 1 + together else 2
     while rule := _learn(images, masks, together, least):
@@ -104,7 +104,7 @@ def learn_pairs(images: Collection[Name], masks: Collection[Name], *, together: 
 
 
 def _learn(images: Collection[Name], masks: Collection[Name], together: bool, least: int) -> Rule | None:
-    """The rule by which most masks find an image; of those with as many the shortest."""
+    """The rule by which most masks find an image; among equal ones the shortest."""
     all_images, all_masks = sorted(images), sorted(masks)
     few = chain(product(_some(all_images), all_masks), product(all_images, _some(all_masks)))
     near = ((image, mask) for image, mask in few if image.folder == mask.folder and not (together and image == mask))
@@ -122,7 +122,7 @@ def _some(names: list[Name]) -> list[Name]:
 
 
 def _rules(image: Name, mask: Name) -> Iterator[Rule]:
-    """Every rule by which two names could be a pair: one is in the other, or they begin or end alike."""
+    """All rules that make two names a pair: one name contains the other, or they share a beginning or an end."""
     one, other = image.tokens, mask.tokens
     start, end = one[: _alike(one, other)], one[len(one) - _alike(one[::-1], other[::-1]) :]
     for shared in dict.fromkeys((one, other, _trim(start), _trim(end))):
@@ -132,18 +132,18 @@ def _rules(image: Name, mask: Name) -> Iterator[Rule]:
 
 
 def _alike(one: Tokens, other: Tokens) -> int:
-    """How many tokens are the same before the first that is not."""
+    """The number of equal tokens at the start."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 def _trim(tokens: Tokens) -> Tokens:
-    """Without the characters that separate at both ends."""
+    """The tokens without separators at both ends."""
     words = [number for number, token in enumerate(tokens) if token.isalnum()]
     return tokens[words[0] : words[-1] + 1] if words else ()
 
 
 def _cut(tokens: Tokens, shared: Tokens) -> tuple[Tokens, Tokens] | None:
-    """What is before and after the first place where something is found."""
+    """The tokens before and after the first occurrence of ``shared``."""
     for start in range(len(tokens) - len(shared) + 1):
         if tokens[start : start + len(shared)] == shared:
             return tokens[:start], tokens[start + len(shared) :]
@@ -153,7 +153,7 @@ def _cut(tokens: Tokens, shared: Tokens) -> tuple[Tokens, Tokens] | None:
 def _refuse_two_masks(
     pairs: dict[Name, Name], rest: Collection[Name], learnt: dict[tuple[str, Tokens], Name], rules: Collection[Rule]
 ) -> None:
-    """Refuse a name that belongs to nothing else, and holds what the names of a pair share."""
+    """Refuse a second mask of an image: an unpaired name that contains the shared part of a pair."""
     doubles, kinds = [], Counter()
     for name in sorted(rest):
         places = combinations(range(len(name.tokens) + 1), 2)
@@ -163,7 +163,7 @@ def _refuse_two_masks(
                 doubles.append((first, name, kind))
                 kinds[kind] += 1
                 break
-    if {*rules} == {_SAME}:  # a mask whose image is lost may well begin like another
+    if {*rules} == {_SAME}:  # a single one may be a mask whose image is missing
         doubles = [double for double in doubles if kinds[double[-1]] > 1]
     if doubles:
         first, name, _ = doubles[0]

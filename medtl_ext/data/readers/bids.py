@@ -1,4 +1,4 @@
-"""BIDS: segmentations among the derivatives, and the images that lie in the same space."""
+"""BIDS: segmentations in the derivatives, and the images in the same space."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ _NO_DATA = {"code", "sourcedata", "stimuli"}  # folders whose files are not the 
 def read_bids(draft: Draft) -> Reading:
     """A BIDS dataset with labels beside its images or in derivatives, or a derivatives dataset by itself.
 
-    Labels are ``_dseg`` (values named by the ``index`` and ``name`` of a ``dseg.tsv``), ``_mask`` and ``_roi`` (value
-    1, named by ``label`` or ``desc``). Images are T1w (T1CE with a ``ce`` entity), T2w, FLAIR, PDw and CT. All are in
-    ``anat``, the images of the label's subject, session and space; those of the label's own dataset first. Sessions of
-    a patient stay together in a split. Institutions are the column ``institution`` or ``site`` of
-    ``participants.tsv``, else the dataset's name.
+    Labels are ``_dseg`` (values named by ``index`` and ``name`` of a ``dseg.tsv``), ``_mask`` and ``_roi`` (value 1,
+    named by ``label`` or ``desc``). Images are T1w (T1CE with a ``ce`` entity), T2w, FLAIR, PDw and CT. All files are
+    in ``anat``. An image must have the subject, session and space of the label; images of the label's own dataset come
+    first. All sessions of a patient are in one split. The institution is the column ``institution`` or ``site`` of
+    ``participants.tsv``, or else the dataset's name.
 
     Args:
         draft: its root is the folder with ``dataset_description.json``.
@@ -31,7 +31,7 @@ def read_bids(draft: Draft) -> Reading:
     sites = _sites(draft.root / "participants.tsv")
     tables = sorted(draft.root.rglob("*dseg.tsv"))
     files = [file for path in draft.find_images() if (file := _parse(path, draft.root))]
-    # The label's own dataset comes first: it may hold the images as they were when the label was drawn.
+    # The label's own dataset comes first: it may hold the very images on which the label was drawn.
     own = {(file.scan, file.dataset) for file in files if file.kind == "labels"}
     files.sort(key=lambda file: (file.scan, (file.scan, file.dataset) not in own, file.path))
     values: dict[str, dict[str, Any]] = {}
@@ -39,7 +39,7 @@ def read_bids(draft: Draft) -> Reading:
         of = {"institution": sites.get(file.scan[0], name), "patient": file.scan[0]}
         draft.add("_".join(filter(None, file.scan)), file.kind, file.name, file.path, **of)
         if file.kind == "labels" and (here := _values(file, tables)) != values.setdefault(file.name, here):
-            both = f"{here}, and elsewhere {values[file.name]}; give what differs a label or desc of its own"
+            both = f"{here}, but elsewhere {values[file.name]}; give different values different names (label or desc)"
             raise InputError(f"{file.path}: the values of label '{file.name}' are {both}.")
     about: dict[str, Any] = {"labels": {}, "objectives": {}}
     for label, named in values.items():
@@ -55,7 +55,7 @@ def read_bids(draft: Draft) -> Reading:
 
 
 class _File(NamedTuple):
-    """An image or label: whose it is (subject, session and space, empty where there is none), and of which dataset."""
+    """An image or label, with its subject, session and space (or empty), and its dataset."""
 
     path: Path
     kind: Literal["images", "labels"]
@@ -71,7 +71,7 @@ def _entities(path: Path) -> dict[str, str]:
 
 
 def _parse(path: Path, root: Path) -> _File | None:
-    """What the names of a file and its folders say; None where it is neither image nor label."""
+    """Read the names of a file and its folders; None if it is neither image nor label."""
     entities, folders = _entities(path), path.relative_to(root).parts[:-1]
     suffix = entities["suffix"]
     kind = "labels" if suffix in {"dseg", *_MASKS} else "images"
@@ -87,7 +87,7 @@ def _parse(path: Path, root: Path) -> _File | None:
 
 
 def _values(file: _File, tables: Sequence[Path]) -> dict[str, Any]:
-    """The values of a label: 1 of a mask; else those of the nearest table that holds for it, by folder and entities."""
+    """The values of a label: 1 for a mask; otherwise from the nearest table that applies by folder and entities."""
     entities = _entities(file.path)
     if entities["suffix"] in _MASKS:
         return {file.name: 1}

@@ -1,4 +1,4 @@
-"""Challenges whose files are told by their names: FeTS, BraTS, iSeg and WMH."""
+"""Challenges whose files have fixed names: FeTS, BraTS, iSeg and WMH."""
 
 import re
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ _FIRST = {"t1": "T1", "t1ce": "T1CE", "t2": "T2", "flair": "FLAIR"}  # BraTS unt
 _SECOND = {"t1n": "T1", "t1c": "T1CE", "t2w": "T2", "t2f": "FLAIR"}  # from 2023 on
 _NAME = re.compile(r"(?P<patient>BraTS-(?P<code>[A-Z]+)-\d{5})(?:-\d{3})?", re.IGNORECASE)  # from 2023 on
 
-# What the values of the label files mean, by challenge and the first year of the convention. Where several hold, the
-# first is taken, but only if they agree.
+# What the label values mean, by challenge and first year. If several fit the files, the first is taken, but only if all
+# agree on the values that occur.
 CHALLENGES = {
     "GLI-2023": {"NCR": 1, "ED": 2, "ET": 3},
     "GLI-2024": {"NETC": 1, "SNFH": 2, "ET": 3, "RC": 4},  # after treatment
@@ -24,9 +24,9 @@ CHALLENGES = {
     "PED-2023": {"NC": 1, "ED": 2, "ET": 3},
     "PED-2024": {"ET": 1, "NET": 2, "CC": 3, "ED": 4},
 }
-_SAME = {"NETC": "NCR", "SNFH": "ED"}  # later names of one thing
+_SAME = {"NETC": "NCR", "SNFH": "ED"}  # new names of the same class
 
-# A scanner of Amsterdam is no plain number; some copies have its scanners at the top.
+# Amsterdam has folders for scanners, whose names are not plain numbers; some copies have them at the top.
 _SCANNER = r"(?<!Amsterdam/)(?P<scanner>GE3T|GE1T5|Philips[^/]*)"
 _SITE = rf"(?P<site>Utrecht|Singapore|Amsterdam(?:/[^/]*[^/\d][^/]*)?|{_SCANNER})"
 
@@ -36,14 +36,14 @@ def read_fets(draft: Draft, *, labels: Mapping[str, int] | None = None) -> Readi
 
     Args:
         draft: its root is ``MICCAI_FeTS2022_TrainingData`` or a folder above it: ``SUBJECT/SUBJECT_t1``, ``_t1ce``,
-            ``_t2``, ``_flair`` and ``_seg`` ``.nii.gz``. Its ``institutions`` are ``partitioning_1.csv`` (by site) if
-            not given; ``partitioning_2.csv`` divides the large sites further by tumour size.
-        labels: values by name, where they are not the dataset's: 1 NCR, 2 ED, 4 ET.
+            ``_t2``, ``_flair`` and ``_seg`` ``.nii.gz``. By default ``institutions`` is ``partitioning_1.csv`` (by
+            site); ``partitioning_2.csv`` also divides the large sites by tumour size.
+        labels: values by name, if they are not 1 NCR, 2 ED, 4 ET as in the dataset.
     """
     if draft.institutions is None:
         tables = [path for path in draft.root.rglob("*.[cC][sS][vV]") if path.name.lower() == "partitioning_1.csv"]
         if len(tables) != 1:
-            raise InputError(f"{len(tables)} files partitioning_1.csv below {draft.root}; give one as institutions.")
+            raise InputError(f"{len(tables)} files partitioning_1.csv below {draft.root}; give one by --institutions.")
         draft.institutions = tables[0]
     about = {"name": "FeTS", "description": "Gliomas on MRI of many institutions (FeTS challenge)"}
     return _read_tumours(draft, _FIRST, None, labels, **about)
@@ -52,19 +52,19 @@ def read_fets(draft: Draft, *, labels: Mapping[str, int] | None = None) -> Readi
 def read_brats(draft: Draft, *, challenge: str | None = None, labels: Mapping[str, int] | None = None) -> Reading:
     """BraTS: ``BraTS20_Training_001_t1ce.nii.gz`` (2020, 2021) or ``BraTS-GLI-00000-000-t1c.nii.gz`` (from 2023 on).
 
-    What the values mean differs between the challenges and years, as `CHALLENGES` tells. The files' names say the
-    challenge (``GLI``, ``SSA``, ``MEN``, ``MET``, ``PED``), and the values found in all label files the year, unless
-    they mean different things in different years. Visits of one patient in the names of 2023 (the last three digits)
-    stay together in a split.
+    The meaning of the values differs between challenges and years, see `CHALLENGES`. The challenge is read from the
+    file names (``GLI``, ``SSA``, ``MEN``, ``MET``, ``PED``). The year is inferred from the values in all label files,
+    if that is possible. From 2023 on, the last three digits of a name are the visit; all visits of a patient are in one
+    split.
 
     Args:
         draft: its root is a folder with the subjects' folders, at any depth, of one challenge and naming. The data do
             not name institutions: all are ``BraTS`` unless ``institutions`` is given.
-        challenge: one of `CHALLENGES`, where names and values do not say which.
-        labels: values by name, where they are none of these.
+        challenge: one of `CHALLENGES`, if names and values do not decide.
+        labels: values by name, if none of `CHALLENGES` fits.
 
     Raises:
-        InputError: also where it cannot be told what a value means, or a label file holds one that means nothing.
+        InputError: also if the meaning of a value is ambiguous, or a label file holds an unknown value.
     """
     about = {"name": "BraTS", "description": "Brain tumours on MRI (BraTS challenge)"}
     return _read_tumours(draft, _FIRST | _SECOND, challenge, labels, **about)
@@ -78,7 +78,7 @@ def _read_tumours(
     first, second = sorted(present & set(_FIRST)), sorted(present & set(_SECOND))
     if first and second:
         both = f"until 2022 ({', '.join(first)}) and from 2023 on ({', '.join(second)})"
-        raise InputError(f"{draft.root} mixes the names of BraTS {both}; read one of them at a time.")
+        raise InputError(f"{draft.root} mixes the names of BraTS {both}; read one of the two at a time.")
     codes = set()
     for match, file in found:
         name, role = _NAME.fullmatch(match["subject"]), match["role"].lower()
@@ -100,7 +100,7 @@ def _read_tumours(
 
 
 def _values(draft: Draft, code: str, challenge: str | None, labels: Mapping[str, int] | None) -> dict[str, int]:
-    """What every value means: as given, or by the challenge's ``code`` and the values in all label files."""
+    """Names and values of the classes: as given, or by the challenge's ``code`` and the values in all label files."""
     known = {name: values for name, values in CHALLENGES.items() if name.startswith(code)} or CHALLENGES
     if challenge:
         known = {challenge: known[require_choice("challenge of files with these names", challenge, known)]}
@@ -111,16 +111,16 @@ def _values(draft: Draft, code: str, challenge: str | None, labels: Mapping[str,
     held = for_each(held_values, paths, progress=draft.progress)
     fits = [{name for name in known if values <= {*known[name].values()}} for values in held]
     if wrong := [place for place, names in enumerate(fits) if not names]:
-        share = f"{len(wrong)} of {len(paths)} label files are none that is known"
-        here = f"the values {sorted(held[wrong[0]])} ({share}), but those of such files are {told}; mend it"
-        raise InputError(f"{paths[wrong[0]]} holds {here}, or give what they mean with labels, such as NCR=1 ED=2.")
+        share = f"{len(wrong)} of {len(paths)} label files have unknown values"
+        here = f"the values {sorted(held[wrong[0]])} ({share}), but expected are {told}"
+        raise InputError(f"{paths[wrong[0]]} holds {here}; correct it, or name the values with --labels NCR=1 ED=2.")
     everywhere = [name for name in known if all(name in names for names in fits)]
     found, possible = set().union(*held), set().union(*fits)
     meanings = {(v, _SAME.get(k, k)) for name in possible for k, v in known[name].items() if v in found}
     proven = [name for name in everywhere if {name} in fits]
     if not everywhere or not (proven or len(meanings) == len(found)):
-        hold = f"hold the values {sorted(found)}, which do not say what they mean ({told})"
-        raise InputError(f"the label files below {draft.root} {hold}; give the challenge, or labels.")
+        hold = f"hold the values {sorted(found)}, whose meaning is ambiguous ({told})"
+        raise InputError(f"the label files below {draft.root} {hold}; give --challenge, or --labels.")
     return known[(proven or everywhere)[0]]
 
 
@@ -148,9 +148,9 @@ def read_iseg(draft: Draft) -> Reading:
 def read_wmh(draft: Draft) -> Reading:
     """The WMH challenge: ``Utrecht/0/pre/FLAIR.nii.gz``, ``pre/T1.nii.gz`` and ``wmh.nii.gz``.
 
-    The preprocessed images are read (``pre``), not the original ones. Institutions are the sites, with the scanner
-    where the folder names one: ``Utrecht``, ``Singapore``, ``Amsterdam-GE3T``. Patients below a folder ``test`` are the
-    test split. Value 2 (other pathology) is declared, but not part of the objective: it counts as background.
+    The preprocessed images (``pre``) are read. Institutions are the sites, with the scanner if a folder names it:
+    ``Utrecht``, ``Singapore``, ``Amsterdam-GE3T``. Patients below a folder ``test`` are the test split. Value 2 (other
+    pathology) is declared but not part of the objective, so it counts as background.
 
     Args:
         draft: its root is the folder with ``training`` and ``test``, or one of them.

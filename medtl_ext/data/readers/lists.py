@@ -47,22 +47,21 @@ def read_datalist(
 ) -> Reading:
     """A Decathlon task or a MONAI datalist: ``training``, ``validation`` and ``test`` list ``image`` and ``label``.
 
-    ``image`` is a list with one file a modality, or one file that holds all of them as channels (Task01_BrainTumour,
-    Task05_Prostate). Where labelled cases are in several sections, the sections are the splits. An entry may name its
-    ``subject`` and ``institution``; otherwise its image names it, and the list is the institution.
+    ``image`` is a list with one file per modality, or one file that holds all modalities as channels
+    (Task01_BrainTumour, Task05_Prostate). If several sections have labelled cases, the sections are the splits. An
+    entry may name its ``subject`` and ``institution``; by default these are the name of its image and of the list.
 
     Args:
         draft: its root is the folder that paths in the list start from.
-        file: the list; ``dataset.json`` in the root if not given.
-        labels: values by name; those of the list (``labels``) if not given.
-        modalities: in the order of the images, or of the channels of one; those of the list (``modality``) if not
-            given.
+        file: the list; by default ``dataset.json`` in the root.
+        labels: values by name; by default ``labels`` of the list.
+        modalities: in the order of the images, or of the channels in an image; by default ``modality`` of the list.
     """
     path = draft.root / "dataset.json" if file is None else Path(file)
     content = read_json(path)
     labels = labels or content.get("labels")
     if not labels:
-        raise InputError(f"{path} names no labels; give labels with their values, such as lesion=1.")
+        raise InputError(f"{path} names no labels; give them with their values, such as --labels lesion=1.")
     about = _about(content, clean(str(content.get("name") or path.stem)), parse_labels(labels, path))
     names = _parse_modalities(modalities or content.get("modality"), path)
     cases = [
@@ -72,7 +71,7 @@ def read_datalist(
     ]
     if all(len(case.image) == 1 for case in cases):
         names = ["+".join(names)]
-    # Where no labelled cases are for validation, train is shared out.
+    # Without labelled cases for validation, train is divided into train and val.
     fixed = SPLITS if any(case.split == "val" and case.label for case in cases) else ("test",)
     for case, subject in zip(cases, _subjects(cases), strict=True):
         images = [draft.root / image for image in case.image]
@@ -90,7 +89,7 @@ def read_datalist(
 
 
 def _about(content: Mapping[str, Any], name: str, labels: Mapping[str, int | list[int]]) -> dict[str, Any]:
-    """The collection that a ``dataset.json`` describes, but for its subjects."""
+    """The collection that a ``dataset.json`` describes, without its subjects."""
     return {
         "name": name,
         "description": str(content.get("description") or ""),
@@ -107,12 +106,12 @@ def _parse_modalities(listed: Any, path: Path) -> list[str]:
     except (AttributeError, TypeError, ValueError):
         names = []
     if not names or isinstance(listed, str) or len(set(names)) < len(names):
-        raise InputError(f"{path} must name every modality, each differently, such as T1; found {listed!r}.")
+        raise InputError(f"{path} must give every modality its own name, such as T1; found {listed!r}.")
     return names
 
 
 def _parse_case(entry: Any, split: str, where: str) -> _Case:
-    """Unlabelled cases are plain paths in the Decathlon."""
+    """Read an entry; in the Decathlon, cases without label are plain paths."""
     try:
         return _Case.model_validate((entry if isinstance(entry, dict) else {"image": entry}) | {"split": split})
     except ValidationError as error:
@@ -120,7 +119,7 @@ def _parse_case(entry: Any, split: str, where: str) -> _Case:
 
 
 def _subjects(cases: Sequence[_Case]) -> list[str]:
-    """The entries' own names, else their first image's, with its folders where names alone are not unique."""
+    """The entries' own names, or those of their first image, with folders if the names alone are not unique."""
     paths = [Path(case.image[0]) for case in cases]
     short = [case.subject or stem(path) for case, path in zip(cases, paths, strict=True)]
     if len(set(short)) == len(short):
@@ -132,11 +131,10 @@ def _subjects(cases: Sequence[_Case]) -> list[str]:
 def read_nnunet(draft: Draft) -> Reading:
     """A dataset in nnU-Net's raw format, version 1 or 2: ``imagesTr/CASE_0000.nii.gz`` and ``labelsTr/CASE.nii.gz``.
 
-    Files end as ``file_ending`` says, in any format that is read. Where a case has one colour picture, ``_0000``, its
-    colours are the channels.
-
-    ``labelsTs``, where it is there, makes a test split of ``imagesTs``. A region (several values under one name)
-    becomes an objective that merges them. The value ``ignore`` is declared but no objective: it counts as background.
+    ``file_ending`` may be any format that can be read. If a case has one colour picture only (``_0000``), its colours
+    are the channels. If there is ``labelsTs``, ``imagesTs`` is the test split. A region (several values under one name)
+    becomes an objective that merges the values. The value ``ignore`` is declared but no objective, so it counts as
+    background.
 
     Args:
         draft: its root is the dataset's folder, such as ``Dataset005_Prostate``. All subjects are of one institution,
@@ -146,16 +144,17 @@ def read_nnunet(draft: Draft) -> Reading:
     content = read_json(path)
     ending = str(content.get("file_ending", ".nii.gz"))
     if ending.lower() not in FORMATS:
-        raise InputError(f"{path}: file_ending is '{ending}'; read are {', '.join(FORMATS)}: convert the files first.")
+        known = f"expected one of {', '.join(FORMATS)}: convert the files first"
+        raise InputError(f"{path}: file_ending is '{ending}'; {known}.")
     modalities = _parse_modalities(content.get("channel_names") or content.get("modality"), path)
     values = parse_labels(content.get("labels") or {}, path)
     ignored = values.pop("ignore", None)
     about = _about(content, clean(re.sub(r"^(Dataset|Task)\d+_", "", draft.root.name)), values)
     if ignored is not None:
         about["labels"]["label"]["ignore"] = ignored
-        draft.note("", path, f"value {ignored} is to be ignored, which a collection cannot say", "it is background")
+        draft.note("", path, f"value {ignored} is 'ignore', which a collection cannot express", "it is background")
     roles = {"": ("labels", "label")} | {f"_{number:04d}": ("images", name) for number, name in enumerate(modalities)}
-    labels_or_images = r"(?:(?P<images>images)|labels)(?P<place>T[rs])"  # a role is what tells channels apart
+    labels_or_images = r"(?:(?P<images>images)|labels)(?P<place>T[rs])"
     pattern = rf"{labels_or_images}/(?P<subject>.+?)(?P<role>(?(images)_\d{{4}}|))"
     found = draft.match(pattern, formats=NIFTI if ending.lower() in NIFTI else [ending.lower()])
     if ending.lower() in PICTURES and {match["role"] for match, _ in found} <= {"", "_0000"}:
@@ -171,10 +170,10 @@ def read_nnunet(draft: Draft) -> Reading:
 
 
 def read_csv(draft: Draft, *, file: PathLike | None = None, labels: Mapping[str, int] | None = None) -> Reading:
-    """A table with the columns subject, institution, modality, image and label, and, if wanted, split and patient.
+    """A table with the columns subject, institution, modality, image and label, and optionally split and patient.
 
-    One row an image. A subject's rows agree on its institution, split and patient, and on its label, which one of them
-    has to name. Columns are separated by commas, semicolons or tabs.
+    There is one row per image. All rows of a subject must agree on institution, split, patient and label; empty cells
+    are allowed if another row has the value. Columns are separated by commas, semicolons or tabs.
 
     Args:
         draft: its root is the folder that paths in the table start from.
@@ -183,9 +182,9 @@ def read_csv(draft: Draft, *, file: PathLike | None = None, labels: Mapping[str,
     """
     tables = [Path(file)] if file is not None else sorted(draft.root.glob("*.csv"))
     if len(tables) != 1:
-        raise InputError(f"{len(tables)} CSV files in {draft.root}; give the table with file.")
+        raise InputError(f"{len(tables)} CSV files in {draft.root}; give the table with --file.")
     if not labels:
-        raise InputError("a table does not say what its label files hold; give labels, such as lesion=1.")
+        raise InputError("a table does not say what the label values mean; give --labels, such as lesion=1.")
     path = tables[0]
     table = read_table(path, ("subject", "institution", "modality", "image", "label"), ("split", "patient"))
     table = table.assign(modality=table.modality.map(clean))

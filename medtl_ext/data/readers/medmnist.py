@@ -1,4 +1,4 @@
-"""MedMNIST: a small file beside the ``.npz`` that names it and its classes, as the classification bundle takes it."""
+"""MedMNIST: write a small JSON file that names the ``.npz`` and its classes, for the classification bundle."""
 
 import contextlib
 import zipfile
@@ -18,7 +18,7 @@ from medtl_ext.data.readers._draft import Draft
 
 @dataclass(frozen=True)
 class ClassificationReading:
-    """What `read_medmnist` did: the file it wrote, and the dataset it describes, every image of which was read."""
+    """What `read_medmnist` did: the file it wrote, and the dataset, of which every image was read."""
 
     path: Path
     dataset: ClassificationDataset
@@ -46,16 +46,15 @@ class ClassificationReading:
 def read_medmnist(
     draft: Draft, *, file: str | None = None, labels: Mapping[str, int] | None = None
 ) -> ClassificationReading:
-    """Describe a MedMNIST file (``NAME.npz``, ``NAME_64.npz``, ...) and read all of it. Splits are the dataset's own.
+    """Describe a MedMNIST file (``NAME.npz``, ``NAME_64.npz``, ...) and read all of it. Its own splits are kept.
 
     Args:
-        draft: its root is the folder of the file; written are the name, the path of the ``.npz`` and the names of the
-            classes.
-        file: name of the ``.npz``, where the folder has several.
-        labels: names of the classes and their numbers from 0; numbers are names otherwise.
+        draft: its root is the folder of the ``.npz``.
+        file: name of the ``.npz``, if the folder has several.
+        labels: names of the classes and their numbers from 0; by default the numbers are the names.
 
     Raises:
-        InputError: no such file, several to choose from, one of volumes (``organmnist3d.npz``), or what
+        InputError: no such file, several files, a file of volumes (``organmnist3d.npz``), or what
             `medtl_ext.data.load_medmnist` refuses.
     """
     out = Path(draft.out).absolute()
@@ -69,7 +68,7 @@ def read_medmnist(
     names = list(load_medmnist(path).class_names)
     for name, label in (labels or {}).items():
         if not 0 <= label < len(names):
-            raise InputError(f"labels gives {name} the number {label}; {path.name} has 0 to {len(names) - 1}.")
+            raise InputError(f"--labels gives {name} the number {label}; {path.name} has 0 to {len(names) - 1}.")
         names[label] = name
     relative = path.relative_to(out.parent) if path.is_relative_to(out.parent) else path
     write_json(out, {"name": path.stem, "medmnist": str(relative), "class_names": names})
@@ -77,15 +76,15 @@ def read_medmnist(
 
 
 def _refuse_volumes(path: Path) -> None:
-    """Say of the files in 3D where they do not fit; only the header is read, for a file may be of many gigabytes."""
+    """Refuse 3D files. Only the header is read, since a file may have many gigabytes."""
     shape: tuple[int, ...] = ()
     with (
-        contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile),  # which loading it tells
+        contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile),  # loading the file reports these
         zipfile.ZipFile(path) as archive,
         archive.open("train_images.npy") as file,
     ):
         np.lib.format.read_magic(file)
         shape, *_ = np.lib.format.read_array_header_1_0(file)
     if len(shape) == 4 and shape[3] != 3:
-        advice = "take a dataset in 2D (of organmnist3d: organamnist, ...), or save slices, N x H x W"
+        advice = "use a 2D dataset (instead of organmnist3d: organamnist), or save slices, N x H x W"
         raise InputError(f"{path.name} holds volumes of {' x '.join(map(str, shape[1:]))}, not 2D images; {advice}.")

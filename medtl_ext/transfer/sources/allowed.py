@@ -1,7 +1,7 @@
-"""What a stranger's card or bundle may name, as data (``allowed.json``), and how that is built: nothing else ever is.
+"""Build networks and transforms of untrusted cards and bundles: only what ``allowed.json`` lists is ever built.
 
-Definitions are MONAI's (``_target_`` and arguments), but nothing in them is evaluated: a target is looked up in the
-list, its arguments are plain values, and whatever would download is switched off, since a source brings its weights.
+Definitions look like MONAI's (``_target_`` and arguments), but nothing in them is evaluated. A target must be on the
+list, and its arguments must be plain values. Downloads are switched off, since a source brings its own weights.
 """
 
 import importlib.util
@@ -29,64 +29,64 @@ from medtl_ext.transforms import EachKeyd
 
 #: The lists of ``allowed.json``.
 ALLOWED: dict[str, Any] = json.loads(Path(__file__).with_name("allowed.json").read_text(encoding="utf-8"))
-TRUST = "which only --trust_sources true would do"
+TRUST = "which needs --trust_sources true"
 MOST_BYTES = 2**24  # of a config
-MOST_PARAMETERS = 10**9  # a larger network is a mistake or malice: it would not fit into memory
-LARGEST_NUMBER = 10**6  # of a network's arguments, for the same reason
-PAD_ARGUMENTS = ("value", "constant_values")  # those of the paddings' **kwargs that mean something
+MOST_PARAMETERS = 10**9  # a larger network is a mistake or an attack: it would not fit into memory
+LARGEST_NUMBER = 10**6  # in a network's arguments, for the same reason
+PAD_ARGUMENTS = ("value", "constant_values")  # the allowed **kwargs of padding transforms
 PRIVATE = "_medtl_source_"
 
 
 def inside(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """The file that a path relative to a folder means, symlinks followed, if it lies in that folder.
+    """Resolve a path relative to a folder, symbolic links included, and refuse it if it is outside the folder.
 
     Raises:
-        InputError: it leads out of the folder, by ``..``, as an absolute path or through a symlink.
+        InputError: the path leaves the folder, by ``..``, as an absolute path or through a symbolic link.
 
     >>> inside("/data/zoo", "../../etc/passwd")
     Traceback (most recent call last):
-    medtl_ext._validation.InputError: ../../etc/passwd leads out of the source's folder, so it is not read
+    medtl_ext._validation.InputError: ../../etc/passwd is outside the source's folder, so it is not read
     """
     found = (Path(folder) / path).resolve()
     if not found.is_relative_to(Path(folder).resolve()):
-        raise InputError(f"{path} leads out of the source's folder, so it is not read")
+        raise InputError(f"{path} is outside the source's folder, so it is not read")
     return found
 
 
 def read_mapping(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    """What a JSON or YAML file in a source's folder holds.
+    """Read a JSON or YAML file in a source's folder.
 
     Raises:
-        InputError: there is none, it leads out of the folder, is huge, damaged, or holds no mapping.
+        InputError: the file is missing, outside the folder, too large or damaged, or holds no mapping.
     """
     path = inside(folder, name)
     if not path.is_file():
-        raise InputError(f"its {name} is no file")
+        raise InputError(f"its {name} does not exist")
     if path.stat().st_size > MOST_BYTES:
         raise InputError(f"its {name} is larger than {MOST_BYTES} bytes")
     try:
         content = ConfigParser.load_config_file(path)
-    except Exception as error:  # of two parsers, on anything
+    except Exception as error:  # the two parsers raise many kinds of errors
         raise InputError(f"its {name} is no JSON or YAML ({type(error).__name__}: {first_line(error):.100})") from error
     if not isinstance(content, dict):
-        raise InputError(f"its {name} holds no mapping")
+        raise InputError(f"its {name} holds no mapping of keys to values")
     return content
 
 
 def built_network(
     definition: Mapping[str, Any], folder: str | os.PathLike[str] | None = None, trust: bool = False
 ) -> nn.Module:
-    """A fresh network of a definition, without evaluating anything in it and without downloading anything.
+    """Build a fresh network from a definition, without evaluating or downloading anything.
 
     Args:
         definition: ``_target_`` and plain arguments. The target is a class of the packages in `ALLOWED` (a name without
             dots is one of ``monai.networks.nets``), ``timm.create_model``, or ``file.py:Class`` in ``folder``.
-        folder: where the files of the source lie.
-        trust: a file of the source may be run.
+        folder: the folder of the source.
+        trust: code in the source's files may run.
 
     Raises:
-        InputError: the target is not on the list, an argument is unknown, an expression or something to be built that
-            is not on the list either, the package is not installed, or the network cannot be built.
+        InputError: the target is not on the list; an argument is unknown or an expression, or needs something that is
+            not on the list; a package is not installed; or the network cannot be built.
 
     >>> built_network({"_target_": "BasicUNet", "spatial_dims": 2, "out_channels": 3}).final_conv
     Conv2d(32, 3, kernel_size=(1, 1), stride=(1, 1))
@@ -102,17 +102,17 @@ def built_network(
         network = factory(**arguments)
     except InputError:
         raise
-    except Exception as error:  # whatever a stranger's network raises on arguments of his
+    except Exception as error:  # a network may raise any error for bad arguments
         raise InputError(f"{where} cannot be built from its arguments ({first_line(error)})") from error
     if not isinstance(network, nn.Module):
-        raise InputError(f"{where} is no network but {type(network).__name__}")
+        raise InputError(f"{where} gives a {type(network).__name__}, not a network")
     return network
 
 
 def checked_network(
     definition: Mapping[str, Any], folder: str | os.PathLike[str] | None = None, trust: bool = False
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What builds a network and with which arguments; see `built_network`, which also does it."""
+    """The class or function that builds a network, and its checked arguments; see `built_network`."""
     target = definition.get("_target_") if isinstance(definition, Mapping) else None
     if not isinstance(target, str):
         raise InputError(f"network is {definition!r:.200}; expected a definition with a _target_, such as BasicUNet")
@@ -129,7 +129,7 @@ def checked_network(
     arguments = _arguments(where, definition, obsolete, nested, LARGEST_NUMBER)
     for key in ALLOWED["names"]:
         if isinstance(arguments.get(key), str) and not re.fullmatch(r"[\w.-]+", arguments[key]):
-            raise InputError(f"{where}: {key} {arguments[key]!r} is no plain name (a hub's address would be fetched)")
+            raise InputError(f"{where}: {key} {arguments[key]!r} is no plain name (an address would be downloaded)")
     if any(arguments.get(key) for key in ALLOWED["off"]):
         arguments |= ALLOWED["as_pretrained"].get(name, {}).get(arguments.get("model_name"), {})
     parameters = inspect.signature(factory).parameters
@@ -145,18 +145,18 @@ def checked_network(
 def transforms_of(
     preprocessing: Sequence[Mapping[str, Any]], keys: Sequence[str] = ("image", "label")
 ) -> list[MapTransform]:
-    """The preprocessing of a card: MONAI's dictionary transforms, those of the list only.
+    """Build the preprocessing of a card from MONAI's dictionary transforms; only those on the list are allowed.
 
-    Spatial ones act on every key, on all but the first by nearest neighbour and without padded values; intensity
-    ones act on the first, all its channels or those of the argument ``channels`` (which is ours, numbers from 0). What
-    the flow does itself (loading, channels first, types, devices) is left out.
+    Spatial transforms act on every key; on all but the first key they use nearest neighbour and pad with zeros.
+    Intensity transforms act on the first key only: on all its channels, or on those of our argument ``channels``
+    (numbers from 0). Loading, channels first, types and devices are left out, because the bundles do them.
 
     Args:
-        preprocessing: each ``_target_`` and plain arguments, without keys.
-        keys: of the image and then of the labels.
+        preprocessing: definitions with ``_target_`` and plain arguments, without ``keys``.
+        keys: key of the image, then keys of labels.
 
     Raises:
-        InputError: a transform that is not on the list, or an argument that is unknown or no plain value.
+        InputError: a transform is not on the list, or an argument is unknown or no plain value.
 
     >>> steps = [{"_target_": "Spacingd", "pixdim": [1, 1, 2]}, {"_target_": "ScaleIntensityd", "minv": 0, "maxv": 1}]
     >>> [(type(one).__name__, *one.keys) for one in transforms_of(steps)]
@@ -179,7 +179,7 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
     given = ALLOWED["defaults"].get(name, {}) | _arguments(where, step)
     for key in ("keys", "source_key", "allow_missing_keys", "lazy"):
         if key in given:
-            raise InputError(f"{where} has {key}, which is set here; leave it out")
+            raise InputError(f"{where} has the argument {key}, which is set elsewhere; leave it out")
     channels = given.pop("channels", None) if kind == "intensity" else None
 
     def made(names: Sequence[str], **changed: Any) -> MapTransform:
@@ -187,10 +187,10 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
         _check_arguments(where, factory, arguments)
         try:
             return factory(**arguments)
-        except Exception as error:  # whatever MONAI raises on arguments that fit by name alone
-            raise InputError(f"{where} cannot be made of its arguments ({first_line(error)})") from error
+        except Exception as error:  # MONAI may raise any error for bad arguments
+            raise InputError(f"{where} cannot be built from its arguments ({first_line(error)})") from error
 
-    if kind == "foreground":  # one box for all, that of the image
+    if kind == "foreground":  # all keys are cropped to the box of the image
         names, modes = [image, *labels], [given.get("mode", "constant"), *["constant"] * len(labels)]
         yield made(names, source_key=image, mode=modes, start_coord_key=None, end_coord_key=None)
     elif kind == "intensity":
@@ -204,7 +204,7 @@ def _transforms_of(step: Mapping[str, Any], image: str, *labels: str) -> Iterato
 
 
 def _nearest(factory: Callable) -> str:
-    """How labels are resampled; by size torch's plain "nearest" would move them half a voxel off the image."""
+    """Interpolation of labels; when resizing, torch's "nearest" would shift them half a voxel against the image."""
     return "nearest-exact" if factory in (Resized, Zoomd) else "nearest"
 
 
@@ -226,13 +226,13 @@ class OnChannelsd(EachKeyd):
     def changed(self, given: torch.Tensor) -> torch.Tensor:
         image, (key,) = given.clone(), self.keys
         if max(self.channels) >= len(image):
-            raise InputError(f"a transform of channels {self.channels} meets an image of {len(image)}")
+            raise InputError(f"a transform is for channels {self.channels}, but the image has {len(image)}")
         image[self.channels] = self.transform({key: image[self.channels]})[key].to(image.dtype)
         return image
 
 
 def kind_of_transform(target: Any) -> str | None:
-    """The list of `ALLOWED` that a transform is in; None: in none.
+    """The name of the list in `ALLOWED` that contains a transform; None: it is not allowed.
 
     >>> kind_of_transform("monai.transforms.SpacingD"), kind_of_transform("RandFlipd")
     ('resampled', None)
@@ -246,7 +246,7 @@ def kind_of_transform(target: Any) -> str | None:
 
 
 def _short(target: str) -> str:
-    """MONAI's own name of a transform, which has aliases in D and Dict."""
+    """MONAI's main name of a transform, which also has aliases that end in D and Dict."""
     if target.startswith("monai.transforms."):
         target = target.rpartition(".")[2]
     return re.sub(r"(?<=[a-z0])(D|Dict)$", "d", target)
@@ -267,7 +267,7 @@ def _arguments(
 
 
 def _plain(where: str, value: Any, build: Callable[[Mapping[str, Any]], Any] | None, most: float) -> Any:
-    """The value, if it is one that JSON knows and nothing in it asks for evaluation."""
+    """The value, if it is plain JSON without expressions or references."""
     if isinstance(value, str):
         if value.lstrip()[:1] in tuple("$@%"):
             raise InputError(f"{where}: {value!r:.200} is an expression or reference; give a plain value")
@@ -276,19 +276,19 @@ def _plain(where: str, value: Any, build: Callable[[Mapping[str, Any]], Any] | N
         if "_target_" not in value:
             return {str(key): _plain(where, one, build, most) for key, one in value.items()}
         if build is None:
-            raise InputError(f"{where}: {value['_target_']!r:.200} would have to be built; give plain values")
+            raise InputError(f"{where}: {value['_target_']!r:.200} would have to be built; give plain values only")
         return build(value)
     if isinstance(value, list | tuple):
         return [_plain(where, one, build, most) for one in value]
     if value is not None and not isinstance(value, bool | int | float):
         raise InputError(f"{where}: {value!r:.200} is no plain value")
     if value is not None and (value != value or abs(value) > most):
-        raise InputError(f"{where}: {value!r:.20} is no number of a network")
+        raise InputError(f"{where}: {value!r:.20} is too large or no number")
     return value
 
 
 def _check_arguments(where: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Every argument is known and none is called by whoever gets it."""
+    """Refuse unknown arguments, and text for an argument that the transform would call as a function."""
     signature = inspect.signature(factory)
     try:
         signature.bind(**arguments)
@@ -301,11 +301,11 @@ def _check_arguments(where: str, factory: Callable[..., Any], arguments: Mapping
         if parameter is None and key not in ("keys", *PAD_ARGUMENTS):
             raise InputError(f"{where}: got an unexpected keyword argument {key!r}")
         if "Callable" in str(getattr(parameter, "annotation", "")) and isinstance(value, str):
-            raise InputError(f"{where}: {key} is called, so it cannot be given")
+            raise InputError(f"{where}: {key} is a function, which a card cannot give; leave it out")
 
 
 def _listed(target: str) -> Callable[..., Any]:
-    """The class or function of a name that is on the list."""
+    """Import the class or function of a name that is on the list."""
     path = target if "." in target else f"monai.networks.nets.{target}"
     prefixes = ALLOWED["networks"] | ALLOWED["functions"]
     prefix = next((one for one in prefixes if path.startswith(one) and (one.endswith(".") or path == one)), None)
@@ -326,21 +326,21 @@ def _listed(target: str) -> Callable[..., Any]:
 
 
 def _check_size(where: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Counts parameters on torch's device without memory."""
+    """Refuse a network with too many parameters; they are counted on torch's "meta" device, which uses no memory."""
     try:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in factory(**arguments).parameters())
-    except Exception:  # not every network can be built without values; what is wrong with others is said when they are
+    except Exception:  # some networks cannot be built on this device; other faults are reported by the real build
         return
     if size > MOST_PARAMETERS:
-        raise InputError(f"{where} would have {size:.1e} parameters; no more than {MOST_PARAMETERS:.0e} are built")
+        raise InputError(f"{where} would have {size:.1e} parameters; at most {MOST_PARAMETERS:.0e} are allowed")
 
 
 def _of_file(target: str, folder: str | os.PathLike[str] | None, trust: bool) -> Callable[..., Any]:
-    """A class in a file of the source, which is imported under a name of its own."""
+    """A class in a file of the source; the file is imported under a private name."""
     file, _, name = target.rpartition(":")
     if folder is None or not trust:
-        raise InputError(f"network {target} is a program that would have to be run, {TRUST}")
+        raise InputError(f"network {target} is code that would have to run, {TRUST}")
     path = inside(folder, file)
     if not path.is_file():
         raise InputError(f"network {target}: there is no file {file} in {folder}")
@@ -348,11 +348,11 @@ def _of_file(target: str, folder: str | os.PathLike[str] | None, trust: bool) ->
     try:
         with importing(folder):
             sys.modules[package] = types.ModuleType(package)
-            sys.modules[package].__path__ = [str(path.parent)]  # for imports from beside the file
+            sys.modules[package].__path__ = [str(path.parent)]  # for imports of files in the same folder
             spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody's program raises
+    except Exception as error:  # the code may raise any error
         raise InputError(f"network {target} cannot be imported ({first_line(error)})") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
@@ -362,9 +362,9 @@ def _of_file(target: str, folder: str | os.PathLike[str] | None, trust: bool) ->
 
 @contextmanager
 def importing(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Within, a trusted source's own modules can be imported; afterwards none is left for the next source to meet.
+    """Inside the block, the modules of a trusted source can be imported; afterwards they are removed again.
 
-    Bundles all have a package ``scripts``. Nothing is written into the folder.
+    Otherwise the package ``scripts`` of one bundle would be found by the next. Nothing is written into the folder.
     """
     own, before, bytecode = Path(folder).resolve(), dict(sys.modules), sys.dont_write_bytecode
     for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:

@@ -1,4 +1,4 @@
-"""A folder of a MONAI bundle, read into a source card without running anything of it."""
+"""Read the folder of a MONAI bundle into a source card, without running any of its code."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from medtl_ext.transfer.sources.allowed import (
 CONFIGS = ("inference", "evaluate", "train")
 SUFFIXES = (".json", ".yaml", ".yml")
 NETWORK = ("network_def", "network", "net")
-PARTS = ("{}", "validate#{}", "val_{}", "val#{}")  # where bundles keep a part of their inference
+PARTS = ("{}", "validate#{}", "val_{}", "val#{}")  # places of the parts of the inference in configs
 WEIGHTS = ("models/model.pt", "models/model.pth", "models/model.safetensors")
 PROGRAM = "models/model.ts"
 REFERENCE = re.compile(r"\s*[@%](\w+(?:(?:#|::)\w+)*)\s*")
@@ -36,41 +36,42 @@ LABEL = re.compile(r"label|seg|mask|target", re.IGNORECASE)
 OURS = ("keys", "allow_missing_keys", "lazy", "meta_keys", "meta_key_postfix", "source_key", "start_coord_key")
 OURS += ("end_coord_key", "dtype", "_desc_", "_requires_", "_disabled_", "_mode_")
 ONE_A_KEY = ("mode", "padding_mode", "align_corners", "anti_aliasing")
-UNSAID = (None, "none", "regular")  # modalities that say nothing
-MOST_VALUES = 100_000  # of a config, so that aliases of aliases in YAML do not fill the memory
+UNSAID = (None, "none", "regular")  # values of modality that mean nothing
+MOST_VALUES = 100_000  # in a config: nested YAML aliases could otherwise fill the memory
 MOST_CHANNELS = 10_000
 
 
 def bundle_card(folder: str | os.PathLike[str], trust: bool = False) -> dict[str, Any]:
-    """A MONAI bundle as a source card.
+    """Describe a MONAI bundle as a source card.
 
-    The network comes from ``inference``, ``evaluate`` or ``train`` (.json, .yaml), with references filled in; channels,
-    classes and what is known of the data from ``metadata.json``; the window from the inferer; the preprocessing from
-    the inference, as far as the flow does not do it itself (loading, choosing channels, labels). Transforms that draw
-    channels from clicks or labels are left out too: a target that brings these channels as files can use the network.
+    The network comes from ``inference``, ``evaluate`` or ``train`` (.json, .yaml), with its references resolved.
+    Channels, classes and facts about the data come from ``metadata.json``, the window from the inferer, and the
+    preprocessing from the inference. Loading and the choice of channels and labels are left out, because our bundles do
+    them. Transforms that draw channels from clicks or labels are left out too: the target must bring these channels as
+    files.
 
     Args:
-        folder: with ``configs/`` and ``models/`` in it.
-        trust: evaluate the expressions that are needed, take the network from the bundle's own files, and TorchScript.
+        folder: contains ``configs/`` and ``models/``.
+        trust: allow expressions to be evaluated, code of the bundle to run, and TorchScript.
 
     Returns:
-        The keys of a card, all plain values: ``checkpoint`` is an absolute path, ``network``'s ``file.py:Class`` is
-        relative to ``folder``, which `built_network` takes.
+        The keys of a card, all plain values. ``checkpoint`` is an absolute path; ``file.py:Class`` in ``network`` is
+        relative to ``folder``, as `built_network` expects.
 
     Raises:
-        InputError: it cannot be used; the message says why, in one line.
+        InputError: the bundle cannot be used; the message says why, in one line.
     """
     try:
         return _card(Path(folder), trust)
     except InputError:
         raise
-    except Exception as error:  # whatever somebody else's config holds
+    except Exception as error:  # a foreign config may hold anything
         raise InputError(f"it cannot be read as a bundle ({type(error).__name__}: {first_line(error):.200})") from error
 
 
 def _card(folder: Path, trust: bool) -> dict[str, Any]:
     if not inside(folder, "configs").is_dir():
-        raise InputError(f"{folder} is no MONAI bundle, which is a folder with configs/ in it")
+        raise InputError(f"{folder} is no MONAI bundle; expected a folder with configs/ in it")
     metadata = read_mapping(folder, "configs/metadata.json") if (folder / "configs" / "metadata.json").exists() else {}
     formats = metadata.get("network_data_format") or {}
     inputs, outputs = formats.get("inputs") or {}, formats.get("outputs") or {}
@@ -107,7 +108,7 @@ def _card(folder: Path, trust: bool) -> dict[str, Any]:
 
 
 def _about(metadata: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, str]:
-    """What the metadata say of the data, as the keys of a card."""
+    """What the metadata say about the data, as keys of a card."""
     modality = next((one["modality"] for one in inputs.values() if one.get("modality") not in UNSAID), None)
     names = {"description": "description", "trained_on": "data_source", "licence": "license"}
     about = {ours: metadata.get(theirs) for ours, theirs in names.items()} | {"modality": modality}
@@ -115,32 +116,32 @@ def _about(metadata: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, 
 
 
 def _image(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one input of a network that takes images."""
+    """The input of a network, which must be one image."""
     if len(inputs) > 1:
-        raise InputError(f"its network takes {len(inputs)} inputs ({', '.join(inputs)}), not one image")
+        raise InputError(f"its network takes {len(inputs)} inputs ({', '.join(inputs)}); expected one image")
     for name, one in inputs.items():
         if str(one.get("type")) in ("noise", "tuples"):
-            raise InputError(f"its network takes {name} ({one['type']}), no image")
+            raise InputError(f"its network takes {name} ({one['type']}); expected an image")
     return next(iter(inputs.values()), {})
 
 
 def _output(outputs: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The first output of class scores, and its name."""
+    """The first output with class scores, and its name."""
     found = next((one for one in outputs.items() if one[1].get("format") in (*ALLOWED["outputs"], None)), None)
     if outputs and found is None:
         given = ", ".join(f"{name} ({one.get('type')}, {one.get('format')})" for name, one in outputs.items())
-        raise InputError(f"its network gives {given}, no class scores")
+        raise InputError(f"its network gives {given}; expected class scores")
     return found or ("", {})
 
 
 def _names(part: Mapping[str, Any]) -> list[str]:
-    """The names of channels in a part of the metadata, in their order; some bundles write label_def."""
+    """The names of the channels in a part of the metadata, in order; some bundles call them label_def."""
     given = part.get("channel_def") or part.get("label_def") or {}
     return [str(given[key]) for key in sorted(given, key=int)]
 
 
 def _channels(image: Mapping[str, Any], keys: Sequence[str], dims: int) -> list[str]:
-    """The names of a network's channels; many metadata say "image" of several."""
+    """The names of a network's channels; many bundles give one name, "image", for several channels."""
     names, number = _names(image), image.get("num_channels")
     if number in (None, len(names)):
         return names
@@ -150,12 +151,12 @@ def _channels(image: Mapping[str, Any], keys: Sequence[str], dims: int) -> list[
 
 
 def _network(configs: Sequence["_Config"], folder: Path, trust: bool) -> dict[str, Any]:
-    """The network's definition, of plain values."""
+    """The definition of the network, in plain values."""
     for config in configs:
         for key in NETWORK:
             value = config.follow(config.content.get(key))
             if isinstance(value, str) and key == NETWORK[0]:
-                raise InputError(f"its {key} is the expression {value!r:.100}, no definition; write a card for it")
+                raise InputError(f"its {key} is the expression {value!r:.100}, not a definition; write a card for it")
             if isinstance(value, Mapping) and "_target_" in value:
                 kept = {name: one for name, one in value.items() if not re.fullmatch(r"_(?!target)\w+_", name)}
                 off = {name: bool(config.follow(one)) for name, one in kept.items() if name in ALLOWED["off"]}
@@ -166,14 +167,14 @@ def _network(configs: Sequence["_Config"], folder: Path, trust: bool) -> dict[st
                     found["_target_"] = f"{file}:{target.rpartition('.')[2]}"
                 checked_network(found, folder, trust)
                 return found
-    raise InputError("no inference, evaluate or train config of its defines a network (network_def with a _target_)")
+    raise InputError("none of its configs (inference, evaluate, train) defines a network (network_def with a _target_)")
 
 
 def _weights(folder: Path) -> str:
     found = next((path for name in WEIGHTS if (path := inside(folder, name)).is_file()), None)
     if found is None:
-        only = f"; {PROGRAM} is a program that would have to be run, {TRUST}" if (folder / PROGRAM).exists() else ""
-        raise InputError(f"it comes without weights ({' or '.join(WEIGHTS)}){only}")
+        only = f"; {PROGRAM} is code that would have to run, {TRUST}" if (folder / PROGRAM).exists() else ""
+        raise InputError(f"it has no weights ({' or '.join(WEIGHTS)}){only}")
     return str(found)
 
 
@@ -184,23 +185,28 @@ def _window(configs: Sequence["_Config"], dims: int) -> dict[str, Any]:
         return {}
     target = str(inferer.get("_target_")) if isinstance(inferer, Mapping) else f"{inferer!r:.100}"
     if target.removeprefix("monai.inferers.") not in ALLOWED["inferers"]:
-        raise InputError(f"its predictions are made by {target}, no whole image or sliding window")
+        raise InputError(
+            f"its predictions are made by {target}; expected an inferer of whole images or sliding windows"
+        )
     known = {"roi_size", "overlap", "mode", "spatial_dim"} & inferer.keys()
     given = {key: config.plain(f"its inferer, {key}", inferer[key]) for key in known}
     if target.endswith("SliceInferer") and given.get("spatial_dim", 0) != 2:
-        raise InputError(f"it takes slices across axis {given.get('spatial_dim', 0)}, not across the last one")
+        raise InputError(f"it takes slices along axis {given.get('spatial_dim', 0)}; expected the last axis, 2")
     if "roi_size" not in given:
         return {}
     size = given["roi_size"] if isinstance(given["roi_size"], list) else [given["roi_size"]] * dims
     blending = {"overlap": given.get("overlap", 0.25), "blending": given.get("mode", "constant")}
-    whole = not size or not all(type(one) is int and one > 0 for one in size)  # -1 and 0 mean all of an axis
+    whole = not size or not all(type(one) is int and one > 0 for one in size)  # -1 and 0 mean the whole axis
     return blending | ({} if whole else {"window": size})
 
 
 def _preprocessing(
     configs: Sequence["_Config"], n_channels: int | None
 ) -> tuple[list[dict[str, Any]], list[str] | None, bool]:
-    """The transforms of an image, the keys of its files (None: no preprocessing), and whether channels are drawn."""
+    """The transforms of an image, the keys of its files (None: no preprocessing), and whether some channels are drawn.
+
+    Drawn channels are made from clicks or labels. Intensity transforms before that step do not act on them.
+    """
     config, steps = _part(configs, "preprocessing")
     if steps is None:
         return [], None, False
@@ -224,7 +230,7 @@ def _preprocessing(
             own = ALLOWED["channels"].get(target, ALLOWED["channels"].get(short))
             if isinstance(own, str):
                 own = (n_channels or 0) - config.plain(where, step.get(own, 1))
-            if own and n_channels:  # what was done to the intensities until here, the drawn channels have not seen
+            if own and n_channels:
                 drawn = True
                 for one in found:
                     if kind_of_transform(one["_target_"]) == "intensity":
@@ -234,7 +240,7 @@ def _preprocessing(
         if kind is None:
             raise InputError(f"its preprocessing uses {target:.100}, which is not on the list (see docs/sources.md)")
         if out not in keys and not set(images) <= set(keys):
-            raise InputError(f"its preprocessing treats its channels differently ({target} of {', '.join(keys)} only)")
+            raise InputError(f"its preprocessing differs between channels ({target} for {', '.join(keys)} only)")
         at = next(at for at, key in enumerate(keys) if key in (*images, out))
         given = {key: config.plain(f"{where}, {key}", value) for key, value in step.items() if key not in OURS}
         listed = {key: value for key, value in given.items() if key in ONE_A_KEY and isinstance(value, list)}
@@ -244,10 +250,10 @@ def _preprocessing(
 
 
 def _classes(configs: Sequence["_Config"], output: Mapping[str, Any], per_image: bool) -> dict[str, Any]:
-    """What the network's output is, and its classes.
+    """The kind of the network's output, and its classes.
 
-    Bundles put softmax or sigmoid into the postprocessing, so that networks give logits, except where a threshold of
-    probabilities is all that follows.
+    Bundles apply softmax or sigmoid in the postprocessing, so their networks give logits. The exception is a
+    postprocessing that only applies a threshold between 0 and 1: then the network gives probabilities.
     """
     config, steps = _part(configs, "postprocessing")
     steps = [config.follow(step) for step in steps] if isinstance(steps, list) else []
@@ -267,7 +273,7 @@ def _classes(configs: Sequence["_Config"], output: Mapping[str, Any], per_image:
 
 
 def _part(configs: Sequence["_Config"], name: str) -> tuple["_Config | None", Any]:
-    """A part of the inference, of the first config that has it."""
+    """A part of the inference, from the first config that has it."""
     for config in configs:
         for place in PARTS:
             value = config.get(place.format(name), None)
@@ -279,14 +285,14 @@ def _part(configs: Sequence["_Config"], name: str) -> tuple["_Config | None", An
 
 
 class _Config:
-    """A config, of which parts are taken as plain values."""
+    """A config whose parts are read as plain values."""
 
     def __init__(self, folder: Path, name: str, trust: bool) -> None:
         self.folder, self.trust, self.left = folder, trust, MOST_VALUES
         self.content = read_mapping(folder, name) | {"bundle_root": str(folder)}
 
     def get(self, place: str, *default: Any) -> Any:
-        """What lies at ``a#b#0``; bundles also write such a path as one key."""
+        """The value at ``a#b#0``; some bundles use such a path as one key."""
         if place in self.content:
             return self.content[place]
         value: Any = self.content
@@ -301,7 +307,7 @@ class _Config:
         return value
 
     def follow(self, value: Any) -> Any:
-        """What a reference means, also ``$@a``, and ``$@a + @b`` of lists, which need no evaluation."""
+        """Resolve a reference; also ``$@a``, and ``$@a + @b`` for lists, which need no evaluation."""
         if not isinstance(value, str):
             return value
         self._count()
@@ -314,7 +320,7 @@ class _Config:
         return list(chain(*parts)) if all(isinstance(part, list) for part in parts) else value
 
     def plain(self, where: str, value: Any) -> Any:
-        """The value without references and expressions."""
+        """The value with references resolved; expressions are refused, or evaluated if trusted."""
         self._count()
         value = self.follow(value)
         if isinstance(value, Mapping):
@@ -325,10 +331,10 @@ class _Config:
             if value[1:].strip() in ALLOWED["constants"]:
                 return ALLOWED["constants"][value[1:].strip()]
             if not self.trust:
-                raise InputError(f"{where} needs {value!r:.100} evaluated, {TRUST}")
+                raise InputError(f"{where}: {value!r:.100} would have to be evaluated, {TRUST}")
             return self._evaluated(where, value)
         if isinstance(value, str) and value.startswith(("@", "%")):
-            raise InputError(f"{where} refers to {value!r:.100}, which is not in the same config")
+            raise InputError(f"{where} refers to {value!r:.100}, which is not in the same config file")
         return value
 
     def _evaluated(self, where: str, value: str) -> Any:
@@ -348,7 +354,7 @@ class _Config:
 
 
 def _as_plain(value: Any) -> Any:
-    """What an expression gave and JSON does not know, in words of JSON."""
+    """Turn a result of an expression into something that JSON can hold."""
     if isinstance(value, np.ndarray):
         return {"_target_": "numpy.array", "object": value.tolist()}
     if isinstance(value, torch.Tensor):
@@ -356,5 +362,5 @@ def _as_plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, torch.device):
-        return "cpu"  # sources are built there and moved
-    raise InputError(f"it is {type(value).__name__}, which a card cannot hold")
+        return "cpu"  # sources are built on the CPU and moved later
+    raise InputError(f"it is a {type(value).__name__}, which a card cannot hold")

@@ -1,4 +1,4 @@
-"""Source cards: what somebody else's network is, how it wants its images, and what comes out of it."""
+"""Source cards: a description of somebody else's network, of the images it expects, and of its output."""
 
 import json
 import re
@@ -21,14 +21,14 @@ Axes = tuple[int, ...]
 
 
 class Card(BaseModel):
-    """What a network is; one JSON file, or the same keys in a list of sources.
+    """The description of a network: one JSON file, or the same keys in a list of sources.
 
-    The keys are explained in ``docs/sources.md``, line by line. Axes are those of the preprocessed image. None stands
-    for what the bundle or the target has, of `dimensions` and `layer` for what the network shows.
+    ``docs/sources.md`` explains every key. Axes are those of the preprocessed image. None means: as in the bundle or
+    the target; for `dimensions` and `layer`: as found in the network.
 
     Attributes:
-        folder: where its files lie; what leaves it is not read without trust. No key of the file.
-        trusted: code that it brings may run. No key of the file.
+        folder: folder of its files; files outside are not read. Not a key of the JSON file.
+        trusted: its code may run. Not a key of the JSON file.
 
     >>> Card(classes=("background", "lesion"), window=(64, 64)).n_classes
     2
@@ -70,12 +70,12 @@ class Card(BaseModel):
             axes = getattr(self, name) or ()
             if len(set(axes)) < len(axes) or (name == "axes" and axes and set(axes) != set(range(len(axes)))):
                 raise ValueError(f"{name} must name spatial axes, each once, such as [2, 1, 0]; found {list(axes)}")
-        if self.name:  # a folder is called so
+        if self.name:  # it becomes the name of a folder
             require_name("name", self.name)
         if self.window is not None and (len(self.window) not in (2, 3) or min(self.window) < 1):
             raise ValueError(f"window must be two or three sizes in voxels; found {list(self.window)}")
         if self.channels and len(set(self.channels)) < len(self.channels):
-            raise ValueError(f"channels must be named once each; found {list(self.channels)}")
+            raise ValueError(f"channels must have different names; found {list(self.channels)}")
         return self
 
     @property
@@ -92,7 +92,7 @@ class Card(BaseModel):
 
     @property
     def foreign(self) -> bool:
-        """It brings its own network, which the bundle does not define."""
+        """It brings its own network, instead of using the one that our bundle defines."""
         return self.network is not None or self.is_program
 
     @property
@@ -103,22 +103,22 @@ class Card(BaseModel):
         """The tensors of its checkpoint.
 
         Raises:
-            InputError: there are none, or one holds NaN or Inf.
+            InputError: there is no checkpoint, or a tensor holds NaN or Inf.
         """
         if self.checkpoint is None:
-            raise InputError("it comes without weights")
+            raise InputError("it has no weights; give its checkpoint")
         found = read_weights(self.checkpoint)
         for name, value in found.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise InputError(f"its weights hold NaN or Inf ({name}); it diverged, or the file is damaged")
+                raise InputError(f"its weights hold NaN or Inf ({name}): the training diverged, or the file is damaged")
         return found
 
 
 def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: Path | None = None) -> Card:
-    """The card in a file, or one of these keys; paths in a file are relative to it.
+    """Read a card from a file, or from a mapping of its keys; paths in a file are relative to the file.
 
     Raises:
-        InputError: no JSON, an unknown key, or a value that cannot be meant.
+        InputError: no JSON, an unknown key, or an invalid value.
 
     >>> read_card({"checkpoint": "net.pt", "classes": ["background", "lesion"]}).n_classes
     2
@@ -137,7 +137,7 @@ def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: 
     except ValidationError as error:
         raise InputError(f"{where}: {_first_of(error)}") from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{where} holds what is no JSON ({error}).") from error
+        raise InputError(f"{where} holds a value that JSON cannot express ({error}).") from error
     if not card.name and card.checkpoint:
         card = card.model_copy(update={"name": Path(card.checkpoint).stem})
     return card
@@ -155,13 +155,13 @@ def _first_of(error: ValidationError) -> str:
 def channel_order(
     wanted: Sequence[str] | None, given: Sequence[str], *, fill: str | None
 ) -> tuple[list[int | None], list[int]]:
-    """Which of the target's channels a network gets, in its order (None: a constant), and those it does not know.
+    """Which channels of the target a network gets, in its order (None: a constant), and the target's other channels.
 
-    Channels are matched by name, without case; where none is known by name, as many are matched by position. A grey
-    image is red, green and blue alike.
+    Channels are matched by name, in any case. If no name matches and the numbers are equal, they are matched by
+    position. A grey image can stand for red, green and blue.
 
     Raises:
-        InputError: a channel is wanted that the target lacks, or all of them.
+        InputError: the target lacks a channel and ``fill`` is None, or it lacks all channels.
 
     >>> channel_order(["R", "G", "B"], ["B", "G", "R"], fill=None)
     ([2, 1, 0], [])
@@ -183,6 +183,6 @@ def channel_order(
         verb, they = ("is", "it") if len(lacking) == 1 else ("are", "them")
         hint = f'; "fill": "mean" in its card makes {they} a constant' if len(lacking) < len(order) else ""
         takes = f"it takes channel{'s'[: len(order) > 1]} {', '.join(wanted)}"
-        has = f"the target's images have {', '.join(given)}"
+        has = f"but the target's images have {', '.join(given)}"
         raise InputError(f"{takes}, {has}: {', '.join(lacking)} {verb} missing{hint}")
     return order, [place for place in range(len(given)) if place not in order]

@@ -1,4 +1,4 @@
-"""Somebody else's network as one of ours: whole images in, logits of classes out, and fitted to a target."""
+"""Use somebody else's network like our own: whole images in, class logits out; and adapt it to a target."""
 
 import copy
 import logging
@@ -27,29 +27,29 @@ from medtl_ext.transfer.sources.nnunet import sliding_window
 logger = logging.getLogger(__name__)
 
 AT_A_TIME = 8
-"""Slices or windows that pass at once."""
+"""Number of slices or windows in one batch."""
 LEAST_PROBABILITY = 1e-7
 FAR_BETTER = 0.8
-"""Share of a LEEP, which is negative, below which another order of channels is no chance."""
+"""Warn if another order of channels has a LEEP above this share of the given one (LEEP is negative)."""
 PROBES = {2: (64, 224), 3: (64, 96)}
-"""Pixels a side of what a network without a window is tried on; some want theirs large."""
+"""Side lengths of the noise images that test a network without a window; some networks need large images."""
 
 
 class SourceNetwork(nn.Module):
-    """A network that a card describes, which takes images of any size and gives one logit a class.
+    """The network of a card, which takes images of any size and gives one logit per class.
 
-    While it trains it takes patches as they come. Otherwise a 2D network sees a volume slice by slice along the last
-    axis, windows are laid over the image and blended, and predictions are averaged over mirrored images, all as the
-    card says. What comes out is picked, and turned into logits of which the softmax are the class probabilities.
+    In training mode it takes patches as they are. In evaluation mode it follows the card: a 2D network sees a volume
+    slice by slice, sliding windows are blended, and predictions are averaged over mirrored images. The output becomes
+    logits whose softmax are the class probabilities.
 
     Args:
         net: the network itself.
-        card: how it wants its images, and what it gives.
-        channels: how many of the image's channels it takes, the first ones.
-        classes: for each class that is asked for the network's own classes that mean it, whose probabilities add up;
-            None: its own classes.
+        card: the images it expects, and its output.
+        channels: number of channels it takes: the first ones of the image.
+        classes: for each class of the target, the network's own classes with this meaning; their probabilities are
+            added. None: the network's own classes.
 
-    Shape: N x C x *spatial to N x K x *spatial, or to N x K of a network that gives one answer an image.
+    Shape: N x C x *spatial to N x K x *spatial, or to N x K for a network that gives one answer per image.
 
     >>> card = Card(classes=2, window=(8, 8))
     >>> network = SourceNetwork(nn.Conv2d(1, 1, 3, padding=1), card, channels=1).eval()
@@ -62,22 +62,24 @@ class SourceNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.card, self.channels, self.classes = net, card, channels, classes
-        self.penultimate = nn.Identity()  # what a feature metric taps: the features of the whole image
+        self.penultimate = nn.Identity()  # feature metrics read the features of the whole image here
         self.dimensions = dimensions_of(card, net)
         self.n_classes = len(classes or ()) or card.n_classes
         axes = card.axes or tuple(range(self.dimensions))
-        seen = sorted(axes[-self.dimensions :])  # of the image's axes, those that the network sees
+        seen = sorted(axes[-self.dimensions :])  # the axes of the image that the network sees
         if len(seen) < self.dimensions or not set(card.mirror) <= set(seen):
             what = f"axes {list(axes)} and mirror {list(card.mirror)}"
-            raise InputError(f"its card gives a {self.dimensions}D network {what}, which do not fit together")
+            raise InputError(
+                f"its card gives a {self.dimensions}D network {what}, which do not fit together; correct one"
+            )
         self.axes = [seen.index(axis) for axis in axes[-self.dimensions :]]
         self.flips = [[2 + seen.index(axis) for axis in some] for some in _subsets(card.mirror)]
         self.along = axes[0] if len(axes) > self.dimensions else 2
 
     def write_card(self, folder: Path) -> None:
-        """Leave the card of the network as it is now beside its ``model.pt``: it is a source as any other.
+        """Write the card of the present network beside its ``model.pt``, so that it can be used as a source.
 
-        A program has none: what was put behind it is not described.
+        A program (TorchScript or ``torch.export``) gets no card, because a card cannot describe its new last layer.
         """
         if self.card.is_program or self.classes is not None:
             return
@@ -91,7 +93,7 @@ class SourceNetwork(nn.Module):
         write_json(folder / "model.json", content)
 
     def train(self, mode: bool = True) -> "SourceNetwork":
-        if self.card.is_program and Path(self.card.checkpoint).suffix == ".pt2":  # it has no modes
+        if self.card.is_program and Path(self.card.checkpoint).suffix == ".pt2":  # an exported program has no modes
             self.training = mode
             return self
         return super().train(mode)
@@ -99,7 +101,7 @@ class SourceNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         image = image.as_tensor() if isinstance(image, MetaTensor) else image
         if 0 in image.shape:
-            raise InputError("the preprocessing of the source's card leaves nothing of an image: is it empty?")
+            raise InputError("the preprocessing of the source's card cropped an image to nothing: is the image empty?")
         image = image[:, : self.channels]
         if self.training:
             return self._logits(self._raw(image))
@@ -114,7 +116,7 @@ class SourceNetwork(nn.Module):
         return self._logits(outputs[0])
 
     def _outputs(self, image: Tensor) -> tuple[Tensor, ...]:
-        """What the network gives for images of any size; the features behind it where somebody listens."""
+        """The network's output for images of any size, and its features if a hook on `penultimate` asks for them."""
         window = self.card.window
         if window is None or tuple(image.shape[2:]) == window:
             return self._mirrored(image)
@@ -132,7 +134,7 @@ class SourceNetwork(nn.Module):
         return output / (1 + len(self.flips)), *features
 
     def _with_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        if self.card.is_program:  # no layer of it can be seen
+        if self.card.is_program:  # its layers cannot be accessed, so the output serves as features
             output = self._raw(image)
             return output, output
         with tap_features(self.net, [self.card.layer]) as tapped:
@@ -140,9 +142,9 @@ class SourceNetwork(nn.Module):
         features = tapped[self.card.layer][-1]
         features = _one(features) if output.ndim == 2 else features
         if features.ndim != output.ndim or len(features) != len(image):
-            raise InputError('its features lie on no grid; name a layer that does in its card ("layer")')
+            raise InputError('its features are no maps; name a layer whose output is a map in its card ("layer")')
         features = self._turned(features.float(), _inverse(self.axes))
-        if self.card.window is not None and features.shape[2:] != image.shape[2:]:  # windows are blended on the image's
+        if self.card.window is not None and features.shape[2:] != image.shape[2:]:  # windows blend on the image's grid
             features = interpolate(features, image.shape[2:], mode="nearest-exact")
         return output, features
 
@@ -151,13 +153,13 @@ class SourceNetwork(nn.Module):
         return output if output.shape[2:] == image.shape[2:] else _one(output)
 
     def _picked(self, output: Any) -> Tensor:
-        """The one output that counts, in full precision: in half, small probabilities are none."""
+        """The output that the card picks, in full precision: in half precision small probabilities become 0."""
         pick = self.card.pick
         if pick is not None and not isinstance(output, Tensor):
             try:
                 output = output[pick]
             except (KeyError, IndexError, TypeError) as error:
-                raise InputError(f"its network gives no output {pick!r}") from error
+                raise InputError(f'its network gives no output {pick!r}; correct "pick" in its card') from error
         if not isinstance(output, Tensor):
             several = map(repr, output) if isinstance(output, Mapping) else map(str, range(len(output or ())))
             known = ", ".join(several) or "none"
@@ -182,16 +184,16 @@ class SourceNetwork(nn.Module):
             return output if kind == "logits" else output.clamp(min=LEAST_PROBABILITY).log()
         if kind == "sigmoid":
             output = output.logit(LEAST_PROBABILITY)
-        if output.shape[1] == n_classes:  # a sigmoid of the background as well
+        if output.shape[1] == n_classes:  # there is a sigmoid of the background too
             return logsigmoid(output)
-        # Written one over the other: a class is where it is and none of the later ones.
+        # Later classes overwrite earlier ones: a class is where its sigmoid is 1 and all later sigmoids are 0.
         without = logsigmoid(-output)
         later = without.flip(1).cumsum(1).flip(1)
         return torch.cat([later[:, :1], logsigmoid(output) + later - without], 1)
 
 
 def _one(output: Tensor) -> Tensor:
-    """N x K of a map of one pixel, which is an answer an image."""
+    """Turn a map of one pixel into N x K, one answer per image."""
     return output.flatten(1) if set(output.shape[2:]) == {1} else output
 
 
@@ -204,7 +206,7 @@ def _inverse(axes: Sequence[int]) -> list[int]:
 
 
 def dimensions_of(card: Card, net: nn.Module) -> int:
-    """2 or 3: as the card says, or as the network's convolutions are."""
+    """2 or 3: from the card, or from the network's convolutions."""
     said = card.dimensions or (len(card.window) if card.window else None)
     found = next((len(m.kernel_size) for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     found = found or next((value.ndim - 2 for value in net.state_dict().values() if value.ndim in (4, 5)), None)
@@ -214,15 +216,15 @@ def dimensions_of(card: Card, net: nn.Module) -> int:
 def untouched(
     card: Card, *, channels: int, per_pixel: bool = True, classes: Sequence[Sequence[int]] | None = None
 ) -> SourceNetwork:
-    """The network of a card with its weights, as it is, in eval mode.
+    """The network of a card with its weights, unchanged, in evaluation mode.
 
     Args:
         card: of a network that brings its own definition.
         channels, classes: see `SourceNetwork`.
-        per_pixel: it is to give class scores for each pixel, not one for each image.
+        per_pixel: expect class scores for each pixel, not for each image.
 
     Raises:
-        InputError: it cannot be built, the weights are not its own, or what comes out is not what the card says.
+        InputError: the network cannot be built, the weights do not fit, or the output is not what the card says.
     """
     network = SourceNetwork(_loaded(card), card, channels=channels, classes=classes).eval()
     _try(network, per_pixel=per_pixel)
@@ -230,25 +232,26 @@ def untouched(
 
 
 def answering(card: Card, class_names: Sequence[str], *, channels: int) -> SourceNetwork:
-    """The untouched network, asked for a target's classes (background first): by name, or, of as many, by position.
+    """The untouched network for a target's classes (background first), matched by name, or by position if the numbers
+    are equal.
 
-    A class that it does not know beside others that it does is never found, with a warning.
+    A class that the network does not know is never found; this gives a warning.
 
     Raises:
-        InputError: it knows none of the classes.
+        InputError: the network knows none of the classes.
     """
     classes = meaning(card, class_names)
     if classes is None:
         known = ", ".join(card.class_names[1:]) if card.class_names else f"{card.n_classes} classes without names"
-        raise InputError(f"it knows {known}, the target asks for {', '.join(class_names[1:])}")
+        raise InputError(f"it knows {known}, but the target asks for {', '.join(class_names[1:])}")
     if unknown := [name for name, members in zip(class_names, classes, strict=True) if not members]:
-        logger.warning("source %s does not know %s, and so never finds it", card.name, ", ".join(unknown))
+        logger.warning("source %s does not know the class %s, so it never finds it", card.name, ", ".join(unknown))
     same = classes == [[place] for place in range(card.n_classes or len(classes))]
     return untouched(card, channels=channels, classes=None if same else classes)
 
 
 def meaning(card: Card, class_names: Sequence[str]) -> list[list[int]] | None:
-    """For each class that is asked for the network's own classes that mean it; None where it knows none.
+    """For each class of the target, the network's own classes with this meaning; None if it knows no class.
 
     >>> meaning(Card(classes=("background", "wm", "gm")), ["background", "csf", "gm"])
     [[0, 1], [], [2]]
@@ -271,20 +274,20 @@ def adapted(
     fresh: bool = False,
     per_pixel: bool = True,
 ) -> SourceNetwork:
-    """The network of a card fitted to a target: a head for its classes, a first convolution for its channels.
+    """The network of a card, adapted to a target: a head for its classes, a first convolution for its channels.
 
-    It no longer averages over mirrored images, which a network that is trained without flips answers worse and worse.
-    Rows of the head are copied for classes of the same name, the others are fresh. A first convolution that gets more
-    channels keeps its weights for the first ``wanted``; the new ones start from their mean, and all are scaled so that
-    activations keep their size.
+    Rows of the head are copied for classes of the same name; the other rows are fresh. If there are more channels, the
+    first convolution keeps its weights for the first ``wanted`` channels, the new channels start from the mean of these
+    weights, and all are scaled so that activations keep their size. Predictions are no longer averaged over mirrored
+    images, because a training without flips makes the mirrored predictions worse.
 
     Args:
         card: of a network that brings its own definition.
         class_names: of the target, background first.
-        wanted: channels that the network takes by itself.
-        channels: names of those of the target's images, the network's own first.
-        fresh: without the card's weights, to train from scratch.
-        per_pixel: see `untouched`; of a network for whole images the head is always fresh.
+        wanted: number of channels that the network takes now.
+        channels: names of the channels of the target's images, the network's own first.
+        fresh: do not load the card's weights, to train from scratch.
+        per_pixel: see `untouched`; a network for whole images always gets a fresh head.
     """
     network, said = SourceNetwork(_loaded(card, fresh=fresh), card, channels=wanted), []
     net, sample = network.net, _try(network, per_pixel=per_pixel)
@@ -325,25 +328,25 @@ def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
         net = built_network(card.network, card.folder, card.trusted)
         if not fresh:
             weights = card.weights()
-            if weights.keys().isdisjoint(net.state_dict()):  # of a fine-tuning here, where it is a part
+            if weights.keys().isdisjoint(net.state_dict()):  # saved by a fine-tuning here, as a part of `SourceNetwork`
                 weights = {name.removeprefix("net."): value for name, value in weights.items()}
             _fit_ends(net, weights)
             load_weights(net, weights, min_share=1.0, name=str(card.checkpoint))
         return net
     if not card.trusted:
-        raise InputError("it is a program, which would run here; --trust_sources true lets it")
+        raise InputError("it is a program, which would run here; give --trust_sources true to allow it")
     if fresh:
-        raise InputError("it is a program, which has no fresh form: train the bundle's own network from scratch")
+        raise InputError("it is a program, which cannot be trained from scratch; use the bundle's own network for that")
     try:
         if Path(card.checkpoint).suffix == ".ts":
             return torch.jit.load(card.checkpoint, map_location="cpu")
         return torch.export.load(card.checkpoint).module()
-    except Exception as error:  # whatever the two raise on a damaged file
+    except Exception as error:  # both may raise any error for a damaged file
         raise InputError(f"{card.checkpoint} cannot be read as a program ({first_line(error)})") from error
 
 
 def _fit_ends(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give head and first convolutions the size that they have in the weights: a fine-tuning may have changed them."""
+    """Resize head and first convolutions to the weights, because a fine-tuning may have changed their sizes."""
     found: dict[str, Sequence[int]] = {}
     inputs, outputs = set(), set()
     for name, layer in net.named_modules():
@@ -352,7 +355,7 @@ def _fit_ends(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
             before, after = _sizes(layer), _sizes(layer, weight)
             if before != after and getattr(layer, "groups", 1) == 1:
                 if outputs and after[0] != before[0]:
-                    return  # what one layer gives and a later one takes: they are of another network
+                    return  # inner layers differ too, so the weights are of another network
                 found[name] = after
                 inputs |= {after[0]} - {before[0]}
                 outputs |= {after[1]} - {before[1]}
@@ -362,7 +365,7 @@ def _fit_ends(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _try(network: SourceNetwork, *, per_pixel: bool) -> Tensor:
-    """Pass noise through once, which is returned, and hold what comes out against the card."""
+    """Pass noise through the network, compare the output with the card, and return the noise."""
     card, was, dims = network.card, network.training, network.dimensions
     for size in [card.window] if card.window else [(side,) * dims for side in PROBES[dims]]:
         sample = torch.rand(1, network.channels, *size, generator=torch.Generator().manual_seed(0))
@@ -372,7 +375,7 @@ def _try(network: SourceNetwork, *, per_pixel: bool) -> Tensor:
             break
         except InputError:
             raise
-        except Exception as error:  # whatever a network raises on images it was not made for
+        except Exception as error:  # a network may raise any error for images of a wrong size
             refused = error
     else:
         takes = " x ".join(map(str, sample.shape[1:]))
@@ -383,22 +386,22 @@ def _try(network: SourceNetwork, *, per_pixel: bool) -> Tensor:
     found, expected = output.shape[1], card.n_classes
     network.n_classes = network.n_classes or max(found, 2)
     if expected is not None and found != expected and (found != expected - 1 or card.output == "softmax"):
-        raise InputError(f"its network gives {found} channels, its card names {expected} classes")
+        raise InputError(f"its network gives {found} channels, but its card names {expected} classes")
     if not bool(output.isfinite().all()):
         raise InputError("its network gives NaN or Inf")
     low, high = output.min(), output.max()
     if card.output != "logits" and (low < -1e-4 or high > 1 + 1e-4):
-        raise InputError(f"its card says {card.output}, but what comes out lies from {low:.2g} to {high:.2g}: logits?")
+        raise InputError(f"its card says {card.output}, but its output is from {low:.2g} to {high:.2g}: is it logits?")
     if card.output == "softmax" and float((output.sum(1) - 1).abs().max()) > 1e-2:
-        raise InputError("its card says softmax, but what comes out does not add up to 1: sigmoid?")
+        raise InputError("its card says softmax, but its output does not add up to 1: is it sigmoid?")
     return sample
 
 
 def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Tensor]]) -> None:
-    """Warn where the network explains labels far better with the image's channels in another order.
+    """Warn if the network explains the labels far better with the channels in another order.
 
     Args:
-        network: untouched, of two or three channels; of others nothing is tried.
+        network: untouched; only networks with two or three channels are tested.
         images: a few items of the target's training set, ``image`` and ``label``.
     """
     if network.channels not in (2, 3) or not images:
@@ -416,7 +419,7 @@ def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Te
     if found[best] > FAR_BETTER * given:
         names = network.card.channels or [str(place) for place in range(network.channels)]
         logger.warning(
-            "source %s explains the labels far better with the channels in the order %s (LEEP %.3f, as given %.3f): "
+            "source %s explains the labels far better with the channels in the order %s (LEEP %.3f instead of %.3f): "
             "are the channels of its card in the right order?",
             network.card.name,
             ", ".join(names[place] for place in best),
@@ -426,7 +429,7 @@ def warn_of_other_order(network: SourceNetwork, images: Sequence[Mapping[str, Te
 
 
 def _ends(network: SourceNetwork, sample: Tensor) -> tuple[list[str], str]:
-    """Names of the layers that take the image itself (of none: the first that runs), and of the last that runs."""
+    """Names of the layers that take the image itself (or else the first layer that runs), and of the last layer."""
     images: list[Tensor] = []
     ran: list[tuple[str, bool]] = []
 
@@ -444,7 +447,7 @@ def _ends(network: SourceNetwork, sample: Tensor) -> tuple[list[str], str]:
         for hook in hooks:
             hook.remove()
     if not ran:
-        raise InputError("no convolution or linear layer of its network can be found, so it has no head to replace")
+        raise InputError("its network has no convolution or linear layer, so there is no head to replace")
     return [name for name, image in ran if image] or [ran[0][0]], ran[-1][0]
 
 
@@ -454,7 +457,7 @@ def _replace(net: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _rows(card: Card, class_names: Sequence[str], found: int) -> list[int | None]:
-    """The head's row for each class of the target; sigmoids have none for the background."""
+    """The row of the head for each class of the target (None: fresh); sigmoids have no row for the background."""
     own = [name.casefold() for name in card.class_names or ()]
     rows = [own.index(name.casefold()) if name.casefold() in own[1:] else None for name in class_names]
     rows[0] = 0 if own else None
@@ -463,7 +466,7 @@ def _rows(card: Card, class_names: Sequence[str], found: int) -> list[int | None
 
 
 def with_outputs(layer: nn.Module, rows: Sequence[int | None]) -> nn.Module:
-    """A layer like it with an output for each of ``rows``: a copy of that row, or (None) a fresh one.
+    """A copy of a layer with one output per entry of ``rows``: a copy of that row, or a fresh output for None.
 
     >>> with_outputs(nn.Conv2d(4, 3, 1), [2, None]).weight.shape
     torch.Size([2, 4, 1, 1])
@@ -479,7 +482,7 @@ def with_outputs(layer: nn.Module, rows: Sequence[int | None]) -> nn.Module:
 
 
 def with_inputs(layer: nn.Module, n: int) -> nn.Module:
-    """A convolution like it with ``n`` inputs, new ones from the mean of the others, all scaled by old / new.
+    """A copy of a convolution with ``n`` inputs; new ones are the mean of the others; all are scaled by old / new.
 
     >>> layer = nn.Conv2d(1, 3, 1)
     >>> torch.allclose(with_inputs(layer, 2)(torch.ones(1, 2, 1, 1)), layer(torch.ones(1, 1, 1, 1)))
@@ -497,15 +500,15 @@ def with_inputs(layer: nn.Module, n: int) -> nn.Module:
 
 
 def _sizes(layer: nn.Module, weight: Tensor | None = None) -> tuple[int, ...]:
-    """How many inputs and outputs a layer has, or would have with other weights."""
+    """Number of inputs and outputs of a layer, or of the layer with other weights."""
     shape = tuple((layer.weight if weight is None else weight).shape[:2])
     return shape if getattr(layer, "transposed", False) else shape[::-1]
 
 
 def _like(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
-    """A fresh layer like it of another size."""
+    """A fresh layer of the same kind with another size."""
     if getattr(layer, "groups", 1) != 1:
-        raise InputError("its first or last layer is grouped, which cannot be given other channels")
+        raise InputError("its first or last layer is a grouped convolution, whose channels cannot be changed")
     new, what = copy.deepcopy(layer), "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(new, f"in_{what}", inputs)
     setattr(new, f"out_{what}", outputs)
@@ -518,7 +521,7 @@ def _like(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
 
 
 class _Translated(nn.Module):
-    """A program, whose head cannot be replaced, and a layer that turns its class logits into others."""
+    """A program, whose head cannot be replaced, followed by a layer that maps its class logits to new ones."""
 
     def __init__(self, network: SourceNetwork, n_classes: int, *, per_pixel: bool) -> None:
         super().__init__()

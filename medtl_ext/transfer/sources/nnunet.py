@@ -1,6 +1,6 @@
-"""nnU-Net v2 folders as sources: plans, labels and weights read into a source card, and nnU-Net's own preprocessing.
+"""nnU-Net v2 folders as sources: read plans, labels and weights into a source card; nnU-Net's own preprocessing.
 
-Nothing in a folder is run: JSON and tensors are read, and what the plans name is built from the list alone.
+No code of a folder runs. Only JSON and tensors are read, and only what is on the list of `allowed` is built.
 """
 
 import itertools
@@ -35,15 +35,15 @@ NORMALISATIONS = {
     "RGBTo01Normalization": {"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1},
     "NoNormalization": None,
 }
-ANISOTROPIC = 3.0  # more than this between the largest and the smallest spacing: slices are resampled by themselves
+ANISOTROPIC = 3.0  # with a larger ratio of spacings, slices are resampled separately
 WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
 
 
 def nnunet_folders(folder: str | Path) -> list[Path]:
-    """The results folders (``TRAINER__PLANS__CONFIGURATION``) that a folder is or holds.
+    """The results folders (``TRAINER__PLANS__CONFIGURATION``) in a folder.
 
     Args:
-        folder: one of those, a fold in it, or the folder of the dataset above them; any other gives an empty list.
+        folder: a results folder, a fold in it, or the folder of the dataset; any other folder gives an empty list.
     """
     folder = Path(folder)
     for one in (folder, folder.parent if folder.name.startswith("fold_") else folder):
@@ -56,20 +56,20 @@ def nnunet_card(folder: str | Path) -> dict[str, Any]:
     """The source card of an nnU-Net v2 folder.
 
     Args:
-        folder: see `nnunet_folders`. Of several folds ``fold_all`` is taken, else the first.
+        folder: see `nnunet_folders`. Of several folds, ``fold_all`` or else the first is used.
 
     Returns:
-        The card's keys. ``axes`` has three entries for a 2D network too, which sees slices along the first of them. A
-        head of regions has one class for each, after the background, of which each channel is a sigmoid.
+        The keys of the card. ``axes`` has three entries for a 2D network too; its slices lie along the first of them.
+        With regions, each channel is the sigmoid of one region; the classes are the background and the regions.
 
     Raises:
-        InputError: it is no such folder, or several; a cascade; a reader, preprocessor, normalisation or resampling
-            that is not nnU-Net's own.
+        InputError: no such folder, or several; a cascade; or a reader, preprocessor, normalisation or resampling that
+            is not nnU-Net's own.
     """
     found, fold = nnunet_folders(folder), Path(folder).name
     if len(found) != 1:
         names = ", ".join(path.name for path in found)
-        what = f"holds several networks ({names}); give one of these folders" if found else "is no nnU-Net v2 folder"
+        what = f"holds several networks ({names}): give one of these folders" if found else "is no nnU-Net v2 folder"
         raise InputError(f"{folder} {what}; expected TRAINER__PLANS__CONFIGURATION with {PLANS} and {DATASET}.")
     results = found[0].resolve()
     if not fold.startswith("fold_"):
@@ -83,7 +83,8 @@ def nnunet_card(folder: str | Path) -> dict[str, Any]:
         raise
     except WRONG as error:
         problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{results} is not as nnU-Net v2 writes it ({problem}); give the folder as it was.") from error
+        advice = "give the folder as nnU-Net wrote it"
+        raise InputError(f"{results} does not have nnU-Net v2's format ({problem}); {advice}.") from error
 
 
 def _card(results: Path, fold: str, plans: dict, dataset: dict) -> dict[str, Any]:
@@ -92,13 +93,13 @@ def _card(results: Path, fold: str, plans: dict, dataset: dict) -> dict[str, Any
     name = checkpoint["init_args"]["configuration"]
     configuration = _configuration(plans, name)
     if configuration.get("previous_stage"):
-        raise InputError(f"{name} is the second stage of a cascade, which needs the segmentation of the first")
+        raise InputError(f"{name} is the second stage of a cascade, which needs the first; give a single-stage network")
     require_choice("its preprocessor", configuration["preprocessor_name"], ["DefaultPreprocessor"])
     require_choice("its reader", plans["image_reader_writer"], READERS)
     channel_names = dataset.get("channel_names", dataset.get("modality"))
     channels = [channel_names[key] for key in sorted(channel_names, key=int)]
     classes, regions = _classes(dataset)
-    # nnU-Net's readers give z, y, x, of which it takes an own order; all else here is in the file's x, y, z.
+    # nnU-Net's readers give z, y, x, which the plans may transpose; everything here is in the file's order x, y, z.
     axes = [2 - axis for axis in plans["transpose_forward"]]
     patch = configuration["patch_size"]
     taken = axes[len(axes) - len(patch) :]
@@ -131,13 +132,13 @@ def _card(results: Path, fold: str, plans: dict, dataset: dict) -> dict[str, Any
 
 
 def _configuration(plans: dict, name: str) -> dict[str, Any]:
-    """A configuration of the plans with what it inherits."""
+    """A configuration of the plans, with the values that it inherits."""
     own = plans["configurations"][name]
     return _configuration(plans, own["inherits_from"]) | own if "inherits_from" in own else own
 
 
 def _classes(dataset: dict) -> tuple[list[str], bool]:
-    """Names of the background and all classes in the order of the channels; whether they are regions."""
+    """Names of the background and of all classes, in the order of the channels; and whether they are regions."""
     labels = {label: np.atleast_1d(value).tolist() for label, value in dataset["labels"].items() if label != "ignore"}
     background = [label for label, values in labels.items() if set(values) == {0}]
     foreground = [label for label in labels if label not in background]
@@ -149,12 +150,12 @@ def _classes(dataset: dict) -> tuple[list[str], bool]:
         return background + foreground, True
     foreground.sort(key=labels.__getitem__)
     if [labels[label] for label in foreground] != [[1 + place] for place in range(len(foreground))]:
-        raise InputError(f"its labels are {labels}; expected 0, 1, 2, ... without a gap")
+        raise InputError(f"its labels are {labels}; expected 0, 1, 2, ... without gaps")
     return background + foreground, False
 
 
 def _architecture(configuration: dict) -> dict[str, Any]:
-    """The network's definition; the format before nnU-Net 2.3 told it by other keys."""
+    """The definition of the network; before nnU-Net 2.3 the plans had other keys."""
     if given := configuration.get("architecture"):
         return {"_target_": given["network_class_name"], **given["arch_kwargs"]}
     target, stages = configuration["UNet_class_name"], configuration["n_conv_per_stage_encoder"]
@@ -178,7 +179,10 @@ def _architecture(configuration: dict) -> dict[str, Any]:
 
 
 def _normalisation(plans: dict, configuration: dict, channels: int) -> list[dict[str, Any]]:
-    """nnU-Net's normalisations as steps of a card; those within the body first, which is where no channel is zero."""
+    """nnU-Net's normalisations as steps of a card.
+
+    Those inside the body come first: the body is where a channel is not 0, and the other steps may change zeros.
+    """
     given = list(zip(configuration["normalization_schemes"], configuration["use_mask_for_norm"], strict=True))
     body = [place for place in range(channels) if given[place] == ("ZScoreNormalization", True)]
     steps = [{"_target_": f"{__name__}.NormalizeNonzerod", "only": body}] if body else []
@@ -193,7 +197,8 @@ def _normalisation(plans: dict, configuration: dict, channels: int) -> list[dict
         elif scheme in NORMALISATIONS:
             step = NORMALISATIONS[scheme]
         else:
-            raise InputError(f"it normalises by {scheme}, which is not known here")
+            known = ", ".join(["CTNormalization", *NORMALISATIONS])
+            raise InputError(f"it normalises by {scheme}; known: {known}")
         if step is not None:
             steps.append(step | {"channels": [channel]})
     return steps
@@ -214,16 +219,16 @@ def sliding_window(
     network: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
     overlap: float = 0.5,
 ) -> tuple[torch.Tensor, ...]:
-    """The network's outputs on a large image, from windows placed and weighted as nnU-Net does.
+    """The network's outputs for a large image, from windows that are placed and weighted as in nnU-Net.
 
-    MONAI's inferer moves by a fixed step and has the last window overlap more; here all steps are the same, to one
-    voxel. Where the image is smaller than the window, zeros are put around it.
+    MONAI's inferer uses a fixed step, so that the last window overlaps more. Here all steps are equal, up to one voxel.
+    An image smaller than the window is padded with zeros.
 
     Args:
         batch: N x C x *spatial.
         window: its size along each spatial axis.
-        network: takes N x C x window and gives outputs of N x K x window.
-        overlap: least share of a window that the next one repeats, in [0, 1).
+        network: maps N x C x window to outputs of N x K x window.
+        overlap: smallest share of a window that overlaps with the next one, in [0, 1).
 
     Returns:
         N x K x *spatial: means weighted by a Gaussian around the middle of each window.
@@ -256,10 +261,10 @@ def sliding_window(
 
 
 class CropNonzerod(CropForegroundd):
-    """Crop to the smallest box around all voxels that are not zero in every channel; an image of zeros stays whole.
+    """Crop to the smallest box around all voxels in which a channel is not 0; an image of zeros is not cropped.
 
     Args:
-        keys, source_key, mode, start_coord_key, end_coord_key: of `CropForegroundd`, which looks for values above 0.
+        keys, source_key, mode, start_coord_key, end_coord_key: see `CropForegroundd`, which looks for values above 0.
 
     >>> image = torch.zeros(1, 5, 5)
     >>> image[0, 1:3, 2] = -7
@@ -284,11 +289,11 @@ def _not_zero(image: torch.Tensor) -> torch.Tensor:
 
 
 class NormalizeNonzerod(EachKeyd):
-    """Give channels mean 0 and standard deviation 1 where any channel is not zero, holes in that included.
+    """Give channels mean 0 and standard deviation 1 inside the body: where any channel is not 0, and in its holes.
 
     Args:
         keys: images, C x *spatial.
-        only: the channels; the others, and the rest of these, stay as they are.
+        only: the channels to normalise; other channels, and voxels outside the body, do not change.
 
     >>> image = torch.tensor([[0.0, 4.0, 8.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
     >>> NormalizeNonzerod("image", [0])({"image": image})["image"]
@@ -310,17 +315,17 @@ class NormalizeNonzerod(EachKeyd):
 
 
 class ResampleSpacingd(EachKeyd, InvertibleTransform):
-    """Resample to a spacing as nnU-Net does; its inverse interpolates linearly, as nnU-Net does with predictions.
+    """Resample to a spacing as nnU-Net does; the inverse interpolates linearly, as nnU-Net does for predictions.
 
-    Unlike MONAI's `Spacingd` the sizes alone set the scale, so that the borders stay where they are. Where the spacing,
-    before or after, is more than three times larger along one axis, slices are resampled by themselves and repeated
-    along it.
+    Unlike MONAI's `Spacingd`, the borders of the image stay where they are, because the ratio of the sizes sets the
+    scale. If the old or new spacing is more than three times larger along one axis, slices across this axis are
+    resampled in plane, and then repeated along it.
 
     Args:
         keys: C x X x Y (x Z), with an affine; without one the spacing is 1.
-        pixdim: millimetres along each axis; 0 or less keeps that of the image.
+        pixdim: mm along each axis; 0 or less keeps the image's own.
         mode: order of the splines, 0 to 3, or ``"nearest"``.
-        separate: resample slices by themselves; None: by the rule above.
+        separate: resample slices in plane only; None: by the rule above.
 
     >>> image = MetaTensor(torch.rand(1, 4, 4, 6), affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0])))
     >>> ResampleSpacingd("image", [1, 1, 1])({"image": image})["image"].shape
@@ -336,7 +341,7 @@ class ResampleSpacingd(EachKeyd, InvertibleTransform):
     def changed(self, image: torch.Tensor) -> torch.Tensor:
         size = image.shape[1:]
         found = image.pixdim if isinstance(image, MetaTensor) else [1.0] * len(size)
-        before = [float(f"{value:.6g}") for value in found]  # from the affine, so 0.5 is 0.50000001
+        before = [float(f"{value:.6g}") for value in found]  # the affine may give 0.50000001 for 0.5
         after = [new if new > 0 else old for new, old in zip(self.pixdim, before, strict=False)]
         new_size = [round(old / new * n) for old, new, n in zip(before, after, size, strict=True)]
         resampled = self._resampled(image, new_size, self.order, self._axis(before, after))
@@ -355,7 +360,7 @@ class ResampleSpacingd(EachKeyd, InvertibleTransform):
         return data
 
     def _axis(self, first: Sequence[float], then: Sequence[float]) -> int | None:
-        """The axis along which the slices lie that are resampled by themselves."""
+        """The axis across which slices are resampled separately; None: there is no such axis."""
         if self.separate is False or len(first) < 3:
             return None
         for spacing in (first, then):

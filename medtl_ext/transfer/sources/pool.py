@@ -1,7 +1,7 @@
-"""Sources: tasks on which a network is trained here, and the shelf of other people's networks.
+"""Sources: tasks on which a network is trained here, and other people's networks.
 
-What a source is, is told by its card. A folder of somebody else's is read as data, and nothing in it runs unless the
-user says so. What cannot be used is left out with the reason, never guessed.
+The card of a source describes its network. Other people's files are read as data; none of their code runs unless the
+user allows it. A source that cannot be used is left out, with the reason.
 """
 
 import hashlib
@@ -46,9 +46,10 @@ RESERVED = {
     "full": "a fine-tuning of all parameters",
 }
 LOADING = (CopyItemsd, EnsureTyped, LoadImaged, SelectLabelsd)
-"""Of a bundle's transforms those that a source with a preprocessing of its own needs too."""
-MOST_CHANNELS = 8  # of images; the first layer of a network that splits them otherwise has more
+"""The bundle's transforms that are also needed for a source with its own preprocessing."""
+MOST_CHANNELS = 8  # of images; a first layer with more inputs does not take the image itself
 WEIGHTS = (".pt", ".pth", ".safetensors", *PROGRAMS)
+KINDS = "a card, a checkpoint, a MONAI bundle or an nnU-Net folder"
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,15 @@ class Source:
     """A network that may be transferred from.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         kind: "task", "checkpoint", "card", "bundle" or "nnunet".
-        card: what its network is; the weights of a task's are there when it is trained.
-        entry: how an option names it, ``--source`` or one of ``--sources``.
-        task: the task or dataset it was trained on, or will be; None where that is not known.
-        size: training scans or images, None where that is not known.
+        card: describes its network; the card of a task has weights once the task is trained.
+        entry: its value in the option ``--source`` or ``--sources``.
+        task: the task or dataset it was trained on, or will be; None: not known.
+        size: number of training scans or images; None: not known.
         own: it was trained on the target itself, so it is scored but never ranked.
-        left_out: why it cannot be used; None: it can.
-        job: its training, None where it was not trained here.
+        left_out: why it cannot be used; None: it can be used.
+        job: its training; None: it was not trained here.
     """
 
     name: str
@@ -79,29 +80,29 @@ class Source:
 
     @property
     def option(self) -> str | Mapping[str, Any]:
-        """What ``--source`` is given for it, with the weights that it has by now."""
+        """The value of ``--source`` that names it, with its weights if it was trained here."""
         given = self.entry if isinstance(self.entry, Mapping) else {"task": self.entry}
         return self.entry if self.job is None else {**given, "checkpoint": self.job.model}
 
     def refusal(self) -> InputError:
-        """That it cannot be used, and why, as one sentence."""
+        """The error that says why it cannot be used."""
         end = "" if str(self.left_out).endswith("?") else "."
         return InputError(f"source {self.name} cannot be used: {self.left_out}{end}")
 
     def channels(self, target: TargetTask) -> tuple[list[int | None], list[int]]:
-        """Which of the target's channels it takes, and the others; see `channel_order`."""
+        """Which channels of the target it takes, and which are left; see `channel_order`."""
         return channel_order(self.card.channels, target.channels, fill=self.card.fill)
 
     def build(self, network_def: Mapping[str, Any], target: TargetTask, image_shape: Sequence[int]) -> nn.Module:
-        """The network with its weights, in eval mode, which takes the target's images.
+        """Build the network with its weights, in evaluation mode, for the images of the target.
 
         Args:
-            network_def: the bundle's own definition, for sources that bring none.
-            target: whose images they are.
-            image_shape: channels x *spatial of the images that the bundle's own networks take.
+            network_def: the bundle's own definition, for sources without one.
+            target: the target task.
+            image_shape: channels x *spatial of the images for the bundle's own networks.
 
         Raises:
-            InputError: it cannot be built, the weights are not its own, or it does not take such images.
+            InputError: the network cannot be built, the weights do not fit, or it refuses the target's images.
         """
         try:
             if self.card.foreign:
@@ -119,23 +120,23 @@ class Source:
         if takes != in_channels:
             hint = "; give --in_channels 3, which repeats grey images" if takes == 3 and not target.per_pixel else ""
             said = f"{takes} channel{'s'[: takes != 1]}"
-            raise InputError(f"its network takes {said}, the target's images have {in_channels}{hint}")
+            raise InputError(f"its network takes {said}, but the target's images have {in_channels}{hint}")
         network = built_network(_filled(network_def, n_classes, in_channels))
         load_weights(network, weights, min_share=1.0)
         try:
             with torch.no_grad():
                 output = network.eval()(torch.zeros(1, *image_shape))
-        except Exception as error:  # whatever a network raises on images it was not made for
+        except Exception as error:  # a network may raise any error for unsuitable images
             raise InputError(f"its network refuses the target's images ({first_line(error)})") from error
         found = tuple(getattr(output, "shape", ()))
         if target.per_pixel and found[2:] != tuple(image_shape[1:]):
             raise InputError("its network does not give one prediction per pixel")
         if not target.per_pixel and found != (1, n_classes):
-            raise InputError(f"its network does not give {n_classes} class scores an image")
+            raise InputError(f"its network does not give {n_classes} class scores per image")
         return network
 
     def own_classes(self, network_def: Mapping[str, Any], target: TargetTask) -> int:
-        """How many classes a network of the bundle's own has: as it is said, or as its weights have."""
+        """Number of classes of a network of the bundle's own: from the card, or from the weights."""
         if self.card.n_classes is not None or self.card.checkpoint is None:
             return self.card.n_classes or target.n_classes
         weights = self.card.weights()
@@ -145,7 +146,7 @@ class Source:
 
 
 def _filled(definition: Mapping[str, Any], n_classes: int, in_channels: int) -> dict[str, Any]:
-    """A definition of a network with what it refers to."""
+    """The definition of a network, with its references to classes and channels filled in."""
     known = {"@n_classes": n_classes, "@in_channels": in_channels}
     return {key: known.get(value, value) if isinstance(value, str) else value for key, value in definition.items()}
 
@@ -158,21 +159,21 @@ def find_sources(
     trust: bool = False,
     mark_own: bool = True,
 ) -> list[Source]:
-    """The sources that a list means.
+    """Find the sources that a list names.
 
     Args:
-        entries: each is one of three. A task or dataset: a network is trained on it here. A path: of a card, of weights
-            (with a card beside them, or of the bundle's own network), of a MONAI bundle, of an nnU-Net folder, or of a
-            folder of these. A mapping of a card's keys, with ``task`` (what it was trained on, or will be) or ``card``
-            (a path as above, over which the other keys are laid). For classification a list of datasets, also as
-            ``task``, is one source, trained on all of them but the target.
-        target: which is never ranked as its own source.
-        collection: where source tasks are described; None: the phantom.
-        trust: run what is code in a source: expressions, programs, Python files.
-        mark_own: a source of the target's own data is its own model; false: the sources are for any target.
+        entries: each entry has one of three forms. (1) A task or dataset: a network is trained on it here. (2) A path
+            to a card, to weights (with a card beside them, or of the bundle's own network), to a MONAI bundle, to an
+            nnU-Net folder, or to a folder of these. (3) A mapping of a card's keys, with ``task`` (the task it was or
+            will be trained on) or ``card`` (a path as in (2); the other keys win over this card). For classification,
+            a list of datasets (also as ``task``) is one source, trained on all of them except the target.
+        target: the target, which is never ranked as its own source.
+        collection: the collection of source tasks; None: the phantom.
+        trust: allow code in a source to run: expressions, programs, Python files.
+        mark_own: mark a source of the target's own data as its own model; False: the sources are for any target.
 
     Raises:
-        InputError: no source, two of one name, an entry of no known form, or a task that cannot be had.
+        InputError: no source, two sources of one name, an entry of unknown form, or an unknown task.
     """
     if not entries or isinstance(entries, str):
         raise InputError(f"sources is {entries!r}; give a list with at least one task, card, checkpoint or folder.")
@@ -185,13 +186,14 @@ def find_sources(
             raise InputError(f"a source is named {name}, which means {RESERVED[name]}; give it another name.")
     own = {source.name for source in found if mark_own and source.task and target.is_same(source.task)}
     if len(own) == len(found):
-        raise InputError(f"no source is left: {', '.join(names)} is the target's own model, which is never ranked.")
+        own_only = f"{', '.join(names)} is the target's own model, which is never ranked"
+        raise InputError(f"no source is left: {own_only}; give other --sources.")
     reason = "it is the target itself" if target.per_pixel else None
     return [replace(one, own=True, left_out=reason) if one.name in own else one for one in found]
 
 
 def source_name() -> str:
-    """What the config's option ``source`` is called, for the name of a folder."""
+    """A short name for the config's option ``source``, used as the name of a folder."""
     entry = current_config().get("source")
     if isinstance(entry, Mapping):
         entry = entry.get("name") or entry.get("task") or entry.get("card") or entry.get("checkpoint")
@@ -206,7 +208,7 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
         entry = {**entry, "task": _jointly(entry["task"], target)}
     if isinstance(entry, str):
         if (kind := _kind(Path(entry))) is None:
-            if "/" in entry or entry.endswith(".json"):  # as no task is called
+            if "/" in entry or entry.endswith(".json"):  # no task has such a name
                 _require_dataset(Path(entry), target)
             return [_described({"task": entry}, entry, target, collection, trust)]
         if kind == "shelf":
@@ -216,29 +218,30 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
         return [_on_shelf(Path(entry), target, trust)]
     if not isinstance(entry, Mapping) or not {"task", "card", "checkpoint"} & entry.keys():
         forms = '{"name": ..., "checkpoint": FILE} or {"card": PATH}'
-        raise InputError(f"source {entry!r} is no task, no path of a card, a checkpoint or a folder, and no {forms}.")
+        raise InputError(
+            f"source {entry!r} is unknown; expected a task, a path of a card, checkpoint or folder, {forms}."
+        )
     return [_described(entry, entry, target, collection, trust)]
 
 
 def _jointly(names: Sequence[str], target: TargetTask) -> str:
-    """All datasets of a list but the target, as one task."""
+    """All datasets of a list except the target, as one task."""
     if target.per_pixel:
-        raise InputError(f"source {names!r} is a list; only datasets of classification are pooled.")
+        raise InputError(f"source {names!r} is a list; only datasets of classification are pooled: give one source.")
     if not (kept := [name for name in names if not target.is_same(name)]):
-        raise InputError(f"source {names!r} holds no dataset but the target's own; give others too.")
+        raise InputError(f"source {names!r} holds only the target's own dataset; add other datasets.")
     return POOLED.join(kept)
 
 
 def _require_dataset(path: Path, target: TargetTask) -> None:
     if not path.exists():
-        raise InputError(f"source {path} does not exist.")
+        raise InputError(f"source {path} does not exist; correct its path.")
     if target.per_pixel:
-        kinds = "card, no checkpoint, no MONAI bundle, no nnU-Net folder and no folder of these"
-        raise InputError(f"source {path} is no {kinds}.")
+        raise InputError(f"source {path} is of no known kind; expected {KINDS}, or a folder of these.")
 
 
 def _kind(path: Path, *, shelf: bool = True) -> str | None:
-    """What kind of source lies at a path; None: none. A shelf holds sources themselves, not further shelves."""
+    """The kind of source at a path, or None. A "shelf" is a folder of sources; it cannot hold other shelves."""
     if path.suffix in WEIGHTS:
         return "checkpoint"
     if not path.is_dir():
@@ -251,7 +254,7 @@ def _kind(path: Path, *, shelf: bool = True) -> str | None:
 
 
 def _is_card(path: Path) -> bool:
-    """Whether a JSON file says of weights or of a network, as the description of a dataset does not."""
+    """True if a JSON file names weights or a network, as a card does and the description of a dataset does not."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -264,7 +267,7 @@ def _weights_of(card: Path) -> Path:
 
 
 def _on_shelf(path: Path, target: TargetTask, trust: bool) -> Source:
-    """A source that lies at a path; what cannot be used is left out with the reason."""
+    """The source at a path; if it cannot be used, it is left out with the reason."""
     kind, where = _kind(path), str(path)
     name = path.name if path.is_dir() else path.parent.name if path.stem == "model" else path.stem
     try:
@@ -275,10 +278,10 @@ def _on_shelf(path: Path, target: TargetTask, trust: bool) -> Source:
 
 
 def card_at(path: Path, trust: bool) -> Card:
-    """The card of the source that lies at a path.
+    """The card of the source at a path.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is no source, or its card cannot be read.
     """
     kind = _kind(path)
     if kind in ("bundle", "nnunet"):
@@ -289,13 +292,13 @@ def card_at(path: Path, trust: bool) -> Card:
         beside = path.with_suffix(".json")
         card = read_card(beside, trust=trust) if beside.is_file() and _is_card(beside) else Card()
         return card.model_copy(update={"checkpoint": str(path)})
-    raise InputError(f"{path} is no card, no checkpoint, no MONAI bundle and no nnU-Net folder.")
+    raise InputError(f"{path} is of no known kind; expected {KINDS}.")
 
 
 def _described(
     entry: Mapping[str, Any], given: str | Mapping[str, Any], target: TargetTask, collection: str | None, trust: bool
 ) -> Source:
-    """A source that is written out: a task, or the keys of a card, alone or over a card in a file."""
+    """The source of a mapping: a task, or keys of a card, which win over those of a card in a file."""
     keys = {key: value for key, value in entry.items() if value is not None}
     task, base = keys.pop("task", None), Card()
     kind = "checkpoint" if "checkpoint" in keys else "task"
@@ -309,7 +312,7 @@ def _described(
         keys = {"classes": known.n_classes} | tags | keys
         size = known.size if "train" in known.splits else None
         if target.per_pixel and known.n_channels != target.n_channels:
-            left_out = f"it is of {known.modality}, the target's images are {target.modality}"
+            left_out = f"it is for {known.modality}, but the target's images are {target.modality}"
     over = read_card(keys, trust=trust)
     laid = {"name": base.name or over.name} | {key: getattr(over, key) for key in keys}
     card = base.model_copy(update=laid | {"trusted": trust})
@@ -322,14 +325,14 @@ def _described(
 
 
 def _fitting(source: Source, target: TargetTask) -> Source:
-    """The source, if its network can be built, has its weights and takes the target's images."""
+    """The source, left out with the reason if its network cannot be built or refuses weights or images."""
     if not source.card.foreign:
         return source
     try:
         transforms_of(source.card.preprocessing or ())
         network = source.build({}, target, ())
         if target.flat and network.dimensions == 3:
-            raise InputError("its network is 3D, the target's images are 2D")
+            raise InputError("its network is 3D, but the target's images are 2D")
     except InputError as error:
         return replace(source, left_out=str(error).removeprefix(f"source {source.name}: ").rstrip("."))
     found = {"dimensions": network.dimensions, "classes": source.card.classes or network.n_classes}
@@ -337,16 +340,16 @@ def _fitting(source: Source, target: TargetTask) -> Source:
 
 
 def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Source, *, seed: int) -> Job:
-    """The run of ``pretrain.json`` on a source's data; its folder's name holds a hash of all settings that matter.
+    """The run of ``pretrain.json`` on a source's data; its folder's name has a hash of all settings that matter.
 
-    Of a collection it holds what the task has in it, of files the content, wherever they lie: other patients, splits or
-    files give another, a patient of another institution does not.
+    The hash includes the content of the task's files, but not their place. So other patients, splits or files of the
+    task give another folder; patients of other institutions do not.
 
     Raises:
         InputError: the collection is missing or breaks the format.
     """
     overlay, collection = Path(config["bundle_root"]) / "configs" / "pretrain.json", source_collection(config)
-    overrides: dict[str, Any] = dict(config.get("pretraining", {}))  # win over pretrain.json
+    overrides: dict[str, Any] = dict(config.get("pretraining", {}))  # these win over pretrain.json
     overrides |= {"source": source.task, "target_task": source.task, "seed": seed, "collection": collection}
     also = {"source_collection": collection, "check_data": True, "trust_sources": False, "clean": None}
     overrides |= {name: value for name, value in also.items() if name in config}
@@ -363,17 +366,17 @@ def pretraining_job(config: Mapping[str, Any], folder: str | Path, source: Sourc
 
 
 def _content(task: str, known: Collection | None) -> str | None:
-    """A hash of a task's data: of a dataset's files, or of what a collection says of it."""
+    """A hash of a task's data: of a dataset's files, or of the task in a collection."""
     if Path(task).exists():
         return content_of(Path(task))
     if known is None:
         return None
-    segmented = Task(task).objective in known.objectives  # else its images are cut from all that is there
+    segmented = Task(task).objective in known.objectives  # otherwise images to classify are cut from the collection
     return known.fingerprint_of(task) if segmented else known.fingerprint
 
 
 def source_collection(config: Mapping[str, Any]) -> str | None:
-    """The collection file that a bundle's sources are in; None: the phantom."""
+    """The collection file of a bundle's sources; None: the phantom."""
     named = config.get("source_collection", "@collection")
     return config.get("collection") if named == "@collection" else named
 
@@ -381,19 +384,19 @@ def source_collection(config: Mapping[str, Any]) -> str | None:
 def train_sources(
     sources: Sequence[Source], run: Run, target: TargetTask, *, folder: str, seed: int, check: bool = True
 ) -> list[Source]:
-    """Train the networks of the sources that have no checkpoint yet, and keep them.
+    """Train the networks of all sources that have no checkpoint yet.
 
-    Each is a run of ``pretrain.json`` in a folder of its own, several at a time; an interrupted pool is continued.
+    Each training is a run of ``pretrain.json`` in its own folder, several at a time; an interrupted pool is continued.
 
     Args:
-        sources: of `find_sources`.
-        run: whose config is trained.
-        target: of the same kind.
-        folder, seed: where the pool is kept, and the seed of its trainings.
-        check: read every file before anything is trained.
+        sources: from `find_sources`.
+        run: gives the config of the trainings.
+        target: a task of the same kind (segmentation or classification).
+        folder, seed: folder of the pool, and seed of its trainings.
+        check: read every file before a training starts.
 
     Returns:
-        The sources, with the checkpoints of all that can be used.
+        The sources, with checkpoints if they can be used.
     """
     jobs = {
         source.name: pretraining_job(run.config, folder, source, seed=seed)
@@ -402,7 +405,7 @@ def train_sources(
     }
     if not all(job.done for job in jobs.values()):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(folder) / ".pool.lock"):  # other processes find the pool done
+        with FileLock(Path(folder) / ".pool.lock"):  # other processes wait, and then find the pool done
             for job in jobs.values():
                 if check and not job.done:
                     task = target.other(job.overrides["source"], collection=source_collection(run.config))
@@ -417,23 +420,23 @@ def train_sources(
 
 
 def keys_of(target: TargetTask) -> tuple[str, ...]:
-    """What of an item is transformed: of classification the image alone."""
+    """The keys of an item that are transformed: for classification only the image."""
     return ("image", "label") if target.per_pixel else ("image",)
 
 
 def source_transforms(
     card: Card, channels: Sequence[str], own: Sequence[Callable], *, keys: Sequence[str] = ("image", "label")
 ) -> list[Callable]:
-    """The deterministic transforms of a source that brings its own network, on a target's files.
+    """The deterministic transforms for a source that brings its own network, applied to a target's files.
 
-    The bundle loads the files and chooses the labels. Channels are put into the source's order; those that it does not
-    know come last. Then come the transforms of its card, or else the bundle's.
+    The bundle's transforms load the files and choose the labels. Channels are put into the order of the source; other
+    channels come last. Then come the transforms of the card, or of the bundle if the card has none.
 
     Args:
         card: of the source.
-        channels: names of the target's.
+        channels: names of the target's channels.
         own: the bundle's transforms.
-        keys: what is transformed: images, with labels or without.
+        keys: keys to transform: of the image, and perhaps of the label.
     """
     loading = [transform for transform in own if isinstance(transform, LOADING)]
     steps = [transform for transform in own if transform not in loading]
@@ -448,12 +451,12 @@ def source_transforms(
 
 @dataclass(kw_only=True, eq=False)
 class Checkpoint:
-    """A network as inference needs it: with its card beside its weights, or the bundle's own.
+    """A network for inference: the one of a card beside the weights, or the bundle's own.
 
     Args:
-        path: the weights; ``NAME.json`` beside ``NAME.pt`` is their card, as a fine-tuning leaves it.
+        path: the weights; ``NAME.json`` beside ``NAME.pt`` is their card, which a fine-tuning writes.
         channels: names of the images' channels.
-        trust: run what is code in it.
+        trust: allow its code to run.
     """
 
     path: str
@@ -461,9 +464,9 @@ class Checkpoint:
     trust: bool = False
 
     def grid(self, **given: Any) -> Grid:
-        """That of the training, ``grid.json`` beside the weights, with what is given; see `read_grid`."""
+        """The grid of the training, from ``grid.json`` beside the weights; ``given`` values win, see `read_grid`."""
         if not Path(self.path).is_file() or (self.card is not None and self.card.preprocessing is not None):
-            return Grid((2.0, 2.0, 4.0), (96, 96))  # the network brings its own, or says that it is not there
+            return Grid((2.0, 2.0, 4.0), (96, 96))  # not used: the card has its own, or loading will report the path
         return read_grid(Path(self.path).with_name("grid.json"), **given)
 
     @cached_property
@@ -472,7 +475,7 @@ class Checkpoint:
         return card if card.foreign else None
 
     def network(self, own: nn.Module) -> nn.Module:
-        """The network with its weights: the bundle's ``own``, or that of the card."""
+        """The network with its weights: the bundle's ``own``, or the one of the card."""
         if self.card is not None:
             wanted, _ = channel_order(self.card.channels, self.channels, fill=self.card.fill)
             return untouched(self.card, channels=len(wanted))
@@ -484,13 +487,13 @@ class Checkpoint:
         return list(own) if self.card is None else source_transforms(self.card, self.channels, own, keys=("image",))
 
     def inferer(self, own: Any) -> Any:
-        """The bundle's ``own``; the network of a card lays its windows itself."""
+        """The bundle's ``own``; the network of a card does its own sliding windows."""
         return own if self.card is None else SimpleInferer()
 
 
 @dataclass(kw_only=True, eq=False)
 class CheckChannels:
-    """A step that warns where a foreign network's channels seem to be in another order than its card says.
+    """A step that warns if a foreign network's channels seem to be in another order than its card says.
 
     Args:
         origin: the source.
@@ -503,20 +506,20 @@ class CheckChannels:
     def run(self) -> None:
         if self.origin.card is not None:
             items = self.training.plain()
-            told = [place for place, item in enumerate(items) if item["label"].any()]  # a healthy slice tells no order
+            told = [place for place, item in enumerate(items) if item["label"].any()]  # slices with foreground
             warn_of_other_order(self.origin.untouched(()), [items[place] for place in {*told[:1], *told[-1:]}])
 
 
 @dataclass(kw_only=True, eq=False)
 class SingleSource:
-    """The one source of a fine-tuning, the option ``source``: what a run takes from it, and what else it then needs.
+    """The source of a fine-tuning (option ``source``), and everything that a config takes from it.
 
-    A task's network is trained here, once, when its weights are needed. A source that brings its own network brings its
-    own preprocessing too, and is trained, scored and fine-tuned on the grid that it was made for.
+    The network of a task is trained here once, when its weights are needed. A source that brings its own network also
+    brings its own preprocessing, so it is scored and fine-tuned on its own grid.
 
     Args:
         here, target: see `train_sources`.
-        folder, check: see `train_sources`; no folder: nothing is trained here, so that weights have to be given.
+        folder, check: see `train_sources`; without a folder nothing is trained here, so weights must be given.
         trust: see `find_sources`.
     """
 
@@ -528,7 +531,7 @@ class SingleSource:
 
     @cached_property
     def given(self) -> Source | None:
-        """What the option names; None where it names nothing."""
+        """The source that the option names; None if it is not given."""
         entry = self.here.config.get("source")
         if entry is None:
             return None
@@ -542,21 +545,21 @@ class SingleSource:
 
     @property
     def _known(self) -> Card:
-        """What is known of its network before any training here: a training from scratch need not open a task."""
+        """What is known about its network without opening a task, which a training from scratch does not need."""
         entry = self.here.config.get("source")
         unknown = entry is None or (isinstance(entry, str) and _kind(Path(entry)) is None)
         return Card() if unknown else self.given.card
 
     @property
     def card(self) -> Card | None:
-        """Of a source that brings its own network, which a task does not."""
+        """The card of a source that brings its own network; None for the bundle's own network."""
         return self._known if self._known.foreign else None
 
     @cached_property
     def source(self) -> Source:
-        """The source with its weights, which are trained if there are none yet."""
+        """The source with its weights, which are trained now if there are none."""
         if self.given is None or (self.given.card.checkpoint is None and self.folder is None):
-            raise InputError("--source is not given or has no weights, and this config starts from it; give it.")
+            raise InputError("--source is not given or has no weights, but this config needs them; give a source.")
         (trained,) = train_sources([self.given], self.here, self.target, folder=self.folder, seed=0, check=self.check)
         if trained.left_out:
             raise trained.refusal()
@@ -566,16 +569,16 @@ class SingleSource:
 
     @property
     def checkpoint(self) -> str | None:
-        """Weights of the bundle's own network, where the option gives them."""
+        """Weights of the bundle's own network, if the option gives them."""
         return None if self._known.foreign else self._known.checkpoint
 
     @property
     def weights(self) -> str | dict[str, torch.Tensor]:
-        """What a fine-tuning starts from: a file, or the tensors of a foreign network that is fitted to the target."""
+        """The start of a fine-tuning: a file, or the tensors of a foreign network that is adapted to the target."""
         return self.source.card.checkpoint if self.card is None else self._adapted().state_dict()
 
     def architecture(self, own: nn.Module) -> nn.Module:
-        """The network that is trained, without the source's weights: the bundle's ``own``, or the source's."""
+        """The network to train, without the source's weights: the bundle's ``own``, or the source's."""
         return own if self.card is None else self._adapted(fresh=not self.card.is_program)
 
     def _adapted(self, *, fresh: bool = False) -> SourceNetwork:
@@ -585,12 +588,12 @@ class SingleSource:
         return adapted(self.card, self.target.answers, per_pixel=self.target.per_pixel, **how)
 
     def untouched(self, image_shape: Sequence[int]) -> nn.Module:
-        """The network as it is, with its own classes; see `Source.build`."""
+        """The unchanged network with its own classes; see `Source.build`."""
         return self.source.build(self.here.config["network_def"], self.target, image_shape)
 
     @cached_property
     def unasked(self) -> str | None:
-        """Why the untouched source does not answer the target's question; None: it does."""
+        """Why the untouched source cannot segment the target's classes; None: it can."""
         if self.card is not None:
             return None if meaning(self.card, self.target.answers) else "it does not know the target's classes"
         if self.given is None:
@@ -599,10 +602,10 @@ class SingleSource:
         return None if same else "source and target have different numbers of classes"
 
     def answering(self, image_shape: Sequence[int]) -> nn.Module:
-        """The untouched network, asked for the target's classes.
+        """The untouched network, which gives the target's classes.
 
         Raises:
-            InputError: it does not know them.
+            InputError: it does not know these classes.
         """
         if self.card is None:
             if self.unasked:
@@ -638,33 +641,34 @@ class SingleSource:
         return [own if isinstance(step, SelectLabelsd) else step for step in steps]
 
     def cropping(self, own: Sequence[Callable] = ()) -> list[Callable]:
-        """What a training adds: the bundle's ``own``, or a random patch of the source's window."""
+        """Cropping for a training: the bundle's ``own``, or a random patch of the size of the source's window."""
         if self.card is None or self.card.window is None:
             return [] if self.card else list(own)
         keys = ["image", "label", "weight"]
         return [RandSpatialCropd(keys, roi_size=self.card.window, random_size=False, allow_missing_keys=True)]
 
     def slices(self, own: str) -> str:
-        """What a training set is cut into; see `medtl_ext.data.SliceDataset`."""
+        """The option ``slices`` of `medtl_ext.data.SliceDataset`."""
         if self.card is None:
             return own
         first = self.card.axes[0] if self.card.axes and len(self.card.axes) == 3 else 2
         if self.card.dimensions == 2 and first != 2 and not self.target.flat:
-            raise InputError(f"source {self.card.name} sees slices along axis {first}; only the last trains.")
+            problem = f"takes slices along axis {first} of the image; a training here can only use the last axis, 2"
+            raise InputError(f"source {self.card.name} {problem}.")
         return "volume" if self.card.dimensions == 3 else "foreground"
 
     def inferer(self, own: Any) -> Any:
-        """That of validation: a foreign network lays its windows itself."""
+        """The inferer of a validation: a foreign network does its own sliding windows."""
         return own if self.card is None else SimpleInferer()
 
     def batch(self, own: int, *, training: bool = False) -> int:
-        """Images at a time: in training no more than the source says, whole images one by one."""
+        """The batch size: in training at most that of the card; for whole images 1."""
         if self.card is None:
             return own
         return min(own, self.card.batch_size or own) if training else 1
 
     def frozen(self, pattern: str | Callable[[nn.Module], str] | None) -> str | Callable[[nn.Module], str] | None:
-        """Names of the parameters to freeze, where a method freezes any; of its encoder as its card calls them."""
+        """The pattern of parameters to freeze, if the method freezes any: the encoder that the card names."""
         if self.card is None or not isinstance(pattern, str):
             return pattern
         return self.card.encoder and f"net\\.(?:{self.card.encoder})"

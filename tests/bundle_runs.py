@@ -13,6 +13,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -184,6 +185,23 @@ def toy_collection(folder: Path) -> Path:
     objectives = {"ED": {"label": "tumour", "values": [1]}, "both": {"label": "tumour", "values": [1, 2]}}
     content = {"name": "toy", "labels": {"tumour": {"ED": 1, "ET": 2}}, "objectives": objectives, "subjects": subjects}
     return write_collection(folder / "collection.json", content)
+
+
+def collection_of_one_class(folder: Path, subjects: Sequence[Mapping[str, Any]], label: str = "tumour") -> Path:
+    """A collection whose label files have one class, ED, of value 1."""
+    objectives = {"ED": {"label": label, "values": [1]}}
+    content = {"name": "small", "labels": {label: {"ED": 1}}, "objectives": objectives, "subjects": list(subjects)}
+    return write_collection(folder / "collection.json", content)
+
+
+def mnist_arrays(shape=(28, 28), counts=(12, 8, 8), n_classes: int = 2, seed: Any = 0) -> dict[str, np.ndarray]:
+    """The arrays of a MedMNIST file: noise whose brightness is the class."""
+    generator, arrays = np.random.default_rng(seed), {}
+    for split, count in zip(("train", "val", "test"), counts, strict=True):
+        labels = np.arange(count) % n_classes
+        noise = generator.integers(0, 100, (count, *shape)) + 60 * labels.reshape(-1, *[1] * len(shape))
+        arrays |= {f"{split}_images": noise.astype(np.uint8), f"{split}_labels": labels[:, None]}
+    return arrays
 
 
 def bundle_of_a_stranger(folder: Path, config: Any, weights: Any = None) -> None:

@@ -1,7 +1,5 @@
 """Fixtures shared by all tests."""
 
-import runpy
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -10,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bundle_runs import Bundle
+from bundle_runs import REPOSITORY, Bundle, mnist_arrays
 from drawing import seed_torch
 
 from medtl_ext.data import generate_phantom
 from medtl_ext.transfer import jobs
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -37,17 +33,6 @@ def shared_data() -> Path:
 def vectors(shared_data):
     """Load reference inputs and outputs by name, e.g. ``vectors("seg_binary")``."""
     return lambda name: dict(np.load(shared_data / "vectors" / f"{name}.npz"))
-
-
-@pytest.fixture(scope="session")
-def open_ms(shared_data, tmp_path_factory) -> Path:
-    """The collection file that the documented script writes of two real patients with multiple sclerosis."""
-    script, out = REPOSITORY / "docs/examples/open_ms_collection.py", tmp_path_factory.mktemp("real") / "open_ms.json"
-    options = ["--out", str(out), "--train", "patient19", "--test", "patient07"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(script), str(shared_data / "open_ms"), *options])
-        runpy.run_path(str(script), run_name="__main__")
-    return out
 
 
 @pytest.fixture
@@ -88,13 +73,8 @@ def options(places) -> dict[str, str]:
 def mnist(tmp_path) -> Callable[..., str]:
     """Writes MedMNIST files of noise whose brightness is the class, other noise for another name."""
 
-    def write(name: str = "tinymnist", n_classes: int = 2, shape=(28, 28), counts=(12, 8, 8)) -> str:
-        generator, arrays = np.random.default_rng(list(name.encode())), {}
-        for split, count in zip(("train", "val", "test"), counts, strict=True):
-            labels = np.arange(count) % n_classes
-            noise = generator.integers(0, 100, (count, *shape)) + 60 * labels.reshape(-1, *[1] * len(shape))
-            arrays |= {f"{split}_images": noise.astype(np.uint8), f"{split}_labels": labels[:, None]}
-        np.savez(tmp_path / f"{name}.npz", **arrays)
+    def write(name: str = "tinymnist", **how) -> str:
+        np.savez(tmp_path / f"{name}.npz", **mnist_arrays(seed=list(name.encode()), **how))
         return str(tmp_path / f"{name}.npz")
 
     return write

@@ -7,6 +7,7 @@ from functools import partial
 import nibabel
 import numpy as np
 import pytest
+from bundle_runs import mnist_arrays
 from PIL import Image
 
 from medtl_ext import InputError
@@ -18,14 +19,8 @@ from medtl_ext.data.phantom.classification import phantom_classification
 SPLITS = ("train", "val", "test")
 
 
-def content(size=28, channels=None, counts=(6, 4, 2), n_classes=2):
-    shape = (size, size) if channels is None else (size, size, channels)
-    generator = np.random.default_rng(0)
-    found = {}
-    for split, count in zip(SPLITS, counts, strict=True):
-        found[f"{split}_images"] = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
-        found[f"{split}_labels"] = (np.arange(count) % n_classes)[:, None].astype(np.uint8)
-    return found
+def content(*shape):
+    return mnist_arrays(shape or (28, 28), (6, 4, 2))
 
 
 @pytest.fixture
@@ -44,7 +39,7 @@ def write(tmp_path):
 @pytest.mark.parametrize("size", [28, 224])
 @pytest.mark.parametrize("channels", [None, 3])
 def test_a_file_of_any_size_grey_or_rgb(write, size, channels):
-    arrays = content(size, channels)
+    arrays = content(size, size, *([] if channels is None else [channels]))
     data = load_medmnist(write(**arrays))
     assert (data.name, data.class_names) == ("tinymnist", ("0", "1"))
     assert data.channels == (channels or 1)
@@ -70,7 +65,7 @@ def test_grey_images_are_repeated_for_an_rgb_network_and_not_the_other_way_round
     assert image.shape == (3, 28, 28)
     np.testing.assert_array_equal(image[0], image[2])
     with pytest.raises(InputError, match=r"tinymnist has RGB images, the network takes 1 channel\(s\); give --in_chan"):
-        load_medmnist(write(**content(channels=3))).datalist("train", channels=1)
+        load_medmnist(write(**content(28, 28, 3))).datalist("train", channels=1)
 
 
 def test_patients_and_class_names_where_the_file_has_them(write):
@@ -88,8 +83,8 @@ def test_patients_and_class_names_where_the_file_has_them(write):
     ("changed", "message"),
     [
         ({"val_labels": None}, "has no 'val_labels'; found the keys test_images"),
-        ({"train_images": np.zeros((6, 28, 28, 28), np.uint8)}, r"N x H x W x 3 \(2D\)"),
-        ({"train_images": np.zeros((6, 28, 28, 3, 1), np.uint8)}, r"N x H x W x 3 \(2D\)"),
+        ({"train_images": np.zeros((6, 28, 28, 28), np.uint8)}, r"N x H x W x 3 \(instead of organmnist3d use organam"),
+        ({"train_images": np.zeros((6, 28, 28, 3, 1), np.uint8)}, "N x H x W x 3"),
         ({"train_images": np.zeros((6, 28, 28), np.float32)}, "of float32"),
         ({"train_images": np.zeros((6, 28), np.uint8)}, r"uint8 and shape \(6, 28\)"),
         ({"train_labels": np.zeros((6, 14), np.uint8)}, "multi-label data such as ChestMNIST"),

@@ -7,12 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_runs import RISK_MAP, refused
+from bundle_runs import RISK_MAP, collection_of_one_class, refused
 from monai.bundle import ConfigWorkflow
 from scipy import ndimage
 
 from medtl_ext import InputError
-from medtl_ext.data import load_collection, write_collection
+from medtl_ext.data import load_collection
 from medtl_ext.data.__main__ import main
 from medtl_ext.data.plan import Grid, grid_steps, label_ceiling, plan_grid, read_grid
 from medtl_ext.data.sample import write_sample
@@ -254,49 +254,50 @@ class TestFile:
             read_grid(tmp_path / "grid.json")
 
 
+@pytest.fixture
+def hippocampus(tmp_path):
+    """The options of a run on a task of the sample."""
+    path = str(write_sample("hippocampus", tmp_path / "hippocampus"))
+    task = str(load_collection(path).tasks()[0])
+    return {"collection": path, "target_task": task, "output_dir": str(tmp_path / "run")}
+
+
 class TestCommand:
     @pytest.fixture
-    def hippocampus(self, tmp_path):
-        return write_sample("hippocampus", tmp_path / "hippocampus")
+    def plan(self, hippocampus):
+        return lambda *words: main(["plan", hippocampus["collection"], hippocampus["target_task"], *map(str, words)])
 
-    def test_plan(self, hippocampus, tmp_path, capsys):
-        task = load_collection(hippocampus).tasks()[0]
+    def test_plan(self, plan, tmp_path, capsys):
         out = tmp_path / "plan.json"
-        assert main(["plan", str(hippocampus), str(task), "--out", str(out)]) == 0
+        assert plan("--out", out) == 0
         said = capsys.readouterr().out
         assert "3D, volumes" in said
         assert "and back: nothing is lost" in said
         assert json.loads(out.read_text())["spacing"] == [1, 1, 1]
 
-    def test_a_coarse_grid_is_told_by_the_exit_status(self, hippocampus, capsys):
-        task = load_collection(hippocampus).tasks()[0]
-        assert main(["plan", str(hippocampus), str(task), "--spacing", "4", "4", "8", "--roi_size", "2d"]) == 1
+    def test_a_coarse_grid_is_told_by_the_exit_status(self, plan, capsys):
+        assert plan("--spacing", 4, 4, 8, "--roi_size", "2d") == 1
         assert "2D, as you asked" in capsys.readouterr().out
 
-    def test_a_network_of_ours_costs_what_its_own_grid_does(self, hippocampus, tmp_path, capsys):
+    def test_a_network_of_ours_costs_what_its_own_grid_does(self, plan, tmp_path, capsys):
         torch.save({}, tmp_path / "model.pt")
         Grid((4, 4, 8), (16, 16)).write(tmp_path / "grid.json")
-        task = str(load_collection(hippocampus).tasks()[0])
-        assert main(["plan", str(hippocampus), task, "--source", str(tmp_path / "model.pt")]) == 1
+        assert plan("--source", tmp_path / "model.pt") == 1
         assert "nothing is lost" not in capsys.readouterr().out
 
-    def test_a_plan_is_laid_over_a_bundles_config(self, hippocampus, tmp_path):
-        task, out = str(load_collection(hippocampus).tasks()[0]), tmp_path / "plan.json"
-        main(["plan", str(hippocampus), task, "--spacing", "3", "3", "3", "--roi_size", "16", "16", "--out", str(out)])
-        options = {"collection": str(hippocampus), "target_task": task, "output_dir": str(tmp_path / "run")}
+    def test_a_plan_is_laid_over_a_bundles_config(self, plan, hippocampus, tmp_path):
+        out = tmp_path / "plan.json"
+        plan("--spacing", 3, 3, 3, "--roi_size", 16, 16, "--out", out)
         files = [RISK_MAP.configs / "train.json", RISK_MAP.configs / "scratch.json", out]
-        config = ConfigWorkflow(config_file=list(map(str, files)), workflow_type="train", **options)
+        config = ConfigWorkflow(config_file=list(map(str, files)), workflow_type="train", **hippocampus)
         config.initialize()
         grid = config.parser.get_parsed_content("grid")
         assert isinstance(grid, Grid)
         assert grid.roi_size == (16, 16)
 
 
-def test_a_run_says_what_a_coarse_grid_costs(tmp_path, capsys):
-    collection = write_sample("hippocampus", tmp_path / "hippocampus")
-    task = str(load_collection(collection).tasks()[0])
-    options = {"collection": str(collection), "target_task": task, "output_dir": str(tmp_path / "run")}
-    RISK_MAP.run("scratch", **options | {"spacing": [6.0, 6.0, 8.0], "check_data": True})
+def test_a_run_says_what_a_coarse_grid_costs(hippocampus, tmp_path, capsys):
+    RISK_MAP.run("scratch", **hippocampus | {"spacing": [6.0, 6.0, 8.0], "check_data": True})
     assert "this grid loses much of what is to be found; give a finer --spacing" in capsys.readouterr().out
     assert (tmp_path / "run" / "grid.json").is_file()
 
@@ -318,11 +319,9 @@ def test_healthy_files_only(tmp_path):
 
 def test_collection_of_one_test_patient_plans_from_it(tmp_path):
     item = saved(tmp_path, "a")
-    subject = {"id": "a", "institution": "A", "split": "test"}
-    subject |= {"images": {"T1": Path(item["image"]).name}, "labels": {"part": Path(item["label"]).name}}
-    content = {"name": "one", "labels": {"part": {"it": 1}}, "objectives": {"It": {"label": "part", "values": [1]}}}
-    path = write_collection(tmp_path / "collection.json", content | {"subjects": [subject]})
-    assert main(["plan", str(path), "A-T1-It"]) == 0
+    files = {"images": {"T1": item["image"]}, "labels": {"tumour": item["label"]}}
+    path = collection_of_one_class(tmp_path, [{"id": "a", "institution": "A", "split": "test", **files}])
+    assert main(["plan", str(path), "A-T1-ED"]) == 0
 
 
 def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
@@ -334,41 +333,34 @@ def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
         label[4:20, 4:20, [3, 9, 17] if number < 2 else [2]] = 1
         image = np.random.default_rng(number).integers(1, 200, shape).astype(np.float32)
         saved(tmp_path, f"p{number}", shape=shape, sizes=sizes, label=label, image=image)
-        files = {"images": {"T1": f"p{number}.nii.gz"}, "labels": {"part": f"p{number}_label.nii.gz"}}
+        files = {"images": {"T1": f"p{number}.nii.gz"}, "labels": {"tumour": f"p{number}_label.nii.gz"}}
         subjects.append({"id": f"p{number}", "institution": "A", "split": "train"} | files)
-    content = {"name": "five", "labels": {"part": {"it": 1}}, "objectives": {"It": {"label": "part", "values": [1]}}}
-    path = write_collection(tmp_path / "collection.json", content | {"subjects": subjects})
-    assert main(["check", str(path)]) == 0
+    assert main(["check", str(collection_of_one_class(tmp_path, subjects))]) == 0
     said = capsys.readouterr().out
-    assert "warning: A-T1-It: spacing 1 x 1 x 4 mm: the median of 5 training images, which have 1 x 1 x 1" in said
+    assert "warning: A-T1-ED: spacing 1 x 1 x 4 mm: the median of 5 training images, which have 1 x 1 x 1" in said
     assert "connected parts disappear; give a finer grid" in said
 
 
-def test_a_network_of_ours_keeps_the_grid_that_it_has_seen(tmp_path):
+def test_a_network_of_ours_keeps_the_grid_that_it_has_seen(hippocampus, tmp_path):
     """Fine-tuned or scored on other patients, it is not given images of another spacing."""
     torch.save({}, tmp_path / "model.pt")
     (tmp_path / "card.json").write_text('{"checkpoint": "model.pt"}')
     planned([saved(tmp_path, "a")], spacing=[1, 1, 2], roi_size=[48, 32]).write(tmp_path / "grid.json")
     files = [str(RISK_MAP.configs / f"{name}.json") for name in ("train", "evaluate")]
-    options = {"collection": str(write_sample("hippocampus", tmp_path / "sample")), "output_dir": str(tmp_path / "out")}
-    options |= {"target_task": str(load_collection(options["collection"]).tasks()[0])}
     for config, given in [
         (files[:1], {"source": str(tmp_path / "model.pt")}),
         (files[:1], {"source": str(tmp_path / "card.json")}),
         (files, {"ckpt": str(tmp_path / "model.pt")}),
     ]:
-        workflow = ConfigWorkflow(config_file=config, workflow_type="train", **options, **given)
+        workflow = ConfigWorkflow(config_file=config, workflow_type="train", **hippocampus, **given)
         workflow.initialize()
         grid = workflow.parser.get_parsed_content("grid")
         assert (grid.spacing, grid.roi_size) == ((1, 1, 2), (48, 32))
 
 
 @pytest.mark.parametrize("config", ["train", "evaluate"])
-def test_a_network_of_ours_whose_grid_is_not_known_is_not_given_another(config, tmp_path):
+def test_a_network_of_ours_whose_grid_is_not_known_is_not_given_another(config, hippocampus, tmp_path):
     torch.save({}, tmp_path / "model.pt")
-    collection = write_sample("hippocampus", tmp_path / "sample")
-    options = {"collection": str(collection), "target_task": str(load_collection(collection).tasks()[0])}
-    options |= {"ckpt" if config == "evaluate" else "source": str(tmp_path / "model.pt"), "spacing": "auto"}
-    overlays = ["evaluate"] if config == "evaluate" else []
-    workflow = RISK_MAP.workflow(*overlays, output_dir=str(tmp_path / "out"), **options)
+    given = {"ckpt" if config == "evaluate" else "source": str(tmp_path / "model.pt"), "spacing": "auto"}
+    workflow = RISK_MAP.workflow(*(["evaluate"] if config == "evaluate" else []), **hippocampus | given)
     assert "which a training writes beside" in refused(lambda: workflow.parser.get_parsed_content("grid"))

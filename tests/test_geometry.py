@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import RISK_MAP, SEQUENTIAL, Bundle
+from bundle_runs import RISK_MAP, SEQUENTIAL, Bundle, collection_of_one_class
 from matplotlib.figure import Figure
 from monai.networks.nets import BasicUNet
 from monai.transforms import Compose, LoadImaged, Orientationd
@@ -16,7 +16,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from PIL import Image
 from scipy import ndimage
 
-from medtl_ext.data import generate_phantom, write_collection
+from medtl_ext.data import generate_phantom
 from medtl_ext.transfer import pictures
 from medtl_ext.transforms import AreaSpacingd
 
@@ -53,16 +53,22 @@ def oblique(tmp_path_factory) -> Path:
 
 # Segmentations
 
+PIXELWISE = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+
+
+def finds_what_is_above(threshold: float, folder: Path, steep: float = 1.0) -> str:
+    """Weights of a network that finds what is brighter than a threshold."""
+    weights = {"weight": torch.tensor([0.0, steep]).reshape(2, 1, 1, 1), "bias": torch.tensor([0, -steep * threshold])}
+    torch.save(weights, folder / "bright.pt")
+    return str(folder / "bright.pt")
+
 
 @pytest.fixture(scope="module")
 def pair(oblique, tmp_path_factory) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """An image, and its segmentation by a network that finds what is bright."""
     folder = tmp_path_factory.mktemp("segmented")
-    bright = {"weight": torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), "bias": torch.tensor([0.0, -0.7])}
-    torch.save(bright, folder / "bright.pt")
-    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
     image = oblique.parent / "17-000" / "T2.nii.gz"
-    options = {"ckpt": str(folder / "bright.pt"), "network_def": network, "output_dir": str(folder)}
+    options = {"ckpt": finds_what_is_above(0.7, folder), "network_def": PIXELWISE, "output_dir": str(folder)}
     RISK_MAP.run(base="inference", datalist=[{"image": str(image)}], **GRID | options)
     return nib.load(image), nib.load(folder / "T2_seg.nii.gz")
 
@@ -122,11 +128,13 @@ def fine(request, tmp_path_factory) -> Path:
     affine = nib.affines.from_matvec(tilt, [12.5, -30.25, 7.0]) @ turned @ np.diag([*SIZES, 1])
     for name, array in (("T2", image.astype(np.float32)), ("tumour", label)):
         nib.save(nib.Nifti1Image(array, affine), folder / f"{name}.nii.gz")
-    patient = {"id": "p", "institution": "A", "split": "test", "images": {"T2": "T2.nii.gz"}}
-    patient |= {"labels": {"tumour": "tumour.nii.gz"}}
-    content = {"name": "fine", "labels": {"tumour": {"ED": 1}}, "subjects": [patient]}
-    content["objectives"] = {"ED": {"label": "tumour", "values": [1]}}
-    return write_collection(folder / "collection.json", content)
+    return one_patient(folder, ".nii.gz")
+
+
+def one_patient(folder: Path, ending: str) -> Path:
+    """A collection of a test patient, with an image T2 and a label tumour."""
+    files = {"images": {"T2": f"T2{ending}"}, "labels": {"tumour": f"tumour{ending}"}}
+    return collection_of_one_class(folder, [{"id": "p", "institution": "A", "split": "test", **files}])
 
 
 def without_normalisation(bundle: Bundle, config: str, key: str) -> dict:
@@ -140,16 +148,12 @@ def without_normalisation(bundle: Bundle, config: str, key: str) -> dict:
 @pytest.mark.parametrize(("bundle", "how"), [(RISK_MAP, "zero_shot"), (RISK_MAP, "evaluate"), (SEQUENTIAL, "evaluate")])
 def test_dice_is_measured_in_the_patients_own_space(bundle, how, fine, tmp_path):
     """Probabilities of averages of two voxels, interpolated linearly to the file's own, against the label as it is."""
-    weights = {"weight": torch.tensor([0.0, STEEP]), "bias": torch.tensor([0.0, -STEEP * THRESHOLD])}
-    weights["weight"] = weights["weight"].reshape(2, 1, 1, 1)
-    torch.save(weights, tmp_path / "source.pt")
-    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    given = finds_what_is_above(THRESHOLD, tmp_path, STEEP)
     right, back, up = (2 * SIZES[place] for place in (1, 0, 2))  # of the grid, which is RAS
-    grid = {"spacing": [right, back, up], "roi_size": [28, 24], "network_def": network}
+    grid = {"spacing": [right, back, up], "roi_size": [28, 24], "network_def": PIXELWISE}
     plain = {name: value for name, value in bundle.tiny.items() if not name.startswith("network_def#")}
     asked = grid | {"collection": str(fine), "output_dir": str(tmp_path / "out"), "target_task": "A-T2-ED"}
     asked |= without_normalisation(bundle, "train", "train#deterministic_transforms")
-    given = str(tmp_path / "source.pt")
     asked |= {"source": given} if how == "zero_shot" else {"ckpt": given, "freeze": None, "val_split": "test"}
     Bundle(bundle.name, plain).run(how, **asked)
     scores = pd.read_csv(tmp_path / "out" / "metrics.csv")
@@ -167,7 +171,7 @@ def test_dice_is_measured_in_the_patients_own_space(bundle, how, fine, tmp_path)
     assert 0.6 < dice(expected, truth) < 0.7
 
     options = without_normalisation(bundle, "inference", "transforms") | grid
-    options |= {"ckpt": str(tmp_path / "source.pt"), "output_dir": str(tmp_path / "segmented"), "task": "A-T2-ED"}
+    options |= {"ckpt": given, "output_dir": str(tmp_path / "segmented"), "task": "A-T2-ED"}
     bundle.run(base="inference", datalist=[{"image": str(fine.parent / "T2.nii.gz")}], **options)
     written = np.asarray(nib.load(tmp_path / "segmented" / "T2_seg.nii.gz").dataobj) == 1
     assert scores["dice"].item() == pytest.approx(dice(written, truth), abs=1e-6)
@@ -213,28 +217,17 @@ def stored(request, tmp_path_factory) -> tuple[Path, tuple[float, ...], np.ndarr
             tilt = nib.eulerangles.euler2mat(z=0.2, y=-0.15, x=0.25) if tilted else np.eye(3)
             kept = nib.Nifti1Image(np.asarray(kept.dataobj), nib.affines.from_matvec(tilt, [12, -30, 7]) @ kept.affine)
         nib.save(kept, folder / f"{name}{ending}")
-    patient = {"id": "p", "institution": "A", "split": "test", "images": {"T2": f"T2{ending}"}}
-    content = {
-        "name": "stored",
-        "labels": {"tumour": {"ED": 1}},
-        "subjects": [patient | {"labels": {"tumour": f"tumour{ending}"}}],
-        "objectives": {"ED": {"label": "tumour", "values": [1]}},
-    }
-    return write_collection(folder / "collection.json", content), sizes, label
+    return one_patient(folder, ending), sizes, label
 
 
 def test_contours_lie_on_the_patients_own_image(stored, tmp_path, monkeypatch):
     path, sizes, label = stored
-    weights = {"weight": torch.tensor([0.0, 9.0]).reshape(2, 1, 1, 1), "bias": torch.tensor([0.0, -9.0])}
-    torch.save(weights, tmp_path / "bright.pt")
-    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
-    plain = {name: value for name, value in RISK_MAP.tiny.items() if not name.startswith("network_def#")}
-    asked = {"collection": str(path), "source": str(tmp_path / "bright.pt"), "output_dir": str(tmp_path / "out")}
-    asked |= {"target_task": "A-T2-ED", "network_def": network, "figures": True}
+    asked = {"collection": str(path), "source": finds_what_is_above(1.0, tmp_path, 9.0), "figures": True}
+    asked |= {"target_task": "A-T2-ED", "network_def": PIXELWISE, "output_dir": str(tmp_path / "out")}
     asked |= {"spacing": [1.5 * sizes[0], 1.5 * sizes[1], sizes[2]], "roi_size": [72, 88]}
     drawn = []
     monkeypatch.setattr(pictures, "plot_overlay", lambda *given, **named: drawn.append((given, named)) or Figure())
-    Bundle(RISK_MAP.name, plain).run("zero_shot", **asked)
+    RISK_MAP.run("zero_shot", **asked)
     ((((image,), (truth,), segmented), named),) = drawn
     axis = int(np.argmax(np.add(sizes, [0, 0, 1e-3])))
     plane = label.take(label.sum(tuple({0, 1, 2} - {axis})).argmax(), axis)

@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+from bundle_runs import mnist_arrays
 from monai.transforms import LoadImaged
 from PIL import Image
 
@@ -931,9 +932,7 @@ class TestMedMNIST:
 
     @pytest.fixture
     def folder(self, tmp_path):
-        arrays = {f"{split}_images": np.full((4, 28, 28), 7, np.uint8) for split in ("train", "val", "test")}
-        labels = {f"{split}_labels": np.array([[0], [1], [1], [0]]) for split in ("train", "val", "test")}
-        np.savez(tmp_path / "lung mnist.npz", **arrays, **labels)
+        np.savez(tmp_path / "lung mnist.npz", **mnist_arrays(counts=(4, 4, 4)))
         return tmp_path
 
     def test_is_read_as_it_is(self, folder, capsys):
@@ -954,14 +953,11 @@ class TestMedMNIST:
             ({"file": "other.npz"}, "other.npz does not exist"),
             ({"labels": {"ill": 2}, "file": "lung mnist.npz"}, "--labels gives ill the number 2"),
             ({"folds": 3}, "folds"),
-            ({"file": "organs3d.npz"}, "organs3d.npz holds volumes of 28 x 28 x 28, .*; use a 2D dataset"),
             ({"out": "lung mnist.npz"}, "is not a description of a MedMNIST file, so it is not replaced"),
             ({}, "should hold one .npz file; found lung mnist.npz, second.npz"),
         ],
     )
     def test_refuses(self, folder, options, message):
-        if "file" in options:
-            np.savez(folder / "organs3d.npz", train_images=np.zeros((2, 28, 28, 28), np.uint8))
         (folder / ("sub" if "out" in options else "second.npz")).write_bytes(b"")
         before = {path: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(InputError, match=message):

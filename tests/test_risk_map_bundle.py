@@ -86,19 +86,9 @@ def test_weights_are_of_healthy_slices_too(method, options):
         assert 1 < maps[0].max() <= 10**0.5 * (1 + 1e-6)
 
 
-@pytest.fixture
-def foreign(tmp_path):
-    """Cards of somebody else's untrained networks, 2D and 3D, with a preprocessing and a grid of their own."""
-
-    def card(dimensions: int, classes: list[str]) -> str:
-        return card_of_a_unet(tmp_path, dimensions, classes)
-
-    return card
-
-
 @pytest.mark.parametrize("method", ALL_METHODS)
-def test_every_method_takes_somebody_elses_network(method, options, foreign, tmp_path):
-    given = options | {"source": foreign(2, ["background", "oedema", "ED"]), "epochs": 1}
+def test_every_method_takes_somebody_elses_network(method, options, tmp_path):
+    given = options | {"source": card_of_a_unet(tmp_path, 2, ["background", "oedema", "ED"]), "epochs": 1}
     run(method, **{key: value for key, value in given.items() if key != "epochs" or method != "zero_shot"})
     scores = table(options["output_dir"])
     assert scores.groupby("split").subject.nunique().to_dict() == {"val": 3, "test": 3}
@@ -115,8 +105,8 @@ def test_every_method_takes_somebody_elses_network(method, options, foreign, tmp
         assert all(torch.equal(weights[f"net.{name}"], theirs[name]) for name in frozen)
 
 
-def test_a_fine_tuned_foreign_network_in_3d_is_scored_used_and_a_source_again(options, foreign, tmp_path):
-    first = options | {"source": foreign(3, ["background", "ED"]), "epochs": 1, "batch_size": 1}
+def test_a_fine_tuned_foreign_network_in_3d_is_scored_used_and_a_source_again(options, tmp_path):
+    first = options | {"source": card_of_a_unet(tmp_path, 3, ["background", "ED"]), "epochs": 1, "batch_size": 1}
     run("full", **first)
     model = str(Path(options["output_dir"]) / "model.pt")
     again = {"source": model, "output_dir": str(tmp_path / "again")}
@@ -258,9 +248,9 @@ def test_few_validation_patients_are_cross_validated_with_all_labelled_ones(opti
 
 
 def test_the_card_of_somebody_elses_network_comes_along_with_the_advised_weights(
-    options, foreign, collection, tmp_path, in_this_process
+    options, collection, tmp_path, in_this_process
 ):
-    options |= {"source": foreign(2, ["background", "ED"]), "audit#arms": ["zero_shot"]}
+    options |= {"source": card_of_a_unet(tmp_path, 2, ["background", "ED"]), "audit#arms": ["zero_shot"]}
     run("full", **options)
     folder = Path(options["output_dir"])
     advised = folder / "audit" / read_json(folder / "audit.json")["default"]

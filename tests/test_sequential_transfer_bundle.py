@@ -224,17 +224,6 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
     assert in_this_process == before
 
 
-# Its defaults
-
-
-def test_the_default_graph_is_as_large_as_promised():
-    train = SEQUENTIAL.content("train")
-    parts = [source.split("-") for source in train["sources"]]
-    assert len(parts) >= 24
-    assert [len({part[place] for part in parts}) for place in range(3)] == [4, 3, 2]
-    assert train["target_task"].split("-")[0] not in {part[0] for part in parts}
-
-
 # As users start it
 
 

@@ -5,14 +5,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import refused
+from bundle_runs import collection_of_one_class, refused
 from monai.transforms import ResizeWithPadOrCrop
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
 from medtl_ext._validation import InputError
 from medtl_ext.affinity import pairwise_ssim
-from medtl_ext.data import write_collection
 from medtl_ext.source_selection import SSIM, filter_by_priors, region_labels, roi_similarity
 from medtl_ext.transfer import SegmentationTask
 
@@ -37,9 +36,7 @@ def regions(tmp_path) -> str:
             name = f"{site}-{modality}-{split}"
             files = {"images": {modality: volume(f"{name}.nii", side)}, "labels": {"t": volume(f"{name}-l.nii", side)}}
             subjects.append({"id": name, "institution": site, "split": split, **files})
-    objectives = {"ED": {"label": "t", "values": [1]}}
-    content = {"name": "c", "labels": {"t": {"ED": 1}}, "objectives": objectives, "subjects": subjects}
-    return str(write_collection(tmp_path / "collection.json", content))
+    return str(collection_of_one_class(tmp_path, subjects, "t"))
 
 
 @pytest.mark.parametrize("roi_size", [[20, 20], [20, 20, 10]], ids=str)

@@ -5,6 +5,7 @@ import random
 from collections import Counter, defaultdict
 
 import pytest
+from bundle_runs import collection_of_one_class
 
 from medtl_ext import InputError
 from medtl_ext.data import load_collection, write_collection
@@ -123,8 +124,7 @@ def collection(tmp_path):
         entry | {"images": {"T1": f"scans/{entry['id']}.nii.gz"}, "labels": {"t": f"/labels/{entry['id']}.nii.gz"}}
         for entry in subjects(A=8, B=4)
     ]
-    content = {"name": "mini", "labels": {"t": {"ED": 1}}, "objectives": {"ED": {"label": "t", "values": [1]}}}
-    return write_collection(tmp_path / "data/mini.json", {**content, "subjects": entries})
+    return collection_of_one_class(tmp_path / "data", entries, "t")
 
 
 def of_split(path, split):

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from bundle_runs import ALL, REPOSITORY, Bundle, refused
+from bundle_runs import ALL, REPOSITORY, Bundle, mnist_arrays, refused
 from monai.bundle import ckpt_export, verify_metadata, verify_net_in_out
 from monai.networks.nets import BasicUNet
 
@@ -120,9 +120,7 @@ def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
     train |= {"network_def#features": [4] * 6, "spacing": [2, 2, 4], "roi_size": [96, 96], "progress": False}
     inference = {"input_dir": str(collection.parent / "17-000")}
     segmentation = {"train": train, "inference": inference}
-    arrays = {"images": np.zeros((4, 28, 28), np.uint8), "labels": np.arange(4) % 2}
-    parts = {f"{split}_{name}": array for split in ("train", "val", "test") for name, array in arrays.items()}
-    np.savez(folder / "tiny.npz", **parts)
+    np.savez(folder / "tiny.npz", **mnist_arrays(counts=(4, 4, 4)))
     tiny = str(folder / "tiny.npz")
     classification = {"train": {"target_task": tiny, "progress": False}, "inference": {"input_dir": tiny}}
     return {True: segmentation, False: classification}

@@ -168,7 +168,7 @@ def _faults(content: Mapping[str, np.ndarray]) -> Iterator[str]:
     for split, part in labels.items():
         images = content[f"{split}_images"]
         if images.ndim < 3 or images.shape[3:] not in ((), (3,)) or images.dtype != np.uint8:
-            expected = "expected uint8, N x H x W or N x H x W x 3 (2D)"
+            expected = "expected uint8, N x H x W or N x H x W x 3 (instead of organmnist3d use organamnist, or slices)"
             yield f"holds {split}_images of {images.dtype} and shape {images.shape}; {expected}"
         if len(part) != len(images):
             expected = "expected one for each (multi-label data such as ChestMNIST: give a checkpoint as a source)"

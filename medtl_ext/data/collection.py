@@ -375,9 +375,7 @@ class Collection(BaseModel, frozen=True):
         ]
         if not datalist:
             has = f"of {self.path} (with {task.modality} and label '{label}': {count_splits(subjects)})"
-            raise InputError(
-                f"task {task} has no subject in split '{split}' {has}; choose another task or add subjects."
-            )
+            raise InputError(f"task {task} has no subject in split '{split}' {has}; choose another or add subjects.")
         return datalist
 
     def label_file(self, subject: Subject, label: str) -> str:
@@ -489,14 +487,20 @@ def _validate(content: Mapping[str, Any], path: Path) -> Collection:
     try:
         return Collection.model_validate({**content, "path": path}, context=str(path.parent))
     except ValidationError as error:
-        first = error.errors()[0]
-    place = [shown.repr(part).strip("'") for part in first["loc"] if part != "[key]"]
+        raise first_fault(str(path), error, content) from None
+
+
+def first_fault(where: str, error: ValidationError, content: Mapping[str, Any]) -> InputError:
+    """The first fault that pydantic found in a file's content, as an error of one line."""
+    first = error.errors()[0]
+    loc = [part for part in first["loc"] if part not in ("[key]", "int", "str") and "tuple[" not in str(part)]
+    place = [shown.repr(part).strip("'") for part in loc]
     if len(place) > 2 and place[0] == "subjects" and (subject := content["subjects"][int(place[1])].get("id")):
         place[:2] = [f"subject {shown.repr(subject)}"]
-    where = ": ".join([str(path), *place])
+    where = ": ".join([where, *place])
     if first["type"] == "value_error":
-        raise InputError(f"{where}: {first['ctx']['error']}")
+        return InputError(f"{where}: {first['ctx']['error']}")
     if first["type"] == "missing":
-        raise InputError(f"{where} is missing; add it.")
-    must = re.sub(r"^\w+ should| or instance of \w+| after validation.*", "", first["msg"])
-    raise InputError(f"{where} must{must}; found {reprlib.repr(first['input'])}.")
+        return InputError(f"{where} is missing; add it.")
+    must = re.sub(r" or instance of \w+| after validation.*", "", re.sub(r"^\w+ should", "must", first["msg"]))
+    return InputError(f"{where} {must}; found {reprlib.repr(first['input'])}.")

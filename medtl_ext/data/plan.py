@@ -386,9 +386,7 @@ def _intensities(
         for item in items[:SAMPLE]:
             image, label = (read_channels(ensure_tuple(item[key]))[0] for key in ("image", "label"))
             if image.shape != label.shape:
-                raise InputError(
-                    f"{item['label']} has another size than its image; resample one onto the other's grid."
-                )
+                raise InputError(f"{item['label']} has another size than its image; resample it to the image's grid.")
             foreground.append(image[np.isin(label, values)])
         of = np.concatenate(foreground)
         if of.size:

@@ -402,9 +402,7 @@ class FitWeights(Study):
             self.table = _read_transfers(Path(self.transfers))
         if len(self.table) < 3:
             asked = self.transfers or f"{list(self.sources)} to {list(self.targets)}"
-            raise InputError(
-                f"a fit needs at least three transfers; from {asked} there are {len(self.table)}. Add some."
-            )
+            raise InputError(f"a fit needs at least three transfers; from {asked} there are {len(self.table)}.")
         return {}
 
     @cached_property

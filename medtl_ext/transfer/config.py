@@ -209,17 +209,13 @@ def current_config() -> dict[str, Any]:
     """
     parser = _evaluating(ConfigParser)
     if parser is None:
-        raise InputError(
-            "a run must be part of a config; start it with `python -m monai.bundle run --config_file ...`."
-        )
+        raise InputError("a run must be part of a config; start it with `python -m monai.bundle run`.")
     content = {key: value for key, value in parser.get().items() if key != "_meta_"}
     content["bundle_root"] = parser.get_parsed_content("bundle_root")
     try:
         return json.loads(json.dumps(content))
     except TypeError as error:
-        raise InputError(
-            f"the config holds a value that is no JSON ({error}); give overrides as JSON values."
-        ) from error
+        raise InputError(f"a value of the config is no JSON ({error}); give overrides as JSON values.") from error
 
 
 def identity(config: Mapping[str, Any], *, without: Container[str] = ()) -> dict[str, Any]:

@@ -147,9 +147,7 @@ class RankSources:
                 logger.warning("source %s is left out: %s", source.name, reason)
                 self.pool[source.name] = replace(source, left_out=reason)
         if not seen:
-            raise InputError(
-                "no source's network takes the target's images; see the warnings above, give other --sources."
-            )
+            raise InputError("no network takes the target's images; see the warnings above, give other --sources.")
         return seen
 
     def observed(self, source: Source, network: nn.Module, with_fu: bool) -> Observation:

@@ -161,9 +161,7 @@ def _by_names(*sets: Sequence[_File]) -> list[dict[Name, dict[str, _File]]]:
             channels = named.setdefault(Name.of(file.name, file.folder), {})
             if file.channel in channels:
                 twice = channels[file.channel].path
-                raise InputError(
-                    f"{twice} and {file.path} have one name; exclude one by a pattern such as 'DIR/*.png'."
-                )
+                raise InputError(f"{twice} and {file.path} have one name; exclude one, such as by 'DIR/*.png'.")
             channels[file.channel] = file
         found.append(named)
     return found

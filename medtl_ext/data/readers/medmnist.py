@@ -1,12 +1,9 @@
 """MedMNIST: write a small JSON file that names the ``.npz`` and its classes, for the classification bundle."""
 
-import contextlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from medtl_ext._io import write_csv, write_json
@@ -54,8 +51,7 @@ def read_medmnist(
         labels: names of the classes and their numbers from 0; by default the numbers are the names.
 
     Raises:
-        InputError: no such file, several files, a file of volumes (``organmnist3d.npz``), or what
-            `medtl_ext.data.load_medmnist` refuses.
+        InputError: no such file, several files, or what `medtl_ext.data.load_medmnist` refuses, such as volumes.
     """
     out = Path(draft.out).absolute()
     found = sorted(draft.root.glob("*.npz")) if file is None else [draft.root / file]
@@ -63,7 +59,6 @@ def read_medmnist(
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(f"{draft.root} should hold one .npz file; found {names}. Choose one with --file.")
     path = found[0]
-    _refuse_volumes(path)
     refuse_to_replace(out, lambda path: "medmnist" in read_json(path), "description of a MedMNIST file")
     names = list(load_medmnist(path).class_names)
     for name, label in (labels or {}).items():
@@ -73,18 +68,3 @@ def read_medmnist(
     relative = path.relative_to(out.parent) if path.is_relative_to(out.parent) else path
     write_json(out, {"name": path.stem, "medmnist": str(relative), "class_names": names})
     return ClassificationReading(out, load_classification(out))
-
-
-def _refuse_volumes(path: Path) -> None:
-    """Refuse 3D files. Only the header is read, since a file may have many gigabytes."""
-    shape: tuple[int, ...] = ()
-    with (
-        contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile),  # loading the file reports these
-        zipfile.ZipFile(path) as archive,
-        archive.open("train_images.npy") as file,
-    ):
-        np.lib.format.read_magic(file)
-        shape, *_ = np.lib.format.read_array_header_1_0(file)
-    if len(shape) == 4 and shape[3] != 3:
-        advice = "use a 2D dataset (instead of organmnist3d: organamnist), or save slices, N x H x W"
-        raise InputError(f"{path.name} holds volumes of {' x '.join(map(str, shape[1:]))}, not 2D images; {advice}.")

@@ -185,9 +185,7 @@ def _window(configs: Sequence["_Config"], dims: int) -> dict[str, Any]:
         return {}
     target = str(inferer.get("_target_")) if isinstance(inferer, Mapping) else f"{inferer!r:.100}"
     if target.removeprefix("monai.inferers.") not in ALLOWED["inferers"]:
-        raise InputError(
-            f"its predictions are made by {target}; expected an inferer of whole images or sliding windows"
-        )
+        raise InputError(f"its inferer is {target}; expected one of whole images or of sliding windows")
     known = {"roi_size", "overlap", "mode", "spatial_dim"} & inferer.keys()
     given = {key: config.plain(f"its inferer, {key}", inferer[key]) for key in known}
     if target.endswith("SliceInferer") and given.get("spatial_dim", 0) != 2:

@@ -1,7 +1,6 @@
 """Source cards: a description of somebody else's network, of the images it expects, and of its output."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from medtl_ext._validation import InputError, require_choice, require_name
-from medtl_ext.data.collection import read_json
+from medtl_ext.data.collection import first_fault, read_json
 from medtl_ext.networks import read_weights
 
 TAGS = ("institution", "modality", "objective")
@@ -135,21 +134,12 @@ def read_card(source: Path | Mapping[str, Any], *, trust: bool = False, folder: 
     try:
         card = Card.model_validate_json(json.dumps(content | {"folder": str(folder), "trusted": trust}))
     except ValidationError as error:
-        raise InputError(f"{where}: {_first_of(error)}") from error
+        raise first_fault(where, error, content) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{where} holds a value that JSON cannot express ({error}).") from error
     if not card.name and card.checkpoint:
         card = card.model_copy(update={"name": Path(card.checkpoint).stem})
     return card
-
-
-def _first_of(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple", "int", "str")))
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    must = re.sub(r"^Input should", "must", first["msg"])
-    return f"{place} {must}; found {json.dumps(first['input'], default=str)[:80]}"
 
 
 def channel_order(

@@ -69,9 +69,7 @@ class SourceNetwork(nn.Module):
         seen = sorted(axes[-self.dimensions :])  # the axes of the image that the network sees
         if len(seen) < self.dimensions or not set(card.mirror) <= set(seen):
             what = f"axes {list(axes)} and mirror {list(card.mirror)}"
-            raise InputError(
-                f"its card gives a {self.dimensions}D network {what}, which do not fit together; correct one"
-            )
+            raise InputError(f"its card gives a {self.dimensions}D network {what}, which do not fit; correct one")
         self.axes = [seen.index(axis) for axis in axes[-self.dimensions :]]
         self.flips = [[2 + seen.index(axis) for axis in some] for some in _subsets(card.mirror)]
         self.along = axes[0] if len(axes) > self.dimensions else 2

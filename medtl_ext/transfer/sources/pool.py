@@ -218,9 +218,7 @@ def _meant(entry: str | Mapping[str, Any], target: TargetTask, collection: str |
         return [_on_shelf(Path(entry), target, trust)]
     if not isinstance(entry, Mapping) or not {"task", "card", "checkpoint"} & entry.keys():
         forms = '{"name": ..., "checkpoint": FILE} or {"card": PATH}'
-        raise InputError(
-            f"source {entry!r} is unknown; expected a task, a path of a card, checkpoint or folder, {forms}."
-        )
+        raise InputError(f"source {entry!r} is unknown; give a task, a path of a card, checkpoint or folder, {forms}.")
     return [_described(entry, entry, target, collection, trust)]
 
 

@@ -165,7 +165,7 @@ def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "callable": ({"preprocessing": [step | {"_target_": "CropForegroundd", "select_fn": "eval"}]}, "called"),
         "inferer": (
             {"inferer": {"_target_": "scripts.net.Inferer"}},
-            "expected an inferer of whole images or sliding windows",
+            "expected one of whole images or of sliding windows",
         ),
         "window": ({"inferer": {"_target_": "SlidingWindowInferer", "roi_size": f"${code}"}}, "evaluated"),
         "another file": ({"network_def": "%../../other.json::network"}, "expression"),

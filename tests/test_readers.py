@@ -395,7 +395,7 @@ UNTOLD = "hold the values .* whose meaning is ambiguous .*; give --challenge"
     ("code", "files", "options", "expected"),
     [
         ("", [(1, 2), (1, 2, 4)], {}, {"NCR": 1, "ED": 2, "ET": 4}),
-        ("", [(1, 2, 4), (1, 2, 3)], {}, r"1_seg.nii.gz holds .* \[1, 2, 3\] \(1 of 2 .*, but .* 4 ET; .* labels"),
+        ("", [(1, 2, 4), (1, 2, 3)], {}, r"1_seg.nii.gz holds .* \[1, 2, 3\] \(1 of 2 .*, but .* 4 ET; .* --labels"),
         ("", [(1, 2, 3)], {"labels": NCR_ED_ET}, NCR_ED_ET),
         ("GLI", [(1, 2), (1, 2, 3)], {}, NCR_ED_ET),
         ("GLI", [(1, 2, 3), (1, 2, 4), (1, 2, 3, 4)], {}, NETC_SNFH_ET | {"RC": 4}),
@@ -913,7 +913,7 @@ CASE = "training must hold the paths of 'image' and 'label' files"
         ("csv", rewritten("liste.csv", "subject,site\na,b,\n"), {}, "more fields than its header"),
         ("csv", rewritten("liste.csv", ""), {}, "cannot be read as a table"),
         ("csv", lost("*.csv"), {}, "0 CSV files"),
-        ("csv", lost("none"), {"labels": None}, "give labels"),
+        ("csv", lost("none"), {"labels": None}, "give --labels"),
         ("csv", lost("none"), {"labels": {"left atrium": 1, "left-atrium": 2}}, "one name two values"),
         ("csv", lost("none"), {"labels": {"background": 1, "lesion": 2}}, "or give background a value other than 0"),
         ("csv", lost("none"), {"labels": {"lesion": 1.7}}, "labels must map names to whole numbers"),

@@ -162,7 +162,7 @@ def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "step nested": ({"preprocessing": [step | {"minv": call}]}, "would have to be built"),
         "preprocessing": ({"preprocessing": f"${code}"}, "would have to be evaluated"),
         "disabled": ({"preprocessing": [step | {"_disabled_": f"${code}"}]}, "evaluated"),
-        "callable": ({"preprocessing": [step | {"_target_": "CropForegroundd", "select_fn": "eval"}]}, "called"),
+        "callable": ({"preprocessing": [step | {"_target_": "CropForegroundd", "select_fn": "eval"}]}, "is a function"),
         "inferer": (
             {"inferer": {"_target_": "scripts.net.Inferer"}},
             "expected one of whole images or of sliding windows",

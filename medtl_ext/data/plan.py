@@ -247,7 +247,7 @@ def plan_grid(
         spacing = np.median(sizes, 0).round(4).tolist()
         same = np.ptp(sizes, 0).max() < SAME_SPACING
         those = f"of all {len(some)} training images" if same else f"the median of {len(some)} training images"
-        between = "" if same else f", which have {in_times(sizes.min(0))} to {in_times(sizes.max(0))} mm"
+        between = "" if same else f", from {in_times(sizes.min(0))} to {in_times(sizes.max(0))} mm"
         why.append(f"spacing {in_times(spacing)} mm: {those}{between}")
     spacing = _numbers("spacing", spacing, (3,))
     native = bool(np.abs(sizes - spacing).max() < SAME_SPACING)

@@ -337,7 +337,7 @@ def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
         subjects.append({"id": f"p{number}", "institution": "A", "split": "train"} | files)
     assert main(["check", str(collection_of_one_class(tmp_path, subjects))]) == 0
     said = capsys.readouterr().out
-    assert "warning: A-T1-ED: spacing 1 x 1 x 4 mm: the median of 5 training images, which have 1 x 1 x 1" in said
+    assert "warning: A-T1-ED: spacing 1 x 1 x 4 mm: the median of 5 training images, from 1 x 1 x 1" in said
     assert "connected parts disappear; give a finer grid" in said
 
 

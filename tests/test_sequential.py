@@ -272,7 +272,8 @@ class TestPlans:
         made.write()
         folder = made.here.folder
         names = {file.name for file in folder.iterdir()}
-        assert names == {"answer.txt", "task_graph.json", "task_graph.graphml", "clusters.csv", "task_graph.png"}
+        graphs = {f"task_graph.{suffix}" for suffix in ("json", "graphml", "png", "svg")}
+        assert names == {"answer.txt", "clusters.csv"} | graphs
         file = {"task_graph": str(folder / "task_graph.json")}
         with pytest.raises(InputError, match="made with the affinity seqtran, whose costs have another scale"):
             assert graph(affinity="context", **file).graph
@@ -286,7 +287,7 @@ class TestPlans:
 
     def test_one_source_is_a_graph_too(self, graph):
         made = graph(TASKS[:1], n_clusters=3)
-        with pytest.warns(UserWarning, match="n_clusters is 3, of 1 source tasks: each is its own cluster"):
+        with pytest.warns(UserWarning, match="n_clusters is 3, but there are 1 source tasks: each is its own cluster"):
             assert made.clusters == [[TASKS[0]]]
         assert self.plan(made).single == TASKS[0]
 
@@ -745,7 +746,7 @@ class TestFit:
 
     def test_says_when_the_weights_do_not_carry_over(self):
         table = self.transfers(lambda place, distance, _: (0.01, -0.01, 0.01)[place] * distance)
-        with pytest.warns(UserWarning, match="nearest"):
+        with pytest.warns(UserWarning, match="closest ones"):
             found = fit_to_transfers(table)
         assert found["correlation_left_out"] > 0
         assert "No evidence to prefer these weights" in fit_text(found)

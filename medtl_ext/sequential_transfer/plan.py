@@ -199,7 +199,7 @@ class SourceGraph:
         )
 
     def write(self, **shown: Any) -> None:
-        """Write ``task_graph.json``, ``task_graph.graphml``, ``clusters.csv`` and ``task_graph.png``; print a summary.
+        """Write ``clusters.csv`` and ``task_graph`` (``.json``, ``.graphml``, ``.png``, ``.svg``); print a summary.
 
         The figure shows the clusters in colours, the sizes of tasks, and the options ``shown`` of `plot_task_graph`.
         Without these options, ``answer.txt`` is written too.

@@ -68,11 +68,11 @@ class Bundle:
         return workflow
 
     def start(self, files: Sequence[str], options: Mapping[str, Any], **how: int) -> Popen:
-        """As a user does, from inside the bundle; see `command`."""
+        """Run the command of a user inside the bundle's folder; see `command`."""
         return start(files, options, cwd=self.root, **how)
 
     def settings(self, **options: Any) -> dict[str, Any]:
-        """The small settings as a study takes them: parts of the network in the network."""
+        """The small settings in the form of a study: those of the network are inside ``network``."""
         network, plain = self.content("train")["network_def"], {}
         for name, value in (dict(self.tiny) | options).items():
             part, _, key = name.partition("#")
@@ -205,7 +205,7 @@ def mnist_arrays(shape=(28, 28), counts=(12, 8, 8), n_classes: int = 2, seed: An
 
 
 def bundle_of_a_stranger(folder: Path, config: Any, weights: Any = None) -> None:
-    """A MONAI bundle with nothing but a config (its content, or its text) and weights."""
+    """A MONAI bundle that has only a config (its content, or its text) and weights."""
     (folder / "configs").mkdir(parents=True)
     (folder / "models").mkdir()
     (folder / "configs" / "inference.json").write_text(config if isinstance(config, str) else json.dumps(config))
@@ -214,7 +214,7 @@ def bundle_of_a_stranger(folder: Path, config: Any, weights: Any = None) -> None
 
 
 def card_of_a_unet(folder: Path, dimensions: int, classes: list[str], **network: Any) -> str:
-    """The card of somebody else's untrained network, with a preprocessing and a grid of its own."""
+    """The card of another person's untrained network, with its own preprocessing and grid."""
     torch.manual_seed(0)
     shape = {"in_channels": 1, "out_channels": len(classes), "channels": [4, 8], "strides": [2], **network}
     torch.save(UNet(spatial_dims=dimensions, **shape).state_dict(), folder / "theirs.pt")
@@ -228,9 +228,9 @@ def card_of_a_unet(folder: Path, dimensions: int, classes: list[str], **network:
 def command(
     files: Sequence[str], options: Mapping[str, Any], *, processes: int = 0, node: int | None = None
 ) -> list[str]:
-    """What a user types; lists and dictionaries as Python writes them, for that is how they are read.
+    """The command that a user types. Lists and dictionaries are written as in Python, because they are read so.
 
-    On several processes of one machine, or as one of two machines, by torchrun.
+    With torchrun: on several processes of one machine, or as one of two machines.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     if node is not None:
@@ -261,16 +261,16 @@ def start(files: Sequence[str], options: Mapping[str, Any], *, cwd: Path = REPOS
 
 
 def finish(process: Popen) -> str:
-    """Wait for success; what was printed."""
+    """Wait for success; returns what was printed."""
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors[-3000:]
     return output
 
 
 def kill_once_there(process: Popen, pattern: str | Path, *, seconds: float = 300) -> None:
-    """Kill it and its workers as soon as a file of this pattern is there, which must be before it ends.
+    """Kill a process and its workers as soon as a file matches the pattern; this must be before the process ends.
 
-    By the module ``glob``, which passes over a temporary folder that goes while it looks; ``Path.glob`` raises.
+    Uses the module ``glob``: if a temporary folder disappears during the search, ``Path.glob`` raises an error.
     """
     began = time.monotonic()
     while not glob.glob(str(pattern), recursive=True):
@@ -282,12 +282,12 @@ def kill_once_there(process: Popen, pattern: str | Path, *, seconds: float = 300
 
 
 def trainings(folder: Path) -> dict[Path, int]:
-    """Every training below the folder, and when its last epoch was saved: equal if nothing was trained since."""
+    """Every training below the folder, and when its last epoch was saved: unchanged if nothing was trained again."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("last.pt")}
 
 
 def refused(action: Callable[[], Any]) -> str:
-    """The text of the `InputError` that stopped it, which is one line."""
+    """The text of the `InputError` that the call raises; it must be one line."""
     with pytest.raises((InputError, RuntimeError)) as caught:
         action()
     error: BaseException | None = caught.value
@@ -307,7 +307,7 @@ def ranking_of(folder: str | Path) -> pd.DataFrame:
 
 
 def next_command(folder: str | Path) -> tuple[str, dict[str, Any]]:
-    """The config that a ranking says to run next, and the options as the command line reads them."""
+    """The config that a ranking recommends to run next, and its options as the command line reads them."""
     words = shlex.split(read_json(Path(folder) / "ranking.json")["command"])
     assert words[:5] == ["python", "-m", "monai.bundle", "run", "--config_file"]
     given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}

@@ -37,27 +37,27 @@ def vectors(shared_data):
 
 @pytest.fixture
 def no_determinism_left_behind():
-    """A bundle run in this process makes torch deterministic, which other tests need not be."""
+    """A bundle that runs in this process makes torch deterministic; this is undone for other tests."""
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
 def collection(tmp_path_factory) -> Path:
-    """Two institutions of ten synthetic patients: four to train on, the fewest that a verdict takes."""
+    """Two institutions with ten synthetic patients each. Four are for training, the minimum for a verdict."""
     folder = tmp_path_factory.mktemp("phantom") / "collection"
     return generate_phantom(folder, institutions=["14", "17"], subjects=10, n_jobs=1, progress=False)
 
 
 @pytest.fixture(scope="session")
 def kept(tmp_path_factory) -> Path:
-    """Where pre-trained networks and phantom tasks are kept, made by the first test that needs them."""
+    """The folder of pre-trained networks and phantom tasks; the first test that needs one makes it."""
     return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
 def places(collection, kept, tmp_path, monkeypatch) -> dict[str, str]:
-    """Where a bundle finds its data and its pool, and where it writes."""
+    """The options that say where a bundle finds its data and its pool, and where it writes."""
     monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(kept / "cache"))
     pool, out = kept / "pool", tmp_path / "out"
     return {"collection": str(collection), "source_dir": str(pool), "output_dir": str(out)}
@@ -71,7 +71,7 @@ def options(places) -> dict[str, str]:
 
 @pytest.fixture
 def mnist(tmp_path) -> Callable[..., str]:
-    """Writes MedMNIST files of noise whose brightness is the class, other noise for another name."""
+    """Writes MedMNIST files of noise; the brightness shows the class. Another name gives other noise."""
 
     def write(name: str = "tinymnist", **how) -> str:
         np.savez(tmp_path / f"{name}.npz", **mnist_arrays(seed=list(name.encode()), **how))
@@ -82,7 +82,7 @@ def mnist(tmp_path) -> Callable[..., str]:
 
 @pytest.fixture
 def in_this_process(monkeypatch) -> list[Path]:
-    """Trainings run in this process, for speed; the folders of those that ran."""
+    """Run trainings in this process, for speed; gives the folders of those that ran."""
     trained: list[Path] = []
 
     def run_here(waiting, **how):
@@ -97,7 +97,7 @@ def in_this_process(monkeypatch) -> list[Path]:
 
 @pytest.fixture
 def whole_run(kept, places, in_this_process) -> Callable[[Bundle], Path]:
-    """The folder of a bundle's ``train.json`` with nothing left out, run once; beside it what was printed."""
+    """The results folder of a bundle's complete ``train.json``, which runs once; the output is stored beside it."""
 
     def run(bundle: Bundle) -> Path:
         folder = kept / "_".join([bundle.name, *bundle.whole]).replace("#", "_")  # which MONAI reads as ::
@@ -112,7 +112,7 @@ def whole_run(kept, places, in_this_process) -> Callable[[Bundle], Path]:
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """A test fails when a training begins that is not done."""
+    """A test fails if a new training begins."""
 
     def run_none(waiting, **how):
         if not all(job.done for job in waiting):

@@ -1,4 +1,4 @@
-"""Random inputs of tests: the same at every run, so that a test passes or fails by the code alone.
+"""Random inputs of tests. They are the same at every run, so only the code decides if a test passes.
 
 What a test claims must hold for other inputs as well: ``MEDTL_TEST_SEED=random pytest`` draws others, and prints the
 number that repeats them (``MEDTL_TEST_SEED=1234``) with each test that fails.
@@ -28,7 +28,7 @@ def numpy_generator() -> np.random.Generator:
 
 
 def seed_torch() -> None:
-    """What is drawn without a generator is the same at every run too, whatever ran before."""
+    """Draws without a generator are also the same at every run; they do not depend on other tests."""
     torch.manual_seed(zlib.crc32(f"{RUN_SEED}, {_test()}".encode()))
 
 

@@ -1,4 +1,4 @@
-"""What all bundles promise: files, the same twice, one line for bad input, going on when killed; configs that agree."""
+"""Tests of all bundles: files, equal results of two runs, one line for bad input, continuing after a kill, configs."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_a_ranking_has_every_score_of_every_source(bundle, known, counted, said,
 @pytest.mark.parametrize("bundle", [*RUN_HERE, SEQUENTIAL], ids=name_of)
 def test_a_second_run_gives_the_same_and_trains_nothing(bundle, whole_run, options, in_this_process):
     first, again = whole_run(bundle), Path(options["output_dir"])
-    if trainings(first):  # what it trains is in its own folder
+    if trainings(first):  # its trainings are in its own folder
         shutil.copytree(first, again)
     trained, before = list(in_this_process), trainings(again)
     bundle.run(**options | bundle.whole)
@@ -135,7 +135,7 @@ STEPS = list(range(1, 9))
 
 @SCORED
 def test_curves_have_the_loss_and_the_validations_only(bundle, score, options):
-    """The scoring of validation and test patients after the training is no point of a curve."""
+    """The final scores of validation and test patients are not points of a curve."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     bundle.run("scratch", **options | FOUR_EPOCHS)
@@ -177,10 +177,10 @@ def study(bundle: Bundle, options: dict[str, str], **settings: Any) -> Path:
 
 
 def plant(metrics: Path, **dice: float) -> None:
-    """Dice of each split, in place of what the training reached; these networks are too small to find anything."""
+    """Replace the Dice of each split, because these networks are too small to find anything."""
     table = pd.read_csv(metrics)
     table.assign(dice=table["split"].map(dice)).to_csv(metrics, index=False)
-    metrics.with_name(".run.sums").unlink()  # by which a job whose tables were changed is scored again
+    metrics.with_name(".run.sums").unlink()  # otherwise the job with changed tables would be scored again
 
 
 def test_a_study_is_of_the_test_patients_and_is_continued(options, in_this_process):
@@ -247,7 +247,7 @@ def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, i
 
 
 def test_the_best_of_several_trainings_is_that_of_validation(tmp_path):
-    """And its worth that of the test patients."""
+    """Its Dice is that of the test patients."""
     rows = pd.DataFrame({"method": "full", "seed": 0, "split": ["val", "test"], "subject": ["a", "b"], "class": "ED"})
     jobs = []
     for name, dice in {"first": [0.3, 0.9], "second": [0.8, 0.1], "third": [0.8, 0.7]}.items():
@@ -344,7 +344,7 @@ def test_the_command_line_shows_one_line_and_no_traceback(bundle, wrong, said, o
     ids=name_of,
 )
 def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
-    """From the repository root, from inside the bundle and from another folder; on a copy, where results go as well."""
+    """From the root of the repository, inside the bundle and from another folder; on a copy, which gets the results."""
     root = tmp_path / "bundles" / bundle.name
     shutil.copytree(bundle.root, root, ignore=shutil.ignore_patterns("eval", "sources"))
     (tmp_path / cwd).mkdir(exist_ok=True)
@@ -403,7 +403,7 @@ CONFIGS = [path for bundle in ALL for path in sorted(bundle.configs.glob("*.json
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parts[-3]} {path.stem}")
 def test_a_run_is_of_steps_that_are_one_verb_of_an_object(path):
-    """It begins with whose folder it is, and ends with the report and where the results are."""
+    """It begins by claiming its folder, and ends with the report and the place of the results."""
     steps = json.loads(path.read_text()).get("run", [])
     said = path.name == "inference.json" and steps[-1].startswith("$print(")  # where the results are
     assert [step for step in steps[: len(steps) - said] if not VERB.fullmatch(step) or len(step) > 120] == []
@@ -443,7 +443,7 @@ def test_inference_prepares_images_as_training_did(bundle):
 
 @pytest.mark.parametrize("bundle", ALL, ids=name_of)
 def test_the_overlay_of_mlflow_changes_nothing_that_a_run_computes(bundle):
-    """Else sources would be trained again for it, and a run be taken for another."""
+    """Otherwise sources would be trained again, and a run would not recognise its own folder."""
     plain, tracked = (bundle.workflow(*overlays).parser.get() for overlays in ((), ("mlflow",)))
     assert identity(tracked) == identity(plain)
 
@@ -492,7 +492,7 @@ def differing(config: str, bundles: list[Bundle]) -> set[str]:
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values of a config's innermost parts; objects in a list go by what they are, and by their order."""
+    """Keys and values of a config's innermost parts; objects in a list are identified by class and order."""
     if isinstance(value, dict) and value:
         for name, part in value.items():
             yield from leaves(part, f"{key}#{name}".lstrip("#"))

@@ -1,4 +1,4 @@
-"""Tasks, and the collection file: what it accepts, what it refuses, and what is derived from it."""
+"""Tasks and the collection file: what is accepted, what is refused, and what is computed from it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TestCollection:
         assert [item["subject"] for item in collection.datalist(Task("13-T1-ED"), "test")] == ["c"]
 
     def test_one_named_patient_gives_every_subject_a_patient(self, content, load):
-        """Tasks of two institutions may be trained on together: their items need the same keys."""
+        """Tasks of two institutions may be used in one training, so their items need the same keys."""
         content["subjects"].append(subject("a-later", patient="a"))
         tasks = ("13-T1-ED", "St-Olav-FLAIR-WMH")
         patients = [[item["patient"] for item in load(content).datalist(task, "train")] for task in tasks]
@@ -164,7 +164,7 @@ class TestSplitsThatAreDrawn:
 
 
 class TestChannels:
-    """Tasks of several channels, from a file each or from one that holds them all."""
+    """Tasks of several channels: one file per channel, or one file for all."""
 
     @pytest.fixture
     def content(self, content):
@@ -218,7 +218,7 @@ NAMES += ["a\u2028b"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_no_name_of_a_file_is_refused_at_its_place(content, load, name):
-    """Names become folders, tables, pages and options, and a collection may be somebody else's."""
+    """Names are used for folders, tables, pages and options, and a collection may come from a stranger."""
     changes = {
         "id": lambda content: content["subjects"][0].update(id=name),
         "institution": lambda content: content["subjects"][0].update(institution=name),

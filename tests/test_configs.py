@@ -1,4 +1,4 @@
-"""What our own configs may evaluate and build: MONAI runs both without asking."""
+"""What our own configs may evaluate and build; MONAI does both without asking."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ def parts(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def faults(content: dict[str, Any]) -> list[str]:
-    """Expressions with a name that is neither theirs nor on the lists, and targets from elsewhere."""
+    """Expressions with a name that is neither their own nor on the lists, and targets that are not on the lists."""
     found, names = [], set(NAMES)
     for key, value in parts(content):
         if not isinstance(value, str):

@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, files, message):
         load_image_folder(tmp_path)
 
 
-# So many images per class
+# A number of images per class
 
 
 def dataset(counts, subjects=None):
@@ -296,7 +296,7 @@ def test_three_modalities_are_a_colour_image(phantom):
     colour = load_medmnist(phantom_classification("17-T2+T1+FLAIR-tumour", collection=phantom))
     for place, modality in enumerate(("T2", "T1", "FLAIR")):
         grey = load_medmnist(phantom_classification(f"17-{modality}-tumour", collection=phantom))
-        if place == 0:  # which says what slices are usable
+        if place == 0:  # the label says which slices can be used
             assert (colour.images[..., 0] == grey.images).all()
         first = colour.datalist("train", channels=3)[0]["image"][place]
         assert first.shape == grey.datalist("train")[0]["image"][0].shape

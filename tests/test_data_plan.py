@@ -1,4 +1,4 @@
-"""The plan of a grid from images: each choice with its reason, and what the grid leaves of labels."""
+"""The plan of a grid from images: each choice with its reason, and how much of the labels survives."""
 
 import json
 from pathlib import Path
@@ -132,11 +132,11 @@ def step_all(item, grid):
 
 
 class TestFlips:
-    """Along which a mirrored image is as like the others as they are to each other."""
+    """Axes along which a mirrored image is as similar to the other images as they are to each other."""
 
     @staticmethod
     def bodies(folder, *sided, places=(8, 8)):
-        """Images of a ball in noise, in the middle but for the axes given, along which it is at these places."""
+        """Images of a ball in noise. It is in the middle, except along the given axes, where it is at these places."""
         rng, items = np.random.default_rng(0), []
         for number, place in enumerate(places):
             centre = [place if axis in sided else 15.5 for axis in range(3)]
@@ -197,7 +197,7 @@ class TestIntensities:
 
 class TestCeiling:
     def test_against_a_recomputation_without_resampling(self, tmp_path):
-        """Every second voxel: each coarse voxel stands for what is nearest to it."""
+        """Every second voxel is kept: each coarse voxel represents the voxels nearest to it."""
         rng = np.random.default_rng(3)
         label = (ndimage.gaussian_filter(rng.normal(size=(32, 32, 24)), 2) > 0.1).astype(np.uint8)
         label[30, 30, 22] = 1  # a part of one voxel
@@ -310,7 +310,7 @@ def test_inference_wants_the_grid_of_the_training(tmp_path):
 
 
 def test_healthy_files_only(tmp_path):
-    """A file that is no image is named when a grid is planned from it."""
+    """If a grid is planned from a file that is no image, the error names the file."""
     item = saved(tmp_path, "a")
     Path(item["image"]).write_bytes(b"expected an image")
     with pytest.raises(InputError, match=r"a\.nii\.gz"):
@@ -325,7 +325,7 @@ def test_collection_of_one_test_patient_plans_from_it(tmp_path):
 
 
 def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
-    """Two patients of 1 mm slices with a plate of 1 mm each, three of 4 mm: the median is 4 mm."""
+    """Two patients have slices of 1 mm and a plate of 1 mm, three have slices of 4 mm: the median is 4 mm."""
     subjects = []
     for number in range(5):
         shape, sizes = ((24, 24, 32), (1, 1, 1)) if number < 2 else ((24, 24, 8), (1, 1, 4))
@@ -342,7 +342,7 @@ def test_the_check_warns_of_a_planned_grid_that_loses_much(tmp_path, capsys):
 
 
 def test_a_network_of_ours_keeps_the_grid_that_it_has_seen(hippocampus, tmp_path):
-    """Fine-tuned or scored on other patients, it is not given images of another spacing."""
+    """A network gets images of its own spacing, also when it is fine-tuned or scored on other patients."""
     torch.save({}, tmp_path / "model.pt")
     (tmp_path / "card.json").write_text('{"checkpoint": "model.pt"}')
     planned([saved(tmp_path, "a")], spacing=[1, 1, 2], roi_size=[48, 32]).write(tmp_path / "grid.json")

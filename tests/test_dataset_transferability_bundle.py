@@ -1,4 +1,4 @@
-"""What is particular to the bundle dataset_transferability: rankings, own models, real files, what it refuses."""
+"""Tests of the bundle dataset_transferability only: rankings, own models, real files, and refused input."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of every format, by the reader of the bundles' configs and by what writes segmentations beside them."""
+"""Files of every format: reading them as the bundles' configs do, and writing segmentations of the same format."""
 
 import locale
 from pathlib import Path
@@ -38,7 +38,7 @@ def by_itk(itk, path, voxels):
 
 
 def series(itk, folder, *, places=range(5), uid="1.2.3"):
-    """A DICOM series, a slice at each place."""
+    """A DICOM series with a slice at each place."""
     before = locale.setlocale(locale.LC_ALL)
     for place in places:
         image = itk.image_from_array(np.ascontiguousarray(VOLUME[..., place].T))
@@ -160,7 +160,7 @@ class TestReading:
 
 
 def broken(folder):
-    """Names as a datalist has them, and what is said of each."""
+    """Names as in a datalist, and the expected error of each."""
     nib.save(nib.Nifti1Image(VOLUME, AFFINE), folder / "v.nii")
     nib.save(nib.Nifti1Image(VOLUME[1:], AFFINE), folder / "small.nii")
     nib.save(nib.Nifti1Image(VOLUME, AFFINE + 0.5), folder / "shifted.nii")
@@ -193,7 +193,7 @@ def broken(folder):
 
 
 def test_a_shape_is_that_of_what_is_read(tmp_path, itk):
-    """Of NIfTI without reading its voxels: here the file ends after its header."""
+    """For NIfTI the voxels are not read: here the file ends after its header."""
     nib.save(nib.Nifti1Image(VOLUME, AFFINE), tmp_path / "v.nii")
     nib.save(nib.Nifti1Image(VOLUME[..., 0], AFFINE), tmp_path / "flat.nii.gz")
     nib.save(nib.Nifti1Image(np.stack([VOLUME, VOLUME], -1), AFFINE), tmp_path / "two.nii.gz")
@@ -234,7 +234,7 @@ def test_a_series_is_whole_and_one(itk, tmp_path, make, message):
 
 
 class TestWriting:
-    """A segmentation is of the format, size and affine of the image it is of."""
+    """A segmentation has the format, size and affine of its image."""
 
     def written(self, folder, file, *, channels=1, **item):
         names = [f"{folder / file}#{number}/{channels}" for number in range(channels)]
@@ -383,7 +383,7 @@ class TestNearIdentical:
         assert list(near_identical([image, image], ["p", "p"])) == []
 
     def test_what_all_images_share_does_not_count(self):
-        """Photographs through a round opening."""
+        """Photographs taken through a round opening."""
         opening = np.hypot(*np.mgrid[-1:1:64j, -1:1:64j]) < 0.9
         images = [(opening * (200 + 25 * np.kron(RNG.random((8, 8)), np.ones((8, 8)))))[..., None] for _ in range(12)]
         thumbnails = [thumbnail(image) for image in images]

@@ -1,4 +1,4 @@
-"""Segmentations and maps lie on the image they belong to: oblique, permuted, flipped and anisotropic."""
+"""Segmentations and maps lie on their image: oblique, permuted, flipped and anisotropic."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def obliquely(image: nib.Nifti1Image) -> nib.Nifti1Image:
 
 @pytest.fixture(scope="module")
 def oblique(tmp_path_factory) -> Path:
-    """A collection of one patient a split, every file of which was stored obliquely."""
+    """A collection with one patient per split; all files are stored obliquely."""
     how = {"n_jobs": 1, "progress": False}
     path = generate_phantom(tmp_path_factory.mktemp("oblique") / "data", institutions=["17"], subjects=3, **how)
     for file in path.parent.rglob("*.nii.gz"):
@@ -57,7 +57,7 @@ PIXELWISE = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2,
 
 
 def finds_what_is_above(threshold: float, folder: Path, steep: float = 1.0) -> str:
-    """Weights of a network that finds what is brighter than a threshold."""
+    """Weights of a network that segments everything brighter than a threshold."""
     weights = {"weight": torch.tensor([0.0, steep]).reshape(2, 1, 1, 1), "bias": torch.tensor([0, -steep * threshold])}
     torch.save(weights, folder / "bright.pt")
     return str(folder / "bright.pt")
@@ -65,7 +65,7 @@ def finds_what_is_above(threshold: float, folder: Path, steep: float = 1.0) -> s
 
 @pytest.fixture(scope="module")
 def pair(oblique, tmp_path_factory) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    """An image, and its segmentation by a network that finds what is bright."""
+    """An image, and its segmentation by a network that segments bright voxels."""
     folder = tmp_path_factory.mktemp("segmented")
     image = oblique.parent / "17-000" / "T2.nii.gz"
     options = {"ckpt": finds_what_is_above(0.7, folder), "network_def": PIXELWISE, "output_dir": str(folder)}
@@ -117,7 +117,7 @@ SIZES = (0.8, 1.0, 1.5)  # of a voxel, along the file's axes
 
 @pytest.fixture(scope="module", params=["upright", "tilted"])
 def fine(request, tmp_path_factory) -> Path:
-    """One test patient of half the grid's voxel size, with a label only in the planes that the grid sees."""
+    """One test patient with voxels of half the grid's size; its label is only in the planes that the grid samples."""
     folder = tmp_path_factory.mktemp(request.param)
     image = ndimage.gaussian_filter(np.random.default_rng(3).random((33, 41, 9)), (2, 2, 1))
     image = (image - image.min()) / np.ptp(image)
@@ -138,7 +138,7 @@ def one_patient(folder: Path, ending: str) -> Path:
 
 
 def without_normalisation(bundle: Bundle, config: str, key: str) -> dict:
-    """The transforms but for that of intensities: the network takes what is in the file."""
+    """The transforms without that of intensities: the network gets the values of the file."""
     steps = bundle.content(config)
     for part in key.split("#"):
         steps = steps[part]
@@ -147,7 +147,7 @@ def without_normalisation(bundle: Bundle, config: str, key: str) -> dict:
 
 @pytest.mark.parametrize(("bundle", "how"), [(RISK_MAP, "zero_shot"), (RISK_MAP, "evaluate"), (SEQUENTIAL, "evaluate")])
 def test_dice_is_measured_in_the_patients_own_space(bundle, how, fine, tmp_path):
-    """Probabilities of averages of two voxels, interpolated linearly to the file's own, against the label as it is."""
+    """Dice of the label in the file and of probabilities, averaged over two voxels and interpolated to its grid."""
     given = finds_what_is_above(THRESHOLD, tmp_path, STEEP)
     right, back, up = (2 * SIZES[place] for place in (1, 0, 2))  # of the grid, which is RAS
     grid = {"spacing": [right, back, up], "roi_size": [28, 24], "network_def": PIXELWISE}
@@ -256,7 +256,7 @@ def test_a_label_goes_to_the_grid_and_back(stored):
 
 
 def train(method: str, oblique: Path, folder: Path) -> Path:
-    """A run of risk_map on the one training patient; where it left its maps."""
+    """Runs risk_map on the only training patient; returns the folder of its maps."""
     source = BasicUNet(2, 1, 2, features=[4] * 6, norm=("BATCH", {}), act=("RELU", {}))
     torch.save(source.state_dict(), folder / "source.pt")
     asked = {"collection": str(oblique), "source": str(folder / "source.pt")}
@@ -266,14 +266,14 @@ def train(method: str, oblique: Path, folder: Path) -> Path:
 
 
 def patient(oblique: Path) -> tuple[str, nib.Nifti1Image]:
-    """Name and label of the one patient that is trained on; oedema is 1 in it."""
+    """Name and label of the only training patient; oedema has value 1."""
     subjects = json.loads(oblique.read_text())["subjects"]
     (name,) = [subject["id"] for subject in subjects if subject["split"] == "train"]
     return name, nib.load(oblique.parent / name / "tumour.nii.gz")
 
 
 def is_the_grid_of(map_: nib.Nifti1Image, image: nib.Nifti1Image) -> None:
-    """The image's own axes, turned to the nearest of RAS, at the spacing that was asked for, around its centre."""
+    """The image's own axes, turned to the nearest axes of RAS, with the requested spacing, around its centre."""
     canonical = nib.as_closest_canonical(image).affine
     np.testing.assert_allclose(voxel_sizes(map_.affine), SPACING, atol=1e-4)
     cosines = [affine[:3, :3] / voxel_sizes(affine) for affine in (map_.affine, canonical)]
@@ -283,7 +283,7 @@ def is_the_grid_of(map_: nib.Nifti1Image, image: nib.Nifti1Image) -> None:
 
 
 def at(map_: nib.Nifti1Image, points: np.ndarray) -> np.ndarray:
-    """Values of a map at points in mm; points outside of it are left out."""
+    """Values of a map at points in mm; points outside the map are left out."""
     places = apply_affine(np.linalg.inv(map_.affine), points).round().astype(int)
     places = places[((places >= 0) & (places < map_.shape)).all(axis=1)]
     return map_.get_fdata()[tuple(places.T)]

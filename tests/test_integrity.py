@@ -1,4 +1,4 @@
-"""The integrity check finds every kind of damage, says what to do, and stays silent on sound data."""
+"""The integrity check finds every kind of damage, says what to do, and reports nothing on sound data."""
 
 import gzip
 import os
@@ -35,7 +35,7 @@ def image(seed):
 
 
 def label(dtype=np.uint8, **changes):
-    """ED (1) and ET (2), or other values of them, and of the background's first voxel."""
+    """A label with ED (1) and ET (2); the value of ET and of the first background voxel can be changed."""
     values = np.zeros(SHAPE, dtype=dtype)
     values[3:6, 3:6, 2:4] = 1
     values[4, 4, 3] = changes.get("et", 2)
@@ -45,7 +45,7 @@ def label(dtype=np.uint8, **changes):
 
 @pytest.fixture
 def collection(tmp_path):
-    """Two training subjects and one each to validate and test, all sound."""
+    """Two training subjects, one for validation and one for test, all sound."""
     subjects = []
     for number, split in enumerate(("train", "train", "val", "test")):
         name = f"s{number}"
@@ -135,7 +135,7 @@ def test_one_issue(collection, tmp_path, name, voxels, shift, expected):
 
 
 def as_scaled_int16(voxels):
-    """As tools store a mask when they keep its range: read back, 1 is 0.99998."""
+    """Some tools store a mask with a scale: when it is read, 1 is 0.99998."""
     voxels = nibabel.Nifti1Image((voxels * 32767 / 2).astype(np.int16), np.diag([-2.0, 2, 4, 1]))
     voxels.header.set_slope_inter(2 / 32768, 0)
     return voxels
@@ -189,7 +189,7 @@ def test_duplicate_patients(collection, tmp_path, twin, severity):
 
 
 def header(path, place, numbers, kind="<f"):
-    """Numbers in the header of a file, where a tool or a broken disk left others."""
+    """Changes numbers in a file's header, as a faulty tool or disk does."""
     content = bytearray(gzip.decompress(path.read_bytes()))
     for number, value in enumerate(numbers):
         struct.pack_into(kind, content, place + number * struct.calcsize(kind), value)
@@ -342,7 +342,7 @@ class TestPictures:
 class TestSizes:
     @staticmethod
     def resize(tmp_path, subject, sizes, turned=False):
-        """All files of a subject get voxels of this size; turned, they are stored along other axes."""
+        """Gives all files of a subject voxels of this size; if turned, they are stored along other axes."""
         for name in ("T1", "T2", "tumour"):
             path = tmp_path / subject / f"{name}.nii.gz"
             save(path, np.asanyarray(nibabel.load(path).dataobj), sizes=sizes)

@@ -28,7 +28,7 @@ SITES = ("13", "17", "I1", "S")
 
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
-    """Three subjects at each of four sites, made two at a time."""
+    """Three subjects at each of four sites, made by two processes."""
     folder = tmp_path_factory.mktemp("phantom") / "made"
     return generate_phantom(folder, institutions=SITES, subjects=3, n_jobs=2, progress=False)
 
@@ -170,7 +170,7 @@ def test_a_protocol_shifts_the_signal_of_a_tissue():
 
 
 def character(made):
-    """Ratios of a subject's images that do not depend on its anatomy, and how grainy each image is."""
+    """Ratios of a subject's images that do not depend on its anatomy, and the noise of each image."""
     white, fluid, grey = ndimage.binary_erosion(made["tissue"] == 3), made["tissue"] == 1, made["tissue"] == 2
     values = []
     for image in (made[modality] for modality in MODALITIES):
@@ -263,7 +263,7 @@ def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, interrupti
             raise interruption
         under_way.add(path)
         failed.wait(10)
-        time.sleep(0.3)  # others are still writing when one fails
+        time.sleep(0.3)  # other processes are still writing when one fails
         write(path, values)
         under_way.remove(path)
 

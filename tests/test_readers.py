@@ -1,4 +1,4 @@
-"""Every reader against a tree with the documented layout, and against the ways such trees break."""
+"""Every reader, on a folder with the documented layout and on damaged ones."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ SEVENTH = "imagesTr/prostate_02_0007.nii.gz"
 
 
 def save(path, values=None, shape=SHAPE):
-    """An image, or with ``values`` a label that holds all of them, different for every path."""
+    """Save an image, or with ``values`` a label that holds all of them; every path gives other voxels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(int(hashlib.sha256(str(path).encode()).hexdigest()[:8], 16))
     voxels = random.normal(100, 20, shape).astype(np.float32)
@@ -38,7 +38,7 @@ def save(path, values=None, shape=SHAPE):
 
 
 def picture(path, *values, colour=False):
-    """A picture of noise or, with ``values``, a mask that holds all of them and 0: numbers, or colours."""
+    """Save a picture of noise or, with ``values`` (numbers or colours), a mask that holds all of them and 0."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(len(str(path)))
     pixels = random.integers(0, 256, (6, 5, 3) if colour else (6, 5))
@@ -54,7 +54,7 @@ def write(path, content):
 
 
 def edit(path, **changes):
-    """Change keys of a JSON file, or take them out (None)."""
+    """Change keys of a JSON file, or remove them (None)."""
     content = json.loads(path.read_text()) | changes
     write(path, {key: value for key, value in content.items() if value is not None})
 
@@ -64,7 +64,7 @@ def listed(**changes):
 
 
 def tabled(change):
-    """Change the table as a function of its frame does."""
+    """Change the table by a function of its data frame."""
     return lambda root: change(pd.read_csv(root / "liste.csv", sep=";")).to_csv(root / "liste.csv", index=False)
 
 
@@ -77,7 +77,7 @@ def lost(pattern):
 
 
 def saved(*names, **options):
-    """Save more files, or others in place of those of the same pattern."""
+    """Save more files, or replace the files that match a pattern."""
 
     def change(root):
         for name in names:
@@ -145,7 +145,7 @@ def msd(root):
 
 
 def datalist(root):
-    """One file a modality in a folder of its own, as MONAI's own lists for BraTS have it; three sections."""
+    """A folder per case with one file per modality, as in MONAI's lists for BraTS; three sections."""
     content = {"labels": {"core": 1, "oedema": 2}, "modality": ["FLAIR", "T1 Gd"]}
     for number, section in enumerate(("training", "training", "validation", "test")):
         for name, values in (("flair", None), ("t1ce", None), ("seg", (1, 2))):
@@ -217,12 +217,12 @@ TREES = {
     "folders": (folders, "images", {"values": {"a": 1, "b": 2}}, "Dataset005_Prostate-grey-b", 4, [[2]], [FOLDER]),
     "csv": (table, "csv", {"labels": {"lesion": 1}}, "St-Olav-FLAIR-lesion", 4, [[1]], ["St-Olav"]),
 }
-FOLDERS = [name for name in TREES if name in ("fets", "brats2020", "brats2023", "iseg", "wmh")]  # told by names alone
+FOLDERS = ["fets", "brats2020", "brats2023", "iseg", "wmh"]  # recognised by file names only
 
 
 @pytest.fixture
 def make(tmp_path):
-    """Make a tree, below a folder with spaces and characters that are not ASCII."""
+    """Make a dataset below a folder with spaces and characters that are not ASCII."""
 
     def build(name):
         root = tmp_path / "données d'été 数据" / FOLDER
@@ -299,7 +299,7 @@ class TestEveryReader:
         assert victim.id in str(reading)
 
     def test_a_lost_image_is_said(self, make, name):
-        if name == "bids":  # does not say which modalities there should be
+        if name == "bids":  # BIDS does not say which modalities are expected
             return
         root = make(name)
         victim = read(name, root).collection.subjects[0]
@@ -345,7 +345,7 @@ class TestTreesOfNames:
     def test_extra_files(self, tree, name):
         root, victim = tree
         folder = next(iter(victim.images.values())).parent.parent
-        save(folder / "W39_1998.09.19_Segm.nii", (1, 2))  # so is a label of BraTS 2020 called
+        save(folder / "W39_1998.09.19_Segm.nii", (1, 2))  # the name of a label in BraTS 2020
         save(folder / ".hidden_t1.nii.gz")
         save(folder / ".hidden/t1.nii.gz")
         (folder / "notes.txt").write_text("not an image")
@@ -443,7 +443,7 @@ class TestInfants:
         assert "no image T1|kept without it" in second
 
     def test_a_last_axis_of_length_one(self, make):
-        """As the challenge stores it: 144 x 192 x 256 x 1."""
+        """The challenge stores images as 144 x 192 x 256 x 1."""
         root = make("iseg")
         for path in root.rglob("*.img"):
             save(path, (10, 150, 250) if "label" in path.name else None, shape=(*SHAPE, 1))
@@ -508,7 +508,7 @@ class TestLists:
         assert "LeftAtrium-T1-LA" in map(str, reading.collection.tasks())
 
     def test_channels_of_one_file(self, make):
-        """As in the Decathlon's brain tumours: 4D, the channels along the last axis."""
+        """Brain tumours of the Decathlon are 4D, with the channels along the last axis."""
         root = make("msd")
         saved("imagesTr/*", shape=(*SHAPE, 3))(root)
         edit(root / "dataset.json", modality={"1": "T1w", "0": "FLAIR", "2": "T2w"})
@@ -538,12 +538,12 @@ class TestNnUNet:
 
     @pytest.mark.parametrize("ending", [".png", ".PNG", ".bmp", ".tif", ".nrrd"])
     def test_every_format_that_is_read(self, tmp_path, ending):
-        """Whether a format can be read is the business of who reads it."""
+        """The reader accepts every format; the data check says if one cannot be read."""
         root = tmp_path / "Dataset007_Skin"
         for name in ("imagesTr/a_0000", "imagesTr/a_0001", "labelsTr/a", "imagesTs/b_0000", "imagesTs/b_0001"):
             picture(root / f"{name}.png", *([1] if "labels" in name else []))
             (root / f"{name}.png").rename(root / f"{name}{ending}")
-        save(root / "imagesTr/a_0000.nii.gz")  # of another format than the dataset's
+        save(root / "imagesTr/a_0000.nii.gz")  # not the format of the dataset
         labels = {"background": 0, "lesion": 1}
         write(root / "dataset.json", {"channel_names": {"0": "A", "1": "B"}, "labels": labels, "file_ending": ending})
         reading = read("nnunet", root, split=[1, 0, 0])
@@ -611,11 +611,11 @@ class TestBids:
 
 
 class TestImages:
-    """Which image a mask is of, and what its values mean, is told by all files together, or asked."""
+    """All files together tell which image a mask belongs to and what its values mean; otherwise the user is asked."""
 
     @pytest.fixture
     def make(self, tmp_path):
-        """Pictures: what they are called, and a mask's values; ``{}`` stands for six numbers, some within others."""
+        """Save pictures with these names and mask values; ``{}`` is replaced by each of six numbers."""
 
         def build(images="{}.png", masks="{}_mask.png", values=(255,), colour=False, folders=("images", "labels")):
             root = tmp_path / "Eyes"
@@ -792,7 +792,7 @@ class TestImages:
     [
         ("p1 p2", "p1 p2 p1_2", "p1:p1 p2:p2", "p1_2"),  # the mask of a lost image
         ("p1 p2 p3", "p1_m p2_m p3_old", "p1:p1_m p2:p2_m", "p3_old"),  # one pair teaches nothing
-        ("p1", "p1_m", "p1:p1_m", ""),  # unless it is all there is
+        ("p1", "p1_m", "p1:p1_m", ""),  # except if it is the only pair
         ("p1 p2 p3 p4", "p1 p2 p3_m p4_m", "p1:p1 p2:p2 p3:p3_m p4:p4_m", ""),
         ("p1 p2 p3 p4 p5", "p1_m p2_m p3_m p4_s p5_s", "p1:p1_m p2:p2_m p3:p3_m p4:p4_s p5:p5_s", ""),
         ("p1 p2 p1_2", "p1_m p2_m p2_2_m", "p1:p1_m p2:p2_m", "p2_2"),
@@ -928,7 +928,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, make, name, change
 
 
 class TestMedMNIST:
-    """One file of arrays: what is written says where it lies and what its classes are called."""
+    """One file of arrays: the JSON file says where it is and how its classes are called."""
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -938,7 +938,7 @@ class TestMedMNIST:
     def test_is_read_as_it_is(self, folder, capsys):
         out, csv = folder / "lungs.json", folder / "counts.csv"
         words = ["read", "medmnist", "--root", str(folder), "--out", str(out), "--csv", str(csv)]
-        for _ in range(2):  # what it wrote itself is replaced
+        for _ in range(2):  # its own file may be replaced
             assert main([*words, "--labels", "healthy=0", "ill=1"]) == 0
         assert "12 grey images of 28 x 28" in capsys.readouterr().out
         dataset = load_classification(out)
@@ -981,7 +981,7 @@ class TestMedMNIST:
 class TestCommandLine:
     @pytest.fixture
     def words(self, make):
-        """The words of a command that reads a tree."""
+        """The words of a command that reads a dataset."""
 
         def build(name, *more):
             root = make(name)

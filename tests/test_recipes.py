@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning: each does what it says, goes on where it was interrupted, and the next overlay undoes it."""
+"""Recipes of fine-tuning: each does what it says, continues after an interruption, and the next overlay undoes it."""
 
 import copy
 import re
@@ -55,7 +55,7 @@ def moved(before, after):
 
 @pytest.mark.parametrize("recipe", TRAINED)
 def test_the_next_overlay_undoes_a_recipe(recipe):
-    """An audit lays its arms over the run that it belongs to."""
+    """An audit adds the overlays of its arms to the run that it belongs to."""
     alone, after = RISK_MAP.workflow("full"), RISK_MAP.workflow(recipe, "full")
     assert identity(after.parser.get()) == identity(alone.parser.get())
     assert identity(RISK_MAP.workflow(recipe).parser.get()) != identity(alone.parser.get())
@@ -153,7 +153,7 @@ def test_joint_training_sees_as_many_slices_of_the_source_with_the_classes_of_it
 
 
 class Backwards(nn.Module):
-    """Its layers are named, and stand, in another order than they run; one never does."""
+    """Its layers are named and listed in another order than they run; one never runs."""
 
     def __init__(self):
         super().__init__()
@@ -278,7 +278,7 @@ def test_weights_are_pulled_towards_the_start_and_the_head_towards_zero():
 
 
 def features(network, images):
-    """What goes into the head of `unet`, computed once more."""
+    """The input of the head of `unet`, computed again."""
     seen = []
     handle = network.final_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network(images)
@@ -322,7 +322,7 @@ def test_a_penalty_on_features_is_what_it_says_and_makes_them_smaller(recipe, me
 
 
 def test_the_point_on_the_way_that_validation_likes_is_kept_also_after_an_interruption(tmp_path):
-    """Killed while it looks for it, and once more when it has found it, it finds the same: halfway."""
+    """Killed during the search and again after it, the run finds the same point: halfway."""
     network, state = unet(), SimpleNamespace(epoch=1, metrics={"dice": 0.5}, key_metric_name="dice")
     start, scores = copy.deepcopy(network.state_dict()), iter([0.6, KeyboardInterrupt, *[0.6, 0.7, 0.8, 0.8, 0.1] * 2])
 

@@ -1,4 +1,4 @@
-"""What is particular to the bundle risk_map: its methods, its weight maps, whose folder it is, inference, bad data."""
+"""Tests of the bundle risk_map only: its methods, weight maps, output folders, inference and bad data."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
 
 @pytest.fixture(scope="session")
 def source(collection, tmp_path_factory) -> Path:
-    """A source network that has learnt a little, by the bundle's own pre-training."""
+    """A source network after a short pre-training by the bundle."""
     folder = tmp_path_factory.mktemp("source")
     run("pretrain", collection=str(collection), output_dir=str(folder), epochs=15, train_slices=None)
     return folder / "model.pt"
@@ -143,7 +143,7 @@ def source_folder(*overlays: str, **options) -> str:
 
 
 def test_every_method_starts_from_the_same_source_but_for_another_loss_of_its_training():
-    """The audit compares arms that must share their pre-trained source: no overlay may change which one it is."""
+    """The arms of an audit must share one pre-trained source, so no overlay may change the source."""
     folders = {source_folder(method) for method in [*ALL_METHODS, *RECIPES]}
     assert folders == {source_folder(), source_folder(clean="largest")}
     assert source_folder(pretraining={"epochs": 3}) != source_folder()
@@ -205,7 +205,7 @@ def test_an_audit_of_several_seeds_grows_by_the_trainings_that_are_missing(optio
     ],
 )
 def test_an_audit_says_how_much_it_trains(train, val, options, said, caplog):
-    """Three arms are trained: the run's own and two others; with few validation patients once for each fold too."""
+    """Three arms are trained: that of the run and two others. With few validation patients, also once per fold."""
     items = [{"subject": f"p{number}"} for number in range(train + val)]
     target = SimpleNamespace(labelled=items, datalist=lambda split: items[train:])
     here = SimpleNamespace(leads=True, config={"method": "risk_map", "val_split": "val" if val else "train"})
@@ -227,7 +227,7 @@ def test_few_validation_patients_are_cross_validated_with_all_labelled_ones(opti
     scored = [set(table(path)["subject"]) for path in folds]
     assert (scored[0] | scored[1], scored[0] & scored[1]) == (labelled, set())
     assert set(table(untrained)["subject"]) == labelled
-    assert all(len(pd.read_csv(path / "curve.csv")) == 1 for path in folds)  # nobody chose a better network
+    assert all(len(pd.read_csv(path / "curve.csv")) == 1 for path in folds)  # no better network was chosen
     audited = read_json(folder / "audit.json")
     assert (audited["folds"], audited["tables"]["val"][0]["patients"]) == (2, 7)
     assert audited["tables"]["test"][0]["patients"] == 3
@@ -257,7 +257,7 @@ def test_the_card_of_somebody_elses_network_comes_along_with_the_advised_weights
     for name in ("model.pt", "model.json", "grid.json"):
         assert (folder / name).read_bytes() == (advised / name).read_bytes()
     assert "| source | theirs (licence: not said) |" in (folder / "MODEL_CARD.md").read_text()
-    for arm in ("full", "zero_shot"):  # as of a program, which has no card to give
+    for arm in ("full", "zero_shot"):  # as for a program, which has no card
         (folder / "audit" / arm / "model.json").unlink()
         (folder / "audit" / arm / ".run.sums").unlink(missing_ok=True)  # by which it would be written again
     run("full", **options)
@@ -276,7 +276,7 @@ def test_three_dimensions(options, tmp_path):
 
 
 def test_the_papers_setting_is_that_of_the_source_too(places):
-    """Two iterations of each on tiny images."""
+    """Two iterations of each training, on tiny images."""
     few = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "pretraining": {"epochs": 1, "region_loss": None}}
     tuned = run("vanilla", "paper", **places | few | {"source": SOURCE_TASK, "source_dir": places["output_dir"] + "s"})
     (folder,) = Path(places["output_dir"] + "s").glob("*_*")
@@ -337,7 +337,7 @@ def test_the_whole_run_has_scores_of_all_arms_and_maps_on_the_grid(whole_run):
 
 
 def test_pictures_show_a_network_that_evaluates(options, monkeypatch):
-    """In train mode its layers would normalise by the one patient that is drawn."""
+    """In training mode its layers would normalise by the only patient that is drawn."""
     modes, load_weights = [], pictures.load_weights
 
     def in_train_mode(network, *where, **how):
@@ -497,7 +497,7 @@ def test_evaluation_repeats_the_scores_of_training_in_a_folder_of_its_own(option
 
 
 def test_a_source_is_scored_where_all_patients_are_tested(options, collection, source, tmp_path, no_training):
-    """As it is, with nobody to train on or to validate on: as among others."""
+    """The untouched source gives the same scores if there are no training and validation patients."""
     options |= {"source": str(source), "figures": True, "check_data": True}
     tested = broken(collection, tmp_path / "tested", only_tested)
     run("zero_shot", **options | {"collection": tested})
@@ -578,7 +578,7 @@ def test_inference_says_what_is_wrong_with_the_weights(collection, source, tmp_p
 
 
 def epochs_begun(dies_at: int | None = None, **options) -> list[int]:
-    """The epochs that a run begins, which dies at the start of one of them (None: it does not)."""
+    """Lists the epochs that a run begins; the run fails at the start of one of them (None: of no epoch)."""
     workflow, epochs = workflow_of("vanilla", **options), []
     workflow.initialize()
 
@@ -641,7 +641,7 @@ def only_tested(folder: Path, content: dict) -> None:
 
 @pytest.fixture
 def no_training(no_training, monkeypatch):
-    """Nothing long may have begun by the time the input is refused."""
+    """Bad input must be refused before anything long begins."""
     monkeypatch.setattr("medtl_ext.engines.WeightedTrainer.run", lambda self: pytest.fail("training began"))
 
 
@@ -693,11 +693,11 @@ def test_a_run_that_was_refused_does_not_claim_its_folder(options):
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(collection, tmp_path):
-    """Every batch is the whole training set and no layer has batch statistics, so nothing but rounding may differ.
+    """Every batch is the whole training set and no layer has batch statistics, so only rounding may differ.
 
-    By gradient descent, for Adam would hide a gradient of the wrong scale and blow up rounding where it should be 0.
+    Uses gradient descent: Adam would hide a gradient of the wrong scale and amplify rounding where it should be 0.
 
-    Pre-training and audit run as well: both are started by a rank and are runs of their own.
+    Pre-training and audit run too: each is a separate run that one rank starts.
     """
     options = dict(TINY) | {
         "collection": str(collection),

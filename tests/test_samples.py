@@ -1,4 +1,4 @@
-"""Every bundle on the real samples that ship, in colour and in 3D, and on several channels of the phantom."""
+"""Every bundle on the real samples of the package, in colour and in 3D, and on several channels of the phantom."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_risk_map_on_colour_photographs(retina, places):
 
 
 def test_source_selection_on_colour_photographs(retina, places):
-    """A source of other channels is left out, with the reason."""
+    """A source with other channels is left out, with the reason."""
     sources = ["Healthy-R+G+B-Vessel", {"name": "green", "task": "Healthy-G-Vessel"}]
     options = {"sources": sources, "target_task": "Diabetic-R+G+B-Vessel"}
     SOURCE_SELECTION.run(collection=str(retina), **options, **PHOTOGRAPHS, **places)
@@ -65,7 +65,7 @@ def test_source_selection_on_colour_photographs(retina, places):
 
 
 def test_dataset_transferability_on_colour_photographs(retina, places, tmp_path):
-    """Healthy or not, from folders of a class each; two halves of the photographs are target and source."""
+    """Healthy or not, from one folder per class; one half of the photographs is the target, the other the source."""
     for place, subject in enumerate(load_collection(retina).subjects):
         for half in ("left", "right"):
             folder = tmp_path / half / ("train", "val", "test")[place % 3] / subject.institution
@@ -109,7 +109,7 @@ def test_slices_are_taken_along_any_axis(hippocampus, axcodes, axis):
 
 
 def test_pictures_and_volumes_give_the_same(retina, places, tmp_path):
-    """The photographs once as PNG, once as NIfTI with a file a channel."""
+    """The photographs as PNG, and as NIfTI with one file per channel."""
     content = json.loads(retina.read_text())
     for entry in content["subjects"]:
         names = [f"{retina.parent / entry['images']['R+G+B']}#{number}/3" for number in range(3)]

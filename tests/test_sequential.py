@@ -1,4 +1,4 @@
-"""The parts of sequential_transfer: affinities of tasks, plans, arms, weights, and what a study says of its numbers."""
+"""The parts of sequential_transfer: affinities of tasks, plans, arms, weights, and the text of a study."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def run_of(tmp_path) -> Callable[..., Run]:
 
 
 def arrays(task: TaskVolumes) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Images and labels by nibabel alone; the phantom lies RAS already."""
+    """Images and labels, read by nibabel only; the phantom is in RAS already."""
     images = [nib.load(image).get_fdata(dtype=np.float32) for image in task.image_files()]
     values = [value for group in task.label_values for value in group]
     return images, [np.isin(np.asarray(nib.load(label).dataobj), values) for _, label in task.items]
@@ -66,7 +66,7 @@ class TestAffinities:
         distance = pairwise_wasserstein(images_a, images_b, **how).mean()
         expected = float(task_affinity(distance, pairwise_ssim(labels_a, labels_b).mean()))
         affinity = find_affinity(form)
-        affinity(a, a)  # what is kept of one pair is not that of another
+        affinity(a, a)  # a stored cost of one pair is not used for another
         assert affinity(a, b) == pytest.approx(expected, rel=1e-6)
         assert find_affinity(form)(b, a) == pytest.approx(expected, rel=1e-6)
 
@@ -140,7 +140,7 @@ class TestAffinities:
 
 
 class TestTargets:
-    """The patients that a task gives to train on."""
+    """The training patients of a task."""
 
     def patients(self, path, count, seed=3) -> list[str]:
         task = SegmentationTask("17-T2-ED", collection=str(path), train_patients=count, seed=seed)
@@ -173,7 +173,7 @@ class TestTargets:
 
 
 def near_to(place: float):
-    """An affinity by the order of names, with the target somewhere among them."""
+    """An affinity by the order of names; the target is at ``place`` in this order."""
     return lambda a, b: abs(np.subtract(*(TASKS.index(of.name) if of.name in TASKS else place for of in (a, b))))
 
 
@@ -221,7 +221,7 @@ class TestPlans:
         assert {(len(seen[task].items), seen[task].size) for task in TASKS} == {(1, 4)}
 
     def test_a_plan_says_how_often_it_is_chosen_again(self, graph):
-        """Four tasks in a ring of equal costs: which edges part them is by name, or by chance; and so is the path."""
+        """Four tasks in a ring of equal costs: names or chance decide which edges are cut, and which path is best."""
         made = graph(affinity=lambda a, b: 1.0, n_clusters=2)
         assert len(made.clusterings) == 100
         assert max(made.kept) < 1
@@ -231,12 +231,12 @@ class TestPlans:
         assert best.sum() == pytest.approx(1)
         chosen = best.get(" -> ".join(plan.path), 0.0)
         assert f"The best is chosen again in {chosen:.0%} of random ways to break ties between edges" in plan.text
-        assert "draws of the patients" not in plan.text  # of which such an affinity says nothing
+        assert "draws of the patients" not in plan.text  # such an affinity gives no cost per pair of patients
         assert graph(affinity=near_to(1.2)).kept == [1.0]
 
     def test_patients_are_drawn_anew(self, graph):
         class Crossed:
-            """Near for the first patients of both tasks, as far as it gets for the others."""
+            """The first patients of both tasks have a small distance, all others a larger one."""
 
             def __call__(self, a, b):
                 return float(self.pairs(a, b).mean())
@@ -365,7 +365,7 @@ class TestArms:
         assert [steps_of(arms[name])[1] for name in ("scratch", "zero_shot", "single", "sequential")] == expected
 
     def test_a_joint_training_on_fewer_patients_is_another(self, chains):
-        """The pool is shared by studies, which may have the same sum of patients in other parts."""
+        """Studies share the pool; two may have the same total number of patients, but divided differently."""
 
         def joint(source_patients, stage_patients):
             return chains(source_patients, stage_patients).arm("both", "A-T1-ED", "B-T1-ED", joint=True).jobs[0]
@@ -416,7 +416,7 @@ class TestArms:
 
 class TestStudy:
     def scores(self, gain: float) -> pd.DataFrame:
-        """Dice of six patients of two targets of one institution, in two seeds, by every way to choose."""
+        """Dice of six patients for two targets of one institution, two seeds, and every way to choose."""
         ways = {("none", "scratch"): -0.1, ("single", "random"): -0.05, ("single", "near"): 0.0}
         ways |= {("single", "near: head of its path"): -0.02, ("path", "random"): -0.05, ("path", "near"): gain}
         ways |= {("joint", "near"): 0.0}
@@ -453,7 +453,7 @@ class TestStudy:
         assert float(self.compared(scores, ("path, random", "single, random"))["p"]) > 0.05
 
     def test_a_patient_of_several_targets_is_one_patient(self):
-        """The interval is that of the patients' own differences, however many targets ask them."""
+        """The interval is that of the differences per patient; the number of targets does not matter."""
         gain = {"p1": 0.10, "p2": 0.02, "p3": -0.01, "p4": 0.05}
         runs = product(["B-T1-ED", "B-T2-ED", "B-T2-ET"], [0, 1], [("single", 0), ("path", 1)], gain.items())
         rows = [(*run, steps, "near", name, 0.5 + more * value) for *run, (steps, more), (name, value) in runs]
@@ -463,7 +463,7 @@ class TestStudy:
         assert row["patients"] == 4
 
     def test_a_patient_of_two_institutions_is_one_patient(self):
-        """A collection has a name of a subject or of a patient for one person only."""
+        """In a collection, the name of a patient belongs to one person only."""
         elsewhere = self.scores(gain=0.1).replace({"B-T2-ED": "C-T2-ED"})
         assert set(differences(elsewhere, ["near"])["patients"]) == {6}
         there = elsewhere["target"] == "C-T2-ED"
@@ -471,7 +471,7 @@ class TestStudy:
         assert set(differences(elsewhere, ["near"])["patients"]) == {12}
 
     def test_only_what_both_sides_have_is_compared(self):
-        """Seed 1 of B-T2-ED is harder by 0.2 and has no path: that is not the path's merit."""
+        """Seed 1 of B-T2-ED is harder by 0.2 and has no path; this must not look like a gain of the path."""
         scores = self.scores(gain=0.1)
         hard = (scores["target"] == "B-T2-ED") & (scores["seed"] == 1)
         scores.loc[hard, "dice"] -= 0.2
@@ -514,7 +514,7 @@ class TestStudy:
         expected = paired_comparison(of["A-T2-ED > A-T1-ED"], of["A-T2-ED"])
         interval = f"{expected.low:+.3f} to {expected.high:+.3f}"
         assert found.loc[("brings the target's modality", "all"), "interval"] == interval
-        # Two paths of the same patients are no twelve patients.
+        # Two paths with the same six patients do not give twelve patients.
         twice = gains(*(pd.concat([rows, rows.assign(seed=1)]) for rows in (table, patients)))
         assert twice["interval"].tolist() == found["interval"].tolist()
         assert twice["paths"].tolist() == (2 * found["paths"]).tolist()
@@ -541,7 +541,7 @@ def test_the_published_paths_gain_where_the_modality_is_not_ideal():
 
 
 class TestSeries:
-    """fit.json and study.json, with the sources in a file of their own, which does not know the targets' hospital."""
+    """fit.json and study.json, with the sources in their own collection file, which lacks the targets' hospital."""
 
     @pytest.fixture
     def series(self, collection, tmp_path, no_determinism_left_behind) -> Callable[..., Path]:
@@ -619,7 +619,7 @@ class TestSeries:
         asked = []
 
         def train_arms(_, arms, what):
-            """Two patients score 0.1 apart, and an arm the more, the later it is asked for; LEEP has it otherwise."""
+            """Two patients differ by 0.1. Later arms get a higher Dice, but a lower LEEP."""
             asked.extend(arms)
             for place, arm in enumerate(arms):
                 dice = {"p0": 0.1 + place / 100, "p1": 0.2 + place / 100}
@@ -668,7 +668,7 @@ class TestSeries:
         trained = [arm.name for arm in asked if arm.last.overrides["target_task"] == "17-T2-ED"]
         choices = pd.read_csv(folder / "choices.csv").set_index(["target", "steps", "how"]).loc["17-T2-ED"]
         assert choices.loc[("path", "random"), "pick"] == choices.loc[("single", "random"), "pick"] == "mean of 2"
-        assert len([name for name in trained if ">" in name]) in (2, 3)  # and the chosen one, where it is not drawn
+        assert len([name for name in trained if ">" in name]) in (2, 3)  # and the chosen one, if it is not drawn
         assert choices.loc[("path", "context"), "pick"] in trained
         assert {arm.last.overrides.get("freeze", "its own") for arm in asked if len(arm.jobs) > 1} == {"its own"}
         assert "random: the mean of 2 draws" in (folder / "study.md").read_text()
@@ -684,7 +684,7 @@ class TestFit:
         for place, (target, level) in enumerate(zip(targets, np.linspace(0.9, 0.2, len(targets)), strict=True)):
             distance, similarity = rng.uniform(10, 20, 6), rng.uniform(0.5, 0.9, 6)
             dice = level + effect(place, distance, similarity) + rng.normal(0, 1e-4, 6)
-            # A target that is far from everything and easy all the same: between targets the cost has the wrong sign.
+            # A target that is far from everything, but easy: between targets, the cost has the wrong sign.
             distance = distance + 300 * level
             columns = {"dice": dice, "distance": distance, "similarity": similarity}
             rows.append(pd.DataFrame(columns).assign(target=target))
@@ -707,7 +707,7 @@ class TestFit:
         assert "Prefer these weights to the published ones" in fit_text(found)
 
     def test_both_weights_are_judged_by_the_mean_over_targets(self):
-        """Target a has most of the spread of Dice, so a correlation over all rows is that of a."""
+        """Dice varies most for target a, so a correlation over all rows would be that of a."""
         table = self.transfers(lambda place, _, s: (1.0, 0.001, -0.001)[place] * s, "abc")
         found = fit_to_transfers(table)
         expected = [

@@ -1,4 +1,4 @@
-"""What is particular to the bundle sequential_transfer: arms along a path, and its steps, graph and weights alone."""
+"""Tests of the bundle sequential_transfer only: arms along a path, and its steps, graph and weights."""
 
 import ast
 import shlex
@@ -97,7 +97,7 @@ def test_without_a_path_one_step_is_taken(options, in_this_process, capsys, sour
 
 
 def test_the_command_for_own_data_finds_a_path(options, collection):
-    """The README's: its tasks and clusters, on two institutions A and B with T1 and FLAIR."""
+    """The command of the README, with its tasks and clusters, on two institutions A and B with T1 and FLAIR."""
     text = (SEQUENTIAL.root / "docs" / "README.md").read_text()
     text = text.split("--collection my/collection.json")[1].split("```")[0]
     words = dict(pairwise(shlex.split(text.replace("\\\n", " "))))
@@ -143,7 +143,7 @@ def test_an_overlay_reaches_every_step(options, in_this_process):
 
 
 def test_the_regime_of_the_paper_is_one_config(options, in_this_process, tmp_path):
-    """84 sources, 21 targets, 63 patients; and a study of two of them in its network, made tiny, from end to end."""
+    """84 sources, 21 targets, 63 patients; and a complete study of two targets with the paper's network, made tiny."""
     paper, whole = SEQUENTIAL.content("paper"), SEQUENTIAL.workflow("paper_study", base="study").parser
     assert whole.get("settings") == {name: value for name, value in paper.items() if name != "_desc_"}
     assert len(set(whole.get_parsed_content("sources"))) == 84
@@ -207,7 +207,7 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
     before, table = list(in_this_process), pd.read_csv(folder / "transfers.csv")
     assert list(table["source"]) == SOURCES
 
-    # The networks are too small to segment anything, so the Dice of two weights is planted.
+    # The networks are too small to segment anything, so two Dice values are written by hand.
     alpha, beta = 0.3 / table["distance"].max(), 0.3
     dice = 0.9 - alpha * table["distance"] - beta * (1 - table["similarity"])
     for source, value in zip(table["source"], dice, strict=True):
@@ -215,7 +215,7 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
         rows = pd.read_csv(metrics)
         assert set(rows["split"]) == {val_split, "test"}
         rows.assign(dice=np.where(rows["split"] == val_split, value, 0.5)).to_csv(metrics, index=False)
-        metrics.with_name(".run.sums").unlink()  # by which a job whose tables were changed is scored again
+        metrics.with_name(".run.sums").unlink()  # otherwise the job with changed tables would be scored again
     assert fitted(folder) == pytest.approx((alpha, beta), rel=1e-3)
     measured = pd.read_csv(folder / "transfers.csv")[["source", "target", "dice"]]
     measured.to_csv(tmp_path / "measured.csv", index=False)
@@ -229,7 +229,7 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
 
 @pytest.mark.slow
 def test_killed_at_any_step_the_next_run_gives_the_same(options, tmp_path):
-    """Killed once in the pre-training, between two of its epochs, and once on the target."""
+    """The run is killed during the pre-training, between two epochs, and again on the target."""
     long = dict(SEQUENTIAL.tiny) | {"pool_epochs": 6, "epochs": 3, "collection": options["collection"]}
     whole = long | {"source_dir": str(tmp_path / "pool0"), "output_dir": str(tmp_path / "whole")}
     finish(start(["configs/train.json"], whole))
@@ -279,7 +279,7 @@ def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path):
 
 
 def test_what_is_trained_together_is_cut_alike(tmp_path):
-    """Also where images of the second task alone are larger than what the network sees at once."""
+    """Also if only the images of the second task are larger than the network's window."""
     grid = {"_target_": "medtl_ext.data.plan.Grid", "spacing": [6.2, 6.2, 8], "roi_size": [16] * 3, "frame": [16] * 3}
     tasks = {"source": "14-T2-ED", "joint_task": "13-T2-ED", "phantom_subjects": 6}
     workflow = SEQUENTIAL.workflow("pretrain", "joint", grid=grid, output_dir=str(tmp_path), **tasks)

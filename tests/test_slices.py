@@ -1,4 +1,4 @@
-"""Slices: which ones are chosen, what an item holds, and when the random transforms run."""
+"""Slices: which ones are chosen, what an item contains, and when the random transforms run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOAD = (LoadImaged(KEYS, ensure_channel_first=True), Orientationd(KEYS, axcodes=
 
 @pytest.fixture
 def data(tmp_path):
-    """Three patients of 8 x 6 x 10 with 5, 1 and 3 foreground slices; a voxel's value tells where it is."""
+    """Three patients of 8 x 6 x 10 with 5, 1 and 3 foreground slices; a voxel's value encodes its position."""
     entries = []
     for number, foreground in enumerate((5, 1, 3)):
         grid = np.arange(8 * 6 * 10, dtype=np.float32).reshape(8, 6, 10) + 1000 * number
@@ -125,7 +125,7 @@ class TestChoice:
 
 
 class TestHealthySlices:
-    """The patients have 5, 9 and 7 slices without foreground; p3, who is healthy, ten, one of them empty air."""
+    """The patients have 5, 9 and 7 slices without foreground. The healthy p3 has ten, one of them only air."""
 
     @pytest.fixture
     def data(self, data, tmp_path):
@@ -137,7 +137,7 @@ class TestHealthySlices:
         return [*data, files | {"subject": "p3"}]
 
     def kinds(self, dataset):
-        """(slices with foreground, without), after having seen that each is one or the other."""
+        """The numbers of slices with and without foreground."""
         counts = Counter(bool(item["label"].any()) for item in items(dataset))
         return counts[True], counts[False]
 
@@ -150,8 +150,8 @@ class TestHealthySlices:
             (None, 0.9, (9, 30)),  # there are no more
             (5, 0.2, (4, 1)),
             (10, 0.2, (8, 2)),
-            (50, 0.25, (9, 3)),  # not more healthy ones because there are few with foreground
-            (1, 0.9, (1, 0)),  # something is to be learnt
+            (50, 0.25, (9, 3)),  # few slices with foreground do not give more healthy ones
+            (1, 0.9, (1, 0)),  # at least one slice to learn from
         ],
     )
     @pytest.mark.parametrize("seed", [0, 1])

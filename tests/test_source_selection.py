@@ -1,4 +1,4 @@
-"""Prior knowledge of sources: how alike regions of interest are, and PriorSel's two filters."""
+"""Prior knowledge of sources: how similar regions of interest are, and PriorSel's two filters."""
 
 import nibabel as nib
 import numpy as np
@@ -57,7 +57,7 @@ def test_the_same_regions_are_alike_in_any_number_of_slices(depths):
     fewer = torch.zeros(20, 20, depths[0], dtype=torch.bool)
     fewer[5:15, 5:15, 3:7] = True
     more = ResizeWithPadOrCrop([20, 20, depths[1]])(fewer[None])[0].bool()
-    empty = torch.zeros(20, 20, 21, dtype=torch.bool)  # a patient with more slices moves the others alike
+    empty = torch.zeros(20, 20, 21, dtype=torch.bool)  # a patient with more slices moves both sides equally
     for source, target in (([fewer], [more]), ([fewer], [fewer]), ([more], [fewer])):
         found = roi_similarity(source, target, spacing=[1, 1, 1])
         assert (found["ssim"], found["roi_dice"]) == pytest.approx((1, 1), abs=1e-3)
@@ -80,7 +80,7 @@ def test_local_ssim_is_that_of_wang_in_each_slice(shape):
 
 
 def test_one_option_chooses_between_the_two_forms_of_ssim():
-    """By hand: in the one window of 11 x 11 pixels the weights of a corner's pixel and of the middle's differ."""
+    """By hand: in the only window of 11 x 11 pixels, a corner and the middle have different weights."""
     a, b = np.zeros((2, 11, 11, 1))
     a[5, 5], b[5, 5], b[0, 0] = 1, 1, 1
     weight = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))

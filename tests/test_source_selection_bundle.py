@@ -1,4 +1,4 @@
-"""What is particular to the bundle source_selection: rankings, filters, settling, candidates, what it refuses."""
+"""Tests of the bundle source_selection only: rankings, filters, settling ties, candidates, and refused input."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def test_the_command_for_risk_map_is_one_that_risk_map_takes(whole_run):
 
 
 def test_scans_of_a_patient_are_resampled_together(options, collection, in_this_process, tmp_path):
-    """The target's four training scans are of two patients here."""
+    """Here the target's four training scans come from two patients."""
     numbers = iter(range(100))
 
     def damage(folder, subject):
@@ -122,10 +122,10 @@ def test_the_evaluation_compares_rankings_with_the_truth(options, in_this_proces
 
 
 def test_another_source_costs_one_pass(options, in_this_process, tmp_path, monkeypatch):
-    """What a pass gave is found by its content in any later ranking, unless its file was damaged."""
+    """The stored result of a pass is used in later rankings, unless its file is damaged."""
     passes, pool = Mock(wraps=rank.observe), tmp_path / "pool"
     monkeypatch.setattr(rank, "observe", passes)
-    run(**options, metrics=["h_score"])  # trains what is not there yet
+    run(**options, metrics=["h_score"])  # trains what is still missing
     shutil.copytree(options["source_dir"], pool, ignore=shutil.ignore_patterns("passes"))
     seen = {}
     for name, sources, seed, expected in [
@@ -181,7 +181,7 @@ def test_the_command_for_another_network_is_one_that_bundles_take(options, in_th
         asked = options | given | {"output_dir": str(out)}
         bundle.run(*overlays, **{key: value for key, value in asked.items() if key != "sources"})
         assert len(pd.read_csv(out / "metrics.csv")) > 0
-        assert read_json(out / "model.json")["network"] == network | {"out_channels": 2}  # a source as any other
+        assert read_json(out / "model.json")["network"] == network | {"out_channels": 2}  # a source like any other
 
 
 # Bad input
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_network_is_refused(options, no_training, tmp_pa
 
 
 def damaged(collection: Path, folder: Path, damage) -> str:
-    """A copy of the collection's file, changed, with labels of its own where they are."""
+    """A changed copy of the collection file; changed labels get their own files."""
     folder.mkdir()
     content = json.loads(collection.read_text())
     for subject in content["subjects"]:

@@ -1,4 +1,4 @@
-"""Bundles of strangers: what of them becomes a source card, that nothing of them runs, and what is on the list."""
+"""Untrusted bundles: what becomes a source card, that none of their code runs, and what the list allows."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def bundle(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def mark(tmp_path) -> Path:
-    """What hostile code would leave behind: fails a test that finds it."""
+    """Fails a test if hostile code left its mark."""
     file = tmp_path / "ran"
     yield file
     assert not file.exists()
@@ -138,7 +138,7 @@ def test_output_and_classes(names, step, expected, bundle):
 
 
 def hostile(mark: Path) -> dict[str, tuple[dict[str, Any], str]]:
-    """Configs that would leave a mark if they were executed, and a part of the reason each is refused for."""
+    """Configs that would leave a mark if they were executed, and a part of the expected error."""
     code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
     call = {"_target_": "os.system", "command": f"touch {mark}"}
     step, resnet = {"_target_": "ScaleIntensityd", "keys": "image"}, "monai.networks.nets.resnet"

@@ -1,4 +1,4 @@
-"""Somebody else's network as one of ours: its grid, what comes out, how it is fitted to a target, and bad cards."""
+"""Another person's network used like ours: its grid, its output, how it is adapted to a target, and bad cards."""
 
 import inspect
 import json
@@ -31,7 +31,7 @@ from medtl_ext.transfer.sources.pool import Checkpoint, find_sources
 
 
 class Net(nn.Module):
-    """Somebody's network, which sees one pixel, and gives it in one of many forms."""
+    """A network that sees one pixel and returns it in one of many forms."""
 
     def __init__(self, dims=2, into=1, out=2, end="", head="Conv"):
         super().__init__()
@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def make(tmp_path):
-    """A card of `Net`, or of another network, whose weights lie in a file."""
+    """A card of `Net`, or of another network, with its weights in a file."""
 
     def write(weights=None, *, trust=True, end="", into=1, out=2, dims=2, head="Conv", **keys) -> Card:
         (tmp_path / "net.py").write_text(f"import torch\nfrom torch import nn\n{inspect.getsource(Net)}")
@@ -181,7 +181,7 @@ def test_programs_give_what_the_module_gives(kind, make, tmp_path):
     assert "cannot be read as a program" in refused(lambda: untouched(read_card(keys, trust=True), channels=1))
 
 
-# What comes out
+# Its output
 
 
 def logit(*probabilities):
@@ -203,7 +203,7 @@ def logit(*probabilities):
         ("logits", 3, logit(0.6, 0.5), [0.2, 0.3, 0.5]),
         ("sigmoid", 3, torch.tensor([0.6, 0.5]), [0.2, 0.3, 0.5]),
         ("sigmoid", 4, torch.tensor([0.5, 0.5, 0.5]), [0.125, 0.125, 0.25, 0.5]),
-        ("sigmoid", 2, torch.tensor([0.3, 0.6]), [1 / 3, 2 / 3]),  # one of the background too
+        ("sigmoid", 2, torch.tensor([0.3, 0.6]), [1 / 3, 2 / 3]),  # a sigmoid of the background too
     ],
 )
 def test_probabilities_of_classes(output, classes, given, expected):
@@ -221,7 +221,7 @@ def test_half_precision_stays_finite(output):
     assert found.isfinite().all()
 
 
-# What is asked for
+# What is requested
 
 
 def test_classes_are_asked_for_by_name_or_by_position():
@@ -243,7 +243,7 @@ def test_classes_that_are_not_asked_for_are_background(make):
     assert message == "it knows wm, gm, csf, but the target asks for lesion"
 
 
-# Fitted to a target
+# Adapted to a target
 
 CLASSES = ("background", "lesion", "edema")
 

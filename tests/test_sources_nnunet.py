@@ -1,4 +1,4 @@
-"""nnU-Net v2 folders become source cards, nothing in them is run, and what the card says is what nnU-Net does."""
+"""nnU-Net v2 folders become source cards; none of their code runs; a card gives the same results as nnU-Net."""
 
 import copy
 import json
@@ -93,14 +93,14 @@ REGIONS = {"background": 0, "whole": [1, 2], "core": 2}
 
 
 class Payload:
-    """Would leave a file behind, if it were unpickled."""
+    """Leaves a file behind if it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("payload_was_run",)
 
 
 def changed(content, path, value):
-    """A copy of nested mappings in which the value at ``a/b/c`` is another; None: it is gone."""
+    """A copy of nested mappings with another value at ``a/b/c``; None removes it."""
     content = copy.deepcopy(content)
     *parents, last = path.split("/")
     inner = content
@@ -114,7 +114,7 @@ def changed(content, path, value):
 
 
 def write(folder, plans=PLANS, dataset=DATASET, configuration="3d_fullres", weights=None, fold="fold_0", **more):
-    """A results folder of nnU-Net's; ``weights`` is what its checkpoint holds for them."""
+    """A results folder of nnU-Net; ``weights`` are those in its checkpoint."""
     results = folder / f"nnUNetTrainer__nnUNetPlans__{configuration}"
     (results / fold).mkdir(parents=True, exist_ok=True)
     for name, content in (("plans", plans), ("dataset", dataset)):

@@ -1,4 +1,4 @@
-"""Splits and folds: whole patients, every institution, the same on every machine, and written into the file."""
+"""Splits and folds: by patient, at every institution, the same on every machine, written into the file."""
 
 import json
 import random
@@ -16,7 +16,7 @@ FRACTIONS = (0.6, 0.2, 0.2)
 
 
 def subjects(visits=1, **institutions):
-    """So many subjects of each institution; of ``visits`` each, they name their patient."""
+    """This number of subjects per institution; with several ``visits`` per patient, subjects name their patient."""
     return [
         {"id": f"{name}-{number:03d}", "institution": name}
         | ({"patient": f"{name}-p{number // visits}"} if visits > 1 else {})
@@ -62,7 +62,7 @@ class TestDrawSplits:
         assert {name: split for name, split in alone.items() if name.startswith("B")}.items() <= drawn.items()
 
     def test_known_draw(self):
-        """Pinned: the same seed is the same patients in every version and on every machine."""
+        """A fixed result: a seed gives the same patients in every version and on every machine."""
         drawn = draw_splits(subjects(A=6), fractions=FRACTIONS, seed=0)
         assert [entry["split"] for entry in drawn] == ["train", "test", "train", "val", "train", "train"]
         assert len({tuple(by_id(draw_splits(subjects(A=30), seed=seed)).values()) for seed in range(5)}) == 5
@@ -119,7 +119,7 @@ class TestDrawFolds:
 
 @pytest.fixture
 def collection(tmp_path):
-    """Without written splits, as `load_collection` draws them: a half and two quarters of each institution."""
+    """Without written splits, `load_collection` draws them: a half and two quarters of each institution."""
     entries = [
         entry | {"images": {"T1": f"scans/{entry['id']}.nii.gz"}, "labels": {"t": f"/labels/{entry['id']}.nii.gz"}}
         for entry in subjects(A=8, B=4)
@@ -152,7 +152,7 @@ class TestSplitCollection:
         assert json.loads(path.read_text())["subjects"][0]["images"]["T1"] == "data/scans/A-000.nii.gz"
 
     def test_a_link_and_the_folder_above_it(self, collection, tmp_path):
-        """``link/..`` is the folder that the link leads to, not the one that it lies in."""
+        """``link/..`` is the parent of the folder that the link points to, not of the link itself."""
         (tmp_path / "far/scans").mkdir(parents=True)
         (tmp_path / "data/link").symlink_to(tmp_path / "far/scans")
         content = json.loads(collection.read_text())

@@ -39,7 +39,7 @@ ONE_OR_TWO = "$1 if @choice is None else 2"
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a bundle that squares a number into result.txt; the path of its config."""
+    """Writes a bundle that saves the square of a number in result.txt; returns the path of its config."""
 
     def write_bundle(name: str = "", **extra) -> Path:
         configs = tmp_path / name / "configs"
@@ -54,7 +54,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def job(write, tmp_path):
-    """Makes a job of a bundle written before, or now, in a folder of its name."""
+    """Makes a job of an existing or a new bundle, in a folder with its name."""
 
     def make(name: str, overrides=(), result: str = "result.txt", **extra) -> Job:
         if not (tmp_path / "configs").exists():
@@ -271,7 +271,7 @@ def test_a_damaged_record_of_a_run_is_one_line(write, tmp_path):
 
 
 def test_a_failed_job_says_what_we_say_of_it(job, tmp_path):
-    """Not what the library said that found it: torch's advice on a damaged file names no file, and is dangerous."""
+    """Our error replaces torch's advice on a damaged file, which names no file and is dangerous."""
     (tmp_path / "net.pt").write_bytes(b"no checkpoint")
     step = f"$__import__('medtl_ext.networks').networks.read_weights({str(tmp_path / 'net.pt')!r})"
     with pytest.raises(InputError, match=rf"the first: .*checkpoint {tmp_path / 'net.pt'} cannot be read") as caught:
@@ -280,7 +280,7 @@ def test_a_failed_job_says_what_we_say_of_it(job, tmp_path):
 
 
 def test_a_job_started_twice_at_a_time_runs_once(job, tmp_path, monkeypatch):
-    """Each would clear away what the other is writing; the second waits, and finds the job done."""
+    """Each would delete the files that the other is writing. So the second waits, and then finds the job done."""
     log, said = tmp_path / "log.txt", []
     claim, square = CONFIG["run"]
     steps = [claim, f"$open({str(log)!r}, 'a').write('run\\n')", "$__import__('time').sleep(0.5)", square]
@@ -337,7 +337,7 @@ def run(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_parent(write, tmp_path, monkeypatch, number):
-    """Whoever stops a command has its cores back in ten seconds, and one line if it may still speak."""
+    """A command that is stopped ends within ten seconds with all its workers, and prints one line if it can."""
     slow = CONFIG | {"bundle_root": str(tmp_path), "run": [CONFIG["run"][0], NOTE, "$time.sleep(60)"]}
     (tmp_path / "slow.json").write_text(json.dumps(slow))
     (tmp_path / "series.py").write_text(SERIES)

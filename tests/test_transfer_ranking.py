@@ -1,4 +1,4 @@
-"""The ranking of sources and its words, the truth, and what a study says: on made-up scores, nothing is trained."""
+"""The ranking of sources and its text, the truth, and the text of a study, on invented scores without training."""
 
 import json
 import re
@@ -33,7 +33,7 @@ from medtl_ext.transfer.truth import agreement_table, rankers, settings_of_grid
 
 
 def ranking(scores: dict[str, float], folder: Path, *, decide_by="logme", subjects=True, own=(), **options):
-    """Sources whose features tell two classes apart as well as their number is high."""
+    """Sources whose features separate two classes; the higher their number, the better."""
     generator, labels = np.random.default_rng(0), np.arange(40) % 2
     names, images = tuple(f"p{place // 2}" for place in range(40)), np.zeros((40, 4, 4), np.uint8)
     parts = images, labels, np.repeat(["train", "val"], 20), ("a", "b"), names if subjects else None
@@ -147,7 +147,7 @@ def test_the_auc_is_scikit_learns_and_its_interval_holds_it():
 
 @pytest.mark.parametrize("margin", [4, 12, 14])
 def test_the_truth_is_the_auc_of_probabilities_that_were_not_rounded(margin, tmp_path, monkeypatch):
-    """Six digits would make the probabilities of a sure network equal, and its AUC another one."""
+    """With six digits, the probabilities of a confident network would be equal, and its AUC would change."""
     labels = torch.arange(30) % 3
     noise = torch.rand(30, 3, generator=torch.Generator().manual_seed(1))
     probs = (torch.nn.functional.one_hot(labels, 3) * margin + noise).softmax(1)
@@ -252,7 +252,7 @@ def test_the_noise_ceiling_stands_beside_the_rankers_and_competes_with_none(tmp_
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """Starts a study of source selection up to its first training, on a collection whose files are never opened."""
+    """Starts a study of source selection, until its first training, on a collection whose files are never opened."""
     collection = toy_collection(tmp_path / "c")
 
     def start(**changed) -> None:
@@ -274,7 +274,7 @@ def started(monkeypatch, tmp_path):
 
 
 def test_a_study_grows_by_targets_and_seeds_but_not_by_sources(started):
-    """Rankings that are done compare what was there: another source would be left out of them without a word."""
+    """Finished rankings do not contain a source that is added later; so this must be refused."""
     started()
     started(targets=["A-T1-ED", "A-T2-ED", "B-T2-ED"])
     started(seeds=[0, 1])
@@ -284,7 +284,7 @@ def test_a_study_grows_by_targets_and_seeds_but_not_by_sources(started):
 
 
 def test_a_study_has_the_patients_it_began_with(started, tmp_path):
-    """Runs that are done would be compared with others on new patients, perhaps on those the sources were tested on."""
+    """Finished runs would be compared with runs on other patients, maybe on test patients of the sources."""
     started()
     moved = tmp_path / "moved.json"
     moved.write_bytes(started.collection.read_bytes())
@@ -313,7 +313,7 @@ def test_a_study_says_what_is_wrong_with_it(started, wrong, message):
 
 
 def reported(tables: dict, verdicts: dict, folder: Path, monkeypatch, *, synthetic=False) -> pd.DataFrame:
-    """What a study writes of made-up outcomes: (target, seed) -> sources with their Dice."""
+    """What a study writes for invented outcomes: (target, seed) -> sources with their Dice."""
     monkeypatch.setattr(jobs, "current_config", lambda: {})
     study = SelectionStudy(here=jobs.Run(folder), targets=[], sources=[], seeds=[])
     study.synthetic = synthetic
@@ -333,7 +333,7 @@ def with_scratch(table: pd.DataFrame, dice: float) -> pd.DataFrame:
 
 
 def test_a_seed_in_which_a_score_is_constant_counts_as_chance(tmp_path, monkeypatch):
-    """Not left out: the mean of a perfect ranking and of none is no perfect ranking."""
+    """The seed is not left out; otherwise the mean would be that of the one perfect ranking."""
     tables = {}
     for number, (target, seed) in enumerate(product("AB", [0, 1])):
         table = sources_table(seed=number)

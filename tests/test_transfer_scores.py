@@ -1,4 +1,4 @@
-"""Scores by name: one pass of a source gives all of them, for everybody and for any resample of the patients."""
+"""Scores by name: one pass of a source gives all of them, for all patients and for any resample of them."""
 
 import json
 
@@ -26,7 +26,7 @@ EVERYBODY = [1] * 5
 
 @pytest.fixture
 def seen() -> Observation:
-    """Five patients; features and predictions that tell the classes apart a little."""
+    """Five patients; features and predictions that separate the classes a little."""
     random = np.random.default_rng(0)
     labels = torch.from_numpy(random.integers(0, 2, 200))
     features = torch.from_numpy(random.normal(size=(200, 6))) + labels[:, None]
@@ -141,7 +141,7 @@ def test_predictions_do_not_depend_on_batches_or_their_order():
 
 
 class Replay(nn.Module):
-    """Gives back the features and logits that its 'images' are made of."""
+    """Returns the features and logits that its 'images' are made of."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sources: what a list of them means, what a network must fit, what a run takes of one, and what a pool is kept for."""
+"""Sources: what a list means, what a network must fit, what a run takes from a source, when a pool is used again."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def collection(tmp_path) -> str:
 
 @pytest.fixture
 def target(collection, monkeypatch) -> SegmentationTask:
-    """Of volumes, which the files of a toy collection are not."""
+    """The dimensions are set, because the files of a toy collection are no volumes."""
     monkeypatch.setattr("medtl_ext.transfer.tasks.shape_of", lambda name: (8, 8, 8))
     return SegmentationTask("A-T2-ED", collection=collection)
 
@@ -290,7 +290,7 @@ def test_a_bundle_is_one_of_a_shelf(find, tmp_path):
 
 @pytest.fixture
 def single(target, collection):
-    """Of a run's option."""
+    """The source of a run's option."""
 
     def make(source, **options):
         config = {"source": source, "collection": collection, "network_def": OWN}
@@ -351,7 +351,7 @@ def test_a_run_needs_a_source_with_weights(single, weights, tmp_path):
 
 
 def test_what_a_ranking_hands_on_is_the_source_with_its_weights(target, collection, tmp_path):
-    """A task by its name and the weights that it has by now; anything else as it was given."""
+    """A task is given by its name and its present weights; other sources as they were given."""
     run = SOURCE_SELECTION.workflow(collection=collection).parser.get() | {"bundle_root": str(SOURCE_SELECTION.root)}
     done = SimpleNamespace(config=run, train=lambda waiting, what: None)
     entry = {"name": "b", "task": "B-FLAIR-ED", "network": UNET}
@@ -367,7 +367,7 @@ def test_what_a_ranking_hands_on_is_the_source_with_its_weights(target, collecti
 
 
 def test_a_pool_is_trained_again_when_its_collection_or_its_training_change(collection, tmp_path):
-    """A network is never taken for one that was trained on other patients, or in another way."""
+    """A network that was trained on other patients, or in another way, is never used instead."""
 
     def folder(path=collection, **changed):
         return SOURCE_SELECTION.pool_job("B-T2-ED", collection=str(path), **changed).output_dir

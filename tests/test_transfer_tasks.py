@@ -1,4 +1,4 @@
-"""A target task: what it says of its images, classes and splits, from headers and names alone."""
+"""A target task: what headers and names say about its images, classes and splits."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_splits_are_those_of_the_tasks_own_subjects(toy):
 
 
 def test_folds_leave_out_each_labelled_patient_once_and_never_test_one(toy):
-    """A0 and A1, in ``train``, are scans of one patient, once that is said."""
+    """If the collection says so, A0 and A1 in ``train`` are scans of one patient."""
     content = json.loads(toy.read_text())
 
     def subjects(split, *fold):

@@ -1,4 +1,4 @@
-"""What the MONAI model zoo checks of a bundle before it accepts one."""
+"""The checks of a bundle that the MONAI model zoo makes before it accepts one."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_the_network_takes_and_gives_what_the_metadata_say(bundle, name):
         p=1,
         n=1,
         any=1,
-        # Else the phantom would be made to count them, and to plan for it.
+        # Otherwise the phantom would be made, to count patients and to plan the grid.
         **({"n_classes": 2, "network_def#spatial_dims": 2} if name == "train" else {}),
     )
 
@@ -111,7 +111,7 @@ def test_a_config_for_several_processes_says_how_to_start_it(bundle):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> dict[bool, dict[str, dict]]:
-    """Options of each workflow for data and weights that are there: to check a property is to build it."""
+    """Options of each workflow, with existing data and weights, because the check of a property builds it."""
     folder = tmp_path_factory.mktemp("small")
     settings = {"subjects": 7, "n_jobs": 1, "progress": False}  # three to train on
     collection = generate_phantom(folder / "phantom", institutions=["17"], **settings)

@@ -73,10 +73,10 @@ def plan(collection: str, task: str, out: str | None = None, source: str | None 
         options["roi_size"] = options["roi_size"][0]
     grid, ceiling = _planned(load_collection(collection), task, source, **options)
     print(*grid.why, sep="\n")
-    print(f"the labels themselves, brought to the grid{f' of {source}' if source else ''} and back: {ceiling}")
+    print(f"ceiling: labels resampled to the grid{f' of {source}' if source else ''} and back: {ceiling}")
     if out:
         grid.write(out)
-        print(f"Plan written to {out}: change it as you like, and lay it over a bundle's config")
+        print(f"Plan written to {out}: change it as you like, and add it after the configs of a bundle")
     return int(ceiling.low)
 
 

@@ -72,7 +72,7 @@ class DataCheck:
             return  # nothing is resampled
         items = self.task.datalist("train" if "train" in self.task.splits else self.task.splits[0])
         ceiling = label_ceiling(items, self.transforms, n_classes=self.task.n_classes)
-        logger.info("the labels themselves, brought to the grid of %s and back: %s", whose or "the run", ceiling)
+        logger.info("ceiling: labels resampled to the grid of %s and back: %s", whose or "the run", ceiling)
         if ceiling.low:
             remedy = f"with {whose} no network can do better" if whose else "give a finer --spacing, or --spacing auto"
             logger.warning("this grid loses much of what is to be found; %s.", remedy)

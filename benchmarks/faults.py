@@ -2,10 +2,11 @@
 
     python benchmarks/faults.py [collections nifti sources tables hostile runs] [--tries 60] [--seed 0]
 
-Each attempt is a fork with ten seconds (a whole run: two minutes) and 3 GiB. It is *handled* where one line says what
-is wrong, *right* where what comes out is as it should be, or else a traceback, a hang, out of memory, or *wrongly
-accepted*: what passed the check cannot be loaded, other numbers come out, or it should have been refused. No string of
-a file may be executed, which a canary would tell. All other outcomes are printed; ends with 1 if there is one.
+Each attempt is a fork with ten seconds (a whole run: two minutes, or five times what it takes undisturbed) and 3 GiB.
+It is *handled* where one line says what is wrong, *right* where what comes out is as it should be, or else a traceback,
+a hang, out of memory, or *wrongly accepted*: what passed the check cannot be loaded, other numbers come out, or it
+should have been refused. No string of a file may be executed, which a canary would tell. All other outcomes are
+printed; ends with 1 if there is one.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -25,6 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -36,11 +39,10 @@ from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose
 
 import medtl_ext.data.__main__ as cli
-from medtl_ext import InputError
 from medtl_ext.data import load_collection
 from medtl_ext.data.classification import load_medmnist
 from medtl_ext.data.plan import Grid, grid_steps
-from medtl_ext.transfer.config import innermost_or_input_error
+from medtl_ext.transfer.config import in_one_line
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
 from medtl_ext.transfer.sources.network import untouched
 from medtl_ext.transfer.sources.pool import card_at
@@ -106,8 +108,8 @@ def outcome(action: Callable[[], object], log: Path, seconds: float) -> tuple[st
             code = KINDS.index("wrongly accepted")
             print(error)
         except BaseException as error:
-            known = innermost_or_input_error(error)
-            one_line = isinstance(known, InputError) and "\n" not in str(known) and len(str(known)) < 2000
+            known = in_one_line(error)  # as the command line says it
+            one_line = known is not None and "\n" not in known and len(known) < 2000
             code = 1 if one_line else KINDS.index("traceback")
             print(f"error: {known}") if one_line else traceback.print_exc()
         os._exit(code)
@@ -117,7 +119,7 @@ def outcome(action: Callable[[], object], log: Path, seconds: float) -> tuple[st
         if why:
             os.killpg(process, signal.SIGKILL)
         time.sleep(0.005)
-    said = log.read_text(errors="replace").strip()[-300:]
+    said = log.read_text(errors="replace").strip()[-800:]
     kind = "traceback" if not os.WIFEXITED(ended[1]) else KINDS[(1, 0, *range(2, 6))[os.WEXITSTATUS(ended[1])]]
     return why or kind, said
 
@@ -327,7 +329,13 @@ def hostile(folder: Path, drawn: random.Random, tries: int) -> Attempts:
 
 def run(folder: Path, data: Path, **options: object) -> None:
     os.environ["MONAI_DATA_DIRECTORY"] = str(data)
-    settings = SETTINGS["risk_map"] | {"audit#arms": ["full"], "figures": False, "progress": False, "n_jobs": 1}
+    settings = SETTINGS["risk_map"] | {
+        "audit#arms": ["full"],
+        "audit#folds": 0,
+        "figures": False,
+        "progress": False,
+        "n_jobs": 1,
+    }
     places = {"output_dir": str(folder / "out"), "source_dir": str(folder / "sources")}
     files = {"config_file": "train.json", "meta_file": "metadata.json", "logging_file": "logging.conf"}
     files = {name: str(CONFIGS / file) for name, file in files.items()}
@@ -337,7 +345,7 @@ def run(folder: Path, data: Path, **options: object) -> None:
 
 
 def runs(folder: Path, drawn: random.Random, tries: int) -> Attempts:
-    """Damage to a finished run, a full disk, a folder that cannot be written to or goes away."""
+    """Damage to a finished run, a clock that goes back, too little memory, a full disk, a folder that goes away."""
     place, kept, data = folder / "run", folder / "kept", folder / "data"
     yield "undisturbed", lambda: run(place, data)
     shutil.copytree(place, kept)
@@ -361,6 +369,17 @@ def runs(folder: Path, drawn: random.Random, tries: int) -> Attempts:
         (place / name).write_bytes(raw[: len(raw) // 2] if how == "half" else flipped)
         unread = name if Path(name).parent.name != "out" or name.endswith(("last.pt", "config.json")) else ""
         yield f"{name}, {how} ({at})", lambda unread=unread: again(but=unread)
+    shutil.rmtree(place)
+    shutil.copytree(kept, place)
+    for path in place.rglob("*"):
+        os.utime(path, (time.time() + 10**8,) * 2)
+    yield "the clock went back by three years", again
+    for megabytes in (16, 64, 256):
+        most = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + megabytes * 2**20
+        limit = partial(resource.setrlimit, resource.RLIMIT_AS, (most, most))
+        alone = partial(again, folder / f"memory{megabytes}")
+        yield f"{megabytes} MB of memory besides", lambda limit=limit, alone=alone: (limit(), alone())[1]
+        yield "the same, then enough", alone
     for _ in range(min(tries, 4)):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(kept / "sources", place / "sources")
@@ -398,9 +417,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "inside"
             folder.mkdir()
+            seconds = 600 if group == "runs" else 10
             for what, action in GROUPS[group](folder, random.Random(given.seed), given.tries):
-                kind, said = outcome(action, Path(temporary) / "said.txt", 120 if group == "runs" else 10)
+                began = time.monotonic()
+                kind, said = outcome(action, Path(temporary) / "said.txt", seconds)
                 counts[kind] += 1
+                if what == "undisturbed":
+                    seconds = max(120, 5 * (time.monotonic() - began))
                 if kind not in KINDS[:2]:
                     print(f"{kind}: {what}\n    {said}", flush=True)
             canaries = len(list(Path(temporary).rglob("canary")))

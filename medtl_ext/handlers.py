@@ -1,6 +1,7 @@
 """Ignite handlers for training: weight maps, resumable checkpoints, fine-tuning recipes, scores per patient."""
 
 import copy
+import hashlib
 import logging
 import re
 import shutil
@@ -28,7 +29,16 @@ from medtl_ext._io import atomic_path, write_csv
 from medtl_ext._validation import InputError
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 from medtl_ext.metrics import compute_segmentation_scores
-from medtl_ext.networks import all_but, keep_in_eval_mode, layers, read_checkpoint, read_weights, trainable_parameters
+from medtl_ext.networks import (
+    SpatialAdapter,
+    all_but,
+    keep_in_eval_mode,
+    layers,
+    merge_adapters,
+    read_checkpoint,
+    read_weights,
+    trainable_parameters,
+)
 from medtl_ext.ranking import late_gain
 
 logger = logging.getLogger(__name__)
@@ -549,6 +559,80 @@ class JointTraining:
         how = {"batch_size": target.batch_size, "num_workers": target.num_workers, "shuffle": True}
         engine.data_loader = DataLoader(ConcatDataset([target.dataset, self.source]), **how)
         EpochSeed(dataset=self.source, seed=self.seed).attach(engine)
+
+
+@dataclass(kw_only=True, eq=False)
+class MergedAdapters:
+    """Validate, keep and use a network with the additions of `medtl_ext.networks.low_rank` merged into its weights.
+
+    Args:
+        network, evaluator: that is trained, and what validates it.
+    """
+
+    network: nn.Module
+    evaluator: Evaluator
+
+    def attach(self, engine: Trainer) -> None:
+        self.merge()
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.merge)
+        engine.add_event_handler(Events.COMPLETED, self.end)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The network has been loaded."""
+        self.merge()
+
+    def merge(self) -> None:
+        self.evaluator.network = merge_adapters(copy.deepcopy(self.network))
+
+    def end(self) -> None:
+        """From now on the trained network itself is a plain one."""
+        self.evaluator.network = merge_adapters(self.network)
+
+
+@dataclass(kw_only=True, eq=False)
+class CachedFeatures:
+    """Pass every image through a frozen network once; then only its `SpatialAdapter` sees the features again.
+
+    Nothing is kept where images come in random patches, where what follows the head changes its answer, or where
+    several processes exchange gradients: then each step is a whole one, with the same result.
+
+    Args:
+        network: that is trained, of `medtl_ext.networks.spatial_adapter`.
+    """
+
+    network: nn.Module
+
+    def attach(self, engine: Trainer) -> None:
+        engine.add_event_handler(Events.STARTED, self.begin)
+
+    def begin(self, engine: Trainer) -> None:
+        """Take the place of the inferer of the training."""
+        self._head = next(part for part in self.network.modules() if isinstance(part, SpatialAdapter))
+        self._images, self._kept = len(engine.data_loader.dataset), {}
+        self._inferer, self._usable = engine.inferer, idist.get_world_size() == 1
+        self._head.register_forward_pre_hook(self._note)
+        engine.inferer = self
+
+    def __call__(self, images: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        keys = [hashlib.sha256(image.cpu().numpy().tobytes()).digest() for image in images] if self._usable else []
+        if keys and all(key in self._kept for key in keys):
+            return self._inferer(torch.stack([self._kept[key] for key in keys]), self._head)
+        logits = self._inferer(images, network, *args, **kwargs)
+        if self._usable:
+            features = self._features.detach().float()
+            with torch.no_grad():
+                again = self._inferer(features, self._head)
+            self._kept |= zip(keys, features, strict=True)
+            same = again.shape == logits.shape and torch.allclose(again, logits, atol=1e-2)  # in bfloat16
+            self._usable = same and len(self._kept) <= self._images
+            self._kept = self._kept if self._usable else {}
+        return logits
+
+    def _note(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -1,11 +1,12 @@
 """Load weights of a source, freeze parts of a network, and adapt its batch normalisation."""
 
+import copy
 import logging
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -252,6 +253,92 @@ def all_but(image: Tensor, *, first: float = 0.0, last: float = 0.0, norms: bool
     return pattern
 
 
+def low_rank(image: Tensor, *, rank: int = 8) -> Callable[[nn.Module], str]:
+    """What `freeze` takes to train additions of low rank to all linear layers (LoRA, by `peft`), and the head.
+
+    `medtl_ext.handlers.MergedAdapters` keeps what is trained as plain weights.
+
+    Args:
+        image: see `layers`.
+        rank: of the additions, which start as 0.
+
+    Raises:
+        InputError: `peft` is not installed, or the network has no linear layer but, perhaps, its head.
+
+    Reference: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022.
+    """
+
+    def pattern(network: nn.Module) -> str:
+        head = layers(network, image)[-1][0]
+        linear = [name for name, part in network.named_modules() if type(part) is nn.Linear and name != head]
+        if not linear:
+            raise InputError(f"LoRA adapts linear layers, and this {type(network).__name__} has none; take affine.")
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise InputError("LoRA needs peft; pip install 'medtl[lora]'.") from error
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), network)
+        network.requires_grad_(True)
+        return rf"(?!$|{re.escape(head)}\.|.*\.lora_)"
+
+    return pattern
+
+
+def merge_adapters(network: nn.Module) -> nn.Module:
+    """Put the additions of `low_rank` into the weights, in place: the network is as it was built."""
+    for name, layer in [*network.named_modules()]:
+        if hasattr(layer, "get_base_layer"):
+            layer.merge()
+            network.set_submodule(name, layer.get_base_layer())
+    return network
+
+
+class SpatialAdapter(nn.Module):
+    """A convolution as head, and two before it whose result is added to its input; they start as 0.
+
+    >>> head = nn.Conv2d(4, 2, 1)
+    >>> features = torch.rand(1, 4, 8, 8)
+    >>> torch.equal(SpatialAdapter(head)(features), head(features))
+    True
+    """
+
+    def __init__(self, head: nn.modules.conv._ConvNd, *, width: int = 32) -> None:
+        super().__init__()
+        first = type(head)(head.in_channels, width, 3, padding=1)
+        last = type(head)(width, head.in_channels, 3, padding=1)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        self.adapter, self.head = nn.Sequential(first, nn.ReLU(), last), head
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(features + self.adapter(features))
+
+
+def spatial_adapter(image: Tensor, *, width: int = 32) -> Callable[[nn.Module], str]:
+    """What `freeze` takes to train nothing but a `SpatialAdapter`, which it puts in the place of the head.
+
+    Args:
+        image: see `layers`.
+        width: channels between its two convolutions.
+
+    Raises:
+        InputError: the head is no convolution.
+
+    Reference: after Silva-Rodriguez et al., *Towards Foundation Models and Few-Shot Parameter-Efficient Fine-Tuning for
+    Volumetric Organ Segmentation*, Medical Image Analysis 2025.
+    """
+
+    def pattern(network: nn.Module) -> str:
+        name = layers(network, image)[-1][0]
+        head = network.get_submodule(name)
+        if type(head) not in (nn.Conv2d, nn.Conv3d):
+            raise InputError(f"the head of this {type(network).__name__} is a {type(head).__name__}; take affine.")
+        network.set_submodule(name, SpatialAdapter(head, width=width))
+        return rf"(?!$|{re.escape(name)}(?:\.|$))"
+
+    return pattern
+
+
 def adapt_batch_norm(
     network: nn.Module, batches: Iterable[Mapping[str, Tensor]], device: str | torch.device
 ) -> nn.Module:
@@ -272,6 +359,65 @@ def adapt_batch_norm(
         logger.warning("this network has no batch normalisation to adapt: it stays as it is")
     update_bn((batch["image"] for _ in range(PASSES) for batch in batches), network.to(device), device)
     return network
+
+
+def soup(members: Sequence[str | os.PathLike[str]]) -> dict[str, Tensor]:
+    """The mean of the weights of several trainings from one start, statistics of batch norm alike.
+
+    Args:
+        members: their files, two or more.
+
+    Raises:
+        InputError: they are too few, or of different networks.
+
+    Reference: Wortsman et al., *Model Soups*, ICML 2022 (uniform).
+    """
+    states = [read_weights(path) for path in _several(members)]
+    if len({tuple((name, value.shape) for name, value in sorted(state.items())) for state in states}) > 1:
+        raise InputError(f"the networks of {', '.join(map(str, members))} differ; expected trainings of one.")
+    means = {name: torch.stack([state[name].double() for state in states]).mean(0) for name in states[0]}
+    return {name: value.to(states[0][name].dtype) for name, value in means.items()}
+
+
+class Ensemble(nn.Module):
+    """Several networks as one: its softmax is the mean of theirs. It takes as long as all of them.
+
+    >>> one, other = nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1)
+    >>> image = torch.rand(1, 1, 4, 4)
+    >>> mean = (one(image).softmax(1) + other(image).softmax(1)) / 2
+    >>> torch.allclose(Ensemble([one, other])(image).softmax(1), mean)
+    True
+    """
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.stack([member(image).log_softmax(1) for member in self.members]).logsumexp(0)
+
+
+def ensemble(network: nn.Module, members: Sequence[str | os.PathLike[str]]) -> Ensemble:
+    """As many copies of a network as there are files of weights, two or more."""
+    return Ensemble(prepared(copy.deepcopy(network), weights=one, min_share=1.0) for one in _several(members))
+
+
+def holding(network: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> nn.Module:
+    """The network, or what of it the weights are of: one with a `SpatialAdapter`, or an `Ensemble` of copies."""
+    found = weights if isinstance(weights, Mapping) else read_weights(weights)
+    own = network.state_dict()
+    for name in [name for name in found if name.endswith(".adapter.0.weight") and name not in own]:
+        network, head = copy.deepcopy(network), name.removesuffix(".adapter.0.weight")
+        network.set_submodule(head, SpatialAdapter(network.get_submodule(head), width=len(found[name])))
+    count = len({name.split(".")[1] for name in found if name.startswith("members.")})
+    return Ensemble(copy.deepcopy(network) for _ in range(count)) if count else network
+
+
+def _several(members: Sequence[str | os.PathLike[str]] | None) -> Sequence[str | os.PathLike[str]]:
+    if isinstance(members, str) or len(members or ()) < 2:
+        asked = "expected files of weights of two trainings or more; arms of an audit with --audit#seeds get them"
+        raise InputError(f"members is {members!r}; {asked}.")
+    return members
 
 
 _freeze = freeze  # `prepared` has an argument of that name

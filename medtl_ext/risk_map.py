@@ -22,6 +22,7 @@ from medtl_ext.metrics import LEEPMap, compute_leep_map
 from medtl_ext.networks import load_weights
 from medtl_ext.ranking import bootstrap_interval
 from medtl_ext.transfer import Arm, Run, Source, Study, compare_report, patient_table
+from medtl_ext.transfer.arms import MEMBERS, OF_SEEDS
 from medtl_ext.transfer.evaluate import own_weights
 from medtl_ext.transfer.jobs import run_command, short_path
 from medtl_ext.transfer.pictures import N_PATIENTS, Pictures
@@ -34,6 +35,8 @@ from medtl_ext.transfer.viewer import MOST
 from medtl_ext.visualize import plot_montage, plot_risk_maps, save_figure
 
 OTHER_SEED = 1000
+N_MEMBERS = 3
+"""Trainings of which a comparison makes a soup or an ensemble."""
 RISKS = {"loss (-LEEP)": torch.neg, "weight (eq. 5)": risk_map}
 """Two definitions of risk, as functions of a LEEP map."""
 MEASURES = {"mean": "mean", "entropy": "entropy", "top": "top 5 %"}
@@ -177,8 +180,14 @@ class CompareMethods(Study):
             overlay, seed = (self.reference, one["seed"] + OTHER_SEED) if method == PLACEBO else (method, one["seed"])
             options = {"target_task": target, "train_slices": slices, "seed": seed}
             options |= {"source": {"task": source, "checkpoint": before.model}, "audit#arms": []}
+            members = []
+            if method in OF_SEEDS:
+                place = folder.parents[2] / MEMBERS / folder.parent.name
+                seeds = [seed + number * OTHER_SEED for number in range(N_MEMBERS)]
+                members = [here.job(place / f"seed{one}", MEMBERS, **options | {"seed": one}) for one in seeds]
+                options["members"] = [member.model for member in members]
             job = here.job(folder, overlay, **options)
-            found.setdefault(folder, (columns, Arm(method, (before, job))))
+            found.setdefault(folder, (columns, Arm(method, (before, *members, job))))
         return list(found.values())
 
     def report(self, table: pd.DataFrame, arms: Arms) -> None:
@@ -196,7 +205,10 @@ class CompareMethods(Study):
         record, configs = self.here.folder / "settings.json", self.here.configs
         settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
         if preferred is not None:
-            (source, target), files = self.pairs[0], [configs / f"{name}.json" for name in ("train", preferred)]
+            made = preferred in OF_SEEDS  # by an audit, of trainings
+            names = ("train", MEMBERS if made else preferred)
+            (source, target), files = self.pairs[0], [configs / f"{name}.json" for name in names]
+            settings |= {"audit#arms": [preferred], "audit#seeds": N_MEMBERS} if made else {}
             options = {"source": source, "target_task": target, "train_slices": self.train_slices[-1], **settings}
             return f"To run it:\n{run_command(files, options)}"
         seed = 1 + max(run["seed"] for run in self.runs)

@@ -102,7 +102,8 @@ SEGMENTATION = {
 }
 ARMS = ["zero_shot", "scratch", "full"]
 RECIPES = ["warmup", "discriminative", "surgical_first", "surgical_last", "affine", "adabn", "lp_ft", "ema", "swa"]
-RECIPES += ["l2_sp", "bss", "distillation", "joint", "wise_ft", "tversky", "focal"]
+RECIPES += ["l2_sp", "bss", "distillation", "joint", "wise_ft", "tversky", "focal", "lora", "spatial_adapter"]
+OF_SEEDS = ["soup", "ensemble"]
 """Overlays of risk_map that are ways of the field to fine-tune."""
 RISK_MAP = Bundle(
     "risk_map",

@@ -11,15 +11,16 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import RECIPES, RISK_MAP, card_of_a_unet, refused
+from bundle_runs import OF_SEEDS, RECIPES, RISK_MAP, card_of_a_unet, read_json, refused, trainings
 from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator
-from monai.networks.nets import BasicUNet, DynUNet, UNet
+from monai.networks.nets import UNETR, BasicUNet, DynUNet, UNet
 from torch import nn
 
 from medtl_ext.engines import WeightedTrainer
 from medtl_ext.handlers import (
+    CachedFeatures,
     FeatureDistillation,
     LayerwiseRates,
     LinearProbe,
@@ -29,7 +30,17 @@ from medtl_ext.handlers import (
     WeightAveraging,
     WeightInterpolation,
 )
-from medtl_ext.networks import adapt_batch_norm, all_but, freeze, layers
+from medtl_ext.networks import (
+    Ensemble,
+    adapt_batch_norm,
+    all_but,
+    freeze,
+    holding,
+    layers,
+    low_rank,
+    soup,
+    spatial_adapter,
+)
 from medtl_ext.transfer.config import identity
 
 pytestmark = pytest.mark.usefixtures("no_determinism_left_behind")
@@ -355,6 +366,121 @@ def test_batch_norm_gets_the_statistics_of_the_target_and_weights_stay(caplog):
     torch.testing.assert_close(network[0].running_mean, expected[None])
     adapt_batch_norm(nn.Conv2d(1, 2, 1), batches, "cpu")
     assert "no batch norm" in caplog.text
+
+
+# What is put into a network
+
+
+def test_lora_trains_linear_layers_and_the_head_and_leaves_plain_weights(options, tmp_path):
+    assert "this BasicUNet has none" in refused(lambda: freeze(unet(), low_rank(IMAGE)))
+    pytest.importorskip("peft")
+    pytest.importorskip("einops")  # of MONAI's UNETR
+    shape = {"img_size": [32, 32], "feature_size": 4, "hidden_size": 24, "mlp_dim": 16, "num_heads": 2}
+    network = UNETR(1, 2, spatial_dims=2, **shape)
+    torch.save(network.state_dict(), tmp_path / "source.pt")
+    definition = {"_target_": "UNETR", "in_channels": 1, "out_channels": 2, "spatial_dims": 2, **shape}
+    given = {name: value for name, value in options.items() if not name.startswith("network_def")}
+    given |= {"network_def": definition, "source": str(tmp_path / "source.pt")}
+    train("lora", tmp_path / "parts", given, dies_at=3)
+    train("lora", tmp_path / "parts", given)
+    whole = tmp_path / "whole"
+    RISK_MAP.run("lora", **given | {"output_dir": str(whole), "epochs": 3, "val_interval": 3, "figures": True})
+    model = weights_of(whole / "model.pt")
+    torch.testing.assert_close(weights_of(tmp_path / "parts" / "model.pt"), model, rtol=0, atol=0)
+    linear = {f"{name}.weight" for name, part in network.named_modules() if isinstance(part, nn.Linear)}
+    assert moved(network.state_dict(), model) == linear | {"out.conv.conv.weight", "out.conv.conv.bias"}
+    weights = next(iter(linear))
+    assert torch.linalg.matrix_rank(model[weights] - network.state_dict()[weights]) <= 8
+    scored = given | {"output_dir": str(tmp_path / "scored"), "ckpt": str(whole / "model.pt")}
+    RISK_MAP.run("evaluate", **{name: value for name, value in scored.items() if name not in ("epochs", "source")})
+    one, other = (pd.read_csv(tmp_path / name / "metrics.csv").query("split == 'test'") for name in ("whole", "scored"))
+    assert one["dice"].tolist() == pytest.approx(other["dice"].tolist(), abs=1e-5)
+
+
+def test_a_spatial_adapter_is_trained_on_features_that_are_computed_once():
+    before, trained, passes = unet(), [], [0, 0]
+    for kept in range(2):
+        network = copy.deepcopy(before)
+        freeze(network, spatial_adapter(IMAGE, width=3))
+        torch.manual_seed(1)
+        network.final_conv.adapter[0].reset_parameters()
+
+        def count(*_, kept=kept):
+            passes[kept] += 1
+
+        network.conv_0.register_forward_hook(count)
+        optimizer = torch.optim.Adam((one for one in network.parameters() if one.requires_grad), lr=0.01)
+        handlers = [] if not kept else [CachedFeatures(network=network)]
+        trainer_of(network, *handlers, optimizer=optimizer).run()
+        trained.append(network.state_dict())
+    assert passes == [8, 2]
+    torch.testing.assert_close(*trained)
+    head = {f"final_conv.adapter.{place}.{kind}" for place in (0, 2) for kind in ("weight", "bias")}
+    old = {name.replace("final_conv", "final_conv.head"): value for name, value in before.state_dict().items()}
+    assert {*trained[0]} - {*old} == head
+    assert moved(old, trained[0]) == {"final_conv.head.weight", "final_conv.head.bias"}
+    again, image = holding(before, trained[0]), torch.rand(1, 1, 16, 16)
+    again.load_state_dict(trained[0])
+    torch.testing.assert_close(again.eval()(image), network.eval()(image))
+    assert "the head of this Sequential is a Linear" in refused(
+        lambda: freeze(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Linear(16, 2)), spatial_adapter(IMAGE))
+    )
+
+
+# What several trainings make
+
+
+def test_a_soup_has_the_mean_weights_and_an_ensemble_the_mean_probabilities(options, tmp_path):
+    networks, files = [unet().eval() for _ in range(3)], [str(tmp_path / f"{number}.pt") for number in range(3)]
+    for network, file in zip(networks, files, strict=True):
+        network.conv_0.conv_0.adn.N.running_mean.normal_()
+        torch.save(network.state_dict(), file)
+    image = torch.rand(2, 1, 32, 32)
+    made = {}
+    for recipe in OF_SEEDS:
+        network = RISK_MAP.workflow(recipe, **options | {"members": files}).parser.get_parsed_content("network")
+        made[recipe] = network.eval()
+    for name, value in made["soup"].state_dict().items():
+        torch.testing.assert_close(value, sum(one.state_dict()[name] for one in networks) / 3, check_dtype=False)
+    with torch.no_grad():
+        expected = sum(network(image).softmax(1) for network in networks) / 3
+        torch.testing.assert_close(made["ensemble"](image).softmax(1), expected)
+    torch.save(made["ensemble"].state_dict(), tmp_path / "model.pt")
+    assert holding(unet(), files[0]).state_dict().keys() == unet().state_dict().keys()
+    given = {
+        "ckpt": str(tmp_path / "model.pt"),
+        "network_def#features": FEATURES,
+        "spacing": [2] * 3,
+        "roi_size": [32, 32],
+    }
+    parser = RISK_MAP.workflow(base="inference", **given).parser
+    assert isinstance(parser.get_parsed_content("network"), Ensemble)
+    assert "two trainings or more" in refused(lambda: soup(files[:1]))
+    torch.save(BasicUNet(2, 1, 3, features=FEATURES).state_dict(), files[0])
+    assert "expected trainings of one" in refused(lambda: soup(files))
+
+
+def test_an_audit_of_several_seeds_makes_a_soup_and_an_ensemble_of_them_without_a_training(options, in_this_process):
+    folder = Path(options["output_dir"])
+    given = options | {"audit#arms": OF_SEEDS, "audit#folds": 2}
+    assert "makes soup and ensemble of several trainings" in refused(lambda: RISK_MAP.run("lp_ft", **given))
+    RISK_MAP.run("lp_ft", **given, **{"audit#seeds": 2})
+    audit, minutes = read_json(folder / "audit.json"), pd.read_csv(folder / "audit.csv").set_index("arm")["minutes"]
+    assert {*minutes.index.dropna()} >= {"lp_ft", "full", "soup", "ensemble"}
+    assert minutes["soup"].max() == minutes["ensemble"].max() == minutes["full"].max() > 0
+    assert not [path for path in trainings(folder) if {*OF_SEEDS} & {*path.parts}]
+    for place in ("", "fold0of2", "fold1of2"):
+        members = [folder / "audit/full" / (place + "_seed1" * bool(k) if place else "seed1" * k) for k in range(2)]
+        one, other = (weights_of(member / "model.pt") for member in members)
+        mixed = weights_of(folder / "audit/soup" / place / "model.pt")
+        torch.testing.assert_close(mixed["final_conv.bias"], (one["final_conv.bias"] + other["final_conv.bias"]) / 2)
+        both = weights_of(folder / "audit/ensemble" / place / "model.pt")
+        assert torch.equal(both["members.1.final_conv.bias"], other["final_conv.bias"])
+    before = len(in_this_process)
+    RISK_MAP.run("lp_ft", **given, **{"audit#seeds": 3})
+    assert {*OF_SEEDS} <= {path.name for path in in_this_process[before:]}
+    assert len(read_json(folder / "audit/soup/config.json")["members"]) == 3
+    assert audit["default"]
 
 
 # What is done at inference

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from medtl_ext._io import atomic_path
-from medtl_ext._validation import require_number
+from medtl_ext._validation import InputError, require_number
+from medtl_ext.data.collection import read_json
 from medtl_ext.data.plan import AUTO
 from medtl_ext.ranking import Verdict, late_gain
 from medtl_ext.transfer.evaluate import own_weights
@@ -26,11 +28,18 @@ logger = logging.getLogger(__name__)
 
 UNTRAINED = "zero_shot"
 """The arm that is the source as it is: it has no seeds, no folds and no learning curve."""
+OF_SEEDS, MEMBERS = ("soup", "ensemble"), "full"
+"""Arms that train nothing: what several trainings of one arm make together."""
 NETWORK = ("grid.json", "model.json", "clean.txt", "model.pt")
 """The files of a network. The weights are written last: if they are there, everything is."""
 SCORED = ("metrics.csv", "curve.csv")
 ENOUGH, SOME = 6, 5
 """With fewer validation patients than ENOUGH, all labelled ones are cross-validated, in SOME folds if they are more."""
+
+
+ALONE = {"audit#arms": [], "check_data": False}
+HELD = {"val_split": "val", "evaluation#splits": ["val"], "evaluation#loaders": ["@validate#dataloader"]}
+"""Options of an arm, and of a fold of it, whose patients are its ``val``."""
 
 
 def finetuning_job(
@@ -80,7 +89,7 @@ class TransferAudit:
     def check(self) -> None:
         """Log how many trainings it will run, before anything is trained."""
         if self._wanted:
-            trained = len({*self._names, self.here.config["method"]} - {UNTRAINED}) * self.seeds
+            trained = len({*self._names} - {UNTRAINED, *OF_SEEDS}) * self.seeds
             count, few = trained * (self._folds + 1) - 1, ""
             if self._folds:
                 why = f"there are fewer than {ENOUGH} validation patients; " if self.folds == AUTO else ""
@@ -94,8 +103,10 @@ class TransferAudit:
         if not self._wanted:
             return None
         folder, method = self.here.folder, self.here.config["method"]
-        jobs = {name: self._jobs(name) for name in self._names}
+        jobs = {name: self._jobs(name) for name in self._names if name not in OF_SEEDS}
         self.here.train([job for whole, folds in jobs.values() for job in whole + folds], "transfer audit")
+        jobs |= {name: self._made(name, *jobs[MEMBERS]) for name in self._names if name in OF_SEEDS}
+        self.here.train([job for name in jobs if name in OF_SEEDS for job in chain(*jobs[name])], "arms of seeds")
         rows = arm_rows(Arm(name, (job,)) for name, (whole, _) in jobs.items() for job in whole)
         if self._folds:
             held = arm_rows(Arm(name, (job,)) for name, (_, folds) in jobs.items() for job in folds)
@@ -106,6 +117,7 @@ class TransferAudit:
             "late_gains": {name: late_gain(of[0]) for name, of in curves.items()},
             "minutes": {name: sum(curve["minutes"].max() for curve in of) for name, of in curves.items()},
         }
+        said["minutes"] |= {name: said["minutes"][MEMBERS] for name in jobs if name in OF_SEEDS}
         verdict = audit_report(rows, folder, method=method, synthetic=self.target.synthetic, **said)
         logger.info("%s", verdict.text)
         if own_weights(folder, method) == folder / "model.pt":
@@ -140,16 +152,21 @@ class TransferAudit:
         if self.source.unasked and (without := [name for name in names if name in (UNTRAINED, "adabn")]):
             logger.info("audit without %s: %s", " and ".join(without), self.source.unasked)
             names = [name for name in names if name not in without]
-        return names
+        if not (made := [name for name in OF_SEEDS if name in names]):
+            return names
+        if self.seeds < 2:
+            raise InputError(f"an audit makes {' and '.join(made)} of several trainings; give --audit#seeds 2 or more.")
+        if "ensemble" in made and self.source.card is not None:
+            raise InputError("ensemble is of the bundle's own network, and the source brings its own; take soup.")
+        return list(dict.fromkeys([*names, MEMBERS]))
 
     def _jobs(self, name: str) -> tuple[list[Job], list[Job]]:
         """The trainings of an arm on the given split (the run's own seed first), and those of the folds."""
         own, trained, folder = name == self.here.config["method"], name != UNTRAINED, self.here.folder / "audit" / name
-        overlays, options = [] if own else [name], {"audit#arms": [], "check_data": False}
+        overlays, options = [] if own else [name], dict(ALONE)
         if name == "scratch" and not own and self.source.card is not None and self.source.card.is_program:
             options["source"] = None  # a program cannot be trained from scratch: use the bundle's network
-        held = {"val_split": "val", "evaluation#splits": ["val"], "evaluation#loaders": ["@validate#dataloader"]}
-        held |= {"val_interval": "@epochs"} if trained else {}
+        held = HELD | ({"val_interval": "@epochs"} if trained else {})
         parts = self._folds if trained else min(self._folds, 1)
         whole, folds = [], []
         for k in range(self.seeds if trained else 1):
@@ -160,6 +177,23 @@ class TransferAudit:
                 place = folder / (f"fold{part}of{parts}" + f"_seed{k}" * (k > 0))
                 folds.append(self.here.job(place, *overlays, **options, **held, **{"target#fold": [part, parts]}))
         return whole, folds
+
+    def _made(self, name: str, whole: Sequence[Job], folds: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+        """The same of an arm of seeds, which is made anew where it has more of them."""
+        folder, parts = self.here.folder / "audit" / name, self._folds
+        members = [str(own_weights(job.output_dir, MEMBERS)) for job in whole]
+        if (record := folder / "config.json").is_file() and read_json(record)["members"] != members:
+            shutil.rmtree(folder)
+        options = ALONE | {"seed": self.here.seed}
+        held = [
+            self.here.job(
+                folder / f"fold{part}of{parts}",
+                name,
+                **options | HELD | {"target#fold": [part, parts], "members": [job.model for job in folds[part::parts]]},
+            )
+            for part in range(parts)
+        ]
+        return [self.here.job(folder, name, **options, members=members)], held
 
 
 def _copy(origin: Path, folder: Path, *names: str) -> None:

@@ -18,7 +18,7 @@ from medtl_ext._io import write_json
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import Task
 from medtl_ext.metrics import compute_leep_map
-from medtl_ext.networks import load_weights, read_weights
+from medtl_ext.networks import holding, load_weights, read_weights
 from medtl_ext.transfer.arms import UNTRAINED
 from medtl_ext.transfer.jobs import Run, read_table
 from medtl_ext.transfer.tasks import SegmentationTask
@@ -132,15 +132,16 @@ class Pictures:
         """
         device = next(self.network.parameters()).device
         weights = read_weights(path)  # a damaged file is none that does not fit
+        network = holding(self.network, weights).to(device)
         try:
-            load_weights(self.network, weights, min_share=1.0, name=str(path))
+            load_weights(network, weights, min_share=1.0, name=str(path))
         except InputError:
             return None
-        self.network.eval()
+        network.eval()
         decided, found = self.postprocessing.get_index_of_first(lambda step: isinstance(step, AsDiscreted)), []
         for item in items:
             with torch.no_grad():
-                logits = self.inferer(item["image"][None].to(device), self.network)[0].cpu()
+                logits = self.inferer(item["image"][None].to(device), network)[0].cpu()
             soft = self.postprocessing({**item, "pred": logits}, end=decided)
             probs, label = soft["pred"], soft["label"]
             done = self.postprocessing(soft, start=decided)

@@ -19,7 +19,7 @@ from medtl_ext._io import write_json
 from medtl_ext._validation import InputError, first_line
 from medtl_ext.metrics import LEEP
 from medtl_ext.metrics.features import tap_features
-from medtl_ext.networks import WEIGHTED, load_weights
+from medtl_ext.networks import WEIGHTED, holding, load_weights
 from medtl_ext.transfer.sources.allowed import built_network
 from medtl_ext.transfer.sources.card import Card
 from medtl_ext.transfer.sources.nnunet import sliding_window
@@ -328,6 +328,7 @@ def _loaded(card: Card, *, fresh: bool = False) -> nn.Module:
             weights = card.weights()
             if weights.keys().isdisjoint(net.state_dict()):  # saved by a fine-tuning here, as a part of `SourceNetwork`
                 weights = {name.removeprefix("net."): value for name, value in weights.items()}
+            net = holding(net, weights)
             _fit_ends(net, weights)
             load_weights(net, weights, min_share=1.0, name=str(card.checkpoint))
         return net

@@ -21,7 +21,7 @@ from torch import nn
 from medtl_ext._validation import InputError, first_line
 from medtl_ext.data import Collection, SliceDataset, Task, load_collection
 from medtl_ext.data.plan import Grid, read_grid
-from medtl_ext.networks import load_weights
+from medtl_ext.networks import holding, load_weights
 from medtl_ext.transfer.config import current_config, identity
 from medtl_ext.transfer.jobs import Job, Run
 from medtl_ext.transfer.sources.allowed import built_network, transforms_of
@@ -477,6 +477,7 @@ class Checkpoint:
         if self.card is not None:
             wanted, _ = channel_order(self.card.channels, self.channels, fill=self.card.fill)
             return untouched(self.card, channels=len(wanted))
+        own = holding(own, self.path)
         load_weights(own, self.path, min_share=1.0)
         return own
 

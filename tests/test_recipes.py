@@ -483,6 +483,33 @@ def test_an_audit_of_several_seeds_makes_a_soup_and_an_ensemble_of_them_without_
     assert audit["default"]
 
 
+def test_a_comparison_trains_three_members_of_a_soup_and_an_ensemble(options, tmp_path, in_this_process):
+    names = ("collection", "source_dir", "network_def#features")
+    settings = {name: options[name] for name in names} | {"spacing": [6.2, 6.2, 8.0], "roi_size": [32, 32]}
+    short = {"epochs": 1, "iterations_per_epoch": 1}
+    settings |= {**short, "batch_size": 4, "check_data": False, "pretraining": short | {"augment": False}}
+    asked = {
+        "pairs": [["14-T2-ED", "17-T2-ED"]],
+        "methods": ["full", *OF_SEEDS],
+        "reference": "full",
+        "train_slices": [4],
+    }
+    asked |= {"runs": [{"seed": 0, "source_seed": 0}], "settings": settings, "output_dir": str(tmp_path / "compared")}
+    RISK_MAP.run(base="compare", **asked)
+    of = tmp_path / "compared/runs/14-T2-ED_to_17-T2-ED/4"
+    trained = [f"full/source0/seed{seed}" for seed in (0, 1000, 2000)]
+    assert {str(path.relative_to(of)) for path in in_this_process[1:]} == {
+        *trained,
+        "soup/source0/seed0",
+        "ensemble/source0/seed0",
+    }
+    one, *others = (weights_of(of / name / "model.pt")["final_conv.bias"] for name in trained)
+    found = weights_of(of / "soup/source0/seed0/model.pt")["final_conv.bias"]
+    torch.testing.assert_close(found, (one + sum(others)) / 3)
+    table = pd.read_csv(tmp_path / "compared/comparison.csv")
+    assert {*table["method"]} == {"full", *OF_SEEDS}
+
+
 # What is done at inference
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 BEGAN = time.perf_counter()
@@ -69,9 +70,9 @@ def main() -> None:
         get("network")
         note("pre-training of the source")
         for place, step in enumerate(workflow.parser["run"]):
-            if step == "$@train#trainer.run()":
-                trainer = get("train#trainer")
-                trainer.add_event_handler(Events.EPOCH_STARTED(once=1), note, "training slices and risk map")
+            if "trainer" in step:  # the map comes before the first epoch
+                first = partial(note, "training slices and risk map")
+                get("train#trainer").add_event_handler(Events.EPOCH_STARTED(once=1), first)
             get(f"run#{place}")
             note(CALLED.get(step, "training" if "trainer" in step else "the rest"))
         print(f"load {os.getloadavg()[0]:.1f}")

@@ -182,5 +182,13 @@ def test_the_report_of_a_bundle_works_at_all_widths_and_themes(bundle, whole_run
             assert np.ptp(before) > 200
             page.get_by_role("slider", name="slice").first.press("ArrowRight")
             assert (pixels(page, 0) != before).any()
+        figure = page.locator("figure", has=page.locator("svg")).first
+        marks, said = figure.locator("svg [role=img]"), figure.locator("output")
+        marks.nth(3).dispatch_event("pointerover")
+        assert said.inner_text() == marks.nth(3).locator("title").text_content()
+        figure.locator(".scroll").press("ArrowRight")
+        assert said.inner_text() == marks.first.locator("title").text_content()
+        assert page.locator("figure svg").count() == page.locator("output").count()
+        assert page.locator(".panels img").count() == (12 if bundle is DATASETS else 0)
         page.screenshot(path=tmp_path / f"{width}_{theme}.png", full_page=True)
         assert faults(page) == []

@@ -67,7 +67,7 @@ LEFT_BY_SEQUENTIAL |= {"audit.csv", "audit.json", "audit.png", "audit.svg", "ans
         (RISK_MAP, LEFT_BY_RISK_MAP, "14-FLAIR-ED to 17-T2-ED: risk_map"),
         (SEQUENTIAL, LEFT_BY_SEQUENTIAL, "Paths to 17-T2-ED"),
         (SOURCE_SELECTION, LEFT_BY_RANKERS, "Source selection for 17-T2-ED"),
-        (DATASETS, LEFT_BY_RANKERS, "Source datasets for 17-T2-tumour"),
+        (DATASETS, LEFT_BY_RANKERS | {"images.csv", "pictures.json"}, "Source datasets for 17-T2-tumour"),
     ],
     ids=name_of,
 )

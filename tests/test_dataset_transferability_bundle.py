@@ -1,6 +1,8 @@
 """Tests of the bundle dataset_transferability only: rankings, own models, real files, and refused input."""
 
+import base64
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,8 @@ def test_the_next_command_is_one_that_the_bundle_takes(options, whole_run, tmp_p
     assert Path(given["source"]["checkpoint"]).is_file()
     assert given["image_size"] == 32
     assert given["network_def"]["block_inplanes"] == [16, 16, 32, 32]
-    run("finetune", **options | given | {"output_dir": str(tmp_path / "tuned"), "network_def#layers": [1, 1, 1, 1]})
+    given |= {"output_dir": str(tmp_path / "tuned"), "network_def#layers": [1, 1, 1, 1], "figures": True}
+    run("finetune", **options | given)
     metrics = pd.read_csv(tmp_path / "tuned" / "metrics.csv").set_index("split")
     predictions = pd.read_csv(tmp_path / "tuned" / "predictions.csv")
     assert metrics["auc"].between(0, 1).all()
@@ -39,6 +42,38 @@ def test_the_next_command_is_one_that_the_bundle_takes(options, whole_run, tmp_p
     assert predictions["subject"].str.startswith("17-").all()
     truth_of_test = image_auc(predictions[predictions["split"] == "test"])
     assert metrics.loc["test", "auc"] == pytest.approx(truth_of_test, abs=1e-4)
+    page = (tmp_path / "tuned" / "report.html").read_text()
+    assert f"AUC {truth_of_test:.3f} (95 % interval" in page
+    assert "Classify images of yours:" in page
+    assert set(pd.read_csv(tmp_path / "tuned" / "images.csv")) == {"name", "subject", "class", "finetune"}
+
+
+def test_a_report_shows_what_the_networks_say_of_test_images(whole_run, options):
+    """Of a ranking the untouched sources, whose classes are read as the target's."""
+    content = read_json(whole_run(DATASETS) / "pictures.json")
+    table = pd.read_csv(whole_run(DATASETS) / "images.csv").set_index("name")
+    target = ClassificationTask("17-T2-tumour", collection=options["collection"], image_size=32)
+    items = {item["name"]: item for item in target.datalist("test")}
+    assert content["untrained"]
+    assert len(content["images"]) == 12
+    worst, median, best, *others = content["images"]
+    assert [one["rank"].split(" of ")[0] for one in (worst, median, best, others[0])] == [
+        "worst",
+        "median",
+        "best",
+        "number 2",
+    ]
+    assert table[content["by"]].is_monotonic_increasing
+    assert set(table.index) == set(items)
+    for one in content["images"]:
+        item, row = items[one["name"]], table.loc[one["name"]]
+        assert one["class"] == row["class"] == target.class_names[item["label"]]
+        assert {arm for arm, *_ in one["said"]} == set(SOURCES)
+        for arm, said, probability, right in one["said"]:
+            assert right == (said == one["class"])
+            assert row[arm] == pytest.approx(probability if right else 1 - probability, abs=1e-5)  # of two classes
+        shown = np.asarray(Image.open(BytesIO(base64.b64decode(one["data"]))), dtype=float)
+        assert np.abs(shown - item["image"][0]).mean() < 3
 
 
 def test_the_evaluation_compares_scores_with_the_truth_and_leaves_the_own_model_out(options, in_this_process):
@@ -52,12 +87,15 @@ def test_the_evaluation_compares_scores_with_the_truth_and_leaves_the_own_model_
     assert np.isfinite(table.loc["17-T2-tumour", "lp"])
     true = pd.read_csv(folder / "truth.csv").set_index("source")
     assert set(true.index) == {*SOURCES[:2], "scratch"}
+    images = pd.read_csv(folder / "images.csv")
     for name in true.index:  # of the grid, the best on validation images
         paths = sorted((folder / "finetune" / name).glob("*/metrics.csv"))
         runs = [pd.read_csv(path).set_index("split") for path in paths]
         assert len(runs) == 2
         best = max(runs, key=lambda one: one.loc["val", "auc"])
         assert true.loc[name, "auc"] == pytest.approx(best.loc["test", "auc"], abs=1e-4)
+        accuracies = [one.loc["test", "accuracy"] for one in runs]
+        assert np.isclose((images[name] > 0.5).mean(), accuracies, atol=1e-4).any()
     agreement = pd.read_csv(folder / "agreement.csv").set_index("ranker")
     assert {"LP x FU", "LEEP", "shrunk H-score", "source size", "random"} <= set(agreement.index)
     assert agreement["regret"].ge(0).all()

@@ -77,7 +77,7 @@ def test_a_clear_winner_is_recommended(tmp_path):
     assert table.loc["own", ["lp_fu", "ncti"]].isna().all()  # it has no part in what is scaled over the pool
     assert table.loc[["good", "poor"], "lp_fu"].tolist() == [1, 0]
     assert "--source good.pt" in found["command"]
-    assert (tmp_path / "answer.txt").read_text() == f"{found['answer']}\n\nTo use it:\n{found['command']}\n"
+    assert (tmp_path / "answer.txt").read_text() == f"{found['answer']}\n\nTo use good:\n{found['command']}\n"
     assert (tmp_path / "ranking.png").stat().st_size > 1000
 
 
@@ -97,7 +97,7 @@ def test_equal_scores_rank_nothing(tmp_path, capsys):
     assert "All sources have the same FU: it ranks nothing here." in found["answer"]
     assert "There is no best guess: one and two have the same score." in found["answer"]
     assert (found["recommendation"], found["default"], found["command"]) == (None, None, None)
-    assert "To use it" not in capsys.readouterr().out
+    assert "To use" not in capsys.readouterr().out
     ranking({"one": 5, "two": 5, "poor": 0}, tmp_path).run()
     assert "LP x FU would pick one and two (all alike)." in content(tmp_path)["answer"]
 

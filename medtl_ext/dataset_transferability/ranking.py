@@ -1,16 +1,23 @@
 """Source datasets ranked for a classification target, with what the paper's LP x FU says and the target's own model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
+from monai.data import DataLoader, Dataset
+from monai.transforms import Compose
 
 from medtl_ext._io import write_csv
 from medtl_ext._validation import InputError
+from medtl_ext.metrics.base import probabilities_and_labels
+from medtl_ext.metrics.leep import check_probabilities
 from medtl_ext.ranking import SourceRanking, listed
 from medtl_ext.transfer import SCORES, ClassificationTask, Job, RankSources, SourceStudy
 from medtl_ext.transfer.jobs import read_table
+from medtl_ext.transfer.sources.pool import keys_of, source_transforms
 from medtl_ext.transfer.study import Key
 from medtl_ext.transfer.tasks import POOLED
 
@@ -61,6 +68,26 @@ class RankDatasets(RankSources):
     def said_besides(self) -> dict[str, Any]:
         units = len(next(iter(self.seen.values())).maps.names)
         return {"units": units, "patients_known": self.target.dataset.subjects is not None}
+
+    def untouched(self, items: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """What each source says of further images without any training, N x classes of the target.
+
+        Its own classes are read as the target's by the P(y|z) of the training images, as LEEP does.
+        """
+        found = {}
+        for name, seen in self.seen.items():
+            source, steps = self.pool[name], self.transforms
+            if source.card.foreign:
+                steps = source_transforms(source.card, self.target.channels, steps, keys=keys_of(self.target))
+            network = source.build(self.here.config["network_def"], self.target, self.image_shape)
+            probs = []
+            with torch.no_grad():
+                for batch in DataLoader(Dataset(items, Compose(steps)), batch_size=128):
+                    probs += probabilities_and_labels({"pred": network(batch["image"]), "label": batch["label"]})[0]
+            known, asked = (check_probabilities("pred", one).double() for one in (seen.maps[0], torch.stack(probs)))
+            joint = torch.eye(self.target.n_classes, dtype=known.dtype)[seen.maps[1]].T @ known
+            found[name] = (asked @ (joint / joint.sum(0).clamp(min=1e-12)).T).numpy()
+        return found
 
 
 @dataclass(kw_only=True, eq=False)

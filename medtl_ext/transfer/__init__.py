@@ -14,7 +14,7 @@ from medtl_ext.transfer.config import bundle_root, start
 from medtl_ext.transfer.evaluate import DataCheck, ScoreImages, ScorePatients, StoppedTraining
 from medtl_ext.transfer.jobs import Arm, Job, Run
 from medtl_ext.transfer.page import Report
-from medtl_ext.transfer.pictures import Pictures
+from medtl_ext.transfer.pictures import ImagePictures, Pictures
 from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import audit_report, compare_report, markdown_table, patient_table
 from medtl_ext.transfer.scores import SCORES, KeepPixels, Predictions
@@ -39,6 +39,7 @@ __all__ = [
     "ClassificationTask",
     "DataCheck",
     "FineTuneSources",
+    "ImagePictures",
     "Job",
     "KeepPixels",
     "Pictures",

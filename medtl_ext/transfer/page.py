@@ -23,11 +23,13 @@ from medtl_ext._validation import InputError
 from medtl_ext.ranking import bootstrap_interval, listed
 from medtl_ext.transfer.config import on_command_line
 from medtl_ext.transfer.jobs import Run, read_table, run_command, shell_word, short_path
+from medtl_ext.transfer.tasks import PROBABILITIES, auc_interval, image_auc
 
 CAPTIONS = {
     "agreement": "What each ranking was worth",
     "audit": "Transfer audit: the score of every patient and arm, and the differences that decide",
     "critical_difference": "Average ranks; what a bar joins cannot be told apart",
+    "images": "Every test image, the most wrong first: the probability of its class",
     "maps": "Where transfer is hard",
     "metrics": "Every patient and class",
     "overlay": "Patients the network never saw: truth and segmentations",
@@ -46,9 +48,9 @@ class Report:
     figures, tables that sort, and how it was made.
 
     Everything is read from the run's own folder (not from folders in it): texts (``answer.txt``, ``audit.json`` and
-    other JSON with a ``text``, Markdown pages), the volumes of ``viewer.json``, PNG figures or the SVG beside them,
-    whose marks say their values, CSV tables, ``config.json``. A CSV beside a Markdown page of its name is left out, for
-    the page holds its tables. The page needs no other file and no network.
+    other JSON with a ``text``, Markdown pages), volumes of ``viewer.json`` and images of ``pictures.json``, PNG figures
+    or the SVG beside them, whose marks say their values, CSV tables, ``config.json``. A CSV beside a Markdown page of
+    its name is left out, for the page holds its tables. The page needs no other file and no network.
 
     Args:
         here: whose folder it is of; without figures there is no report.
@@ -80,7 +82,7 @@ class Report:
         folder = self.here.folder
         lead, verdict, details = texts_of(folder)
         verdict, steps = _commands(verdict)
-        views = folder / "viewer.json"
+        shown = {name: file for name in ("viewer", "pictures") if (file := folder / f"{name}.json").is_file()}
         if {**self.here.config.get("settings", {}), **self.here.config}.get("score_space") == "training":
             verdict += "\n\nScores are measured on the training grid, not in the patients' own space."
         images = sorted(folder.glob("*.png"))
@@ -94,8 +96,8 @@ class Report:
             synthetic=self.synthetic,
             lead=lead,
             verdict=verdict,
-            steps=[*steps, *_after_audit(folder)],
-            viewer=json.loads(views.read_text(encoding="utf-8")) if views.is_file() else None,
+            steps=[*steps, *_after_audit(folder), *_after_training(folder)],
+            shown={name: json.loads(file.read_text(encoding="utf-8")) for name, file in shown.items()},
             details=details,
             figures=[(path.name, _caption(path), *_drawn(path)) for path in images],
             tables=tables,
@@ -132,7 +134,8 @@ def _html(text: str, level: int = 3) -> str:
 def texts_of(folder: Path) -> tuple[str, str, str]:
     """All texts in Markdown: the sentence that decides, what else they conclude, and, from a table on, the rest.
 
-    An answer is read before an audit, which it may quote, and other texts after both.
+    An answer is read before an audit, which it may quote, and other texts after both; but what fine-tuning every source
+    has shown (``agreement.md``) is read before what a ranking foretold.
     """
     said = [path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))]
     answers = said[: (folder / "answer.txt").is_file()]
@@ -150,7 +153,8 @@ def texts_of(folder: Path) -> tuple[str, str, str]:
         # A table belongs to the heading above it, or to the line that leads to it.
         above = [place for place in range(table) if blocks[place].startswith("#")]
         cut = table if table == len(blocks) else (above or [max(table - 1, 0)])[-1]
-        answer += "\n\n" + "\n\n".join(blocks[:cut])
+        said, shown = "\n\n".join(blocks[:cut]), path.stem == "agreement"
+        answer = f"{said}\n\n{answer}" if shown else f"{answer}\n\n{said}"
         details += "\n\n" + "\n\n".join(blocks[cut:])
     answer = answer.strip()
     lead = re.match(r"[^#|*\n-].*?[.?!](?=\s|$)", answer)
@@ -159,13 +163,19 @@ def texts_of(folder: Path) -> tuple[str, str, str]:
 
 def _scored(folder: Path) -> list[str]:
     """How good a network is on the test patients, where that is all that a run says."""
-    table = read_table(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else pd.DataFrame()
-    if not {"dice", "split"} <= set(table) or "test" not in set(table["split"]):
+    classifies = (folder / "predictions.csv").is_file()
+    file = folder / ("predictions.csv" if classifies else "metrics.csv")
+    table = read_table(file) if file.is_file() else pd.DataFrame({"split": []})
+    table = table[table["split"] == "test"] if "split" in table else table[:0]
+    if not len(table) or not {"dice", "label"} & set(table):
         return []
-    dice = table[table["split"] == "test"].groupby("patient" if "patient" in table else "subject")["dice"].mean()
-    low, high = bootstrap_interval(dice)
+    if classifies:
+        what, score, (low, high), count = "AUC", image_auc(table), auc_interval(table), len(table)
+    else:
+        dice = table.groupby("patient" if "patient" in table else "subject")["dice"].mean()
+        what, score, (low, high), count = "Mean Dice", dice.mean(), bootstrap_interval(dice), len(dice)
     sure = "" if np.isnan(low) else f" (95 % interval {low:.3f} to {high:.3f})"
-    return [f"Mean Dice {dice.mean():.3f}{sure} on {len(dice)} test patient{'s' * (len(dice) > 1)}."]
+    return [f"{what} {score:.3f}{sure} on {count} test {'image' if classifies else 'patient'}{'s' * (count > 1)}."]
 
 
 def _commands(verdict: str) -> tuple[str, list[tuple[str, str]]]:
@@ -185,14 +195,13 @@ def _after_audit(folder: Path) -> list[tuple[str, str]]:
     model = next((place / "model.pt" for place in places if (place / "model.pt").is_file()), None)
     steps = []
     if model is not None and inference.is_file():
-        network = json.loads(inference.read_text(encoding="utf-8"))["network_def"]
         options: dict[str, Any] = {"ckpt": str(short_path(model)), "task": config["target_task"]}
         options |= {"input_dir": "FOLDER_OF_IMAGES", "output_dir": "FOLDER_OF_SEGMENTATIONS"}
         classes = read_table(model.with_name("metrics.csv"))["class"].nunique()
         options |= {"n_classes": classes + 1} if classes > 1 else {}
         carried = {name: config.get(name) for name in ("trust_sources", "clean")}
         options |= {name: value for name, value in carried.items() if value not in (None, False, "validation")}
-        options |= {f"network_def#{k}": v for k, v in config["network_def"].items() if network.get(k) != v}
+        options |= _changed_network(config, json.loads(inference.read_text(encoding="utf-8")))
         guess = "" if found["recommendation"] else ", the best guess"
         steps.append((f"Segment images of yours with {arm}{guess}:", run_command([inference], options)))
     if found["recommendation"] is None:
@@ -201,6 +210,26 @@ def _after_audit(folder: Path) -> list[tuple[str, str]]:
         why = f"To tell {apart} apart: label more patients, or train more than once:"
         steps.append((why, run_command([record], more | {"output_dir": "more_trainings"})))
     return steps
+
+
+def _after_training(folder: Path) -> list[tuple[str, str]]:
+    """How to classify with the bundle's own network that a run has trained."""
+    record, model = (folder / "config.json").resolve(), folder / "model.pt"
+    if not (record.is_file() and (folder / "predictions.csv").is_file() and not model.with_suffix(".json").is_file()):
+        return []
+    config = json.loads(record.read_text(encoding="utf-8"))
+    inference = Path(config["bundle_root"]) / "configs" / "inference.json"
+    default = json.loads(inference.read_text(encoding="utf-8"))
+    classes = read_table(folder / "predictions.csv").filter(regex=PROBABILITIES).shape[1]
+    options: dict[str, Any] = {"ckpt": str(short_path(model)), "n_classes": classes, "input_dir": "FOLDER_OF_IMAGES"}
+    options |= {name: config[name] for name in ("in_channels", "image_size") if config[name] != default[name]}
+    options |= _changed_network(config, default) | {"output_dir": "FOLDER_OF_PROBABILITIES"}
+    return [("Classify images of yours:", run_command([inference], options))]
+
+
+def _changed_network(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    network = default["network_def"]
+    return {f"network_def#{k}": v for k, v in config["network_def"].items() if network.get(k) != v}
 
 
 def _tables(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
-"""Test patients with the truth and what every arm of a run segments: a figure, and volumes for the report's viewer."""
+"""Test patients with the truth and what every arm of a run says of them, for the report; the worst come first."""
 
+import base64
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,24 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.metrics import compute_dice
 from monai.transforms import AsDiscreted, Compose, LoadImage, Orientation
+from PIL import Image
 from torch import nn
 
-from medtl_ext._io import write_json
+from medtl_ext._io import write_csv, write_json
 from medtl_ext._validation import InputError, require_number
 from medtl_ext.data import Task
 from medtl_ext.metrics import compute_leep_map
 from medtl_ext.networks import holding, load_weights, read_weights
 from medtl_ext.transfer.arms import UNTRAINED
 from medtl_ext.transfer.jobs import Run, read_table
-from medtl_ext.transfer.tasks import SegmentationTask
+from medtl_ext.transfer.tasks import PROBABILITIES, ClassificationTask, SegmentationTask
+from medtl_ext.transfer.truth import FineTuneSources
 from medtl_ext.transfer.viewer import MOST, packed
 from medtl_ext.visualize import plot_overlay, save_figure
 
-N_PATIENTS = 3
+N_PATIENTS, N_IMAGES = 3, 12
+SIDE = 256
+"""Pixels of the longer side of a picture, at most."""
 FOLDERS = ("audit", "arms", "settle", "finetune")
 """Below these in the folder of a run its arms are, each in a folder of its name."""
 SAME = 0.01
@@ -71,7 +77,9 @@ class Pictures:
             return
         dice = pd.DataFrame({arm: _dice(metrics) for arm, (_, metrics) in arms.items()})
         dataset = Dataset(self.target.datalist("test"), self.preprocessing)
-        ranks = self._ranks(dice, [entry["subject"] for entry in dataset.data])
+        by = _advised(dice, folder / "audit.json", self.here.config["method"])
+        ranks = _ranks(by[[entry["subject"] for entry in dataset.data]], self.patients)
+        ranks = {place: f"{rank} by Dice of {by.name}" for place, rank in ranks.items()}
         entries = [dataset.data[place] for place in ranks]
         items = [dataset[place] for place in ranks]
         files, subjects = ([entry[key] for entry in entries] for key in ("image", "subject"))
@@ -112,18 +120,6 @@ class Pictures:
             own = Path(self.checkpoint or folder / "model.pt"), folder / "metrics.csv"
             arms[method] = arms.pop(method, own)
         return arms
-
-    def _ranks(self, dice: pd.DataFrame, subjects: Sequence[str]) -> dict[int, str]:
-        """Place of each patient that is shown, and in words where they stand among all, the worst first."""
-        audit, arm = self.here.folder / "audit.json", self.here.config["method"]
-        if audit.is_file():
-            arm = json.loads(audit.read_text(encoding="utf-8"))["default"] or arm
-        arm = arm if arm in dice else dice.mean().idxmax()
-        ranked = np.argsort(dice.loc[subjects, arm], kind="stable").tolist()
-        first = {ranked[-1]: "best", ranked[len(ranked) // 2]: "median", ranked[0]: "worst"}
-        places = [*dict.fromkeys([*reversed(first), *ranked])][: self.patients]
-        words = {place: first.get(place, f"number {ranked.index(place) + 1}") for place in places}
-        return {place: f"{word} of {len(ranked)} by Dice of {arm}" for place, word in words.items()}
 
     def _segment(self, arm: str, path: Path, items: Sequence[Any]) -> list[dict[str, torch.Tensor]] | None:
         """``pred`` and ``label`` of each patient, as the evaluator scores a checkpoint, if it fits its network.
@@ -212,3 +208,84 @@ def _dice(metrics: Path) -> pd.Series:
     """Mean Dice over the classes of each subject that was tested, as it was scored."""
     table = read_table(metrics)
     return table[table["split"] == "test"].groupby("subject")["dice"].mean()
+
+
+def _advised(scores: pd.DataFrame, verdict: Path, method: str | None) -> pd.Series:
+    """Scores of the arm that a verdict advises, else of the run's own, else of the best."""
+    if verdict.is_file():
+        method = json.loads(verdict.read_text(encoding="utf-8"))["default"] or method
+    return scores[method if method in scores else scores.mean().idxmax()]
+
+
+def _ranks(scores: pd.Series, count: int) -> dict[int, str]:
+    """Place of each that is shown, and in words where it stands among all, the worst first."""
+    ranked = np.argsort(scores.to_numpy(), kind="stable").tolist()
+    first = {ranked[-1]: "best", ranked[len(ranked) // 2]: "median", ranked[0]: "worst"}
+    places = [*dict.fromkeys([*reversed(first), *ranked])][:count]
+    words = {place: first.get(place, f"number {ranked.index(place) + 1}") for place in places}
+    return {place: f"{word} of {len(ranked)}" for place, word in words.items()}
+
+
+@dataclass(kw_only=True, eq=False)
+class ImagePictures:
+    """The same for classification: test images with their class, and what every arm says of them.
+
+    Arms are the trainings that the run has, or the untouched sources of a ranking alone. Writes ``images.csv`` (of each
+    test image the probability of its class by every arm, the most wrong first) and ``pictures.json``, the images on the
+    page; nothing where there is no arm.
+
+    Args:
+        here, target: the run, and the target task.
+        ranking: with a method ``untouched``, see `medtl_ext.dataset_transferability.RankDatasets`; None where there is
+            none.
+        truth: the fine-tunings of all sources, where they are done.
+        patients: how many images are on the page, chosen as by `Pictures`, by the probability of their class.
+    """
+
+    here: Run
+    target: ClassificationTask
+    ranking: Any = None
+    truth: FineTuneSources | None = None
+    patients: int = N_IMAGES
+
+    def run(self) -> None:
+        """Write, unless the run is to leave no figures."""
+        if not (self.here.leads and self.here.figures):
+            return
+        require_number("patients", self.patients, 1, whole=True)
+        items, folder, classes = self.target.datalist("test"), self.here.folder, self.target.class_names
+        arms = self._trained([item["name"] for item in items])
+        if untrained := not arms and self.ranking is not None:
+            arms = self.ranking.untouched(items)
+        if not arms:
+            return
+        known = ["name", "subject"] if self.target.dataset.subjects else ["name"]
+        table = pd.DataFrame({key: [item[key] for item in items] for key in known})
+        labels = np.array([item["label"] for item in items])
+        right = pd.DataFrame({arm: probs[np.arange(len(items)), labels] for arm, probs in arms.items()})
+        by = _advised(right, folder / "ranking.json", self.here.config.get("method"))
+        table = table.assign(**{"class": [classes[label] for label in labels]}).join(right)
+        write_csv(folder / "images.csv", table.loc[by.sort_values(kind="stable").index])
+        images = []
+        for place, rank in _ranks(by, self.patients).items():
+            best = {arm: int(probs[place].argmax()) for arm, probs in arms.items()}
+            said = [[arm, classes[k], float(arms[arm][place, k]), k == int(labels[place])] for arm, k in best.items()]
+            image = {"name": items[place]["name"], "rank": rank, "class": classes[labels[place]], "said": said}
+            images.append(image | {"data": _jpeg(items[place]["image"])})
+        write_json(folder / "pictures.json", {"untrained": untrained, "by": by.name, "images": images})
+
+    def _trained(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Probabilities of the test images, N x classes, by each training."""
+        found = {name: job.read("predictions.csv") for name, job in (self.truth.best if self.truth else {}).items()}
+        if (own := self.here.folder / "predictions.csv").is_file():
+            found[self.here.config["method"]] = read_table(own)
+        tests = {arm: table[table["split"] == "test"].set_index("name").loc[names] for arm, table in found.items()}
+        return {arm: table.filter(regex=PROBABILITIES).to_numpy() for arm, table in tests.items()}
+
+
+def _jpeg(image: np.ndarray) -> str:
+    """An image of C x H x W, uint8, at most so large as a page shows it, in base64."""
+    picture = Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1))
+    picture.thumbnail((SIDE, SIDE))
+    picture.save(file := BytesIO(), "JPEG", quality=92)
+    return base64.b64encode(file.getvalue()).decode()

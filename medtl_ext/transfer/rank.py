@@ -283,7 +283,7 @@ class RankSources:
         content |= {"synthetic": self.target.synthetic, "answer": answer, "command": command, "settled": settled}
         content |= self.said_besides() | {"baselines": records(ranking.baselines), "table": records(table)}
         write_json(folder / "ranking.json", content)
-        hint = f"\n\nTo use it:\n{command}" if command else ""
+        hint = f"\n\nTo use {winner}:\n{command}" if command else ""
         write_text(folder / "answer.txt", answer + hint)
         print(answer + hint.replace("\n\n", "\n"))
         return ranking

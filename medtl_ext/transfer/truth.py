@@ -1,7 +1,7 @@
 """The ground truth: every source fine-tuned on the target, scratch beside, and what the rankings were worth."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,14 @@ class FineTuneSources:
         ranking: which sources, and their scores.
         grid: values of ``learning_rate``, ``momentum`` and ``weight_decay``, of which the best by validation counts;
             None: as the config says.
+
+    Attributes:
+        best: what was trained from each source that counts, and from scratch.
     """
 
     ranking: RankSources
     grid: Mapping[str, Sequence[float]] | None = None
+    best: dict[str, Job] = field(init=False, default_factory=dict)
 
     def run(self) -> None:
         """Train, compare, and write it down."""
@@ -50,7 +54,8 @@ class FineTuneSources:
         folder, name = here.folder, target.name
         jobs = finetunings(here, folder / "finetune", [self.ranking.pool[one] for one in ready.index], self.grid)
         here.train([job for runs in jobs.values() for job in runs], "fine-tuning every source")
-        rows = {one: target.measure(best_of(runs, target), "test") for one, runs in jobs.items()}
+        self.best = {one: best_of(runs, target) for one, runs in jobs.items()}
+        rows = {one: target.measure(job, "test") for one, job in self.best.items()}
         truth = pd.DataFrame.from_dict(rows, orient="index").rename_axis("source")
         truth = truth.sort_values(target.outcome, ascending=False, kind="stable")
         table = truth.join(ready.drop(columns=["left_out", "checkpoint", "network", "encoder"], errors="ignore"))

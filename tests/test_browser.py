@@ -67,7 +67,7 @@ def run(tmp_path_factory):
     views = [packed(image, labels, spacing=[1, 1, 2]) | {"name": EVIL, "rank": "worst of 2"}]
     views[0]["layers"][1]["dice"] = 0.667
     views += [packed(image, {}, maps={"LEEP": -(image[0] ** 2)}, spacing=[1, 1, 2]) | {"name": "all", "rank": "mean"}]
-    content = {"classes": [EVIL], "photographs": False, "views": views}
+    content = {"classes": [EVIL], "by": EVIL, "photographs": False, "views": views}
     (folder / "viewer.json").write_text(json.dumps(content))
     (folder / "answer.txt").write_text(f"No evidence to prefer {EVIL}. More.\n\nTo use it:\npython -m x\n")
     (folder / "config.json").write_text(json.dumps({"target_task": "17-T2-ED", "bundle_root": "bundles/risk_map"}))

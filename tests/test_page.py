@@ -252,7 +252,7 @@ def test_what_was_typed_is_shown_as_a_shell_takes_it(finished, monkeypatch):
 def test_everything_is_escaped(finished, monkeypatch):
     (finished / "answer.txt").write_text(f"Use {EVIL}.\n\npython -m {EVIL}")
     (finished / "plan.json").write_text(json.dumps({"text": EVIL}))
-    (finished / "viewer.json").write_text(json.dumps({"classes": [EVIL], "views": [{"name": EVIL}]}))
+    (finished / "viewer.json").write_text(json.dumps({"classes": [EVIL], "by": EVIL, "views": [{"name": EVIL}]}))
     (finished / "study.md").write_text(f"# x\n\n- {EVIL}\n\n## **{EVIL}**\n\n| {EVIL} |\n|---|\n| **{EVIL}** |\n")
     pd.DataFrame({EVIL: [EVIL]}).to_csv(finished / "scores.csv", index=False)
     (finished / "overlay.png").rename(finished / "a\" onerror='x'.png")

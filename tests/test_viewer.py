@@ -113,7 +113,8 @@ def test_what_a_run_shows_is_what_it_scored(whole_run):
     ranked = scored[advised].sort_values().to_numpy()
     shown = [scored[advised][view["name"]] for view in patients]
     assert shown == [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
-    assert patients[0]["rank"] == f"worst of {len(ranked)} by Dice of {advised}"
+    assert patients[0]["rank"] == f"worst of {len(ranked)}"
+    assert f"by the Dice of {advised}." in (folder / "report.html").read_text()
     for view in patients:
         _, layers = unpacked(view)
         assert set(layers) == {"truth", *places, "LEEP of zero_shot"}

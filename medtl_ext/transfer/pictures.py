@@ -79,7 +79,6 @@ class Pictures:
         dataset = Dataset(self.target.datalist("test"), self.preprocessing)
         by = _advised(dice, folder / "audit.json", self.here.config["method"])
         ranks = _ranks(by[[entry["subject"] for entry in dataset.data]], self.patients)
-        ranks = {place: f"{rank} by Dice of {by.name}" for place, rank in ranks.items()}
         entries = [dataset.data[place] for place in ranks]
         items = [dataset[place] for place in ranks]
         files, subjects = ([entry[key] for entry in entries] for key in ("image", "subject"))
@@ -92,7 +91,7 @@ class Pictures:
         volumes = [self._volume(*one) for one in zip(files, items, *found.values(), strict=True)]
         views = self._views(dict(zip(subjects, ranks.values(), strict=True)), volumes, dice[list(found)])
         content = {"classes": list(self.target.class_names), "photographs": self.target.photographs}
-        content |= {"left_out": [arm for arm in arms if arm not in found], "views": [*views, *maps]}
+        content |= {"by": by.name, "left_out": [arm for arm in arms if arm not in found], "views": [*views, *maps]}
         write_json(folder / "viewer.json", content)
 
         rows = [self._row(*volume, len(found)) for volume in volumes[:N_PATIENTS]]

@@ -128,7 +128,7 @@ def _html(text: str, level: int = 3) -> str:
     page = MarkdownIt("zero").enable(rules, ignoreInvalid=True).render(text)
     page = re.sub(r"<td>(?=[^<]{40})", '<td class="long">', page)
     page = page.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
-    return page.replace("<th>", '<th scope="col">')
+    return page.replace("<th></th>", "<td></td>").replace("<th>", '<th scope="col">')
 
 
 def texts_of(folder: Path) -> tuple[str, str, str]:

@@ -24,7 +24,6 @@ from medtl_ext.ranking import bootstrap_interval
 from medtl_ext.transfer import Arm, Run, Source, Study, compare_report, patient_table
 from medtl_ext.transfer.arms import MEMBERS, OF_SEEDS
 from medtl_ext.transfer.evaluate import own_weights
-from medtl_ext.transfer.jobs import run_command, short_path
 from medtl_ext.transfer.pictures import N_PATIENTS, Pictures
 from medtl_ext.transfer.rank import SYNTHETIC
 from medtl_ext.transfer.report import PLACEBO
@@ -121,6 +120,7 @@ class CompareMethods(Study):
 
     also: ClassVar[Sequence[str]] = ()
     """Overlays that a kind of comparison needs in addition."""
+    config_file = "compare.json"
 
     pairs: Sequence[Sequence[str]]
     methods: Sequence[str]
@@ -202,20 +202,15 @@ class CompareMethods(Study):
 
     def _what_next(self, preferred: str | None) -> str:
         """The command that runs the preferred method; or one that adds trainings and reuses the present ones."""
-        record, configs = self.here.folder / "settings.json", self.here.configs
-        settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
         if preferred is not None:
             made = preferred in OF_SEEDS  # by an audit, of trainings
-            names = ("train", MEMBERS if made else preferred)
-            (source, target), files = self.pairs[0], [configs / f"{name}.json" for name in names]
-            settings |= {"audit#arms": [preferred], "audit#seeds": N_MEMBERS} if made else {}
-            options = {"source": source, "target_task": target, "train_slices": self.train_slices[-1], **settings}
-            return f"To run it:\n{run_command(files, options)}"
+            options = dict(zip(("source", "target_task"), self.pairs[0], strict=True))
+            options |= {"train_slices": self.train_slices[-1]}
+            options |= {"audit#arms": [preferred], "audit#seeds": N_MEMBERS} if made else {}
+            return f"To run it:\n{self.command('train', MEMBERS if made else preferred, *self.overlays, **options)}"
         seed = 1 + max(run["seed"] for run in self.runs)
         runs = [*self.runs, *({"seed": more, "source_seed": more} for more in (seed, seed + 1))]
-        options = {name: getattr(self, name) for name in ("pairs", "methods", "reference", "train_slices", "overlays")}
-        options |= {"runs": runs, "settings": settings, "output_dir": str(short_path(self.here.folder))}
-        return f"To train each method twice more:\n{run_command([configs / 'compare.json'], options)}"
+        return f"To train each method twice more:\n{self.larger(runs=runs)}"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -309,6 +304,7 @@ class CompareMaps(CompareMethods):
 
     reads = "risk.csv"
     also = ("condensation",)
+    config_file = "figure2.json"
 
     def check(self) -> dict[str, Any]:
         if "zero_shot" in self.methods:
@@ -333,7 +329,7 @@ class CompareMaps(CompareMethods):
             parts.append(_condensed_in_words(of, self.reference))
             if split == "test" and not lead:  # the verdict on unseen patients comes first
                 lead = [f"{pair}, {slices} slices, {split} patients, {risk}: {parts[-2]}"]
-        parts[1:1] = lead
+        parts[1:1] = [*lead, self._what_next(None)]
         write_text(folder / "condensation.md", page(*parts))
         first, maps = arms[0][0], {}
         for columns, arm in arms:

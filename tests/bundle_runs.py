@@ -309,7 +309,12 @@ def ranking_of(folder: str | Path) -> pd.DataFrame:
 
 def next_command(folder: str | Path) -> tuple[str, dict[str, Any]]:
     """The config that a ranking recommends to run next, and its options as the command line reads them."""
-    words = shlex.split(read_json(Path(folder) / "ranking.json")["command"])
+    return command_in(read_json(Path(folder) / "ranking.json")["command"])
+
+
+def command_in(page: str) -> tuple[str, dict[str, Any]]:
+    """The same for the first command on a page."""
+    words = shlex.split(next(line for line in page.splitlines() if line.startswith("python -m")))
     assert words[:5] == ["python", "-m", "monai.bundle", "run", "--config_file"]
     given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
     return words[5], given

@@ -4,7 +4,6 @@ import json
 import os
 import pydoc
 import re
-import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from bundle_runs import (
     SEQUENTIAL,
     SOURCE_SELECTION,
     Bundle,
+    command_in,
     finish,
     kill_once_there,
     ranking_of,
@@ -29,8 +29,8 @@ from bundle_runs import (
     start,
     trainings,
 )
-from fire.parser import DefaultParseValue
 
+from medtl_ext.report import row_of
 from medtl_ext.transfer import Job, SegmentationTask
 from medtl_ext.transfer.config import identity
 from medtl_ext.transfer.truth import best_of
@@ -153,12 +153,39 @@ def test_mlflow_tracks_a_training_once(bundle, score, options, tmp_path, monkeyp
     uri = f"sqlite:///{tmp_path / 'runs.db'}"
     for _ in range(2):  # a finished run is not tracked again
         bundle.run("scratch", "mlflow", **options | FOUR_EPOCHS | {"mlflow#tracking_uri": uri})
-    client = mlflow.MlflowClient(uri)
-    (tracked,) = client.search_runs(client.get_experiment_by_name(bundle.name).experiment_id)
-    assert tracked.info.status == "FINISHED"
+    tracked, client = tracked_run(mlflow, uri, bundle)
     assert tracked.data.params["method"] == "scratch"
     history = {name: client.get_metric_history(tracked.info.run_id, name) for name in ("loss", score)}
     assert {name: [one.step for one in steps] for name, steps in history.items()} == {"loss": STEPS, score: [2, 4]}
+
+
+@pytest.mark.parametrize("bundle", [*RUN_HERE, SEQUENTIAL], ids=name_of)
+def test_mlflow_knows_of_a_whole_run_what_the_index_says(bundle, options, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    bundle.run("mlflow", **options | bundle.whole | {"progress": True, "mlflow#tracking_uri": uri})
+    folder = Path(options["output_dir"])
+    tracked, client = tracked_run(mlflow, uri, bundle)  # one: the arms are no runs of their own
+    row = row_of(folder, folder.parent)
+    known = tracked.data.params | {name: f"{value:.3f}" for name, value in tracked.data.metrics.items()}
+    missing = {
+        name: value
+        for name, value in row.items()
+        if value and name not in ("link", "minutes") and known.get(name) != value
+    }
+    assert missing == {}
+    assert {"asked", "advised"} <= {name for name, value in row.items() if value}
+    assert tracked.data.metrics["minutes"] == float(row["minutes"])
+    assert [file.path for file in client.list_artifacts(tracked.info.run_id)] == ["report.html"]
+
+
+def tracked_run(mlflow, uri, bundle):
+    """The only run that is tracked, which has ended."""
+    client = mlflow.MlflowClient(uri)
+    (tracked,) = client.search_runs(client.get_experiment_by_name(bundle.name).experiment_id)
+    assert tracked.info.status == "FINISHED"
+    return tracked, client
 
 
 # Studies
@@ -183,7 +210,8 @@ def plant(metrics: Path, **dice: float) -> None:
     metrics.with_name(".run.sums").unlink()  # otherwise the job with changed tables would be scored again
 
 
-def test_a_study_is_of_the_test_patients_and_is_continued(options, in_this_process):
+def test_a_study_is_of_the_test_patients_and_is_continued(options, in_this_process, tmp_path, monkeypatch):
+    monkeypatch.setattr("medtl_ext.transfer.study._baseline_claim", lambda *_: ("It is.", "Numbers.", ["LEEP"]))
     folder = study(SOURCE_SELECTION, options, metrics=["h_score", "leep"])
     names = {path.name for path in folder.iterdir()}
     assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "priors.png", "runs"} <= names
@@ -207,9 +235,14 @@ def test_a_study_is_of_the_test_patients_and_is_continued(options, in_this_proce
     truth = pd.read_csv(folder / "runs" / "17-T2-ED" / "seed3" / "truth.csv")
     assert truth["source"].tolist() == ["scratch", *reversed(sources)]
     assert truth["dice"].tolist() == pytest.approx(truth["source"].map(dice).tolist())
+    file, given = command_in((folder / "study.md").read_text())
+    assert (Path(file).name, given["decide_by"], given["sources"]) == ("train.json", "leep", sources)
+    SOURCE_SELECTION.run(**given, output_dir=str(tmp_path / "next"))  # what the page says to type next
+    assert read_json(tmp_path / "next" / "ranking.json")["decided_by"] == "leep"
 
 
-def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_this_process):
+def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_this_process, monkeypatch):
+    monkeypatch.setattr("medtl_ext.transfer.study._baseline_claim", lambda *_: ("It is not.", "Numbers.", []))
     folder = study(DATASETS, options)
     names = {path.name for path in folder.iterdir()}
     assert {"study.csv", "study.md", "agreement.csv", "critical_difference.png", "runs", "report.html"} <= names
@@ -219,6 +252,10 @@ def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_
     trained = list(in_this_process)
     study(DATASETS, options)
     assert in_this_process == trained
+    file, given = command_in((folder / "study.md").read_text())
+    DATASETS.run(base=Path(file).stem, **given)  # what the page says to type next: two more seeds, with what is there
+    assert set(pd.read_csv(folder / "study.csv")["seed"]) == {3, 4, 5}
+    assert in_this_process[: len(trained)] == trained
 
 
 def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, in_this_process, monkeypatch):
@@ -237,10 +274,8 @@ def test_a_comparison_runs_each_distinct_method_once_and_is_continued(options, i
     assert shared != {"auto"}
     RISK_MAP.run(base="compare", **whole, settings=settings)
     assert in_this_process == trained
-    page = (folder / "comparison.md").read_text()
-    words = shlex.split(next(line for line in page.splitlines() if line.startswith("python -m monai.bundle run")))
-    given = {name[2:]: DefaultParseValue(value) for name, value in zip(words[6::2], words[7::2], strict=True)}
-    RISK_MAP.run(base=Path(words[5]).stem, **given)  # what the page says to type next: each method twice more
+    file, given = command_in((folder / "comparison.md").read_text())
+    RISK_MAP.run(base=Path(file).stem, **given)  # what the page says to type next: each method twice more
     table = pd.read_csv(folder / "comparison.csv").set_index("method")
     assert table["runs"].to_dict() == {"vanilla": 4, "zero_shot": 3, "scratch": 4}
     assert in_this_process[: len(trained)] == trained
@@ -456,7 +491,7 @@ def test_blocks_that_several_bundles_hold_are_equal():
     weights_of_the_loss |= {"validate#postprocessing#transforms#order"}  # a shift of the logits goes before all else
     weights_of_the_loss |= {"pictures#_target_", "pictures#network"}  # the run itself trains, and there is a map
     own = {"multi_gpu_train": set(), "multi_gpu_evaluate": set(), "inference": {"task"}}
-    own["mlflow"] = {"mlflow#_desc_", "mlflow#experiment", "+validate#handlers#MLFlowHandler#epoch_log"}
+    own["mlflow"] = {"mlflow#experiment"}
     own["train"] = asked | steps | weights_of_the_loss
     affine = ("keys", "mode", "padding_mode", "rotate_range", "scale_range", "translate_range")
     images = {f"train#random_transforms#RandAffined#{key}" for key in affine} | {"image_shape", "in_channels"}

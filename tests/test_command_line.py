@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from bundle_runs import ALL, RISK_MAP, refused
 
-from medtl_ext.__main__ import main, options
+from medtl_ext.__main__ import files, main, options, settings
 from medtl_ext.report import main as report
 from medtl_ext.report import row_of, write_index
 
@@ -39,6 +39,37 @@ def test_defaults_are_read_from_the_config(capsys):
     assert f"--target_task  (default: {RISK_MAP.content('train')['target_task']})" in said
 
 
+EACH_CONFIG = [
+    pytest.param(bundle, path.stem, id=f"{bundle}-{path.stem}")
+    for bundle in ALL
+    for path in sorted(bundle.configs.glob("*.json"))
+    if path.stem not in ("metadata", "train")
+]
+
+
+@pytest.mark.parametrize(("bundle", "config"), EACH_CONFIG)
+def test_the_settings_of_every_config_are_shown_with_their_values(bundle, config, capsys):
+    assert main([bundle.name, config, "--help"]) == 0
+    said, content = capsys.readouterr().out, bundle.content(config)
+    for name in files(bundle.root, config):
+        assert f"bundles/{bundle.name}/configs/{name}.json" in said.splitlines()[0]
+    plain = {name: value for name, value in content.items() if isinstance(value, int | float) and name[0] not in "_+"}
+    assert [name for name, value in plain.items() if f"--{name}  (default: {json.dumps(value)})" not in said] == []
+
+
+@pytest.mark.parametrize("config", ["compare", "matrix", "figure2", "study", "across", "paper_study", "fit"])
+def test_every_option_of_a_study_is_explained(config):
+    (bundle, *_) = [bundle for bundle in ALL if (bundle.configs / f"{config}.json").is_file()]
+    without = {name.split()[0] for name, meaning in settings(bundle.root, config) if not meaning}
+    assert without <= {"--tasks", "--sources", "--targets"}  # of matrix, which its pairs are made of
+
+
+def test_a_config_that_a_bundle_does_not_have_is_refused_with_those_it_has(capsys):
+    with pytest.raises(SystemExit):
+        main([RISK_MAP.name, "studdy"])
+    assert "compare" in capsys.readouterr().err
+
+
 # The index over runs
 
 
@@ -48,15 +79,15 @@ def runs(tmp_path) -> Path:
     one = tmp_path / "a" / "one"
     (one / "audit" / "full").mkdir(parents=True)
     config = {"bundle_root": "bundles/risk_map", "target_task": "17-T2-ED"}
-    for folder, minutes in ((one, 1.5), (one / "audit" / "full", 2.0)):
+    for folder in (one, one / "audit" / "full"):
         (folder / "config.json").write_text(json.dumps(config))
-        (folder / "curve.csv").write_text(f"epoch,steps,minutes,dice\n1,9,0.5,0.1\n2,18,{minutes},0.2\n")
+        (folder / ".run.minutes").write_text("3.5")
     audit = {"text": "Fine-tune with full: it is ahead. More.", "tables": {"test": [{"arm": "full", "mean": 0.71234}]}}
     (one / "audit.json").write_text(json.dumps(audit))
     (one / "report.html").write_text('<title>A &amp; B</title>\n<p class="question">Which?</p>')
-    for name, files in {"cut": {"settings.json": "{", "audit.json": "{"}, "ranked": {"config.json": "{}"}}.items():
+    for name, texts in {"cut": {"settings.json": "{", "audit.json": "{"}, "ranked": {"config.json": "{}"}}.items():
         (tmp_path / name).mkdir()
-        for file, text in files.items():
+        for file, text in texts.items():
             (tmp_path / name / file).write_text(text)
     (tmp_path / "ranked" / "truth.csv").write_text("source,auc\nb,0.9\na,0.8\n")
     return tmp_path
@@ -67,13 +98,17 @@ def test_a_row_says_what_was_asked_advised_and_best(runs):
     assert row.pop("begun")
     expected = {"link": "a/one/report.html", "run": "a/one", "asked": "A & B. Which?", "bundle": "risk_map"}
     expected |= {"target": "17-T2-ED", "advised": "Fine-tune with full: it is ahead."}
-    assert row == expected | {"best on test": "full, Dice 0.712", "minutes": "3.5"}
-    assert row_of(runs / "ranked", runs)["best on test"] == "b, AUC 0.900"
+    assert row == expected | {"best on test": "full", "test Dice": "0.712", "test AUC": "", "minutes": "3.5"}
+    other = row_of(runs / "ranked", runs)
+    assert (other["best on test"], other["test AUC"], other["minutes"]) == ("b", "0.900", "")
 
 
 def test_every_run_is_listed_once_with_what_there_is(runs):
     page = write_index(runs).read_text()
     assert page.count("<tr>") == 1 + 3
+    assert '<th scope="col">test AUC</th>' in page
+    (runs / "ranked" / "truth.csv").unlink()
+    assert "test AUC" not in write_index(runs).read_text()  # no run has one
     assert "a/one/audit" not in page
     assert write_index(runs).is_file()  # once more
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import ARMS, RECIPES, RISK_MAP, Bundle, card_of_a_unet, finish, read_json, refused
+from bundle_runs import ARMS, RECIPES, RISK_MAP, Bundle, card_of_a_unet, command_in, finish, read_json, refused
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.transforms import RandomizableTrait
@@ -475,6 +475,8 @@ def test_where_the_risk_is_before_and_after_each_method(collection, tmp_path, in
     more, less = ("risk_map" if low > 0 else "no method"), ("risk_map" if high < 0 else "no method")
     text = (folder / "condensation.md").read_text()
     assert text.split("\n\n")[1].startswith("14-FLAIR-ED -> 17-T2-ED, 8 slices, test patients, loss (-LEEP): The worst")
+    file, given = command_in(text)
+    assert (Path(file).name, len(given["runs"])) == ("figure2.json", 3)
     said = text[text.index("## weight (eq. 5): 14-FLAIR-ED -> 17-T2-ED, 8 slices, test") :]
     assert f"after vanilla. They hold more after: {more}; less after: {less} (95" in said.partition("|")[0]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundle_runs import SEQUENTIAL, finish, kill_once_there, read_json, trainings
+from bundle_runs import SEQUENTIAL, command_in, finish, kill_once_there, read_json, trainings
 
 from medtl_ext.graph import read_task_graph
 
@@ -272,7 +272,11 @@ def test_a_study_runs_end_to_end_and_is_continued(options, tmp_path):
     assert (steps[1], steps[2]) == (3, 4)  # two joined pairs, in either order
     assert np.isfinite(table[["dice", "iou"]]).all(axis=None)
     assert (table["leep"].dropna() <= 0).all()
-    assert "| path | context |" in (folder / "study.md").read_text()
+    page = (folder / "study.md").read_text()
+    assert "| path | context |" in page
+    file, given = command_in(page)
+    more = {"target_task": "17-T2-ED"} if Path(file).stem == "train" else {"seeds": [0, 1, 2], "settings": settings}
+    assert given.items() >= (more | {"sources": SOURCES}).items()
     finish(start(["configs/study.json"], whole | {"output_dir": str(folder)}))
     assert before
     assert trainings(tmp_path) == before

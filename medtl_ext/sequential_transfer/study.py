@@ -6,7 +6,7 @@ them on targets that were not used in the fit.
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -143,9 +143,16 @@ class StudyPaths(Study):
         trained = "all parameters trained" if self.full else "only the decoder trained"
         trained += f" at every step, {spent_text(self.here.config['source_patients'])}"
         said = {"synthetic": self.synthetic, "trained": trained, "draws": self.draws}
-        text = study_text(rows, patients, choices, scores, self.affinities, **said)
+        text = study_text(rows, patients, choices, scores, self.affinities, what_next=self._what_next, **said)
         write_text(self.here.folder / "study.md", text)
         print(text)
+
+    def _what_next(self, worth: bool) -> str:
+        """Go over a path, where that was worth it; or study further."""
+        if not worth:
+            return self.two_more_seeds()
+        options = {"target_task": self.targets[0], "sources": list(self.sources), "affinity": self.affinities[0]}
+        return f"To go over a path to one target:\n{self.command('train', **options)}"
 
 
 def _choices(
@@ -196,14 +203,20 @@ def study_text(
     synthetic: bool,
     trained: str,
     draws: int | None = None,
+    what_next: Callable[[bool], str] = lambda worth: "",
 ) -> str:
-    """The study as a Markdown page: Dice of every way to choose, and the gains of all paths of two sources."""
+    """The study as a Markdown page: Dice of every way to choose, and the gains of all paths of two sources.
+
+    ``what_next`` says what to type next, given whether a second step is worth it; that stands below the verdict.
+    """
     seeds, targets = choices["seed"].nunique(), choices["target"].nunique()
     warned = " **Synthetic** data (brain phantom), which say nothing about a clinic." if synthetic else ""
     compared = differences(scores, affinities)
+    verdict, worth = _verdict(compared, affinities)
     return page(
         "# Sequential transfer: is a second step worth it?",
-        _verdict(compared, affinities),
+        verdict,
+        what_next(worth),
         f"Mean Dice of test patients over {targets} targets and {seeds} seeds, {trained}.{warned}",
         _means_table(choices),
         *([f"random: the mean of {draws} draws. {DRAWN}"] if draws else []),
@@ -221,15 +234,15 @@ def study_text(
     )
 
 
-def _verdict(compared: pd.DataFrame, affinities: Sequence[str]) -> str:
-    """One sentence that compares the path of each affinity with its single source."""
+def _verdict(compared: pd.DataFrame, affinities: Sequence[str]) -> tuple[str, bool]:
+    """One sentence that compares the path of each affinity with its single source; is a second step worth it?"""
     asked = [(f"path, {name}", f"single, {name}") for name in affinities]
     ours = pd.DataFrame([row for row in compared.to_dict("records") if (row["first"], row["second"]) in asked])
     if ours.empty:
-        return "No path of two sources was found, so nothing can be said about a second step."
-    worth = ours["interval"].str.match(r"\+.* to \+")
+        return "No path of two sources was found, so nothing can be said about a second step.", False
+    worth = bool(ours["interval"].str.match(r"\+.* to \+").all())
     said = "; ".join(f"{row.first} against {row.second} {row.difference} ({row.interval})" for row in ours.itertuples())
-    return f"{'A second step is worth it' if worth.all() else 'No evidence that a second step is worth it'}: {said}."
+    return f"{'A second step is worth it' if worth else 'No evidence that a second step is worth it'}: {said}.", worth
 
 
 def _means_table(choices: pd.DataFrame) -> pd.DataFrame:

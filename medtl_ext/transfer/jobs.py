@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 HOLDER = ".run.holder"
 SUMS = ".run.sums"
 """Checksums of the tables of a finished job, in the format of ``sha256sum --check``."""
+MINUTES = ".run.minutes"
+"""How many minutes a run took: the sum over all sessions that ended, because a study may grow."""
 
 
 @dataclass(frozen=True)
@@ -352,6 +354,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.config, self.folder = current_config(), Path(self.output_dir)
+        self._began, self.ended = time.monotonic(), (self.folder / MINUTES).is_file()
 
     @property
     def leads(self) -> bool:
@@ -374,10 +377,13 @@ class Run:
         claim_output(self.folder)
 
     def end(self) -> None:
-        """Print where the results are."""
+        """Note how long it took, and print where the results are."""
         if self.leads:
             if hasattr(self, "_held") and not (self.folder / "config.json").is_file():
                 raise InputError(f"output folder {self.folder} was deleted during the run; run the same command again.")
+            record = self.folder / MINUTES
+            before = float(record.read_text(encoding="utf-8")) if record.is_file() else 0.0
+            write_text(record, f"{before + (time.monotonic() - self._began) / 60:.1f}")
             print("results are in", self.folder)
 
     def seeded(self, config: Mapping[str, Any], seed: int) -> Self:

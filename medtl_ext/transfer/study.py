@@ -6,7 +6,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.ranking import CEILING, TOP, agreement_over_targets, friedman_nemenyi, noise_ceiling, verdict_claim
 from medtl_ext.transfer.config import study_config
-from medtl_ext.transfer.jobs import Arm, Job, Run
+from medtl_ext.transfer.jobs import Arm, Job, Run, run_command, short_path
 from medtl_ext.transfer.scores import SCORES
 from medtl_ext.transfer.sources.pool import Source, TargetTask, find_sources, source_collection, train_sources
 from medtl_ext.transfer.tasks import SegmentationTask, planned_grid
@@ -58,6 +58,7 @@ class Study:
     """Options that say where a target's data are."""
     reads: ClassVar[str] = "metrics.csv"
     """The table that the last training of an arm leaves."""
+    config_file: ClassVar[str] = "study.json"
 
     here: Run
     synthetic: bool = field(default=False, init=False)
@@ -77,6 +78,26 @@ class Study:
     def first(self) -> str:
         """The target for which is planned what the settings say nothing of: all runs share one grid."""
         return self.targets[0]
+
+    def command(self, *configs: str, **options: Any) -> str:
+        """What to type to run configs with the settings that all runs here share."""
+        settings = json.loads((self.here.folder / "settings.json").read_text(encoding="utf-8"))["settings"]
+        return run_command([self.here.configs / f"{name}.json" for name in configs], options | settings)
+
+    def larger(self, **more: Any) -> str:
+        """What to type for more of this study in the same folder, which finds the runs there done."""
+        path = self.here.configs / self.config_file
+        default = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads((self.here.folder / "settings.json").read_text(encoding="utf-8"))
+        options = {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "here"}
+        options |= {"settings": record["settings"]} | more
+        changed = {name: value for name, value in options.items() if value != default.get(name)}
+        return run_command([path], changed | {"output_dir": str(short_path(self.here.folder))})
+
+    def two_more_seeds(self) -> str:
+        """The same, where the study has not said enough."""
+        seeds = [*self.seeds, max(self.seeds) + 1, max(self.seeds) + 2]
+        return f"To be surer, with two more seeds:\n{self.larger(seeds=seeds)}"
 
     def _plan(self) -> None:
         config = self.here.config
@@ -201,7 +222,7 @@ class SourceStudy(Study):
         plain = mean[(mean["prior"] == EVERY) & (mean["ranker"] != CEILING)].fillna({"tau": 0.0})
         test = friedman_nemenyi(plain.pivot(index="target", columns="ranker", values="tau"))
         verdicts = {key: json.loads((job.output_dir / "ranking.json").read_text()) for key, job in jobs.items()}
-        verdict, baselines = _baseline_claim(plain, kind)
+        verdict, baselines, ahead = _baseline_claim(plain, kind)
         claims = [
             reach,
             f"**Do the rankers differ?** By weighted Kendall: {test.text}",
@@ -216,7 +237,7 @@ class SourceStudy(Study):
         outcome = table.groupby(["source", "target"], sort=False)[kind.outcome].mean().unstack()
         head = self.head.format(**sources[["target", "source", "seed"]].nunique().add_suffix("s"))
         head += " **Synthetic phantom: these numbers say nothing about a clinic.**" if self.synthetic else ""
-        parts = [f"# {self.title}", verdict, head, *[f"- {claim}" for claim in claims]]
+        parts = [f"# {self.title}", verdict, self._what_next(ahead), head, *[f"- {claim}" for claim in claims]]
         parts.append("## Rankers, mean over targets")
         parts += [f"{NOTE} over the candidates left. Empty: fewer candidates than k.", summary]
         parts += [f"## {kind.unit}, mean over seeds", outcome.reset_index()]
@@ -227,9 +248,17 @@ class SourceStudy(Study):
         self.figures(sources)
         print("\n".join(claims))
 
+    def _what_next(self, ahead: Sequence[str]) -> str:
+        """Rank by the score that is worth it; or study further."""
+        found = [name for name, score in SCORES.items() if score.label in ahead]
+        if not found:
+            return self.two_more_seeds()
+        options = {"target_task": self.targets[0], "sources": list(self.sources), "decide_by": found[0]}
+        return f"To rank the sources for one target by {ahead[0]}:\n{self.command('train', **options)}"
 
-def _baseline_claim(plain: pd.DataFrame, target: type[TargetTask]) -> tuple[str, str]:
-    """Which score, if any, beats the baselines, in a sentence and with the numbers."""
+
+def _baseline_claim(plain: pd.DataFrame, target: type[TargetTask]) -> tuple[str, str, list[str]]:
+    """Which score, if any, beats the baselines: in a sentence, with the numbers, and their names."""
     means = plain.groupby("ranker")[["tau", "regret"]].mean()
     tau = plain.pivot(index="target", columns="ranker", values="tau")
     scores = [score.label for score in SCORES.values() if score.label in tau]
@@ -239,11 +268,12 @@ def _baseline_claim(plain: pd.DataFrame, target: type[TargetTask]) -> tuple[str,
     best, least = means.loc[scores, "tau"].idxmax(), means.loc[scores, "regret"].idxmin()
     said = ", ".join(f"{name} {means.loc[name, 'tau']:.2f} ({means.loc[name, 'regret']:.3f})" for name in baselines)
     verdict = f"{', '.join(ahead) or 'No score'} is ahead of every baseline on every target."
-    return verdict, (
+    numbers = (
         f"**Does a score beat the baselines?** Best mean tau: {best}, {means.loc[best, 'tau']:.2f} (regret "
         f"{means.loc[best, 'regret']:.3f}); least regret: {least}, {means.loc[least, 'regret']:.3f} {target.unit}. "
         f"Baselines, tau and regret: {said}. Ahead of every baseline on every target: {winners or 'no score'}."
     )
+    return verdict, numbers, ahead
 
 
 def _scratch_claim(table: pd.DataFrame, target: type[TargetTask]) -> str:

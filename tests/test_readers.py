@@ -732,6 +732,7 @@ class TestImages:
         assert json.loads(reading.paths[0].read_text())["labels"] == {"mask": expected}
         assert [*collection.objectives] == [*expected] + ["All"] * (len(expected) > 1)
         assert ("is called foreground" in str(reading)) == (given is None)
+        assert f"A task to ask it: Eyes-grey-{next(iter(expected))} (" in str(reading)
         (item, *_) = collection.datalist(f"Eyes-grey-{[*collection.objectives][-1]}", "train")
         declared = {*collection.labels["mask"].values()}
         assert {*np.unique(read_channels([item["label"]])[0])} == {0, *declared}

@@ -348,6 +348,7 @@ def test_a_run_needs_a_source_with_weights(single, weights, tmp_path):
     for name in "ab":
         shutil.copy(weights(own_unet()), shelf / f"{name}.pt")
     assert f"--source {shelf} holds 2 sources; give the path of one" in refused(lambda: single(str(shelf)).weights)
+    assert "--source B-T2-EDX: objective 'EDX' is unknown" in refused(lambda: single("B-T2-EDX").weights)
 
 
 def test_what_a_ranking_hands_on_is_the_source_with_its_weights(target, collection, tmp_path):

@@ -215,7 +215,7 @@ def _told(bar: tqdm, what: str, runs: int) -> Iterator[Any]:
     """The items of a progress bar; without a terminal, log a line at the start, at the end and once a minute."""
     began = last = time.monotonic()
     if bar.disable:
-        logger.info("%s: %d runs to go", what, runs)
+        logger.info("%s: %d %s to go", what, runs, "run" if runs == 1 else "runs")
     for done, outcome in enumerate(bar, start=1):
         yield outcome
         now = time.monotonic()

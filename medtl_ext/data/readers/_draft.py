@@ -46,6 +46,8 @@ class Reading:
 
     def __str__(self) -> str:
         collection = self.collection
+        first, objective = collection.subjects[0], next(iter(collection.objectives))
+        task = f"{first.institution}-{next(iter(first.images))}-{objective}"
         notes = [(f"{issue.problem}; {issue.advice}", issue.subject or issue.file) for issue in self.left_out]
         names = pd.DataFrame(notes, columns=["note", "name"]).groupby("note", sort=False).name.agg(list)
         lines = [
@@ -54,6 +56,7 @@ class Reading:
             f"objectives {', '.join(collection.objectives)}",
             *self.told,
             *(f"Collection written to {path}" for path in self.paths),
+            f"A task to ask it: {task} (institution-modality-objective)",
             f"Noted while reading: {len(self.left_out)}",
             *(f"{note}: {_first(found, 5)}" for note, found in names.items()),
         ]

@@ -535,7 +535,10 @@ class SingleSource:
         if entry is None:
             return None
         where = {"collection": source_collection(self.here.config), "trust": self.trust, "mark_own": False}
-        found = find_sources([entry], self.target, **where)
+        try:
+            found = find_sources([entry], self.target, **where)
+        except InputError as error:  # who gave none has to learn that there is a default
+            raise error if str(entry) in str(error) else InputError(f"--source {entry}: {error}") from error
         if len(found) > 1:
             raise InputError(f"--source {entry} holds {len(found)} sources; give the path of one.")
         if found[0].left_out and found[0].kind != "task":

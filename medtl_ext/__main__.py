@@ -139,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"MedTL {__version__}: transfer learning for medical images\n")
     for module, what in PROGRAMS.items():
         print(f"python -m {module}  {what}")
+    print("\nA source (--source, --sources) is a task, weights, a card, or the folder of a MONAI bundle or of nnU-Net.")
     if not found:
         print("\nNo bundles here: they are not in the package but in its repository; go to a checkout of it.")
     for name, bundle in found.items():

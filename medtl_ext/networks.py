@@ -127,7 +127,7 @@ def load_weights(
         expected = f"expected at least {min_share:.0%}. Was it trained with another architecture or number of classes?"
         raise InputError(f"{where} does not fit this {type(network).__name__}: {report}; {expected}")
     network.load_state_dict(fitting, strict=False)
-    logger.info("%s: %s", where, report)
+    logger.log(logging.INFO if any(others.values()) else logging.DEBUG, "%s: %s", where, report)  # else no news
     return report
 
 

@@ -18,6 +18,7 @@ def test_it_lists_every_bundle_with_its_question_and_command(capsys):
         assert f"python -m medtl_ext {bundle.name} --help" in said
         assert f"bundles/{bundle.name}/configs/train.json" in said
     assert said.count("?") >= len(ALL)
+    assert "A source (--source, --sources) is" in said
     assert all(f"python -m medtl_ext.{name}" in said for name in ("data", "report"))
 
 

@@ -253,8 +253,9 @@ def test_a_study_of_datasets_leaves_own_models_out_and_is_continued(options, in_
     study(DATASETS, options)
     assert in_this_process == trained
     file, given = command_in((folder / "study.md").read_text())
-    DATASETS.run(base=Path(file).stem, **given)  # what the page says to type next: two more seeds, with what is there
-    assert set(pd.read_csv(folder / "study.csv")["seed"]) == {3, 4, 5}
+    assert given["seeds"].pop() == 5  # one more is enough here
+    DATASETS.run(base=Path(file).stem, **given)  # what the page says to type next: more seeds, with what is there
+    assert set(pd.read_csv(folder / "study.csv")["seed"]) == {3, 4}
     assert in_this_process[: len(trained)] == trained
 
 

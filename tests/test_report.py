@@ -360,7 +360,7 @@ def test_the_verdict_of_a_comparison_is_first_and_then_what_to_type(change, pref
 
 def test_the_files_of_a_comparison(compared, report, tmp_path):
     table, page = report(compared)
-    assert sorted(file.stem for file in (tmp_path / "out").iterdir()) == ["comparison"] * 3
+    assert sorted(file.stem for file in (tmp_path / "out").iterdir()) == ["comparison"] * 4  # the picture twice
     assert len(pd.read_csv(tmp_path / "out" / "comparison.csv")) == len(table) == 12
     section = page.split("## B, 50 slices")[1].split("##")[0]
     bold = [line for line in section.splitlines() if "**" in line]

@@ -28,6 +28,7 @@ _ROUNDING = 0.01
 
 # File systems allow names of 255 bytes, and we append to names.
 LONGEST_NAME = 200
+LONGEST_LINE = 500
 shown = reprlib.Repr()
 """Shortens a user's value so that it fits on one line of a message: ``shown.repr(name)``."""
 shown.maxstring = LONGEST_NAME
@@ -119,8 +120,11 @@ def first_line(error: BaseException) -> str:
 
     >>> first_line(ValueError("too small\\nat line 3"))
     'too small'
+    >>> len(first_line(ValueError("x" * 10**6)))
+    503
     """
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) < LONGEST_LINE else f"{line[:LONGEST_LINE]}..."  # it may repeat a value of a megabyte
 
 
 def warn(message: str) -> None:

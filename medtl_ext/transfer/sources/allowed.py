@@ -24,7 +24,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import MapTransform, Resized, Zoomd
 from torch import nn
 
-from medtl_ext._validation import InputError, first_line
+from medtl_ext._validation import InputError, first_line, shown
 from medtl_ext.transforms import EachKeyd
 
 #: The lists of ``allowed.json``.
@@ -293,13 +293,13 @@ def _check_arguments(where: str, factory: Callable[..., Any], arguments: Mapping
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{where}: {first_line(error)}") from error
     if not (isinstance(factory, type) and issubclass(factory, MapTransform)):
         return
     for key, value in arguments.items():
         parameter = signature.parameters.get(key)
         if parameter is None and key not in ("keys", *PAD_ARGUMENTS):
-            raise InputError(f"{where}: got an unexpected keyword argument {key!r}")
+            raise InputError(f"{where}: got an unexpected keyword argument {shown.repr(key)}")
         if "Callable" in str(getattr(parameter, "annotation", "")) and isinstance(value, str):
             raise InputError(f"{where}: {key} is a function, which a card cannot give; leave it out")
 

@@ -504,7 +504,7 @@ def test_blocks_that_several_bundles_hold_are_equal():
     images |= {"validate#preprocessing#transforms"}  # of a patient the label is loaded as it is, too
     classes = {f"{part}#_target_" for part in ("target", "evaluation", "ranking", "network_def", "loss", "optimizer")}
     classes |= {"evaluation#splits", "ranking#check_data", "metrics", "decide_by", "train#handlers#ProgressBar#desc"}
-    classes |= {"train#handlers#order"}
+    classes |= {"train#handlers#order", "pictures#patients"}
     classes |= {"score#evaluator#amp"}  # FU needs gradients in full
     classes |= {"optimizer#params", "start_weights", "epochs", "pool_epochs", "iterations_per_epoch", "batch_size"}
     inference = {"dataloader#batch_size", "dataset_dir", "network_def#spatial_dims", "network_def#_target_"}

@@ -466,7 +466,8 @@ def test_ray_runs_jobs(job, tmp_path):
 
 @pytest.mark.parametrize(("backend", "said"), [("ray", "pip install ray, on the workers too."), ("x", "backend: x")])
 def test_a_backend_that_is_not_there_is_one_line(job, backend, said, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in ("ray", "ray.util.joblib"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert said in refused(lambda: run_jobs([job("one")], backend=backend))
 
 

@@ -67,7 +67,7 @@ def test_every_option_of_a_study_is_explained(config):
 
 def test_a_config_that_a_bundle_does_not_have_is_refused_with_those_it_has(capsys):
     with pytest.raises(SystemExit):
-        main([RISK_MAP.name, "studdy"])
+        main([RISK_MAP.name, "compares"])
     assert "compare" in capsys.readouterr().err
 
 

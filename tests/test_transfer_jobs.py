@@ -243,6 +243,13 @@ def test_jobs_run_once_and_a_bad_one_costs_itself_only(job, tmp_path):
     assert (tmp_path / "one" / "result.txt").stat().st_mtime_ns == before
 
 
+def test_the_first_training_says_how_long_a_run_takes(job, caplog):
+    said = "$print('500 training steps, about 1.4 minutes (0.17 s each)')"
+    with caplog.at_level("INFO"):
+        run_jobs([job("slow", run=[said, "$time.sleep(3)", *CONFIG["run"]])], description="pre-training")
+    assert "pre-training: each run has 500 training steps, about 1.4 minutes" in caplog.messages[1]
+
+
 def test_a_job_is_done_when_its_last_file_is_there(tmp_path):
     one = Job({}, tmp_path)
     (tmp_path / "model.pt").touch()  # of the best epoch so far

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import socket
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 HOLDER = ".run.holder"
 SUMS = ".run.sums"
 """Checksums of the tables of a finished job, in the format of ``sha256sum --check``."""
+LENGTH = re.compile(r"\d+ training steps, about [\d.]+ minutes")
+"""What `medtl_ext.handlers.TrainingLength` says after the first epoch."""
 MINUTES = ".run.minutes"
 """How many minutes a run took: the sum over all sessions that ended, because a study may grow."""
 
@@ -201,7 +204,8 @@ def run_jobs(
         shown = {"total": len(jobs), "initial": len(jobs) - len(waiting), "unit": "run", "disable": None}
         bar = tqdm(outcomes, description, **shown)
         try:
-            failures = [outcome for outcome in _told(bar, description, len(waiting)) if outcome]
+            with _foretold(bar, description, waiting):
+                failures = [outcome for outcome in _told(bar, description, len(waiting)) if outcome]
         except TerminatedWorkerError as error:
             with_holders = [(job, who) for job, who in zip(waiting, before, strict=True) if not job.done]
             began = [f"{job.output_dir}{job.alone}" for job, who in with_holders if _holder(job.output_dir) != who]
@@ -223,6 +227,28 @@ def _told(bar: tqdm, what: str, runs: int) -> Iterator[Any]:
             last, minutes = now, (now - began) / 60
             left = f", about {minutes / done * (runs - done):.0f} minutes left" if done < runs else ""
             logger.info("%s: %d of %d runs done in %.1f minutes%s", what, done, runs, minutes, left)
+
+
+@contextmanager
+def _foretold(bar: tqdm, what: str, jobs: Sequence[Job]) -> Iterator[None]:
+    """Inside the block, say how long a run takes as soon as the log of the first training says it."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1):
+            logs = (job.output_dir / LOG for job in jobs)
+            lines = (line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines())
+            if found := next(filter(None, map(LENGTH.search, lines)), None):
+                bar.set_postfix_str(found[0])
+                if bar.disable:
+                    logger.info("%s: each run has %s", what, found[0])
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @contextmanager

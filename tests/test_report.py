@@ -159,7 +159,7 @@ def test_a_cross_validated_audit_says_so_and_shows_what_the_arms_took(audited, t
 
 def test_the_files_of_an_audit_are_strict_and_complete(audited, tmp_path):
     verdict = audit_report(audited, tmp_path, method="risk_map")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["audit.csv", "audit.json", "audit.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["audit.csv", "audit.json", "audit.png", "audit.svg"]
     assert (tmp_path / "audit.png").stat().st_size > 5000
     text = (tmp_path / "audit.json").read_text(encoding="utf-8")
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -93,7 +93,7 @@ def test_one_option_chooses_between_the_two_forms_of_ssim():
     found = {form: roi_similarity(volumes[:1], volumes[1:], spacing=[1, 1, 1], ssim=form)["ssim"] for form in SSIM}
     assert found["local"] == pytest.approx(value, abs=1e-12)
     assert found["global"] == pytest.approx(float(pairwise_ssim([a[..., 0]], [b[..., 0]])))
-    with pytest.raises(InputError, match=r"slices of \(10, 20\) are smaller than the window of 11 x 11"):
+    with pytest.raises(InputError, match=r"slices of \(10, 20\); expected at least 11 x 11"):
         pairwise_ssim([np.ones((10, 20))], [np.ones((10, 20))], window="gaussian")
 
 

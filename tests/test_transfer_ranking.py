@@ -224,7 +224,14 @@ def test_rankers_that_ignore_the_target_are_there():
     assert found["static"]["s0"] == 1
 
 
-def test_the_noise_ceiling_stands_beside_the_rankers_and_competes_with_none(tmp_path):
+def study_of(targets: list, seeds: list, folder: Path, monkeypatch) -> SelectionStudy:
+    """A study in a folder, as if its trainings had ended."""
+    monkeypatch.setattr(jobs, "current_config", lambda: {"bundle_root": str(SOURCE_SELECTION.root)})
+    (folder / "settings.json").write_text('{"settings": {}}')
+    return SelectionStudy(here=jobs.Run(folder), targets=targets, sources=["a", "b", "c"], seeds=seeds)
+
+
+def test_the_noise_ceiling_stands_beside_the_rankers_and_competes_with_none(tmp_path, monkeypatch):
     names, rows, arms = ["a", "b", "c", "scratch"], [], []
     for target, seed in product(["A-T1-ED", "A-T2-ED"], [0, 1]):
         folder = tmp_path / target / str(seed)
@@ -234,13 +241,11 @@ def test_the_noise_ceiling_stands_beside_the_rankers_and_competes_with_none(tmp_
         for place, name in enumerate(names):
             row = {"target": target, "seed": seed, "source": name, "dice": 0.005 * (place == 3) or 0.5 + 0.1 * place}
             rows.append(row | {"h_score": -place, "logme": place, "same_modality": True, "same_objective": True})
-    asked = {"targets": ["A-T1-ED", "A-T2-ED"], "sources": names[:3], "seeds": [0, 1]}
-    study = SelectionStudy(here=SimpleNamespace(folder=tmp_path), **asked)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("claims", "figures"):  # of shapes, which these sources have none of
-            patch.setattr(study, name, lambda *_: [])
-        patch.setattr(study, "groups", lambda ready: {"none": ready.index})
-        study.report(pd.DataFrame(rows), arms)
+    study = study_of(["A-T1-ED", "A-T2-ED"], [0, 1], tmp_path, monkeypatch)
+    for name in ("claims", "figures"):  # of shapes, which these sources have none of
+        monkeypatch.setattr(study, name, lambda *_: [])
+    monkeypatch.setattr(study, "groups", lambda ready: {"none": ready.index})
+    study.report(pd.DataFrame(rows), arms)
     page = (tmp_path / "study.md").read_text()
     assert "mean weighted tau of 1.00; ICC 1.00." in page
     assert "4 of 16 trainings found nothing" in page
@@ -314,8 +319,7 @@ def test_a_study_says_what_is_wrong_with_it(started, wrong, message):
 
 def reported(tables: dict, verdicts: dict, folder: Path, monkeypatch, *, synthetic=False) -> pd.DataFrame:
     """What a study writes for invented outcomes: (target, seed) -> sources with their Dice."""
-    monkeypatch.setattr(jobs, "current_config", lambda: {})
-    study = SelectionStudy(here=jobs.Run(folder), targets=[], sources=[], seeds=[])
+    study = study_of(*(sorted(set(part)) for part in zip(*tables, strict=True)), folder, monkeypatch)
     study.synthetic = synthetic
     rows = [table.reset_index().assign(target=target, seed=seed) for (target, seed), table in tables.items()]
     done = {}

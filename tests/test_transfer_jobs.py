@@ -246,7 +246,7 @@ def test_jobs_run_once_and_a_bad_one_costs_itself_only(job, tmp_path):
 def test_the_first_training_says_how_long_a_run_takes(job, caplog):
     said = "$print('500 training steps, about 1.4 minutes (0.17 s each)')"
     with caplog.at_level("INFO"):
-        run_jobs([job("slow", run=[said, "$time.sleep(3)", *CONFIG["run"]])], description="pre-training")
+        run_jobs([job("slow", run=[said, "$time.sleep(5)", *CONFIG["run"]])], description="pre-training")
     assert "pre-training: each run has 500 training steps, about 1.4 minutes" in caplog.messages[1]
 
 

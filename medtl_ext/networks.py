@@ -409,7 +409,7 @@ def holding(network: nn.Module, weights: str | os.PathLike[str] | Mapping[str, T
     for name in [name for name in found if name.endswith(".adapter.0.weight") and name not in own]:
         network, head = copy.deepcopy(network), name.removesuffix(".adapter.0.weight")
         network.set_submodule(head, SpatialAdapter(network.get_submodule(head), width=len(found[name])))
-    count = len({name.split(".")[1] for name in found if name.startswith("members.")})
+    count = len({name.split(".")[1] for name in found if name.startswith("members.") and name not in own})
     return Ensemble(copy.deepcopy(network) for _ in range(count)) if count else network
 
 

@@ -21,11 +21,11 @@ from medtl_ext.losses import risk_map
 from medtl_ext.metrics import LEEPMap, compute_leep_map
 from medtl_ext.networks import load_weights
 from medtl_ext.ranking import bootstrap_interval
+from medtl_ext.ranking._words import SYNTHETIC
 from medtl_ext.transfer import Arm, Run, Source, Study, compare_report, patient_table
 from medtl_ext.transfer.arms import MEMBERS, OF_SEEDS
 from medtl_ext.transfer.evaluate import own_weights
 from medtl_ext.transfer.pictures import N_PATIENTS, Pictures
-from medtl_ext.transfer.rank import SYNTHETIC
 from medtl_ext.transfer.report import PLACEBO
 from medtl_ext.transfer.sources.pool import pretraining_job, source_collection
 from medtl_ext.transfer.study import Arms, require_lists

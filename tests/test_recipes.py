@@ -447,6 +447,8 @@ def test_a_soup_has_the_mean_weights_and_an_ensemble_the_mean_probabilities(opti
         torch.testing.assert_close(made["ensemble"](image).softmax(1), expected)
     torch.save(made["ensemble"].state_dict(), tmp_path / "model.pt")
     assert holding(unet(), files[0]).state_dict().keys() == unet().state_dict().keys()
+    own = torch.nn.ModuleDict({"members": torch.nn.ModuleList([unet(), unet()])})  # somebody's own part of that name
+    assert holding(own, own.state_dict()) is own
     given = {
         "ckpt": str(tmp_path / "model.pt"),
         "network_def#features": FEATURES,

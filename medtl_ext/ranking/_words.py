@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-SYNTHETIC = {True: " These are synthetic data, which say nothing about a clinic.", False: ""}
+SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
 
 
 def listed(parts: Iterable[object], most: int | None = None) -> str:

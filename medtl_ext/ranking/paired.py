@@ -290,7 +290,7 @@ def audit_verdict(
         text += " One training run per arm: the spread between seeds is not in these figures, which are over patients."
     else:
         text += f" {runs} training runs per arm: intervals and tests are over patients and trainings."
-    text += SYNTHETIC[bool(synthetic)]
+    text += f" {SYNTHETIC}" * bool(synthetic)
     return Verdict(recommendation, tied, default, tuple(harmed), text, table)
 
 

@@ -221,7 +221,7 @@ def bootstrap_ranking(
         text = _undecided_text(scored, alike, scored.index[first], metric, on_patients, demanded)
     refused = len(resampled) and n_resamples - len(resampled)
     text += _remarks(table, picks, patients, f"{refused} of {n_resamples}" if refused else "")
-    text += SYNTHETIC[bool(synthetic)]
+    text += f" {SYNTHETIC}" * bool(synthetic)
     table = table.join(ranks.add_suffix("_rank")).rename_axis("source").reset_index()
     return SourceRanking(recommendation, tied, default, patients, len(resampled), text, table, picks)
 

@@ -24,6 +24,7 @@ from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices, require_number
 from medtl_ext.data.plan import stored_options
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
+from medtl_ext.ranking._words import SYNTHETIC
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.config import identity
 from medtl_ext.transfer.jobs import Run, run_command
@@ -54,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 # Settings of a ranking that a single pass does not depend on.
 OF_THE_LIST = ("sources", "metrics", "decide_by", "n_resamples", "minimum_win", "minimum_gap")
-SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
 
 
 @dataclass(kw_only=True, eq=False)

@@ -11,9 +11,10 @@ import pandas as pd
 from medtl_ext._io import write_csv, write_text
 from medtl_ext._validation import InputError
 from medtl_ext.ranking import ranker_table
+from medtl_ext.ranking._words import SYNTHETIC
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.jobs import Job, Run
-from medtl_ext.transfer.rank import SYNTHETIC, RankSources
+from medtl_ext.transfer.rank import RankSources
 from medtl_ext.transfer.report import markdown_table
 from medtl_ext.transfer.scores import SCORES
 from medtl_ext.transfer.sources.pool import Source, TargetTask

@@ -225,7 +225,7 @@ def _told(bar: tqdm, what: str, runs: int) -> Iterator[Any]:
         now = time.monotonic()
         if bar.disable and (done == runs or now - last > 60):
             last, minutes = now, (now - began) / 60
-            left = f", about {minutes / done * (runs - done):.0f} minutes left" if done < runs else ""
+            left = f", about {minutes / done * (runs - done):.1f} minutes left" if done < runs else ""
             logger.info("%s: %d of %d runs done in %.1f minutes%s", what, done, runs, minutes, left)
 
 

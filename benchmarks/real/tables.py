@@ -27,9 +27,6 @@ def main() -> None:
     rows = rows[rows["pair"] != "all pairs"]
     rows.round(4).to_csv(given.out.with_suffix(".csv"), index=False)
     best = rows.groupby(["pair", "slices"])["mean"].transform("max")
-    cells = (
-        rows["mean"].map("{:.3f}".format).where(rows["mean"] < best, "**" + rows["mean"].map("{:.3f}".format) + "**")
-    )
     dice = rows["mean"].map("{:.3f}".format)
     cells = dice.where(rows["mean"] < best, "**" + dice + "**")
     cells += (" ± " + rows["sd"].map("{:.3f}".format)).where(rows["sd"].notna(), "")

@@ -27,6 +27,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from medtl_ext._io import atomic_path, write_csv
 from medtl_ext._validation import InputError
+from medtl_ext.data.seeds import ItemSeeds
 from medtl_ext.losses import RiskWeightedLoss, repeat_cells
 from medtl_ext.metrics import compute_segmentation_scores
 from medtl_ext.networks import (
@@ -239,7 +240,8 @@ class EpochSeed:
     """Seed every epoch by its number, so that a resumed run gives the same result as an uninterrupted one.
 
     Args:
-        dataset: the training set; its random transforms are seeded too.
+        dataset: the training set; its random transforms are seeded too, those of a `medtl_ext.data.seeds.ItemSeeds` for
+            every item: then the number of the loader's workers does not matter.
         seed: of the run.
     """
 
@@ -253,6 +255,9 @@ class EpochSeed:
         seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
         torch.manual_seed(seed)
         set_rnd(self.dataset, seed)
+        for part in getattr(self.dataset, "datasets", [self.dataset]):
+            if isinstance(part, ItemSeeds):
+                part.epoch_seed = seed
         engine.set_data(engine.state.dataloader)  # start the loader again, with a new order
 
 

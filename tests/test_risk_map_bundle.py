@@ -165,9 +165,16 @@ def test_four_classes(options, tmp_path):
     assert sorted(set(table(options["output_dir"])["class"])) == ["ED", "ET", "NCR"]
 
 
-def test_data_loaders_have_workers_in_the_jobs_of_an_audit_too(options):
-    run(**options | {"num_workers": 2, "n_jobs": 2, "audit#arms": ["scratch"]})
-    assert len(table(Path(options["output_dir"]) / "audit" / "scratch")) == 6
+def test_data_loaders_have_workers_in_the_jobs_of_an_audit_too_and_give_the_same(options, tmp_path):
+    options |= {"n_jobs": 2, "audit#arms": ["scratch"]}
+    folders = [tmp_path / "none", tmp_path / "two"]
+    for folder, workers in zip(folders, (0, 2), strict=True):
+        run(**options | {"num_workers": workers, "output_dir": str(folder)})
+    none, two = (folder / "audit" / "scratch" for folder in folders)
+    assert len(table(two)) == 6
+    pd.testing.assert_frame_equal(table(two), table(none))
+    kept = [torch.load(folder / "model.pt", weights_only=True) for folder in (two, none)]
+    assert all(torch.equal(kept[0][name], value) for name, value in kept[1].items())
 
 
 def test_an_audit_of_several_seeds_grows_by_the_trainings_that_are_missing(options, in_this_process):

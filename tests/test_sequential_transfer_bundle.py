@@ -229,11 +229,11 @@ def test_weights_are_fitted_to_transfers(options, in_this_process, tmp_path, val
 
 @pytest.mark.slow
 def test_killed_at_any_step_the_next_run_gives_the_same(options, tmp_path):
-    """The run is killed during the pre-training, between two epochs, and again on the target."""
+    """Killed during the pre-training, between two epochs, and again on the target; with workers that load images."""
     long = dict(SEQUENTIAL.tiny) | {"pool_epochs": 6, "epochs": 3, "collection": options["collection"]}
     whole = long | {"source_dir": str(tmp_path / "pool0"), "output_dir": str(tmp_path / "whole")}
     finish(start(["configs/train.json"], whole))
-    cut = long | {"source_dir": str(tmp_path / "pool1"), "output_dir": str(tmp_path / "cut")}
+    cut = long | {"source_dir": str(tmp_path / "pool1"), "output_dir": str(tmp_path / "cut"), "num_workers": 2}
     for pattern in ("pool1/*/last.pt", "cut/stages/**/last.pt", "cut/arms/*/last.pt"):
         kill_once_there(start(["configs/train.json"], cut), tmp_path / pattern)
         assert not (tmp_path / "cut" / "answer.txt").exists()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import REPOSITORY
+from ignite.engine import Engine
 from monai.data import DataLoader, MetaTensor
 from monai.transforms import (
     Compose,
@@ -22,12 +23,15 @@ from monai.transforms import (
     RandAffined,
     RandFlipd,
     RandomizableTransform,
+    RandShiftIntensityd,
     ScaleIntensityd,
 )
 from monai.utils import set_determinism
+from torch.utils.data import ConcatDataset
 
 from medtl_ext import InputError
-from medtl_ext.data import SliceDataset, check_collection, load_collection
+from medtl_ext.data import SeededCacheDataset, SliceDataset, check_collection, load_collection
+from medtl_ext.handlers import EpochSeed
 from medtl_ext.transforms import NormalizeBodyd, SelectLabelsd
 
 KEYS = ["image", "label"]
@@ -303,6 +307,31 @@ class TestItems:
         loader = DataLoader(dataset, batch_size=5, num_workers=2, multiprocessing_context=context)
         first, second = (batch["image"] for batch in loader)  # the same five slices, one batch from each worker
         assert not torch.equal(first, second)
+
+    @pytest.mark.parametrize("kind", ["slices", "images", "both"])
+    def test_batches_do_not_depend_on_the_number_of_workers(self, data, kind):
+        """Nor on what was loaded before them; every epoch and every item is changed in another way."""
+        shift = RandShiftIntensityd("image", offsets=5.0, prob=1.0)
+        cached = SeededCacheDataset([{"image": torch.zeros(1, 8, 6)}] * 8, Compose([shift]), progress=False)
+        sliced = build([data[0]] * 2, [*LOAD, shift])
+        dataset = {"slices": sliced, "images": cached, "both": ConcatDataset([sliced, cached])}[kind]
+
+        def images(workers):
+            seen = []
+            trainer = Engine(lambda _, batch: seen.append(torch.as_tensor(batch["image"])))
+            EpochSeed(dataset=dataset, seed=3).attach(trainer)
+            how = {"batch_size": 1 if kind == "both" else 3, "shuffle": True, "num_workers": workers}
+            trainer.run(DataLoader(dataset, **how), max_epochs=2)
+            return torch.cat(seen)
+
+        alone = images(0)
+        assert len(alone) == 2 * len(dataset)
+        assert torch.equal(images(1), alone)
+        assert torch.equal(images(2), alone)
+        first, second = (of.sum((1, 2, 3)).sort().values for of in alone.split(len(dataset)))
+        assert not torch.isclose(first, second).any(), "every epoch is another"
+        if kind == "images":
+            assert len(first.unique()) == len(dataset), "so is every item"
 
 
 class TestMaps:

@@ -6,6 +6,7 @@ from medtl_ext.data.files import ChannelReader
 from medtl_ext.data.integrity import IntegrityReport, Issue, check_collection
 from medtl_ext.data.phantom import cached_phantom, generate_phantom
 from medtl_ext.data.readers import read_collection
+from medtl_ext.data.seeds import SeededCacheDataset
 from medtl_ext.data.slices import SliceDataset
 from medtl_ext.data.splits import split_collection
 
@@ -15,6 +16,7 @@ __all__ = [
     "Collection",
     "IntegrityReport",
     "Issue",
+    "SeededCacheDataset",
     "SliceDataset",
     "Subject",
     "Task",

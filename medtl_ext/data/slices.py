@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from medtl_ext._validation import InputError, require_choice
+from medtl_ext.data.seeds import ItemSeeds
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _draw(counts: np.ndarray, most: int | None, share: float) -> np.ndarray:
     return quotas
 
 
-class SliceDataset(Dataset):
+class SliceDataset(ItemSeeds, Dataset):
     """2D slices of volumes, for training and evaluating slice by slice.
 
     Works like MONAI's `CacheDataset`: the transforms before the first random one run once on each volume, in threads.
@@ -102,8 +103,8 @@ class SliceDataset(Dataset):
 
     An item is a new dictionary: ``image`` (C x X x Y), ``label`` (1 x X x Y), ``subject`` (str), ``slice`` (int, the
     index along the volume's last axis; 0 for a whole volume) and the maps of `set_map`. Items are sorted as in
-    ``data``, then by slice. Seed the random transforms with `monai.utils.set_determinism`, and use
-    `monai.data.DataLoader`, which seeds its workers.
+    ``data``, then by slice. Seed the random transforms with `medtl_ext.handlers.EpochSeed`, or with
+    `monai.utils.set_determinism` and `monai.data.DataLoader`, which seeds its workers.
 
     Raises:
         InputError: no volume has foreground, an image is not C x X x Y x Z after the volume transforms, or an argument
@@ -213,6 +214,7 @@ class SliceDataset(Dataset):
         item = {key: array[place].clone() for key, array in stack.arrays.items()}
         item |= {**stack.names, "slice": int(stack.slices[place])}
         if self._random_start is not None:
+            self.seed_item(index)
             item = self.transform(item, start=self._random_start)
             item = item[0] if isinstance(item, list) else item  # a transform that crops patches returns a list
         return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in item.items()}

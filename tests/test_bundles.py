@@ -4,7 +4,9 @@ import json
 import os
 import pydoc
 import re
+import runpy
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from bundle_runs import (
     ALL,
     DATASETS,
+    REPOSITORY,
     RISK_MAP,
     SEQUENTIAL,
     SOURCE_SELECTION,
@@ -392,24 +395,79 @@ def test_it_runs_from_anywhere(bundle, cwd, results, options, tmp_path):
     assert list(root.glob("models/sources/*/model.pt"))
 
 
+KILLER = """
+import fnmatch, os, signal
+when, _, pattern = os.environ.get("KILLED", "").partition(" ")
+def replacing(source, target, *more, replace=os.replace, **how):
+    there = pattern and fnmatch.fnmatch(target, pattern)
+    if not there or when == "after":
+        replace(source, target, *more, **how)
+    if there:
+        os.killpg(0, signal.SIGKILL)
+os.replace = replacing
+"""
+"""The sitecustomize module of a process that kills its group at a write; "before" leaves the new file half-way."""
+POINTS = [
+    "before */data/*/collection.json",
+    "before */sources/*/config.json",
+    "before */sources/*/curve.csv",
+    "after */sources/*/last.pt",  # the first epoch of the source
+    "before */sources/*/model.pt",
+    "after */sources/*/grid.json",
+    "before */sources/*/.run.sums",
+    "before */out/weight.nii.gz",
+    "after */out/leep_before.nii.gz",
+    "before */out/last.pt",
+    "after */out/last.pt",
+    "before */out/model.pt",
+    "after */out/leep_after.nii.gz",
+    "before */out/metrics.csv",
+    "after */out/audit/scratch/last.pt",  # in a job
+    "before */out/audit/scratch/metrics.csv",
+    "after */out/audit/scratch/.run.sums",
+    "before */out/audit.csv",
+    "after */out/audit.json",
+    "after */out/MODEL_CARD.md",
+    "before */out/overlay.png",
+    "before */out/report.html",
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("bundle", "there", "answer"),
-    [(RISK_MAP, "out/model.pt", "audit.json"), *((bundle, "pool/*/metrics.csv", "answer.txt") for bundle in RANKERS)],
-    ids=name_of,
-)
-def test_killed_in_the_middle_the_next_run_continues(bundle, there, answer, options, tmp_path):
+def test_killed_at_named_points_one_after_the_other_the_files_are_the_same_at_the_end(tmp_path, monkeypatch):
+    kills = runpy.run_path(str(REPOSITORY / "benchmarks" / "kills.py"))
+    kills["SETTINGS"]["risk_map"] |= {"audit#arms": ["scratch"], "audit#folds": 0}
+    (tmp_path / "sitecustomize.py").write_text(KILLER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert kills["start"]("risk_map", whole).wait() == 0
+    for point in POINTS:
+        monkeypatch.setenv("KILLED", point)
+        assert kills["start"]("risk_map", cut).wait() == -signal.SIGKILL, f"{point} is not reached"
+    monkeypatch.delenv("KILLED")
+    assert kills["start"]("risk_map", cut).wait() == 0
+    expected, found = kills["visible"](whole), kills["visible"](cut)
+    assert list(found) == list(expected)
+    different = [n for n in found if kills["content"](found[n], cut) != kills["content"](expected[n], whole)]
+    assert different == []
+    assert [path for path in cut.rglob(".*") if path.is_dir()] == []
+    assert "Traceback" not in (cut / "said.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", RANKERS, ids=name_of)
+def test_killed_in_the_middle_the_next_run_continues(bundle, options, tmp_path):
     long = {"source_dir": str(tmp_path / "pool"), "iterations_per_epoch": 60, "val_interval": 1, "epochs": 8}
-    long = dict(bundle.tiny) | options | long | ({"audit#arms": ["full"]} if bundle is RISK_MAP else {})
-    kill_once_there(bundle.start(["configs/train.json"], long), tmp_path / there)
-    assert not (tmp_path / "out" / answer).exists()
+    long = dict(bundle.tiny) | options | long
+    kill_once_there(bundle.start(["configs/train.json"], long), tmp_path / "pool/*/metrics.csv")
+    assert not (tmp_path / "out" / "answer.txt").exists()
     finished = [path.parent for path in tmp_path.glob("pool/*/metrics.csv")]
     when = {path: path.stat().st_mtime_ns for folder in finished for path in folder.iterdir()}
     finish(bundle.start(["configs/train.json"], long | {"num_workers": 2}))
     assert finished
     assert {path: path.stat().st_mtime_ns for path in when} == when
-    assert len(list(tmp_path.glob("pool/*/metrics.csv"))) == len(bundle.tiny.get("sources", ["one"]))
-    assert (tmp_path / "out" / answer).is_file()
+    assert len(list(tmp_path.glob("pool/*/metrics.csv"))) == len(bundle.tiny["sources"])
+    assert (tmp_path / "out" / "answer.txt").is_file()
 
 
 @pytest.mark.slow

@@ -269,6 +269,8 @@ def test_a_job_whose_tables_are_damaged_runs_again(job, tmp_path, changed):
     one.run()
     assert one.done
     assert (tmp_path / "one" / changed).read_text() == "17"
+    (tmp_path / "one" / f".{changed}.5a0c-1-left").mkdir()  # by a killed process
+    assert one.done
     (tmp_path / "one" / ".run.sums").unlink()  # as runs of before have none
     assert one.done
 

@@ -81,7 +81,7 @@ class Job:
         return (self.output_dir / self.result).is_file() and sums in (None, self._sums())
 
     def _sums(self) -> str:
-        tables = [path for path in sorted(self.output_dir.glob("*.[cj]s*")) if path.name != "config.json"]
+        tables = [path for path in sorted(self.output_dir.glob("[!.]*.[cj]s*")) if path.name != "config.json"]
         return "\n".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in tables) + "\n"
 
     @property

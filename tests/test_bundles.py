@@ -413,7 +413,6 @@ POINTS = [
     "before */sources/*/curve.csv",
     "after */sources/*/last.pt",  # the first epoch of the source
     "before */sources/*/model.pt",
-    "after */sources/*/grid.json",
     "before */sources/*/.run.sums",
     "before */out/weight.nii.gz",
     "after */out/leep_before.nii.gz",
@@ -424,7 +423,6 @@ POINTS = [
     "before */out/metrics.csv",
     "after */out/audit/scratch/last.pt",  # in a job
     "before */out/audit/scratch/metrics.csv",
-    "after */out/audit/scratch/.run.sums",
     "before */out/audit.csv",
     "after */out/audit.json",
     "after */out/MODEL_CARD.md",

@@ -129,7 +129,9 @@ def content(path: Path, folder: Path) -> object:
     raw = path.read_bytes().replace(str(folder).encode(), b"FOLDER")
     if path.suffix == ".json":
         return without_minutes(json.loads(raw))
-    return re.sub(rb"(?s)<table[^>]*>(?:(?!</table>).)*?>minutes<.*?</table>", b"", raw) if path.suffix == ".html" else raw
+    if path.suffix == ".html":
+        return re.sub(rb"(?s)<table[^>]*>(?:(?!</table>).)*?>minutes<.*?</table>", b"", raw)
+    return raw
 
 
 def without_minutes(state: object) -> object:

@@ -12,6 +12,7 @@ from scipy import stats
 
 from medtl_ext import InputError
 from medtl_ext.ranking import baseline_rankings, bootstrap_ranking
+from medtl_ext.ranking._words import ONLY_A_SCORE
 
 RNG = np.random.default_rng(0)
 DIFFICULTY = RNG.normal(0, 0.1, 10)
@@ -196,7 +197,7 @@ class TestScoresThatAreNot:
     def test_no_source_has_a_score(self):
         result = bootstrap_ranking({"a": [np.nan] * 6, "b": [np.nan] * 6}, metric="PARC")
         assert (result.recommendation, result.default, result.tied) == (None, None, ())
-        assert result.text.startswith("No verdict: no source has a score (PARC) on 6 target patients. None of this")
+        assert result.text.startswith("No verdict: no source has a score (PARC) on 6 target patients. This is about")
         assert result.table["rank"].tolist() == [1, 1]
 
 
@@ -211,7 +212,7 @@ class TestVerdict:
             "highest of 4 sources on 10 target patients. It is ahead of each of the others in all patient resamples "
             "and by at least 43 % of the candidates' range; the next is c 0.500."
         )
-        assert result.text.endswith("None of this says that a transfer beats training from scratch.")
+        assert result.text.endswith(ONLY_A_SCORE)
 
     @pytest.mark.parametrize(
         ("values", "lowest_win", "highest_win", "gap", "enough"),
@@ -278,7 +279,7 @@ class TestVerdict:
         assert (result.recommendation, result.default, result.tied) == (None, "only", ("only",))
         assert result.text == (
             "only 0.300 is the only candidate: by LogME there is nothing to compare it with, and no evidence to prefer "
-            "it. None of this says that a transfer beats training from scratch."
+            f"it. {ONLY_A_SCORE}"
         )
         assert row(result, "only")["low"] < 0.3 < row(result, "only")["high"]
         result = bootstrap_ranking({"a": [np.nan] * 10, "b": CLEAR["b"]})

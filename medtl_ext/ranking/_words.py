@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 
 SYNTHETIC = "These are synthetic data, which say nothing about a clinic."
+ONLY_A_SCORE = (
+    "This is about the score: fine-tuning may order the sources otherwise, and training from scratch may beat them all."
+)
 
 
 def listed(parts: Iterable[object], most: int | None = None) -> str:

@@ -29,7 +29,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from medtl_ext._validation import InputError, require_number
-from medtl_ext.ranking._words import SYNTHETIC, listed, number_of_patients
+from medtl_ext.ranking._words import ONLY_A_SCORE, SYNTHETIC, listed, number_of_patients
 from medtl_ext.ranking.paired import CONFIDENCE, MINIMUM_PATIENTS
 
 ScoreOfCounts = Callable[[np.ndarray], Any]
@@ -364,7 +364,7 @@ def _remarks(table: pd.DataFrame, picks: pd.DataFrame, patients: int, refused: s
         names = {"random": "chance", "source_size": "source size", "static": "a static ranking"}
         said = [f"{names.get(row.baseline, row.baseline)} would pick {row.pick}" for row in picks.itertuples()]
         text += f" Without looking at the target, {listed(said)}."
-    return f"{text} None of this says that a transfer beats training from scratch."
+    return f"{text} {ONLY_A_SCORE}"
 
 
 def _named(scored: pd.DataFrame) -> str:

@@ -24,7 +24,7 @@ from medtl_ext._io import write_csv, write_json, write_text
 from medtl_ext._validation import InputError, require_choice, require_choices, require_number
 from medtl_ext.data.plan import stored_options
 from medtl_ext.ranking import SourceRanking, baseline_rankings, bootstrap_ranking, listed
-from medtl_ext.ranking._words import SYNTHETIC
+from medtl_ext.ranking._words import ONLY_A_SCORE, SYNTHETIC
 from medtl_ext.transfer.arms import finetuning_job
 from medtl_ext.transfer.config import identity
 from medtl_ext.transfer.jobs import Run, run_command
@@ -345,7 +345,7 @@ def _without_interval(scores: Mapping[str, float], options: Mapping[str, Any]) -
     order = [f"{row.source} {row.score:.3f}" for row in table.itertuples()]
     text = (
         f"No evidence to prefer: {options['metric']} has no interval over patients, so it gives no verdict. "
-        f"By its value the order is {listed(order, 8)}. {best} None of this says that a transfer beats training from "
-        f"scratch.{f' {SYNTHETIC}' if options['synthetic'] else ''}"
+        f"By its value the order is {listed(order, 8)}. {best} {ONLY_A_SCORE}"
+        f"{f' {SYNTHETIC}' if options['synthetic'] else ''}"
     )
     return replace(ranking, recommendation=None, default=default, text=text, patients=0)

@@ -249,15 +249,19 @@ class EpochSeed:
     seed: int
 
     def attach(self, engine: Trainer) -> None:
+        self._seed_items(0)  # before the loader starts its workers
         engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def _seed_items(self, seed: int) -> None:
+        for part in getattr(self.dataset, "datasets", [self.dataset]):
+            if isinstance(part, ItemSeeds):
+                part.seed_epoch(seed)
 
     def __call__(self, engine: Trainer) -> None:
         seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
         torch.manual_seed(seed)
         set_rnd(self.dataset, seed)
-        for part in getattr(self.dataset, "datasets", [self.dataset]):
-            if isinstance(part, ItemSeeds):
-                part.epoch_seed = seed
+        self._seed_items(seed)
         engine.set_data(engine.state.dataloader)  # start the loader again, with a new order
 
 

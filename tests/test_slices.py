@@ -316,19 +316,22 @@ class TestItems:
         sliced = build([data[0]] * 2, [*LOAD, shift])
         dataset = {"slices": sliced, "images": cached, "both": ConcatDataset([sliced, cached])}[kind]
 
-        def images(workers):
+        def images(workers, **more):
             seen = []
             trainer = Engine(lambda _, batch: seen.append(torch.as_tensor(batch["image"])))
             EpochSeed(dataset=dataset, seed=3).attach(trainer)
             how = {"batch_size": 1 if kind == "both" else 3, "shuffle": True, "num_workers": workers}
-            trainer.run(DataLoader(dataset, **how), max_epochs=2)
+            trainer.run(DataLoader(dataset, **how, **more), max_epochs=2)
             return torch.cat(seen)
 
         alone = images(0)
         assert len(alone) == 2 * len(dataset)
         assert torch.equal(images(1), alone)
         assert torch.equal(images(2), alone)
-        first, second = (of.sum((1, 2, 3)).sort().values for of in alone.split(len(dataset)))
+        persistent = images(2, persistent_workers=True)  # in another order
+        epochs = [[of.sum((1, 2, 3)).sort().values for of in seen.split(len(dataset))] for seen in (alone, persistent)]
+        assert all(map(torch.equal, *epochs))
+        first, second = epochs[0]
         assert not torch.isclose(first, second).any(), "every epoch is another"
         if kind == "images":
             assert len(first.unique()) == len(dataset), "so is every item"

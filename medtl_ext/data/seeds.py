@@ -1,6 +1,7 @@
 """Datasets whose random transforms are seeded by the item, not by the process that loads it."""
 
 import numpy as np
+import torch
 from monai.data import CacheDataset
 from monai.transforms import Compose, Randomizable
 
@@ -8,23 +9,29 @@ from monai.transforms import Compose, Randomizable
 class ItemSeeds:
     """A dataset that seeds its random transforms for every item, so that any number of workers gives the same batches.
 
-    Nothing is seeded until `medtl_ext.handlers.EpochSeed` sets ``epoch_seed``. The random transforms of ``transform``
-    then share one random state; those inside `monai.transforms.OneOf` keep their own.
+    Nothing is seeded until `medtl_ext.handlers.EpochSeed` says which epoch it is. The random transforms of
+    ``transform`` then share one random state; those inside `monai.transforms.OneOf` keep their own.
     """
 
-    epoch_seed: int | None = None
     transform: Compose
+    _epoch: torch.Tensor | None = None
     _state = np.random.RandomState()  # of all such datasets: two of them may have transforms in common
+
+    def seed_epoch(self, seed: int) -> None:
+        """Set the seed of the items to come, in memory that persistent workers of a loader see too."""
+        if self._epoch is None:
+            self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch.fill_(seed)
 
     def seed_item(self, index: int) -> None:
         """Seed the random transforms for one item of this epoch."""
-        if self.epoch_seed is None:
+        if self._epoch is None:
             return
         for step in self.transform.transforms:
             # MONAI's loader seeds the transforms too, in each worker.
             if isinstance(step, Randomizable) and not isinstance(step, Compose) and step.R is not self._state:
                 step.set_random_state(state=self._state)
-        self._state.seed(np.random.SeedSequence([self.epoch_seed, index]).generate_state(4))
+        self._state.seed(np.random.SeedSequence([int(self._epoch), index]).generate_state(4))
 
 
 class SeededCacheDataset(ItemSeeds, CacheDataset):

@@ -409,24 +409,14 @@ os.replace = replacing
 """The sitecustomize module of a process that kills its group at a write; "before" leaves the new file half-way."""
 POINTS = [
     "before */data/*/collection.json",
-    "before */sources/*/config.json",
     "before */sources/*/curve.csv",
     "after */sources/*/last.pt",  # the first epoch of the source
-    "before */sources/*/model.pt",
-    "before */sources/*/.run.sums",
+    "before */sources/*/metrics.csv",
     "before */out/weight.nii.gz",
-    "after */out/leep_before.nii.gz",
-    "before */out/last.pt",
     "after */out/last.pt",
-    "before */out/model.pt",
-    "after */out/leep_after.nii.gz",
-    "before */out/metrics.csv",
     "after */out/audit/scratch/last.pt",  # in a job
-    "before */out/audit/scratch/metrics.csv",
     "before */out/audit.csv",
-    "after */out/audit.json",
     "after */out/MODEL_CARD.md",
-    "before */out/overlay.png",
     "before */out/report.html",
 ]
 

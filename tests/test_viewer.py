@@ -70,7 +70,7 @@ def test_a_map_tells_its_range_and_where_it_is_not(volume):
     ("bundle", "folder", "without"),
     [
         (SEQUENTIAL, "arms", {"scratch", "single", "sequential_full"}),
-        (SETTLED, "settle", {"14-T2-ED", "14-FLAIR-ED", "scratch"}),
+        (SETTLED, "settle", {"14-FLAIR-ED", "scratch"}),
     ],
     ids=["sequential_transfer", "source_selection"],
 )

@@ -82,6 +82,7 @@ def repository(tmp_path, monkeypatch):
         ignored = shutil.ignore_patterns("eval", "sources", "*.pt", "__pycache__")
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignored)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two notebooks at a time share the cores
     return tmp_path
 
 
